@@ -1,0 +1,1 @@
+"""Pure tensor functions of the objectives: advantages, losses, aggregation, KL, filters."""

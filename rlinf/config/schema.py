@@ -1,0 +1,172 @@
+"""The configuration, one dataclass per YAML section. Field metadata: `help` (meaning, with unit) and `choices`.
+
+A key that nothing reads is a defect; a default that is not here is a defect too. Key names are those that RLinf's users know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def key(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
+    """A field with its meaning; mutable defaults are copied."""
+    meta = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class ClusterConfig:
+    backend: str = key("ray", "where workers live: `ray` (local cluster when none is up) or `local` (everything in this process, for debugging)", ("ray", "local"))
+    num_nodes: int = key(1, "nodes of the run; the run waits for them")
+    num_gpus_per_node: int = key(1, "devices per node: GPUs, or process slots on a CPU machine")
+    component_placement: dict[str, str] = key({"actor,rollout,reward": "all"}, "component[,component]: devices, as `all`, `0-7`, `0-3,8`; devices are numbered node by node")
+    device: str = key("auto", "`cuda`, `cpu`, or `auto` (cuda when the machine has it)", ("auto", "cuda", "cpu"))
+    threads_per_worker: int = key(0, "compute threads of an actor or rollout process on CPU; 0 = cores of the node / device slots of the node, at least 1")
+    start_timeout: int = key(600, "seconds to wait for nodes and for workers to start")
+
+
+@dataclass
+class LoggerConfig:
+    logger_backends: list[str] = key(["tensorboard"], "metric writers beside metrics.jsonl", ("tensorboard",))
+
+
+@dataclass
+class RunnerConfig:
+    output_dir: str = key("./logs", "runs are written to <output_dir>/<experiment_name>")
+    experiment_name: str = key("rlinf", "name of the run and of its folder")
+    max_epochs: int = key(1, "passes over the training data")
+    max_steps: int = key(-1, "stop after this many steps; -1 = by max_epochs alone")
+    val_check_interval: int = key(-1, "steps between validations; -1 = only before the first and after the last step; 0 = never")
+    save_interval: int = key(-1, "steps between checkpoints; -1 = only after the last step; 0 = never")
+    keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
+    resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
+    seq_length: int = key(2048, "tokens of prompt + response at most")
+    max_tokens_per_mbs: int = key(4096, "token budget of a training micro-batch; at least seq_length")
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
+class DataConfig:
+    train_data_paths: list[str] = key([], "JSONL files in the AReaL-boba format")
+    val_data_paths: list[str] = key([], "JSONL files for validation")
+    prompt_key: str = key("prompt", "field of the prompt")
+    answer_key: str = key("solutions", "field of the accepted answers")
+    apply_chat_template: bool = key(False, "wrap the prompt as a user turn in the tokenizer's chat template (boba prompts are templated already)")
+    tasks: list[str] | None = key(None, "keep only these tasks; null = all")
+    max_prompt_length: int = key(1024, "tokens of a prompt at most")
+    filter_prompt_by_length: bool = key(True, "drop longer prompts (counted); false = a longer prompt is an error")
+    rollout_batch_size: int = key(512, "prompts per step")
+    shuffle: bool = key(True, "new order every epoch, from the seed")
+    seed: int = key(1234, "seed of the data order")
+    on_bad_record: str = key("error", "`error`: refuse to start, naming file and lines; `skip`: drop, count and report", ("error", "skip"))
+
+
+@dataclass
+class SamplingConfig:
+    do_sample: bool = key(True, "false = greedy")
+    temperature: float = key(1.0, "softmax temperature of rollouts; log-probabilities use it on both sides")
+    top_k: int = key(1000000, "sample among the k most likely tokens; 0 or at least the vocabulary = off")
+    top_p: float = key(1.0, "sample from the smallest set with this probability mass; 1 = off")
+    max_new_tokens: int = key(1024, "tokens of a response at most")
+    stop: list[str] = key([], "strings that end a response, beside the end token")
+
+
+@dataclass
+class AlgorithmConfig:
+    group_size: int = key(8, "responses per prompt")
+    n_minibatches: int = key(1, "optimizer steps per global batch; divides rollout_batch_size * group_size")
+    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++-baseline"))
+    normalize_advantages: bool = key(True, "whiten advantages once over all response tokens of the global batch")
+    loss_type: str = key("ppo", "policy loss", ("ppo", "gspo", "gspo-token", "cispo"))
+    loss_agg_func: str = key("token-mean", "how token losses become the loss", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"))
+    kl_beta: float = key(0.0, "weight of the KL term in the loss against the initial policy; 0 = no reference policy is kept")
+    kl_penalty_type: str = key("k3", "KL estimator", ("k1", "k2", "k3"))
+    ratio_clip_eps: float = key(0.2, "clip range of the importance ratio when clip_ratio_low/high are null")
+    clip_ratio_low: float | None = key(None, "lower clip range; null = ratio_clip_eps")
+    clip_ratio_high: float | None = key(None, "upper clip range; null = ratio_clip_eps")
+    clip_ratio_c: float | None = key(None, "dual-clip constant (> 1) for negative advantages; null = off")
+    entropy_bonus: float = key(0.0, "weight of the token entropy in the objective")
+    early_stop_imp_ratio: float | None = key(5.0, "skip the optimizer step of a mini-batch whose token-mean importance ratio exceeds this or is NaN; null = off")
+    recompute_logprobs: bool = key(True, "old log-probabilities from the actor (true) or as reported by the rollout engine (false)")
+    importance_sampling_fix: bool = key(False, "truncated importance sampling between rollout engine and actor; needs recompute_logprobs")
+    importance_sampling_clip: float = key(2.0, "upper bound of the truncated importance weight")
+    shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
+    sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass
+class RolloutConfig:
+    model_dir: str = key(MISSING, "local Hugging Face folder: config.json, *.safetensors, tokenizer; Qwen2/2.5, Qwen3-dense or Llama")
+    trust_remote_code: bool = key(False, "let the tokenizer run code from the model folder")
+    rollout_backend: str = key("sglang", "rollout engine", ("embedded", "sglang"))
+    tensor_parallel_size: int = key(1, "GPUs of one engine; the embedded engine runs on one device")
+    gpu_memory_utilization: float = key(0.55, "share of a GPU's memory for the engine's weights and KV cache")
+    max_running_requests: int = key(64, "samples decoded at once by one engine")
+    precision: str | None = key(None, "dtype of the engine's weights and KV cache: fp32, bf16, fp16; null = the actor's", (None, "fp32", "bf16", "fp16"))
+    seed: int = key(1234, "seed of the sampling noise")
+    verify_weights_every: int = key(50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first")
+
+
+@dataclass
+class ActorModelConfig:
+    tensor_model_parallel_size: int = key(1, "ranks that share each layer")
+    pipeline_model_parallel_size: int = key(1, "pipeline stages")
+    sequence_parallel: bool = key(False, "shard norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
+    precision: str = key("bf16", "compute dtype; master weights, moments and gradients are fp32", ("fp32", "bf16", "fp16"))
+    recompute_granularity: str | None = key(None, "activation recompute: `full`, `selective` or null", (None, "full", "selective"))
+    recompute_method: str | None = key(None, "with `full`: `block` (the first recompute_num_layers of a stage) or `uniform`", (None, "block", "uniform"))
+    recompute_num_layers: int | None = key(None, "with `full`: layers to recompute (block) or per chunk (uniform)")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = key(2e-5, "peak learning rate")
+    min_lr: float = key(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = key("constant", "schedule after warm-up", ("constant", "linear", "cosine"))
+    lr_decay_steps: int = key(0, "optimizer steps of warm-up + decay; needed for linear and cosine")
+    lr_warmup_steps: int = key(0, "optimizer steps of linear warm-up from 0")
+    adam_beta1: float = key(0.9, "Adam beta 1")
+    adam_beta2: float = key(0.95, "Adam beta 2")
+    adam_eps: float = key(1e-5, "Adam epsilon")
+    weight_decay: float = key(0.05, "decoupled weight decay; not applied to norms and biases")
+    clip_grad: float = key(1.0, "global gradient norm; 0 = no clipping")
+    loss_scale: float | None = key(None, "static loss scale for fp16; null = dynamic")
+    initial_loss_scale: float = key(65536.0, "start of the dynamic loss scale")
+    loss_scale_window: int = key(1000, "good steps before the dynamic loss scale doubles")
+
+
+@dataclass
+class ActorConfig:
+    model: ActorModelConfig = field(default_factory=ActorModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    offload_weight: bool = key(False, "move weights to host memory while the engine generates on the same GPU")
+    offload_grad: bool = key(False, "free gradients while the engine generates on the same GPU")
+    offload_optimizer: bool = key(False, "move optimizer state to host memory while the engine generates on the same GPU")
+
+
+@dataclass
+class RewardConfig:
+    reward_type: str = key("math", "verifier", ("math",))
+    reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative")
+    undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
+    answer_format: str = key("boxed", "where the answer is looked for: the last balanced box, or else also the final number", ("boxed", "boxed_or_final_number"))
+    num_processes: int = key(1, "verifier processes of one reward worker for the answers that need symbolic work")
+    timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided")
+
+
+@dataclass
+class Config:
+    """The whole file."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)

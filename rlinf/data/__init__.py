@@ -1,0 +1,1 @@
+"""Records, tokenizer, prompts, sampler, packing."""

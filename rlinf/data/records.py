@@ -1,0 +1,160 @@
+"""The vocabulary: what walks through the rooms, in the order prompts -> samples -> verdicts -> groups -> headers.
+
+Arrays of one sample are indexed by generated token t = 0..T-1; the log-probability of token t comes from position P+t-1 of the
+packed sequence (methods: token alignment rule). Log-probabilities and entropies, on every side, are of
+softmax(logits / temperature), before top-p and top-k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+
+class Finish(str, Enum):
+    """Why a sample ended."""
+
+    STOP = "stop"  # end token or stop string; the ending token belongs to the sample
+    LENGTH = "length"  # max_new_tokens reached
+    ABORT = "abort"  # aborted from outside; the tokens decoded so far are kept
+    WINDOW = "window"  # the engine's context window is full
+
+
+class Status(str, Enum):
+    """What the verifier says of an answer."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNDECIDED = "undecided"  # time-out, unparsable, resource limit: never silently counted as wrong
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. token_ids [P] int32, exactly as the engine and the trainer see it (one BOS where the model has one)."""
+
+    prompt_id: str
+    token_ids: np.ndarray
+    task: str
+    solutions: tuple[str, ...]
+    text: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.token_ids.ndim != 1 or self.token_ids.size == 0:
+            raise ValueError(f"prompt {self.prompt_id}: token_ids must be a non-empty vector")
+        if not self.solutions:
+            raise ValueError(f"prompt {self.prompt_id}: no solutions")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated response.
+
+    token_ids        [T] int32, generated tokens only
+    rollout_logprobs [T] float32, NaN where the token was not sampled by the policy
+    loss_mask        [T] uint8, 1 = sampled by the policy; tool or environment tokens are 0
+    versions         ((weight_version, n_tokens), ...) in order of generation; the counts sum to T
+    steps            end offsets of the turns, the last one is T
+    trained_upto     tokens already trained on in an earlier step (a continued sample)
+    parent           sample_id of the sample that this one continues
+    """
+
+    sample_id: str
+    token_ids: np.ndarray
+    rollout_logprobs: np.ndarray
+    loss_mask: np.ndarray
+    versions: tuple[tuple[int, int], ...]
+    finish: Finish
+    steps: tuple[int, ...] = ()
+    trained_upto: int = 0
+    parent: str | None = None
+
+    def __post_init__(self) -> None:
+        t = len(self.token_ids)
+        if len(self.rollout_logprobs) != t or len(self.loss_mask) != t:
+            raise ValueError(f"sample {self.sample_id}: {t} tokens, {len(self.rollout_logprobs)} logprobs, {len(self.loss_mask)} mask entries")
+        if sum(n for _, n in self.versions) != t:
+            raise ValueError(f"sample {self.sample_id}: versions {self.versions} do not cover {t} tokens")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """reward (already scaled), status, the extracted answer (None: no answer found), the route that decided, seconds spent."""
+
+    reward: float
+    status: Status
+    extracted: str | None
+    route: str
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of one prompt: the unit of GRPO, of a worker call and of filtering; the payload that only train workers open.
+
+    May be incomplete (fewer samples than group_size); a verdict may still be None.
+    """
+
+    group_id: str
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    verdicts: tuple[Verdict | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.verdicts and len(self.verdicts) != len(self.samples):
+            raise ValueError(f"group {self.group_id}: {len(self.samples)} samples, {len(self.verdicts)} verdicts")
+
+    def header(self) -> GroupHeader:
+        return GroupHeader(
+            group_id=self.group_id,
+            prompt_id=self.prompt.prompt_id,
+            task=self.prompt.task,
+            prompt_length=len(self.prompt.token_ids),
+            sample_ids=tuple(s.sample_id for s in self.samples),
+            response_lengths=tuple(len(s) for s in self.samples),
+            loss_tokens=tuple(int(s.loss_mask.sum()) for s in self.samples),
+            finishes=tuple(s.finish for s in self.samples),
+            versions=tuple(s.versions for s in self.samples),
+            verdicts=self.verdicts or (None,) * len(self.samples),
+        )
+
+
+@dataclass(frozen=True)
+class GroupHeader:
+    """What travels to the driver: ids, lengths, versions and verdicts of a group. Never tokens."""
+
+    group_id: str
+    prompt_id: str
+    task: str
+    prompt_length: int
+    sample_ids: tuple[str, ...]
+    response_lengths: tuple[int, ...]
+    loss_tokens: tuple[int, ...]
+    finishes: tuple[Finish, ...]
+    versions: tuple[tuple[tuple[int, int], ...], ...]
+    verdicts: tuple[Verdict | None, ...]
+
+    def with_verdicts(self, verdicts: tuple[Verdict, ...]) -> GroupHeader:
+        if len(verdicts) != len(self.sample_ids):
+            raise ValueError(f"group {self.group_id}: {len(self.sample_ids)} samples, {len(verdicts)} verdicts")
+        return replace(self, verdicts=verdicts)
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Scaled rewards; raises if a sample has no verdict yet."""
+        missing = [i for i, v in zip(self.sample_ids, self.verdicts) if v is None]
+        if missing:
+            raise ValueError(f"group {self.group_id}: no verdict yet for {missing[:3]}")
+        return tuple(v.reward for v in self.verdicts if v is not None)
+
+
+def sample_id(group_id: str, index: int) -> str:
+    """The id of the index-th sample of a group; the sampling noise of the embedded engine is keyed by it."""
+    return f"{group_id}/{index}"

@@ -1,0 +1,1 @@
+"""Metric names, timers and logger backends."""

@@ -1,0 +1,113 @@
+"""The contract of a rollout engine: what goes in, what comes out, what must hold.
+
+Both engines (SGLang and the embedded one) pass one contract suite. Log-probabilities are of softmax(logits / temperature), before
+top-p / top-k; an engine that truncates logs the truncated mass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from rlinf.data.records import Sample
+from rlinf.weights.source import Receipt, WeightSource
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 means greedy (log-probabilities are then of temperature 1). top_k <= 0 and top_p = 1 mean off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature must be >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A sample ends after a token of token_ids, or after the token that completes one of the strings in its decoded text."""
+
+    token_ids: tuple[int, ...] = ()
+    strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """n samples of one prompt. prompt_ids [P] int32.
+
+    request_id names the request and, with the index k of the sample, the sample: `f"{request_id}/{k}"`. On a seeded engine the
+    sampling noise of a token is a function of (engine seed, sample id, position) only: not of batching, order or other requests.
+    prefixes: for samples that continue, the tokens generated so far, one array for each of the n samples (empty: from the start).
+    """
+
+    request_id: str
+    prompt_ids: np.ndarray
+    n: int
+    sampling: SamplingParams
+    stop: Stop
+    max_new_tokens: int
+    prefixes: tuple[np.ndarray, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"request {self.request_id}: n and max_new_tokens must be >= 1, got {self.n} and {self.max_new_tokens}")
+        if self.prefixes and len(self.prefixes) != self.n:
+            raise ValueError(f"request {self.request_id}: {len(self.prefixes)} prefixes for n={self.n}")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the contract suite and the runner may ask of an engine."""
+
+    seeded: bool  # noise keyed by (seed, sample id, position)
+    retract_and_continue: bool  # prefixes are honoured
+    sleep: bool  # memory is really given back by sleep()
+    max_context: int  # prompt + response tokens
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the last call of stats(): decoded tokens, prefilled tokens, prompt tokens served from shared KV, seconds busy."""
+
+    decoded_tokens: int = 0
+    prefilled_tokens: int = 0
+    reused_tokens: int = 0
+    busy_seconds: float = 0.0
+    truncated_mass: float = 0.0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class RolloutEngine(Protocol):
+    """One engine. Not thread-safe except where said; `generate` may run many times at once in one event loop."""
+
+    capabilities: Capabilities
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:
+        """Yield the n samples as they finish. Raises ValueError for an empty or over-long prompt, RuntimeError when the engine is broken."""
+        ...
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """End these requests (None: all): their iterators yield what was decoded, with finish ABORT; no token is lost."""
+        ...
+
+    async def load_weights(self, source: WeightSource, version: int) -> Receipt:
+        """Take the weights in place, flush every KV and prefix cache, stamp later tokens with `version`. Raises on any mismatch."""
+        ...
+
+    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """Log-probability of each token given those before it: for a sequence of n tokens an array [n-1] float32."""
+        ...
+
+    async def sleep(self, tags: frozenset[str]) -> None: ...
+
+    async def wake(self, tags: frozenset[str]) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""Pure logic: placement plan, dispatch, step plan. No processes, no clocks."""

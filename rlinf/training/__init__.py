@@ -1,0 +1,1 @@
+"""The Megatron-core training engine: the only room that imports megatron."""

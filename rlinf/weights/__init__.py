@@ -1,0 +1,1 @@
+"""Weights on the move: tensor specs, HF <-> Megatron mapping, buckets, sources, receipts."""

@@ -1,0 +1,57 @@
+"""Weights on the move as plain data: what is offered (WeightSource) and the proof that it arrived (Receipt).
+
+Tensors travel under their Hugging Face names, whole, flattened into buckets. A source is opened by the process that owns the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor inside a bucket: name, torch dtype name ("bfloat16"), shape, byte offset in the bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class BucketSpec:
+    """A flat run of bytes: where it is (for shared memory: the segment's name), what is in it, and its checksum as sent (xxh3-64)."""
+
+    key: str
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+    checksum: int
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Buckets in POSIX shared memory of this machine; key = path of the segment under /dev/shm."""
+
+    buckets: tuple[BucketSpec, ...]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A Hugging Face folder of safetensors files."""
+
+    path: str
+
+
+WeightSource = SharedMemory | Disk
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What an engine says after load_weights: bucket checksums as received. Valid only together with a probe (see `weights.receipts`)."""
+
+    version: int
+    checksums: dict[str, int]
+    n_tensors: int
+    nbytes: int
+    seconds: float

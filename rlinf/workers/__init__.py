@@ -1,0 +1,1 @@
+"""Plain classes that run inside worker processes: training, rollout, reward. No Ray in them."""

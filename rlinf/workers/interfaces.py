@@ -1,0 +1,70 @@
+"""What the runner may call on a worker group. Implementations are plain classes; the cluster room decides where they live.
+
+Every method is one remote call under Ray. Budget: at most 3 calls a group and 3 a rank per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from rlinf.data.records import Group, GroupHeader, Prompt, Verdict
+from rlinf.rollout.contract import EngineStats, GenerateRequest
+from rlinf.scheduling.step_plan import RankBatch
+from rlinf.weights.source import Receipt, WeightSource
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """Metrics of one train step on one rank: equal on all ranks except `timers` and `memory_bytes`; plus what the driver may log."""
+
+    metrics: dict[str, float]
+    timers: dict[str, float] = field(default_factory=dict)
+    memory_bytes: int = 0
+
+
+class TrainWorker(Protocol):
+    """One rank of a Megatron role."""
+
+    def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
+        """All optimizer steps of one global batch. `groups` are the payloads named by batch.group_ids, in that order."""
+        ...
+
+    def publish(self, version: int) -> tuple[WeightSource | None, float]:
+        """Gather and write the weights as `version`; only rank 0 returns the source. With the seconds it took."""
+        ...
+
+    def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """The trainer's side of a receipt: log-probability of each token given those before it (rollout.contract.RolloutEngine.score)."""
+        ...
+
+    def release(self) -> None:
+        """Free what the last publish() wrote."""
+        ...
+
+    def save(self, step_dir: str) -> None: ...
+
+    def load(self, step_dir: str) -> None: ...
+
+    def offload(self) -> None: ...
+
+    def onload(self) -> None: ...
+
+
+class RolloutWorker(Protocol):
+    async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]: ...
+
+    async def load_weights(self, source: WeightSource, version: int) -> Receipt: ...
+
+    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]: ...
+
+    async def stats(self) -> EngineStats: ...
+
+
+class RewardWorker(Protocol):
+    async def judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
+        """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample (prompt, response, verdict, versions)."""
+        ...

@@ -1,0 +1,76 @@
+"""The walls of the house, read from the imports: a room may import only from rooms below it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = [  # from the roof down; rooms of one line may not import each other unless LATERAL says so
+    {"cli", "__main__"},
+    {"checks", "report", "evaluation"},
+    {"runners"},
+    {"workers"},
+    {"cluster"},
+    {"scheduling"},
+    {"training", "rollout", "rewards"},
+    {"weights"},
+    {"data"},
+    {"algorithms", "config", "metrics"},
+    {"errors"},
+]
+LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
+PURE = {"algorithms", "config", "metrics"}  # import nothing of ours but rlinf.errors
+OWNERS = {"megatron": {"training"}, "ray": {"cluster"}, "sglang": {"rollout"}}
+FILES = sorted((ROOT / "rlinf").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module)
+            if node.module == "rlinf":
+                names |= {f"rlinf.{a.name}" for a in node.names}
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT / "rlinf").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_respect_the_walls(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "conftest"):
+        return
+    assert room in LEVEL, f"{room} has no place in the layers"
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top in OWNERS and not path.name.endswith("_test.py"):
+            assert room in OWNERS[top], f"{path} imports {name}; only {OWNERS[top]} may"
+        if top == "rlinf" and name.count("."):
+            other = name.split(".")[1]
+            if other in (room, "__version__"):
+                continue
+            assert LEVEL[other] > LEVEL[room], f"{path} imports {name}, which stands above or beside it"
+            if room in PURE:
+                assert other == "errors", f"{path} imports {name}; {room} imports nothing of ours"
+
+
+def test_only_the_sglang_engine_knows_sglang() -> None:
+    for path in FILES:
+        if path.name.startswith("sglang_"):
+            continue
+        assert not any(n.split(".")[0] == "sglang" for n in imports(path)), path
+
+
+def test_importing_rlinf_loads_nothing_heavy() -> None:
+    code = "import sys, rlinf, rlinf.cli; print([m for m in ('torch', 'ray', 'megatron', 'sglang', 'transformers', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == "[]"
