@@ -1,0 +1,64 @@
+"""The shape of a model, read from its Hugging Face config.json: the one place that knows the families' differences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlinf.errors import UserError
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and switches of a dense decoder. `qkv_bias` and `qk_norm` are what sets the families apart."""
+
+    family: str
+    n_layers: int
+    hidden: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+
+def read_architecture(hf: dict[str, Any]) -> Architecture:
+    """Parse a config.json dictionary. Raises UserError for what this platform does not train."""
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"config.json: model_type {family!r} is not supported; supported families: {', '.join(FAMILIES)}")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope type {kind!r} is not supported; only 'default' is")
+    if hf.get("use_sliding_window"):
+        raise UserError("config.json: use_sliding_window is true; sliding-window attention is not supported")
+    if hf.get("mlp_bias") or (family != "qwen2" and hf.get("attention_bias")):
+        raise UserError("config.json: mlp_bias / attention_bias are not supported for this family")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
+    heads = hf["num_attention_heads"]
+    return Architecture(
+        family=family,
+        n_layers=hf["num_hidden_layers"],
+        hidden=hf["hidden_size"],
+        n_heads=heads,
+        n_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        ffn=hf["intermediate_size"],
+        vocab=hf["vocab_size"],
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope_theta=float(hf.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        max_positions=hf.get("max_position_embeddings", 0),
+        tied=bool(hf.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )

@@ -1,0 +1,121 @@
+"""Hugging Face <-> Megatron-core: names and layouts, both directions, in one table of rules.
+
+A rule says which HF tensors make one Megatron parameter and how that parameter is laid out and sharded over tensor-parallel ranks:
+
+    replicated   the same on every rank
+    column       sharded along dim 0
+    row          sharded along dim 1
+    vocab        sharded along dim 0 after padding the vocabulary with zero rows to a multiple of the TP size
+    qkv          q, k, v interleaved by query group, then sharded along dim 0 by group
+    gate_up      each rank holds [its part of gate; its part of up]
+
+Everything that is saved, published to a rollout engine or resharded goes through this table, so a tensor has one name on disk and on
+the wire whatever the layout: its HF name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlinf.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron parameter (layer index global) and the HF tensors it is made of."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: str
+
+
+def layer_rules(arch: Architecture, layer: int) -> Iterator[Rule]:
+    """The parameters of decoder layer `layer` (counted over the whole model), in the order of the forward pass."""
+    mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    yield Rule(mcore + "input_layernorm.weight", (hf + "input_layernorm.weight",), "replicated")
+    for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
+        yield Rule(mcore + f"self_attention.linear_qkv.{kind}", tuple(hf + f"self_attn.{p}_proj.{kind}" for p in "qkv"), "qkv")
+    if arch.qk_norm:
+        for p in "qk":
+            yield Rule(mcore + f"self_attention.{p}_layernorm.weight", (hf + f"self_attn.{p}_norm.weight",), "replicated")
+    yield Rule(mcore + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), "row")
+    yield Rule(mcore + "pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), "replicated")
+    yield Rule(mcore + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), "gate_up")
+    yield Rule(mcore + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), "row")
+
+
+def model_rules(arch: Architecture, layers: range, first_stage: bool, last_stage: bool) -> list[Rule]:
+    """The parameters of one pipeline stage. With tied embeddings the last of several stages holds a copy of the embedding."""
+    rules = []
+    if first_stage:
+        rules.append(Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"))
+    for layer in layers:
+        rules += layer_rules(arch, layer)
+    if last_stage:
+        rules.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"))
+        if not arch.tied:
+            rules.append(Rule("output_layer.weight", ("lm_head.weight",), "vocab"))
+        elif not first_stage:
+            rules.append(Rule("output_layer.weight", ("model.embed_tokens.weight",), "vocab"))
+    return rules
+
+
+def padded_vocab(arch: Architecture, tp: int) -> int:
+    """Rows of the embedding over all ranks; the rows beyond arch.vocab are zero and never predicted."""
+    return -(-arch.vocab // tp) * tp
+
+
+def to_megatron(rule: Rule, hf: Sequence[Tensor], arch: Architecture, tp: int, rank: int) -> Tensor:
+    """The shard of rank `rank` of the parameter, from its whole HF tensors (a new contiguous tensor)."""
+    if rule.layout == "replicated":
+        return hf[0].clone()
+    if rule.layout == "row":
+        return hf[0].chunk(tp, 1)[rank].contiguous()
+    if rule.layout == "gate_up":
+        return torch.cat([t.chunk(tp, 0)[rank] for t in hf])
+    if rule.layout == "vocab":
+        rows = padded_vocab(arch, tp) // tp
+        shard = hf[0][rank * rows : (rank + 1) * rows]
+        return torch.cat([shard, shard.new_zeros(rows - len(shard), *shard.shape[1:])]) if len(shard) < rows else shard.clone()
+    groups, dim = arch.n_kv_heads, arch.head_dim
+    tail = hf[0].shape[1:]
+    q, k, v = (t.reshape(groups, -1, *tail) for t in hf)
+    first, last = rank * groups // tp, (rank + 1) * groups // tp
+    fused = torch.cat([q, k, v], 1)[first:last]
+    return fused.reshape((last - first) * (arch.n_heads // groups + 2) * dim, *tail).contiguous()
+
+
+def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> list[tuple[str, Tensor]]:
+    """The whole HF tensors (name, tensor) of a parameter from its shards in the order of the tensor-parallel ranks."""
+    if rule.layout == "replicated":
+        return [(rule.hf[0], shards[0])]
+    if rule.layout == "row":
+        return [(rule.hf[0], torch.cat(list(shards), 1) if len(shards) > 1 else shards[0])]
+    if rule.layout == "gate_up":
+        halves = [s.chunk(2, 0) for s in shards]
+        return [(name, torch.cat([h[i] for h in halves])) for i, name in enumerate(rule.hf)]
+    whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
+    if rule.layout == "vocab":
+        return [(rule.hf[0], whole[: arch.vocab])]
+    groups, dim = arch.n_kv_heads, arch.head_dim
+    tail = whole.shape[1:]
+    parts = whole.reshape(groups, -1, *tail).split([arch.n_heads // groups * dim, dim, dim], 1)
+    return [(name, part.reshape(-1, *tail)) for name, part in zip(rule.hf, parts)]
+
+
+def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model, in the order of the forward pass."""
+    h, q, kv, f = arch.hidden, arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim, arch.ffn
+    by_suffix = {
+        "embed_tokens.weight": (arch.vocab, h), "lm_head.weight": (arch.vocab, h), "norm.weight": (h,),
+        "q_proj.weight": (q, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, q),
+        "q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,), "q_norm.weight": (arch.head_dim,), "k_norm.weight": (arch.head_dim,),
+        "gate_proj.weight": (f, h), "up_proj.weight": (f, h), "down_proj.weight": (h, f),
+        "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
+    }  # fmt: skip
+    names = [n for rule in model_rules(arch, range(arch.n_layers), True, True) for n in rule.hf]
+    return {n: by_suffix[".".join(n.split(".")[-2:])] for n in names}
