@@ -5,7 +5,16 @@ The driver knows every length, so it decides the whole split; ranks need no coll
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from rlinf.data.records import GroupHeader
+
+ATTENTION_LENGTH = 16384  # context at which attention costs as much as the matrices: 12 x hidden size; only the balance depends on it
+BALANCE_TOLERANCE = 1.01
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class MiniBatch:
     """One optimizer step as one DP rank sees it.
 
     micro_batches: the same number on every DP rank (an empty one runs an inert pass). The denominators are global: over all DP
-    ranks and micro-batches of this mini-batch.
+    ranks and micro-batches of this mini-batch; a sample without a loss token counts in neither.
     """
 
     micro_batches: tuple[tuple[SampleRef, ...], ...]
@@ -36,3 +45,180 @@ class RankBatch:
 
     group_ids: tuple[str, ...]
     mini_batches: tuple[MiniBatch, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """A sample while it is being placed. prompt: key of the prompt copy it needs; equal keys in one micro-batch share one copy."""
+
+    group: int
+    index: int
+    prompt: int
+    prompt_length: int
+    response_length: int
+
+
+Items = tuple[Item, ...]
+Piece = tuple[float, Items]  # with its cost
+
+
+def build_rank_batches(
+    headers: Sequence[GroupHeader],
+    advantages: Sequence[np.ndarray],
+    *,
+    dp: int,
+    n_minibatches: int,
+    max_tokens: int,
+    share_prefix: bool,
+    shuffle_seed: tuple[int, ...] | None = None,
+) -> list[RankBatch]:
+    """The split of one step, one RankBatch for each data-parallel rank. Deterministic; every sample is in it exactly once.
+
+    Samples go to mini-batches in group order (or shuffled by shuffle_seed), then to ranks so that their costs are even, then to
+    micro-batches of at most max_tokens tokens (a longer sample is alone in one). share_prefix: the samples of a group that meet in a
+    micro-batch bring its prompt once; else each brings its own. Raises ValueError for fewer samples than mini-batches, a repeated
+    group id, or advantages that do not fit the headers or are not finite.
+    """
+    check_inputs(headers, advantages)
+    items = [
+        Item(g, i, g if share_prefix else position, h.prompt_length, h.response_lengths[i])
+        for position, (g, h, i) in enumerate((g, h, i) for g, h in enumerate(headers) for i in range(len(h.sample_ids)))
+    ]
+    if len(items) < n_minibatches:
+        raise ValueError(f"{len(items)} samples do not fill {n_minibatches} mini-batches")
+    if shuffle_seed is not None:
+        items = [items[k] for k in np.random.default_rng(shuffle_seed).permutation(len(items))]
+    bounds = [len(items) * k // n_minibatches for k in range(n_minibatches + 1)]
+    splits = [split_minibatch(sorted(items[a:b]), dp, max_tokens) for a, b in zip(bounds, bounds[1:])]  # [minibatch][rank][micro-batch]
+    return [rank_batch([split[rank] for split in splits], splits, headers, advantages) for rank in range(dp)]
+
+
+def check_inputs(headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray]) -> None:
+    if len({h.group_id for h in headers}) != len(headers):
+        raise ValueError("a group id is repeated in the batch")
+    if len(headers) != len(advantages):
+        raise ValueError(f"{len(headers)} groups, advantages for {len(advantages)}")
+    for header, group in zip(headers, advantages):
+        if len(group) != len(header.sample_ids) or not np.isfinite(group).all():
+            raise ValueError(f"group {header.group_id}: {len(header.sample_ids)} samples, advantages {np.asarray(group).tolist()}")
+
+
+def rank_batch(
+    mine: list[list[Items]], everyone: list[list[list[Items]]], headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray]
+) -> RankBatch:
+    """The public form of one rank's share, with groups renumbered to those that the rank needs."""
+    groups = sorted({item.group for split in mine for micro in split for item in micro})
+    number = {g: k for k, g in enumerate(groups)}
+    mini_batches = []
+    for split, all_ranks in zip(mine, everyone):
+        counts = [headers[item.group].loss_tokens[item.index] for rank in all_ranks for micro in rank for item in micro]
+        micro_batches = tuple(
+            tuple(SampleRef(number[item.group], item.index, float(advantages[item.group][item.index])) for item in micro) for micro in split
+        )
+        mini_batches.append(MiniBatch(micro_batches, sum(counts), sum(n > 0 for n in counts)))
+    return RankBatch(tuple(headers[g].group_id for g in groups), tuple(mini_batches))
+
+
+def split_minibatch(items: Sequence[Item], dp: int, max_tokens: int) -> list[list[Items]]:
+    """[rank][micro-batch] -> items in (group, index) order; as many micro-batches on every rank as the fullest one needs, at least one."""
+    packed = [pack(share, max_tokens) for share in balance(items, dp)]
+    count = max(1, *(len(bins) for bins in packed))
+    return [bins + [()] * (count - len(bins)) for bins in packed]
+
+
+def split_cost(items: Sequence[Item]) -> float:
+    """Cost of items that meet in a micro-batch, in units of one token's matrix work: tokens plus attended pairs / ATTENTION_LENGTH x 2."""
+    tokens = micro_batch_tokens(items)
+    pairs = sum(n * n / 2 for n in {i.prompt: i.prompt_length for i in items}.values())
+    pairs += sum(i.prompt_length * i.response_length + i.response_length**2 / 2 for i in items)
+    return tokens + 2 * pairs / ATTENTION_LENGTH
+
+
+def micro_batch_tokens(items: Sequence[Item]) -> int:
+    """Tokens of a micro-batch: each prompt copy once, and every response."""
+    return sum({i.prompt: i.prompt_length for i in items}.values()) + sum(i.response_length for i in items)
+
+
+def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
+    """Shares of even cost: longest processing time first, on whole prompts; a prompt's samples are parted only where that evens the shares.
+
+    Parting costs another copy of the prompt: it stops when the fullest share is within 1 % of the mean, or does not get smaller.
+    """
+    pieces = [(split_cost(p), p) for p in by_prompt(items)]
+    even = sum(cost for cost, _ in pieces) / dp
+    best_load, best = load, shares = longest_first(pieces, dp)
+    misses = 0  # shares may be equally full: as many partings as there are shares can be needed before the fullest one shrinks
+    while load > BALANCE_TOLERANCE * even and misses <= dp:
+        partable = [piece for piece in max(shares, key=share_cost) if len(piece[1]) > 1]
+        if not partable:
+            break
+        largest = max(partable)
+        by_length = sorted(largest[1], key=lambda i: (-i.response_length, i))
+        halves = [(split_cost(half), tuple(half)) for half in (by_length[::2], by_length[1::2])]
+        pieces = [p for p in pieces if p is not largest] + halves
+        load, shares = longest_first(pieces, dp)
+        misses += 1
+        if load < best_load:
+            best_load, best, misses = load, shares, 0
+    return [[item for _, piece in share for item in piece] for share in best]
+
+
+def by_prompt(items: Sequence[Item]) -> list[Items]:
+    """Items that need the same prompt copy, together."""
+    pieces: dict[int, list[Item]] = {}
+    for item in items:
+        pieces.setdefault(item.prompt, []).append(item)
+    return [tuple(piece) for piece in pieces.values()]
+
+
+def share_cost(share: Sequence[Piece]) -> float:
+    return sum(cost for cost, _ in share)
+
+
+def longest_first(pieces: Sequence[Piece], dp: int) -> tuple[float, list[list[Piece]]]:
+    """Longest-processing-time rule: the costliest piece next, to the share with the least cost. With the cost of the fullest share."""
+    shares: list[list[Piece]] = [[] for _ in range(dp)]
+    heap = [(0.0, rank) for rank in range(dp)]
+    for piece in sorted(pieces, key=lambda p: (-p[0], p[1])):
+        load, rank = heap[0]
+        shares[rank].append(piece)
+        heapq.heapreplace(heap, (load + piece[0], rank))
+    return max(load for load, _ in heap), shares
+
+
+def pack(items: Sequence[Item], max_tokens: int) -> list[Items]:
+    """Micro-batches of at most max_tokens: best fit decreasing, once with prompts kept whole where they fit and once sample by sample;
+    of the two, the one with fewer micro-batches, then fewer tokens.
+    """
+    single = [(item,) for item in items]
+    whole = [unit for p in by_prompt(items) for unit in ([p] if micro_batch_tokens(p) <= max_tokens else [(i,) for i in p])]
+    candidates = [best_fit(whole, max_tokens), best_fit(single, max_tokens)]
+    return min(candidates, key=lambda bins: (len(bins), sum(micro_batch_tokens(b) for b in bins)))
+
+
+def best_fit(units: Sequence[Items], max_tokens: int) -> list[Items]:
+    """Best fit decreasing, the units of one prompt in a row: into a micro-batch that has the prompt, else into the one left fullest."""
+    prompt_tokens: dict[int, int] = {}
+    for unit in units:
+        key = unit[0].prompt
+        prompt_tokens[key] = prompt_tokens.get(key, unit[0].prompt_length) + sum(i.response_length for i in unit)
+    order = sorted(units, key=lambda u: (-prompt_tokens[u[0].prompt], u[0].prompt, -micro_batch_tokens(u), u))
+    bins: list[list[Item]] = []
+    used: list[int] = []
+    prompts: list[set[int]] = []
+    for unit in order:
+        prompt, tokens = unit[0].prompt, micro_batch_tokens(unit)
+        added = [tokens - (unit[0].prompt_length if prompt in held else 0) for held in prompts]
+        fits = [k for k in range(len(bins)) if used[k] + added[k] <= max_tokens]
+        if fits:
+            k = min(fits, key=lambda k: (prompt not in prompts[k], -used[k] - added[k], k))
+        else:
+            k = len(bins)
+            bins.append([])
+            used.append(0)
+            prompts.append(set())
+            added.append(tokens)
+        bins[k].extend(unit)
+        used[k] += added[k]
+        prompts[k].add(prompt)
+    return [tuple(sorted(b)) for b in bins]

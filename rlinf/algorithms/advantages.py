@@ -1,0 +1,81 @@
+"""Outcome advantages: what a response earned against the other responses to the same prompt, then whitening over the batch.
+
+Numpy in float64: these run on the driver, on the numbers of the group headers, before any token is opened.
+Legend: G responses of one group, B responses of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+GRPO_EPS = 1e-6
+WHITEN_EPS = 1e-5
+
+
+def grpo(rewards_G: np.ndarray) -> np.ndarray:
+    """(R - mean) / (std + 1e-6) with the sample standard deviation, ddof = 1 (arXiv 2402.03300; the form RLinf and verl use)."""
+    centred_G = centred(rewards_G)
+    return centred_G / (np.sqrt((centred_G**2).sum() / (len(centred_G) - 1)) + GRPO_EPS)
+
+
+def rloo(rewards_G: np.ndarray) -> np.ndarray:
+    """R minus the mean of the *other* rewards = G/(G-1) * (R - mean) (arXiv 2402.14740)."""
+    group_size = len(rewards_G)
+    return centred(rewards_G) * group_size / (group_size - 1)
+
+
+def centred(rewards_G: np.ndarray) -> np.ndarray:
+    """R - mean, no division (Dr.GRPO, arXiv 2503.20783; REINFORCE++-baseline, arXiv 2501.03262, which then whitens over the batch).
+
+    Equal rewards give exactly 0, not the rounding error of a mean.
+    """
+    if np.all(rewards_G == rewards_G[0]):
+        return np.zeros(len(rewards_G))
+    return rewards_G - rewards_G.mean()
+
+
+ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "grpo": grpo,
+    "rloo": rloo,
+    "dr_grpo": centred,
+    "reinforce++-baseline": centred,
+}
+
+
+def outcome_advantages(
+    rewards: Sequence[Sequence[float]], loss_tokens: Sequence[Sequence[int]], adv_type: str, normalize: bool
+) -> list[np.ndarray]:
+    """One advantage for each response of each group; with `normalize`, whitened once over all response tokens of the global batch.
+
+    rewards and loss_tokens: one inner sequence a group. Raises ValueError for a group of one response or a reward that is not finite.
+    """
+    estimate = ADVANTAGES[adv_type]
+    groups = []
+    for index, group in enumerate(rewards):
+        rewards_G = np.asarray(group, dtype=np.float64)
+        if len(rewards_G) < 2:
+            raise ValueError(f"group {index} has {len(rewards_G)} response(s); {adv_type} compares responses and needs at least 2")
+        if not np.isfinite(rewards_G).all():
+            raise ValueError(f"group {index} has a reward that is not finite: {rewards_G.tolist()}")
+        groups.append(estimate(rewards_G))
+    if not normalize or not groups:
+        return groups
+    white_B = whiten(np.concatenate(groups), np.concatenate([np.asarray(n, dtype=np.float64) for n in loss_tokens]))
+    return np.split(white_B, np.cumsum([len(g) for g in groups])[:-1])
+
+
+def whiten(advantages_B: np.ndarray, loss_tokens_B: np.ndarray) -> np.ndarray:
+    """(A - mean) / (std + 1e-5) where mean and std are over the response *tokens*: a response weighs as many times as it has loss tokens.
+
+    The population variance (divided by the number of tokens), as in AReaL and RLinf. Because it re-centres, a response whose advantage
+    was 0 may leave with another value. No tokens, or advantages that are all equal: exactly 0.
+    """
+    tokens = loss_tokens_B.sum()
+    counted_B = advantages_B[loss_tokens_B > 0]
+    if tokens == 0 or np.all(counted_B == counted_B[0]):
+        return np.zeros(len(advantages_B))
+    mean = (loss_tokens_B * advantages_B).sum() / tokens
+    variance = (loss_tokens_B * (advantages_B - mean) ** 2).sum() / tokens
+    return (advantages_B - mean) / (np.sqrt(variance) + WHITEN_EPS)

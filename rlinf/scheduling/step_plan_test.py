@@ -1,0 +1,146 @@
+"""Laws of the split: everything once, within the budget, the same shape on every rank, and few and even micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlinf.data.records import Finish, GroupHeader
+from rlinf.scheduling.step_plan import RankBatch, SampleRef, balance, build_rank_batches, by_prompt, micro_batch_tokens, pack, split_cost, Item
+
+
+def header(name: str, prompt: int, lengths: list[int], loss_tokens: list[int] | None = None) -> GroupHeader:
+    n = len(lengths)
+    return GroupHeader(
+        group_id=name, prompt_id=name, task="math", prompt_length=prompt, sample_ids=tuple(f"{name}/{i}" for i in range(n)),
+        response_lengths=tuple(lengths), loss_tokens=tuple(lengths if loss_tokens is None else loss_tokens), finishes=(Finish.STOP,) * n,
+        versions=(((0, 1),),) * n, verdicts=(None,) * n,
+    )
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[GroupHeader]:
+    lengths = st.lists(st.integers(0, 40), min_size=1, max_size=6)
+    groups = draw(st.lists(st.tuples(st.integers(1, 30), lengths), min_size=1, max_size=8))
+    return [header(f"g{k}", p, ls) for k, (p, ls) in enumerate(groups)]
+
+
+def plan(headers: list[GroupHeader], **options: object) -> list[RankBatch]:
+    """With advantages that name the sample: 100 x group + index."""
+    defaults: dict = dict(dp=1, n_minibatches=1, max_tokens=64, share_prefix=True, shuffle_seed=None)
+    advantages = [np.array([100.0 * g + i for i in range(len(h.sample_ids))]) for g, h in enumerate(headers)]
+    return build_rank_batches(headers, advantages, **(defaults | options))
+
+
+def tokens_of(micro: tuple[SampleRef, ...], batch: RankBatch, by_id: dict[str, GroupHeader], share: bool) -> int:
+    groups = {r.group for r in micro}
+    prompts = sum(by_id[batch.group_ids[g]].prompt_length for g in groups) if share else sum(by_id[batch.group_ids[r.group]].prompt_length for r in micro)
+    return prompts + sum(by_id[batch.group_ids[r.group]].response_lengths[r.index] for r in micro)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches(), st.integers(1, 4), st.integers(1, 3), st.integers(30, 120), st.booleans(), st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)))
+def test_every_sample_once_within_the_budget_and_the_same_shape_on_every_rank(headers, dp, n_minibatches, max_tokens, share, seed) -> None:
+    total = sum(len(h.sample_ids) for h in headers)
+    if total < n_minibatches:
+        return
+    ranks = plan(headers, dp=dp, n_minibatches=n_minibatches, max_tokens=max_tokens, share_prefix=share, shuffle_seed=seed)
+    assert ranks == plan(headers, dp=dp, n_minibatches=n_minibatches, max_tokens=max_tokens, share_prefix=share, shuffle_seed=seed)
+    by_id = {h.group_id: h for h in headers}
+    seen = []
+    for m in range(n_minibatches):
+        assert len({len(r.mini_batches[m].micro_batches) for r in ranks}) == 1
+        members = []
+        for rank in ranks:
+            for micro in rank.mini_batches[m].micro_batches:
+                assert tokens_of(micro, rank, by_id, share) <= max_tokens or len(micro) == 1
+                for ref in micro:
+                    name = rank.group_ids[ref.group]
+                    assert ref.advantage == 100.0 * headers.index(by_id[name]) + ref.index
+                    members.append((name, ref.index))
+        assert len(members) in (total // n_minibatches, -(-total // n_minibatches))
+        counts = [by_id[g].loss_tokens[i] for g, i in members]
+        for rank in ranks:
+            assert rank.mini_batches[m].global_tokens == sum(counts)
+            assert rank.mini_batches[m].global_samples == sum(c > 0 for c in counts)
+        seen += members
+    assert sorted(seen) == sorted((h.group_id, i) for h in headers for i in range(len(h.sample_ids)))
+    for rank in ranks:
+        used = {ref.group for mb in rank.mini_batches for micro in mb.micro_batches for ref in micro}
+        assert used == set(range(len(rank.group_ids)))
+
+
+def test_mini_batches_are_contiguous_in_group_order_without_shuffling() -> None:
+    (rank,) = plan([header("a", 4, [5, 5]), header("b", 4, [5, 5])], n_minibatches=2)
+    assert [[ref.advantage for micro in mb.micro_batches for ref in micro] for mb in rank.mini_batches] == [[0, 1], [100, 101]]
+
+
+def test_shuffling_depends_on_the_seed_alone() -> None:
+    headers = [header(f"g{k}", 4, [5] * 8) for k in range(4)]
+    a, b, c = (plan(headers, n_minibatches=4, shuffle_seed=s) for s in ((1, 2), (1, 2), (1, 3)))
+    assert a == b != c
+
+
+def test_the_published_packing_example() -> None:
+    """arXiv 2505.24298, dynamic micro-batching: lengths 6, 5, 4, 3, 2 with capacity 10."""
+    items = [Item(0, k, k, 0, n) for k, n in enumerate([6, 5, 4, 3, 2])]
+    assert [sorted((i.response_length for i in b), reverse=True) for b in pack(items, 10)] == [[6, 4], [5, 3, 2]]
+
+
+def test_a_shared_prompt_counts_once_and_its_samples_meet() -> None:
+    (rank,) = plan([header("a", 30, [5, 5, 5, 5]), header("b", 30, [5, 5, 5, 5])], max_tokens=50)
+    assert [[ref.group for ref in micro] for micro in rank.mini_batches[0].micro_batches] == [[0] * 4, [1] * 4]
+    (rank,) = plan([header("a", 30, [5, 5, 5, 5])], max_tokens=50, share_prefix=False)
+    assert len(rank.mini_batches[0].micro_batches) == 4
+
+
+def test_a_group_is_parted_when_that_saves_micro_batches() -> None:
+    groups = [header(f"g{k}", 4, [14] * 4) for k in range(5)]  # 60 of 100 tokens each: whole groups need 5, filling needs 4
+    (rank,) = plan(groups, max_tokens=100)
+    assert len(rank.mini_batches[0].micro_batches) == 4
+
+
+def test_a_longer_sample_than_the_budget_is_alone() -> None:
+    (rank,) = plan([header("a", 10, [200, 5, 5])], max_tokens=64)
+    assert [[ref.index for ref in micro] for micro in rank.mini_batches[0].micro_batches] == [[0], [1, 2]]
+
+
+def test_fewer_samples_than_ranks_gives_empty_micro_batches() -> None:
+    ranks = plan([header("a", 10, [5, 6])], dp=4)
+    assert sorted(len(r.mini_batches[0].micro_batches[0]) for r in ranks) == [0, 0, 1, 1]
+
+
+def test_shares_are_even_and_groups_parted_only_for_that() -> None:
+    rng = np.random.default_rng(0)
+    items = [Item(g, i, g, 100, int(n)) for g in range(16) for i, n in enumerate(rng.integers(50, 900, size=8))]
+    for dp in (2, 3, 4, 8):
+        costs = [sum(split_cost(p) for p in by_prompt(share)) for share in balance(items, dp)]
+        assert max(costs) <= 1.07 * sum(costs) / dp
+    two = [Item(g, i, g, 100, 100) for g in range(2) for i in range(8)]
+    assert [len({i.group for i in share}) for share in balance(two, 2)] == [1, 1]
+    assert [len(share) for share in balance(two, 4)] == [4, 4, 4, 4]
+
+
+def test_cost_counts_attention() -> None:
+    alone = [Item(0, 0, 0, 0, 16384)]
+    assert split_cost(alone) == pytest.approx(2 * 16384)
+    assert split_cost([Item(0, 0, 0, 8192, 8192)]) == pytest.approx(split_cost(alone))
+    assert micro_batch_tokens([Item(0, 0, 0, 7, 1), Item(0, 1, 0, 7, 2)]) == 10
+
+
+def test_a_sample_without_loss_tokens_is_placed_but_in_no_denominator() -> None:
+    (rank,) = plan([header("a", 4, [5, 5], loss_tokens=[0, 3])])
+    mini = rank.mini_batches[0]
+    assert (mini.global_tokens, mini.global_samples, len(mini.micro_batches[0])) == (3, 1, 2)
+
+
+def test_bad_input_is_refused() -> None:
+    one = header("a", 4, [5, 5])
+    with pytest.raises(ValueError, match="do not fill 3"):
+        plan([one], n_minibatches=3)
+    with pytest.raises(ValueError, match="repeated"):
+        plan([one, one])
+    with pytest.raises(ValueError, match="group a"):
+        build_rank_batches([one], [np.array([1.0, np.nan])], dp=1, n_minibatches=1, max_tokens=9, share_prefix=True)
