@@ -1,0 +1,58 @@
+"""A task that a 135M model learns in minutes: sums of two two-digit numbers, in the AReaL-boba format.
+
+Every prompt is the same two worked examples and then the question. A problem is an unordered pair, so 23+45 and 45+23 are one; no
+problem is in both files, none is in the examples, and no answer can be read off an example.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from rlinf.errors import UserError
+
+SHOTS = ((23, 45), (58, 34))
+SHOT_SUMS = {a + b for a, b in SHOTS}
+PROBLEMS = tuple((a, b) for a in range(10, 100) for b in range(a, 100) if a + b not in SHOT_SUMS)
+
+
+def question(a: int, b: int) -> str:
+    return f"Question: What is {a}+{b}?\nAnswer:"
+
+
+def answer(a: int, b: int) -> str:
+    return f" {a}+{b}={a + b}. The final answer is \\boxed{{{a + b}}}."
+
+
+def prompt(a: int, b: int) -> str:
+    return "\n\n".join([question(*shot) + answer(*shot) for shot in SHOTS] + [question(a, b)])
+
+
+def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Path]:
+    """Write train.jsonl and val.jsonl into out_dir and return their paths. The files are a function of the arguments alone.
+
+    Raises UserError when n_train + n_val exceeds the number of distinct problems.
+    """
+    if n_train < 1 or n_val < 1 or n_train + n_val > len(PROBLEMS):
+        raise UserError(f"arithmetic data: {n_train} training and {n_val} validation problems were asked for; each must be at least 1 and both together at most {len(PROBLEMS)}")
+    words = np.random.Philox(key=[seed, 0]).random_raw(len(PROBLEMS))
+    chosen = np.argsort(words, kind="stable")[: n_train + n_val]
+    records = []
+    for i in chosen.tolist():
+        a, b = PROBLEMS[i]
+        if words[i] & 1:  # the order of the terms is chance too
+            a, b = b, a
+        records.append({"prompt": prompt(a, b), "task": "math", "query_id": f"add-{a}-{b}", "solutions": [f"\\boxed{{{a + b}}}"]})
+    out_dir.mkdir(parents=True, exist_ok=True)
+    return {"train": _write(out_dir / "train.jsonl", records[:n_train]), "val": _write(out_dir / "val.jsonl", records[n_train:])}
+
+
+def _write(path: Path, records: list[dict[str, object]]) -> Path:
+    """Whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(scratch, path)
+    return path

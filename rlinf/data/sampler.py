@@ -1,0 +1,85 @@
+"""Which prompts come next: a seeded stream that can be stopped and continued anywhere.
+
+The stream is the concatenation of the epochs' orders, cut into batches. A batch that meets the end of an epoch is filled from the
+start of the next one, so every prompt is seen once in each epoch and none is skipped; that one batch may hold a prompt twice, once
+for each epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlinf.errors import UserError
+
+
+def epoch_order(n: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch [n]: a function of its arguments alone, equal on every machine and numpy version.
+
+    Sorting raw Philox words, because numpy fixes the stream of a bit generator but not the algorithm of `permutation`.
+    """
+    if not shuffle:
+        return np.arange(n)
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(n), kind="stable")
+
+
+class PromptSampler:
+    """Batches of prompt indices. `epoch` counts from 0; `cursor` is the number of prompts of that epoch already handed out.
+
+    fingerprint: what the prompts are (DataReport.fingerprint); a state is refused when it was made over other prompts.
+    Raises UserError when there are fewer prompts than one batch needs.
+    """
+
+    def __init__(self, n: int, batch_size: int, shuffle: bool, seed: int, fingerprint: str = "") -> None:
+        if batch_size < 1:
+            raise UserError(f"data.rollout_batch_size: {batch_size} is not a number of prompts; it must be at least 1")
+        if n < batch_size:
+            raise UserError(
+                f"data.rollout_batch_size is {batch_size}, but data.train_data_paths hold only {n} prompts after filtering: "
+                "add data, or make the batch smaller"
+            )
+        if seed < 0:
+            raise UserError(f"data.seed: {seed} is negative; use 0 or more")
+        self.n, self.batch_size, self.shuffle, self.seed, self.fingerprint = n, batch_size, shuffle, seed, fingerprint
+        self.epoch, self.cursor = 0, 0
+        self._order = epoch_order(n, shuffle, seed, 0)
+
+    def next_batch(self) -> list[int]:
+        batch: list[int] = []
+        while len(batch) < self.batch_size:
+            if self.cursor == self.n:
+                self._go_to(self.epoch + 1, 0)
+            taken = self._order[self.cursor : self.cursor + self.batch_size - len(batch)]
+            batch += taken.tolist()
+            self.cursor += len(taken)
+        return batch
+
+    def total_steps(self, max_epochs: int, max_steps: int) -> int:
+        """Steps of a run: whole batches in max_epochs epochs, cut off at max_steps unless that is -1."""
+        by_epochs = self.n * max_epochs // self.batch_size
+        return by_epochs if max_steps == -1 else min(by_epochs, max_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values. The batch size is not part of it: it may change on resume without a prompt being lost or repeated."""
+        return {"epoch": self.epoch, "cursor": self.cursor} | self._identity()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. Raises UserError when the data, data.seed or data.shuffle are not those of the state."""
+        for name, mine in self._identity().items():
+            if state[name] != mine:
+                raise UserError(
+                    f"cannot resume: the checkpoint was made with {_MEANING[name]} {state[name]!r}, this run has {mine!r}; "
+                    "resuming would repeat some prompts and skip others. Restore it, or start a new run"
+                )
+        self._go_to(state["epoch"], state["cursor"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {"n": self.n, "seed": self.seed, "shuffle": self.shuffle, "fingerprint": self.fingerprint}
+
+    def _go_to(self, epoch: int, cursor: int) -> None:
+        self.epoch, self.cursor = epoch, cursor
+        self._order = epoch_order(self.n, self.shuffle, self.seed, epoch)
+
+
+_MEANING = {"n": "a number of training prompts of", "seed": "data.seed", "shuffle": "data.shuffle", "fingerprint": "training data"}

@@ -1,0 +1,168 @@
+"""A model folder's tokenizer, read straight from tokenizer.json.
+
+The `tokenizers` library alone is used (import: 0.02 s); transformers, which brings torch along (3 s), is imported only for chat
+templates and for folders without tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from rlinf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = Mapping[str, str]
+"""One turn of a chat: {"role": ..., "content": ...}."""
+
+
+class TextTokenizer:
+    """Text <-> token ids. Exactly one BOS leads a text where the model's tokenizer adds one, none where it does not.
+
+    eos_token_ids: every token that generation_config.json, config.json or the tokenizer calls an end token (the union, as SGLang
+    takes it), in that order.
+    """
+
+    def __init__(self, backend: Tokenizer, settings: dict[str, Any], eos_token_ids: tuple[int, ...]) -> None:
+        self._backend = backend
+        self._settings = settings
+        self.eos_token_ids = eos_token_ids
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)  # the embedding may be padded to more rows
+        self.bos_token_id = _bos_that_is_added(backend, settings)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As encode, on all cores."""
+        encoded = [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self.bos_token_id is None:
+            return encoded
+        return [ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids] for ids in encoded]
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The chat as text, up to where the assistant's turn begins. Raises UserError when the model has no chat template."""
+        if not self._settings.get("chat_template"):
+            raise UserError(
+                "data.apply_chat_template is true, but the model folder has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json): set it to false and put finished prompts into the data file"
+            )
+        return self._for_chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        return self.encode(self.render_chat(messages))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def _for_chat(self) -> PreTrainedTokenizerFast:
+        from transformers import PreTrainedTokenizerFast
+
+        names = {k: _content(self._settings.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        given = {k: v for k, v in names.items() if v is not None}
+        return PreTrainedTokenizerFast(tokenizer_object=self._backend, chat_template=self._settings["chat_template"], **given)
+
+
+def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> TextTokenizer:
+    """The tokenizer of a Hugging Face folder.
+
+    Code from the folder runs only when trust_remote_code is true and tokenizer_config.json names it. Raises UserError when the
+    folder or its tokenizer is missing or cannot be read.
+    """
+    folder = Path(model_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"rollout.model_dir: {folder} is not a folder; give the path of a local Hugging Face model folder")
+    settings = _read_json(folder / "tokenizer_config.json")
+    wants_code = "AutoTokenizer" in settings.get("auto_map", {})
+    file = folder / "tokenizer.json"
+    if file.is_file() and not (wants_code and trust_remote_code):
+        backend = _read_backend(file)
+    else:
+        backend = _backend_from_transformers(folder, wants_code, trust_remote_code)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    return TextTokenizer(backend, _with_named_template(settings), _eos_token_ids(folder, backend, settings))
+
+
+def _read_backend(file: Path) -> Tokenizer:
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception for every fault of the file
+        raise UserError(f"{file}: not a readable tokenizer file ({error}); fetch it again") from error
+    backend.no_padding()  # a file saved after training may carry either; prompts are never cut or padded
+    backend.no_truncation()
+    return backend
+
+
+def _backend_from_transformers(folder: Path, wants_code: bool, trust_remote_code: bool) -> Tokenizer:
+    if wants_code and not trust_remote_code:
+        raise UserError(
+            f"{folder}: there is no tokenizer.json, and tokenizer_config.json wants to run code from the folder; "
+            "if you trust it, set rollout.trust_remote_code: true"
+        )
+    if not wants_code and not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.model")):
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json is missing); copy the tokenizer files of the model into the folder")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{folder}: its tokenizer has no fast form; convert it to tokenizer.json (AutoTokenizer(...).save_pretrained)")
+    return backend
+
+
+def _bos_that_is_added(backend: Tokenizer, settings: dict[str, Any]) -> int | None:
+    """The BOS id that leads every text, or None. `add_bos_token` of tokenizer_config.json decides; without it, tokenizer.json does."""
+    bos = _content(settings.get("bos_token"))
+    bos_id = None if bos is None else backend.token_to_id(bos)
+    if bos_id is None:
+        return None
+    adds = settings.get("add_bos_token")
+    if adds is None:
+        adds = backend.encode("a").ids[:1] == [bos_id]
+    return bos_id if adds else None
+
+
+def _eos_token_ids(folder: Path, backend: Tokenizer, settings: dict[str, Any]) -> tuple[int, ...]:
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(folder / name).get("eos_token_id")
+        found += [] if ids is None else ids if isinstance(ids, list) else [ids]
+    eos = _content(settings.get("eos_token"))
+    eos_id = None if eos is None else backend.token_to_id(eos)
+    found += [] if eos_id is None else [eos_id]
+    if not found:
+        raise UserError(f"{folder}: no end token; give eos_token_id in generation_config.json or config.json")
+    return tuple(dict.fromkeys(found))
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    """A special token of tokenizer_config.json: a string, or an object that holds it."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _with_named_template(settings: dict[str, Any]) -> dict[str, Any]:
+    """Some folders list several named templates; `default` is the one for plain chats."""
+    templates = settings.get("chat_template")
+    if isinstance(templates, list):
+        return settings | {"chat_template": {t["name"]: t["template"] for t in templates}.get("default")}
+    return settings
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); fetch it again") from error
