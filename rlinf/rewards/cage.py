@@ -1,0 +1,72 @@
+"""The child process of rewards/pool.py: reads items from stdin, answers on stdout, one at a time, under its own limits.
+
+    python -m rlinf.rewards.cage PARENT_PID MEMORY_BYTES TIMEOUT
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import Any, BinaryIO
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def read_item(stream: BinaryIO) -> Any:
+    header = stream.read(4)
+    if len(header) < 4:
+        return None
+    return json.loads(stream.read(struct.unpack("<I", header)[0]))
+
+
+def write_reply(stream: BinaryIO, reply: dict[str, Any]) -> None:
+    data = json.dumps(reply).encode()
+    stream.write(struct.pack("<I", len(data)) + data)
+    stream.flush()
+
+
+def limit_cpu(seconds: float) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1, hard))
+
+
+def main(parent: int, memory_bytes: int, timeout: float) -> None:
+    die_with_parent(parent)
+    from rlinf.rewards.math import judge_symbolic, warm_up
+
+    warm_up()
+    logging.disable(logging.CRITICAL)
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    write_reply(replies, {"ready": True})
+    for fd in (0, 1, 2):  # what a library prints must not reach the protocol or the log
+        os.dup2(nothing, fd)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    while (item := read_item(requests)) is not None:
+        limit_cpu(timeout)
+        try:
+            reply = judge_symbolic(*item)._asdict()
+        except MemoryError:
+            reply = {"limit": "memory"}
+        except RecursionError:
+            reply = {"limit": "recursion"}
+        write_reply(replies, reply)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

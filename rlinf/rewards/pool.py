@@ -1,0 +1,199 @@
+"""The cage: worker processes that may be killed at any moment, for answers that need symbolic work.
+
+Only killing a process stops C code, so every worker is a clean child (no torch, no fork of this process) with a memory and a CPU limit
+that speaks JSON over pipes. One keeper thread holds one worker, gives it one item at a time and kills it when the wall limit is over; a
+spare that has already started takes its place. A stuck item therefore costs its own keeper `timeout` seconds and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+START_SECONDS = 60.0  # for a worker to import its libraries on a busy machine; not part of any item's time
+ITEMS_PER_WORKER = 5000  # then it is replaced, so that the caches of the libraries stay small
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+
+class Reply(NamedTuple):
+    """What came back for one item: the worker's answer, or None with the reason (`timeout`, `memory`, `died`); seconds from hand-over."""
+
+    answer: dict[str, Any] | None
+    reason: str
+    seconds: float
+
+
+class Worker:
+    """One child process. Not thread-safe: it belongs to one keeper."""
+
+    def __init__(self, memory_bytes: int, timeout: float) -> None:
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH")))), PYTHONHASHSEED="0")
+        command = [sys.executable, "-m", "rlinf.rewards.cage", str(os.getpid()), str(memory_bytes), str(timeout)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, process_group=0)
+        self.items = 0
+        self._ready = False
+
+    def wait_ready(self) -> None:
+        """Raises RuntimeError when the child cannot start (its traceback is on stderr)."""
+        if not self._ready:
+            if self._read(time.monotonic() + START_SECONDS) != {"ready": True}:
+                self.kill()
+                raise RuntimeError(f"a verifier process did not start (exit status {self.process.returncode}); see its messages on stderr")
+            self._ready = True
+
+    def ask(self, item: Any, timeout: float) -> Reply:
+        """Hand an item over and wait; after anything but an answer the worker must be replaced."""
+        started = time.monotonic()
+        data = json.dumps(item).encode()
+        try:
+            self.process.stdin.write(struct.pack("<I", len(data)) + data)
+            answer = self._read(started + timeout)
+        except BrokenPipeError:
+            answer = None
+        seconds = time.monotonic() - started
+        self.items += 1
+        if answer is not None:
+            return Reply(answer, answer.get("limit", ""), seconds)
+        timed_out = seconds >= timeout
+        self.kill()
+        if timed_out or self.process.returncode == -signal.SIGXCPU:
+            return Reply(None, "timeout", seconds)
+        return Reply(None, "killed" if self.process.returncode == -signal.SIGKILL else "died", seconds)
+
+    def kill(self) -> None:
+        """SIGKILL and reap. A child that is dead already keeps its own exit status."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def _read(self, deadline: float) -> dict[str, Any] | None:
+        """One message, or None at the deadline or at the end of the pipe."""
+        header = self._read_bytes(4, deadline)
+        body = header and self._read_bytes(struct.unpack("<I", header)[0], deadline)
+        return json.loads(body) if body else None
+
+    def _read_bytes(self, count: int, deadline: float) -> bytes | None:
+        fd, data = self.process.stdout.fileno(), b""
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        while len(data) < count:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return None
+            chunk = os.read(fd, count - len(data))
+            if not chunk:
+                self.process.wait()  # the pipe closed because the child ended: its exit status says why
+                return None
+            data += chunk
+        return data
+
+
+class Pool:
+    """`submit` returns a future of a Reply; it blocks while more than a few items per worker are waiting (back-pressure)."""
+
+    def __init__(self, processes: int, timeout: float, memory_bytes: int = 1 << 30) -> None:
+        if processes < 1 or timeout <= 0:
+            raise ValueError(f"a pool needs at least one process and a positive timeout, got {processes} and {timeout}")
+        self._state = _State(timeout, memory_bytes, queue.Queue(maxsize=8 * processes), ThreadPoolExecutor(1, "rlinf-nursery"))
+        self._keepers = [threading.Thread(target=_keep, args=(self._state,), name="rlinf-keeper", daemon=True) for _ in range(processes)]
+        for keeper in self._keepers:
+            keeper.start()
+        self._close = weakref.finalize(self, _close, self._state, self._keepers)
+
+    def submit(self, item: Any) -> Future[Reply]:
+        future: Future[Reply] = Future()
+        if not self._close.alive:
+            raise RuntimeError("the pool is closed")
+        self._state.jobs.put((item, future))
+        return future
+
+    def worker_pids(self) -> list[int]:
+        with self._state.lock:
+            return [w.process.pid for w in self._state.workers if w.process.poll() is None]
+
+    def close(self) -> None:
+        """Waiting items are cancelled, running ones finish or time out, every child is reaped. Also runs at exit and when collected."""
+        self._close()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _State:
+    """What keepers share. Apart from Pool, so that the threads do not keep the pool alive."""
+
+    def __init__(self, timeout: float, memory_bytes: int, jobs: queue.Queue, nursery: ThreadPoolExecutor) -> None:
+        self.timeout, self.memory_bytes, self.jobs, self.nursery = timeout, memory_bytes, jobs, nursery
+        self.lock = threading.Lock()
+        self.workers: list[Worker] = []
+        self.closed = False
+        self.spare: Future[Worker] = self.nursery.submit(self._spawn)
+
+    def _spawn(self) -> Worker:
+        # Always in the nursery's thread: the kernel sends PR_SET_PDEATHSIG when the *thread* that started the child ends.
+        worker = Worker(self.memory_bytes, self.timeout)
+        with self.lock:
+            self.workers = [w for w in self.workers if w.process.poll() is None] + [worker]
+        return worker
+
+    def next_worker(self) -> Worker:
+        """The spare, ready; another one starts behind it."""
+        with self.lock:
+            mine, self.spare = self.spare, self.nursery.submit(self._spawn)
+        worker = mine.result()
+        worker.wait_ready()
+        return worker
+
+
+def _keep(state: _State) -> None:
+    worker: Worker | None = None
+    while (job := state.jobs.get()) is not None:
+        item, future = job
+        if state.closed or not future.set_running_or_notify_cancel():
+            future.cancel()
+            continue
+        try:
+            for attempt in range(2):
+                if worker is None or worker.items >= ITEMS_PER_WORKER or worker.process.poll() is not None:
+                    if worker is not None:
+                        worker.kill()
+                    worker = state.next_worker()
+                reply = worker.ask(item, state.timeout)
+                if reply.reason:
+                    worker.kill()
+                    worker = None
+                if reply.reason != "killed":  # killed from outside while it held an innocent item: once more
+                    break
+            future.set_result(reply)
+        except (RuntimeError, OSError) as error:  # a worker that cannot start: the caller must hear of it, this thread must live on
+            future.set_exception(error)
+            worker = None
+    if worker is not None:
+        worker.kill()
+
+
+def _close(state: _State, keepers: list[threading.Thread]) -> None:
+    state.closed = True
+    for _ in keepers:
+        state.jobs.put(None)
+    for keeper in keepers:
+        keeper.join()
+    state.nursery.shutdown(wait=True)
+    for worker in state.workers:
+        if worker.process.poll() is None:
+            worker.kill()

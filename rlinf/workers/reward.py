@@ -1,0 +1,58 @@
+"""The reward worker: decodes the responses of a group, judges them, and writes what a person may want to read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+from rlinf.config.schema import Config
+from rlinf.data.records import Group, Verdict
+from rlinf.data.tokenizer import load_tokenizer
+from rlinf.rewards.verifier import Item, Verifier
+from rlinf.scheduling.placement import WorkerAddress
+
+
+class RewardWorker:
+    """One reward process. `judge` may run many times at once in one event loop."""
+
+    def __init__(self, address: WorkerAddress, config: Config) -> None:
+        reward = config.reward
+        self.address = address
+        self.tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+        self.verifier = Verifier(reward.reward_scale, reward.undecided_reward, reward.answer_format, reward.num_processes, reward.timeout)
+        self.verifier.warm_up()
+
+    async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
+        """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample."""
+        return await asyncio.to_thread(self._judge, group, dump_path)
+
+    def close(self) -> None:
+        self.verifier.close()
+
+    def _judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
+        prompt = group.prompt.text or self.tokenizer.decode(group.prompt.token_ids.tolist())
+        texts = [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
+        verdicts = tuple(self.verifier.verify_many([Item(text, group.prompt.solutions, group.prompt.task, prompt) for text in texts]))
+        if dump_path:
+            dump(Path(dump_path), group, prompt, texts, verdicts)
+        return verdicts
+
+
+def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tuple[Verdict, ...]) -> None:
+    """Append one line a sample, in one write: several workers may write to one file."""
+    lines = []
+    for sample, text, verdict in zip(group.samples, texts, verdicts, strict=True):
+        lines.append(json.dumps({
+            "group_id": group.group_id, "sample_id": sample.sample_id, "task": group.prompt.task, "prompt": prompt, "response": text,
+            "solutions": group.prompt.solutions, "reward": verdict.reward, "status": verdict.status.value, "route": verdict.route,
+            "extracted": verdict.extracted, "reason": verdict.reason, "seconds": verdict.seconds, "length": len(sample),
+            "finish": sample.finish.value, "versions": sample.versions,
+        }, ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(fd, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    finally:
+        os.close(fd)
