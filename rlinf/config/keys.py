@@ -1,0 +1,67 @@
+"""The schema as a flat table: dotted key -> type, default, meaning, choices. Loading, explaining and the reference page walk it."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from rlinf.config.schema import Config
+
+REQUIRED = "???"  # OmegaConf's mark of a key without a default
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null."""
+
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    help: str
+    choices: tuple[Any, ...]
+
+    @property
+    def type_name(self) -> str:
+        names = {str: "text", int: "integer", float: "number", bool: "true or false", list: "list of text", dict: "mapping of text to text"}
+        return names[self.kind] + (" or null" if self.optional else "")
+
+
+@cache
+def known_keys() -> dict[str, Key]:
+    """Every leaf, in the order of the schema."""
+    return {k.name: k for k in _walk(Config, "")}
+
+
+@cache
+def known_sections() -> tuple[str, ...]:
+    """Every dotted prefix of a leaf: `actor`, `actor.optim`, ..."""
+    return tuple(dict.fromkeys(name.rsplit(".", depth)[0] for name in known_keys() for depth in range(name.count("."), 0, -1)))
+
+
+def nearest(name: str) -> str | None:
+    """The key or section the user most likely meant: the same last word in another section, else the most similar spelling."""
+    candidates = [*known_keys(), *known_sections()]
+    same_leaf = [c for c in candidates if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    found = difflib.get_close_matches(name, same_leaf, n=1, cutoff=0.0) or difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _walk(section: type, prefix: str) -> list[Key]:
+    hints = typing.get_type_hints(section)
+    keys = []
+    for field in fields(section):
+        name, hint = prefix + field.name, hints[field.name]
+        if is_dataclass(hint):
+            keys += _walk(typing.cast(type, hint), name + ".")
+            continue
+        optional = isinstance(hint, types.UnionType)
+        if optional:
+            hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        keys.append(Key(name, typing.get_origin(hint) or hint, optional, default, field.metadata["help"], field.metadata["choices"]))
+    return keys

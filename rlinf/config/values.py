@@ -1,0 +1,60 @@
+"""Values of keys: conversion to the type of the schema, choices, and printing as YAML."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from typing import Any
+
+from rlinf.config.dropped import dropped_value
+from rlinf.config.keys import Key
+from rlinf.config.settings import FLOAT, parse, python_value
+
+
+def convert(value: Any, key: Key) -> Any:
+    """The value in the type of the key. Raises ValueError that says what was expected."""
+    if value is None and key.optional:
+        return None
+    converted = _as(key.kind, value)
+    if converted is None:
+        raise ValueError(f"expected {key.type_name}, got {dump(value)}")
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError(f"expected a finite number, got {value}")
+    for item in converted if isinstance(converted, list) else [converted]:
+        if key.choices and item not in key.choices:
+            raise ValueError(f"{dump(item)} is not one of {', '.join(dump(c) for c in key.choices)}{_advice(key, item)}")
+    return converted
+
+
+def dump(value: Any) -> str:
+    """One YAML value on one line; text is quoted unless it is a plain word. `${` is escaped: values are resolved when printed."""
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z./][\w./+-]*", value) and isinstance(python_value(parse(value, "")), str):
+        return value
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("${", "\\\\${")
+
+
+def _advice(key: Key, item: Any) -> str:
+    replaced = dropped_value(key.name, item)
+    close = difflib.get_close_matches(str(item), [str(c) for c in key.choices], n=1)
+    return f"; {replaced}" if replaced else f"; did you mean {close[0]}?" if close else ""
+
+
+def _as(kind: type, value: Any) -> Any:
+    """value as kind; None when it is something else. Text counts as a number: interpolated environment variables are text."""
+    number = type(value) in (int, float)
+    text = value if isinstance(value, str) else ""
+    if kind is bool:
+        return value if isinstance(value, bool) else {"true": True, "false": False}.get(text.lower())
+    if kind is str:
+        return value if isinstance(value, str) else str(value) if number else None
+    if kind is float:
+        return float(value) if number else float(text.replace("_", "")) if FLOAT.fullmatch(text) or re.fullmatch(r"[-+]?\d+", text) else None
+    if kind is int:
+        whole = number and float(value).is_integer() or re.fullmatch(r"[-+]?\d+", text)
+        return int(value) if whole else None
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value if isinstance(value, kind) and all(isinstance(v, str) for v in items) else None
