@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from rlinf.config.schema import ClusterConfig, Config
+from rlinf.errors import UserError
+
+KEY = "cluster.component_placement"
+COMPONENTS = ("actor", "rollout", "reward")
+Device = tuple[int, int]  # (node, index on the node)
 
 
 @dataclass(frozen=True)
@@ -51,3 +63,137 @@ class WorkerAddress:
     master_port: int
     run_id: str
     threads: int
+
+
+def nodes_of(cluster: ClusterConfig) -> list[Node]:
+    """The nodes that the configuration asks for (what is really there is checked by the cluster room)."""
+    return [Node(rank, cluster.num_gpus_per_node) for rank in range(cluster.num_nodes)]
+
+
+def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
+    """Seat every rank. Raises UserError that names the key and the nearest remedy for a placement that cannot be.
+
+    Devices are numbered node by node. An actor or a rollout engine has a device to itself within its component; components share
+    devices or not as `cluster.component_placement` says. Actor ranks follow Megatron's order: tensor-parallel index fastest, then
+    data-parallel, pipeline stage slowest. Reward has one process a node, on the first of its devices there.
+    """
+    devices = _component_devices(config.cluster.component_placement, nodes)
+    seats = [
+        *_actor_seats(config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size, devices["actor"]),
+        *_rollout_seats(config.rollout.tensor_parallel_size, devices["rollout"]),
+        *_reward_seats(devices["reward"]),
+    ]
+    if config.cluster.backend == "local" and len(seats) > len(COMPONENTS):
+        counts = ", ".join(f"{c} {sum(s.component == c for s in seats)}" for c in COMPONENTS)
+        raise UserError(f"cluster.backend: local runs everything in one process, one rank a component, but the placement has {counts}; use "
+                        "cluster.backend: ray, or num_nodes: 1, num_gpus_per_node: 1 with tensor and pipeline parallel sizes 1")  # fmt: skip
+    actor, rollout = set(devices["actor"]), set(devices["rollout"])
+    mode = "collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated"
+    return Plan(tuple(seats), mode)
+
+
+def describe(plan: Plan, config: Config) -> str:
+    """The plan as text: how components share devices, the actor's layout, and who sits on every node."""
+    model, actors = config.actor.model, plan.of("actor")
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    crossing = sum(len({s.node for s in actors[i : i + tp]}) > 1 for i in range(0, len(actors), tp))
+    lines = [
+        f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)",
+        f"  actor    {len(actors)} rank(s) = TP {tp} x DP {len(actors) // (tp * pp)} x PP {pp}" + (f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""),
+        f"  rollout  {len(plan.of('rollout'))} {config.rollout.rollout_backend} engine(s) of {config.rollout.tensor_parallel_size} device(s)",
+        f"  reward   {len(plan.of('reward'))} process(es) on the hosts",
+    ]
+    for node in sorted({s.node for s in plan.seats}):
+        seated = {c: [s for s in plan.of(c) if s.node == node] for c in COMPONENTS}
+        parts = [f"{c} {_ranges([s.rank for s in seats])} on {_ranges(sorted(d for s in seats for d in s.devices))}" for c, seats in seated.items() if seats]
+        lines.append(f"  node {node:<3} " + " | ".join(parts))
+    return "\n".join(lines)
+
+
+def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node]) -> dict[str, list[Device]]:
+    everything = [(n.rank, i) for n in nodes for i in range(n.devices)]
+    devices: dict[str, list[Device]] = {}
+    for names, spec in placement.items():
+        for name in (n.strip() for n in names.split(",")):
+            if name not in COMPONENTS:
+                close = difflib.get_close_matches(name, COMPONENTS, n=1)
+                hint = "the actor recomputes log-probabilities itself; remove it" if name == "inference" else f"components are {', '.join(COMPONENTS)}"
+                raise UserError(f"{KEY}: unknown component {name!r}; " + (f"did you mean {close[0]}?" if close else hint))
+            if name in devices:
+                raise UserError(f"{KEY}: {name} is placed twice; give it one list of devices, such as `{name}: 0-3,8`")
+            devices[name] = [everything[i] for i in _indices(name, spec, len(everything))]
+    missing = [c for c in COMPONENTS if c not in devices]
+    if missing:
+        raise UserError(f"{KEY}: {', '.join(missing)} has no devices; add it, such as `{','.join(missing)}: all`")
+    return devices
+
+
+def _indices(name: str, spec: str, available: int) -> list[int]:
+    """`all`, `0-7`, `0-3,8` -> device numbers in ascending order."""
+    if spec.strip() == "all":
+        return list(range(available))
+    found: list[int] = []
+    for part in spec.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise UserError(f"{KEY}: {name}: cannot read {spec!r}; write `all`, a range `0-7`, or a list `0-3,8`")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise UserError(f"{KEY}: {name}: the range {part.strip()} runs backwards; write {last}-{first}")
+        if last >= available:
+            raise UserError(f"{KEY}: {name}: device {last} does not exist; there are {available} devices, 0-{available - 1} "
+                            "(cluster.num_nodes x cluster.num_gpus_per_node); name those, or raise one of the two")  # fmt: skip
+        found += range(first, last + 1)
+    twice = sorted({i for i in found if found.count(i) > 1})
+    if twice:
+        raise UserError(f"{KEY}: {name}: device {twice[0]} is listed twice in {spec!r}; list it once")
+    return sorted(found)
+
+
+def _actor_seats(tp: int, pp: int, devices: Sequence[Device]) -> list[Seat]:
+    sizes = f"actor.model.tensor_model_parallel_size {tp} x actor.model.pipeline_model_parallel_size {pp}"
+    if len(devices) < tp * pp:
+        raise UserError(f"{KEY}: the actor needs at least {tp * pp} devices ({sizes}), but it has {len(devices)}; give it more devices "
+                        "(on a CPU machine raise cluster.num_gpus_per_node), or lower the parallel sizes")  # fmt: skip
+    if len(devices) % (tp * pp):
+        fewer = len(devices) // (tp * pp) * tp * pp
+        raise UserError(f"{KEY}: the actor has {len(devices)} devices, which {sizes} = {tp * pp} does not divide; "
+                        f"give it {fewer} or {fewer + tp * pp} devices")  # fmt: skip
+    return [Seat("actor", rank, device[0], (device[1],)) for rank, device in enumerate(d for group in _groups(devices, tp) for d in group)]
+
+
+def _rollout_seats(tp: int, devices: Sequence[Device]) -> list[Seat]:
+    key = "rollout.tensor_parallel_size"
+    if len(devices) % tp:
+        sizes = [t for t in range(1, len(devices) + 1) if len(devices) % t == 0]
+        raise UserError(f"{key}: engines of {tp} devices do not fit the rollout's {len(devices)} devices; change it to one of {sizes}, "
+                        f"or change the rollout's devices in {KEY}")  # fmt: skip
+    groups = _groups(devices, tp)
+    crossing = next((g for g in groups if g[0][0] != g[-1][0]), None)
+    if crossing:
+        per_node = Counter(node for node, _ in devices)
+        raise UserError(f"{key}: an engine of {tp} devices must stay inside one node, but the rollout has {', '.join(f'{n} on node {k}' for k, n in sorted(per_node.items()))}; "
+                        f"give it a multiple of {tp} devices on every node in {KEY}, or lower {key}")  # fmt: skip
+    return [Seat("rollout", rank, group[0][0], tuple(i for _, i in group)) for rank, group in enumerate(groups)]
+
+
+def _reward_seats(devices: Sequence[Device]) -> list[Seat]:
+    first = {node: index for node, index in reversed(devices)}
+    return [Seat("reward", rank, node, (first[node],)) for rank, node in enumerate(sorted(first))]
+
+
+def _groups(devices: Sequence[Device], size: int) -> list[list[Device]]:
+    """Consecutive devices in groups of `size`, as many as possible inside one node, in the order of their first device."""
+    groups, left = [], []
+    for _, on_node in itertools.groupby(devices, key=lambda d: d[0]):
+        found = list(on_node)
+        whole = len(found) // size * size
+        groups += [found[i : i + size] for i in range(0, whole, size)]
+        left += found[whole:]
+    return sorted(groups + [left[i : i + size] for i in range(0, len(left), size)])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -1,0 +1,148 @@
+"""Every rank has one seat; illegal placements are refused with the key and the remedy."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+
+from rlinf.config.schema import ClusterConfig, Config
+from rlinf.errors import UserError
+from rlinf.scheduling.placement import Node, Plan, build_plan, describe, nodes_of
+
+
+def config_of(nodes: int, per_node: int, placement: dict[str, str], tp: int = 1, pp: int = 1, rollout_tp: int = 1, backend: str = "ray") -> Config:
+    config = Config(cluster=ClusterConfig(backend=backend, num_nodes=nodes, num_gpus_per_node=per_node, component_placement=placement))
+    config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
+    config.rollout.tensor_parallel_size = rollout_tp
+    return config
+
+
+def plan_of(*args, **kwargs) -> Plan:
+    config = config_of(*args, **kwargs)
+    return build_plan(config, nodes_of(config.cluster))
+
+
+ALL = {"actor,rollout,reward": "all"}
+
+
+def check(plan: Plan, actor_devices: set, rollout_devices: set, tp: int, pp: int, rollout_tp: int) -> None:
+    """What every legal plan must satisfy."""
+    actors, engines, rewards = plan.of("actor"), plan.of("rollout"), plan.of("reward")
+    assert len(actors) + len(engines) + len(rewards) == len(plan.seats)
+    for seats in (actors, engines, rewards):
+        assert [s.rank for s in seats] == list(range(len(seats)))
+        taken = Counter((s.node, d) for s in seats for d in s.devices)
+        assert not taken or max(taken.values()) == 1
+    assert {(s.node, s.devices[0]) for s in actors} == actor_devices and all(len(s.devices) == 1 for s in actors)
+    assert {(s.node, d) for s in engines for d in s.devices} == rollout_devices and all(len(s.devices) == rollout_tp for s in engines)
+    assert len({s.node for s in rewards}) == len(rewards)
+    assert len(actors) % (tp * pp) == 0
+    dp = len(actors) // (tp * pp)
+    whole = sum(n // tp for n in Counter(node for node, _ in actor_devices).values())  # TP groups that can lie inside one node
+    inside = 0
+    for stage, replica in itertools.product(range(pp), range(dp)):
+        first = tp * (replica + dp * stage)
+        inside += len({actors[first + t].node for t in range(tp)}) == 1
+    assert inside == whole
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 16])
+def test_every_layout_of_whole_nodes_seats_every_rank_once(nodes: int) -> None:
+    world = nodes * 8
+    for tp, pp, rollout_tp in itertools.product((1, 2, 3, 4, 8, 16), (1, 2, 3, 4), (1, 2, 3, 4, 8, 16)):
+        legal = world % (tp * pp) == 0 and world % rollout_tp == 0 and 8 % rollout_tp == 0
+        if not legal:
+            with pytest.raises(UserError, match=r"actor|rollout.tensor_parallel_size"):
+                plan_of(nodes, 8, ALL, tp, pp, rollout_tp)
+            continue
+        plan = plan_of(nodes, 8, ALL, tp, pp, rollout_tp)
+        everything = {(n, d) for n in range(nodes) for d in range(8)}
+        check(plan, everything, everything, tp, pp, rollout_tp)
+        assert plan.mode == "collocated" and len(plan.of("reward")) == nodes
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_every_split_into_two_ranges_seats_every_rank_once(nodes: int) -> None:
+    world, modes = nodes * 8, Counter()
+    for end, start, tp, pp, rollout_tp in itertools.product(range(1, world, 2), range(0, world, 3), (1, 2, 4), (1, 2), (1, 2, 4)):
+        placement = {"rollout": f"0-{end - 1}", "actor": f"{start}-{world - 1}", "reward": "0"}
+        actor = {divmod(d, 8) for d in range(start, world)}
+        rollout = {divmod(d, 8) for d in range(end)}
+        per_node = Counter(node for node, _ in rollout)
+        legal = len(actor) % (tp * pp) == 0 and all(n % rollout_tp == 0 for n in per_node.values())
+        if not legal:
+            with pytest.raises(UserError):
+                plan_of(nodes, 8, placement, tp, pp, rollout_tp)
+            continue
+        plan = plan_of(nodes, 8, placement, tp, pp, rollout_tp)
+        check(plan, actor, rollout, tp, pp, rollout_tp)
+        assert plan.mode == ("collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated")
+        assert plan.shares_device("actor", "rollout") == bool(actor & rollout)
+        modes[plan.mode] += 1
+    assert modes["hybrid"] and modes["disaggregated"]
+
+
+def test_actor_ranks_run_through_tensor_then_data_then_pipeline() -> None:
+    plan = plan_of(2, 4, ALL, tp=2, pp=2)
+    stage_1 = plan.of("actor")[4:]
+    assert [(s.node, s.devices) for s in plan.of("actor")[:4]] == [(0, (i,)) for i in range(4)]
+    assert {s.node for s in stage_1} == {1}
+
+
+def test_tensor_parallel_groups_prefer_one_node() -> None:
+    plan = plan_of(2, 8, {"actor": "6-13", "rollout,reward": "0-5"}, tp=4)
+    assert [(s.node, s.devices[0]) for s in plan.of("actor")] == [(0, 6), (0, 7), (1, 4), (1, 5), (1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_reward_has_one_process_a_node_on_its_first_device() -> None:
+    plan = plan_of(3, 4, {"actor,rollout": "all", "reward": "2-3,5-6,9"})
+    assert [(s.node, s.devices) for s in plan.of("reward")] == [(0, (2,)), (1, (1,)), (2, (1,))]
+
+
+def test_engines_take_consecutive_devices() -> None:
+    plan = plan_of(1, 8, {"actor,reward": "0-3", "rollout": "4-7"}, rollout_tp=2)
+    assert [s.devices for s in plan.of("rollout")] == [(4, 5), (6, 7)]
+    assert plan.mode == "disaggregated"
+
+
+def test_nodes_may_differ_in_size() -> None:
+    config = config_of(2, 4, ALL)
+    plan = build_plan(config, [Node(0, 4), Node(1, 2)])
+    assert [(s.node, s.devices[0]) for s in plan.of("actor")] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"),
+    [
+        ((1, 2, ALL), dict(tp=2, pp=2), ["actor needs at least 4 devices", "has 2", "actor.model.tensor_model_parallel_size 2", "num_gpus_per_node"]),
+        ((1, 6, ALL), dict(tp=4), ["actor has 6 devices", "give it 4 or 8 devices"]),
+        ((1, 6, ALL), dict(rollout_tp=4), ["rollout.tensor_parallel_size", "6 devices", "[1, 2, 3, 6]"]),
+        ((2, 3, ALL), dict(rollout_tp=2), ["rollout.tensor_parallel_size", "inside one node", "3 on node 0, 3 on node 1"]),
+        ((1, 8, {"actor,reward": "all", "rollout": "0-8"}), {}, ["rollout", "device 8 does not exist", "0-7"]),
+        ((1, 8, {"actor,reward": "all", "rollout": "0-3,3"}), {}, ["rollout", "device 3 is listed twice"]),
+        ((1, 8, {"actor,reward": "all", "rollout": "7-4"}), {}, ["runs backwards", "4-7"]),
+        ((1, 8, {"actor,reward": "all", "rollout": "0-3:0-1"}), {}, ["cannot read '0-3:0-1'", "0-3,8"]),
+        ((1, 8, {"actor,reward": "all", "rollout": ""}), {}, ["rollout", "cannot read ''"]),
+        ((1, 8, {"actor,rollout": "all"}), {}, ["reward has no devices", "`reward: all`"]),
+        ((1, 8, {"actor,rollout,reward,actor": "all"}), {}, ["actor is placed twice"]),
+        ((1, 8, {"actr,rollout,reward": "all"}), {}, ["unknown component 'actr'", "did you mean actor?"]),
+        ((1, 8, {"actor,rollout,reward,inference": "all"}), {}, ["'inference'", "remove it"]),
+        ((1, 2, ALL), dict(backend="local"), ["cluster.backend", "actor 2, rollout 2, reward 1"]),
+    ],
+)
+def test_illegal_placements_name_the_key_and_the_remedy(args: tuple, kwargs: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        plan_of(*args, **kwargs)
+    for word in ["cluster.component_placement"] * ("backend" not in kwargs) + words:
+        assert word in str(error.value)
+
+
+def test_describe_names_every_node_and_the_layout() -> None:
+    config = config_of(2, 8, {"actor": "4-15", "rollout,reward": "0-3"}, tp=2, rollout_tp=2)
+    text = describe(build_plan(config, nodes_of(config.cluster)), config)
+    assert "disaggregated" in text and "TP 2 x DP 6 x PP 1" in text and "2 sglang engine(s) of 2 device(s)" in text
+    assert "node 0   actor 0-3 on 4-7 | rollout 0-1 on 0-3 | reward 0 on 0" in text and "node 1   actor 4-11 on 0-7" in text
+    config = config_of(2, 2, ALL, tp=4)
+    assert "1 TP group(s) cross nodes" in describe(build_plan(config, nodes_of(config.cluster)), config)
