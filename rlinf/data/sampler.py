@@ -14,6 +14,9 @@ import numpy as np
 from rlinf.errors import UserError
 
 
+_MEANING = {"n": "a number of training prompts of", "seed": "data.seed", "shuffle": "data.shuffle", "fingerprint": "training data"}
+
+
 def epoch_order(n: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch [n]: a function of its arguments alone, equal on every machine and numpy version.
 
@@ -80,6 +83,3 @@ class PromptSampler:
     def _go_to(self, epoch: int, cursor: int) -> None:
         self.epoch, self.cursor = epoch, cursor
         self._order = epoch_order(self.n, self.shuffle, self.seed, epoch)
-
-
-_MEANING = {"n": "a number of training prompts of", "seed": "data.seed", "shuffle": "data.shuffle", "fingerprint": "training data"}

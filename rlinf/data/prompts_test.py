@@ -1,0 +1,169 @@
+"""AReaL-boba files as they come: the quirks of the format, and every way in which a file can be wrong."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlinf.config.schema import DataConfig
+from rlinf.data.prompts import load_prompts
+from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
+from rlinf.data.tokenizer_test import TEMPLATE, make_folder
+from rlinf.errors import UserError
+
+R1_PROMPT = "<｜User｜>Compute 1/3 - 1.\nPlease reason step by step, and put your final answer within \\boxed{}.<｜Assistant｜><think>\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return load_tokenizer(str(make_folder(tmp_path_factory.mktemp("model"), add_bos_token=True, chat_template=TEMPLATE)))
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "1+1=", "task": "math", "query_id": "q", "solutions": ["\\boxed{2}"]} | changes
+
+
+def write(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
+    """Dicts as JSON, strings as they are, one a line."""
+    text = "".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in rows)
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def test_a_boba_record_is_taken_as_it_stands(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path, row(prompt=R1_PROMPT, query_id=123, solutions=["\\boxed{-2/3}", "so \\boxed{e}"]))
+    (prompt,), report = load_prompts([path], DataConfig(), tokenizer)
+    assert (prompt.prompt_id, prompt.task, prompt.solutions, prompt.text) == ("123", "math", ("\\boxed{-2/3}", "so \\boxed{e}"), R1_PROMPT)
+    assert prompt.metadata == {"file": path, "line": 1}
+    assert prompt.token_ids.dtype == "int32"
+    assert prompt.token_ids.tolist() == tokenizer.encode(R1_PROMPT) and prompt.token_ids.tolist().count(256) == 1
+    assert (report.read, report.kept, report.tasks, report.longest_prompt) == (1, 1, {"math": 1}, len(prompt.token_ids))
+
+
+def test_missing_task_is_math_and_missing_id_is_the_place(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path, "", {"prompt": "1+1=", "solutions": "2"})
+    (prompt,), _ = load_prompts([path], DataConfig(), tokenizer)
+    assert (prompt.task, prompt.prompt_id, prompt.solutions) == ("math", "data.jsonl:2", ("2",))
+
+
+def test_field_names_come_from_the_configuration(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path, {"question": "1+1=", "answer": "2"})
+    (prompt,), _ = load_prompts([path], DataConfig(prompt_key="question", answer_key="answer"), tokenizer)
+    assert (prompt.text, prompt.solutions) == ("1+1=", ("2",))
+
+
+def test_line_separators_inside_a_string_do_not_split_the_line(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path, row(prompt="a\u2028b\u0085c\x1cd"))
+    (prompt,), report = load_prompts([path], DataConfig(), tokenizer)
+    assert prompt.text == "a\u2028b\u0085c\x1cd" and report.read == 1
+
+
+def test_crlf_and_a_byte_order_mark_are_harmless(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row()).encode() + b"\r\n" + json.dumps(row(query_id="r")).encode())
+    prompts, _ = load_prompts([str(tmp_path / "data.jsonl")], DataConfig(), tokenizer)
+    assert [p.prompt_id for p in prompts] == ["q", "r"]
+
+
+def test_duplicate_ids_become_unique_and_stay_so_whatever_is_filtered(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    rows = [row(), row(task="code"), row(query_id="q@idx:3"), row(), row(query_id="r")]
+    a, b = write(tmp_path, *rows, name="a.jsonl"), write(tmp_path, row(), name="b.jsonl")
+    prompts, report = load_prompts([a, b], DataConfig(), tokenizer)
+    assert [p.prompt_id for p in prompts] == ["q", "q@idx:1", "q@idx:3", "q@idx:3'", "r", "q@idx:5"]
+    assert report.duplicates_renamed == 3
+    only_math, _ = load_prompts([a, b], DataConfig(tasks=["math"]), tokenizer)
+    assert [p.prompt_id for p in only_math] == ["q", "q@idx:3", "q@idx:3'", "r", "q@idx:5"]
+
+
+def test_tasks_and_length_filter_with_counts(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path, row(), row(task="code"), row(task="stem"), row(task="code"), row(prompt="x" * 20))
+    prompts, report = load_prompts([path], DataConfig(tasks=["math", "stem"], max_prompt_length=20), tokenizer)
+    assert (report.read, report.kept, report.tasks) == (5, 2, {"math": 1, "stem": 1})
+    assert (report.filtered_by_task, report.filtered_by_length, len(prompts)) == ({"code": 2}, 1, 2)
+    assert "code 2" in report.describe() and "data.max_prompt_length dropped: 1" in report.describe()
+
+
+def test_a_prompt_of_exactly_the_limit_stays(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path, row(prompt="x" * 20))  # and the BOS
+    assert load_prompts([path], DataConfig(max_prompt_length=21), tokenizer)[1].kept == 1
+    with pytest.raises(UserError, match=r"data.jsonl, line 1: 21 tokens, data.max_prompt_length is 20"):
+        load_prompts([path], DataConfig(max_prompt_length=20, filter_prompt_by_length=False), tokenizer)
+
+
+def test_chat_template_wraps_strings_and_message_lists(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    path = write(tmp_path, row(prompt="1+1?"), row(prompt=chat, query_id="r"))
+    prompts, _ = load_prompts([path], DataConfig(apply_chat_template=True), tokenizer)
+    assert [p.text for p in prompts] == ["<user>1+1?\n<assistant>", "<system>Be brief.\n<user>1+1?\n<assistant>"]
+    assert prompts[1].token_ids.tolist() == tokenizer.encode_chat(chat)
+
+
+BAD_LINES = {
+    "{": "not JSON (",
+    "7": "not a JSON object",
+    '{"solutions": ["1"]}': "no field `prompt` (data.prompt_key); the line has: solutions",
+    '{"prompt": "x"}': "no field `solutions` (data.answer_key); the line has: prompt",
+    json.dumps(row(prompt=" \n")): "`prompt` is empty",
+    json.dumps(row(prompt=3)): "`prompt` is neither a string nor a list of chat messages",
+    json.dumps(row(prompt=[{"role": "user", "content": "x"}])): "needs data.apply_chat_template: true",
+    json.dumps(row(solutions=[])): "`solutions` is an empty list",
+    json.dumps(row(solutions=[42])): "`solutions` is not a list of strings",
+    json.dumps(row(solutions=["1", ""])): "`solutions` holds an empty string",
+    json.dumps(row(task=3)): "`task` is not a string",
+    json.dumps(row(query_id=["q"])): "`query_id` is neither a string nor a number",
+    json.dumps(row(prompt="\ud800")): "half a surrogate pair",
+    '{"prompt": ' + "9" * 5000 + "}": "not readable (",
+    "[" * 100_000: "not readable (",
+}
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES.items(), ids=range(len(BAD_LINES)))
+def test_a_bad_line_is_named_with_its_fault_or_skipped_and_counted(tmp_path: Path, tokenizer: TextTokenizer, line: str, reason: str) -> None:
+    path = write(tmp_path, row(), line, row(query_id="r"))
+    with pytest.raises(UserError) as error:
+        load_prompts([path], DataConfig(), tokenizer)
+    assert f"{path}, line 2: " in str(error.value) and reason in str(error.value) and "on_bad_record" in str(error.value)
+    prompts, report = load_prompts([path], DataConfig(on_bad_record="skip"), tokenizer)
+    assert ([p.prompt_id for p in prompts], report.read, report.bad_records) == (["q", "r"], 3, 1)
+    assert "bad records skipped: 1" in report.describe()
+
+
+def test_a_line_that_is_not_utf8(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match=r"line 1: not UTF-8 \(byte 12\)"):
+        load_prompts([str(tmp_path / "data.jsonl")], DataConfig(), tokenizer)
+
+
+def test_at_most_twenty_bad_lines_are_listed(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path, *(["{"] * 23))
+    with pytest.raises(UserError) as error:
+        load_prompts([path], DataConfig(), tokenizer)
+    assert str(error.value).count("not JSON") == 20 and "and 3 more" in str(error.value) and "23 data lines" in str(error.value)
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "the file is empty"), (b"\n \n", "the file is empty"), (gzip.compress(b"{}"), "gzip-compressed"), (b"PAR1xx", "a Parquet file"),
+    (b"\x00\x01", "not a text file"), (b" [\n{}\n]", "a JSON array, not JSONL"),
+])  # fmt: skip
+def test_a_file_that_is_no_jsonl(tmp_path: Path, tokenizer: TextTokenizer, content: bytes, said: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        load_prompts([str(tmp_path / "data.jsonl")], DataConfig(on_bad_record="skip"), tokenizer)
+    assert "data.jsonl" in str(error.value)
+
+
+def test_missing_files_folders_and_nothing_left(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    with pytest.raises(UserError, match="nowhere.jsonl: no such data file"):
+        load_prompts([str(tmp_path / "nowhere.jsonl")], DataConfig(), tokenizer)
+    with pytest.raises(UserError, match="not a file"):
+        load_prompts([str(tmp_path)], DataConfig(), tokenizer)
+    with pytest.raises(UserError, match=r"no prompt is left \(0 of 1 prompts.*other tasks dropped: math 1"):
+        load_prompts([write(tmp_path, row())], DataConfig(tasks=["maths"]), tokenizer)
+
+
+def test_the_fingerprint_tells_data_apart(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    variants = [[row()], [row(query_id="r")], [row(prompt="1+2=")], [row(), row(query_id="r")], [row(query_id="r"), row()]]
+    prints = [load_prompts([write(tmp_path, *rows)], DataConfig(), tokenizer)[1].fingerprint for rows in variants]
+    assert len(set(prints)) == len(prints)
+    assert load_prompts([write(tmp_path, row())], DataConfig(), tokenizer)[1].fingerprint == prints[0]
