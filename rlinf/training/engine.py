@@ -1,0 +1,180 @@
+"""One rank of a Megatron role: forward, exact global-mean update, mini-batch early stop. Read `MegatronEngine.update` first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlinf.training import cpu as _cpu  # noqa: F401  (before megatron)
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.nn import Parameter
+
+from rlinf.algorithms.aggregation import Denominators
+from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, ResponseTokens, early_stop, policy_objective
+from rlinf.config.schema import ActorModelConfig, OptimConfig
+from rlinf.training.layout import PackedBatch
+from rlinf.training.model import PolicyModel, transformer_config
+from rlinf.training.parallel import Coordinates, merge_over_ranks
+from rlinf.training.schedule import learning_rate
+from rlinf.training.state import OPTIMIZER_STATE, ModelState, OptimizerState
+from rlinf.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did, the same on every rank: metric sums of the mini-batch, pre-clip gradient norm, seconds by part."""
+
+    metrics: MetricSums
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    timers: dict[str, float]
+
+
+class MegatronEngine:
+    """Model, gradients and optimizer of this rank. All public methods are collective over the role's ranks."""
+
+    def __init__(self, arch: Architecture, model: ActorModelConfig, optim: OptimConfig, at: Coordinates, device: torch.device) -> None:
+        self.arch, self.optim, self.at, self.device = arch, optim, at, device
+        self.config = transformer_config(arch, model, at.tp, at.pp)
+        self.model = PolicyModel(arch, self.config).to(device)
+        self.state = ModelState(self.model)  # before the optimizer: it marks what is sharded
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        self.ddp = DistributedDataParallel(self.config, ddp, self.model)
+        self.optimizer = get_megatron_optimizer(_optimizer_config(optim, self.config.params_dtype), [self.ddp])
+        (self.distributed,) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        for group in self.distributed.optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False  # one pass over the state; on CPU several times faster than the default
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = lambda chunks, _tokens, **kw: finalize_model_grads(chunks, None, **kw)
+        self.optimizer_state = OptimizerState(self.distributed)
+        self.steps = 0
+
+    @torch.no_grad()
+    def load_hf(self, tensors: Mapping[str, Tensor]) -> None:
+        """Weights from whole HF tensors; fp32 master weights start from the full-precision values, not from the rounded model's."""
+        self.state.fill(tensors, lambda param, shard: param.copy_(shard))
+        self.optimizer.reload_model_params()
+        self.state.fill(tensors, lambda param, shard: self.optimizer_state.set(param, "param", shard.float()))
+
+    def export(self, kind: str = "model") -> Iterator[tuple[str, Tensor]]:
+        """This stage's tensors under HF names: `model` (compute dtype), or fp32 `param` (master weights), `exp_avg`, `exp_avg_sq`."""
+        source: Callable[[Parameter], Tensor] = (lambda p: p.detach()) if kind == "model" else (lambda p: self.optimizer_state.whole(p, kind))
+        return self.state.export(source)
+
+    @torch.no_grad()
+    def load_state(self, kinds: Mapping[str, Mapping[str, Tensor]], steps: int, adam_steps: int) -> None:
+        """Master weights and moments from whole fp32 HF tensors (see training.checkpoint); the model's weights are their rounding."""
+        self.state.fill(kinds["param"], lambda param, shard: param.copy_(shard))
+        self.optimizer_state.allocate()
+        for kind in ("param", *OPTIMIZER_STATE):
+            self.state.fill(kinds[kind], lambda param, shard, kind=kind: self.optimizer_state.set(param, kind, shard))
+        self.optimizer_state.restore_steps(adam_steps)
+        self.steps = steps
+
+    def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
+        """(logprob_N, entropy_N) of the response tokens of every micro-batch; empty on all but the last pipeline stage."""
+        with torch.no_grad():
+            return self._run(batches, lambda i, output: (output[0].sum(), output), forward_only=True)
+
+    def update(
+        self,
+        batches: Sequence[PackedBatch],
+        old_logprobs: Sequence[Tensor] | None,
+        ref_logprobs: Sequence[Tensor] | None,
+        denominators: Denominators,
+        settings: ObjectiveSettings,
+        early_stop_ratio: float | None,
+    ) -> Update:
+        """One optimizer step on one mini-batch.
+
+        Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches and DP ranks, so the
+        split does not matter. Then all ranks look at the mini-batch's token-mean importance ratio: when it exceeds early_stop_ratio or is
+        NaN, nothing is stepped: not the weights, not the moments, not the schedule, not the loss scale.
+        """
+        started = time.perf_counter()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def objective(i: int, output: tuple[Tensor, Tensor]) -> tuple[Tensor, MetricSums]:
+            tokens = response_tokens(batches[i], output, old_logprobs and old_logprobs[i], ref_logprobs and ref_logprobs[i])
+            return policy_objective(tokens, denominators, settings)
+
+        parts = self._run(batches, objective, forward_only=False)
+        metrics = merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
+        computed = time.perf_counter()
+        rate = learning_rate(self.optim, self.steps + 1)
+        ratio, tokens = metrics.sums["ratio"].item(), metrics.sums["tokens"].item()
+        skipped, grad_norm = early_stop(ratio, tokens, early_stop_ratio), float("nan")
+        if not skipped:
+            for group in self.distributed.optimizer.param_groups:
+                group["lr"] = rate
+            stepped, grad_norm, _ = self.optimizer.step()
+            skipped = not stepped  # fp16: an overflow lowers the loss scale instead of stepping
+            self.steps += stepped
+        ended = time.perf_counter()
+        timers = {"forward_backward": computed - started, "optimizer": ended - computed}
+        return Update(metrics, float("nan") if grad_norm is None else float(grad_norm), rate, skipped, timers)
+
+    def _run(self, batches: Sequence[PackedBatch], reduce: Callable[[int, Any], tuple[Tensor, Any]], forward_only: bool) -> list[Any]:
+        """Megatron's schedule over the micro-batches; reduce(i, output) -> (loss to back-propagate, what to keep) on the last stage."""
+
+        def forward_step(iterator: Iterator[tuple[int, PackedBatch]], _model: DistributedDataParallel) -> tuple[Any, Callable[..., Any]]:
+            i, batch = next(iterator)
+
+            def loss_function(output: Any) -> tuple[Tensor, Tensor, Any]:
+                loss, kept = reduce(i, output)
+                return loss, torch.zeros((), dtype=torch.int, device=self.device), kept
+
+            return self.model.forward_packed(batch), loss_function
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(list(enumerate(batches))),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=1,  # unused: variable_seq_lengths exchanges the shapes
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def response_tokens(batch: PackedBatch, output: tuple[Tensor, Tensor], old: Tensor | None, ref: Tensor | None) -> ResponseTokens:
+    return ResponseTokens(
+        logprobs_N=output[0],
+        entropy_N=output[1],
+        old_logprobs_N=old,
+        rollout_logprobs_N=batch.rollout_logprobs_N,
+        ref_logprobs_N=ref,
+        advantages_N=batch.advantages_N,
+        loss_mask_N=batch.loss_mask_N,
+        sample_N=batch.sample_N,
+        n_samples=batch.n_samples,
+    )
+
+
+def _optimizer_config(optim: OptimConfig, dtype: torch.dtype) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad if optim.clip_grad > 0 else float("inf"),  # an infinite bound still measures the norm
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        loss_scale=optim.loss_scale,
+        initial_loss_scale=optim.initial_loss_scale,
+        loss_scale_window=optim.loss_scale_window,
+    )

@@ -1,0 +1,111 @@
+"""One micro-batch as the model sees it: variable-length sequences, concatenated, nothing padded to seq_length.
+
+The samples of one prompt may share one copy of the prompt's tokens ("shared prefix"): a packed group is then
+
+    prompt | response 1 | response 2 | ...
+
+where every response attends to the prompt and to itself only, and its positions go on from the prompt's. A group with one sample is a
+plain causal sequence. The last token of a response predicts nothing that is trained, so it is not packed at all.
+
+Shape legend: T packed rows, N response tokens, S samples, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from rlinf.data.records import Group, Sample
+from rlinf.scheduling.step_plan import SampleRef
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A packed group: rows [start, start + prompt) hold the prompt, then come the responses, row counts in order (a count may be 0)."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.prompt + sum(self.responses)
+
+
+@dataclass
+class PackedBatch(PackedSeqParams):
+    """Rows, positions and segments, and for each response token the row that predicts it.
+
+    It travels through Megatron as packed_seq_params (format thd), which is how the attention and the head get to see it.
+    """
+
+    token_ids: Tensor | None = None  # [T] int64
+    positions: Tensor | None = None  # [T] int64
+    segments: tuple[Segment, ...] = ()
+    predict_rows: Tensor | None = None  # [N] int64
+    targets: Tensor | None = None  # [N] int64
+    sample_N: Tensor | None = None  # [N] int64, which of the S samples a token belongs to
+    advantages_N: Tensor | None = None  # [N] float32
+    loss_mask_N: Tensor | None = None  # [N] float32
+    rollout_logprobs_N: Tensor | None = None  # [N] float32
+    n_samples: int = 0
+    temperature: float = 1.0
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin [T, 1, D], filled in once by the model
+
+
+def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bool, temperature: float, pad_to: int, device: torch.device) -> PackedBatch:
+    """Pack the samples named by refs. pad_to: rows are padded to a multiple of it (sequence parallelism); an empty refs gives one inert row."""
+    rows: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    segments: list[Segment] = []
+    predict: list[np.ndarray] = []
+    order: list[tuple[Sample, float]] = []
+    start = 0
+    for members in _by_prompt(refs, share_prefix):
+        prompt = groups[members[0].group].prompt.token_ids
+        samples = [groups[r.group].samples[r.index] for r in members]
+        order += [(s, r.advantage) for s, r in zip(samples, members)]
+        rows += [prompt, *(s.token_ids[:-1] for s in samples)]
+        positions += [np.arange(len(prompt)), *(np.arange(len(prompt), len(prompt) + len(s) - 1) for s in samples)]
+        counts = tuple(len(s) - 1 for s in samples)
+        segments.append(Segment(start, len(prompt), counts))
+        first = start + len(prompt)
+        for n in counts:  # token 0 is predicted by the prompt's last row, token t > 0 by the row of token t - 1
+            predict.append(np.concatenate([[start + len(prompt) - 1], np.arange(first, first + n)]))
+            first += n
+        start = first
+    padding = -start % pad_to if start else pad_to
+    if padding:
+        rows.append(np.zeros(padding, np.int64))
+        positions.append(np.arange(padding))
+        segments.append(Segment(start, padding, ()))
+    lengths = [len(s) for s, _ in order]
+    tensor = lambda parts, dtype: torch.as_tensor(np.concatenate([*parts, []]).astype(dtype), device=device)
+    return PackedBatch(
+        qkv_format="thd",
+        token_ids=tensor(rows, np.int64),
+        positions=tensor(positions, np.int64),
+        segments=tuple(segments),
+        predict_rows=tensor(predict, np.int64),
+        targets=tensor([s.token_ids for s, _ in order], np.int64),
+        sample_N=tensor([np.repeat(np.arange(len(order)), lengths)], np.int64),
+        advantages_N=tensor([np.repeat([a for _, a in order], lengths)], np.float32),
+        loss_mask_N=tensor([s.loss_mask for s, _ in order], np.float32),
+        rollout_logprobs_N=tensor([s.rollout_logprobs for s, _ in order], np.float32),
+        n_samples=len(order),
+        temperature=temperature,
+    )
+
+
+def _by_prompt(refs: Sequence[SampleRef], share_prefix: bool) -> list[list[SampleRef]]:
+    if not share_prefix:
+        return [[r] for r in refs]
+    members: dict[int, list[SampleRef]] = {}
+    for r in refs:
+        members.setdefault(r.group, []).append(r)
+    return list(members.values())

@@ -1,0 +1,80 @@
+"""Log-probability and entropy of the target tokens, vocab-parallel and chunked.
+
+Extra memory is bounded by one chunk of rows, never [N, V]: the backward pass computes the chunk's logits again. Both numbers are of
+softmax(logits / temperature) in fp32. Shape legend: N rows, H hidden, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 28  # fp32 logits of one chunk
+
+
+def target_logprobs(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float, vocab: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """(logprob_N, entropy_N) in fp32. weight_VH is this rank's shard; rows at or beyond `vocab` (over all ranks) are padding and excluded."""
+    return _TargetLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature, vocab, group)
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float, n_valid: int) -> Tensor:
+    logits = (hidden @ weight.t()).float()
+    if temperature != 1.0:
+        logits /= temperature
+    if n_valid < logits.size(1):
+        logits[:, n_valid:] = float("-inf")
+    return logits
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, vocab: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        rows = weight.size(0)
+        offset = rank * rows
+        ctx.temperature, ctx.n_valid = temperature, min(max(vocab - offset, 0), rows)
+        ctx.chunk = max(1, CHUNK_BYTES // (4 * rows))
+        logprob, lse, mean = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
+        local = targets - offset
+        mine = (local >= 0) & (local < rows)
+        for a in range(0, len(targets), ctx.chunk):
+            part = slice(a, a + ctx.chunk)
+            logits = _chunk_logits(hidden[part], weight, temperature, ctx.n_valid)
+            top = logits.amax(1)
+            if ranks > 1:
+                dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+            chosen = logits.gather(1, local[part].clamp(0, rows - 1)[:, None])[:, 0]
+            chosen = torch.where(mine[part], chosen, 0.0)
+            weights = (logits - top[:, None]).exp_()
+            logits.nan_to_num_(neginf=0.0)  # padding rows: 0 * -inf would be NaN
+            sums = torch.stack([weights.sum(1), chosen, (weights * logits).sum(1)])
+            if ranks > 1:
+                dist.all_reduce(sums, group=group)
+            lse[part] = top + sums[0].log()
+            logprob[part] = sums[1] - lse[part]
+            mean[part] = sums[2] / sums[0]
+        ctx.save_for_backward(hidden, weight, local, mine, lse, mean)
+        return logprob, lse - mean
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, local, mine, lse, mean = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        n_chunks = -(-len(lse) // ctx.chunk)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if n_chunks > 1 else weight.dtype)
+        with_entropy = bool(grad_entropy.any())
+        for a in range(0, len(lse), ctx.chunk):
+            part = slice(a, a + ctx.chunk)
+            logits = _chunk_logits(hidden[part], weight, ctx.temperature, ctx.n_valid)
+            p = (logits - lse[part, None]).exp_()
+            grad = p * -grad_logprob[part, None]
+            if with_entropy:  # dH/dz = -p (z - E[z])
+                grad -= p * (logits.nan_to_num_(neginf=0.0) - mean[part, None]) * grad_entropy[part, None]
+            grad.scatter_add_(1, local[part].clamp(0, weight.size(0) - 1)[:, None], torch.where(mine[part], grad_logprob[part], 0.0)[:, None])
+            grad = (grad / ctx.temperature).to(weight.dtype) if ctx.temperature != 1.0 else grad.to(weight.dtype)
+            grad_hidden[part] = grad @ weight
+            grad_weight += grad.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

@@ -1,0 +1,134 @@
+"""The policy as a megatron-core GPTModel: configuration from the architecture, the local layer spec, and a head that returns
+log-probabilities of response tokens instead of logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rlinf.training import cpu as _cpu  # noqa: F401  (before megatron: on a machine without CUDA it makes megatron-core importable)
+
+from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from rlinf.config.schema import ActorModelConfig
+from rlinf.training.attention import PackedAttention, rope_tables
+from rlinf.training.layout import PackedBatch
+from rlinf.training.logprobs import target_logprobs
+from rlinf.weights.architecture import Architecture
+from rlinf.weights.mapping import padded_vocab
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that marks its weight for the gradient sum over tensor-parallel ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp: int) -> TransformerConfig:
+    """Megatron's configuration for this architecture and the YAML's actor.model section."""
+    dtype = DTYPES[model.precision]
+    return TransformerConfig(
+        num_layers=arch.n_layers,
+        hidden_size=arch.hidden,
+        num_attention_heads=arch.n_heads,
+        num_query_groups=arch.n_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=model.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # unused here, but the default refuses variable_seq_lengths
+        calculate_per_token_loss=True,  # losses carry their global denominators; nothing divides them again
+        recompute_granularity=model.recompute_granularity,
+        recompute_method=model.recompute_method,
+        recompute_num_layers=model.recompute_num_layers,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        deallocate_pipeline_outputs=False,
+        batch_p2p_comm=False,
+    )
+
+
+def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Megatron's local layers with our norm and our packed attention."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = PackedAttention
+    if config.qk_layernorm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+class PolicyModel(GPTModel):
+    """forward(PackedBatch) -> hidden states, or on the last pipeline stage (logprob_N, entropy_N) of the response tokens."""
+
+    def __init__(self, arch: Architecture, config: TransformerConfig) -> None:
+        self.arch = arch
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layer_spec(config),
+            vocab_size=padded_vocab(arch, config.tensor_model_parallel_size),
+            max_sequence_length=arch.max_positions,
+            pre_process=mpu.is_pipeline_first_stage(),
+            post_process=mpu.is_pipeline_last_stage(),
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="none",  # PackedAttention rotates by the batch's positions
+        )
+
+    def forward_packed(self, batch: PackedBatch) -> Any:
+        if batch.rope is None:
+            batch.rope = rope_tables(batch.positions, self.arch.head_dim, self.arch.rope_theta, self.config.params_dtype)
+        return self(batch.token_ids[None], batch.positions[None], None, packed_seq_params=batch)
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedBatch, **__: Any) -> Any:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states)
+        batch = packed_seq_params
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return target_logprobs(
+            hidden[:, 0].index_select(0, batch.predict_rows),
+            weight,
+            batch.targets,
+            temperature=batch.temperature,
+            vocab=self.arch.vocab,
+            group=mpu.get_tensor_model_parallel_group(),
+        )

@@ -1,0 +1,76 @@
+"""Process groups of a training role: Megatron's tensor, data and pipeline groups over gloo or NCCL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from rlinf.training import cpu as _cpu  # noqa: F401  (before megatron)
+
+from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core import tensor_parallel
+
+from rlinf.algorithms.objective import MetricSums
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where this rank stands."""
+
+    tp_rank: int
+    tp: int
+    pp_rank: int
+    pp: int
+    dp_rank: int
+    dp: int
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+
+def initialize(tp: int, pp: int, *, rank: int, world_size: int, device: torch.device, address: str, timeout_minutes: int = 30) -> Coordinates:
+    """Join the process groups (rank order: TP fastest, then DP, then PP) and seed Megatron's RNG tracker."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes))
+    return set_layout(tp, pp)
+
+
+def set_layout(tp: int, pp: int) -> Coordinates:
+    """Lay TP and PP over the running process group; a layout that is in place is torn down first."""
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    return Coordinates(
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp=tp,
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        pp=pp,
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp=mpu.get_data_parallel_world_size(),
+    )
+
+
+def merge_over_ranks(part: MetricSums | None) -> MetricSums:
+    """Metrics summed and maximised over data-parallel ranks, known on every rank; only last-stage ranks bring a part."""
+    out: list[MetricSums | None] = [None]
+    if part is not None:
+        out[0] = part.reduced(lambda t: _all_reduce(t, dist.ReduceOp.SUM), lambda t: _all_reduce(t, dist.ReduceOp.MAX))
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast_object_list(out, src=mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+    (merged,) = out
+    assert merged is not None
+    return merged
+
+
+def _all_reduce(values: torch.Tensor, op: dist.ReduceOp) -> torch.Tensor:
+    dist.all_reduce(values, op, group=mpu.get_data_parallel_group())
+    return values

@@ -1,0 +1,132 @@
+"""Parameters and optimizer state under their Hugging Face names: the only place that knows Megatron's layout at run time.
+
+`export` gathers whole HF tensors out of a TP x PP x DP layout, `fill` cuts a layout's shards out of whole HF tensors. Loading a model,
+publishing weights, checkpoints and HF exports are all these two, so any of them works from any layout into any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from rlinf.training import cpu as _cpu  # noqa: F401  (before megatron)
+
+from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from rlinf.training.model import PolicyModel
+from rlinf.weights.mapping import Rule, model_rules, to_hf, to_megatron
+
+GATHER_BYTES = 64 << 20
+OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
+
+
+class ModelState:
+    """The parameters of this rank's stage, each with its rule."""
+
+    def __init__(self, model: PolicyModel) -> None:
+        self.arch, config = model.arch, model.config
+        self.tp, self.tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+        self.tp_group = mpu.get_tensor_model_parallel_group()
+        offset = get_transformer_layer_offset(config)
+        layers = range(offset, offset + len(model.decoder.layers))
+        rules = model_rules(self.arch, layers, model.pre_process, model.post_process)
+        named = dict(model.named_parameters())
+        self.params: list[tuple[Rule, Parameter]] = [(r, named.pop(_local_name(r.megatron, offset))) for r in rules]
+        if named:
+            raise RuntimeError(f"parameters without a mapping rule: {sorted(named)}")
+        for rule, param in self.params:  # Megatron's gradient norm counts a parameter without this mark on TP rank 0 only
+            param.tensor_model_parallel = rule.layout != "replicated"
+
+    def fill(self, hf: Mapping[str, Tensor], target: Callable[[Parameter, Tensor], None]) -> None:
+        """Call target(param, local shard) for every parameter. `hf` may read lazily; a missing name raises KeyError."""
+        for rule, param in self.params:
+            target(param, to_megatron(rule, [hf[name] for name in rule.hf], self.arch, self.tp, self.tp_rank))
+
+    def export(self, source: Callable[[Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole HF tensors of this stage, gathered over TP in coalesced runs. source(param) gives the local shard.
+
+        Collective over the TP group: every TP rank must iterate to the end. The tied copy of the embedding on the last stage is left out.
+        """
+        own = [(r, p) for r, p in self.params if r.megatron != "output_layer.weight" or not self.arch.tied]
+        run: list[tuple[Rule, Tensor]] = []
+        for rule, param in own:
+            run.append((rule, source(param)))
+            if sum(t.nbytes for _, t in run) >= GATHER_BYTES:
+                yield from self._gather(run)
+                run = []
+        yield from self._gather(run)
+
+    def _gather(self, run: list[tuple[Rule, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        if self.tp == 1:
+            for rule, tensor in run:
+                yield from to_hf(rule, [tensor], self.arch)
+            return
+        if not run:
+            return
+        flat = torch.cat([t.reshape(-1) for _, t in run])
+        pieces = [torch.empty_like(flat) for _ in range(self.tp)]
+        dist.all_gather(pieces, flat, group=self.tp_group)
+        split = [p.split([t.numel() for _, t in run]) for p in pieces]
+        for i, (rule, tensor) in enumerate(run):
+            yield from to_hf(rule, [shards[i].view_as(tensor) for shards in split], self.arch)
+
+
+class OptimizerState:
+    """Master weights and Adam moments of a distributed optimizer, seen parameter by parameter in the model's shapes."""
+
+    def __init__(self, optimizer: DistributedOptimizer) -> None:
+        self.optimizer = optimizer
+        self.dp_group = mpu.get_data_parallel_group()
+
+    def whole(self, param: Parameter, kind: str) -> Tensor:
+        """The fp32 state `kind` (param, exp_avg, exp_avg_sq) in the shape of this rank's model shard; collective over DP."""
+        full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
+        if param in self.optimizer.model_param_group_index_map:
+            rows = self.optimizer._get_model_param_range_map(param)["param"]
+            full[rows.start : rows.end] = self._tensors(param)[kind].view(-1)
+        if dist.get_world_size(self.dp_group) > 1:
+            dist.all_reduce(full, group=self.dp_group)
+        return full.view_as(param)
+
+    def set(self, param: Parameter, kind: str, value: Tensor) -> None:
+        """Copy this rank's share of a whole fp32 tensor into the optimizer."""
+        if param in self.optimizer.model_param_group_index_map:
+            rows = self.optimizer._get_model_param_range_map(param)["param"]
+            target = self._tensors(param)[kind]
+            target.copy_(value.reshape(-1)[rows.start : rows.end].view_as(target))
+
+    def steps(self) -> int:
+        """Optimizer steps taken: torch's Adam keeps one count per parameter, and they are equal."""
+        counts = {int(s["step"]) for s in self.optimizer.optimizer.state.values() if "step" in s}
+        if len(counts) > 1:
+            raise RuntimeError(f"Adam step counts differ between parameters: {sorted(counts)}")
+        return counts.pop() if counts else 0
+
+    def restore_steps(self, steps: int) -> None:
+        for state in self.optimizer.optimizer.state.values():
+            state["step"] = torch.tensor(float(steps))  # one tensor a parameter: an aliased one would be counted once per parameter
+
+    def allocate(self) -> None:
+        """Give every parameter its Adam state, so that a checkpoint can be filled in before the first step."""
+        for group in self.optimizer.optimizer.param_groups:
+            for p in group["params"]:
+                state = self.optimizer.optimizer.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+
+    def _tensors(self, param: Parameter) -> dict[str, Tensor]:
+        return self.optimizer._get_main_param_and_optimizer_states(param)
+
+
+def _local_name(megatron: str, offset: int) -> str:
+    if not megatron.startswith("decoder.layers."):
+        return megatron
+    _, _, layer, rest = megatron.split(".", 3)
+    return f"decoder.layers.{int(layer) - offset}.{rest}"
