@@ -31,7 +31,7 @@ KEYS: dict[str, str] = {
     # algorithm
     "algorithm.training_batch_size_per_gpu": "micro-batches are packed by tokens; use runner.max_tokens_per_mbs",
     "algorithm.logprob_forward_micro_batch_size": "micro-batches are packed by tokens; use runner.max_tokens_per_mbs",
-    "algorithm.rollout_batch_size_per_gpu": f"{_NO_EFFECT}; prompts per step are data.rollout_batch_size, decoding slots rollout.max_running_requests",
+    "algorithm.rollout_batch_size_per_gpu": f"{_NO_EFFECT}; see data.rollout_batch_size and rollout.max_running_requests",
     "algorithm.val_rollout_batch_size_per_gpu": _NO_EFFECT,
     "algorithm.use_valid_token_scale": "token-mean is always the mean over all response tokens of the global mini-batch; remove it",
     "algorithm.calculate_entropy": "the entropy is always logged; remove it, or weight it with algorithm.entropy_bonus",

@@ -21,12 +21,20 @@ def key(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
 
 @dataclass
 class ClusterConfig:
-    backend: str = key("ray", "where workers live: `ray` (local cluster when none is up) or `local` (everything in this process, for debugging)", ("ray", "local"))
+    backend: str = key(
+        "ray",
+        "where workers live: `ray` (local cluster when none is up) or `local` (everything in this process, for debugging)",
+        ("ray", "local"),
+    )
     num_nodes: int = key(1, "nodes of the run; the run waits for them")
     num_gpus_per_node: int = key(1, "devices per node: GPUs, or process slots on a CPU machine")
-    component_placement: dict[str, str] = key({"actor,rollout,reward": "all"}, "component[,component]: devices, as `all`, `0-7`, `0-3,8`; devices are numbered node by node")
+    component_placement: dict[str, str] = key(
+        {"actor,rollout,reward": "all"}, "component[,component]: devices, as `all`, `0-7`, `0-3,8`; devices are numbered node by node"
+    )
     device: str = key("auto", "`cuda`, `cpu`, or `auto` (cuda when the machine has it)", ("auto", "cuda", "cpu"))
-    threads_per_worker: int = key(0, "compute threads of an actor or rollout process on CPU; 0 = cores of the node / device slots of the node, at least 1")
+    threads_per_worker: int = key(
+        0, "compute threads of an actor or rollout process on CPU; 0 = cores of the node / device slots of the node, at least 1"
+    )
     start_timeout: int = key(600, "seconds to wait for nodes and for workers to start")
 
 
@@ -56,7 +64,9 @@ class DataConfig:
     val_data_paths: list[str] = key([], "JSONL files for validation")
     prompt_key: str = key("prompt", "field of the prompt")
     answer_key: str = key("solutions", "field of the accepted answers")
-    apply_chat_template: bool = key(False, "wrap the prompt as a user turn in the tokenizer's chat template (boba prompts are templated already)")
+    apply_chat_template: bool = key(
+        False, "wrap the prompt as a user turn in the tokenizer's chat template (boba prompts are templated already)"
+    )
     tasks: list[str] | None = key(None, "keep only these tasks; null = all")
     max_prompt_length: int = key(1024, "tokens of a prompt at most")
     filter_prompt_by_length: bool = key(True, "drop longer prompts (counted); false = a longer prompt is an error")
@@ -83,7 +93,11 @@ class AlgorithmConfig:
     adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++-baseline"))
     normalize_advantages: bool = key(True, "whiten advantages once over all response tokens of the global batch")
     loss_type: str = key("ppo", "policy loss", ("ppo", "gspo", "gspo-token", "cispo"))
-    loss_agg_func: str = key("token-mean", "how token losses become the loss", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"))
+    loss_agg_func: str = key(
+        "token-mean",
+        "how token losses become the loss",
+        ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
+    )
     kl_beta: float = key(0.0, "weight of the KL term in the loss against the initial policy; 0 = no reference policy is kept")
     kl_penalty_type: str = key("k3", "KL estimator", ("k1", "k2", "k3"))
     ratio_clip_eps: float = key(0.2, "clip range of the importance ratio when clip_ratio_low/high are null")
@@ -91,7 +105,9 @@ class AlgorithmConfig:
     clip_ratio_high: float | None = key(None, "upper clip range; null = ratio_clip_eps")
     clip_ratio_c: float | None = key(None, "dual-clip constant (> 1) for negative advantages; null = off")
     entropy_bonus: float = key(0.0, "weight of the token entropy in the objective")
-    early_stop_imp_ratio: float | None = key(5.0, "skip the optimizer step of a mini-batch whose token-mean importance ratio exceeds this or is NaN; null = off")
+    early_stop_imp_ratio: float | None = key(
+        5.0, "skip the optimizer step of a mini-batch whose token-mean importance ratio exceeds this or is NaN; null = off"
+    )
     recompute_logprobs: bool = key(True, "old log-probabilities from the actor (true) or as reported by the rollout engine (false)")
     importance_sampling_fix: bool = key(False, "truncated importance sampling between rollout engine and actor; needs recompute_logprobs")
     importance_sampling_clip: float = key(2.0, "upper bound of the truncated importance weight")
@@ -107,9 +123,13 @@ class RolloutConfig:
     tensor_parallel_size: int = key(1, "GPUs of one engine; the embedded engine runs on one device")
     gpu_memory_utilization: float = key(0.55, "share of a GPU's memory for the engine's weights and KV cache")
     max_running_requests: int = key(64, "samples decoded at once by one engine")
-    precision: str | None = key(None, "dtype of the engine's weights and KV cache: fp32, bf16, fp16; null = the actor's", (None, "fp32", "bf16", "fp16"))
+    precision: str | None = key(
+        None, "dtype of the engine's weights and KV cache: fp32, bf16, fp16; null = the actor's", (None, "fp32", "bf16", "fp16")
+    )
     seed: int = key(1234, "seed of the sampling noise")
-    verify_weights_every: int = key(50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first")
+    verify_weights_every: int = key(
+        50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first"
+    )
 
 
 @dataclass
@@ -119,7 +139,9 @@ class ActorModelConfig:
     sequence_parallel: bool = key(False, "shard norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
     precision: str = key("bf16", "compute dtype; master weights, moments and gradients are fp32", ("fp32", "bf16", "fp16"))
     recompute_granularity: str | None = key(None, "activation recompute: `full`, `selective` or null", (None, "full", "selective"))
-    recompute_method: str | None = key(None, "with `full`: `block` (the first recompute_num_layers of a stage) or `uniform`", (None, "block", "uniform"))
+    recompute_method: str | None = key(
+        None, "with `full`: `block` (the first recompute_num_layers of a stage) or `uniform`", (None, "block", "uniform")
+    )
     recompute_num_layers: int | None = key(None, "with `full`: layers to recompute (block) or per chunk (uniform)")
 
 
@@ -154,7 +176,9 @@ class RewardConfig:
     reward_type: str = key("math", "verifier", ("math",))
     reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative")
     undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
-    answer_format: str = key("boxed", "where the answer is looked for: the last balanced box, or else also the final number", ("boxed", "boxed_or_final_number"))
+    answer_format: str = key(
+        "boxed", "where the answer is looked for: the last balanced box, or else also the final number", ("boxed", "boxed_or_final_number")
+    )
     num_processes: int = key(1, "verifier processes of one reward worker for the answers that need symbolic work")
     timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided")
 

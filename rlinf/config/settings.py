@@ -81,9 +81,13 @@ def read_override(word: str, problems: list[str]) -> Iterator[Setting]:
     if not equals:
         problems.append(f"{COMMAND_LINE}: expected key=value, got {word!r}")
     elif name in known_keys():
-        yield Setting(name, _value(parse(text or "null", f"{COMMAND_LINE}: {name}"), known_keys()[name], COMMAND_LINE, problems), COMMAND_LINE)
+        yield Setting(
+            name, _value(parse(text or "null", f"{COMMAND_LINE}: {name}"), known_keys()[name], COMMAND_LINE, problems), COMMAND_LINE
+        )
     elif name in known_sections():
-        problems.append(f"{COMMAND_LINE}: {name} is a section; set one of its keys, such as {next(k for k in known_keys() if k.startswith(name + '.'))}")
+        problems.append(
+            f"{COMMAND_LINE}: {name} is a section; set one of its keys, such as {next(k for k in known_keys() if k.startswith(name + '.'))}"
+        )
     else:
         problems.append(f"{COMMAND_LINE}: {unknown(name)}")
 
@@ -97,7 +101,9 @@ def unknown(name: str) -> str:
     if parent in known_keys():
         return f"{parent} is one value; write it as a whole, such as '{parent}={{rollout: 0-3, actor: 4-7}}'"
     close = nearest(name)
-    return f"unknown key {name}" + (f"; did you mean {close}?" if close else f"; the sections are {', '.join(s for s in known_sections() if '.' not in s)}")
+    return f"unknown key {name}" + (
+        f"; did you mean {close}?" if close else f"; the sections are {', '.join(s for s in known_sections() if '.' not in s)}"
+    )
 
 
 def python_value(node: yaml.Node) -> Any:
@@ -106,8 +112,12 @@ def python_value(node: yaml.Node) -> Any:
 
 def _value(node: yaml.Node, key: Key, where: str, problems: list[str]) -> Any:
     """The value as Python. Where text is expected a scalar stays as it is written (`0-7`, `007` and `off` are text)."""
-    children = [v for pair in node.value for v in (pair if isinstance(pair, tuple) else (pair,))] if not isinstance(node, yaml.ScalarNode) else []
-    if any(not isinstance(c, yaml.ScalarNode) for c in children) or any(not n.tag.startswith("tag:yaml.org,2002:") for n in (node, *children)):
+    children = (
+        [v for pair in node.value for v in (pair if isinstance(pair, tuple) else (pair,))] if not isinstance(node, yaml.ScalarNode) else []
+    )
+    if any(not isinstance(c, yaml.ScalarNode) for c in children) or any(
+        not n.tag.startswith("tag:yaml.org,2002:") for n in (node, *children)
+    ):
         problems.append(f"{where}: {key.name}: expected {key.type_name}, got something nested or tagged")
         return key.default
     if isinstance(node, yaml.SequenceNode):

@@ -52,7 +52,9 @@ def _as(kind: type, value: Any) -> Any:
     if kind is str:
         return value if isinstance(value, str) else str(value) if number else None
     if kind is float:
-        return float(value) if number else float(text.replace("_", "")) if FLOAT.fullmatch(text) or re.fullmatch(r"[-+]?\d+", text) else None
+        return (
+            float(value) if number else float(text.replace("_", "")) if FLOAT.fullmatch(text) or re.fullmatch(r"[-+]?\d+", text) else None
+        )
     if kind is int:
         whole = number and float(value).is_integer() or re.fullmatch(r"[-+]?\d+", text)
         return int(value) if whole else None

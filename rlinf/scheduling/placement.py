@@ -85,8 +85,10 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     ]
     if config.cluster.backend == "local" and len(seats) > len(COMPONENTS):
         counts = ", ".join(f"{c} {sum(s.component == c for s in seats)}" for c in COMPONENTS)
-        raise UserError(f"cluster.backend: local runs everything in one process, one rank a component, but the placement has {counts}; use "
-                        "cluster.backend: ray, or num_nodes: 1, num_gpus_per_node: 1 with tensor and pipeline parallel sizes 1")  # fmt: skip
+        raise UserError(
+            f"cluster.backend: local runs everything in one process, one rank a component, but the placement has {counts}; "
+            "use cluster.backend: ray, or num_nodes: 1, num_gpus_per_node: 1 with tensor and pipeline parallel sizes 1"
+        )
     actor, rollout = set(devices["actor"]), set(devices["rollout"])
     mode = "collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated"
     return Plan(tuple(seats), mode)
@@ -94,18 +96,23 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 def describe(plan: Plan, config: Config) -> str:
     """The plan as text: how components share devices, the actor's layout, and who sits on every node."""
-    model, actors = config.actor.model, plan.of("actor")
+    model, rollout, actors = config.actor.model, config.rollout, plan.of("actor")
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     crossing = sum(len({s.node for s in actors[i : i + tp]}) > 1 for i in range(0, len(actors), tp))
     lines = [
         f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)",
-        f"  actor    {len(actors)} rank(s) = TP {tp} x DP {len(actors) // (tp * pp)} x PP {pp}" + (f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""),
-        f"  rollout  {len(plan.of('rollout'))} {config.rollout.rollout_backend} engine(s) of {config.rollout.tensor_parallel_size} device(s)",
+        f"  actor    {len(actors)} rank(s) = TP {tp} x DP {len(actors) // (tp * pp)} x PP {pp}"
+        + (f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""),
+        f"  rollout  {len(plan.of('rollout'))} {rollout.rollout_backend} engine(s) of {rollout.tensor_parallel_size} device(s)",
         f"  reward   {len(plan.of('reward'))} process(es) on the hosts",
     ]
     for node in sorted({s.node for s in plan.seats}):
         seated = {c: [s for s in plan.of(c) if s.node == node] for c in COMPONENTS}
-        parts = [f"{c} {_ranges([s.rank for s in seats])} on {_ranges(sorted(d for s in seats for d in s.devices))}" for c, seats in seated.items() if seats]
+        parts = [
+            f"{c} {_ranges([s.rank for s in seats])} on {_ranges(sorted(d for s in seats for d in s.devices))}"
+            for c, seats in seated.items()
+            if seats
+        ]
         lines.append(f"  node {node:<3} " + " | ".join(parts))
     return "\n".join(lines)
 
@@ -117,7 +124,11 @@ def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node]) -> d
         for name in (n.strip() for n in names.split(",")):
             if name not in COMPONENTS:
                 close = difflib.get_close_matches(name, COMPONENTS, n=1)
-                hint = "the actor recomputes log-probabilities itself; remove it" if name == "inference" else f"components are {', '.join(COMPONENTS)}"
+                hint = (
+                    "the actor recomputes log-probabilities itself; remove it"
+                    if name == "inference"
+                    else f"components are {', '.join(COMPONENTS)}"
+                )
                 raise UserError(f"{KEY}: unknown component {name!r}; " + (f"did you mean {close[0]}?" if close else hint))
             if name in devices:
                 raise UserError(f"{KEY}: {name} is placed twice; give it one list of devices, such as `{name}: 0-3,8`")
@@ -141,8 +152,10 @@ def _indices(name: str, spec: str, available: int) -> list[int]:
         if first > last:
             raise UserError(f"{KEY}: {name}: the range {part.strip()} runs backwards; write {last}-{first}")
         if last >= available:
-            raise UserError(f"{KEY}: {name}: device {last} does not exist; there are {available} devices, 0-{available - 1} "
-                            "(cluster.num_nodes x cluster.num_gpus_per_node); name those, or raise one of the two")  # fmt: skip
+            raise UserError(
+                f"{KEY}: {name}: device {last} does not exist; there are {available} devices, 0-{available - 1} "
+                "(cluster.num_nodes x cluster.num_gpus_per_node); name those, or raise one of the two"
+            )
         found += range(first, last + 1)
     twice = sorted({i for i in found if found.count(i) > 1})
     if twice:
@@ -153,12 +166,16 @@ def _indices(name: str, spec: str, available: int) -> list[int]:
 def _actor_seats(tp: int, pp: int, devices: Sequence[Device]) -> list[Seat]:
     sizes = f"actor.model.tensor_model_parallel_size {tp} x actor.model.pipeline_model_parallel_size {pp}"
     if len(devices) < tp * pp:
-        raise UserError(f"{KEY}: the actor needs at least {tp * pp} devices ({sizes}), but it has {len(devices)}; give it more devices "
-                        "(on a CPU machine raise cluster.num_gpus_per_node), or lower the parallel sizes")  # fmt: skip
+        raise UserError(
+            f"{KEY}: the actor needs at least {tp * pp} devices ({sizes}), but it has {len(devices)}; give it more devices "
+            "(on a CPU machine raise cluster.num_gpus_per_node), or lower the parallel sizes"
+        )
     if len(devices) % (tp * pp):
         fewer = len(devices) // (tp * pp) * tp * pp
-        raise UserError(f"{KEY}: the actor has {len(devices)} devices, which {sizes} = {tp * pp} does not divide; "
-                        f"give it {fewer} or {fewer + tp * pp} devices")  # fmt: skip
+        raise UserError(
+            f"{KEY}: the actor has {len(devices)} devices, which {sizes} = {tp * pp} does not divide; "
+            f"give it {fewer} or {fewer + tp * pp} devices"
+        )
     return [Seat("actor", rank, device[0], (device[1],)) for rank, device in enumerate(d for group in _groups(devices, tp) for d in group)]
 
 
@@ -166,14 +183,18 @@ def _rollout_seats(tp: int, devices: Sequence[Device]) -> list[Seat]:
     key = "rollout.tensor_parallel_size"
     if len(devices) % tp:
         sizes = [t for t in range(1, len(devices) + 1) if len(devices) % t == 0]
-        raise UserError(f"{key}: engines of {tp} devices do not fit the rollout's {len(devices)} devices; change it to one of {sizes}, "
-                        f"or change the rollout's devices in {KEY}")  # fmt: skip
+        raise UserError(
+            f"{key}: engines of {tp} devices do not fit the rollout's {len(devices)} devices; change it to one of {sizes}, "
+            f"or change the rollout's devices in {KEY}"
+        )
     groups = _groups(devices, tp)
     crossing = next((g for g in groups if g[0][0] != g[-1][0]), None)
     if crossing:
-        per_node = Counter(node for node, _ in devices)
-        raise UserError(f"{key}: an engine of {tp} devices must stay inside one node, but the rollout has {', '.join(f'{n} on node {k}' for k, n in sorted(per_node.items()))}; "
-                        f"give it a multiple of {tp} devices on every node in {KEY}, or lower {key}")  # fmt: skip
+        per_node = ", ".join(f"{n} on node {node}" for node, n in sorted(Counter(node for node, _ in devices).items()))
+        raise UserError(
+            f"{key}: an engine of {tp} devices must stay inside one node, but the rollout has {per_node}; "
+            f"give it a multiple of {tp} devices on every node in {KEY}, or lower {key}"
+        )
     return [Seat("rollout", rank, group[0][0], tuple(i for _, i in group)) for rank, group in enumerate(groups)]
 
 

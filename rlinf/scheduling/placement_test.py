@@ -12,7 +12,9 @@ from rlinf.errors import UserError
 from rlinf.scheduling.placement import Node, Plan, build_plan, describe, nodes_of
 
 
-def config_of(nodes: int, per_node: int, placement: dict[str, str], tp: int = 1, pp: int = 1, rollout_tp: int = 1, backend: str = "ray") -> Config:
+def config_of(
+    nodes: int, per_node: int, placement: dict[str, str], tp: int = 1, pp: int = 1, rollout_tp: int = 1, backend: str = "ray"
+) -> Config:
     config = Config(cluster=ClusterConfig(backend=backend, num_nodes=nodes, num_gpus_per_node=per_node, component_placement=placement))
     config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
     config.rollout.tensor_parallel_size = rollout_tp
@@ -116,7 +118,11 @@ def test_nodes_may_differ_in_size() -> None:
 @pytest.mark.parametrize(
     ("args", "kwargs", "words"),
     [
-        ((1, 2, ALL), dict(tp=2, pp=2), ["actor needs at least 4 devices", "has 2", "actor.model.tensor_model_parallel_size 2", "num_gpus_per_node"]),
+        (
+            (1, 2, ALL),
+            dict(tp=2, pp=2),
+            ["actor needs at least 4 devices", "has 2", "actor.model.tensor_model_parallel_size 2", "num_gpus_per_node"],
+        ),
         ((1, 6, ALL), dict(tp=4), ["actor has 6 devices", "give it 4 or 8 devices"]),
         ((1, 6, ALL), dict(rollout_tp=4), ["rollout.tensor_parallel_size", "6 devices", "[1, 2, 3, 6]"]),
         ((2, 3, ALL), dict(rollout_tp=2), ["rollout.tensor_parallel_size", "inside one node", "3 on node 0, 3 on node 1"]),

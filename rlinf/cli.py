@@ -1,0 +1,165 @@
+"""The `rlinf` command: parses, calls, prints. Each command imports what it needs when it runs, so that `rlinf --help` is quick.
+
+Exit codes: 0 good, 2 the user's mistake (one message), 1 ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlinf.errors import RunFailed, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors that are neither the user's nor the run's propagate with their traceback."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return args.run(args)
+    except UserError as e:
+        sys.stderr.write(f"rlinf: {e}\n")
+        return 2
+    except RunFailed as e:
+        sys.stderr.write(f"rlinf: {e}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("rlinf: interrupted\n")
+        return 130
+
+
+def train(args: argparse.Namespace) -> int:
+    from rlinf.config.load import load
+    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model
+    from rlinf.config.validate import validate
+    from rlinf.scheduling.placement import build_plan, describe, nodes_of
+    from rlinf.weights.architecture import read_architecture
+
+    resolved = load(args.config, args.overrides)
+    config = resolved.config
+    validate(config, resolved.provenance)
+    hf, warnings = planned_model_config(config.rollout.model_dir) if args.dry_run else (load_model_config(config.rollout.model_dir), [])
+    if hf:
+        read_architecture(hf)
+        validate_model(config, hf)
+    plan = build_plan(config, nodes_of(config.cluster))
+    absent = missing_paths(config)
+    if args.dry_run:
+        batch = config.data.rollout_batch_size * config.algorithm.group_size
+        _say(f"config: {resolved.source}")
+        _say(f"step: {config.data.rollout_batch_size} prompts x {config.algorithm.group_size} responses = {batch} samples, "
+             f"{config.algorithm.n_minibatches} optimizer step(s) of {batch // config.algorithm.n_minibatches}")  # fmt: skip
+        _say(describe(plan, config))
+        for warning in [*warnings, *absent]:
+            _say(f"warning: {warning}")
+        _say("dry run: the configuration is valid; nothing was started")
+        return 0
+    if absent:
+        raise UserError("\n  ".join(["files that the run needs are missing:", *absent]))
+    from rlinf.runners.launch import train as launch
+
+    return launch(resolved)
+
+
+def config_show(args: argparse.Namespace) -> int:
+    from rlinf.config.load import load, to_yaml
+
+    sys.stdout.write(to_yaml(load(args.config, args.overrides)))
+    return 0
+
+
+def config_explain(args: argparse.Namespace) -> int:
+    from rlinf.config.explain import explain
+    from rlinf.config.load import load
+
+    _say(explain(load(args.config, args.overrides) if args.config else None, args.key))
+    return 0
+
+
+def data_generate(args: argparse.Namespace) -> int:
+    from rlinf.data.arithmetic import generate
+
+    _report(generate(args.out_dir, args.train, args.val, args.seed))
+    return 0
+
+
+def data_check(args: argparse.Namespace) -> int:
+    from rlinf.checks.data_check import main as check
+
+    return check(args.file, args.json)
+
+
+def verify(args: argparse.Namespace) -> int:
+    from rlinf.rewards.verify_file import verify_file
+
+    _report(verify_file(args.input, args.output, args.processes))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlinf", description="Reinforcement learning for reasoning models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("train", help="train a model")
+    _config_arguments(p)
+    p.add_argument("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
+    p.set_defaults(run=train)
+
+    sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
+    p = sub.add_parser("show", help="the resolved configuration, each value with who set it")
+    _config_arguments(p)
+    p.set_defaults(run=config_show)
+    p = sub.add_parser("explain", help="meaning, type, default and choices of a key or a section; with CONFIG its value and who set it")
+    p.add_argument("key", metavar="KEY")
+    _config_arguments(p, optional=True)
+    p.set_defaults(run=config_explain)
+
+    sub = commands.add_parser("data", help="generate or check data files").add_subparsers(required=True, metavar="COMMAND")
+    p = sub.add_parser("generate", help="arithmetic problems: train.jsonl and a held-out val.jsonl")
+    p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
+    p.add_argument("--train", type=int, default=2000, help="training problems (default 2000)")
+    p.add_argument("--val", type=int, default=200, help="held-out problems (default 200)")
+    p.add_argument("--seed", type=int, default=1234)
+    p.set_defaults(run=data_generate)
+    p = sub.add_parser("check", help="check a JSONL file in the AReaL-boba format")
+    p.add_argument("file", metavar="FILE")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
+    p.set_defaults(run=data_check)
+
+    p = commands.add_parser("verify", help="grade a JSONL file of responses")
+    p.add_argument("input", metavar="IN", type=Path)
+    p.add_argument("output", metavar="OUT", type=Path)
+    p.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="verifier processes (default: one a core)")
+    p.set_defaults(run=verify)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?" if optional else None, help="a YAML file, or the stem of one in examples/math/config"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="set a key, e.g. runner.max_steps=10")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on positionals that stand behind an option: `train CONFIG --dry-run key=value`
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _report(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        _say(f"{name}: {value if isinstance(value, (str, int, float, Path)) else json.dumps(value, default=str)}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")

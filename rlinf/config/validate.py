@@ -1,0 +1,199 @@
+"""Rules across keys. Starts nothing, reads nothing but the configuration; all violations are reported at once."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+
+from rlinf.config.load import value_of
+from rlinf.config.schema import Config
+from rlinf.config.values import dump
+from rlinf.errors import UserError
+
+Violation = tuple[str, str]  # key, what is wrong with it and what to do
+
+AT_LEAST: dict[str, float] = {
+    "cluster.num_nodes": 1,
+    "cluster.num_gpus_per_node": 1,
+    "cluster.threads_per_worker": 0,
+    "cluster.start_timeout": 1,
+    "runner.max_epochs": 1,
+    "runner.val_check_interval": -1,
+    "runner.save_interval": -1,
+    "runner.keep_checkpoints": 0,
+    "runner.seq_length": 2,
+    "data.max_prompt_length": 1,
+    "data.rollout_batch_size": 1,
+    "data.seed": 0,
+    "algorithm.group_size": 1,
+    "algorithm.n_minibatches": 1,
+    "algorithm.kl_beta": 0,
+    "algorithm.entropy_bonus": 0,
+    "algorithm.sampling_params.top_k": 0,
+    "algorithm.sampling_params.max_new_tokens": 1,
+    "rollout.tensor_parallel_size": 1,
+    "rollout.max_running_requests": 1,
+    "rollout.seed": 0,
+    "rollout.verify_weights_every": 0,
+    "actor.model.tensor_model_parallel_size": 1,
+    "actor.model.pipeline_model_parallel_size": 1,
+    "actor.optim.lr": 0,
+    "actor.optim.min_lr": 0,
+    "actor.optim.lr_decay_steps": 0,
+    "actor.optim.lr_warmup_steps": 0,
+    "actor.optim.adam_beta1": 0,
+    "actor.optim.adam_beta2": 0,
+    "actor.optim.weight_decay": 0,
+    "actor.optim.clip_grad": 0,
+    "actor.optim.loss_scale_window": 1,
+    "reward.num_processes": 1,
+}
+MORE_THAN: dict[str, float] = {
+    "algorithm.ratio_clip_eps": 0,
+    "algorithm.clip_ratio_low": 0,
+    "algorithm.clip_ratio_high": 0,
+    "algorithm.clip_ratio_c": 1,
+    "algorithm.early_stop_imp_ratio": 1,
+    "algorithm.importance_sampling_clip": 0,
+    "algorithm.sampling_params.temperature": 0,
+    "algorithm.sampling_params.top_p": 0,
+    "rollout.gpu_memory_utilization": 0,
+    "actor.optim.adam_eps": 0,
+    "actor.optim.loss_scale": 0,
+    "actor.optim.initial_loss_scale": 0,
+    "reward.reward_scale": 0,
+    "reward.timeout": 0,
+}
+LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim.adam_beta1": 1, "actor.optim.adam_beta2": 1}
+
+
+def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
+    """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
+    rules = (_bounds, _cluster, _runner, _data, _algorithm, _rollout, _actor)
+    found = [v for rule in rules for v in rule(config)]
+    if found:
+        where = provenance or {}
+        lines = [f"  {key} = {dump(value_of(config, key))}{f' ({where[key]})' if key in where else ''}: {text}" for key, text in found]
+        raise UserError("this configuration cannot be run:\n" + "\n".join(lines))
+
+
+def _bounds(c: Config) -> Iterator[Violation]:
+    for key, least in AT_LEAST.items():
+        if value_of(c, key) < least:
+            yield key, f"must be at least {least}"
+    for key, bound in MORE_THAN.items():
+        value = value_of(c, key)
+        if value is not None and value <= bound:
+            yield key, f"must be greater than {bound}"
+    for key, bound in LESS_THAN.items():
+        if value_of(c, key) >= bound:
+            yield key, f"must be less than {bound}"
+
+
+def _cluster(c: Config) -> Iterator[Violation]:
+    if c.cluster.backend == "local" and c.cluster.num_nodes > 1:
+        yield "cluster.backend", "local runs everything in one process; use ray for more than one node"
+
+
+def _runner(c: Config) -> Iterator[Violation]:
+    name, resume = c.runner.experiment_name, c.runner.resume_dir
+    if not name or name in (".", "..") or "/" in name:
+        yield "runner.experiment_name", "names one folder inside runner.output_dir; it cannot be empty or contain `/`"
+    if not c.runner.output_dir:
+        yield "runner.output_dir", "is empty; name a folder, such as ./logs"
+    if c.runner.max_steps != -1 and c.runner.max_steps < 1:
+        yield "runner.max_steps", "must be at least 1, or -1 for no limit but max_epochs"
+    if resume is not None and resume != "auto" and not resume.rstrip("/").rsplit("/", 1)[-1].startswith("step_"):
+        yield "runner.resume_dir", "must be null, auto, or the path of a step_* folder, such as logs/my-run/checkpoints/step_000050"
+    if c.runner.max_tokens_per_mbs < c.runner.seq_length:
+        yield (
+            "runner.max_tokens_per_mbs",
+            f"must be at least runner.seq_length ({c.runner.seq_length}), or the longest sample fits no micro-batch",
+        )
+    if c.runner.val_check_interval > 0 and not c.data.val_data_paths:
+        yield "runner.val_check_interval", "asks for validation, but data.val_data_paths is empty; name a file, or set it to 0"
+    longest = c.data.max_prompt_length + c.algorithm.sampling_params.max_new_tokens
+    if longest > c.runner.seq_length:
+        yield (
+            "runner.seq_length",
+            (
+                f"must hold data.max_prompt_length ({c.data.max_prompt_length}) + algorithm.sampling_params.max_new_tokens "
+                f"({c.algorithm.sampling_params.max_new_tokens}) = {longest} tokens"
+            ),
+        )
+
+
+def _data(c: Config) -> Iterator[Violation]:
+    if not c.data.train_data_paths:
+        yield "data.train_data_paths", "is empty; name at least one JSONL file"
+    for key in ("data.prompt_key", "data.answer_key"):
+        if not value_of(c, key):
+            yield key, "is empty; name a field of the records"
+    if c.data.tasks == []:
+        yield "data.tasks", "keeps no task at all; write null to keep all"
+
+
+def _algorithm(c: Config) -> Iterator[Violation]:
+    a, sampling = c.algorithm, c.algorithm.sampling_params
+    batch = c.data.rollout_batch_size * a.group_size
+    if a.group_size == 1:
+        yield (
+            "algorithm.group_size",
+            f"adv_type {a.adv_type} compares the responses of one prompt, so every advantage would be 0; use at least 2",
+        )
+    if a.n_minibatches > 0 and batch % a.n_minibatches:
+        yield (
+            "algorithm.n_minibatches",
+            (
+                f"does not divide the global batch of {batch} samples (data.rollout_batch_size {c.data.rollout_batch_size} "
+                f"x algorithm.group_size {a.group_size}); the nearest that does is {_nearest_divisor(batch, a.n_minibatches)}"
+            ),
+        )
+    if a.clip_ratio_c is not None and a.loss_type != "ppo":
+        yield "algorithm.clip_ratio_c", f"the dual clip belongs to loss_type ppo, not {a.loss_type}; set it to null"
+    if a.importance_sampling_fix and not a.recompute_logprobs:
+        yield "algorithm.importance_sampling_fix", "needs the actor's log-probabilities; set algorithm.recompute_logprobs: true"
+    if sampling.top_p > 1:
+        yield "algorithm.sampling_params.top_p", "is a probability; it must be at most 1"
+    if not sampling.do_sample:
+        yield (
+            "algorithm.sampling_params.do_sample",
+            "greedy responses of one prompt are all equal, so every advantage would be 0; set it to true",
+        )
+    if "" in sampling.stop:
+        yield "algorithm.sampling_params.stop", "an empty string would end every response at once; remove it"
+
+
+def _rollout(c: Config) -> Iterator[Violation]:
+    backend = c.rollout.rollout_backend
+    if backend == "embedded" and c.rollout.tensor_parallel_size > 1:
+        yield "rollout.tensor_parallel_size", "the embedded engine runs on one device; set it to 1, or use rollout.rollout_backend: sglang"
+    if backend == "sglang" and c.cluster.device == "cpu" and importlib.util.find_spec("sglang") is None:
+        yield "rollout.rollout_backend", "sglang is not installed here and cluster.device is cpu; use embedded"
+
+
+def _actor(c: Config) -> Iterator[Violation]:
+    model, optim = c.actor.model, c.actor.optim
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        yield "actor.model.sequence_parallel", "needs actor.model.tensor_model_parallel_size > 1; set it to false"
+    if model.recompute_granularity == "full":
+        if model.recompute_method is None:
+            yield "actor.model.recompute_method", "recompute_granularity full needs a method: block or uniform"
+        if model.recompute_num_layers is None or model.recompute_num_layers < 1:
+            yield "actor.model.recompute_num_layers", "recompute_granularity full needs the number of layers, at least 1"
+    else:
+        for key in ("actor.model.recompute_method", "actor.model.recompute_num_layers"):
+            if value_of(c, key) is not None:
+                yield key, "has a meaning only with actor.model.recompute_granularity: full; set it to null"
+    if optim.lr_decay_style != "constant":
+        if optim.lr_decay_steps <= optim.lr_warmup_steps:
+            yield (
+                "actor.optim.lr_decay_steps",
+                f"lr_decay_style {optim.lr_decay_style} needs more steps than lr_warmup_steps ({optim.lr_warmup_steps})",
+            )
+        if optim.min_lr > optim.lr:
+            yield "actor.optim.min_lr", f"must be at most actor.optim.lr ({optim.lr})"
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
