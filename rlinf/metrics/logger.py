@@ -1,0 +1,99 @@
+"""metrics.jsonl and TensorBoard: the same scalars, the same x axis (the step), written through at every step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+BACKENDS = ("tensorboard",)
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricLogger:
+    """Writes one line a step to <run_dir>/metrics.jsonl and the same numbers to the backends.
+
+    resume_step: None starts a new file (it must not exist yet); k goes on after step k: later lines of an earlier life are moved to
+    metrics.jsonl.replaced-N and TensorBoard is told to forget those steps. In the file a number that is not finite is null.
+    """
+
+    def __init__(self, run_dir: Path, backends: Sequence[str], resume_step: int | None = None) -> None:
+        unknown = sorted(set(backends) - set(BACKENDS))
+        if unknown:
+            raise ValueError(f"unknown logger backends {unknown}; there is {list(BACKENDS)}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / FILE_NAME
+        self.last_step = -1
+        if resume_step is not None:
+            cut_after(path, resume_step)
+            self.last_step = resume_step
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if resume_step is None else 0), 0o644)
+        self.tensorboard = EventFileWriter(str(run_dir / "tensorboard")) if "tensorboard" in backends else None
+        if self.tensorboard is not None and resume_step is not None:
+            restart = Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.tensorboard.add_event(restart)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Every scalar of one step, once. Raises ValueError when the step does not come after the last one."""
+        if step <= self.last_step:
+            raise ValueError(f"metrics of step {step} come after those of step {self.last_step}")
+        self.last_step = step
+        now = time.time()
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step, "time": now} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        os.write(self.file, (json.dumps(line, allow_nan=False) + "\n").encode())  # one write: a line is whole or absent
+        if self.tensorboard is not None:
+            scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+            self.tensorboard.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        os.fsync(self.file)
+        os.close(self.file)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, null as NaN; a torn last line (the machine died while it was written) is left out."""
+    whole, _ = whole_lines(run_dir / FILE_NAME)
+    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in whole]
+
+
+def whole_lines(path: Path) -> tuple[list[str], str]:
+    """The complete lines of the file, each with its newline, and what is left after the last newline."""
+    lines = path.read_text().splitlines(keepends=True)
+    torn = lines.pop() if lines and not lines[-1].endswith("\n") else ""
+    return lines, torn
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Move the lines after `step` to <path>.replaced-N, so that the run can write those steps again. Nothing is lost at any instant."""
+    if not path.exists():
+        return
+    lines, torn = whole_lines(path)
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    replaced = [line for line in lines if json.loads(line)["step"] > step] + ([torn] if torn else [])
+    if not replaced:
+        return
+    number = 1
+    while (tail := path.with_name(f"{path.name}.replaced-{number}")).exists():
+        number += 1
+    write_through(tail, "".join(replaced))
+    fresh = path.with_name(f"{path.name}.new")
+    write_through(fresh, "".join(kept))
+    os.replace(fresh, path)
+
+
+def write_through(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
