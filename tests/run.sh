@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The tests, set-up included: run.sh [--full] [pytest arguments]
+# Without --full: the fast tier (not marked slow or gpu). With it: everything; tests that need a GPU skip themselves, with a reason.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+export RLINF_CACHE="${RLINF_CACHE:-$HOME/.cache/rlinf}"
+
+tier=(-m "not slow and not gpu")
+full=
+if [[ "${1:-}" == --full ]]; then
+  full=1
+  tier=()
+  shift
+fi
+
+bash toolkits/setup/venv.sh --dev
+export PATH="$root/.venv/bin:$PATH"
+if [[ -n "$full" ]]; then
+  python toolkits/setup/fetch_smollm2.py
+  rlinf data generate "$RLINF_CACHE/data/arithmetic"
+fi
+printf 'tests: set-up took %d s\n' "$SECONDS"
+
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" TOKENIZERS_PARALLELISM=false
+exec python -m pytest "${tier[@]}" "$@" </dev/null
