@@ -69,7 +69,7 @@ def find(name_or_path: str) -> Path:
     if example.is_file():
         return example
     names = sorted(p.stem for p in EXAMPLES.glob("*.yaml"))
-    close = difflib.get_close_matches(path.stem, [*names, *ALIASES], n=1)
+    close = difflib.get_close_matches(path.name.removesuffix(".yaml"), [*names, *ALIASES], n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise UserError(f"{name_or_path}: no such configuration{hint}\n  give the path of a YAML file, or one of: {', '.join(names)}")
 

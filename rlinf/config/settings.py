@@ -54,6 +54,8 @@ def parse(text: str | bytes, where: str) -> yaml.Node:
 
 def read_section(node: yaml.Node, prefix: str, file: str, problems: list[str]) -> Iterator[Setting]:
     """The settings below a section (prefix "" or "actor.optim."). The top-level key `extends` is not a setting."""
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+        return  # all its keys are commented out
     if not isinstance(node, yaml.MappingNode):
         problems.append(f"{file}:{node.start_mark.line + 1}: {prefix[:-1]} is a section; expected keys below it, got {node.value!r}")
         return
@@ -112,18 +114,21 @@ def python_value(node: yaml.Node) -> Any:
 
 def _value(node: yaml.Node, key: Key, where: str, problems: list[str]) -> Any:
     """The value as Python. Where text is expected a scalar stays as it is written (`0-7`, `007` and `off` are text)."""
-    children = (
-        [v for pair in node.value for v in (pair if isinstance(pair, tuple) else (pair,))] if not isinstance(node, yaml.ScalarNode) else []
-    )
-    if any(not isinstance(c, yaml.ScalarNode) for c in children) or any(
-        not n.tag.startswith("tag:yaml.org,2002:") for n in (node, *children)
-    ):
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    items = [n for pair in pairs for n in pair] or (node.value if isinstance(node, yaml.SequenceNode) else [])
+    if _tagged(node) or any(not isinstance(n, yaml.ScalarNode) or _tagged(n) for n in items):
         problems.append(f"{where}: {key.name}: expected {key.type_name}, got something nested or tagged")
         return key.default
     if isinstance(node, yaml.SequenceNode):
-        return [c.value for c in children]
+        return [n.value for n in items]
     if isinstance(node, yaml.MappingNode):
-        names = [c.value for c in children[::2]]
+        names = [k.value for k, _ in pairs]
         problems += [f"{where}: {key.name}: duplicate key {n}" for n in dict.fromkeys(names) if names.count(n) > 1]
-        return dict(zip(names, [c.value for c in children[1::2]]))
+        return {k.value: v.value for k, v in pairs}
     return node.value if key.kind is str and not node.tag.endswith(":null") else python_value(node)
+
+
+def _tagged(node: yaml.Node) -> bool:
+    """Is the type written out (`!!float 3`, `!mine x`) rather than implied by the value?"""
+    plain = getattr(node, "style", None) is None
+    return node.tag != Loader("").resolve(type(node), node.value, (plain, not plain))

@@ -1,0 +1,201 @@
+"""Loading: precedence, provenance, interpolation, and one clear message for every way to write a configuration wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlinf.config.keys import known_keys
+from rlinf.config.load import ALIASES, EXAMPLES, find, load, to_yaml
+from rlinf.errors import UserError
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text("rollout: {model_dir: /models/x}\n" + text)
+    return path
+
+
+def problems(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(str(write(folder, text)), overrides)
+    return str(error.value)
+
+
+def test_the_command_line_wins_over_the_file_over_extends_over_defaults(tmp_path: Path) -> None:
+    write(tmp_path, "runner: {max_steps: 1, max_epochs: 2, seq_length: 3}", "base.yaml")
+    path = write(tmp_path, "extends: base.yaml\nrunner:\n  max_epochs: 20\n  seq_length: 30\n")
+    resolved = load(str(path), ["runner.seq_length=300"])
+    runner, who = resolved.config.runner, resolved.provenance
+    assert (runner.max_steps, runner.max_epochs, runner.seq_length, runner.keep_checkpoints) == (1, 20, 300, 2)
+    assert who["runner.max_steps"] == f"{tmp_path}/base.yaml:2"
+    assert who["runner.max_epochs"] == f"{path}:4"
+    assert who["runner.seq_length"] == "command line"
+    assert who["runner.keep_checkpoints"] == "default"
+    assert set(who) == set(known_keys()) and resolved.source == path
+
+
+def test_placement_and_lists_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, "cluster:\n  component_placement: {rollout: 0-47, 'actor,reward': 48}\n")
+    assert load(str(path)).config.cluster.component_placement == {"rollout": "0-47", "actor,reward": "48"}
+    words = ["cluster.component_placement={'actor,rollout,reward': all}", 'algorithm.sampling_params.stop=["\\n"]']
+    config = load(str(path), words).config
+    assert config.cluster.component_placement == {"actor,rollout,reward": "all"}
+    assert config.algorithm.sampling_params.stop == ["\n"]
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_empty(tmp_path: Path) -> None:
+    assert load(str(write(tmp_path, "runner:\n  # max_steps: 3\ndata:\n  seed: 5\n"))).config.data.seed == 5
+
+
+def test_interpolations_reach_other_keys_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "7")
+    text = "runner: {seq_length: 128, max_tokens_per_mbs: '${runner.seq_length}', max_steps: '${oc.env:STEPS}'}\n"
+    text += "data: {train_data_paths: ['${oc.env:NOT_SET,/data}/a.jsonl']}"
+    config = load(str(write(tmp_path, text)), ["runner.seq_length=256"]).config
+    assert (config.runner.max_tokens_per_mbs, config.runner.max_steps) == (256, 7)
+    assert config.data.train_data_paths == ["/data/a.jsonl"]
+
+
+def test_values_take_the_type_of_their_key(tmp_path: Path) -> None:
+    text = "runner: {experiment_name: 007, max_steps: 1e3}\nactor: {optim: {lr: 1e-5, weight_decay: 0}}\ndata: {tasks: [on, 5]}"
+    config = load(str(write(tmp_path, text)), ["rollout.model_dir=~/model", "runner.resume_dir=null"]).config
+    assert config.runner.experiment_name == "007" and config.runner.max_steps == 1000 and isinstance(config.runner.max_steps, int)
+    assert config.actor.optim.lr == 1e-5 and isinstance(config.actor.optim.weight_decay, float)
+    assert config.data.tasks == ["on", "5"] and config.runner.resume_dir is None
+    assert config.rollout.model_dir == str(Path.home() / "model")
+
+
+def test_what_to_yaml_prints_loads_to_the_same_configuration(tmp_path: Path) -> None:
+    text = 'runner: {experiment_name: \'a: \\${b} #"c\'}\nalgorithm: {ratio_clip_eps: 1e-5, sampling_params: {stop: ["\\n", \'007\', "é"]}}'
+    first = load(str(write(tmp_path, text)), ["data.tasks=[]", "cluster.component_placement={rollout: 0, actor: 0-3}"])
+    printed = to_yaml(first)
+    again = load(str(tmp_path / write(tmp_path, "", "again.yaml").name))
+    assert again.config != first.config
+    (tmp_path / "again.yaml").write_text(printed)
+    assert load(str(tmp_path / "again.yaml")).config == first.config
+    assert first.config.runner.experiment_name == 'a: ${b} #"c'
+    line = next(x for x in printed.splitlines() if "ratio_clip_eps" in x)
+    assert line.split("# ")[1] == f"{tmp_path}/run.yaml:3"
+
+
+@pytest.mark.parametrize("name", [*ALIASES, *(p.stem for p in EXAMPLES.glob("*.yaml"))])
+def test_every_example_and_alias_loads_by_name(name: str) -> None:
+    resolved = load(name)
+    assert resolved.source.parent == EXAMPLES and resolved.source.stem == ALIASES.get(name, name)
+    assert any(w.startswith("examples/math/config/") for w in resolved.provenance.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("runner:\n  max_step: 3\n", ["run.yaml:3", "unknown key runner.max_step", "did you mean runner.max_steps?"]),
+        ("runner: {group_size: 3}", ["unknown key runner.group_size", "did you mean algorithm.group_size?"]),
+        ("zzz: 1", ["unknown key zzz", "the sections are cluster, runner"]),
+        ("runner:\n  max_steps: soon\n", ["run.yaml:3", "runner.max_steps", "expected integer, got soon"]),
+        ("runner: {max_steps: 1.5}", ["runner.max_steps: expected integer, got 1.5"]),
+        ("runner: {max_steps: true}", ["runner.max_steps: expected integer, got true"]),
+        ("data: {shuffle: 3}", ["data.shuffle: expected true or false, got 3"]),
+        ("actor: {optim: {lr: fast}}", ["actor.optim.lr: expected number, got fast"]),
+        ("actor: {optim: {lr: .inf}}", ["actor.optim.lr: expected a finite number"]),
+        ("runner: {experiment_name: null}", ["runner.experiment_name: expected text, got null"]),
+        ("data: {train_data_paths: a.jsonl}", ["data.train_data_paths: expected list of text, got a.jsonl"]),
+        ("data: {tasks: [[a]]}", ["data.tasks: expected list of text or null, got something nested"]),
+        ("runner: {max_steps: !!python/name:os.system }", ["runner.max_steps: expected integer, got something nested or tagged"]),
+        ("runner: {max_steps: !!int x}", ["got something nested or tagged"]),
+        ("algorithm: {adv_type: gpro}", ["gpro is not one of grpo, rloo", "did you mean grpo?"]),
+        ("runner: {logger: {logger_backends: [wandb]}}", ["wandb is not one of tensorboard", "metrics.jsonl"]),
+        ("runner:\n  max_steps: 1\n  max_steps: 2\n", ["run.yaml:4: duplicate key runner.max_steps", "line 3"]),
+        ("data: {}\ndata: {}", ["run.yaml:3: duplicate key data", "line 2"]),
+        ("cluster: {component_placement: {actor: 0, actor: 1}}", ["cluster.component_placement: duplicate key actor"]),
+        ("runner: {\n  max_steps: 1\n", ["run.yaml:4: not valid YAML"]),
+        ("runner:\n\tmax_steps: 1\n", ["run.yaml:3: not valid YAML"]),
+        ("actor: 3", ["run.yaml:2: actor is a section"]),
+        ("runner: {max_steps: '${runner.foo}'}", ["runner.max_steps: cannot resolve ${runner.foo}", "'runner.foo' not found"]),
+        ("runner: {max_steps: '${oc.env:NOT_SET_ANYWHERE}'}", ["run.yaml:2", "NOT_SET_ANYWHERE"]),
+        ("runner: {max_steps: '${subtract:1,2}'}", ["run.yaml:2", "Unsupported interpolation type subtract"]),
+        ("runner: {max_steps: '${runner.max_epochs}', max_epochs: '${runner.max_steps}'}", ["runner.max_steps", "cannot resolve"]),
+        ("extends: nowhere.yaml", ["run.yaml:2: extends:", "nowhere.yaml does not exist"]),
+        ("extends: run.yaml", ["run.yaml:2: extends:", "break the cycle"]),
+    ],
+)
+def test_mistakes_in_the_file_are_named_with_file_and_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    message = problems(tmp_path, text)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("runner.max_step=3", ["command line: unknown key runner.max_step; did you mean runner.max_steps?"]),
+        ("optim.lr=3", ["did you mean actor.optim.lr?"]),
+        ("runner.max_steps=x", ["command line: runner.max_steps: expected integer, got x"]),
+        ("runner.max_steps", ["expected key=value, got 'runner.max_steps'"]),
+        ("runner.max_steps=", ["runner.max_steps: expected integer, got null"]),
+        ("actor.optim=3", ["actor.optim is a section; set one of its keys"]),
+        ("data.tasks=[a", ["command line: data.tasks:1: not valid YAML"]),
+        ("cluster.component_placement.rollout=0-3", ["cluster.component_placement is one value"]),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(tmp_path: Path, override: str, words: list[str]) -> None:
+    message = problems(tmp_path, "", override)
+    for word in words:
+        assert word in message
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    message = problems(tmp_path, "runner: {a: 1, max_steps: x}\ndata: {seed: y}", "b=1")
+    for word in ("runner.a", "runner.max_steps", "data.seed", "unknown key b"):
+        assert word in message
+
+
+def test_a_cycle_over_two_files_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "extends: run.yaml", "base.yaml")
+    assert "break the cycle" in problems(tmp_path, "extends: base.yaml")
+
+
+def test_a_missing_mandatory_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    with pytest.raises(UserError, match="rollout.model_dir is not set"):
+        load(str(tmp_path / "a.yaml"))
+
+
+def test_an_unknown_configuration_lists_what_there_is() -> None:
+    with pytest.raises(UserError, match="did you mean grpo-1.5b-megatron") as error:
+        find("grpo-1.5-megatron")
+    assert "smollm2-135m-grpo-cpu" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("runner.enable_dynamic_batch_size", "runner.max_tokens_per_mbs"),
+        ("algorithm.training_batch_size_per_gpu", "runner.max_tokens_per_mbs"),
+        ("algorithm.use_valid_token_scale", "token-mean is always the mean over all response tokens"),
+        ("algorithm.sampling_params.min_new_tokens", "no effect"),
+        ("algorithm.sampling_params.repetition_penalty", "log-probabilities differ"),
+        ("rollout.model.model_path", "use rollout.model_dir"),
+        ("actor.optim.bf16", "actor.model.precision: bf16"),
+        ("actor.optim.fp16", "actor.model.precision: fp16"),
+        ("actor.lr_sched.lr_decay_iters", "actor.optim.lr_decay_steps"),
+        ("actor.megatron.ckpt_convertor.hf_model_path", "loaded directly from rollout.model_dir"),
+        ("actor.megatron.use_dist_ckpt", "distributed checkpoints"),
+        ("actor.group_name", "named after their component"),
+        ("hydra.run.dir", "without hydra"),
+        ("runner.task_type", "remove it"),
+        ("inference.load_from_actor", "the actor recomputes"),
+    ],
+)
+def test_keys_of_the_reference_that_are_gone_say_what_replaced_them(tmp_path: Path, key: str, words: str) -> None:
+    message = problems(tmp_path, "", f"{key}=1")
+    assert f"{key} is not a key here" in message and words in message
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [("algorithm.loss_type=actor", "`ppo`"), ("algorithm.kl_penalty_type=low_var_kl", "`k3`"), ("rollout.rollout_backend=vllm", "sglang")],
+)
+def test_values_of_the_reference_that_are_gone_say_what_replaced_them(tmp_path: Path, word: str, words: str) -> None:
+    assert words in problems(tmp_path, "", word)

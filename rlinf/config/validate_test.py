@@ -1,0 +1,178 @@
+"""Rules across keys and against the model's shape: each violation is named with its key and a remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlinf.config.keys import known_keys
+from rlinf.config.load import EXAMPLES, load
+from rlinf.config.model import load_model_config, planned_model_config, validate_model
+from rlinf.config.validate import AT_LEAST, LESS_THAN, MORE_THAN, validate
+from rlinf.errors import UserError
+
+BASE = ["rollout.model_dir=/m", "data.train_data_paths=[a.jsonl]"]
+
+
+def check(tmp_path: Path, *words: str) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    resolved = load(str(tmp_path / "a.yaml"), [*BASE, *words])
+    validate(resolved.config, resolved.provenance)
+
+
+@pytest.mark.parametrize("name", [p.stem for p in EXAMPLES.glob("*.yaml")])
+def test_the_examples_are_valid(name: str) -> None:
+    resolved = load(name)
+    validate(resolved.config)
+    hf, warnings = planned_model_config(resolved.config.rollout.model_dir)
+    assert hf is not None
+    validate_model(resolved.config, hf)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["actor.optim.lr=0"],
+        ["actor.model.tensor_model_parallel_size=2", "actor.model.sequence_parallel=true"],
+        ["actor.optim.lr_decay_style=cosine", "actor.optim.lr_decay_steps=10", "actor.optim.lr_warmup_steps=2"],
+        ["actor.model.recompute_granularity=selective"],
+        ["runner.resume_dir=auto"],
+        ["runner.resume_dir=logs/a/checkpoints/step_000050/"],
+        ["algorithm.importance_sampling_fix=true"],
+    ],
+)
+def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
+    check(tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["algorithm.group_size=1"], "algorithm.group_size = 1 (command line): adv_type grpo"),
+        (["algorithm.group_size=1", "algorithm.adv_type=rloo"], "adv_type rloo"),
+        (["algorithm.n_minibatches=3"], "algorithm.n_minibatches = 3 (command line): does not divide the global batch of 4096 samples"),
+        (["algorithm.n_minibatches=3"], "the nearest that does is 2"),
+        (["data.max_prompt_length=2000"], "runner.seq_length = 2048 (default): must hold data.max_prompt_length (2000)"),
+        (["runner.max_tokens_per_mbs=2047"], "runner.max_tokens_per_mbs = 2047 (command line): must be at least runner.seq_length (2048)"),
+        (["actor.model.recompute_granularity=full"], "actor.model.recompute_method = null (default): recompute_granularity full needs"),
+        (["actor.model.recompute_granularity=full", "actor.model.recompute_method=block"], "recompute_num_layers = null"),
+        (["actor.model.recompute_num_layers=3"], "has a meaning only with actor.model.recompute_granularity: full"),
+        (["actor.model.sequence_parallel=true"], "needs actor.model.tensor_model_parallel_size > 1"),
+        (["algorithm.importance_sampling_fix=true", "algorithm.recompute_logprobs=false"], "set algorithm.recompute_logprobs: true"),
+        (["algorithm.clip_ratio_c=1"], "algorithm.clip_ratio_c = 1.0 (command line): must be greater than 1"),
+        (["algorithm.clip_ratio_c=3", "algorithm.loss_type=gspo"], "the dual clip belongs to loss_type ppo"),
+        (["actor.optim.lr_decay_style=linear"], "actor.optim.lr_decay_steps = 0 (default): lr_decay_style linear needs more steps"),
+        (["actor.optim.lr_decay_style=linear", "actor.optim.lr_decay_steps=5", "actor.optim.min_lr=1"], "must be at most actor.optim.lr"),
+        (["rollout.rollout_backend=embedded", "rollout.tensor_parallel_size=2"], "tensor_parallel_size = 2 (command line): the embedded"),
+        (["cluster.backend=local", "cluster.num_nodes=2"], "cluster.backend = local (command line): local runs everything in one process"),
+        (["runner.resume_dir=latest"], "runner.resume_dir = latest (command line): must be null, auto, or the path of a step_* folder"),
+        (["runner.experiment_name=a/b"], "cannot be empty or contain `/`"),
+        (["runner.max_steps=0"], "runner.max_steps = 0 (command line): must be at least 1, or -1"),
+        (["runner.val_check_interval=5"], "data.val_data_paths is empty"),
+        (["data.train_data_paths=[]"], "data.train_data_paths = [] (command line): is empty"),
+        (["data.tasks=[]"], "write null to keep all"),
+        (["algorithm.sampling_params.do_sample=false"], "greedy responses of one prompt are all equal"),
+        (["algorithm.sampling_params.top_p=1.5"], "must be at most 1"),
+        (['algorithm.sampling_params.stop=[""]'], "an empty string would end every response"),
+    ],
+)  # fmt: skip
+def test_violations_name_key_value_origin_and_remedy(tmp_path: Path, words: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(tmp_path, *words)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(("table", "bad"), [(AT_LEAST, lambda b: b - 1), (MORE_THAN, lambda b: b), (LESS_THAN, lambda b: b)])
+def test_numbers_outside_their_bounds_are_refused(tmp_path: Path, table: dict[str, float], bad) -> None:
+    for key, bound in table.items():
+        with pytest.raises(UserError, match=key):
+            check(tmp_path, f"{key}={bad(bound)}")
+
+
+def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
+    ruled = {"runner.max_steps", "runner.max_tokens_per_mbs", "actor.model.recompute_num_layers", "reward.undecided_reward"}
+    numbers = {k.name for k in known_keys().values() if k.kind in (int, float)}
+    assert numbers - ruled == set(AT_LEAST) | set(MORE_THAN) | set(LESS_THAN)
+
+
+def test_sglang_on_a_cpu_machine_without_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="rollout.rollout_backend = sglang .*use embedded"):
+        check(tmp_path, "cluster.device=cpu")
+    check(tmp_path, "cluster.device=cpu", "rollout.rollout_backend=embedded")
+
+
+def test_all_violations_are_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        check(tmp_path, "algorithm.group_size=1", "runner.max_epochs=0", "actor.model.sequence_parallel=true")
+    for key in ("algorithm.group_size", "runner.max_epochs", "actor.model.sequence_parallel"):
+        assert key in str(error.value)
+
+
+TP, PP = "actor.model.tensor_model_parallel_size", "actor.model.pipeline_model_parallel_size"
+SHAPE = {"model_type": "qwen2", "num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 28, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("words", "shape", "expected"),
+    [
+        ([f"{TP}=8"], {}, "tensor_model_parallel_size = 8 does not divide the model's 12 attention heads; use one of [1, 2, 4]"),
+        ([f"{TP}=3"], {}, "does not divide the model's 4 key/value heads"),
+        ([f"{TP}=4"], {"intermediate_size": 90}, "divide the model's 90 MLP units; use one of [1, 2]"),
+        ([f"{PP}=3"], {}, "pipeline_model_parallel_size = 3 does not divide the model's 28 layers; use one of [1, 2, 4, 7,"),
+        (["rollout.tensor_parallel_size=5"], {}, "rollout.tensor_parallel_size = 5 does not fit the model's 12 attention heads"),
+        (["rollout.tensor_parallel_size=6"], {}, "rollout.tensor_parallel_size = 6 does not fit"),
+        ([], {"max_position_embeddings": 1024}, "runner.seq_length = 2048 exceeds the model's max_position_embeddings 1024"),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_the_parallel_sizes_are_named(tmp_path: Path, words: list[str], shape: dict, expected: str) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    config = load(str(tmp_path / "a.yaml"), [*BASE, *words]).config
+    with pytest.raises(UserError) as error:
+        validate_model(config, SHAPE | shape)
+    assert expected in str(error.value) and "/m" in str(error.value)
+
+
+def test_engines_may_replicate_key_value_heads(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    validate_model(load(str(tmp_path / "a.yaml"), [*BASE, "rollout.tensor_parallel_size=12"]).config, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (None, "does not exist; give a local Hugging Face folder"),
+        ({}, "has no config.json"),
+        ({"config.json": "{oops"}, "config.json:1: not valid JSON"),
+        ({"config.json": '{"model_type": "mamba"}'}, "unknown architecture: model_type 'mamba'; supported are qwen2, qwen3, llama"),
+        ({"config.json": json.dumps(SHAPE)}, "has no *.safetensors weights"),
+        ({"config.json": json.dumps(SHAPE), "pytorch_model.bin": ""}, "it has pytorch_model.bin: convert it"),
+        ({"config.json": json.dumps(SHAPE), "model.safetensors": ""}, "has no tokenizer (tokenizer.json or"),
+    ],
+)
+def test_model_folders_that_cannot_be_used_say_why(tmp_path: Path, files: dict[str, str] | None, expected: str) -> None:
+    folder = tmp_path / "model"
+    if files is not None:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        load_model_config(str(folder))
+    assert expected in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_complete_model_folder_gives_its_config(tmp_path: Path) -> None:
+    for name, text in {"config.json": json.dumps(SHAPE), "model.safetensors": "", "tokenizer.json": "{}"}.items():
+        (tmp_path / name).write_text(text)
+    assert load_model_config(str(tmp_path)) == SHAPE
+    assert planned_model_config(str(tmp_path)) == (SHAPE, [])
+
+
+def test_planning_without_the_model_takes_known_shapes_or_warns() -> None:
+    hf, warnings = planned_model_config("/nowhere/DeepSeek-R1-Distill-Qwen-7B")
+    assert hf is not None and hf["num_key_value_heads"] == 4 and "shapes are taken from examples/math/config/models" in warnings[0]
+    hf, warnings = planned_model_config("/nowhere/other")
+    assert hf is None and "not checked" in warnings[0]

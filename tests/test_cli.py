@@ -1,0 +1,162 @@
+"""The command line: exit codes, messages, dry runs of everything that ships, and how quick it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from rlinf.cli import main
+from rlinf.config.load import EXAMPLES, ROOT
+from rlinf.errors import RunFailed
+
+SCRIPTS = [ROOT / "examples/math/run_main_math_grpo_megatron.sh", ROOT / "examples/math/qwen2.5/run_main_math_grpo_megatron.sh"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("name", [*(p.stem for p in EXAMPLES.glob("*.yaml")), "grpo-1.5b-megatron", "grpo-7b-megatron"])
+def test_dry_run_of_every_example_prints_the_placement(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out, err = run(capsys, "train", name, "--dry-run", "rollout.seed=7")
+    assert code == 0 and err == ""
+    assert "placement: collocated" in out and "nothing was started" in out
+
+
+def test_dry_run_starts_nothing_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rlinf.cli import main; assert main(['train', 'grpo-7b-megatron', '--dry-run']) == 0; "
+        "print([m for m in ('torch', 'ray', 'megatron', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    start = time.monotonic()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+    assert time.monotonic() - start < 5
+    assert out.stdout.splitlines()[-1] == "[]"
+    assert "TP 4 x DP 32 x PP 1" in out.stdout and "64 sglang engine(s) of 2 device(s)" in out.stdout
+    assert "16384 samples, 4 optimizer step(s) of 4096" in out.stdout
+    assert "AReaL-boba-106k.jsonl is not on this machine" in out.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick() -> None:
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "rlinf", "--help"], capture_output=True, check=True, cwd=ROOT)
+        times.append(time.monotonic() - start)
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("arguments", [[], ["grpo-7b-megatron"], ["algorithm.group_size=32"]])
+def test_the_run_scripts_work_from_any_folder(tmp_path: Path, script: Path, arguments: list[str]) -> None:
+    out = subprocess.run(["bash", str(script), *arguments, "--dry-run"], capture_output=True, text=True, cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    model = "qwen2.5-7b" if "grpo-7b-megatron" in arguments else "qwen2.5-1.5b"
+    assert f"{model}-grpo-megatron.yaml" in out.stdout
+    assert f"= {16384 if arguments else 8192} samples" in out.stdout
+
+
+def test_the_run_script_passes_the_exit_code_on(tmp_path: Path) -> None:
+    out = subprocess.run(["bash", str(SCRIPTS[0]), "nothing-like-this", "--dry-run"], capture_output=True, text=True, cwd=tmp_path)
+    assert out.returncode == 2 and "no such configuration" in out.stderr and "Traceback" not in out.stderr
+
+
+def small_model(folder: Path, **changes: object) -> Path:
+    folder.mkdir()
+    shape = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "hidden_size": 64}
+    shape |= {"intermediate_size": 128, "vocab_size": 320, **changes}
+    for name, text in {"config.json": json.dumps(shape), "model.safetensors": "", "tokenizer.json": "{}"}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+TP2 = "actor.model.tensor_model_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["runner.max_step=3"], "did you mean runner.max_steps?"),
+        (["runner.max_steps=soon"], "runner.max_steps: expected integer, got soon"),
+        (["actor.optim.fp16=true"], "use actor.model.precision: fp16"),
+        (["algorithm.group_size=1"], "algorithm.group_size = 1 (command line): adv_type grpo"),
+        (["algorithm.n_minibatches=3"], "does not divide the global batch of 64 samples"),
+        ([TP2, "actor.model.pipeline_model_parallel_size=2"], "cluster.component_placement: the actor needs at least 4 devices"),
+        ([TP2, "cluster.num_gpus_per_node=3"], "cluster.component_placement: the actor has 3 devices"),
+        (["cluster.num_gpus_per_node=2", "cluster.backend=local"], "cluster.backend: local"),
+        (["actor.model.tensor_model_parallel_size=8"], "does not divide the model's 4 attention heads; use one of [1, 2]"),
+        (["actor.model.pipeline_model_parallel_size=3"], "does not divide the model's 4 layers"),
+        (["rollout.model_dir=/nowhere"], "rollout.model_dir: /nowhere does not exist"),
+        (["data.train_data_paths=[/nowhere/a.jsonl]"], "data.train_data_paths: /nowhere/a.jsonl is not on this machine"),
+        (["runner.resume_dir=/nowhere/step_000001"], "runner.resume_dir: /nowhere/step_000001 is not on this machine"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], expected: str
+) -> None:
+    model = small_model(tmp_path / "model")
+    code, out, err = run(capsys, "train", "smollm2-135m-grpo-cpu", f"rollout.model_dir={model}", *words)
+    assert code == 2 and out == ""
+    assert err.startswith("rlinf: ") and expected in err and "Traceback" not in err
+
+
+def test_an_unsupported_architecture_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model", model_type="mamba")
+    code, _, err = run(capsys, "train", "smollm2-135m-grpo-cpu", f"rollout.model_dir={model}", "--dry-run")
+    assert code == 2 and "unknown architecture: model_type 'mamba'" in err
+    model = small_model(tmp_path / "other", use_sliding_window=True)
+    code, _, err = run(capsys, "train", "smollm2-135m-grpo-cpu", f"rollout.model_dir={model}", "--dry-run")
+    assert code == 2 and "sliding-window" in err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [(RunFailed("rank 1 died"), 1, "rlinf: rank 1 died\n"), (KeyboardInterrupt(), 130, "rlinf: interrupted\n")],
+)
+def test_how_a_run_ends_is_the_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: BaseException, code: int, message: str
+) -> None:
+    def launch(resolved: object) -> int:
+        raise raised
+
+    monkeypatch.setitem(sys.modules, "rlinf.runners.launch", types.SimpleNamespace(train=launch))
+    (tmp_path / "a.jsonl").write_text("")
+    words = [
+        f"rollout.model_dir={small_model(tmp_path / 'model')}",
+        f"data.train_data_paths=[{tmp_path}/a.jsonl]",
+        "data.val_data_paths=[]",
+    ]
+    assert run(capsys, "train", "smollm2-135m-grpo-cpu", *words) == (code, "", message)
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlinf.config.explain.explain", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["config", "explain", "runner"])
+
+
+def test_config_show_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "config", "show", "grpo-1.5b-megatron", "runner.max_steps=5")
+    assert code == 0 and "max_steps: 5" in out and "# command line" in out and "qwen2.5-1.5b-grpo-megatron.yaml:" in out
+    code, out, _ = run(capsys, "config", "explain", "algorithm.group_size", "grpo-1.5b-megatron")
+    assert code == 0 and "value    16" in out
+    code, out, err = run(capsys, "config", "explain", "algorithm.groupsize")
+    assert code == 2 and "did you mean algorithm.group_size?" in err
+
+
+@pytest.mark.parametrize("argv", [[], ["nonsense"], ["train"], ["train", "x", "--fast"], ["data", "check", "a", "b"]])
+def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2
