@@ -1,0 +1,261 @@
+"""Continuous batching: which samples run in which slots, and what one step of the engine computes. Synchronous, one thread.
+
+A step either prefills contexts (they come first: decoding is efficient only with full slots) or decodes one token of every slot.
+A context is prefilled once; samples that share it, or its leading tokens, start from a copy of its keys and values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlinf.data.records import Finish, Sample
+from rlinf.rollout.attention import Span, causal_attention, decode_attention, prefill_attention
+from rlinf.rollout.contract import EngineStats
+from rlinf.rollout.embedded_model import EmbeddedModel
+from rlinf.rollout.sampling import draw, uniform
+from rlinf.rollout.sequence import Decode, Job, Sequence, sequences_of
+from rlinf.rollout.slot_cache import MINIMUM_REUSE, CachedPrompt, PrefixCache, SlotCache, common_prefix
+
+PREFILL_TOKENS = 2048  # padded tokens of one prefill step
+PREFILL_CHUNK = 512  # tokens of one context in one prefill step
+PREFIX_TOKENS_PER_SLOT = 128  # the prefix store's size: what half-full slots would hold at 256 tokens
+SCORE_TOKENS = 1024  # padded tokens of one scoring pass
+LOGIT_ELEMENTS = 2**25  # float32 logits at a time (128 MiB)
+
+Outcome = tuple[Job, Sample]
+
+
+class Batcher:
+    """Slots, queue and caches around one model."""
+
+    def __init__(self, model: EmbeddedModel, slots: int, max_context: int, seed: int, decode: Decode | None) -> None:
+        self.model = model
+        self.version = 0
+        self.totals = EngineStats()  # since the start; only replaced, never changed
+        self._max_context = max_context
+        self._seed = seed
+        self._decode_text = decode
+        self._slots = SlotCache(model.shape, slots, model.dtype, model.device)
+        self._prefixes = PrefixCache(slots * PREFIX_TOKENS_PER_SLOT)
+        self._rows: list[Sequence | None] = [None] * slots
+        self._waiting: deque[Sequence] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(s is not None for s in self._rows)
+
+    def submit(self, job: Job) -> None:
+        self._waiting.extend(sequences_of(job))
+
+    def abort(self, chosen: Callable[[Job], bool]) -> list[Outcome]:
+        """End the samples of the chosen jobs with what they have."""
+        ended = [s for s in (*self._rows, *self._waiting) if s is not None and chosen(s.job)]
+        self._waiting = deque(s for s in self._waiting if not chosen(s.job))
+        return [self._end(sequence, Finish.ABORT) for sequence in ended]
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> tuple[int, int]:
+        """Take weights; running samples go back to the queue and are computed anew from their tokens. Returns (tensors, bytes)."""
+        loaded = self.model.load(tensors)
+        self.version = version
+        self.retract()
+        return loaded
+
+    def retract(self) -> None:
+        """Forget every key and value; running samples keep their tokens and wait again, in their order."""
+        running = [s for s in self._rows if s is not None]
+        for sequence in running:
+            sequence.row, sequence.filled = None, 0
+        self._waiting.extendleft(reversed(running))
+        self._rows = [None] * len(self._rows)
+        self._prefixes.clear()
+
+    def free_cache(self) -> None:
+        self.retract()
+        self._slots.free()
+
+    def step(self) -> list[Outcome]:
+        """One prefill or decode pass; the samples that ended with it."""
+        start = time.perf_counter()
+        ready = self._admit()
+        if not ready:
+            ready = self._prefill()
+        if ready:
+            outcomes = self._choose([s for s, _ in ready], torch.stack([h for _, h in ready]))
+        elif any(s is not None and s.filled < len(s.context) - 1 for s in self._rows):
+            outcomes = []  # a long context is not through yet
+        else:
+            outcomes = self._decode()
+        self._count(busy_seconds=time.perf_counter() - start)
+        return outcomes
+
+    def score(self, sequences: SequenceOf[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """Log-probability of each token given those before it."""
+        scores: dict[int, np.ndarray] = {}
+        batch: list[int] = []
+        for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+            if batch and (len(batch) + 1) * len(sequences[i]) > SCORE_TOKENS:
+                scores |= self._score_batch(sequences, batch, temperature or 1.0)
+                batch = []
+            batch.append(i)
+        if batch:
+            scores |= self._score_batch(sequences, batch, temperature or 1.0)
+        return [scores[i] for i in range(len(sequences))]
+
+
+    def _admit(self) -> list[tuple[Sequence, Tensor]]:
+        """Give free slots to waiting samples, in order. Those whose whole context is stored are ready, with its hidden state.
+
+        A sample that shares more with a context being prefilled now than with the store waits for it: it will start from there.
+        """
+        free = deque(row for row, s in enumerate(self._rows) if s is None)
+        if not free or not self._waiting:
+            return []
+        self._slots.reserve(max(len(s.context) for s in list(self._waiting)[: len(free)]) + 1)
+        leaders = [np.array(s.context, dtype=np.int32) for s in self._rows if s is not None and s.filled < len(s.context) - 1]
+        in_flight = {leader.tobytes() for leader in leaders}
+        hits: dict[int, tuple[CachedPrompt, list[Sequence]]] = {}
+        passed: deque[Sequence] = deque()
+        budget = 4 * len(self._rows)  # how far ahead to look
+        while free and self._waiting and budget:
+            budget -= 1
+            sequence = self._waiting.popleft()
+            tokens = np.array(sequence.context, dtype=np.int32)
+            entry = self._prefixes.whole(tokens)
+            if entry is not None:
+                self._seat(sequence, free.popleft(), len(tokens))
+                hits.setdefault(id(entry), (entry, []))[1].append(sequence)
+                continue
+            shared, entry = self._prefixes.longest(tokens)
+            if tokens.tobytes() in in_flight or any(common_prefix(tokens, leader) >= shared + MINIMUM_REUSE for leader in leaders):
+                passed.append(sequence)
+                continue
+            self._seat(sequence, free.popleft(), shared)
+            if entry is not None:
+                self._slots.restore([sequence.row], entry.kv, shared)
+                self._count(reused_tokens=shared)
+            leaders.append(tokens)
+            in_flight.add(tokens.tobytes())
+        self._waiting.extendleft(reversed(passed))
+        for entry, group in hits.values():
+            self._slots.restore([s.row for s in group], entry.kv, len(entry.token_ids))
+            self._count(reused_tokens=len(entry.token_ids) * len(group))
+        return [(s, entry.last_hidden) for entry, group in hits.values() for s in group]
+
+    def _seat(self, sequence: Sequence, row: int, filled: int) -> None:
+        self._rows[row] = sequence
+        sequence.row, sequence.filled = row, filled
+        self._slots.reserve(len(sequence.context) + 1)
+
+    def _prefill(self) -> list[tuple[Sequence, Tensor]]:
+        """Compute the next part of the contexts that are not through; those that now are, with their last hidden state."""
+        pending = sorted((s for s in self._rows if s is not None and s.filled < len(s.context) - 1), key=lambda s: len(s.context) - s.filled)
+        batch: list[Sequence] = []
+        spans: list[Span] = []
+        for sequence in pending:
+            left = len(sequence.context) - sequence.filled
+            take = left if left <= PREFILL_CHUNK + 1 else PREFILL_CHUNK
+            if batch and (len(batch) + 1) * take > PREFILL_TOKENS:
+                break
+            batch.append(sequence)
+            spans.append(Span(sequence.row, sequence.filled, sequence.filled + take))
+        if not batch:
+            return []
+        tokens = [t for s, span in zip(batch, spans) for t in s.context[span.start : span.end]]
+        positions = [p for span in spans for p in range(span.start, span.end)]
+        hidden_NH = self.model.forward(self._tensor(tokens), self._tensor(positions), prefill_attention(self._slots, spans, self.model.device))
+        self._count(prefilled_tokens=len(tokens))
+        ready = []
+        end = 0
+        for sequence, span in zip(batch, spans):
+            end += span.end - span.start
+            sequence.filled = span.end
+            if span.end == len(sequence.context):
+                last = hidden_NH[end - 1].clone()
+                self._prefixes.add(CachedPrompt(np.array(sequence.context, dtype=np.int32), self._slots.snapshot(sequence.row, span.end), last))
+                ready.append((sequence, last))
+        return ready
+
+    def _decode(self) -> list[Outcome]:
+        """One token for every running sample."""
+        rows = self._compact()
+        running = [s for s in self._rows[:rows] if s is not None]
+        tokens, positions = [0] * rows, [0] * rows
+        for sequence in running:
+            tokens[sequence.row], positions[sequence.row] = sequence.context[-1], len(sequence.context) - 1
+        self._slots.reserve(max(positions) + 1)
+        attend = decode_attention(self._slots, self.model.shape, self._tensor(positions))
+        hidden_RH = self.model.forward(self._tensor(tokens), self._tensor(positions), attend)
+        for sequence in running:
+            sequence.filled += 1
+        if len(running) < rows:
+            hidden_RH = hidden_RH[self._tensor([s.row for s in running])]
+        return self._choose(running, hidden_RH)
+
+    def _compact(self) -> int:
+        """Move samples from the last rows into free ones if that makes the decode batch smaller; its rows, rounded to a few shapes."""
+        occupied = [row for row, s in enumerate(self._rows) if s is not None]
+        rows = min(_round_rows(len(occupied)), len(self._rows))
+        free = [row for row in range(rows) if self._rows[row] is None]
+        for source, target in zip([row for row in occupied if row >= rows], free):
+            sequence = self._rows[source]
+            self._slots.move(source, target, sequence.filled)
+            self._rows[source], self._rows[target], sequence.row = None, sequence, target
+        return rows
+
+    def _choose(self, sequences: list[Sequence], hidden_BH: Tensor) -> list[Outcome]:
+        """The next token of some samples; those that end with it."""
+        outcomes = []
+        mass = 0.0
+        rows = max(1, LOGIT_ELEMENTS // self.model.shape.vocab)
+        for start in range(0, len(sequences), rows):
+            part = sequences[start : start + rows]
+            noise = [uniform(self._seed, s.sample_id, s.generated) for s in part]
+            drawn = draw(self.model.logits(hidden_BH[start : start + rows]), [s.job.request.sampling for s in part], noise)
+            mass += float(drawn.truncated_mass.sum())
+            for sequence, token, logprob in zip(part, drawn.tokens.tolist(), drawn.logprobs.tolist()):
+                sequence.append(token, logprob, self.version)
+                finish = sequence.finish(self._max_context, self._decode_text)
+                if finish is not None:
+                    outcomes.append(self._end(sequence, finish))
+        self._count(decoded_tokens=len(sequences), truncated_mass=mass)
+        return outcomes
+
+    def _end(self, sequence: Sequence, finish: Finish) -> Outcome:
+        if sequence.row is not None:
+            self._rows[sequence.row] = None
+        sequence.job.unfinished -= 1
+        return sequence.job, sequence.sample(finish)
+
+    def _score_batch(self, sequences: SequenceOf[np.ndarray], batch: list[int], temperature: float) -> dict[int, np.ndarray]:
+        lengths = [len(sequences[i]) for i in batch]
+        tokens_N = self._tensor(np.concatenate([sequences[i] for i in batch]).tolist())
+        positions_N = self._tensor([p for n in lengths for p in range(n)])
+        hidden_NH = self.model.forward(tokens_N, positions_N, causal_attention(lengths, self.model.device))
+        rows = max(1, LOGIT_ELEMENTS // self.model.shape.vocab)
+        parts = []
+        following_N = torch.cat([tokens_N[1:], tokens_N[:1]])  # the last of each sequence scores a token that is cut off below
+        for hidden, following in zip(hidden_NH.split(rows), following_N.split(rows)):
+            logprobs = torch.log_softmax(self.model.logits(hidden) / temperature, -1)
+            parts.append(logprobs.gather(1, following[:, None])[:, 0])
+        scores = torch.cat(parts).cpu().numpy()
+        ends = np.cumsum(lengths)
+        return {i: scores[end - n : end - 1].copy() for i, n, end in zip(batch, lengths, ends)}
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.model.device)
+
+    def _count(self, **increments: float) -> None:
+        self.totals = replace(self.totals, **{name: getattr(self.totals, name) + value for name, value in increments.items()})
+
+
+def _round_rows(rows: int) -> int:
+    """Decode batches of 1, 2, 4 and then multiples of 8: few shapes, at most 7 idle rows."""
+    return next((n for n in (1, 2, 4) if rows <= n), -(-rows // 8) * 8)

@@ -1,0 +1,207 @@
+"""The embedded rollout engine: a Batcher on a thread of its own behind the asynchronous contract of rollout engines.
+
+Everything that touches the model runs on that one thread, one call at a time; the event loop only hands over and hands out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlinf.data.records import Sample
+from rlinf.errors import RunFailed, UserError
+from rlinf.rollout.batcher import Batcher, Outcome
+from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
+from rlinf.rollout.embedded_model import EmbeddedModel
+from rlinf.rollout.model_shape import read_shape
+from rlinf.rollout.sequence import Decode, Job
+from rlinf.weights.shared_memory import open_source
+from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TURN_SECONDS = 0.02  # how long the engine thread works before it looks for new requests
+
+
+class EmbeddedEngine:
+    """One model on one device. Seeded: the noise of a token is a function of (seed, sample id, index of the token in the response).
+
+    A Sample holds the tokens decoded by its request (not those of its prefix), each stamped with the version that decoded it.
+    load_weights while requests run: their samples go on under the new weights, their keys and values are computed anew.
+    dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens of a sample.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        dtype: str,
+        slots: int,
+        max_context: int,
+        seed: int,
+        device: str = "cpu",
+        decode: Decode | None = None,
+        load_weights: bool = True,
+    ) -> None:
+        shape = read_shape(model_dir)
+        if max_context > shape.max_positions:
+            raise UserError(f"runner.seq_length {max_context} exceeds max_position_embeddings {shape.max_positions} of {model_dir}/config.json; lower it")
+        self.capabilities = Capabilities(seeded=True, retract_and_continue=True, sleep=True, max_context=max_context)
+        self._decode = decode
+        self._vocab = shape.vocab
+        self._batcher = Batcher(EmbeddedModel(shape, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
+        self._inbox: deque[Job] = deque()  # submitted, not yet seen by the engine thread
+        self._abandoned: deque[Job] = deque()  # their iterators were closed early
+        self._outboxes: dict[Job, asyncio.Queue[Sample | BaseException]] = {}
+        self._reported = EngineStats()
+        self._driver: asyncio.Task[None] | None = None
+        self._broken: BaseException | None = None
+        self._asleep: frozenset[str] = frozenset() if load_weights else frozenset({"weights"})
+        if load_weights:
+            self._thread.submit(self._load, Disk(model_dir), 0).result()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:
+        """Yield the n samples as they finish. Raises ValueError for a request that cannot run, RuntimeError when the engine is broken."""
+        self._check_awake()
+        self._check_request(request)
+        job = Job(request, request.n)
+        outbox: asyncio.Queue[Sample | BaseException] = asyncio.Queue()
+        self._outboxes[job] = outbox
+        self._inbox.append(job)
+        self._drive()
+        try:
+            for _ in range(request.n):
+                item = await outbox.get()
+                if isinstance(item, BaseException):
+                    raise RuntimeError(f"the rollout engine failed: {item}") from item
+                yield item
+        finally:
+            del self._outboxes[job]
+            self._abandoned.append(job)
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """End these requests (None: all): their iterators yield what was decoded."""
+        chosen = None if request_ids is None else frozenset(request_ids)
+        self._deliver(await self._call(self._abort, lambda job: chosen is None or job.request.request_id in chosen))
+
+    async def load_weights(self, source: WeightSource, version: int) -> Receipt:
+        """Take the weights in place, flush every cache. Raises RunFailed and keeps the old weights when a tensor or bucket is at fault."""
+        receipt = await self._call(self._load, source, version)
+        self._asleep -= {"weights"}
+        return receipt
+
+    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """Log-probability of each token given those before it: for a sequence of n tokens an array [n-1] float32."""
+        self._check_awake()
+        return await self._call(self._batcher.score, sequences, temperature)
+
+    async def sleep(self, tags: frozenset[str]) -> None:
+        """Give memory back: the KV cache, the weights (they come back with load_weights). Raises RuntimeError while requests run."""
+        if self._outboxes:
+            raise RuntimeError(f"cannot sleep with {len(self._outboxes)} requests running; abort them first")
+        if "kv" in tags:
+            await self._call(self._batcher.free_cache)
+        if "weights" in tags:
+            await self._call(self._batcher.model.free)
+        self._asleep |= tags
+
+    async def wake(self, tags: frozenset[str]) -> None:
+        """Ready to be used again; weights only with the next load_weights."""
+        self._asleep -= tags - {"weights"}
+
+    def stats(self) -> EngineStats:
+        before, self._reported = self._reported, self._batcher.totals
+        counters = ("decoded_tokens", "prefilled_tokens", "reused_tokens", "busy_seconds", "truncated_mass")
+        return EngineStats(**{name: getattr(self._reported, name) - getattr(before, name) for name in counters})
+
+    def close(self) -> None:
+        """End the engine thread; pending iterators raise RuntimeError."""
+        self._fail(self._broken or RuntimeError("the engine was closed"))
+        self._thread.shutdown(wait=True)
+
+    def _drive(self) -> None:
+        """Make sure that a task of the running event loop keeps the engine thread at work."""
+        loop = asyncio.get_running_loop()
+        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
+            self._driver = loop.create_task(self._run())
+            self._driver.add_done_callback(self._driver_ended)
+
+    async def _run(self) -> None:
+        while self._inbox or self._batcher.busy:
+            self._deliver(await self._call(self._work))
+
+    def _driver_ended(self, driver: asyncio.Task[None]) -> None:
+        if not driver.cancelled() and driver.exception() is not None:
+            self._fail(driver.exception())
+
+    def _fail(self, error: BaseException) -> None:
+        """From now on the engine is broken; every pending iterator hears why."""
+        self._broken = error
+        for outbox in self._outboxes.values():
+            outbox.put_nowait(error)
+
+    def _deliver(self, outcomes: list[Outcome]) -> None:
+        for job, sample in outcomes:
+            if job in self._outboxes:
+                self._outboxes[job].put_nowait(sample)
+
+    async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self._broken is not None:
+            raise RuntimeError(f"the rollout engine failed: {self._broken}") from self._broken
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def _work(self) -> list[Outcome]:
+        """On the engine thread: take in requests, then steps until samples end, the turn is over or new requests wait."""
+        self._take_in()
+        outcomes: list[Outcome] = []
+        deadline = time.perf_counter() + TURN_SECONDS
+        while self._batcher.busy and not outcomes:
+            outcomes = self._batcher.step()
+            if self._inbox or time.perf_counter() > deadline:
+                break
+        return outcomes
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            self._batcher.submit(self._inbox.popleft())
+        while self._abandoned:
+            job = self._abandoned.popleft()
+            self._batcher.abort(lambda other, job=job: other is job)
+
+    def _abort(self, chosen: Callable[[Job], bool]) -> list[Outcome]:
+        self._take_in()
+        return self._batcher.abort(chosen)
+
+    def _load(self, source: WeightSource, version: int) -> Receipt:
+        start = time.perf_counter()
+        try:
+            n_tensors, nbytes = self._batcher.load(open_source(source), version)
+        except ValueError as error:
+            if isinstance(source, Disk):
+                raise UserError(f"{source.path}: {error}; the weights do not fit its config.json") from error
+            raise RunFailed(f"weights of version {version} were refused: {error}") from error
+        checksums = {b.key: b.checksum for b in source.buckets} if isinstance(source, SharedMemory) else {}  # verified by open_source
+        return Receipt(version, checksums, n_tensors, nbytes, time.perf_counter() - start)
+
+    def _check_awake(self) -> None:
+        if self._asleep:
+            raise RuntimeError(f"the rollout engine is asleep ({', '.join(sorted(self._asleep))}); wake it, or load weights first")
+
+    def _check_request(self, request: GenerateRequest) -> None:
+        if len(request.prompt_ids) == 0:
+            raise ValueError(f"request {request.request_id}: empty prompt")
+        longest = len(request.prompt_ids) + max((len(p) for p in request.prefixes), default=0)
+        if longest >= self.capabilities.max_context:
+            raise ValueError(f"request {request.request_id}: {longest} tokens of prompt and prefix leave no room in a context of {self.capabilities.max_context}")
+        for tokens in (request.prompt_ids, *request.prefixes):
+            if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab:
+                raise ValueError(f"request {request.request_id}: token ids outside the vocabulary of {self._vocab}")
+        if request.stop.strings and self._decode is None:
+            raise ValueError(f"request {request.request_id}: stop strings need an engine with a tokenizer")

@@ -1,0 +1,93 @@
+"""One sample on its way through the embedded engine: its tokens so far, and why and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rlinf.data.records import Finish, Sample, sample_id
+from rlinf.rollout.contract import GenerateRequest
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(eq=False)
+class Job:
+    """One request inside the engine; `unfinished` counts the samples still to be delivered."""
+
+    request: GenerateRequest
+    unfinished: int
+
+
+@dataclass(eq=False)
+class Sequence:
+    """context = prompt + prefix + new tokens; the first `given` of them were not decoded by this request.
+
+    row: the slot it runs in (None: waiting). filled: tokens of the context whose keys and values are in the slot.
+    """
+
+    job: Job
+    sample_id: str
+    context: list[int]
+    given: int
+    prompt_length: int
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
+    row: int | None = None
+    filled: int = 0
+
+    @property
+    def generated(self) -> int:
+        """Tokens after the prompt, those of the prefix included: the position that keys the noise of the next token."""
+        return len(self.context) - self.prompt_length
+
+    def append(self, token: int, logprob: float, version: int) -> None:
+        self.context.append(token)
+        self.logprobs.append(logprob)
+        if self.versions and self.versions[-1][0] == version:
+            self.versions[-1][1] += 1
+        else:
+            self.versions.append([version, 1])
+
+    def finish(self, max_context: int, decode: Decode | None) -> Finish | None:
+        """Why the sample ends with its last token, or None."""
+        request = self.job.request
+        if self.context[-1] in request.stop.token_ids or (request.stop.strings and self._completes_string(decode)):
+            return Finish.STOP
+        if len(self.logprobs) >= request.max_new_tokens:
+            return Finish.LENGTH
+        return Finish.WINDOW if len(self.context) >= max_context else None
+
+    def sample(self, finish: Finish) -> Sample:
+        tokens = np.array(self.context[self.given :], dtype=np.int32)
+        return Sample(
+            sample_id=self.sample_id,
+            token_ids=tokens,
+            rollout_logprobs=np.array(self.logprobs, dtype=np.float32),
+            loss_mask=np.ones(len(tokens), dtype=np.uint8),
+            versions=tuple((v, n) for v, n in self.versions),
+            finish=finish,
+            steps=(len(tokens),),
+        )
+
+    def _completes_string(self, decode: Decode | None) -> bool:
+        """Only the tail is decoded: a character takes at most 4 tokens (one a byte), and the margin keeps its left edge out of the match."""
+        if decode is None:
+            raise ValueError(f"request {self.job.request.request_id}: stop strings need an engine with a tokenizer")
+        strings = self.job.request.stop.strings
+        tail = 4 * max(len(s) for s in strings) + 8
+        text = decode(self.context[max(self.prompt_length, len(self.context) - tail) :])
+        return any(s in text for s in strings)
+
+
+def sequences_of(job: Job) -> list[Sequence]:
+    """The n samples of a request."""
+    request = job.request
+    prompt = request.prompt_ids.tolist()
+    prefixes = [p.tolist() for p in request.prefixes] or [[]] * request.n
+    return [
+        Sequence(job, sample_id(request.request_id, k), prompt + prefix, len(prompt) + len(prefix), len(prompt))
+        for k, prefix in enumerate(prefixes)
+    ]

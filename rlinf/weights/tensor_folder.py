@@ -1,0 +1,97 @@
+"""Named tensors in a folder of safetensors files with an index: lazily readable, durable when written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlinf.errors import UserError
+
+FILE_BYTES = 2 << 30
+
+
+def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> dict[str, str]:
+    """Write the tensors to <stem>-00001.safetensors, ... in `folder`, each file fsynced; returns {tensor name: file name}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where: dict[str, str] = {}
+    pending: dict[str, Tensor] = {}
+    count = 0
+
+    def flush() -> None:
+        nonlocal count
+        if pending:
+            count += 1
+            file = f"{stem}-{count:05d}.safetensors"
+            save_file(pending, folder / file, metadata={"format": "pt"})
+            sync(folder / file)
+            where.update(dict.fromkeys(pending, file))
+            pending.clear()
+
+    for name, tensor in tensors:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > file_bytes:
+            flush()
+        pending[name] = tensor.contiguous().cpu().clone()
+    flush()
+    return where
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write and fsync."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class TensorFolder(Mapping[str, Tensor]):
+    """Read access by name; files are mapped, a tensor is read when asked for. Nothing is ever unpickled."""
+
+    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
+        self.folder, self.files = folder, dict(files)
+
+    @cached_property
+    def _open(self) -> dict[str, safe_open]:
+        return {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise UserError(f"{self.folder}: no tensor named {name}; the folder belongs to another model or is incomplete")
+        file = self.files[name]
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(str(self.folder / file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.folder / file}: cannot be read ({error}); the file is missing or damaged") from error
+        return self._open[file].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def open_hf_folder(folder: str | Path) -> TensorFolder:
+    """The weights of a Hugging Face folder (single file or sharded with index)."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return TensorFolder(folder, json.loads(index.read_text())["weight_map"])
+    if not single.is_file():
+        raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json; only safetensors weights are read")
+    with safe_open(str(single), framework="pt") as file:
+        return TensorFolder(folder, dict.fromkeys(file.keys(), single.name))
