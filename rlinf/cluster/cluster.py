@@ -1,0 +1,67 @@
+"""Where workers live: real processes under Ray, or holders in this process (cluster.backend: local). One interface for both."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlinf.cluster.failure import Failure
+from rlinf.cluster.group import WorkerGroup
+from rlinf.config.schema import ClusterConfig
+from rlinf.scheduling.placement import Node, Plan
+
+T = TypeVar("T")
+
+
+class Cluster(ABC):
+    """The machines of one run. `phase` is set by the runner: the messages of a failure name it. `device` is "cuda" or "cpu"."""
+
+    device: str
+    phase: str = "start"
+
+    def __init__(self, config: ClusterConfig, run_id: str, log_dir: Path) -> None:
+        self.config = config
+        self.run_id = run_id
+        self.log_dir = log_dir.resolve()
+        self.failure = Failure()
+
+    @staticmethod
+    def connect(config: ClusterConfig, run_id: str, log_dir: Path) -> Cluster:
+        """Join the Ray cluster that is up, or start a private one, or none (backend local). Waits for config.num_nodes nodes.
+
+        Raises UserError when the machines are not what the configuration says.
+        """
+        if config.backend == "local":
+            from rlinf.cluster.local_cluster import LocalCluster
+
+            return LocalCluster(config, run_id, log_dir)
+        from rlinf.cluster.ray_cluster import RayCluster
+
+        return RayCluster.open(config, run_id, log_dir)
+
+    @abstractmethod
+    def inventory(self) -> list[Node]:
+        """The nodes of the run, by rank, each with the devices that the run uses."""
+
+    @abstractmethod
+    def launch(self, plan: Plan, component: str, worker_class: type | str, *args: Any) -> WorkerGroup:
+        """One worker for each seat of the component, constructed as worker_class(address, *args); worker_class may be "module:Class".
+
+        Returns before the constructors have: see WorkerGroup.ready.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End every worker and everything that carries the run id. May be called twice."""
+
+    async def guard(self, loop: Coroutine[Any, Any, T]) -> T:
+        """Run the runner's loop; the death of a worker or node ends it with RunFailed even while it waits for something else."""
+        return await self.failure.race(loop)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a CUDA device that this process may see; asks no library."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))

@@ -1,0 +1,56 @@
+"""The first reason why a run cannot go on: reported from any thread, seen by every pending call and by the loop itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from rlinf.errors import RunFailed
+
+T = TypeVar("T")
+UNWIND = 5.0  # seconds that a cancelled loop has for its own `finally` blocks
+
+
+class Failure:
+    def __init__(self) -> None:
+        self._first: Future[RunFailed] = Future()
+        self._lock = threading.Lock()
+        self._views: dict[asyncio.AbstractEventLoop, asyncio.Future[RunFailed]] = {}
+
+    def report(self, error: RunFailed) -> None:
+        """Only the first report counts."""
+        with self._lock:
+            if not self._first.done():
+                self._first.set_result(error)
+
+    @property
+    def error(self) -> RunFailed | None:
+        return self._first.result() if self._first.done() else None
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def future(self) -> asyncio.Future[RunFailed]:
+        """The report as a future of the running loop; one for all who wait."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._views:
+            self._views = {loop: asyncio.wrap_future(self._first)}
+        return self._views[loop]
+
+    async def race(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, or the failure as soon as there is one; `work` is then cancelled."""
+        self.check()
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self.future()}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if task.done():
+            return task.result()
+        await asyncio.wait({task}, timeout=UNWIND)
+        raise self._first.result()

@@ -1,0 +1,127 @@
+"""The ranks of one component, as the runner sees them: the same under Ray and in one process."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any
+
+from rlinf.cluster.failure import Failure
+from rlinf.errors import RunFailed
+
+
+class Ref:
+    """A result that stays where it was made: await it to fetch it, pass it to a call (as an argument of its own) to hand it on."""
+
+    __slots__ = ("group", "rank", "method", "handle")
+
+    def __init__(self, group: WorkerGroup, rank: int, method: str, handle: Any) -> None:
+        self.group, self.rank, self.method, self.handle = group, rank, method, handle
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.group.fetch(self).__await__()
+
+
+class WorkerGroup(ABC):
+    """Calls are counted by method in `calls`. A call waits for the constructors; `ready()` waits for them alone.
+
+    Errors of a call: UserError as the worker raised it; RunFailed, naming component, rank, node, method and log, for everything else.
+    """
+
+    def __init__(self, component: str, size: int, failure: Failure, start_timeout: float) -> None:
+        self.component = component
+        self.size = size
+        self.calls: Counter[str] = Counter()
+        self.failure = failure
+        self.start_timeout = start_timeout
+        self.starts: list[Ref] = []
+        self.in_flight: list[Counter[str]] = [Counter() for _ in range(size)]
+        self._ready: asyncio.Task[list[Any]] | None = None
+
+    @abstractmethod
+    def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> Sequence[Any]:
+        """Start the call; its `returns` handles."""
+
+    @abstractmethod
+    async def resolve(self, handle: Any) -> Any:
+        """The value behind a handle, or the backend's error."""
+
+    @abstractmethod
+    async def explain(self, error: BaseException, rank: int, method: str) -> BaseException:
+        """What to raise for the backend's error."""
+
+    @abstractmethod
+    def where(self, rank: int) -> str:
+        """'actor rank 3 (node 0, pid 123)' for messages."""
+
+    def ref(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
+        """Start a call and leave its results where they are made: a Ref, or a tuple of `returns` Refs (the method returns a tuple)."""
+        self.failure.check()
+        self.calls[method] += 1
+        values = tuple(a.handle if isinstance(a, Ref) else a for a in args)
+        refs = tuple(Ref(self, rank, method, handle) for handle in self.submit(rank, method, values, returns))
+        return refs[0] if returns == 1 else refs
+
+    async def call(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
+        """The result, or the tuple of `returns` results, of one rank."""
+        refs = self.ref(rank, method, *args, returns=returns)
+        return await refs if returns == 1 else tuple([await ref for ref in refs])
+
+    async def call_all(self, method: str, *args: Any) -> list[Any]:
+        """The same call on every rank; results by rank. The first failure is raised at once."""
+        return await self.call_each(method, [args] * self.size)
+
+    async def call_each(self, method: str, per_rank_args: Iterable[Sequence[Any]]) -> list[Any]:
+        """One call a rank, with its own arguments; results by rank. The first failure is raised at once."""
+        return await first_failure_or_all([self.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)])
+
+    async def ready(self) -> None:
+        """Return when every constructor has returned; raises what the first failing one raised."""
+        if self._ready is None:
+            self._ready = asyncio.ensure_future(self.started())
+        await asyncio.shield(self._ready)
+
+    async def started(self) -> list[Any]:
+        """Wait for the constructors; what each of `starts` returned."""
+        waiting = {ref.rank: asyncio.ensure_future(self._value(ref)) for ref in self.starts}
+        try:
+            done, pending = await asyncio.wait(waiting.values(), timeout=self.start_timeout, return_when=asyncio.FIRST_EXCEPTION)
+            values = {task: task.result() for task in done}
+            if pending:
+                late = ", ".join(self.where(rank) for rank, task in waiting.items() if task in pending)
+                raise RunFailed(f"not started within cluster.start_timeout = {self.start_timeout:g} s: {late}")
+            return [values[task] for task in waiting.values()]
+        finally:
+            for task in waiting.values():
+                task.cancel()
+
+    async def fetch(self, ref: Ref) -> Any:
+        await self.ready()
+        return await self._value(ref)
+
+    async def _value(self, ref: Ref) -> Any:
+        running = self.in_flight[ref.rank]
+        running[ref.method] += 1
+        task = asyncio.ensure_future(self.resolve(ref.handle))
+        try:
+            await asyncio.wait({task, self.failure.future()}, return_when=asyncio.FIRST_COMPLETED)
+            error = task.exception() if task.done() else self.failure.error
+            if error is not None and task.done():
+                error = await self.explain(error, ref.rank, ref.method)
+        finally:
+            running -= Counter({ref.method: 1})
+            task.cancel()
+        if error is not None:
+            raise error
+        return task.result()
+
+
+async def first_failure_or_all(refs: Sequence[Ref]) -> list[Any]:
+    tasks = [asyncio.ensure_future(ref.group.fetch(ref)) for ref in refs]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

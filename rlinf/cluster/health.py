@@ -1,0 +1,82 @@
+"""Watches what the driver cannot see from its calls: the death of a worker that nobody is calling, of a raylet, of Ray's control store.
+
+Ray itself reports a dead raylet after about 16 s and a dead control store after a minute; a run ends within 30 s, so this room knocks at
+their ports. A refused connection is proof; silence has to last.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rlinf.cluster.failure import Failure
+from rlinf.errors import RunFailed
+
+PERIOD = 0.5  # seconds between rounds
+SILENCE = 12.0  # seconds without an answer before a machine counts as lost
+PATIENCE = 20.0  # seconds from a failure to close(); a loop that does not let go is then ended with the process
+
+
+@dataclass
+class Door:
+    """A port that must answer: whose it is (for the message), and when it last did."""
+
+    owner: str
+    host: str
+    port: int
+    answered: float = field(default_factory=time.monotonic)
+    refusals: int = 0
+
+    def knock(self) -> str | None:
+        """What is wrong, if something is."""
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect((self.host, self.port))
+            except ConnectionRefusedError:
+                self.refusals += 1
+                return f"{self.owner} is dead: nothing listens at {self.host}:{self.port}" if self.refusals > 1 else None
+            except OSError as error:
+                silent = time.monotonic() - self.answered
+                return f"{self.owner} has not answered at {self.host}:{self.port} for {silent:.0f} s: {error}" if silent > SILENCE else None
+        self.answered, self.refusals = time.monotonic(), 0
+        return None
+
+
+class Health(threading.Thread):
+    """`deaths` blocks for at most PERIOD seconds and says which worker died, if one did; `last_will` ends the run's processes."""
+
+    def __init__(self, doors: list[Door], deaths: Callable[[], str | None], failure: Failure, phase: Callable[[], str],
+                 last_will: Callable[[], object]) -> None:
+        super().__init__(name="rlinf-health", daemon=True)
+        self.doors, self.deaths, self.failure, self.phase, self.last_will = doors, deaths, failure, phase, last_will
+        self.closed = threading.Event()
+
+    def run(self) -> None:
+        while not self.closed.is_set() and self.failure.error is None:
+            death = self.deaths()
+            cause = self.knock()
+            if death and not cause:
+                self.closed.wait(PERIOD)  # a worker dies with its raylet: ask again whether that is the reason
+                cause = self.knock()
+            if (death or cause) and not self.closed.is_set():
+                self.failure.report(RunFailed(cause and f"{cause} (phase: {self.phase()})" or death))
+        if not self.closed.wait(PATIENCE):
+            sys.stderr.write(f"{self.failure.error}\nThe loop did not end within {PATIENCE:.0f} s of this failure; ending the process.\n")
+            sys.stderr.flush()
+            self.last_will()
+            os._exit(1)
+
+    def stop(self) -> None:
+        """Return when nothing is watched any more: what ends from now on ends because we end it."""
+        self.closed.set()
+        if self.is_alive():
+            self.join()
+
+    def knock(self) -> str | None:
+        return next((trouble for trouble in map(Door.knock, self.doors) if trouble), None)

@@ -1,0 +1,201 @@
+"""A seat from the inside: the process that holds one worker object, or, in the local backend, a holder in this process.
+
+A worker class is plain: it is constructed as `worker_class(address, *args)`. A class with async methods lives in the event loop; any
+other class is constructed and called in one thread of its own (a compute library keeps its threads there). `close()` is optional.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import importlib
+import inspect
+import logging
+import os
+import random
+import socket
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlinf.cluster.processes import RUN_ID, die_with_parent, start_sentinel
+from rlinf.scheduling.placement import WorkerAddress
+
+PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
+
+
+def dotted(worker_class: type | str) -> str:
+    """'package.module:Class', which every process can import without this one importing what the class needs."""
+    if isinstance(worker_class, str):
+        return worker_class
+    if worker_class.__module__ == "__main__":
+        raise TypeError(f"{worker_class.__name__} is defined in __main__; a worker class must be importable")
+    return f"{worker_class.__module__}:{worker_class.__qualname__}"
+
+
+def load_class(path: str) -> type:
+    module, _, name = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def free_port(host: str) -> int:
+    """A port of `host` that nothing listens on now."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex((host, port)) != 0:
+                return port
+    raise RuntimeError(f"no free port on {host}")
+
+
+class Holder:
+    """Holds one worker object and calls its methods where they belong."""
+
+    def __init__(self, address: WorkerAddress) -> None:
+        self.address = address
+        self.worker: Any = None
+        self.is_async = False
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{address.component}-{address.rank}")
+        self.built = asyncio.Event()
+
+    async def build(self, class_path: str, *args: Any) -> None:
+        loop = asyncio.get_running_loop()
+        worker_class = await loop.run_in_executor(self.thread, load_class, class_path)
+        self.is_async = any(inspect.iscoroutinefunction(member) for _, member in inspect.getmembers(worker_class))
+        if self.is_async:
+            self.worker = worker_class(self.address, *args)
+        else:
+            self.worker = await loop.run_in_executor(self.thread, lambda: worker_class(self.address, *args))
+        self.built.set()
+
+    async def call(self, method: str, *args: Any) -> Any:
+        await self.built.wait()  # a failed constructor is reported by `build`
+        function = getattr(self.worker, method)
+        if not self.is_async:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+        result = function(*args)
+        return await result if inspect.isawaitable(result) else result
+
+    def end(self) -> None:
+        """Let the worker clean up behind itself."""
+        if not hasattr(self.worker, "close"):
+            return
+        if self.is_async:
+            self.worker.close()
+        else:
+            self.thread.submit(self.worker.close).result()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a seat's process is prepared: its log, the driver's folder, its rank and the number of device slots on its node, whether it
+    uses GPUs, whether all peers are on this machine, and whether it is the one that this node's sentinel watches."""
+
+    log_file: str
+    cwd: str
+    local_rank: int
+    slots: int
+    cuda: bool
+    loopback: bool
+    watched: bool
+
+
+class WorkerProcess(Holder):
+    """A Holder that has a process of its own: prepares environment, log and fate before anything heavy is imported."""
+
+    def __init__(self, address: WorkerAddress, setup: Setup) -> None:
+        die_with_parent()
+        redirect_output(Path(setup.log_file))
+        if os.path.isdir(setup.cwd):
+            os.chdir(setup.cwd)
+        if setup.watched:
+            start_sentinel(address.run_id, os.getpid())
+        address = replace(address, threads=address.threads or max(1, cores() // setup.slots))
+        os.environ.update(seat_environment(address, setup))
+        super().__init__(address)
+        logging.getLogger("rlinf.cluster").info("%s rank %d of %d, node %d, devices %s, pid %d, run %s", address.component, address.rank,
+                                                address.world_size, address.node, address.devices, os.getpid(), address.run_id)
+
+    async def free_port(self) -> int:
+        return free_port(self.address.master_addr)
+
+    async def start(self, master_port: int, class_path: str, *args: Any) -> int:
+        """Construct the worker; this process's pid."""
+        self.address = replace(self.address, master_port=master_port)
+        os.environ["MASTER_PORT"] = str(master_port)
+        await self.build(class_path, *args)
+        return os.getpid()
+
+    async def rest(self) -> None:
+        """Never returns: a caller learns of this process's death by the failure of the call."""
+        await asyncio.Event().wait()
+
+
+def process_environment(run_id: str) -> dict[str, str]:
+    """What must be set before the process exists: its mark, and what the C library reads at its start.
+
+    Large blocks stay mapped (no page faults a step), on huge pages where the kernel has them; nothing is looked up on the internet.
+    """
+    return {
+        RUN_ID: run_id,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    }
+
+
+def redirect_output(path: Path) -> None:
+    """Everything this process and its children write goes to `path`; a crash leaves the stack of every thread there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable(file=sys.stderr)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.Formatter.converter = time.gmtime
+
+
+def seat_environment(address: WorkerAddress, setup: Setup) -> dict[str, str]:
+    """What torch, its compute library and its process group read when they are imported."""
+    env = {
+        "RANK": str(address.rank),
+        "WORLD_SIZE": str(address.world_size),
+        "LOCAL_RANK": str(setup.local_rank),
+        "MASTER_ADDR": address.master_addr,
+        "OMP_NUM_THREADS": str(address.threads),
+        "CUDA_VISIBLE_DEVICES": visible_devices(address.devices, os.environ.get("CUDA_VISIBLE_DEVICES")) if setup.cuda else "",
+    }
+    interface = "lo" if setup.loopback else os.environ.get("RLINF_NIC")
+    if interface:
+        env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    return env
+
+
+def cores() -> int:
+    """Cores this process may use: affinity and the control group's quota."""
+    count = len(os.sched_getaffinity(0))
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def visible_devices(devices: tuple[int, ...], inherited: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES for the seat's devices, which are numbered among those that the node's processes may see."""
+    names = inherited.split(",") if inherited else None
+    return ",".join(names[d] if names else str(d) for d in devices)

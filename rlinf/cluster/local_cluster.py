@@ -1,0 +1,105 @@
+"""The local backend: every worker in this process, for debugging, tests and a one-GPU machine without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+from rlinf.cluster.cluster import Cluster, has_gpu
+from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.host import Holder, cores, dotted, free_port
+from rlinf.cluster.processes import RUN_ID, end_run
+from rlinf.config.schema import ClusterConfig
+from rlinf.errors import RunFailed, UserError
+from rlinf.scheduling.placement import Node, Plan, WorkerAddress
+
+
+class LocalCluster(Cluster):
+    """One node with one device. Workers with async methods share the driver's event loop; others have a thread each."""
+
+    def __init__(self, config: ClusterConfig, run_id: str, log_dir: Path) -> None:
+        super().__init__(config, run_id, log_dir)
+        if config.num_nodes != 1 or config.num_gpus_per_node != 1:
+            raise UserError("cluster.backend: local keeps everything in one process: set cluster.num_nodes and cluster.num_gpus_per_node to 1, "
+                            f"not {config.num_nodes} and {config.num_gpus_per_node}, or use cluster.backend: ray")
+        if config.device == "cuda" and not has_gpu():
+            raise UserError("cluster.device is cuda, but this machine has no visible NVIDIA GPU: set cluster.device to cpu or auto")
+        self.device = config.device if config.device != "auto" else "cuda" if has_gpu() else "cpu"
+        self.holders: list[Holder] = []
+        self.environment = {name: os.environ.get(name) for name in (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        os.environ.update({RUN_ID: run_id, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+
+    def inventory(self) -> list[Node]:
+        return [Node(0, 1)]
+
+    def launch(self, plan: Plan, component: str, worker_class: type | str, *args: Any) -> WorkerGroup:
+        seats = plan.of(component)
+        port = free_port("127.0.0.1")
+        os.environ["MASTER_PORT"] = str(port)
+        holders = [
+            Holder(WorkerAddress(component, seat.rank, len(seats), seat.node, seat.devices, "127.0.0.1", port, self.run_id,
+                                 self.config.threads_per_worker or cores()))
+            for seat in seats
+        ]
+        self.holders += holders
+        return LocalWorkerGroup(self, component, holders, dotted(worker_class), args)
+
+    def close(self) -> None:
+        for holder in self.holders:
+            holder.end()
+        self.holders = []
+        end_run(self.run_id)
+        for name, value in self.environment.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+class LocalWorkerGroup(WorkerGroup):
+    """Handles are futures of the driver's loop; a payload is the object itself."""
+
+    def __init__(self, cluster: LocalCluster, component: str, holders: list[Holder], class_path: str, args: tuple[Any, ...]) -> None:
+        super().__init__(component, len(holders), cluster.failure, cluster.config.start_timeout)
+        self.cluster = cluster
+        self.holders = holders
+        self.build = (class_path, args)
+
+    async def ready(self) -> None:
+        if not self.starts:
+            class_path, args = self.build
+            self.starts = [Ref(self, h.address.rank, "__init__", quiet(h.build(class_path, *args))) for h in self.holders]
+        await super().ready()
+
+    def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[asyncio.Future[Any]]:
+        async def run() -> Any:
+            await self.ready()
+            values = [await a if isinstance(a, asyncio.Future) else a for a in args]
+            return await self.holders[rank].call(method, *values)
+
+        async def item(index: int) -> Any:
+            return (await whole)[index]
+
+        whole = quiet(run())
+        return [whole] if returns == 1 else [quiet(item(i)) for i in range(returns)]
+
+    async def resolve(self, handle: asyncio.Future[Any]) -> Any:
+        return await asyncio.shield(handle)
+
+    async def explain(self, error: BaseException, rank: int, method: str) -> BaseException:
+        if isinstance(error, (UserError, RunFailed)) or not isinstance(error, Exception):
+            return error
+        text = "".join(traceback.format_exception(error))
+        failed = RunFailed(f"{self.where(rank)} failed in {method} (phase: {self.cluster.phase}): {type(error).__name__}: {error}\n\n{text}")
+        failed.__cause__ = error
+        return failed
+
+    def where(self, rank: int) -> str:
+        return f"{self.component} rank {rank} (this process)"
+
+
+def quiet(work: Any) -> asyncio.Task[Any]:
+    """A task whose error is looked at by those who await it, and by nobody if nobody does."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda t: t.cancelled() or t.exception())
+    return task

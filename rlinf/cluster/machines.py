@@ -1,0 +1,64 @@
+"""The nodes of a Ray cluster as this project counts them: ranks as exported when the node was started, devices as configured."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rlinf.config.schema import ClusterConfig
+from rlinf.errors import UserError
+
+RANK_LABEL = "rlinf-node-rank"  # set by ray_utils/start_ray.sh from RANK
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node: its rank, Ray's id for it, the address of its raylet, and how many devices the run uses there."""
+
+    rank: int
+    ray_id: str
+    host: str
+    port: int
+    devices: int
+
+
+def wait_for_machines(config: ClusterConfig, device: str) -> list[Machine]:
+    """The first config.num_nodes nodes by rank, once they are up. Raises UserError naming what is missing at the time-out."""
+    deadline = time.monotonic() + config.start_timeout
+    while len(nodes := alive_nodes()) < config.num_nodes:
+        if time.monotonic() > deadline:
+            raise UserError(missing_message(nodes, config))
+        time.sleep(1.0)
+    machines = [Machine(rank, node["NodeID"], node["NodeManagerAddress"], node["NodeManagerPort"], config.num_gpus_per_node)
+                for rank, node in enumerate(nodes[: config.num_nodes])]
+    resource = "GPU" if device == "cuda" else "CPU"
+    for machine, node in zip(machines, nodes):
+        has = int(node["Resources"].get(resource, 0))
+        if has < config.num_gpus_per_node:
+            raise UserError(f"cluster.num_gpus_per_node is {config.num_gpus_per_node}, but node {machine.rank} ({machine.host}) has {has} "
+                            f"{'GPUs' if resource == 'GPU' else 'CPU slots'}: lower the key, or start the node with more (ray_utils/start_ray.sh)")
+    return machines
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's living nodes in the order of their exported ranks; without ranks the head first, then by address."""
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    ranks = [int(n["Labels"][RANK_LABEL]) for n in nodes if RANK_LABEL in n["Labels"]]
+    twice = [rank for rank, count in Counter(ranks).items() if count > 1]
+    if twice:
+        raise UserError(f"two nodes of the Ray cluster were started with RANK={twice[0]}: give every node its own RANK, from 0")
+    return sorted(nodes, key=lambda n: (int(n["Labels"].get(RANK_LABEL, 1 << 30)), "node:__internal_head__" not in n["Resources"],
+                                        n["NodeManagerAddress"], n["NodeID"]))
+
+
+def missing_message(nodes: list[dict[str, Any]], config: ClusterConfig) -> str:
+    ranks = [int(n["Labels"][RANK_LABEL]) for n in nodes if RANK_LABEL in n["Labels"]]
+    absent = sorted(set(range(config.num_nodes)) - set(ranks))
+    present = ", ".join(f"{n['NodeManagerAddress']} (rank {n['Labels'].get(RANK_LABEL, 'not given')})" for n in nodes)
+    named = f" No node has rank {', '.join(map(str, absent))}." if len(ranks) == len(nodes) else ""
+    return (f"cluster.num_nodes is {config.num_nodes}, but after cluster.start_timeout = {config.start_timeout} s only {len(nodes)} are up: "
+            f"{present}.{named} Run ray_utils/start_ray.sh on the others, or lower cluster.num_nodes")

@@ -1,0 +1,80 @@
+"""A component's ranks as Ray actors: calls, and what to say when one fails or dies."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from rlinf.cluster.failure import Failure
+from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.errors import RunFailed, UserError
+from rlinf.scheduling.placement import Seat
+
+BLAME = 2.0  # seconds to wait, after an error, for the report of a death that explains it
+LOG_TAIL = 15  # lines of a dead worker's log in the message
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+KILLED = "the process was killed (SIGKILL; perhaps by the kernel's out-of-memory killer) or crashed"
+
+
+class RayWorkerGroup(WorkerGroup):
+    """rests: for each rank, a call that never returns; its failure is the rank's death."""
+
+    def __init__(self, component: str, seats: Sequence[Seat], actors: list[Any], logs: list[Path], failure: Failure, start_timeout: float,
+                 phase: Callable[[], str]) -> None:
+        super().__init__(component, len(seats), failure, start_timeout)
+        self.seats, self.actors, self.logs, self.phase = seats, actors, logs, phase
+        self.pids: list[int | None] = [None] * self.size
+        self.rests = [actor.rest.remote() for actor in actors]
+
+    def start(self, class_path: str, args: tuple[Any, ...]) -> None:
+        """Have every rank construct its worker, with a port that rank 0 found free."""
+        port = self.actors[0].free_port.remote()
+        values = [a.handle if isinstance(a, Ref) else a for a in args]
+        self.starts = [Ref(self, rank, "__init__", actor.start.remote(port, class_path, *values)) for rank, actor in enumerate(self.actors)]
+
+    def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
+        handles = self.actors[rank].call.options(num_returns=returns).remote(method, *args)
+        return [handles] if returns == 1 else handles
+
+    async def resolve(self, handle: Any) -> Any:
+        return await handle
+
+    async def explain(self, error: BaseException, rank: int, method: str) -> BaseException:
+        if isinstance(error, UserError):
+            return UserError(str(error.cause) if isinstance(error, RayTaskError) else str(error))
+        if not isinstance(error, ray.exceptions.RayError):
+            return error
+        await asyncio.wait({self.failure.future()}, timeout=BLAME)
+        if self.failure.error is not None:  # a peer's error is often only the echo of a death
+            return self.failure.error
+        if not isinstance(error, RayTaskError):
+            return RunFailed(self.obituary(rank, error))
+        traceback = ANSI.sub("", str(error))
+        return RunFailed(f"{self.where(rank)} failed in {method} (phase: {self.phase()}): {type(error.cause).__name__}: {error.cause}\n\n"
+                         f"{traceback}\nIts log: {self.logs[rank]}")
+
+    def obituary(self, rank: int, error: BaseException) -> str:
+        """Who died, when, why as far as Ray knows, and the end of its log."""
+        running = ", ".join(self.in_flight[rank]) or "nothing"
+        reason = ANSI.sub("", str(error)).strip()
+        detail = reason.rpartition("Worker exit detail: ")[2]
+        if "connection error code 2" in detail:
+            reason = KILLED
+        log = self.logs[rank]
+        tail = "".join(f"  | {line}" for line in deque(log.open(errors="replace"), LOG_TAIL)) if log.exists() else "  (not on this machine)\n"
+        return (f"{self.where(rank)} died (phase: {self.phase()}; running: {running}): {reason}\nIts log: {log}\n{tail}")
+
+    def where(self, rank: int) -> str:
+        pid = f", pid {self.pids[rank]}" if self.pids[rank] else ""
+        return f"{self.component} rank {rank} (node {self.seats[rank].node}{pid})"
+
+    async def started(self) -> list[Any]:
+        self.pids = await super().started()
+        return self.pids

@@ -1,0 +1,135 @@
+"""The driver's connection to Ray: to a cluster that is up (RAY_ADDRESS, or ray_utils/start_ray.sh), or to a private one of this run.
+
+A private Ray listens on the loopback interface only, keeps its token, sockets and logs in a folder of its own under the temporary
+directory, writes nothing to the user's home, carries the run id in the environment of all its processes, and dies with the driver.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import ray
+from ray._private import ray_constants, worker
+from ray._raylet import AuthenticationTokenLoader, Config
+
+from rlinf.cluster.processes import RUN_ID
+from rlinf.errors import UserError
+
+STATE = "RLINF_RAY_STATE"  # folder of a cluster that start_ray.sh started on this machine: files `address` and `token`
+LONGEST_TMP = 40  # characters: a unix socket's path has at most 107, and Ray appends 60
+PRIVATE_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own switch for "this machine only": everything binds to 127.0.0.1
+    "RAY_enable_worker_prestart": "0",  # every worker here has an environment of its own; spare ones are never used
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+def state_folder() -> Path:
+    return Path(os.environ.get(STATE) or f"/tmp/rlinf-ray-{os.getuid()}")
+
+
+class RaySession:
+    """An open connection. folder: the private Ray's, or None when joined. Environment variables are put back by close()."""
+
+    def __init__(self, run_id: str, log_dir: Path) -> None:
+        self.run_id = run_id
+        self.log_dir = log_dir
+        self.folder: Path | None = None
+        self.saved: dict[str, str | None] = {}
+        self.messages: IO[str] | None = None
+
+    def join(self) -> bool:
+        """Join the cluster that is up; False when there is none."""
+        address, token = os.environ.get("RAY_ADDRESS"), None
+        if not address and (state_folder() / "address").exists():
+            address, token = (state_folder() / "address").read_text().strip(), state_folder() / "token"
+            if not listens(address):
+                return False
+        if not address:
+            return False
+        self.set_environment({RUN_ID: self.run_id} | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} if token else {}))
+        self.prepare(on_loopback=False)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ray.exceptions.RayError) as error:
+            raise UserError(f"cannot join the Ray cluster at {address}: {error}\nIs it up (ray_utils/check_ray.sh)? "
+                            "To run on this machine alone, unset RAY_ADDRESS and run ray_utils/start_ray.sh --stop") from error
+        return True
+
+    def start(self, slots: int, cuda: bool) -> None:
+        """Start a private Ray with `slots` CPU slots, or with this machine's GPUs."""
+        base = tempfile.gettempdir()
+        self.folder = Path(tempfile.mkdtemp(prefix="rlinf-", dir=base if len(base) <= LONGEST_TMP else "/tmp"))
+        token = self.folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        self.set_environment({RUN_ID: self.run_id, "RAY_AUTH_TOKEN_PATH": str(token)} | PRIVATE_ENVIRONMENT)
+        self.prepare(on_loopback=True)
+        ray.init(
+            address="local",
+            num_cpus=None if cuda else slots,
+            num_gpus=None if cuda else 0,
+            include_dashboard=False,
+            object_store_memory=object_store_bytes(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(self.folder),
+            _system_config={"enable_metrics_collection": False},
+        )
+
+    def prepare(self, on_loopback: bool) -> None:
+        """Have Ray, which reads its environment when imported, look again; its notices go to ray.log, not between the progress lines."""
+        ray_constants.ENABLE_RAY_CLUSTER = not on_loopback
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.messages = open(self.log_dir / "ray.log", "a")
+        worker.print_to_stdstream = self.keep_message
+
+    def keep_message(self, data: dict[str, Any], ignore_prefix: bool) -> None:
+        if self.messages is not None:
+            self.messages.write("\n".join(data["lines"]) + "\n")
+            self.messages.flush()
+
+    def set_environment(self, values: dict[str, str]) -> None:
+        self.saved |= {name: os.environ.get(name) for name in values if name not in self.saved}
+        os.environ.update(values)
+
+    def close(self, keep_logs: bool) -> None:
+        """Disconnect (and stop a private Ray). keep_logs: save a private Ray's own logs in the run's folder."""
+        ray.shutdown()
+        if self.folder is not None:
+            if keep_logs:
+                for source in self.folder.glob("session_2*/logs"):
+                    shutil.copytree(source, self.log_dir / "ray", dirs_exist_ok=True, ignore=shutil.ignore_patterns("event*", "export_events"))
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.messages is not None:
+            self.messages.close()
+            self.messages = None
+        for name, value in self.saved.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        self.saved = {}
+
+
+def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.settimeout(3.0)
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def object_store_bytes() -> int:
+    """5 % of the memory, between 512 MiB and 64 GiB; only what is used is ever touched."""
+    return max(512 << 20, min(64 << 30, psutil.virtual_memory().total // 20))
