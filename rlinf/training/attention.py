@@ -20,6 +20,9 @@ from torch import Tensor
 from rlinf.training.layout import PackedBatch, Segment
 
 
+EXPLICIT_SCORES = 1 << 20  # up to this many scores, plain matrix products beat CPU's flash attention (4x in the backward pass)
+
+
 class PackedAttention(MegatronModule):
     """Megatron's core_attention contract: (query [T,H,D], key [T,K,D], value [T,K,D]) -> [T, H*D], with packed_seq_params a PackedBatch."""
 
@@ -31,45 +34,49 @@ class PackedAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedBatch, **_: Any) -> Tensor:
         cos, sin = packed_seq_params.rope
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        parts = []
-        for segment in packed_seq_params.segments:
-            if len(segment.responses) > 1:
-                parts += self._shared(query, key, value, segment)
-            else:
-                rows = slice(segment.start, segment.end)
-                parts.append(self._causal(query[rows], key[rows], value[rows]))
-        out_THD = torch.cat(parts) if len(parts) > 1 else parts[0]
+        segments = packed_seq_params.segments
+        # a prompt whose responses share it is one piece and the responses another; split() costs one concatenation in the backward pass
+        sizes = [n for s in segments for n in ((s.prompt, s.own) if s.slots is not None else (s.prompt + s.own,))]
+        pieces = zip(*(t.split(sizes) for t in (_rotate(query, cos, sin), _rotate(key, cos, sin), value)))
+        outputs = []
+        for segment in segments:
+            q, k, v = next(pieces)
+            outputs.append(self._attend(q[None], k[None], v[None])[0])
+            if segment.slots is not None:
+                outputs.append(self._responses(*next(pieces), k, v, segment))
+        out_THD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return out_THD.reshape(out_THD.size(0), -1)
 
-    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        return self._sdpa(q, k, v, None)[0].transpose(0, 1)
-
-    def _shared(self, query: Tensor, key: Tensor, value: Tensor, segment: Segment) -> list[Tensor]:
-        """Prompt rows, then all responses at once: padded to the longest, each behind its own view of the prompt's keys and values."""
-        first = segment.start + segment.prompt
-        prompt = slice(segment.start, first)
-        longest, n = max(segment.responses), len(segment.responses)
-        outputs = [self._causal(query[prompt], key[prompt], value[prompt])]
+    def _responses(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, segment: Segment) -> Tensor:
+        """All responses of a prompt at once: padded to the longest, each behind the prompt's keys and values."""
+        n, longest = len(segment.responses), segment.longest
         if longest == 0:
-            return outputs
-        q, k, v = (_pad(t[first : segment.end], segment.responses, longest) for t in (query, key, value))  # [R, L, heads, D]
-        k, v = (torch.cat([t[prompt].expand(n, -1, -1, -1), own], 1) for t, own in ((key, k), (value, v)))  # [R, P + L, K, D]
-        mask = torch.ones(longest, segment.prompt + longest, dtype=torch.bool, device=query.device).tril(segment.prompt)
-        out = self._sdpa(*(t.transpose(1, 2) for t in (q, k, v)), mask).transpose(1, 2)  # [R, L, H, D]
-        return outputs + [row[:length] for row, length in zip(out, segment.responses)]
+            return q
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [B,H,S,D], k and v [B,K,S',D]; mask True = attend, None = causal."""
-        repeat = q.size(1) // k.size(1)
-        if repeat > 1:  # on CPU faster in training than enable_gqa
-            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        def grid(rows: Tensor) -> Tensor:  # [rows, heads, D] -> [R, L, heads, D]
+            full = rows if len(rows) == n * longest else rows.new_zeros(n * longest, *rows.shape[1:]).index_copy(0, segment.slots, rows)
+            return full.view(n, longest, *rows.shape[1:])
 
+        k, v = (torch.cat([head.expand(n, -1, -1, -1), grid(own)], 1) for head, own in ((prompt_k, k), (prompt_v, v)))  # [R, P + L, K, D]
+        out = self._attend(grid(q), k, v).reshape(n * longest, *q.shape[1:])
+        return out if len(out) == segment.own else out.index_select(0, segment.slots)
 
-def _pad(rows: Tensor, lengths: tuple[int, ...], longest: int) -> Tensor:
-    return torch.stack([F.pad(part, (0, 0, 0, 0, 0, longest - len(part))) for part in rows.split(list(lengths))])
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention, queries aligned to the end of the keys: q [B,L,H,D], k and v [B,S,K,D] -> [B,L,H,D]."""
+        (b, length, heads, dim), (size, groups) = q.shape, k.shape[1:3]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if b * heads * length * size <= EXPLICIT_SCORES and q.device.type == "cpu":
+            q = q.reshape(b * groups, heads // groups * length, dim)  # the query heads of a group share its keys: one matrix product
+            k, v = (t.reshape(b * groups, size, dim) for t in (k, v))
+            scores = torch.bmm(q, k.transpose(1, 2)).view(b, groups, heads // groups, length, size).float() * self.scale
+            if length > 1:
+                scores = scores + torch.full((length, size), float("-inf"), device=q.device).triu(size - length + 1)
+            weights = scores.softmax(-1).to(q.dtype).view(b * groups, -1, size)
+            return torch.bmm(weights, v).view(b, heads, length, dim).transpose(1, 2)
+        if heads > groups:  # on CPU faster in training than enable_gqa
+            k, v = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
+        mask = None if length == size else torch.ones(length, size, dtype=torch.bool, device=q.device).tril(size - length)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale).transpose(1, 2)
 
 
 def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

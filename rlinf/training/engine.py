@@ -80,6 +80,13 @@ class MegatronEngine:
         self.optimizer_state.restore_steps(adam_steps)
         self.steps = steps
 
+    def loss_scale(self) -> float | None:
+        """fp16 only: the current loss scale."""
+        return self.optimizer.get_loss_scale().item() if self.config.fp16 else None
+
+    def set_loss_scale(self, scale: float) -> None:
+        self.distributed.grad_scaler._scale.fill_(scale)
+
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
         """(logprob_N, entropy_N) of the response tokens of every micro-batch; empty on all but the last pipeline stage."""
         with torch.no_grad():

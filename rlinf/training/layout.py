@@ -26,15 +26,22 @@ from rlinf.scheduling.step_plan import SampleRef
 
 @dataclass(frozen=True)
 class Segment:
-    """A packed group: rows [start, start + prompt) hold the prompt, then come the responses, row counts in order (a count may be 0)."""
+    """A packed group: `prompt` rows of the prompt, then the responses, row counts in order (a count may be 0).
 
-    start: int
+    slots: for a group with several responses, where each response row stands in a [responses, longest] grid, flattened.
+    """
+
     prompt: int
     responses: tuple[int, ...]
+    slots: Tensor | None = None
 
     @property
-    def end(self) -> int:
-        return self.start + self.prompt + sum(self.responses)
+    def own(self) -> int:
+        return sum(self.responses)
+
+    @property
+    def longest(self) -> int:
+        return max(self.responses)
 
 
 @dataclass
@@ -73,7 +80,7 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
         rows += [prompt, *(s.token_ids[:-1] for s in samples)]
         positions += [np.arange(len(prompt)), *(np.arange(len(prompt), len(prompt) + len(s) - 1) for s in samples)]
         counts = tuple(len(s) - 1 for s in samples)
-        segments.append(Segment(start, len(prompt), counts))
+        segments.append(Segment(len(prompt), counts, _slots(counts, device)))
         first = start + len(prompt)
         for n in counts:  # token 0 is predicted by the prompt's last row, token t > 0 by the row of token t - 1
             predict.append(np.concatenate([[start + len(prompt) - 1], np.arange(first, first + n)]))
@@ -83,7 +90,7 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
     if padding:
         rows.append(np.zeros(padding, np.int64))
         positions.append(np.arange(padding))
-        segments.append(Segment(start, padding, ()))
+        segments.append(Segment(padding, ()))
     lengths = [len(s) for s, _ in order]
     tensor = lambda parts, dtype: torch.as_tensor(np.concatenate([*parts, []]).astype(dtype), device=device)
     return PackedBatch(
@@ -100,6 +107,13 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
         n_samples=len(order),
         temperature=temperature,
     )
+
+
+def _slots(counts: tuple[int, ...], device: torch.device) -> Tensor | None:
+    if len(counts) < 2:
+        return None
+    longest = max(counts)
+    return torch.as_tensor(np.concatenate([i * longest + np.arange(n) for i, n in enumerate(counts)]), device=device)
 
 
 def _by_prompt(refs: Sequence[SampleRef], share_prefix: bool) -> list[list[SampleRef]]:

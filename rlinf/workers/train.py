@@ -1,0 +1,187 @@
+"""One rank of the actor: packs its share of a global batch, recomputes log-probabilities, runs the optimizer steps, hands out weights."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlinf.algorithms.aggregation import Denominators
+from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
+from rlinf.config.schema import AlgorithmConfig, Config
+from rlinf.data.records import Finish, Group, Prompt, Sample
+from rlinf.scheduling.placement import WorkerAddress
+from rlinf.scheduling.step_plan import RankBatch, SampleRef
+from rlinf.training import checkpoint, parallel
+from rlinf.training.engine import MegatronEngine, Update
+from rlinf.training.layout import PackedBatch, pack
+from rlinf.training.reference import ReferencePolicy
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.shared_memory import publish, release
+from rlinf.weights.source import WeightSource
+from rlinf.weights.tensor_folder import open_hf_folder
+from rlinf.workers.interfaces import TrainReport
+
+
+class TrainWorker:
+    """Implements workers.interfaces.TrainWorker for the actor role."""
+
+    def __init__(self, address: WorkerAddress, config: Config) -> None:
+        self.address, self.config = address, config
+        torch.set_num_threads(address.threads)
+        self.device = _device(config, address)
+        model = config.actor.model
+        self.at = parallel.initialize(
+            model.tensor_model_parallel_size,
+            model.pipeline_model_parallel_size,
+            rank=address.rank,
+            world_size=address.world_size,
+            device=self.device,
+            address=f"{address.master_addr}:{address.master_port}",
+        )
+        model_dir = Path(config.rollout.model_dir)
+        arch = read_architecture(json.loads((model_dir / "config.json").read_text()))
+        self.engine = MegatronEngine(arch, model, config.actor.optim, self.at, self.device)
+        self.engine.load_hf(open_hf_folder(model_dir))
+        self.reference = ReferencePolicy(self.engine) if config.algorithm.kl_beta > 0 else None
+        self.settings = objective_settings(config.algorithm)
+        self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
+        self.published: WeightSource | None = None
+
+    # ---- one step -------------------------------------------------------------------------------------------------------------
+
+    def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
+        """Pack once, look at the old policy once, then one optimizer step a mini-batch."""
+        if [g.group_id for g in groups] != list(batch.group_ids):
+            raise ValueError(f"step {step}: payloads do not match the plan")
+        started = time.perf_counter()
+        minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
+        packed = time.perf_counter()
+        old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
+        recomputed = time.perf_counter()
+        updates = [
+            self.engine.update(
+                packs,
+                old[i],
+                ref[i],
+                Denominators(mini.global_tokens, mini.global_samples),
+                self.settings,
+                self.config.algorithm.early_stop_imp_ratio,
+            )
+            for i, (mini, packs) in enumerate(zip(batch.mini_batches, minibatches))
+        ]
+        timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
+        for part in ("forward_backward", "optimizer"):
+            timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
+        return TrainReport(step_metrics(updates), timers, peak_memory(self.device))
+
+    def _pack(self, groups: Sequence[Group], refs: Sequence[SampleRef]) -> PackedBatch:
+        pad_to = self.at.tp if self.config.actor.model.sequence_parallel else 1
+        return pack(groups, refs, share_prefix=True, temperature=self.temperature, pad_to=pad_to, device=self.device)
+
+    def _old_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
+        """pi_old of every mini-batch. The first one is trained with the very weights that are pi_old, so its own forward pass gives it."""
+        if not self.config.algorithm.recompute_logprobs:
+            return [[b.rollout_logprobs_N for b in packs] for packs in minibatches]
+        return [None, *(self._logprobs(packs) for packs in minibatches[1:])]
+
+    def _reference_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
+        if self.reference is None:
+            return [None] * len(minibatches)
+        with self.reference.swapped_in():
+            return [self._logprobs(packs) for packs in minibatches]
+
+    def _logprobs(self, packs: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
+        return [logprobs for logprobs, _ in self.engine.logprobs(packs)] or None
+
+    # ---- weights --------------------------------------------------------------------------------------------------------------
+
+    def publish(self, version: int) -> tuple[WeightSource | None, float]:
+        """Write this stage's weights for the rollout engines; the first TP and DP rank of each pipeline stage returns a source."""
+        started = time.perf_counter()
+        tensors = self.engine.export()
+        if self.at.tp_rank == 0 and self.at.dp_rank == 0:
+            self.published = publish(tensors, f"{self.address.run_id}-s{self.at.pp_rank}", version)
+        else:
+            for _ in tensors:  # the gather is collective
+                pass
+        return self.published, time.perf_counter() - started
+
+    def release(self) -> None:
+        if self.published is not None:
+            release(self.published)
+            self.published = None
+
+    def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
+        groups = [_as_group(i, tokens) for i, tokens in enumerate(sequences)]
+        refs = [SampleRef(i, 0, 0.0) for i in range(len(groups))]
+        pad_to = self.at.tp if self.config.actor.model.sequence_parallel else 1
+        packed = pack(groups, refs, share_prefix=False, temperature=temperature or 1.0, pad_to=pad_to, device=self.device)
+        outputs = self.engine.logprobs([packed])
+        if not outputs:
+            return []
+        return [part.cpu().numpy() for part in outputs[0][0].split([len(s) - 1 for s in sequences])]
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------------------
+
+    def save(self, step_dir: str) -> None:
+        checkpoint.save(self.engine, Path(step_dir), Path(self.config.rollout.model_dir))
+
+    def load(self, step_dir: str) -> None:
+        checkpoint.load(self.engine, Path(step_dir))
+
+
+def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
+    eps = algorithm.ratio_clip_eps
+    return ObjectiveSettings(
+        loss_type=algorithm.loss_type,
+        loss_agg_func=algorithm.loss_agg_func,
+        clip_low=eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low,
+        clip_high=eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high,
+        clip_c=algorithm.clip_ratio_c,
+        kl_beta=algorithm.kl_beta,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        entropy_bonus=algorithm.entropy_bonus,
+        importance_sampling_clip=algorithm.importance_sampling_clip if algorithm.importance_sampling_fix else None,
+        max_new_tokens=algorithm.sampling_params.max_new_tokens,
+    )
+
+
+def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """train/* of one step: token means over all its mini-batches."""
+    total: MetricSums = sum((u.metrics for u in updates[1:]), updates[0].metrics)
+    metrics = finalize_metrics(total.sums, total.maxima, len(updates))
+    stepped = [u.grad_norm for u in updates if not u.skipped]
+    metrics["train/grad_norm"] = sum(stepped) / len(stepped) if stepped else float("nan")
+    metrics["train/lr"] = updates[-1].learning_rate
+    metrics["train/minibatches_skipped"] = float(sum(u.skipped for u in updates))
+    first = finalize_metrics(updates[0].metrics.sums, updates[0].metrics.maxima)
+    metrics["train/first_minibatch_ratio"] = first["train/ratio"]
+    metrics["train/first_minibatch_clip_fraction"] = first["train/clip_fraction"]
+    return metrics
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on CUDA, of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device(config: Config, address: WorkerAddress) -> torch.device:
+    cuda = torch.cuda.is_available() if config.cluster.device == "auto" else config.cluster.device == "cuda"
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")  # the cluster shows each worker its own devices only
+
+
+def _as_group(index: int, tokens: np.ndarray) -> Group:
+    """A sequence to be scored: its first token as the prompt, the rest as a response."""
+    n = len(tokens) - 1
+    prompt = Prompt(f"probe-{index}", tokens[:1], "probe", ("",))
+    sample = Sample(f"probe-{index}/0", tokens[1:], np.full(n, np.nan, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP)
+    return Group(prompt.prompt_id, prompt, (sample,))
