@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Denominators:
-    """Of one optimizer mini-batch, over all data-parallel ranks and micro-batches: tokens that count, and samples that have at least one."""
+    """Of one optimizer mini-batch, over all data-parallel ranks and micro-batches: tokens that count, samples with at least one."""
 
     tokens: int
     samples: int

@@ -69,7 +69,9 @@ def gspo(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, sampl
     return clipped_surrogate(s_S[sample_N], advantages_N, clip)
 
 
-def gspo_token(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, sample_N: Tensor, n_samples: int, clip: Clip) -> TokenLosses:
+def gspo_token(
+    logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, sample_N: Tensor, n_samples: int, clip: Clip
+) -> TokenLosses:
     """GSPO-token (arXiv 2507.18071): s_t = sg[s] * pi / sg[pi]: GSPO's values, gradients token by token. log s_t is at most 10."""
     log_s_S = sequence_mean_S((logprobs_N - old_logprobs_N).detach(), sample_N, n_samples)
     log_s_N = logprobs_N - logprobs_N.detach() + log_s_S[sample_N]
@@ -84,6 +86,18 @@ def cispo(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, samp
     ratio_N = importance_ratio_N(logprobs_N, old_logprobs_N).detach()
     weight_N = ratio_N.clamp(1 - clip.low, 1 + clip.high)
     return TokenLosses(-weight_N * advantages_N * logprobs_N, weight_N != ratio_N, torch.zeros_like(ratio_N, dtype=torch.bool))
+
+
+def decoupled_ppo(
+    logprobs_N: Tensor, prox_logprobs_N: Tensor, behaviour_logprobs_N: Tensor, advantages_N: Tensor, clip: Clip, cap: float
+) -> TokenLosses:
+    """Decoupled PPO (AReaL, arXiv 2505.24298): the trust region stands around pi_prox, not around the stale policy that sampled.
+
+    loss = w * PPO(pi / pi_prox), w = sg[pi_prox / pi_behaviour]; a token with w > cap has loss 0 and still counts in the denominator.
+    """
+    weight_N = importance_ratio_N(prox_logprobs_N, behaviour_logprobs_N).detach()
+    surrogate = clipped_surrogate(importance_ratio_N(logprobs_N, prox_logprobs_N), advantages_N, clip)
+    return surrogate._replace(loss_N=torch.where(weight_N > cap, 0.0, weight_N * surrogate.loss_N))
 
 
 def sequence_mean_S(values_N: Tensor, sample_N: Tensor, n_samples: int) -> Tensor:

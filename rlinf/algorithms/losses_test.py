@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlinf.algorithms.kl import kl_estimate_N
-from rlinf.algorithms.losses import LOSSES, Clip, clipped_surrogate, importance_ratio_N
+from rlinf.algorithms.losses import LOSSES, Clip, clipped_surrogate, decoupled_ppo, importance_ratio_N
 
 DAPO = Clip(0.2, 0.28)
 
@@ -79,11 +79,15 @@ def test_gspo_published_example() -> None:
 def test_gspo_of_one_token_is_grpo_and_gspo_token_is_gspo() -> None:
     torch.manual_seed(0)
     log_ratio, a = torch.randn(6, dtype=torch.float64) * 0.3, torch.randn(6, dtype=torch.float64)
-    for x, y in zip(loss_and_gradient("gspo", log_ratio, a, list(range(6)), DAPO), loss_and_gradient("ppo", log_ratio, a, list(range(6)), DAPO)):
+    for x, y in zip(
+        loss_and_gradient("gspo", log_ratio, a, list(range(6)), DAPO), loss_and_gradient("ppo", log_ratio, a, list(range(6)), DAPO)
+    ):
         assert torch.allclose(x, y)
     sample = [0, 0, 0, 1, 1, 2]
     constant = a[torch.tensor(sample)]
-    for x, y in zip(loss_and_gradient("gspo", log_ratio, constant, sample, DAPO), loss_and_gradient("gspo-token", log_ratio, constant, sample, DAPO)):
+    for x, y in zip(
+        loss_and_gradient("gspo", log_ratio, constant, sample, DAPO), loss_and_gradient("gspo-token", log_ratio, constant, sample, DAPO)
+    ):
         assert torch.allclose(x, y)
 
 
@@ -140,3 +144,34 @@ def test_kl_guards() -> None:
     assert kl_estimate_N("k3", vector(1e-9), vector(0.0)).item() >= 0
     with pytest.raises(ValueError, match="k4"):
         kl_estimate_N("k4", vector(0.0), vector(0.0))
+
+
+@pytest.mark.parametrize(
+    "behaviour, prox, policy, a, objective, flows, plain",
+    [(0.20, 0.25, 0.25, 1, 1.25, True, 1.20), (0.20, 0.25, 0.30, 1, 1.50, None, 1.20), (0.20, 0.25, 0.35, 1, 1.50, False, 1.20),
+     (0.20, 0.25, 0.35, -1, -1.75, True, -1.75), (0.25, 0.25, 0.35, 1, 1.20, False, 1.20), (0.01, 0.08, 0.08, 1, 0.0, False, 1.20)],
+)  # fmt: skip
+def test_decoupled_ppo_published_table(
+    behaviour: float, prox: float, policy: float, a: float, objective: float, flows: bool | None, plain: float
+) -> None:
+    """arXiv 2505.24298 with epsilon 0.2 and cap 5; `plain` is PPO around the behaviour policy. flows None: on the edge of the range."""
+    logprobs = vector(policy).log().requires_grad_()
+    loss = decoupled_ppo(logprobs, vector(prox).log(), vector(behaviour).log(), vector(a), Clip(0.2, 0.2), 5.0).loss_N
+    loss.sum().backward()
+    assert -loss.item() == pytest.approx(objective)
+    assert flows is None or bool(logprobs.grad.item() != 0) == flows
+    assert -clipped_surrogate(
+        importance_ratio_N(logprobs, vector(behaviour).log()), vector(a), Clip(0.2, 0.2)
+    ).loss_N.item() == pytest.approx(plain)
+
+
+def test_decoupled_ppo_limits() -> None:
+    """pi_prox = pi_behaviour: PPO. pi = pi_prox: an importance-weighted policy gradient, never clipped."""
+    torch.manual_seed(2)
+    behaviour, prox, a = -torch.rand(8, dtype=torch.float64), -torch.rand(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    logprobs = (prox + 0.3 * torch.randn(8, dtype=torch.float64)).requires_grad_()
+    ppo = LOSSES["ppo"](logprobs, prox, a, torch.zeros(8, dtype=torch.int64), 1, DAPO)
+    assert torch.equal(decoupled_ppo(logprobs, prox, prox, a, DAPO, 5.0).loss_N, ppo.loss_N)
+    first = prox.clone().requires_grad_()
+    decoupled_ppo(first, prox, behaviour, a, DAPO, 5.0).loss_N.sum().backward()
+    assert torch.allclose(first.grad, -(prox - behaviour).exp() * a)

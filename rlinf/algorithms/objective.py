@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlinf.algorithms.aggregation import Denominators, token_weights_N
+from rlinf.algorithms.importance import token_truncated
 from rlinf.algorithms.kl import kl_estimate_N
 from rlinf.algorithms.losses import LOSSES, Clip, importance_ratio_N
 
@@ -38,8 +39,8 @@ class ObjectiveSettings:
     def __post_init__(self) -> None:
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {self.loss_type!r}")
-        if self.clip_c is not None and (self.clip_c <= 1 or self.loss_type == "cispo"):
-            raise ValueError(f"the dual-clip constant must be > 1 and is not for cispo, got {self.clip_c} with {self.loss_type}")
+        if self.clip_c is not None and (self.clip_c <= 1 or self.loss_type != "ppo"):
+            raise ValueError(f"the dual-clip constant must be > 1 and is for ppo, got {self.clip_c} with {self.loss_type}")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,16 @@ class ResponseTokens:
     def counted(self) -> ResponseTokens:
         """Only the tokens that count: [C] instead of [N]."""
         keep_N = self.loss_mask_N.bool()
-        names = ("logprobs_N", "entropy_N", "old_logprobs_N", "rollout_logprobs_N", "ref_logprobs_N", "advantages_N", "loss_mask_N", "sample_N")
+        names = (
+            "logprobs_N",
+            "entropy_N",
+            "old_logprobs_N",
+            "rollout_logprobs_N",
+            "ref_logprobs_N",
+            "advantages_N",
+            "loss_mask_N",
+            "sample_N",
+        )
         return replace(self, **{n: value[keep_N] for n in names if (value := getattr(self, n)) is not None})
 
 
@@ -105,9 +115,8 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
     clip = Clip(settings.clip_low, settings.clip_high, settings.clip_c)
     policy = LOSSES[settings.loss_type](logprobs_C, old_logprobs_C, advantages_C, sample_C, tokens.n_samples, clip)
     policy_C = policy.loss_N
-    rollout_ratio_C = importance_ratio_N(old_logprobs_C, tokens.rollout_logprobs_N).detach()
     if settings.importance_sampling_clip is not None:
-        policy_C = policy_C * rollout_ratio_C.clamp(max=settings.importance_sampling_clip)  # truncated importance sampling
+        policy_C = policy_C * token_truncated(old_logprobs_C - tokens.rollout_logprobs_N, settings.importance_sampling_clip)
     policy_loss = (weights_C * policy_C).sum()
 
     loss, kl_C = policy_loss, None
@@ -130,18 +139,19 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
             "dual_clipped": total(policy.dual_clipped_N),
             "approx_kl": total(kl_estimate_N("k3", old_logprobs_C, logprobs_C)),
         } | ({} if kl_C is None else {"kl": total(kl_C)})
-        rollout = rollout_metrics(old_logprobs_C, tokens.rollout_logprobs_N, rollout_ratio_C, settings.importance_sampling_clip)
+        rollout = rollout_agreement(old_logprobs_C, tokens.rollout_logprobs_N, settings.importance_sampling_clip)
     metrics = MetricSums({k: v.detach() for k, v in (sums | rollout.sums).items()}, rollout.maxima)
     return loss.to(logprobs_C.dtype), metrics
 
 
-def rollout_metrics(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, ratio_C: Tensor, clip: float | None) -> MetricSums:
-    """How far the actor and the rollout engine are apart on the same tokens and weights; tokens that the engine did not report are left out."""
+def rollout_agreement(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, clip: float | None) -> MetricSums:
+    """How far actor and rollout engine are apart on the same tokens and weights; tokens that the engine did not report are left out."""
     known_C = ~rollout_logprobs_C.isnan()
     gap_C = (old_logprobs_C - rollout_logprobs_C).abs()[known_C]
     sums = {"gap": total(gap_C), "gap_tokens": total(known_C)}
     maxima = {"gap": largest(gap_C)}
     if clip is not None:
+        ratio_C = importance_ratio_N(old_logprobs_C, rollout_logprobs_C)
         sums |= {
             "importance": total(ratio_C),
             "importance_clipped": total(ratio_C > clip),

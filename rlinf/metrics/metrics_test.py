@@ -40,7 +40,11 @@ def test_jsonl_and_tensorboard_hold_the_same_numbers_on_the_same_axis(tmp_path: 
     assert tensorboard_scalars(tmp_path)["rollout/rewards"] == [(0, 0.0), (1, 0.25), (5, 1.25)]  # before close()
     logger.close()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["rollout/rewards"], line["train/loss"]) for line in lines] == [(0, 0.0, 0.5), (1, 0.25, None), (5, 1.25, 0.5)]
+    assert [(line["step"], line["rollout/rewards"], line["train/loss"]) for line in lines] == [
+        (0, 0.0, 0.5),
+        (1, 0.25, None),
+        (5, 1.25, 0.5),
+    ]
     assert math.isnan(read_metrics(tmp_path)[1]["train/loss"]) and math.isnan(tensorboard_scalars(tmp_path)["train/loss"][1][1])
 
 
@@ -86,7 +90,8 @@ def test_a_step_is_logged_once_and_a_file_is_never_overwritten(tmp_path: Path) -
 
 
 def test_the_metrics_room_imports_neither_torch_nor_tensorflow() -> None:
-    code = "import sys, rlinf.metrics.logger, rlinf.metrics.progress, rlinf.metrics.summary; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
+    modules = "rlinf.metrics.logger, rlinf.metrics.progress, rlinf.metrics.summary"
+    code = f"import sys, {modules}; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == "[]"
 
 
@@ -107,7 +112,13 @@ def test_the_progress_line() -> None:
     now = iter([100.0, 110.0, 130.0])
     out = io.StringIO()
     progress = Progress(total_steps=64, first_step=3, stream=out, clock=lambda: next(now))
-    values = {"rollout/rewards": -1.25, "rollout/accuracy": 0.375, "rollout/response_length": 18.2, "train/entropy_loss": 0.61234, "perf/tokens_per_second": 1812.4}
+    values = {
+        "rollout/rewards": -1.25,
+        "rollout/accuracy": 0.375,
+        "rollout/response_length": 18.2,
+        "train/entropy_loss": 0.61234,
+        "perf/tokens_per_second": 1812.4,
+    }
     progress.step(3, values)
     progress.step(4, values | {"train/minibatches_skipped": 1.0})
     first, second = out.getvalue().splitlines()

@@ -26,92 +26,213 @@ def metrics(section: str, *rows: tuple[str, str, str, str]) -> list[Metric]:
 
 ROLLOUT = metrics(
     "rollout",
-    ("rewards", "mean reward of the step's responses, in units of ±`reward.reward_scale`",
-     "rises, with noise, within tens of steps", "flat: look at `groups_all_wrong` (too hard) and `groups_all_right` (too easy), then at `no_box`"),
+    (
+        "rewards",
+        "mean reward of the step's responses, in units of ±`reward.reward_scale`",
+        "rises, with noise, within tens of steps",
+        "flat: look at `groups_all_wrong` (too hard) and `groups_all_right` (too easy), then at `no_box`",
+    ),
     ("accuracy", "share of responses with a right answer; undecided ones count as not right", "rises with `rewards`", "as for `rewards`"),
-    ("response_length", "mean generated tokens of a response, end token included", "drifts slowly; for reasoning models it often grows",
-     "collapse to a few tokens: the reward can be had without reasoning; growth with `truncated`: raise `max_new_tokens`"),
+    (
+        "response_length",
+        "mean generated tokens of a response, end token included",
+        "drifts slowly; for reasoning models it often grows",
+        "collapse to a few tokens: the reward can be had without reasoning; growth with `truncated`: raise `max_new_tokens`",
+    ),
     ("response_length_p50", "median of the response length", "near the mean, or below it", "—"),
     ("response_length_p95", "95th percentile of the response length", "below `max_new_tokens`", "at the limit: responses are cut"),
     ("response_length_max", "longest response", "at most `max_new_tokens`", "—"),
     ("prompt_length", "mean prompt tokens", "constant up to sampling", "jumps: the data order or the filter changed"),
     ("samples", "responses of the step", "rollout_batch_size × group_size", "fewer: groups came back incomplete"),
     ("total_tokens", "prompt tokens (once a response) and response tokens of the step", "—", "—"),
-    ("truncated", "share of responses cut by `max_new_tokens` or by the context window", "below 0.1",
-     "raise `max_new_tokens`, or shorten answers; a cut response is usually graded wrong"),
+    (
+        "truncated",
+        "share of responses cut by `max_new_tokens` or by the context window",
+        "below 0.1",
+        "raise `max_new_tokens`, or shorten answers; a cut response is usually graded wrong",
+    ),
     ("aborted", "share of responses that were aborted", "0 in synchronous runs", "look for engine errors in the rollout logs"),
-    ("no_box", "share of responses in which no answer was found", "falls towards 0", "the prompt does not make the model give its answer in the expected form"),
-    ("verdict_undecided", "share of verdicts that timed out or could not be parsed", "below 0.01", "raise `reward.timeout`; look at those answers in samples/"),
+    (
+        "no_box",
+        "share of responses in which no answer was found",
+        "falls towards 0",
+        "the prompt does not make the model give its answer in the expected form",
+    ),
+    (
+        "verdict_undecided",
+        "share of verdicts that timed out or could not be parsed",
+        "below 0.01",
+        "raise `reward.timeout`; look at those answers in samples/",
+    ),
     ("groups_all_right", "share of prompts whose responses are all right: no learning signal", "below 0.5", "harder data"),
-    ("groups_all_wrong", "share of prompts without a right response: no learning signal", "below 0.5", "easier data, a larger `group_size`, a better start model"),
+    (
+        "groups_all_wrong",
+        "share of prompts without a right response: no learning signal",
+        "below 0.5",
+        "easier data, a larger `group_size`, a better start model",
+    ),
     ("advantages_mean", "mean advantage over responses", "near 0", "far from 0: responses of very different lengths under whitening"),
     ("advantages_max", "largest advantage", "below 10", "one right answer among many wrong ones is rare luck: larger batch"),
     ("advantages_min", "smallest advantage", "above −10", "—"),
-    ("advantages_zero", "share of responses whose advantage is exactly 0: trained on without effect", "below 0.5", "as for `groups_all_right` and `groups_all_wrong`"),
-    ("truncated_mass", "probability mass cut off by top-p/top-k, mean over tokens", "0 when both are off", "log-probabilities are of the whole distribution: keep it below 0.01"),
-    ("reused_tokens", "prompt tokens whose KV was shared by the samples of a group", "(group_size − 1) × prompt tokens", "0: prefix sharing is off"),
-)  # fmt: skip
+    (
+        "advantages_zero",
+        "share of responses whose advantage is exactly 0: trained on without effect",
+        "below 0.5",
+        "as for `groups_all_right` and `groups_all_wrong`",
+    ),
+    (
+        "truncated_mass",
+        "probability mass cut off by top-p/top-k, mean over tokens",
+        "0 when both are off",
+        "log-probabilities are of the whole distribution: keep it below 0.01",
+    ),
+    (
+        "reused_tokens",
+        "prompt tokens whose KV was shared by the samples of a group",
+        "(group_size − 1) × prompt tokens",
+        "0: prefix sharing is off",
+    ),
+)
 
 TRAIN = metrics(
     "train",
-    ("loss", "policy loss, mean over the step's mini-batches; without KL and entropy terms", "near 0; its level says little", "NaN or a jump: see `ratio`, `grad_norm`"),
-    ("entropy_loss", "mean token entropy (nats, ≥ 0) of the policy at the run's temperature", "falls slowly",
-     "below 0.05 early: collapse; raise `clip_ratio_high`, add `entropy_bonus`; rising without end: lower the learning rate"),
+    (
+        "loss",
+        "policy loss, mean over the step's mini-batches; without KL and entropy terms",
+        "near 0; its level says little",
+        "NaN or a jump: see `ratio`, `grad_norm`",
+    ),
+    (
+        "entropy_loss",
+        "mean token entropy (nats, ≥ 0) of the policy at the run's temperature",
+        "falls slowly",
+        "below 0.05 early: collapse; raise `clip_ratio_high`, add `entropy_bonus`; rising without end: lower the learning rate",
+    ),
     ("kl_loss", "mean token KL to the reference policy (`kl_penalty_type`), before `kl_beta`", "grows slowly, below 1", "raise `kl_beta`"),
-    ("ratio", "token mean of π/π_old", "1 in the first mini-batch, within 0.9–1.1 later", "far from 1: lower `actor.optim.lr`, fewer `n_minibatches`"),
-    ("clip_fraction", "share of tokens whose loss the clip range decided (for CISPO: whose weight it bounded)", "0 in the first mini-batch, below 0.1; GSPO about 0.15",
-     "as for `ratio`"),
+    (
+        "ratio",
+        "token mean of π/π_old",
+        "1 in the first mini-batch, within 0.9–1.1 later",
+        "far from 1: lower `actor.optim.lr`, fewer `n_minibatches`",
+    ),
+    (
+        "first_minibatch_ratio",
+        "`ratio` of the step's first mini-batch alone",
+        "exactly 1 with `recompute_logprobs`; else 1 up to the engine's rounding",
+        "as for `rollout_logprob_gap_mean`",
+    ),
+    (
+        "first_minibatch_clip_fraction",
+        "`clip_fraction` of the step's first mini-batch alone",
+        "0 with `recompute_logprobs`",
+        "as for `rollout_logprob_gap_mean`",
+    ),
+    (
+        "clip_fraction",
+        "share of tokens whose loss the clip range decided (for CISPO: whose weight it bounded)",
+        "0 in the first mini-batch, below 0.1; GSPO about 0.15",
+        "as for `ratio`",
+    ),
     ("dual_clip_fraction", "share of tokens bounded by `clip_ratio_c`", "below 0.001", "as for `ratio`"),
     ("approx_kl", "k3 estimate of KL(π_old‖π) per token", "below 0.02", "as for `ratio`"),
-    ("rollout_logprob_gap_mean", "mean |actor − rollout engine| log-probability of the sampled tokens, same weights", "fp32 below 1e-5; bf16 below 0.02",
-     "a step change after a weight sync: wrong weights; constantly high: different precision, temperature or template"),
+    (
+        "rollout_logprob_gap_mean",
+        "mean |actor − rollout engine| log-probability of the sampled tokens, same weights",
+        "fp32 below 1e-5; bf16 below 0.02",
+        "a step change after a weight sync: wrong weights; constantly high: different precision, temperature or template",
+    ),
     ("rollout_logprob_gap_max", "largest such gap", "fp32 below 1e-4; bf16 below 1", "as for the mean"),
-    ("importance_weight_mean", "mean of π_old/μ (actor over engine), before truncation", "0.99–1.01", "the engine samples from another policy than the actor's"),
+    (
+        "importance_weight_mean",
+        "mean of π_old/μ (actor over engine), before truncation",
+        "0.99–1.01",
+        "the engine samples from another policy than the actor's",
+    ),
     ("importance_weight_max", "largest π_old/μ", "below 10", "as for the mean"),
     ("importance_weight_min", "smallest π_old/μ", "above 0.1", "as for the mean"),
     ("importance_weight_clipped", "share of tokens above `importance_sampling_clip`", "below 0.01", "as for the mean"),
     ("rollout_kl", "k3 estimate of KL(engine‖actor) per token", "below 0.001", "as for the mean"),
     ("tokens", "response tokens that counted in the loss", "—", "—"),
-    ("grad_norm", "global gradient norm before clipping, mean over the step's optimizer steps", "steady, same order as `clip_grad`", "spikes: bad batch or too high a learning rate"),
+    (
+        "grad_norm",
+        "global gradient norm before clipping, mean over the step's optimizer steps",
+        "steady, same order as `clip_grad`",
+        "spikes: bad batch or too high a learning rate",
+    ),
     ("lr", "learning rate of the step's last optimizer step", "follows the schedule", "—"),
     ("loss_scale", "fp16 loss scale", "steady", "falls for many steps: overflow; use bf16"),
-    ("minibatches", "mini-batches of the step", "`n_minibatches`", "—"),
-    ("minibatches_skipped", "mini-batches whose optimizer step was skipped because the ratio exceeded `early_stop_imp_ratio`, was NaN, or no token counted", "0",
-     "now and then: harmless; often: lower the learning rate, check `rollout_logprob_gap_max`"),
-    ("update_skipped_nonfinite", "optimizer steps skipped because a gradient was not finite", "0", "fp16: the loss scale adapts; else look at the data of that step"),
-    ("micro_batches", "micro-batches of a rank in the step", "few", "many small ones: raise `runner.max_tokens_per_mbs`"),
-    ("weight_version", "version of the weights after the step", "the step", "—"),
-)  # fmt: skip
+    (
+        "minibatches_skipped",
+        "mini-batches not stepped: the ratio exceeded `early_stop_imp_ratio` or was NaN, no token counted, or fp16 overflowed",
+        "0",
+        "now and then: harmless; often: lower the learning rate, check `rollout_logprob_gap_max`",
+    ),
+)
 
 EVAL = metrics(
     "eval",
-    ("accuracy", "greedy accuracy on the held-out problems", "rises with `rollout/accuracy`", "falls while training accuracy rises: overfitting; more data or fewer epochs"),
+    (
+        "accuracy",
+        "greedy accuracy on the held-out problems",
+        "rises with `rollout/accuracy`",
+        "falls while training accuracy rises: overfitting; more data or fewer epochs",
+    ),
     ("boxed", "share of held-out responses with an answer box", "near 1", "as for `rollout/no_box`"),
     ("response_length", "mean tokens of a held-out response", "like training", "—"),
     ("truncated", "share of held-out responses that were cut", "below 0.1", "raise `max_new_tokens`"),
     ("undecided", "share of held-out verdicts that were undecided", "below 0.01", "as for `rollout/verdict_undecided`"),
-)  # fmt: skip
+)
 
 SYSTEM = [
     *metrics(
         "time",
         ("step", "seconds of the whole step", "steady", "compare the phases"),
-        ("*", "seconds of a phase of the step (rollout, reward, train, publish, validate, save, …); phases may overlap", "rollout is usually the largest", "the largest phase is where to look"),
+        (
+            "*",
+            "seconds of a phase of the step (rollout, reward, train, publish, validate, save, …); phases may overlap",
+            "rollout is usually the largest",
+            "the largest phase is where to look",
+        ),
     ),
     *metrics(
         "perf",
-        ("tokens_per_second", "prompt and response tokens of the step per second of the step", "steady", "falls: longer responses, or a slow node"),
-        ("rollout_tokens_per_second", "generated tokens per second of rollout", "steady", "few running requests: raise `max_running_requests`"),
-        ("train_tokens_per_second", "trained tokens per second of training", "steady", "many small micro-batches: raise `max_tokens_per_mbs`"),
-        ("actor_memory_gib", "peak memory of an actor rank, GiB", "below the device's", "activation recompute, smaller `max_tokens_per_mbs`"),
+        (
+            "tokens_per_second",
+            "prompt and response tokens of the step per second of the step",
+            "steady",
+            "falls: longer responses, or a slow node",
+        ),
+        (
+            "rollout_tokens_per_second",
+            "generated tokens per second of rollout",
+            "steady",
+            "few running requests: raise `max_running_requests`",
+        ),
+        (
+            "train_tokens_per_second",
+            "trained tokens per second of training",
+            "steady",
+            "many small micro-batches: raise `max_tokens_per_mbs`",
+        ),
+        (
+            "actor_memory_gib",
+            "peak memory of an actor rank, GiB",
+            "below the device's",
+            "activation recompute, smaller `max_tokens_per_mbs`",
+        ),
     ),
     *metrics(
         "sync",
         ("seconds", "seconds from the actor's weights to the engine's receipt", "steady", "the network or the disk between them"),
         ("bytes", "bytes of weights moved", "constant", "—"),
-        ("probe_gap", "largest log-probability difference of engine and actor on the probe prompts", "fp32 below 1e-4; bf16 below 0.1", "the engine does not hold the actor's weights: the run stops"),
+        (
+            "probe_gap",
+            "largest log-probability difference of engine and actor on the probe prompts",
+            "fp32 below 1e-4; bf16 below 0.1",
+            "the engine does not hold the actor's weights: the run stops",
+        ),
     ),
-]  # fmt: skip
+]
 
 SECTIONS = {
     "What the policy writes": ROLLOUT,
@@ -130,9 +251,13 @@ def undocumented(names: Iterable[str]) -> list[str]:
 
 def markdown() -> str:
     """The text of docs/metrics.md."""
-    lines = ["# Metrics", "", "Written from `rlinf/metrics/names.py`. Every metric is in `metrics.jsonl` and in TensorBoard under the same name; the x axis is the",
-             "step everywhere. Means are over the whole step and over all ranks; none depends on how the work was split. A number that is not",
-             "finite is `null` in `metrics.jsonl`."]  # fmt: skip
+    lines = [
+        "# Metrics",
+        "",
+        "Written from `rlinf/metrics/names.py`. Every metric is in `metrics.jsonl` and in TensorBoard under the same name; the x axis is",
+        "the step everywhere. Means are over the whole step and over all ranks; none depends on how the work was split. A number that is not",
+        "finite is `null` in `metrics.jsonl`.",
+    ]
     for title, rows in SECTIONS.items():
         lines += ["", f"## {title}", "", "| name | meaning | healthy | what to do |", "|---|---|---|---|"]
         lines += [f"| `{m.name}` | {m.meaning} | {m.healthy} | {m.action} |" for m in rows]

@@ -24,7 +24,9 @@ class Progress:
     first_step: the first step of this process (after a resume, the one after the checkpoint): the ETA is the mean of its own steps.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 1, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total_steps: int, first_step: int = 1, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.total_steps, self.first_step, self.clock = total_steps, first_step, clock
         self.console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=True)
         self.started = clock()

@@ -63,7 +63,12 @@ def before_after_table(before: Scores, after: Scores) -> Table:
         cells = [percent(wilson(float(x.sum()), len(x))) for x in (old_N, new_N)]
         table.add_row(name, *cells, percent(paired_gain(old_N, new_N), sign=True))
     gain = paired_gain(before.tokens_N, after.tokens_N)
-    table.add_row("response tokens", f"{before.tokens_N.mean():.1f}", f"{after.tokens_N.mean():.1f}", f"{gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]")
+    table.add_row(
+        "response tokens",
+        f"{before.tokens_N.mean():.1f}",
+        f"{after.tokens_N.mean():.1f}",
+        f"{gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]",
+    )
     return table
 
 

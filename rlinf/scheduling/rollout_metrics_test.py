@@ -13,19 +13,43 @@ NO_BOX = Verdict(-5.0, Status.WRONG, None, "none", 0.0)
 UNDECIDED = Verdict(-5.0, Status.UNDECIDED, "x", "timeout", 1.0)
 
 
-def header(name: str, prompt: int, lengths: tuple[int, ...], verdicts: tuple[Verdict | None, ...], finish: Finish = Finish.STOP) -> GroupHeader:
+def header(
+    name: str, prompt: int, lengths: tuple[int, ...], verdicts: tuple[Verdict | None, ...], finish: Finish = Finish.STOP
+) -> GroupHeader:
     n = len(lengths)
-    return GroupHeader(name, name, "math", prompt, tuple(map(str, range(n))), lengths, lengths, (finish,) * n, tuple(((0, k),) for k in lengths), verdicts)
+    return GroupHeader(
+        name, name, "math", prompt, tuple(map(str, range(n))), lengths, lengths, (finish,) * n, tuple(((0, k),) for k in lengths), verdicts
+    )
 
 
 def test_rollout_metrics_of_three_groups() -> None:
-    headers = [header("a", 10, (1, 3), (RIGHT, RIGHT)), header("b", 20, (5, 7), (RIGHT, WRONG)), header("c", 30, (9, 11), (NO_BOX, UNDECIDED), Finish.LENGTH)]
+    headers = [
+        header("a", 10, (1, 3), (RIGHT, RIGHT)),
+        header("b", 20, (5, 7), (RIGHT, WRONG)),
+        header("c", 30, (9, 11), (NO_BOX, UNDECIDED), Finish.LENGTH),
+    ]
     metrics = rollout_metrics(headers, [np.zeros(2), np.array([0.7, -0.7]), np.zeros(2)])
     expected = {
-        "rewards": 0.0, "accuracy": 0.5, "response_length": 6.0, "response_length_p50": 6.0, "response_length_p95": 10.5, "response_length_max": 11.0,
-        "prompt_length": 20.0, "samples": 6.0, "total_tokens": 156.0, "truncated": 1 / 3, "aborted": 0.0, "no_box": 1 / 6, "verdict_undecided": 1 / 6,
-        "groups_all_right": 1 / 3, "groups_all_wrong": 1 / 3, "advantages_mean": 0.0, "advantages_max": 0.7, "advantages_min": -0.7, "advantages_zero": 2 / 3,
-    }  # fmt: skip
+        "rewards": 0.0,
+        "accuracy": 0.5,
+        "response_length": 6.0,
+        "response_length_p50": 6.0,
+        "response_length_p95": 10.5,
+        "response_length_max": 11.0,
+        "prompt_length": 20.0,
+        "samples": 6.0,
+        "total_tokens": 156.0,
+        "truncated": 1 / 3,
+        "aborted": 0.0,
+        "no_box": 1 / 6,
+        "verdict_undecided": 1 / 6,
+        "groups_all_right": 1 / 3,
+        "groups_all_wrong": 1 / 3,
+        "advantages_mean": 0.0,
+        "advantages_max": 0.7,
+        "advantages_min": -0.7,
+        "advantages_zero": 2 / 3,
+    }
     assert metrics == pytest.approx({f"rollout/{k}": v for k, v in expected.items()})
     assert undocumented(metrics) == []
 

@@ -8,15 +8,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlinf.data.records import Finish, GroupHeader
-from rlinf.scheduling.step_plan import RankBatch, SampleRef, balance, build_rank_batches, by_prompt, micro_batch_tokens, pack, split_cost, Item
+from rlinf.scheduling.step_plan import (
+    Item,
+    RankBatch,
+    SampleRef,
+    balance,
+    build_rank_batches,
+    by_prompt,
+    micro_batch_tokens,
+    pack,
+    split_cost,
+)
 
 
 def header(name: str, prompt: int, lengths: list[int], loss_tokens: list[int] | None = None) -> GroupHeader:
     n = len(lengths)
     return GroupHeader(
-        group_id=name, prompt_id=name, task="math", prompt_length=prompt, sample_ids=tuple(f"{name}/{i}" for i in range(n)),
-        response_lengths=tuple(lengths), loss_tokens=tuple(lengths if loss_tokens is None else loss_tokens), finishes=(Finish.STOP,) * n,
-        versions=(((0, 1),),) * n, verdicts=(None,) * n,
+        group_id=name,
+        prompt_id=name,
+        task="math",
+        prompt_length=prompt,
+        sample_ids=tuple(f"{name}/{i}" for i in range(n)),
+        response_lengths=tuple(lengths),
+        loss_tokens=tuple(lengths if loss_tokens is None else loss_tokens),
+        finishes=(Finish.STOP,) * n,
+        versions=(((0, 1),),) * n,
+        verdicts=(None,) * n,
     )
 
 
@@ -36,12 +53,23 @@ def plan(headers: list[GroupHeader], **options: object) -> list[RankBatch]:
 
 def tokens_of(micro: tuple[SampleRef, ...], batch: RankBatch, by_id: dict[str, GroupHeader], share: bool) -> int:
     groups = {r.group for r in micro}
-    prompts = sum(by_id[batch.group_ids[g]].prompt_length for g in groups) if share else sum(by_id[batch.group_ids[r.group]].prompt_length for r in micro)
+    prompts = (
+        sum(by_id[batch.group_ids[g]].prompt_length for g in groups)
+        if share
+        else sum(by_id[batch.group_ids[r.group]].prompt_length for r in micro)
+    )
     return prompts + sum(by_id[batch.group_ids[r.group]].response_lengths[r.index] for r in micro)
 
 
 @settings(max_examples=150, deadline=None)
-@given(batches(), st.integers(1, 4), st.integers(1, 3), st.integers(30, 120), st.booleans(), st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)))
+@given(
+    batches(),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(30, 120),
+    st.booleans(),
+    st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)),
+)
 def test_every_sample_once_within_the_budget_and_the_same_shape_on_every_rank(headers, dp, n_minibatches, max_tokens, share, seed) -> None:
     total = sum(len(h.sample_ids) for h in headers)
     if total < n_minibatches:
