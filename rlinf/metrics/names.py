@@ -255,8 +255,8 @@ def markdown() -> str:
         "# Metrics",
         "",
         "Written from `rlinf/metrics/names.py`. Every metric is in `metrics.jsonl` and in TensorBoard under the same name; the x axis is",
-        "the step everywhere. Means are over the whole step and over all ranks; none depends on how the work was split. A number that is not",
-        "finite is `null` in `metrics.jsonl`.",
+        "the step everywhere. Means are over the whole step and over all ranks; none depends on how the work was split. A number that is",
+        "not finite is `null` in `metrics.jsonl`.",
     ]
     for title, rows in SECTIONS.items():
         lines += ["", f"## {title}", "", "| name | meaning | healthy | what to do |", "|---|---|---|---|"]
