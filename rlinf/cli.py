@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=1234)
     p.set_defaults(run=data_generate)
     p = sub.add_parser("check", help="check a JSONL file in the AReaL-boba format")
-    p.add_argument("file", metavar="FILE")
+    p.add_argument("file", metavar="FILE", type=Path)
     p.add_argument("--json", action="store_true", help="print the result as JSON")
     p.set_defaults(run=data_check)
 

@@ -155,6 +155,14 @@ def test_config_show_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and "did you mean algorithm.group_size?" in err
 
 
+def test_data_generate_writes_both_splits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "data", "generate", str(tmp_path), "--train", "30", "--val", "10")
+    assert code == 0 and f"train: {tmp_path}/train.jsonl" in out
+    assert [len((tmp_path / f).read_text().splitlines()) for f in ("train.jsonl", "val.jsonl")] == [30, 10]
+    code, _, err = run(capsys, "data", "generate", str(tmp_path), "--train", "0")
+    assert code == 2 and err.startswith("rlinf: arithmetic data")
+
+
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["train"], ["train", "x", "--fast"], ["data", "check", "a", "b"]])
 def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlinf.config.keys import known_keys
 from rlinf.config.load import ALIASES, EXAMPLES, find, load, to_yaml
@@ -78,6 +81,21 @@ def test_what_to_yaml_prints_loads_to_the_same_configuration(tmp_path: Path) -> 
     assert first.config.runner.experiment_name == 'a: ${b} #"c'
     line = next(x for x in printed.splitlines() if "ratio_clip_eps" in x)
     assert line.split("# ")[1] == f"{tmp_path}/run.yaml:3"
+
+
+TEXT = st.text(st.one_of(st.sampled_from("${}\\'\"#:\n\t ~!&*?-0e.1"), st.characters(exclude_categories=("Cs",))), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXT, st.lists(TEXT, max_size=3), st.dictionaries(TEXT, TEXT, max_size=2), st.floats(allow_nan=False, allow_infinity=False))
+def test_any_value_survives_printing_and_loading(name: str, stop: list[str], placement: dict[str, str], lr: float) -> None:
+    with TemporaryDirectory() as folder:
+        path = write(Path(folder), "")
+        resolved = load(str(path))
+        resolved.config.runner.experiment_name, resolved.config.actor.optim.lr = name, lr
+        resolved.config.algorithm.sampling_params.stop, resolved.config.cluster.component_placement = stop, placement
+        path.write_text(to_yaml(resolved), encoding="utf-8")
+        assert load(str(path)).config == resolved.config
 
 
 @pytest.mark.parametrize("name", [*ALIASES, *(p.stem for p in EXAMPLES.glob("*.yaml"))])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from typing import Any
+
+import yaml
 
 from rlinf.config.dropped import dropped_value
 from rlinf.config.keys import Key
@@ -34,7 +35,15 @@ def dump(value: Any) -> str:
         return value
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(value, ensure_ascii=False).replace("${", "\\\\${")
+    if isinstance(value, (str, list, dict)):
+        return yaml.safe_dump(_escape(value), default_style='"', default_flow_style=True, width=math.inf, allow_unicode=True).strip()
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _escape(value: Any) -> Any:
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
+    return [_escape(v) for v in value] if isinstance(value, list) else {k: _escape(v) for k, v in value.items()}
 
 
 def _advice(key: Key, item: Any) -> str:
