@@ -19,6 +19,8 @@ from rlinf.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+ENCODE_AT_ONCE = 1024  # texts; an encoding is some hundred bytes a token until its ids are taken out
+
 Message = Mapping[str, str]
 """One turn of a chat: {"role": ..., "content": ...}."""
 
@@ -42,7 +44,10 @@ class TextTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As encode, on all cores."""
-        encoded = [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded: list[list[int]] = []
+        for start in range(0, len(texts), ENCODE_AT_ONCE):
+            chunk = list(texts[start : start + ENCODE_AT_ONCE])
+            encoded += [e.ids for e in self._backend.encode_batch_fast(chunk, add_special_tokens=False)]
         if self.bos_token_id is None:
             return encoded
         return [ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids] for ids in encoded]

@@ -21,7 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rlinf.data.records import Group, Sample
-from rlinf.scheduling.step_plan import SampleRef
+from rlinf.data.packing import SampleRef
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlinf.data.records import Group, GroupHeader, Prompt, Verdict
 from rlinf.rollout.contract import EngineStats, GenerateRequest
-from rlinf.scheduling.step_plan import RankBatch
+from rlinf.data.packing import RankBatch
 from rlinf.weights.source import Receipt, WeightSource
 
 

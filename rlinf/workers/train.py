@@ -16,7 +16,7 @@ from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_m
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.scheduling.step_plan import RankBatch, SampleRef
+from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import checkpoint, parallel
 from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, pack

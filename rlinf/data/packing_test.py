@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlinf.data.records import Finish, GroupHeader
-from rlinf.scheduling.step_plan import (
+from rlinf.data.packing import (
     Item,
     RankBatch,
     SampleRef,

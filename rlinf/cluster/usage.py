@@ -1,0 +1,74 @@
+"""What a run costs on this machine: CPU seconds by phase and peak memory, over the driver and every process that carries the run id."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlinf.cluster.processes import marked
+
+INTERVAL = 2.0
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+class Usage:
+    """Sampled every two seconds from /proc; memory is PSS: a page shared by k processes counts 1/k in each."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self.cpu_seconds: dict[str, float] = defaultdict(float)
+        self.peak_pss = 0
+        self._seen: dict[int, float] = {}
+        self._stop = threading.Event()
+
+    @contextmanager
+    def sampling(self, phase: Callable[[], str]) -> Iterator[None]:
+        """Sample inside the block; phase() is 'start' or 'step 3, rollout', of which the last word group counts."""
+        thread = threading.Thread(target=self._run, args=(phase,), daemon=True, name="usage")
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join()
+
+    def describe(self) -> str:
+        parts = "  ".join(f"{name} {seconds:.0f}" for name, seconds in sorted(self.cpu_seconds.items(), key=lambda x: -x[1]))
+        total = sum(self.cpu_seconds.values())
+        return f"CPU seconds on this machine: {total:.0f} ({parts}); peak memory (PSS) {self.peak_pss / 2**30:.2f} GiB"
+
+    def _run(self, phase: Callable[[], str]) -> None:
+        self._sample(phase())
+        while not self._stop.wait(INTERVAL):
+            self._sample(phase())
+        self._sample(phase())
+
+    def _sample(self, phase: str) -> None:
+        name = phase.rpartition(", ")[2]
+        pss = 0
+        for pid in [os.getpid(), *marked(self.run_id)]:
+            try:
+                spent, memory = cpu_seconds(pid), pss_bytes(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it ended meanwhile; its time is in its parent's children times
+            self.cpu_seconds[name] += max(0.0, spent - self._seen.get(pid, 0.0))
+            self._seen[pid] = spent
+            pss += memory
+        self.peak_pss = max(self.peak_pss, pss)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / TICK
+
+
+def pss_bytes(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,67 @@
+"""From a resolved configuration to a finished run: prompts, machines, workers, the loop, the table at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.processes import new_run_id
+from rlinf.cluster.usage import Usage
+from rlinf.config.load import Resolved
+from rlinf.data.prompts import load_prompts
+from rlinf.data.records import Prompt
+from rlinf.data.sampler import PromptSampler
+from rlinf.data.tokenizer import load_tokenizer
+from rlinf.metrics.logger import MetricLogger
+from rlinf.metrics.summary import show_summary
+from rlinf.runners.reasoning import ReasoningRunner
+from rlinf.runners.requests import stop_of
+from rlinf.runners.run_folder import RunFolder
+from rlinf.scheduling.placement import build_plan
+
+TRAIN_WORKER = "rlinf.workers.train:TrainWorker"
+ROLLOUT_WORKER = "rlinf.workers.rollout:RolloutWorker"
+REWARD_WORKER = "rlinf.workers.reward:RewardWorker"
+
+
+def train(resolved: Resolved) -> int:
+    """Run to the end; 0 when it finished. Everything that was started is ended, however this returns."""
+    config = resolved.config
+    folder = RunFolder(resolved)
+    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+    prompts, report = load_prompts(config.data.train_data_paths, config.data, tokenizer)
+    _say(f"training data: {report.describe()}")
+    val_prompts: list[Prompt] = []
+    if config.data.val_data_paths:
+        val_prompts, val_report = load_prompts(config.data.val_data_paths, config.data, tokenizer)
+        _say(f"validation data: {val_report.describe()}")
+    sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
+    resume_step = None if not folder.continues else folder.resume.step if folder.resume else 0
+    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, resume_step)
+    run_id = new_run_id()
+    _say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
+    cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
+    try:
+        usage = Usage(run_id)
+        plan = build_plan(config, cluster.inventory())
+        groups = [
+            cluster.launch(plan, component, worker, config)
+            for component, worker in (("actor", TRAIN_WORKER), ("rollout", ROLLOUT_WORKER), ("reward", REWARD_WORKER))
+        ]
+        runner = ReasoningRunner(config, folder, cluster, *groups, prompts, val_prompts, sampler, stop_of(config.algorithm, tokenizer))
+        with usage.sampling(lambda: cluster.phase):
+            asyncio.run(cluster.guard(runner.run(logger)))
+        folder.finish()
+    finally:
+        logger.close()
+        cluster.close()
+    _say(usage.describe())
+    if len(runner.scores) > 1:
+        first, last = min(runner.scores), max(runner.scores)
+        show_summary(runner.scores[first].as_scores(), runner.scores[last].as_scores(), config.runner.output_dir)
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")

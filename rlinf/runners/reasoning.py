@@ -1,0 +1,159 @@
+"""The loop of reasoning RL, in the order of the algorithm: prompts, groups, verdicts, advantages, update, new weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlinf.algorithms.advantages import outcome_advantages
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.config.schema import Config
+from rlinf.data.records import GroupHeader, Prompt
+from rlinf.data.sampler import PromptSampler
+from rlinf.metrics.logger import MetricLogger
+from rlinf.metrics.progress import Progress
+from rlinf.metrics.timers import Timers
+from rlinf.runners.requests import sampling_of, validation_sampling
+from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
+from rlinf.runners.weight_sync import WeightSync
+from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
+from rlinf.scheduling.dispatcher import Dispatcher
+from rlinf.scheduling.rollout_metrics import rollout_metrics
+from rlinf.data.packing import build_rank_batches
+
+Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where its tokens are
+
+
+class ReasoningRunner:
+    """One run. The driver sees headers only; tokens go from rollout workers to reward and train workers."""
+
+    def __init__(
+        self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, rollout: WorkerGroup, reward: WorkerGroup,
+        prompts: Sequence[Prompt], val_prompts: Sequence[Prompt], sampler: PromptSampler, stop: Stop,
+    ) -> None:  # fmt: skip
+        self.config, self.folder, self.cluster = config, folder, cluster
+        self.actor, self.rollout, self.reward = actor, rollout, reward
+        self.prompts, self.val_prompts, self.sampler, self.stop = prompts, val_prompts, sampler, stop
+        self.total_steps = sampler.total_steps(config.runner.max_epochs, config.runner.max_steps)
+        self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
+        self.sync = WeightSync(config, actor, rollout, val_prompts or prompts)
+        self.timers = Timers()
+        self.step = 0
+        self.scores: dict[int, ValidationScores] = {}
+
+    async def run(self, logger: MetricLogger) -> None:
+        """All steps from where the run stands to its end."""
+        await self.start()
+        progress = Progress(self.total_steps, self.step + 1)
+        if self.step == 0 and self.val_prompts and self.config.runner.val_check_interval != 0:
+            logger.log(0, await self.validate() | self.timers.collect())
+        while self.step < self.total_steps:
+            self.step += 1
+            batch = self.sampler.next_batch()
+            metrics = await self.train_on([self.prompts[i] for i in batch])
+            if self.due(self.config.runner.val_check_interval) and self.val_prompts:
+                metrics |= await self.validate()
+            if self.due(self.config.runner.save_interval):
+                await self.save()
+            metrics |= self.timers.collect(tokens=int(metrics["rollout/total_tokens"]))
+            logger.log(self.step, metrics)
+            progress.step(self.step, metrics)
+
+    async def start(self) -> None:
+        """Workers up, checkpoint loaded, the first weights in the engines."""
+        self.cluster.phase = "start"
+        await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
+        if self.folder.resume is not None:
+            state = self.folder.resume.state
+            await self.actor.call_all("load", str(self.folder.resume.step_dir))
+            self.sampler.load_state_dict(state["sampler"])
+            self.step = state["step"]
+            self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
+        await self.publish_weights()
+
+    async def train_on(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """One step of the algorithm."""
+        a = self.config.algorithm
+        with self.timers.phase("rollout"):
+            self.cluster.phase = f"step {self.step}, rollout"
+            scored = await self.generate(prompts, a.group_size, sampling_of(a), str(self.folder.samples(self.step)))
+        headers = [header for header, _ in scored]
+        self.sync.refuse_foreign_versions(headers)
+        advantages = outcome_advantages([h.rewards for h in headers], [h.loss_tokens for h in headers], a.adv_type, a.normalize_advantages)
+        with self.timers.phase("train"):
+            self.cluster.phase = f"step {self.step}, train"
+            metrics = await self.update(scored, headers, advantages)
+        await self.publish_weights()
+        return rollout_metrics(headers, advantages) | metrics | self.sync.metrics
+
+    async def generate(self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams, dump: str) -> list[Scored]:
+        """Groups in the order of the prompts, each judged as soon as it is complete."""
+
+        async def one(prompt: Prompt) -> Scored:
+            group_id = f"{self.step}.{prompt.prompt_id}"
+            request = GenerateRequest(group_id, prompt.token_ids, n, sampling, self.stop, self.config.algorithm.sampling_params.max_new_tokens)
+            async with self.dispatcher.seat(n) as rank:
+                header_ref, group_ref = self.rollout.ref(rank, "generate", request, prompt, returns=2)
+                header = await header_ref
+            verdicts = await self.reward.call(rank % self.reward.size, "judge", group_ref, dump)
+            return header.with_verdicts(verdicts), group_ref
+
+        return await gather_or_cancel([one(p) for p in prompts])
+
+    async def update(self, scored: Sequence[Scored], headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray]) -> dict[str, float]:
+        """Split the batch over the actor's ranks and train."""
+        a, model = self.config.algorithm, self.config.actor.model
+        tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+        dp = self.actor.size // (tp * pp)
+        shares = build_rank_batches(
+            headers, advantages, dp=dp, n_minibatches=a.n_minibatches, max_tokens=self.config.runner.max_tokens_per_mbs, share_prefix=True,
+            shuffle_seed=(self.config.data.seed, self.step) if a.shuffle_rollout else None,
+        )  # fmt: skip
+        payload = {header.group_id: ref for header, ref in scored}
+        share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
+        reports = await self.actor.call_each("train_step", [(self.step, s, *(payload[g] for g in s.group_ids)) for s in share_of])
+        slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
+        return reports[0].metrics | slowest | {"perf/actor_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
+
+    async def publish_weights(self) -> None:
+        with self.timers.phase("sync_weights"):
+            self.cluster.phase = f"step {self.step}, weight sync"
+            await self.sync.publish(self.step)
+
+    async def validate(self) -> dict[str, float]:
+        with self.timers.phase("validate"):
+            self.cluster.phase = f"step {self.step}, validation"
+            dump = str(self.folder.validation(self.step))
+            scored = await self.generate(self.val_prompts, 1, validation_sampling(), dump)
+        self.scores[self.step] = score_validation([header for header, _ in scored])
+        return validation_metrics(self.scores[self.step])
+
+    async def save(self) -> None:
+        with self.timers.phase("checkpoint"):
+            self.cluster.phase = f"step {self.step}, checkpoint"
+            partial = self.folder.begin_checkpoint(self.step)
+            await self.actor.call_all("save", str(partial))
+            self.folder.finish_checkpoint(partial, self.state())
+
+    def state(self) -> dict[str, Any]:
+        validation = {step: scores.to_json() for step, scores in self.scores.items()}
+        return {"step": self.step, "weight_version": self.step, "sampler": self.sampler.state_dict(), "validation": validation}
+
+    def due(self, interval: int) -> bool:
+        """Every `interval` steps and after the last one; -1 = after the last one alone; 0 = never."""
+        return interval != 0 and (self.step == self.total_steps or (interval > 0 and self.step % interval == 0))
+
+
+async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, Scored]]) -> list[Scored]:
+    """Results in order; the first failure is raised and the rest is cancelled."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

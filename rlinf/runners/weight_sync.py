@@ -1,0 +1,55 @@
+"""Actor -> engines: publish, load, receipts. Every sync has a version; version k holds the weights after step k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlinf.cluster.group import WorkerGroup
+from rlinf.config.schema import Config
+from rlinf.data.records import GroupHeader, Prompt
+from rlinf.errors import RunFailed
+from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
+
+PROBES = 4
+
+
+class WeightSync:
+    """`metrics` are those of the last publish()."""
+
+    def __init__(self, config: Config, actor: WorkerGroup, rollout: WorkerGroup, prompts: Sequence[Prompt]) -> None:
+        self.config, self.actor, self.rollout = config, actor, rollout
+        self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
+        self.version: int | None = None
+        self.syncs = 0
+        self.metrics: dict[str, float] = {}
+
+    async def publish(self, version: int) -> None:
+        """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
+        parts = await self.actor.call_all("publish", version)
+        source = merge_sources([part for part, _ in parts])
+        receipts = await self.rollout.call_all("load_weights", source, version)
+        check_receipts(source, version, receipts)
+        await self.actor.call_all("release")
+        self.version = version
+        self.metrics = {
+            "sync/gather_seconds": max(seconds for _, seconds in parts),
+            "sync/load_seconds": max(r.seconds for r in receipts),
+            "sync/gib": sum(b.nbytes for b in source.buckets) / 2**30,
+        }
+        every = self.config.rollout.verify_weights_every
+        if self.syncs == 0 or (every and self.syncs % every == 0):
+            self.metrics["sync/probe_gap_max"] = await self.probe(version)
+        self.syncs += 1
+
+    async def probe(self, version: int) -> float:
+        trainer = [scores for scores in await self.actor.call_all("score", self.probes, 1.0) if scores]
+        engines = await self.rollout.call_all("score", self.probes, 1.0)
+        precision = self.config.rollout.precision or self.config.actor.model.precision
+        return check_probes(version, precision, trainer[0], engines)
+
+    def refuse_foreign_versions(self, headers: Sequence[GroupHeader]) -> None:
+        """Every token must come from the weights of the last publish()."""
+        for header in headers:
+            unknown = {version for sample in header.versions for version, _ in sample} - {self.version}
+            if unknown:
+                raise RunFailed(f"group {header.group_id}: tokens of weight version {sorted(unknown)}, but the engines were given {self.version}")

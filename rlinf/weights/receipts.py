@@ -1,0 +1,48 @@
+"""The proof of a weight sync: bytes as sent, and on fixed probe prompts the engine's log-probabilities against the trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlinf.errors import RunFailed
+from rlinf.weights.source import Receipt, SharedMemory
+
+# Largest |log-probability difference| on the probes that still counts as the same policy. fp32 differs by rounding only; in 16 bits the
+# kernels of trainer and engine round differently, and a difference of one tenth is far below what a wrong tensor causes.
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}
+
+
+def merge_sources(parts: Sequence[SharedMemory | None]) -> SharedMemory:
+    """One source of what the pipeline stages published."""
+    return SharedMemory(tuple(b for part in parts if part is not None for b in part.buckets))
+
+
+def check_receipts(source: SharedMemory, version: int, receipts: Sequence[Receipt]) -> None:
+    """Raises RunFailed when an engine took another version, other tensors or other bytes than were sent."""
+    sent = {b.key: b.checksum for b in source.buckets}
+    tensors = sum(len(b.tensors) for b in source.buckets)
+    for rank, receipt in enumerate(receipts):
+        if receipt.version != version or receipt.n_tensors != tensors:
+            raise RunFailed(
+                f"weight sync {version}: rollout rank {rank} reports version {receipt.version} and {receipt.n_tensors} tensors; {tensors} were sent"
+            )
+        wrong = [key for key in sent if receipt.checksums.get(key) != sent[key]]
+        if wrong:
+            raise RunFailed(f"weight sync {version}: rollout rank {rank} received other bytes than were sent in bucket {wrong[0]}")
+
+
+def check_probes(version: int, precision: str, trainer: Sequence[np.ndarray], engines: Sequence[Sequence[np.ndarray]]) -> float:
+    """Largest gap over probes and engines; raises RunFailed when one exceeds the tolerance of the precision."""
+    largest = 0.0
+    for rank, engine in enumerate(engines):
+        for i, (expected, got) in enumerate(zip(trainer, engine, strict=True)):
+            gap = float(np.abs(expected - got).max())
+            if not gap <= TOLERANCE[precision]:
+                raise RunFailed(
+                    f"weight sync {version}: on probe {i} rollout rank {rank} differs from the actor by {gap:.3g} in log-probability "
+                    f"(tolerance {TOLERANCE[precision]:g}): the engine does not run the actor's weights"
+                )
+            largest = max(largest, gap)
+    return largest
