@@ -111,6 +111,17 @@ def test_mistakes_end_with_one_message_and_exit_code_2(
     assert err.startswith("rlinf: ") and expected in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("file", "expected"), [("model.safetensors", "has no *.safetensors weights"), ("tokenizer.json", "has no tokenizer")]
+)
+def test_an_incomplete_model_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: str, expected: str) -> None:
+    model = small_model(tmp_path / "model")
+    (model / file).unlink()
+    for mode in ([], ["--dry-run"]):
+        code, out, err = run(capsys, "train", "smollm2-135m-grpo-cpu", f"rollout.model_dir={model}", *mode)
+        assert code == 2 and out == "" and f"rollout.model_dir: {model} {expected}" in err
+
+
 def test_an_unsupported_architecture_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = small_model(tmp_path / "model", model_type="mamba")
     code, _, err = run(capsys, "train", "smollm2-135m-grpo-cpu", f"rollout.model_dir={model}", "--dry-run")

@@ -49,7 +49,9 @@ class RunnerConfig:
     experiment_name: str = key("rlinf", "name of the run and of its folder")
     max_epochs: int = key(1, "passes over the training data")
     max_steps: int = key(-1, "stop after this many steps; -1 = by max_epochs alone")
-    val_check_interval: int = key(-1, "steps between validations; -1 = only before the first and after the last step; 0 = never")
+    val_check_interval: int = key(
+        -1, "steps between validations on data.val_data_paths; -1 = only before the first and after the last step; 0 = never"
+    )
     save_interval: int = key(-1, "steps between checkpoints; -1 = only after the last step; 0 = never")
     keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
     resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
@@ -148,7 +150,7 @@ class ActorModelConfig:
 @dataclass
 class OptimConfig:
     lr: float = key(2e-5, "peak learning rate")
-    min_lr: float = key(0.0, "learning rate at the end of the decay")
+    min_lr: float = key(0.0, "learning rate at the end of a linear or cosine decay")
     lr_decay_style: str = key("constant", "schedule after warm-up", ("constant", "linear", "cosine"))
     lr_decay_steps: int = key(0, "optimizer steps of warm-up + decay; needed for linear and cosine")
     lr_warmup_steps: int = key(0, "optimizer steps of linear warm-up from 0")
