@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlinf.rollout.embedded_model import Attend
-from rlinf.rollout.model_shape import ModelShape
+from rlinf.weights.architecture import Architecture
 from rlinf.rollout.slot_cache import SlotCache
 
 KEY_BLOCK = 32  # key positions are rounded up to this, so that decode steps repeat the same shapes
@@ -29,9 +29,9 @@ class Span:
     end: int
 
 
-def decode_attention(cache: SlotCache, shape: ModelShape, positions_R: Tensor) -> Attend:
+def decode_attention(cache: SlotCache, arch: Architecture, positions_R: Tensor) -> Attend:
     """One new token for each of the first R slots, at its position; it sees everything before it in its slot."""
-    rows, heads, dim = len(positions_R), shape.kv_heads, shape.head_dim
+    rows, heads, dim = len(positions_R), arch.n_kv_heads, arch.head_dim
     length = min(cache.capacity, -(-(int(positions_R.max()) + 1) // KEY_BLOCK) * KEY_BLOCK)
     addresses = cache.addresses(torch.arange(rows, device=positions_R.device), positions_R)
     hidden_RT = torch.arange(length, device=positions_R.device) > positions_R[:, None]

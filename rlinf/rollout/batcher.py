@@ -43,7 +43,7 @@ class Batcher:
         self._max_context = max_context
         self._seed = seed
         self._decode_text = decode
-        self._slots = SlotCache(model.shape, slots, model.dtype, model.device)
+        self._slots = SlotCache(model.arch, slots, model.dtype, model.device)
         self._prefixes = PrefixCache(slots * PREFIX_TOKENS_PER_SLOT)
         self._rows: list[Sequence | None] = [None] * slots
         self._waiting: deque[Sequence] = deque()
@@ -191,7 +191,7 @@ class Batcher:
         for sequence in running:
             tokens[sequence.row], positions[sequence.row] = sequence.context[-1], len(sequence.context) - 1
         self._slots.reserve(max(positions) + 1)
-        attend = decode_attention(self._slots, self.model.shape, self._tensor(positions))
+        attend = decode_attention(self._slots, self.model.arch, self._tensor(positions))
         hidden_RH = self.model.forward(self._tensor(tokens), self._tensor(positions), attend)
         for sequence in running:
             sequence.filled += 1
@@ -214,7 +214,7 @@ class Batcher:
         """The next token of some samples; those that end with it."""
         outcomes = []
         mass = 0.0
-        rows = max(1, LOGIT_ELEMENTS // self.model.shape.vocab)
+        rows = max(1, LOGIT_ELEMENTS // self.model.arch.vocab)
         for start in range(0, len(sequences), rows):
             part = sequences[start : start + rows]
             noise = [uniform(self._seed, s.sample_id, s.generated) for s in part]
@@ -239,7 +239,7 @@ class Batcher:
         tokens_N = self._tensor(np.concatenate([sequences[i] for i in batch]).tolist())
         positions_N = self._tensor([p for n in lengths for p in range(n)])
         hidden_NH = self.model.forward(tokens_N, positions_N, causal_attention(lengths, self.model.device))
-        rows = max(1, LOGIT_ELEMENTS // self.model.shape.vocab)
+        rows = max(1, LOGIT_ELEMENTS // self.model.arch.vocab)
         parts = []
         following_N = torch.cat([tokens_N[1:], tokens_N[:1]])  # the last of each sequence scores a token that is cut off below
         for hidden, following in zip(hidden_NH.split(rows), following_N.split(rows)):

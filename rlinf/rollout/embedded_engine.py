@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlinf.config.model import load_model_config
 from rlinf.data.records import Sample
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.batcher import Batcher, Outcome
 from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
 from rlinf.rollout.embedded_model import EmbeddedModel
-from rlinf.rollout.model_shape import read_shape
 from rlinf.rollout.sequence import Decode, Job
+from rlinf.weights.architecture import read_architecture
 from rlinf.weights.shared_memory import open_source
 from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
 
@@ -49,13 +50,13 @@ class EmbeddedEngine:
         decode: Decode | None = None,
         load_weights: bool = True,
     ) -> None:
-        shape = read_shape(model_dir)
-        if max_context > shape.max_positions:
-            raise UserError(f"runner.seq_length {max_context} exceeds max_position_embeddings {shape.max_positions} of {model_dir}/config.json; lower it")
+        arch = read_architecture(load_model_config(model_dir))
+        if max_context > arch.max_positions:
+            raise UserError(f"runner.seq_length {max_context} exceeds max_position_embeddings {arch.max_positions} of {model_dir}/config.json; lower it")
         self.capabilities = Capabilities(seeded=True, retract_and_continue=True, sleep=True, max_context=max_context)
         self._decode = decode
-        self._vocab = shape.vocab
-        self._batcher = Batcher(EmbeddedModel(shape, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
+        self._vocab = arch.vocab
+        self._batcher = Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._inbox: deque[Job] = deque()  # submitted, not yet seen by the engine thread
         self._abandoned: deque[Job] = deque()  # their iterators were closed early

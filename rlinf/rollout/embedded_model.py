@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.rollout.model_shape import ModelShape
+from rlinf.weights.architecture import Architecture
+from rlinf.weights.mapping import hf_shapes
 
 # attend(layer, queries [N, A, D], keys [N, K, D], values [N, K, D]) -> [N, A * D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -49,12 +50,12 @@ class Layer:
 class EmbeddedModel:
     """Weights of one dense decoder on one device. load() before use."""
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, device: torch.device, max_context: int) -> None:
-        self.shape = shape
+    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device, max_context: int) -> None:
+        self.arch = arch
         self.dtype = dtype
         self.device = device
         self._layers: list[Layer] = []
-        inverse_D2 = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+        inverse_D2 = 1.0 / arch.rope_theta ** (torch.arange(0, arch.head_dim, 2).float() / arch.head_dim)
         angle_TD2 = torch.outer(torch.arange(max_context).float(), inverse_D2)
         cos, sin = angle_TD2.cos(), angle_TD2.sin()
         # rotate_half(x) * sin = roll(x, D/2) * (-sin, sin)
@@ -67,10 +68,10 @@ class EmbeddedModel:
         arrived = self._checked(tensors)
         self._embedding_VH = self._place(arrived["model.embed_tokens.weight"])
         self._final_norm_H = self._place(arrived["model.norm.weight"])
-        head_VH = arrived["model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"]
+        head_VH = arrived["model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"]
         self._head = self._make_head(head_VH)
-        self._layers = self._layers or [None] * self.shape.layers  # type: ignore[list-item]
-        for i in range(self.shape.layers):  # one layer at a time: at no moment two whole models in memory
+        self._layers = self._layers or [None] * self.arch.n_layers  # type: ignore[list-item]
+        for i in range(self.arch.n_layers):  # one layer at a time: at no moment two whole models in memory
             self._layers[i] = self._make_layer(i, arrived)
         return len(arrived), sum(t.nbytes for t in arrived.values())
 
@@ -82,17 +83,17 @@ class EmbeddedModel:
     @torch.inference_mode()
     def forward(self, token_ids_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """Hidden states [N, H] after the final norm."""
-        s = self.shape
-        rotated = s.heads + s.kv_heads
+        a = self.arch
+        rotated = a.n_heads + a.n_kv_heads
         x_NH = F.embedding(token_ids_N, self._embedding_VH)
         cos_N1D, sin_N1D = self._cos_TD[positions_N][:, None], self._sin_TD[positions_N][:, None]
         for i, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._norm(x_NH, layer.input_norm)).view(len(x_NH), rotated + s.kv_heads, s.head_dim)
+            qkv = layer.qkv(self._norm(x_NH, layer.input_norm)).view(len(x_NH), rotated + a.n_kv_heads, a.head_dim)
             qk, values = qkv[:, :rotated], qkv[:, rotated:]
             if layer.q_norm is not None and layer.k_norm is not None:
-                qk = torch.cat([self._norm(qk[:, : s.heads], layer.q_norm), self._norm(qk[:, s.heads :], layer.k_norm)], 1)
-            qk = torch.addcmul(qk * cos_N1D, qk.roll(s.head_dim // 2, -1), sin_N1D)
-            x_NH = x_NH + layer.output(attend(i, qk[:, : s.heads], qk[:, s.heads :], values))
+                qk = torch.cat([self._norm(qk[:, : a.n_heads], layer.q_norm), self._norm(qk[:, a.n_heads :], layer.k_norm)], 1)
+            qk = torch.addcmul(qk * cos_N1D, qk.roll(a.head_dim // 2, -1), sin_N1D)
+            x_NH = x_NH + layer.output(attend(i, qk[:, : a.n_heads], qk[:, a.n_heads :], values))
             gate, up = layer.gate_up(self._norm(x_NH, layer.post_norm)).chunk(2, -1)
             x_NH = x_NH + layer.down(F.silu(gate) * up)
         return self._norm(x_NH, self._final_norm_H)
@@ -106,12 +107,12 @@ class EmbeddedModel:
 
     def _make_head(self, head_VH: Tensor) -> Linear | None:
         if self.device.type == "cuda" and self.dtype != torch.float32:
-            self._head_VH = self._embedding_VH if self.shape.tied else self._place(head_VH)
+            self._head_VH = self._embedding_VH if self.arch.tied else self._place(head_VH)
             return None
         return Linear(self._place(head_VH).float())  # rounding logits to bf16 would cost 0.06 nats at a logit of 20
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.shape.norm_eps)
+        return F.rms_norm(x, weight.shape, weight, self.arch.norm_eps)
 
     def _place(self, *parts: Tensor) -> Tensor:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -138,13 +139,13 @@ class EmbeddedModel:
 
     def _checked(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors by name, after every one has been looked at: complete, expected, of the right shape, finite."""
-        expected = self.shape.tensors()
+        expected = hf_shapes(self.arch)
         arrived: dict[str, Tensor] = {}
         head: Tensor | None = None
         for name, tensor in tensors:
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # a buffer that old Llama checkpoints carry
-            if name == "lm_head.weight" and self.shape.tied:
+            if name == "lm_head.weight" and self.arch.tied:
                 head = tensor
                 continue
             if name not in expected:

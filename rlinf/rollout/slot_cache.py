@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.rollout.model_shape import ModelShape
+from rlinf.weights.architecture import Architecture
 
 GROWTH = 64  # tokens: capacity grows in blocks of this size
 MINIMUM_REUSE = 8  # tokens: a shorter common prefix is not worth a copy
@@ -22,8 +22,8 @@ MINIMUM_REUSE = 8  # tokens: a shorter common prefix is not worth a copy
 class SlotCache:
     """Keys and values of the running samples, left-aligned, one tensor [2, R, K, C, D] a layer; C grows as the samples do."""
 
-    def __init__(self, shape: ModelShape, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = shape
+    def __init__(self, arch: Architecture, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._arch = arch
         self._slots = slots
         self._dtype = dtype
         self._device = device
@@ -31,10 +31,10 @@ class SlotCache:
 
     def free(self) -> None:
         """Give the memory back; the next reserve() starts from nothing."""
-        s = self._shape
+        a = self._arch
         self.capacity = 0
         # zeros, not empty: a masked position still enters 0 * value
-        self._layers = [torch.zeros(2, self._slots, s.kv_heads, 0, s.head_dim, dtype=self._dtype, device=self._device) for _ in range(s.layers)]
+        self._layers = [torch.zeros(2, self._slots, a.n_kv_heads, 0, a.head_dim, dtype=self._dtype, device=self._device) for _ in range(a.n_layers)]
 
     def reserve(self, length: int) -> None:
         """Make room for samples of `length` tokens."""
@@ -49,11 +49,11 @@ class SlotCache:
 
     def addresses(self, rows_N: Tensor, positions_N: Tensor) -> Tensor:
         """Where the tokens at (row, position) are written, for every key-value head: [N * K], for write()."""
-        heads = torch.arange(self._shape.kv_heads, device=self._device)
-        return ((rows_N[:, None] * self._shape.kv_heads + heads) * self.capacity + positions_N[:, None]).reshape(-1)
+        heads = torch.arange(self._arch.n_kv_heads, device=self._device)
+        return ((rows_N[:, None] * self._arch.n_kv_heads + heads) * self.capacity + positions_N[:, None]).reshape(-1)
 
     def write(self, layer: int, addresses: Tensor, keys_NKD: Tensor, values_NKD: Tensor) -> None:
-        dim = self._shape.head_dim
+        dim = self._arch.head_dim
         keys, values = self._layers[layer]
         keys.view(-1, dim).index_copy_(0, addresses, keys_NKD.reshape(-1, dim))
         values.view(-1, dim).index_copy_(0, addresses, values_NKD.reshape(-1, dim))

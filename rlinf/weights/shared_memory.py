@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rlinf.errors import RunFailed
 from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, fill, group_into_buckets, layout, views
-from rlinf.weights.disk import iterate_folder
 from rlinf.weights.source import BucketSpec, Disk, SharedMemory, WeightSource
+from rlinf.weights.tensor_folder import open_hf_folder
 
 FOLDER = "/dev/shm"
 
@@ -38,7 +38,7 @@ def open_source(source: WeightSource) -> Iterator[Named]:
     Raises RunFailed when a segment is missing, has the wrong size or other bytes than were sent, or when a name comes twice.
     """
     if isinstance(source, Disk):
-        yield from iterate_folder(source.path)
+        yield from open_hf_folder(source.path).items()
         return
     seen: set[str] = set()
     for bucket in source.buckets:
