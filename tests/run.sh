@@ -23,5 +23,5 @@ if [[ -n "$full" ]]; then
 fi
 printf 'tests: set-up took %d s\n' "$SECONDS"
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 exec python -m pytest "${tier[@]}" "$@" </dev/null

@@ -40,7 +40,7 @@ ready() { # the stamp names the pins; an environment with the dev set serves bot
   [[ "$have" == "$pins dev" || ( -z "$dev" && "$have" == "$pins" ) ]]
 }
 
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --quiet "$@"; }
+pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -qq "$@"; }
 
 find_python() {
   local name
@@ -60,8 +60,8 @@ make_venv() {
   find "$venv" -mindepth 1 -delete 2>/dev/null || true
   "$python" -m venv "$venv" >/dev/null 2>&1 && return
   # Some distributions ship venv without ensurepip; a recent pip can fill the environment from outside.
-  "$python" -m venv --without-pip "$venv" && "$python" -m pip --python "$venv/bin/python" install --quiet pip ||
-    fail "cannot make a virtual environment with $python; on Debian and Ubuntu: apt install python3-venv"
+  if "$python" -m venv --without-pip "$venv" && "$python" -m pip --python "$venv/bin/python" install -qq pip; then return; fi
+  fail "cannot make a virtual environment with $python; on Debian and Ubuntu: apt install python3-venv"
 }
 
 torch_pin() { sed -nE 's/^(torch==[0-9.]+).*/\1/p' "$root/requirements/base.txt"; }
@@ -70,7 +70,7 @@ install_cpu_torch() { # PyPI's Linux build drags several GB of CUDA along
   local build
   build="$(torch_pin)"
   if [[ "$(uname -s)" == Linux ]]; then build="$build+cpu"; fi
-  say "installing $build"
+  say "installing $build (200 MB; all of it takes a few minutes the first time)"
   # First from where pip looks anyway (a mirror or a local folder may have it), then from PyTorch's own index.
   pip_install "$build" 2>/dev/null || pip_install "$build" --extra-index-url "$torch_cpu_index" ||
     fail "pip could not install $build (its words are above)"
@@ -84,7 +84,8 @@ install_transformer_engine() { # builds against the torch that is there; the act
     return
   fi
   say "building $engine (this takes minutes)"
-  pip_install ninja pybind11 wheel setuptools && pip_install --no-build-isolation "$engine" || fail "pip could not build $engine (its words are above)"
+  if pip_install ninja pybind11 wheel setuptools && pip_install --no-build-isolation "$engine"; then return; fi
+  fail "pip could not build $engine (its words are above)"
 }
 
 install_all() {
