@@ -15,6 +15,7 @@ from typing import Any
 
 from rlinf.config.load import Resolved, to_yaml
 from rlinf.errors import UserError
+from rlinf.metrics.logger import FILE_NAME
 from rlinf.weights.tensor_folder import sync, write_json
 
 STATE = "run_state.json"
@@ -44,7 +45,7 @@ class RunFolder:
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
         self._hold()
-        self.continues = (self.path / "config.yaml").exists()
+        self.continues = self._has_steps()
         self.resume = self._find_resume(runner.resume_dir)
         (self.path / "config.yaml").write_text(to_yaml(resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
@@ -87,6 +88,13 @@ class RunFolder:
     def finish(self) -> None:
         (self.path / FINISHED).touch()
 
+    def _has_steps(self) -> bool:
+        """A start that failed before its first line of metrics left nothing worth keeping: the run may start again in its folder."""
+        metrics = self.path / FILE_NAME
+        if metrics.exists() and metrics.stat().st_size == 0:
+            metrics.unlink()
+        return metrics.exists()
+
     def _retire(self) -> None:
         done = sorted(p for p in self.checkpoints.glob("step_*") if (p / COMPLETE).exists())
         for old in done[: -self.keep] if self.keep else []:
@@ -101,7 +109,7 @@ class RunFolder:
 
     def _find_resume(self, resume_dir: str | None) -> Resume | None:
         others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
-        if others and not self.continues:
+        if others and not (self.path / "config.yaml").exists():
             raise UserError(f"{self.path}: the folder holds {sorted(others)[0]} but no run of rlinf; set runner.experiment_name or runner.output_dir elsewhere")
         if self.continues and resume_dir is None:
             how = "has finished" if (self.path / FINISHED).exists() else "stopped before its end"

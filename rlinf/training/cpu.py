@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from types import CodeType, ModuleType
 
@@ -92,4 +93,7 @@ def install() -> bool:
     return True
 
 
+# Megatron says at every import that Transformer Engine and Apex are absent, and calls collectives that torch has since renamed.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 install()
