@@ -40,6 +40,5 @@ def test_greedy_accuracy_at_the_start_leaves_room_both_ways(tmp_path: Path) -> N
     boxes = [last_box(tokenizer.decode(ids.tolist())) for ids in responses]
     boxed = np.mean([box is not None for box in boxes])
     right = np.mean([f"\\boxed{{{box}}}" in prompt.solutions for box, prompt in zip(boxes, prompts)])
-    assert boxed >= 0.9
-    assert 0.2 <= right <= 0.6
-    print(f"boxed {boxed:.3f}, right {right:.3f}")
+    assert boxed >= 0.9, f"boxed {boxed:.3f}"
+    assert 0.2 <= right <= 0.6, f"right {right:.3f}"
