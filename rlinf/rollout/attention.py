@@ -17,8 +17,6 @@ from rlinf.rollout.embedded_model import Attend
 from rlinf.weights.architecture import Architecture
 from rlinf.rollout.slot_cache import SlotCache
 
-KEY_BLOCK = 32  # key positions are rounded up to this, so that decode steps repeat the same shapes
-
 
 @dataclass(frozen=True)
 class Span:
@@ -32,17 +30,16 @@ class Span:
 def decode_attention(cache: SlotCache, arch: Architecture, positions_R: Tensor) -> Attend:
     """One new token for each of the first R slots, at its position; it sees everything before it in its slot."""
     rows, heads, dim = len(positions_R), arch.n_kv_heads, arch.head_dim
-    length = min(cache.capacity, -(-(int(positions_R.max()) + 1) // KEY_BLOCK) * KEY_BLOCK)
     addresses = cache.addresses(torch.arange(rows, device=positions_R.device), positions_R)
-    hidden_RT = torch.arange(length, device=positions_R.device) > positions_R[:, None]
+    hidden_RT = torch.arange(cache.capacity, device=positions_R.device) > positions_R[:, None]
     bias: dict[torch.dtype, Tensor] = {}
 
     def attend(layer: int, queries_RAD: Tensor, keys_RKD: Tensor, values_RKD: Tensor) -> Tensor:
         cache.write(layer, addresses, keys_RKD, values_RKD)
-        keys, values = (x.flatten(0, 1) for x in cache.read(layer, rows, length))
+        keys, values = (x.flatten(0, 1) for x in cache.read(layer, rows))
         queries = (queries_RAD * dim**-0.5).reshape(rows * heads, -1, dim)
         if queries.dtype not in bias:
-            bias[queries.dtype] = torch.zeros(rows, 1, length, dtype=queries.dtype, device=queries.device).masked_fill_(
+            bias[queries.dtype] = torch.zeros(rows, 1, cache.capacity, dtype=queries.dtype, device=queries.device).masked_fill_(
                 hidden_RT[:, None], float("-inf")).repeat_interleave(heads, 0)
         # two batched products beat the fused kernel at one query a row: half the time at 352 keys
         scores = torch.bmm(queries, keys.transpose(1, 2)).add_(bias[queries.dtype])

@@ -190,7 +190,7 @@ class Batcher:
         tokens, positions = [0] * rows, [0] * rows
         for sequence in running:
             tokens[sequence.row], positions[sequence.row] = sequence.context[-1], len(sequence.context) - 1
-        self._slots.reserve(max(positions) + 1)
+        self._slots.fit(max(positions) + 1)
         attend = decode_attention(self._slots, self.model.arch, self._tensor(positions))
         hidden_RH = self.model.forward(self._tensor(tokens), self._tensor(positions), attend)
         for sequence in running:

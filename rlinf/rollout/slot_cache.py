@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlinf.weights.architecture import Architecture
 
-GROWTH = 64  # tokens: capacity grows in blocks of this size
+BLOCK = 32  # tokens: capacity is a multiple of this, so that decode steps repeat the same shapes
 MINIMUM_REUSE = 8  # tokens: a shorter common prefix is not worth a copy
 
 
@@ -33,18 +33,26 @@ class SlotCache:
         """Give the memory back; the next reserve() starts from nothing."""
         a = self._arch
         self.capacity = 0
-        # zeros, not empty: a masked position still enters 0 * value
         self._layers = [torch.zeros(2, self._slots, a.n_kv_heads, 0, a.head_dim, dtype=self._dtype, device=self._device) for _ in range(a.n_layers)]
 
     def reserve(self, length: int) -> None:
         """Make room for samples of `length` tokens."""
-        if length <= self.capacity:
-            return
-        capacity = -(-length // GROWTH) * GROWTH
+        if length > self.capacity:
+            self._resize(max(length, self.capacity + self.capacity // 8))
+
+    def fit(self, length: int) -> None:
+        """Make room for `length` tokens, and give back what is far beyond: attention reads the whole capacity."""
+        self.reserve(length)
+        if self.capacity > 2 * length:
+            self._resize(length)
+
+    def _resize(self, length: int) -> None:
+        capacity = -(-length // BLOCK) * BLOCK
+        kept = min(capacity, self.capacity)
         for i, old in enumerate(self._layers):
-            grown = torch.zeros(*old.shape[:3], capacity, old.shape[4], dtype=old.dtype, device=old.device)
-            grown[:, :, :, : self.capacity] = old
-            self._layers[i] = grown
+            # zeros, not empty: a masked position still enters 0 * value
+            self._layers[i] = torch.zeros(*old.shape[:3], capacity, old.shape[4], dtype=old.dtype, device=old.device)
+            self._layers[i][:, :, :, :kept] = old[:, :, :, :kept]
         self.capacity = capacity
 
     def addresses(self, rows_N: Tensor, positions_N: Tensor) -> Tensor:
@@ -58,10 +66,10 @@ class SlotCache:
         keys.view(-1, dim).index_copy_(0, addresses, keys_NKD.reshape(-1, dim))
         values.view(-1, dim).index_copy_(0, addresses, values_NKD.reshape(-1, dim))
 
-    def read(self, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `rows` slots and `length` positions, views [R, K, length, D]."""
+    def read(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `rows` slots over the whole capacity, contiguous [R, K, C, D]: a product of strided ones copies them."""
         keys, values = self._layers[layer]
-        return keys[:rows, :, :length], values[:rows, :, :length]
+        return keys[:rows], values[:rows]
 
     def gather(self, layer: int, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of some slots."""
