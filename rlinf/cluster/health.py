@@ -49,12 +49,11 @@ class Door:
 
 
 class Health(threading.Thread):
-    """`deaths` blocks for at most PERIOD seconds and says which worker died, if one did; `last_will` ends the run's processes."""
+    """`deaths` blocks for at most PERIOD seconds and says which worker died, if one did."""
 
-    def __init__(self, doors: list[Door], deaths: Callable[[], str | None], failure: Failure, phase: Callable[[], str],
-                 last_will: Callable[[], object]) -> None:
+    def __init__(self, doors: list[Door], deaths: Callable[[], str | None], failure: Failure, phase: Callable[[], str]) -> None:
         super().__init__(name="rlinf-health", daemon=True)
-        self.doors, self.deaths, self.failure, self.phase, self.last_will = doors, deaths, failure, phase, last_will
+        self.doors, self.deaths, self.failure, self.phase = doors, deaths, failure, phase
         self.closed = threading.Event()
 
     def run(self) -> None:
@@ -69,8 +68,7 @@ class Health(threading.Thread):
         if not self.closed.wait(PATIENCE):
             sys.stderr.write(f"{self.failure.error}\nThe loop did not end within {PATIENCE:.0f} s of this failure; ending the process.\n")
             sys.stderr.flush()
-            self.last_will()
-            os._exit(1)
+            os._exit(1)  # the sentinel does the rest
 
     def stop(self) -> None:
         """Return when nothing is watched any more: what ends from now on ends because we end it."""

@@ -16,6 +16,8 @@ from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.scheduling.placement import Node, Plan, WorkerAddress
 
+VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 class LocalCluster(Cluster):
     """One node with one device. Workers with async methods share the driver's event loop; others have a thread each."""
@@ -23,13 +25,15 @@ class LocalCluster(Cluster):
     def __init__(self, config: ClusterConfig, run_id: str, log_dir: Path) -> None:
         super().__init__(config, run_id, log_dir)
         if config.num_nodes != 1 or config.num_gpus_per_node != 1:
-            raise UserError("cluster.backend: local keeps everything in one process: set cluster.num_nodes and cluster.num_gpus_per_node to 1, "
-                            f"not {config.num_nodes} and {config.num_gpus_per_node}, or use cluster.backend: ray")
+            raise UserError(
+                "cluster.backend: local keeps everything in one process: set cluster.num_nodes and cluster.num_gpus_per_node to 1, "
+                f"not {config.num_nodes} and {config.num_gpus_per_node}, or use cluster.backend: ray"
+            )
         if config.device == "cuda" and not has_gpu():
             raise UserError("cluster.device is cuda, but this machine has no visible NVIDIA GPU: set cluster.device to cpu or auto")
         self.device = config.device if config.device != "auto" else "cuda" if has_gpu() else "cpu"
         self.holders: list[Holder] = []
-        self.environment = {name: os.environ.get(name) for name in (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        self.environment = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update({RUN_ID: run_id, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
 
     def inventory(self) -> list[Node]:
@@ -90,7 +94,8 @@ class LocalWorkerGroup(WorkerGroup):
         if isinstance(error, (UserError, RunFailed)) or not isinstance(error, Exception):
             return error
         text = "".join(traceback.format_exception(error))
-        failed = RunFailed(f"{self.where(rank)} failed in {method} (phase: {self.cluster.phase}): {type(error).__name__}: {error}\n\n{text}")
+        where = f"{self.where(rank)} failed in {method} (phase: {self.cluster.phase})"
+        failed = RunFailed(f"{where}: {type(error).__name__}: {error}\n\n{text}")
         failed.__cause__ = error
         return failed
 

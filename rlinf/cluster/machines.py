@@ -39,8 +39,11 @@ def wait_for_machines(config: ClusterConfig, device: str) -> list[Machine]:
     for machine, node in zip(machines, nodes):
         has = int(node["Resources"].get(resource, 0))
         if has < config.num_gpus_per_node:
-            raise UserError(f"cluster.num_gpus_per_node is {config.num_gpus_per_node}, but node {machine.rank} ({machine.host}) has {has} "
-                            f"{'GPUs' if resource == 'GPU' else 'CPU slots'}: lower the key, or start the node with more (ray_utils/start_ray.sh)")
+            what = "GPUs" if resource == "GPU" else "CPU slots"
+            raise UserError(
+                f"cluster.num_gpus_per_node is {config.num_gpus_per_node}, but node {machine.rank} ({machine.host}) has {has} {what}: "
+                "lower the key, or start the node with more (ray_utils/start_ray.sh)"
+            )
     return machines
 
 
@@ -60,5 +63,7 @@ def missing_message(nodes: list[dict[str, Any]], config: ClusterConfig) -> str:
     absent = sorted(set(range(config.num_nodes)) - set(ranks))
     present = ", ".join(f"{n['NodeManagerAddress']} (rank {n['Labels'].get(RANK_LABEL, 'not given')})" for n in nodes)
     named = f" No node has rank {', '.join(map(str, absent))}." if len(ranks) == len(nodes) else ""
-    return (f"cluster.num_nodes is {config.num_nodes}, but after cluster.start_timeout = {config.start_timeout} s only {len(nodes)} are up: "
-            f"{present}.{named} Run ray_utils/start_ray.sh on the others, or lower cluster.num_nodes")
+    return (
+        f"cluster.num_nodes is {config.num_nodes}, but after cluster.start_timeout = {config.start_timeout} s only {len(nodes)} are up: "
+        f"{present}.{named} Run ray_utils/start_ray.sh on the others, or lower cluster.num_nodes"
+    )

@@ -29,6 +29,7 @@ from rlinf.scheduling.placement import Node, Plan, Seat, WorkerAddress
 
 log = logging.getLogger(__name__)
 CONCURRENCY = 100_000  # calls in flight on one worker; the dispatcher decides how many there are
+WorkerActor = ray.remote(WorkerProcess)
 FAREWELL = 5.0  # seconds that workers have for their own close()
 
 
@@ -58,8 +59,10 @@ class RayCluster(Cluster):
         cuda = config.device == "cuda" or (config.device == "auto" and has_gpu())
         if not self.session.join():
             if config.num_nodes > 1:
-                raise UserError(f"cluster.num_nodes is {config.num_nodes}, but no Ray cluster is up here: run ray_utils/start_ray.sh on every "
-                                "node first (RANK=0 on this one), or set RAY_ADDRESS")
+                raise UserError(
+                    f"cluster.num_nodes is {config.num_nodes}, but no Ray cluster is up here: run ray_utils/start_ray.sh on every node "
+                    "first (RANK=0 on this one), or set RAY_ADDRESS"
+                )
             self.session.start(config.num_gpus_per_node, cuda)
         if config.device == "auto":
             cuda = any(node["Resources"].get("GPU") for node in alive_nodes())
@@ -71,7 +74,7 @@ class RayCluster(Cluster):
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         doors = [Door("Ray's control store (GCS)", host, int(port))]
         doors += [Door(f"the raylet of node {m.rank}", m.host, m.port) for m in self.machines]
-        self.health = Health(doors, self._deaths, self.failure, lambda: self.phase, lambda: end_run(self.run_id))
+        self.health = Health(doors, self._deaths, self.failure, lambda: self.phase)
         self.health.start()
 
     def inventory(self) -> list[Node]:
@@ -83,8 +86,8 @@ class RayCluster(Cluster):
             raise ValueError(f"the plan has no seat for {component}")
         if self.bundles is None:
             self._reserve(plan)
-        actors = [self._actor(plan, seat) for seat in seats]
-        group = RayWorkerGroup(component, seats, actors, [self.log_file(s) for s in seats], self.failure, self.config.start_timeout, lambda: self.phase)
+        actors, logs = [self._actor(plan, seat) for seat in seats], [self.log_file(seat) for seat in seats]
+        group = RayWorkerGroup(component, seats, actors, logs, self.failure, self.config.start_timeout, lambda: self.phase)
         group.start(dotted(worker_class), args)
         self.groups.append(group)
         return group
@@ -97,8 +100,10 @@ class RayCluster(Cluster):
         self.bundles = placement_group([{resource: 1}] * len(devices), strategy="PACK",
                                        bundle_label_selector=[{"ray.io/node-id": self.machines[node].ray_id} for node, _ in devices])
         if not self.bundles.wait(self.config.start_timeout):
-            raise RunFailed(f"the {len(devices)} devices of the plan were not free within cluster.start_timeout = {self.config.start_timeout} s: "
-                            "another job holds them (ray list placement-groups)")
+            raise RunFailed(
+                f"the {len(devices)} devices of the plan were not free within cluster.start_timeout = {self.config.start_timeout} s: "
+                "another job holds them (`ray status` shows who uses what)"
+            )
 
     def _actor(self, plan: Plan, seat: Seat) -> Any:
         """The process of a seat. Seats that share a device take equal parts of its bundle."""
@@ -110,10 +115,11 @@ class RayCluster(Cluster):
         on_node = [s.rank for s in peers if s.node == seat.node]
         address = WorkerAddress(seat.component, seat.rank, len(peers), seat.node, seat.devices, "127.0.0.1" if loopback else first.host, 0,
                                 self.run_id, self.config.threads_per_worker)
-        setup = Setup(str(self.log_file(seat)), os.getcwd(), on_node.index(seat.rank), self.machines[seat.node].devices, self.device == "cuda",
-                      loopback, watched=seat.rank == on_node[0] and self.machines[seat.node].ray_id != self.here)
+        machine = self.machines[seat.node]
+        setup = Setup(str(self.log_file(seat)), os.getcwd(), on_node.index(seat.rank), machine.devices, self.device == "cuda", loopback,
+                      watched=seat.rank == on_node[0] and machine.ray_id != self.here)
         options = {"num_cpus": 0, "num_gpus": part} if self.device == "cuda" else {"num_cpus": part}
-        return ray.remote(WorkerProcess).options(
+        return WorkerActor.options(
             **options,
             max_restarts=0,
             max_concurrency=CONCURRENCY,

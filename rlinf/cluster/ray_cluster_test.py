@@ -6,8 +6,6 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,16 +18,13 @@ from rlinf.scheduling.placement import Plan, Seat
 from tests import cluster_workers as workers
 
 SLOTS = 4
-PLAN = Plan(tuple(Seat(c, r, 0, (r,)) for c in "abcdefghij" for r in range(SLOTS)), "collocated")
-
-
-def seats(*counts: tuple[str, int]) -> Plan:
-    return Plan(tuple(Seat(name, r, 0, (r % SLOTS,)) for name, n in counts for r in range(n)), "collocated")
+PLAN = Plan(tuple(Seat(c, r, 0, (r,)) for c in "abcd" for r in range(SLOTS)), "collocated")
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster.connect(ClusterConfig(num_gpus_per_node=SLOTS, device="cpu", threads_per_worker=1, start_timeout=60), new_run_id(), tmp_path_factory.mktemp("logs"))
+    config = ClusterConfig(num_gpus_per_node=SLOTS, device="cpu", threads_per_worker=1, start_timeout=60)
+    cluster = Cluster.connect(config, new_run_id(), tmp_path_factory.mktemp("logs"))
     yield cluster
     cluster.close()
     assert marked(cluster.run_id) == []

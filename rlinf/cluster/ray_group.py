@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rlinf.scheduling.placement import Seat
 BLAME = 2.0  # seconds to wait, after an error, for the report of a death that explains it
 LOG_TAIL = 15  # lines of a dead worker's log in the message
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+FATAL = "Fatal Python error"  # how faulthandler begins what it writes of a crash
 KILLED = "the process was killed (SIGKILL; perhaps by the kernel's out-of-memory killer) or crashed"
 
 
@@ -68,8 +68,10 @@ class RayWorkerGroup(WorkerGroup):
         if "connection error code 2" in detail:
             reason = KILLED
         log = self.logs[rank]
-        tail = "".join(f"  | {line}" for line in deque(log.open(errors="replace"), LOG_TAIL)) if log.exists() else "  (not on this machine)\n"
-        return (f"{self.where(rank)} died (phase: {self.phase()}; running: {running}): {reason}\nIts log: {log}\n{tail}")
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        reason = next((line for line in reversed(lines) if line.startswith(FATAL)), reason)
+        tail = "\n".join(f"  | {line}" for line in lines[-LOG_TAIL:])
+        return f"{self.where(rank)} died (phase: {self.phase()}; running: {running}): {reason}\nIts log: {log}\n{tail}"
 
     def where(self, rank: int) -> str:
         pid = f", pid {self.pids[rank]}" if self.pids[rank] else ""

@@ -112,8 +112,9 @@ class RaySession:
         ray.shutdown()
         if self.folder is not None:
             if keep_logs:
+                skip = shutil.ignore_patterns("event*", "export_events")
                 for source in self.folder.glob("session_2*/logs"):
-                    shutil.copytree(source, self.log_dir / "ray", dirs_exist_ok=True, ignore=shutil.ignore_patterns("event*", "export_events"))
+                    shutil.copytree(source, self.log_dir / "ray", dirs_exist_ok=True, ignore=skip)
             shutil.rmtree(self.folder, ignore_errors=True)
         if self.messages is not None:
             self.messages.close()

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rlinf.cluster.processes import RUN_ID, end_run, marked, new_run_id, start_sentinel, start_time
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+
+
+def spawn(run_id: str, command: list[str] = SLEEP) -> subprocess.Popen:
+    return subprocess.Popen(command, env={RUN_ID: run_id})
+
+
+def gone(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while start_time(pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return start_time(pid) is None
+
+
+def test_only_processes_of_the_run_are_ended() -> None:
+    run_id = new_run_id()
+    ours, other = spawn(run_id), spawn(run_id + "x")
+    assert marked(run_id) == [ours.pid]
+    assert end_run(run_id) == []
+    assert ours.wait() == -signal.SIGTERM
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_a_descendant_without_the_mark_is_ended_too() -> None:
+    run_id = new_run_id()
+    parent = spawn(run_id, ["env", "-i", sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    shell = spawn(run_id, ["sh", "-c", "env -i sleep 61 & wait"])
+    time.sleep(0.3)
+    assert parent.pid not in marked(run_id)  # it threw the mark away, and its parent is this test
+    assert len(marked(run_id)) == 2
+    end_run(run_id)
+    shell.wait()
+    assert marked(run_id) == []
+    parent.kill()
+    parent.wait()
+
+
+def test_a_process_that_ignores_sigterm_is_killed_after_the_grace() -> None:
+    run_id = new_run_id()
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    stubborn = spawn(run_id, [sys.executable, "-S", "-c", code])
+    time.sleep(0.3)
+    assert end_run(run_id, grace=0.3) == []
+    assert stubborn.wait() == -signal.SIGKILL
+
+
+def test_a_zombie_is_dead() -> None:
+    child = subprocess.Popen(["true"])
+    time.sleep(0.2)
+    assert start_time(child.pid) is None
+    child.wait()
+    assert start_time(os.getpid()) is not None
+
+
+def test_the_sentinel_ends_the_run_when_the_watched_process_dies(tmp_path: Path) -> None:
+    run_id, folder = new_run_id(), tmp_path / "ray"
+    folder.mkdir()
+    watched = subprocess.Popen(SLEEP)
+    worker, sentinel = spawn(run_id), start_sentinel(run_id, watched.pid, (folder,))
+    segment = Path("/dev/shm") / f"rlinf-{run_id}-v1-0"
+    segment.touch()
+    time.sleep(0.3)
+    assert worker.poll() is None and sentinel.poll() is None
+    watched.kill()
+    watched.wait()
+    worker.wait(timeout=10)
+    assert sentinel.wait(timeout=10) == 0
+    assert not folder.exists() and not segment.exists()
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    code = ("import os, subprocess, sys; from rlinf.cluster.processes import die_with_parent; me = os.getpid();"
+            "child = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: die_with_parent(me));"
+            "print(child.pid, flush=True); sys.stdin.read()")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert start_time(child) is not None
+    parent.kill()
+    parent.wait()
+    assert gone(child, 5)
