@@ -46,7 +46,7 @@ def limit_cpu(seconds: float) -> None:
 
 def main(parent: int, memory_bytes: int, timeout: float) -> None:
     die_with_parent(parent)
-    from rlinf.rewards.math import judge_symbolic, warm_up
+    from rlinf.rewards.math import judge_caged, warm_up
 
     warm_up()
     logging.disable(logging.CRITICAL)
@@ -60,7 +60,7 @@ def main(parent: int, memory_bytes: int, timeout: float) -> None:
     while (item := read_item(requests)) is not None:
         limit_cpu(timeout)
         try:
-            reply = judge_symbolic(*item)._asdict()
+            reply = judge_caged(*item)._asdict()
         except MemoryError:
             reply = {"limit": "memory"}
         except RecursionError:

@@ -1,78 +1,253 @@
-"""Equivalence of two mathematical answers, by routes in order of cost. Nothing here imports sympy before the cage asks for it."""
+"""The verdict on one mathematical answer, by routes in order of cost. See docs/verifier.md for every decision.
+
+    string      the cleaned answer is the cleaned gold
+    number      both are integers, fractions or finite decimals: compared exactly
+    structure   read by the grammar, compared part by part, every part exact
+    numeric     expressions compared with mpmath, in the cage
+    math-verify what our grammar does not read (integrals, sums, limits, ...), in the cage
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from rlinf.rewards.compare import APPROXIMATE_DIGITS, Judge, equal
+from rlinf.rewards.evaluate import NoValue, TooBig
 from rlinf.rewards.extract import last_box
+from rlinf.rewards.forms import Malformed, Node, TooDeep, Unsupported
+from rlinf.rewards.judges import NeedsCage, NumericJudge, RationalJudge, rounds_exactly
+from rlinf.rewards.normalise import LookAlike, clean, readings
+from rlinf.rewards.parse import parse
+from rlinf.rewards.words import choice, special, text_node
 
-MAX_ANSWER = 10_000  # characters; a longer answer is undecided unless it is the gold itself
-_DECIMAL = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?")
-_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([-+]?\d{1,400})\}\{(\d{1,400})\}|([-+]?\d{1,400})/(\d{1,400})")
+MAX_ANSWER = 5_000  # characters; a longer answer is right when it is the gold itself, else undecided
+CHEAP_DEPTH, CAGE_DEPTH = 40, 400
+_INTEGER = re.compile(r"[-+]?(?:\d{1,400}|\d{1,3}(?:,\d{3})+)", re.ASCII)
+_DECIMAL = re.compile(r"([-+]?)(\d{0,400})\.(\d{1,400})", re.ASCII)
+_FRACTION = re.compile(r"([-+]?)(?:\\[dtc]?frac\{(-?\d{1,400})\}\{(\d{1,400})\}|(\d{1,400})/(\d{1,400}))", re.ASCII)
 
 
 class Decision(NamedTuple):
-    """status is a records.Status value; route names the rule that decided."""
+    """status is a records.Status value; route names the rule that decided; reason is for people."""
 
     status: str
     route: str
     reason: str = ""
 
 
-def plain(answer: str) -> str:
-    return answer.strip().strip("$").rstrip(".").replace("−", "-").replace("{,}", ",").replace("\\!", "").replace("\\,", "").replace("\\left", "").replace("\\right", "").strip()
+class Reading(NamedTuple):
+    """One way to read an answer; letter: the choice label in front of it."""
+
+    node: Node | None
+    letter: str
+    fault: str
+
+
+class Read(NamedTuple):
+    """A cleaned answer with its readings. unsupported: our grammar does not read it but it may be mathematics."""
+
+    text: str
+    readings: tuple[Reading, ...]
+    unsupported: bool
+    deep: bool
 
 
 @lru_cache(maxsize=65536)
-def rational(text: str) -> Fraction | None:
-    match = _DECIMAL.fullmatch(text)
-    if match and len(text) < 4000 and (match[2] or match[3]):
-        digits = match[2].replace(",", "") + (match[3] or "")
-        return Fraction(int(match[1] + digits), 10 ** len(match[3] or ""))
-    match = _FRACTION.fullmatch(text)
-    if match:
-        sign, top, bottom = (match[1], match[2], match[3]) if match[2] else ("", match[4], match[5])
+def simple_number(text: str) -> Fraction | None:
+    """The value of a plain integer, finite decimal or fraction of integers; None for everything else."""
+    if _INTEGER.fullmatch(text):
+        return Fraction(int(text.replace(",", "")))
+    if match := _DECIMAL.fullmatch(text):
+        sign, whole, decimals = match.groups()
+        value = Fraction(int(whole + decimals), 10 ** len(decimals))
+        return -value if sign == "-" else value
+    if match := _FRACTION.fullmatch(text):
+        sign, top, bottom = match[1], match[2] or match[4], match[3] or match[5]
         if int(bottom):
-            return Fraction(int(top), int(bottom)) * (-1 if sign == "-" else 1)
+            value = Fraction(int(top), int(bottom))
+            return -value if sign == "-" else value
     return None
 
 
 @lru_cache(maxsize=65536)
-def gold_text(solution: str) -> str:
+def gold_answer(solution: str) -> str:
+    """What a solution says: the content of its last box, or all of it."""
     box = last_box(solution)
-    return plain(solution if box is None else box)
+    return (solution if box is None else box).strip()
+
+
+@lru_cache(maxsize=16384)
+def gold_reading(solution: str, depth: int = CHEAP_DEPTH) -> Read:
+    return read(gold_answer(solution), depth)
+
+
+def read(answer: str, depth: int = CHEAP_DEPTH) -> Read:
+    """Never raises: what cannot be read has readings without a node."""
+    if len(answer) > MAX_ANSWER:
+        return Read(answer, (Reading(None, "", "too long"),), False, True)
+    try:
+        text = clean(answer)
+    except LookAlike as error:
+        return Read(answer, (Reading(None, "", str(error)),), False, False)
+    if not text:
+        return Read(text, (), False, False)
+    labelled = choice(text)
+    letter, rest = labelled if labelled else ("", text)
+    found, unsupported, deep = [], False, False
+    for reading in readings(rest) if rest else ():
+        try:
+            found.append(Reading(_node(reading, depth), letter, ""))
+        except Unsupported as error:
+            unsupported = True
+            found.append(Reading(None, letter, str(error)))
+        except Malformed as error:
+            found.append(Reading(_as_words(reading), letter, str(error)))
+        except TooDeep as error:
+            deep = True
+            found.append(Reading(None, letter, str(error)))
+    if letter and not found:
+        found.append(Reading(None, letter, ""))
+    return Read(text, tuple(found), unsupported, deep)
+
+
+def _node(text: str, depth: int) -> Node:
+    node = special(text)
+    return parse(text, depth) if node is None else node
+
+
+def _as_words(text: str) -> Node | None:
+    """Prose that is no formula (`Player 2 wins`) is compared as words."""
+    if len(text) > 300 or not re.search(r"(?<![\\A-Za-z])[^\W\d_]{3,}", text) or re.search(r"\\(?!text|mathrm|textbf|%|\$)[A-Za-z]|[\^_=<>+*]", text):
+        return None
+    try:
+        return text_node(text)
+    except Malformed:
+        return None
 
 
 def judge_cheap(answer: str, solutions: tuple[str, ...]) -> Decision | None:
-    """The routes that stay in this process; None when symbolic work is needed."""
-    text = plain(answer)
-    if not text:
-        return Decision("wrong", "empty")
-    golds = [gold_text(s) for s in solutions]
-    if text in golds:
+    """The routes that stay in this process; None when the answer needs the cage."""
+    value = simple_number(answer)
+    if value is not None:
+        golds = [simple_number(gold_answer(s)) for s in solutions]
+        if value in golds:
+            return Decision("right", "number", _against(answer, solutions))
+        if None not in golds:
+            return _numbers(answer, value, solutions, golds)
+    got = read(answer)
+    if not got.text:
+        return Decision("wrong", "empty", "an empty box")
+    wants = [gold_reading(s) for s in solutions]
+    if any(_same_text(got.text, w.text) for w in wants):
         return Decision("right", "string")
-    value = rational(text)
-    values = [rational(g) for g in golds]
-    if value is not None and all(v is not None for v in values):
-        return Decision("right" if value in values else "wrong", "rational")
-    if len(text) > MAX_ANSWER:
-        return Decision("undecided", "too_long")
-    return None
+    if any(w.unsupported or w.deep for w in (got, *wants)) and not (len(answer) > MAX_ANSWER):
+        return None
+    return _decide(got, wants, RationalJudge())
+
+
+def judge_caged(answer: str, solutions: tuple[str, ...]) -> Decision:
+    """Every route; only for a process that may be killed."""
+    got = read(answer, CAGE_DEPTH)
+    wants = [gold_reading(s, CAGE_DEPTH) for s in solutions]
+    decision = _decide(got, wants, NumericJudge())
+    if decision is None or decision.status == "right":
+        return decision or Decision("undecided", "limit")
+    if got.unsupported or any(w.unsupported or all(r.node is None and not r.letter for r in w.readings) for w in wants):
+        return _ask_math_verify(got, wants, decision)
+    return decision
+
+
+def _numbers(answer: str, value: Fraction, solutions: tuple[str, ...], golds: list[Fraction]) -> Decision:
+    """Plain numbers that differ: wrong, unless one is the other rounded to enough digits (0.333333 for 1/3)."""
+    for solution, gold in zip(solutions, golds):
+        for decimal, rounded, exact in ((answer, value, gold), (gold_answer(solution), gold, value)):
+            digits = decimal.replace(".", "").lstrip("+-0")
+            if "." in decimal and len(digits) >= APPROXIMATE_DIGITS and rounds_exactly(exact, rounded, len(decimal) - decimal.index(".") - 1):
+                return Decision("right", "number", _against(answer, solutions))
+    return Decision("wrong", "number", _against(answer, solutions))
+
+
+def _against(answer: str, solutions: tuple[str, ...]) -> str:
+    return f"{answer[:200]} against {' | '.join(gold_answer(s)[:200] for s in solutions)}"
+
+
+def _same_text(a: str, b: str) -> bool:
+    return a == b or (a.replace(" ", "") == b.replace(" ", "") and not re.search(r"\d \d", a + "|" + b))
+
+
+def _decide(got: Read, wants: list[Read], judge: Judge) -> Decision | None:
+    """None when a pair that could still be right needs the cage."""
+    route = "structure" if isinstance(judge, RationalJudge) else "numeric"
+    needs_cage, limit = False, ""
+    for want in wants:
+        for gold, answer in _pairs(got, want):
+            if gold.letter and answer.letter:
+                if gold.letter == answer.letter:
+                    return Decision("right", "choice")
+                continue
+            if gold.node is None or answer.node is None:
+                continue
+            try:
+                if equal(gold.node, answer.node, judge):
+                    return Decision("right", route)
+            except NeedsCage:
+                needs_cage = True
+            except (TooBig, TooDeep) as error:
+                limit = str(error)
+            except (Malformed, NoValue):
+                continue
+    if needs_cage:
+        return None
+    if limit or got.deep or all(w.deep for w in wants):
+        return Decision("undecided", "limit", limit or (got.readings[0].fault if got.readings else "") or "too long")
+    if all(r.node is None and not r.letter for w in wants for r in w.readings):
+        return Decision("undecided", "gold_unreadable", wants[0].readings[0].fault if wants[0].readings else "an empty gold")
+    faults = [r.fault for r in got.readings if r.fault and r.node is None]
+    return Decision("wrong", "malformed", faults[0]) if faults else Decision("wrong", route)
+
+
+def _pairs(got: Read, want: Read) -> Iterator[tuple[Reading, Reading]]:
+    for gold in want.readings:
+        for answer in got.readings:
+            yield _with_letters(gold, answer)
+
+
+def _with_letters(gold: Reading, answer: Reading) -> tuple[Reading, Reading]:
+    """A lone letter is a choice when the other side is labelled; a label before an answer with its own text may be dropped."""
+    for one, other in ((gold, answer), (answer, gold)):
+        if one.letter and not other.letter:
+            if other.node is not None and (other.node.op == "sym" or other.node == Node("const", (), "e")) and len(other.node.value) == 1:
+                lettered = Reading(None, other.node.value.upper(), "")
+                return (one, lettered) if one is gold else (lettered, one)
+    if not gold.letter and not answer.letter and gold.node is not None and answer.node is not None:
+        names = [n.node.value for n in (gold, answer) if n.node.op in ("sym", "const") and len(n.node.value) == 1]
+        if len(names) == 2 and names[0] != names[1] and names[0].upper() == names[1].upper() <= "J":
+            return Reading(None, names[0].upper(), ""), Reading(None, names[0].upper(), "")
+    return gold, answer
 
 
 def warm_up() -> None:
-    judge_symbolic("\\sqrt{4}", ("2",))
+    """Load what the cage needs, and run each of it once."""
+    judge_caged("\\sqrt{8}", ("2\\sqrt{2}",))
+    judge_caged("\\int_0^1 x dx", ("\\frac{1}{2}",))
 
 
-def judge_symbolic(answer: str, solutions: tuple[str, ...]) -> Decision:
-    from math_verify import parse, verify
+def _ask_math_verify(got: Read, wants: list[Read], decision: Decision) -> Decision:
+    """math-verify alone is too lenient; it is asked only where our grammar ends, and must read both sides."""
+    from math_verify import parse as mv_parse
+    from math_verify import verify as mv_verify
 
-    got = parse(f"\\boxed{{{plain(answer)}}}", parsing_timeout=None)
-    for solution in solutions:
-        want = parse(f"\\boxed{{{gold_text(solution)}}}", parsing_timeout=None)
-        if verify(want, got, timeout_seconds=None):
-            return Decision("right", "symbolic")
-    return Decision("wrong", "symbolic")
+    answer = mv_parse(f"\\boxed{{{got.text}}}", parsing_timeout=None)
+    if len(answer) < 2:  # only its own text came back
+        return Decision("undecided", "unreadable", got.readings[0].fault if got.readings else "")
+    for want in wants:
+        if not (want.unsupported or got.unsupported):
+            continue
+        gold = mv_parse(f"\\boxed{{{want.text}}}", parsing_timeout=None)
+        if len(gold) >= 2 and mv_verify(gold, answer, timeout_seconds=None):
+            return Decision("right", "math-verify")
+    return Decision("wrong", "math-verify") if decision.status == "wrong" else decision

@@ -1,0 +1,364 @@
+"""Whether two answers, once read, say the same. The structure is compared here; expressions are handed to a `Judge`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Protocol
+
+from rlinf.rewards.canon import canonical, is_simple_name, items_of
+from rlinf.rewards.evaluate import exact
+from rlinf.rewards.forms import Node, TooDeep, symbols
+from rlinf.rewards.regions import Number, is_region, region, variable_of
+from rlinf.rewards.units import Unit, comparable
+
+APPROXIMATE_DIGITS = 6  # significant digits from which a rounded decimal may stand for a value that has no finite decimal form
+MAX_PAIRS = 2500  # comparisons to match two unordered collections whose members are not plain numbers
+
+
+class Judge(Protocol):
+    """Two of them: one that knows rationals only and stays in this process, one with mpmath for the cage."""
+
+    def same(self, a: Node, b: Node) -> bool:
+        """Whether two expressions are identically equal."""
+        ...
+
+    def number(self, node: Node) -> Number:
+        """The real value of an end point of an interval."""
+        ...
+
+    def same_relation(self, a: Node, b: Node) -> bool:
+        """Whether two equations or inequalities have the same solutions."""
+        ...
+
+    def rounds_to(self, node: Node, decimal: Node) -> bool:
+        """Whether the decimal is the value of the expression, rounded or cut at its last digit."""
+        ...
+
+
+def equal(gold: Node, answer: Node, judge: Judge) -> bool:
+    """Raises Malformed or NoValue where a side has no meaning, and whatever the judge raises."""
+    return _equal(canonical(gold), canonical(answer), judge)
+
+
+def _equal(g: Node, a: Node, judge: Judge) -> bool:
+    if g == a and not (g.op == "assign" and _inconsistent(g, judge)):
+        return True
+    if is_region(g) or is_region(a):
+        return _same_region(g, a, judge)
+    if "list" in (g.op, a.op) or "set" in (g.op, a.op):
+        return _same_collection(g, a, judge)
+    if "assign" in (g.op, a.op):
+        return _same_assignment(g, a, judge)
+    if "mod" in (g.op, a.op):
+        return _same_residue(g, a, judge)
+    if "rel" in (g.op, a.op):
+        return g.op == a.op and judge.same_relation(g, a)
+    if g.op in ("tuple", "matrix") or a.op in ("tuple", "matrix"):
+        return _same_vector(g, a, judge)
+    special = _SPECIAL.get(g.op) or _SPECIAL.get(a.op)
+    if special is not None:
+        return special(g, a, judge)
+    return _same_scalar(g, a, judge)
+
+
+# -- collections
+
+
+def _same_region(g: Node, a: Node, judge: Judge) -> bool:
+    names = {variable_of(g), variable_of(a)} - {""}
+    if len(names) > 1:
+        return False
+    for node in (g, a):
+        if not is_region(node) and node.op not in ("tuple", "set", "list"):
+            return False
+        if node.op == "tuple" and (len(node.args) != 2 or node.value != "()") and not is_region(node):
+            return False
+        if node.op == "list" and not is_region(node):
+            return False
+    if any(symbols(x) - {variable_of(x)} for x in (g, a)):
+        return _same_symbolic_region(g, a, judge)
+    return region(g, judge.number) == region(a, judge.number)
+
+
+def _same_symbolic_region(g: Node, a: Node, judge: Judge) -> bool:
+    """End points with parameters cannot be put in order: interval against interval, union against union in any order."""
+    g, a = (x.args[0] if x.op == "member" else x for x in (g, a))
+    if g.op == a.op == "union":
+        left, right = _pieces(g), _pieces(a)
+        return len(left) == len(right) and _match(left, right, lambda x, y: _same_symbolic_region(x, y, judge))
+    if g.op == a.op == "tuple":
+        return g.value == a.value and len(g.args) == len(a.args) and all(_end_point(x, y, judge) for x, y in zip(g.args, a.args))
+    if g.op == a.op == "rel":
+        return judge.same_relation(g, a)
+    return False
+
+
+def _end_point(x: Node, y: Node, judge: Judge) -> bool:
+    return x == y or (not {"inf"} & {x.value, y.value} and judge.same(x, y))
+
+
+def _pieces(node: Node) -> list[Node]:
+    return [p for a in node.args for p in _pieces(a)] if node.op == "union" else [canonical(node)]
+
+
+def _same_collection(g: Node, a: Node, judge: Judge) -> bool:
+    """Lists and sets hold the same members in any order; a list counts repetitions, a set does not. A bare list may also be a tuple."""
+    for one, other in ((g, a), (a, g)):
+        if one.op == "list" and _assigned_tuple(one, other, judge):
+            return True
+        if one.op == "list" and other.op == "tuple":
+            return other.value == "()" and len(one.args) == len(other.args) and all(_equal(x, y, judge) for x, y in zip(g.args, a.args))
+    for x in (g, a):
+        if x.op not in ("list", "set") and "list" not in (g.op, a.op):  # {5} and 5: a set with one member stands for it
+            return len(items_of(g)) == len(items_of(a)) == 1 and _equal(items_of(g)[0], items_of(a)[0], judge)
+    left, right = list(items_of(g)), list(items_of(a))
+    if "set" in (g.op, a.op):
+        left, right = _distinct(left, judge), _distinct(right, judge)
+    if len(left) != len(right):
+        return False
+    values = _exact_values(left), _exact_values(right)
+    if values[0] is not None and values[1] is not None:
+        return Counter(values[0]) == Counter(values[1])
+    return _match(left, right, lambda x, y: _equal(x, y, judge))
+
+
+def _exact_values(nodes: list[Node]) -> list[Fraction] | None:
+    if any(n.op in ("percent", "quantity") or (n.op == "dec" and n.value[2] >= APPROXIMATE_DIGITS) for n in nodes):
+        return None
+    values = [exact(n) for n in nodes]
+    return None if any(v is None for v in values) else values
+
+
+def _distinct(nodes: list[Node], judge: Judge) -> list[Node]:
+    values = _exact_values(nodes)
+    if values is not None:
+        return [n for n, first in zip(nodes, _first_times(values)) if first]
+    kept: list[Node] = []
+    if len(nodes) ** 2 > 2 * MAX_PAIRS:
+        raise TooDeep("too many members")
+    for node in nodes:
+        if not any(_equal(k, node, judge) for k in kept):
+            kept.append(node)
+    return kept
+
+
+def _first_times(values: Sequence[Fraction]) -> list[bool]:
+    seen: set[Fraction] = set()
+    return [not (v in seen or seen.add(v)) for v in values]
+
+
+def _match(left: Sequence[Node], right: Sequence[Node], same: Callable[[Node, Node], bool]) -> bool:
+    """Every member of one side has its own partner. Greedy is enough: being the same is an equivalence."""
+    if len(left) * len(right) > MAX_PAIRS:
+        raise TooDeep("too many members")
+    rest = list(right)
+    for x in left:
+        partner = next((i for i, y in enumerate(rest) if same(x, y)), None)
+        if partner is None:
+            return False
+        del rest[partner]
+    return True
+
+
+def _assigned_tuple(one: Node, other: Node, judge: Judge) -> bool:
+    """`x = 1, y = 2` is `(x, y) = (1, 2)`, and `(1, 2)` with the names in alphabetical order."""
+    if not all(i.op == "assign" and i.args[1].op == "sym" for i in one.args):
+        return False
+    given = {i.value: i.args[0] for i in one.args}
+    names, values = sorted(given), other
+    if other.op == "assign" and other.args[1].op == "tuple":
+        names, values = [n.value for n in other.args[1].args], other.args[0]
+    if values.op != "tuple" or values.value != "()" or len(given) != len(one.args) or set(names) != set(given) or len(values.args) != len(names):
+        return False
+    return all(_equal(given[n], v, judge) for n, v in zip(names, values.args))
+
+
+# -- relations
+
+
+def _inconsistent(node: Node, judge: Judge) -> bool:
+    """`x = 3 = 4` and `2 + 2 = 5` assert nothing."""
+    value = node.args[0]
+    return any(not _equal(s, value, judge) for s in node.args[1 if node.value == "" else 2 :])
+
+
+def _same_assignment(g: Node, a: Node, judge: Judge) -> bool:
+    if any(x.op == "assign" and _inconsistent(x, judge) for x in (g, a)):
+        return False
+    if g.op == a.op:
+        if _compatible_names(g.value, a.value) and _equal(g.args[0], a.args[0], judge):
+            return True
+        solved = not symbols(g.args[0]) or not symbols(a.args[0])
+        return not solved and judge.same_relation(_as_relation(g), _as_relation(a))
+    assign, other = (g, a) if g.op == "assign" else (a, g)
+    if other.op == "rel":  # an equation against one that is solved: 2x - y + 1 = 0 for y = 2x + 1, but never 2x = 10 for x = 5
+        return bool(symbols(assign.args[0])) and judge.same_relation(_as_relation(g), _as_relation(a))
+    if not is_simple_name(assign.args[1]) and assign is g and assign.value:
+        return False  # the gold is an equation such as x + y = 5, not a value with a name
+    return _equal(g.args[0] if g is assign else g, a.args[0] if a is assign else a, judge)
+
+
+def _as_relation(node: Node) -> Node:
+    return Node("rel", (node.args[1], node.args[0]), ("=",)) if node.op == "assign" else node
+
+
+def _compatible_names(g: str, a: str) -> bool:
+    """The same name; or one that is only words; or two unknowns of which one is written as a function: y and f(x)."""
+    if g == a or not g or not a or g.startswith("text ") or a.startswith("text "):
+        return True
+    base = [n.split("_")[0].rstrip("'") for n in (g, a)]
+    return base[0] == base[1] or sorted(n[:1] for n in base if len(n) == 2 or n == "y") in (["f", "y"], ["g", "y"], ["h", "y"])
+
+
+def _same_residue(g: Node, a: Node, judge: Judge) -> bool:
+    if g.op == a.op:
+        n, m = exact(g.args[1]), exact(a.args[1])
+        values = [exact(x.args[0]) for x in (g, a)]
+        if n is None or m is None or None in values:
+            return judge.same(g.args[1], a.args[1]) and judge.same(g.args[0], a.args[0])
+        return n == m != 0 and ((values[0] - values[1]) / n).denominator == 1
+    return _equal(*(x.args[0] if x.op == "mod" else x for x in (g, a)), judge)
+
+
+# -- tuples and matrices
+
+
+def _same_vector(g: Node, a: Node, judge: Judge) -> bool:
+    g, a = _as_matrix(g), _as_matrix(a)
+    if g.op == "matrix" and a.op == "tuple":
+        g, a = a, g
+    if g.op == "tuple" and a.op == "matrix":  # a row or a column for a vector
+        entries = a.args[0].args if len(a.args) == 1 else tuple(r.args[0] for r in a.args if len(r.args) == 1)
+        if len(a.args) > 1 and len(entries) != len(a.args) or not _brackets_agree(g.value, "()", len(g.args)):
+            return False
+        return len(g.args) == len(entries) and all(_equal(x, y, judge) for x, y in zip(g.args, entries))
+    if g.op != a.op or len(g.args) != len(a.args) or (g.op == "tuple" and not _brackets_agree(g.value, a.value, len(g.args))):
+        return False
+    return all(_equal(x, y, judge) for x, y in zip(g.args, a.args))
+
+
+def _as_matrix(node: Node) -> Node:
+    """[[1, 2], [3, 4]] is a matrix."""
+    if node.op == "tuple" and node.value == "[]" and all(r.op == "tuple" and r.value == "[]" for r in node.args) and len({len(r.args) for r in node.args}) == 1:
+        return Node("matrix", tuple(r._replace(value="()") for r in node.args))
+    return node
+
+
+def _brackets_agree(g: str, a: str, length: int) -> bool:
+    return g == a or (length > 2 and {g, a} == {"()", "[]"})  # with two members, the bracket says open or closed
+
+
+# -- numbers and words
+
+
+def _same_scalar(g: Node, a: Node, judge: Judge) -> bool:
+    gold, gold_tag = _untagged(g)
+    answer, answer_tag = _untagged(a)
+    if isinstance(gold_tag, Unit) and isinstance(answer_tag, Unit):
+        if not comparable(gold_tag, answer_tag):
+            return False
+        return _same_value(gold, answer, judge) if gold_tag.scale == answer_tag.scale else _same_value(_times(gold, gold_tag.scale), _times(answer, answer_tag.scale), judge)
+    if isinstance(gold_tag, Unit) or isinstance(answer_tag, Unit):
+        return {gold_tag, answer_tag} & {"percent"} == set() and _same_value(gold, answer, judge)
+    if gold_tag == answer_tag:
+        return _same_value(gold, answer, judge)
+    if "percent" in (gold_tag, answer_tag):
+        if "degree" in (gold_tag, answer_tag):
+            return False
+        return _same_percent(gold, gold_tag == "percent", answer, answer_tag == "percent", judge)
+    turned = Node("degree", (gold if gold_tag else answer,))
+    return _same_value(gold, answer, judge) or (bool(symbols(turned) or _has_pi(answer if gold_tag else gold)) and judge.same(turned, answer if gold_tag else gold))
+
+
+def _same_percent(gold: Node, gold_has: bool, answer: Node, answer_has: bool, judge: Judge) -> bool:
+    """50 % is 0.5; and the sign may be left out (50), unless the number is 1 at most, where the two readings meet."""
+    hundredth = Node("num", (), Fraction(1, 100))
+    scaled = [Node("mul", (x, hundredth)) if has else x for x, has in ((gold, gold_has), (answer, answer_has))]
+    if _same_value(scaled[0], scaled[1], judge):
+        return True
+    bare = exact(gold)
+    return (bare is None or abs(bare) > 1) and _same_value(gold, answer, judge)
+
+
+def _untagged(node: Node) -> tuple[Node, Unit | str | None]:
+    if node.op == "quantity":
+        return node.args[0], node.value
+    return (node.args[0], node.op) if node.op in ("percent", "degree") else (node, None)
+
+
+def _times(node: Node, factor: Fraction) -> Node:
+    return Node("mul", (node, Node("num", (), factor)))
+
+
+def _has_pi(node: Node) -> bool:
+    return node == Node("const", (), "pi") or any(_has_pi(a) for a in node.args)
+
+
+def _same_value(g: Node, a: Node, judge: Judge) -> bool:
+    if _is_infinity(g) or _is_infinity(a):
+        return _sign_of_infinity(g) == _sign_of_infinity(a) != 0
+    for value, decimal in ((g, a), (a, g)):
+        plain = decimal.args[0] if decimal.op == "neg" else decimal
+        if plain.op == "dec" and plain.value[2] >= APPROXIMATE_DIGITS and value.op != "dec" and not (value.op == "neg" and value.args[0].op == "dec"):
+            return judge.same(g, a) or judge.rounds_to(value, decimal)
+    return judge.same(g, a)
+
+
+def _is_infinity(node: Node) -> bool:
+    return _sign_of_infinity(node) != 0
+
+
+def _sign_of_infinity(node: Node) -> int:
+    if node.op == "neg":
+        return -_sign_of_infinity(node.args[0])
+    return int(node.op == "const" and node.value == "inf")
+
+
+def _same_text(g: Node, a: Node, _: Judge) -> bool:
+    return g.op == a.op and g.value == a.value
+
+
+def _same_based(g: Node, a: Node, judge: Judge) -> bool:
+    """A number written in a base is the answer to a question about that base: the same digits in the same base."""
+    if g.op == a.op:
+        return g.value == a.value
+    based, other = (g, a) if g.op == "based" else (a, g)
+    return based.value[1] == 10 and _same_scalar(Node("num", (), Fraction(int(based.value[0]))), other, judge)
+
+
+def _same_clock(g: Node, a: Node, judge: Judge) -> bool:
+    if "ratio" in (g.op, a.op):
+        return _same_ratio(*(_clock_as_ratio(x) for x in (g, a)), judge)
+    if g.op != a.op:
+        return False
+    (gh, gm, gs, g_half), (ah, am, as_, a_half) = g.value, a.value
+    if (gm, gs) != (am, as_):
+        return False
+    if g_half == a_half or (a_half and gh >= 13) or (g_half and ah >= 13):
+        return gh % 24 == ah % 24
+    return a_half and gh % 12 == ah % 12  # the gold leaves the half of the day open
+
+
+def _clock_as_ratio(node: Node) -> Node:
+    h, m, s, half = node.value if node.op == "clock" else (0, 0, 1, True)
+    return node if node.op != "clock" or half or s else Node("ratio", (), (Fraction(h), Fraction(m)))
+
+
+def _same_date(g: Node, a: Node, _: Judge) -> bool:
+    return g.op == a.op and g.value[1:] == a.value[1:] and g.value[0] in (None, a.value[0])
+
+
+def _same_ratio(g: Node, a: Node, judge: Judge) -> bool:
+    if g.op == a.op == "ratio":
+        if len(g.value) != len(a.value):
+            return False
+        return all(x * a.value[0] == y * g.value[0] for x, y in zip(g.value, a.value)) and any(g.value) == any(a.value)
+    ratio, other = (g, a) if g.op == "ratio" else (a, g)
+    if ratio.op != "ratio" or other.op in _SPECIAL or len(ratio.value) != 2 or ratio.value[1] == 0:
+        return False
+    return judge.same(Node("num", (), ratio.value[0] / ratio.value[1]), other)
+
+
+_SPECIAL = {"text": _same_text, "clock": _same_clock, "date": _same_date, "ratio": _same_ratio, "based": _same_based}

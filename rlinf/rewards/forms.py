@@ -1,0 +1,46 @@
+"""What an answer is, once read: a tree of nodes.
+
+    num Fraction | dec (Fraction, decimals, significant digits) | sym name | const pi, e, i, inf | add, mul (args) | neg, div, pow |
+    fn name (args) | pm, mp (args) | percent, degree | quantity (arg) Unit | mod (value, modulus) |
+    tuple (items) brackets | set (items) | list (items) separator | union, intersection, minus (args) | builder (variable, conditions) |
+    rel (sides) operators | matrix (rows: tuple nodes) | cases | abs | text | based (digits, base) | clock | date | ratio | choice
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Node(NamedTuple):
+    op: str
+    args: tuple[Node, ...] = ()
+    value: Any = None
+
+
+class Malformed(ValueError):
+    """No grammar that we know reads this."""
+
+
+class Unsupported(Malformed):
+    """Mathematics that our grammar leaves to math-verify (integrals, sums, limits, ...)."""
+
+
+class TooDeep(ValueError):
+    """Nested deeper than the parser goes."""
+
+
+EMPTY_SET = Node("set")
+REALS = Node("reals")
+INFINITY = Node("const", (), "inf")
+
+
+def flat(op: str, args: list[Node]) -> Node:
+    """An n-ary node; a single argument stands for itself."""
+    return args[0] if len(args) == 1 else Node(op, tuple(args))
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """Names of the free symbols."""
+    if node.op == "sym":
+        return frozenset((node.value,))
+    return frozenset().union(*(symbols(a) for a in node.args)) if node.args else frozenset()

@@ -1,0 +1,109 @@
+r"""From what a model writes to the LaTeX that the parser reads: look-alikes, spacing, wrappers, thousands separators.
+
+Only these rewritings exist; docs/verifier.md lists them. Digits that are not ASCII are never read as digits.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta", "λ": "lambda", "μ": "mu", "ρ": "rho", "σ": "sigma",
+    "τ": "tau", "φ": "phi", "ω": "omega", "Δ": "Delta", "Ω": "Omega", "Σ": "Sigma", "Φ": "Phi", "η": "eta", "κ": "kappa", "ξ": "xi", "ψ": "psi",
+}
+_SYMBOLS = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": r"\div ", "∗": "*", "∕": "/", "⁄": "/",
+    "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "π": r"\pi ",
+    "√": r"\sqrt ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "∅": r"\emptyset ", "∖": r"\setminus ", "°": r"^\circ ", "º": r"^\circ ", "′": "'", "″": "''",
+    "’": "'", "‘": "'", "“": '"', "”": '"', "，": ",", "；": ";", "：": ":", "（": "(", "）": ")", "【": "[", "】": "]", "｛": "{", "｝": "}", "。": ".", "、": ", ",
+    "＝": "=", "＋": "+", "－": "-", "／": "/", "＜": "<", "＞": ">", "％": "%", "～": "~", "…": "...", "⟨": r"\langle ", "⟩": r"\rangle ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+    "⌈": r"\lceil ", "⌉": r"\rceil ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "⅛": r"\frac{1}{8}", "ℓ": "l", "∠": r"\angle ", "∨": r"\lor ", "∧": r"\land ", "→": r"\to ", "⇒": r"\to ", "¬": r"\neg ",
+    "∣": "|", "‖": r"\|", "⊂": r"\subset ", "⊆": r"\subseteq ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u3000": " ", "\u200b": "", "\u200a": " ", "\ufeff": "", "\u2061": "", "\u2062": "",
+}
+_TABLE = str.maketrans({**_SYMBOLS, **{k: f"\\{v} " for k, v in _GREEK.items()}})
+_RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
+_SPACES = re.compile(r"(?<!\\)\\(?:[,;:! \n]|quad(?![A-Za-z])|qquad(?![A-Za-z])|hspace\*?\{[^{}]*\}|thinspace(?![A-Za-z])|enspace(?![A-Za-z])|phantom\{[^{}]*\}|vphantom\{[^{}]*\})|~")
+_DROPPED = re.compile(
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tt|mathstrut|strut|centering|large|Large|normalsize|small|protect|allowbreak|nobreak)(?![A-Za-z])\.?"
+)
+_DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]/-]|\\\\(?=\s*$)")
+_FRAC = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
+_INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_SPACED_DIGITS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?!,[0-9])")
+_LEAD_IN = re.compile(r"(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\}?", re.IGNORECASE)
+_PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
+
+
+class LookAlike(ValueError):
+    """The answer holds digits that only look like digits."""
+
+
+def clean(answer: str) -> str:
+    """The answer as plain LaTeX. Raises LookAlike for digits of another script or style."""
+    s = answer.strip()
+    if _PLAIN.fullmatch(s):
+        return s
+    if not s.isascii():
+        s = _ascii(s)
+    s = _SPACES.sub(lambda m: "" if m[0] == "\\!" else " ", s.replace("{,}", ","))
+    s = _DELIMITERS.sub(" ", s)
+    s = _DROPPED.sub(lambda m: " ", s)
+    s = _INNER_BOX.sub("", _FRAC.sub(r"\\frac", s))
+    if "\\over" in s:
+        s = _OVER.sub(r"\\frac{\1}{\2}", s)
+    s = _dollars(s)
+    s = _LEAD_IN.sub("", s, count=1) if "nswer" in s else s
+    s = " ".join(s.split()).rstrip(" .,;:").lstrip(" :")
+    while (inner := _unwrapped(s)) is not None:
+        s = inner.strip().rstrip(" .,;:")
+    return _SPACED_DIGITS.sub(lambda m: m[0].replace(" ", ""), s)
+
+
+def readings(s: str) -> list[str]:
+    """A cleaned answer with its thousands separators joined; and as it stands, where the comma may also separate a list.
+
+    Inside brackets a comma separates, unless commas with a space after them show that this one does not.
+    """
+    if "," not in s or not _THOUSANDS.search(s):
+        return [s]
+    if any(c in s for c in "([") or "\\{" in s:
+        return [_THOUSANDS.sub(lambda m: m[0].replace(",", ""), s), s] if ", " in s else [s]
+    return [_THOUSANDS.sub(lambda m: m[0].replace(",", ""), s), s]
+
+
+def _ascii(s: str) -> str:
+    s = _RAISED.sub(lambda m: "^{" + "".join(_SUPERSCRIPTS[c] for c in m[0]) + "}", s)
+    s = _LOWERED.sub(lambda m: "_{" + "".join(_SUBSCRIPTS[c] for c in m[0]) + "}", s)
+    s = s.translate(_TABLE)
+    if any(not c.isascii() and unicodedata.numeric(c, None) is not None and unicodedata.category(c) != "Lo" for c in s):
+        raise LookAlike("digits that are not ASCII")
+    return s
+
+
+def _dollars(s: str) -> str:
+    """Math delimiters go; a lone $ before a number is a currency sign."""
+    if "$" not in s:
+        return s
+    kept = s.replace("\\$", "\0")
+    if kept.count("$") == 1 and re.match(r"[-+ ]*\$ ?[-+]?[0-9.]", kept):
+        kept = kept.replace("$", "\0")
+    return kept.replace("$", " ").replace("\0", "\\$ ")
+
+
+def _unwrapped(s: str) -> str | None:
+    """The inside when one plain pair of braces holds everything."""
+    if len(s) < 2 or s[0] != "{" or s[-1] != "}":
+        return None
+    depth = 0
+    for i, c in enumerate(s):
+        depth += (c == "{") - (c == "}")
+        if depth == 0 and i < len(s) - 1:
+            return None
+    return s[1:-1]
