@@ -1,0 +1,93 @@
+"""Shared memory hands over exactly what was published, and says which bucket is at fault when it does not."""
+
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlinf.errors import RunFailed, UserError
+from rlinf.weights.shared_memory import open_source, publish, release
+from rlinf.weights.source import Disk, SharedMemory
+
+TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]
+
+
+@pytest.fixture
+def run_id() -> str:
+    return f"test-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def source(run_id: str) -> Iterator[SharedMemory]:
+    published = publish(iter(TENSORS), run_id, 5, bucket_bytes=2048)
+    yield published
+    release(published)
+
+
+def test_what_was_published_arrives(source: SharedMemory, run_id: str) -> None:
+    received = list(open_source(source))
+    assert [n for n, _ in received] == [n for n, _ in TENSORS] and len(source.buckets) == 2
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(received, TENSORS))
+    for bucket in source.buckets:
+        assert run_id in bucket.key and stat.S_IMODE(os.stat(bucket.key).st_mode) == 0o600
+
+
+def test_views_outlive_the_segment_and_do_not_write_through(source: SharedMemory) -> None:
+    first = dict(open_source(source))
+    first["a"].zero_()
+    second = dict(open_source(source))
+    release(source)
+    assert torch.equal(second["a"], TENSORS[0][1])
+    assert not any(os.path.exists(b.key) for b in source.buckets)
+
+
+def test_a_changed_byte_names_the_bucket(source: SharedMemory) -> None:
+    with open(source.buckets[1].key, "r+b") as file:
+        file.seek(100)
+        file.write(b"\x7f")
+    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: checksum"):
+        list(open_source(source))
+
+
+def test_a_missing_segment_is_named(source: SharedMemory) -> None:
+    os.unlink(source.buckets[1].key)
+    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: the segment does not exist"):
+        list(open_source(source))
+
+
+def test_a_short_segment_is_named(source: SharedMemory) -> None:
+    os.truncate(source.buckets[0].key, 64)
+    with pytest.raises(RunFailed, match=f"{source.buckets[0].key}: 64 bytes, expected {source.buckets[0].nbytes}"):
+        list(open_source(source))
+
+
+def test_a_name_that_comes_twice_is_refused(source: SharedMemory) -> None:
+    doubled = replace(source, buckets=(*source.buckets, source.buckets[0]))
+    with pytest.raises(RunFailed, match="tensor a was already"):
+        list(open_source(doubled))
+
+
+def test_a_failing_publisher_leaves_no_segment(run_id: str) -> None:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from TENSORS
+        raise ArithmeticError("gather failed")
+
+    with pytest.raises(ArithmeticError):
+        publish(broken(), run_id, 0, bucket_bytes=512)
+    assert not list(Path("/dev/shm").glob(f"rlinf-{run_id}-*"))
+
+
+def test_the_segments_of_a_living_version_are_not_overwritten(source: SharedMemory, run_id: str) -> None:
+    with pytest.raises(FileExistsError):
+        publish(iter(TENSORS), run_id, 5)
+    assert torch.equal(dict(open_source(source))["a"], TENSORS[0][1])
+
+
+def test_a_folder_without_weights_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="safetensors"):
+        list(open_source(Disk(str(tmp_path))))

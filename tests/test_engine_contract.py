@@ -1,0 +1,329 @@
+"""What every rollout engine must do, asked of the engines in ENGINES; a capability that an engine lacks is skipped by name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlinf.data.records import Finish, Sample
+from rlinf.data.tokenizer import load_tokenizer
+from rlinf.errors import RunFailed
+from rlinf.rollout.contract import GenerateRequest, RolloutEngine, SamplingParams, Stop
+from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.weights.shared_memory import publish, release
+from rlinf.weights.source import Disk
+from rlinf.weights.tensor_folder import open_hf_folder
+from tests.tiny import FAMILIES, make_tiny_model
+
+CONTEXT = 96
+GREEDY = SamplingParams(temperature=0)
+NEVER = Stop()
+
+
+def embedded(model_dir: Path, slots: int = 4, seed: int = 7) -> EmbeddedEngine:
+    decode = load_tokenizer(str(model_dir)).decode
+    return EmbeddedEngine(str(model_dir), dtype="fp32", slots=slots, max_context=CONTEXT, seed=seed, decode=decode)
+
+
+ENGINES = {"embedded": embedded}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    made = {family: make_tiny_model(folder / family, family) for family in FAMILIES}
+    return made | {"other": make_tiny_model(folder / "other", "qwen2", seed=1)}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[RolloutEngine]:
+    made = ENGINES[request.param](models["qwen2"])
+    yield made
+    made.close()
+
+
+def prompt(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 256, length).astype(np.int32)
+
+
+def ask(name: str, ids: np.ndarray, n: int = 1, *, sampling: SamplingParams = SamplingParams(), stop: Stop = NEVER, new: int = 12, prefixes: tuple = ()) -> GenerateRequest:
+    return GenerateRequest(name, ids, n, sampling, stop, new, prefixes)
+
+
+async def collect(engine: RolloutEngine, request: GenerateRequest) -> list[Sample]:
+    """The samples of a request, in the order of their index."""
+    return sorted([s async for s in engine.generate(request)], key=lambda s: int(s.sample_id.rsplit("/")[-1]))
+
+
+def run(engine: RolloutEngine, *requests: GenerateRequest) -> list[list[Sample]]:
+    async def together() -> list[list[Sample]]:
+        return await asyncio.gather(*(collect(engine, r) for r in requests))
+
+    return asyncio.run(together())
+
+
+async def until_decoding(engine: RolloutEngine) -> int:
+    """Wait for the first decoded tokens; how many there are."""
+    while not (decoded := engine.stats().decoded_tokens):
+        await asyncio.sleep(0.002)
+    return decoded
+
+
+def tokens(samples: list[Sample]) -> list[list[int]]:
+    return [s.token_ids.tolist() for s in samples]
+
+
+class Reference:
+    """transformers, on the same folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+
+    @torch.no_grad()
+    def logprobs(self, ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """[n - 1, V]: the distribution of each next token."""
+        logits = self.model(torch.tensor(ids[None].astype(np.int64))).logits[0, :-1]
+        return torch.log_softmax(logits.float() / temperature, -1).numpy()
+
+    def greedy(self, ids: np.ndarray, new: int) -> list[int]:
+        whole = ids
+        for _ in range(new):
+            whole = np.append(whole, self.logprobs(np.append(whole, 0))[-1].argmax())
+        return whole[len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
+def test_greedy_tokens_logprobs_and_scores_equal_transformers(make, family: str, models: dict[str, Path]) -> None:
+    engine, reference = make(models[family]), Reference(models[family])
+    prompts = [prompt(n, n) for n in (1, 2, 9, 30)]
+    prompts.append(np.concatenate([prompts[3][:20], prompt(5, 99)]))  # shares 20 tokens with another prompt
+    answers = run(engine, *(ask(f"r{i}", ids, 2, sampling=GREEDY) for i, ids in enumerate(prompts)))
+    sampled = run(engine, *(ask(f"s{i}", ids, 2, sampling=SamplingParams(0.7)) for i, ids in enumerate(prompts)))
+    for ids, greedy, drawn in zip(prompts, answers, sampled):
+        expected = reference.greedy(ids, 12)
+        assert tokens(greedy) == [expected, expected]
+        for sample, temperature in ((greedy[0], 1.0), (drawn[0], 0.7), (drawn[1], 0.7)):
+            whole = np.concatenate([ids, sample.token_ids])
+            truth = np.take_along_axis(reference.logprobs(whole, temperature), whole[1:, None].astype(np.int64), 1)[:, 0]
+            np.testing.assert_allclose(sample.rollout_logprobs, truth[len(ids) - 1 :], atol=1e-4)
+            np.testing.assert_allclose(asyncio.run(engine.score([whole], temperature))[0], truth, atol=1e-4)
+    engine.close()
+
+
+def test_noise_does_not_depend_on_batching_slots_or_order(engine: RolloutEngine, models: dict[str, Path]) -> None:
+    if not engine.capabilities.seeded:
+        pytest.skip("the engine is not seeded")
+    requests = [ask(f"r{i}", prompt(5 + 3 * i, i), 3, new=5 + 4 * i) for i in range(4)]
+    together = run(engine, *requests)
+    backwards = run(engine, *reversed(requests))[::-1]
+    alone = [run(engine, r)[0] for r in requests]
+    wide = embedded(models["qwen2"], slots=16)
+    one = embedded(models["qwen2"], slots=1)
+    for other in (backwards, alone, run(wide, *requests), run(one, *requests)):
+        assert [tokens(s) for s in other] == [tokens(s) for s in together]
+    assert len({tuple(t) for t in tokens(together[3])}) == 3  # and the samples of one prompt differ
+    other_seed = embedded(models["qwen2"], seed=8)
+    assert tokens(run(other_seed, requests[3])[0]) != tokens(together[3])
+    for made in (wide, one, other_seed):
+        made.close()
+
+
+def test_more_samples_than_slots(engine: RolloutEngine) -> None:
+    samples = run(engine, ask("many", prompt(6), 19, new=7))[0]
+    assert [s.sample_id for s in samples] == [f"many/{k}" for k in range(19)]
+    assert {s.finish for s in samples} == {Finish.LENGTH} and {len(s) for s in samples} == {7}
+    assert all(s.versions == ((0, 7),) and s.loss_mask.all() and np.isfinite(s.rollout_logprobs).all() for s in samples)
+    assert engine.stats().decoded_tokens == 19 * 7
+
+
+def test_prompt_is_computed_once_for_its_samples(engine: RolloutEngine) -> None:
+    run(engine, ask("group", prompt(40), 8, new=4))
+    stats = engine.stats()
+    assert stats.prefilled_tokens == 40 and stats.reused_tokens == 7 * 40
+
+
+def test_common_prefix_of_prompts_is_computed_once(engine: RolloutEngine) -> None:
+    shared = prompt(40)
+    run(engine, *(ask(f"r{i}", np.concatenate([shared, prompt(8, i + 1)]), 1, new=2) for i in range(4)))
+    assert engine.stats().prefilled_tokens == 40 + 4 * 8
+
+
+@pytest.mark.parametrize("ids", [np.zeros(0, np.int32), prompt(CONTEXT), np.array([5, 320], np.int32)], ids=["empty", "over-long", "outside"])
+def test_unusable_prompts_are_refused_by_name(engine: RolloutEngine, ids: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="request bad"):
+        run(engine, ask("bad", ids))
+    assert len(run(engine, ask("good", prompt(5)))[0]) == 1  # and the engine lives on
+
+
+def test_end_token_belongs_to_the_sample(engine: RolloutEngine) -> None:
+    free = tokens(run(engine, ask("r", prompt(8), new=30))[0])[0]
+    end = free[10]
+    stopped = run(engine, ask("r", prompt(8), new=30, stop=Stop(token_ids=(end,))))[0][0]
+    assert stopped.token_ids.tolist() == free[: free.index(end) + 1] and stopped.finish is Finish.STOP
+
+
+def test_stop_string_ends_with_the_token_that_completes_it(engine: RolloutEngine, models: dict[str, Path]) -> None:
+    decode = load_tokenizer(str(models["qwen2"])).decode
+    letters = np.frombuffer(b"some text", np.uint8).astype(np.int32)
+    free = tokens(run(engine, ask("r", letters, new=60))[0])[0]
+    clean = next(i for i in range(1, 60) if decode(free[i : i + 2]).isascii() and len(decode(free[i : i + 2]).strip()) == 2)
+    string = decode(free[clean : clean + 2])
+    first = next(i for i in range(60) if string in decode(free[: i + 1]))
+    stopped = run(engine, ask("r", letters, new=60, stop=Stop(strings=("never this", string))))[0][0]
+    assert stopped.token_ids.tolist() == free[: first + 1] and stopped.finish is Finish.STOP
+
+
+def test_length_and_window_finishes(engine: RolloutEngine) -> None:
+    room = CONTEXT - 80
+    long, short = run(engine, ask("long", prompt(80), new=1000), ask("short", prompt(80), new=room - 1))
+    assert long[0].finish is Finish.WINDOW and len(long[0]) == room
+    assert short[0].finish is Finish.LENGTH and len(short[0]) == room - 1
+
+
+def test_abort_loses_no_token(engine: RolloutEngine) -> None:
+    whole = run(engine, ask("a", prompt(8), 6, new=80), ask("b", prompt(9, 1), 2, new=40))
+    engine.stats()
+
+    async def interrupted() -> tuple[int, list[Sample], list[Sample]]:
+        a = asyncio.create_task(collect(engine, ask("a", prompt(8), 6, new=80)))
+        b = asyncio.create_task(collect(engine, ask("b", prompt(9, 1), 2, new=40)))
+        decoded = await until_decoding(engine)
+        await engine.abort(["a"])
+        return decoded, await a, await b
+
+    decoded, partial, untouched = asyncio.run(interrupted())
+    assert tokens(untouched) == tokens(whole[1])
+    assert {s.finish for s in partial} <= {Finish.ABORT, Finish.LENGTH} and Finish.ABORT in {s.finish for s in partial}
+    assert all(p == w[: len(p)] for p, w in zip(tokens(partial), tokens(whole[0])))
+    assert decoded + engine.stats().decoded_tokens == sum(len(s) for s in partial + untouched)
+
+
+def test_continuing_from_prefixes_equals_never_stopping(engine: RolloutEngine) -> None:
+    if not engine.capabilities.retract_and_continue:
+        pytest.skip("the engine does not continue")
+    whole = run(engine, ask("r", prompt(8), 3, new=20))[0]
+    cuts = (0, 7, 19)
+    prefixes = tuple(s.token_ids[:cut] for s, cut in zip(whole, cuts))
+    rest = run(engine, ask("r", prompt(8), 3, new=20, prefixes=prefixes))[0]
+    for w, r, cut in zip(whole, rest, cuts):
+        assert r.token_ids[: 20 - cut].tolist() == w.token_ids[cut:].tolist()
+        np.testing.assert_allclose(r.rollout_logprobs[: 20 - cut], w.rollout_logprobs[cut:], atol=1e-5)
+        assert len(r) == 20  # max_new_tokens counts the tokens of this request
+
+
+def test_closing_an_iterator_frees_its_slots(engine: RolloutEngine) -> None:
+    async def leave_early() -> list[Sample]:
+        stream = engine.generate(ask("left", prompt(8), 8, new=80))
+        await anext(stream)
+        await stream.aclose()
+        return await collect(engine, ask("next", prompt(9, 1), 4, new=5))
+
+    assert len(asyncio.run(leave_early())) == 4
+
+
+@pytest.mark.parametrize("way", ["disk", "shared memory"])
+def test_loaded_weights_are_the_policy_at_once_and_exactly(engine: RolloutEngine, models: dict[str, Path], way: str) -> None:
+    ids = prompt(30)
+    old = tokens(run(engine, ask("r", ids, 2, sampling=GREEDY))[0])  # fills the prefix store with keys of the old weights
+    expected = Reference(models["other"]).greedy(ids, 12)
+    assert old[0] != expected
+    source = Disk(str(models["other"])) if way == "disk" else publish(open_hf_folder(models["other"]).items(), "contract", 3, 50_000)
+    receipt = asyncio.run(engine.load_weights(source, 3))
+    release(source)
+    assert receipt.version == 3 and receipt.n_tensors == len(open_hf_folder(models["other"]))
+    assert way == "disk" or receipt.checksums == {b.key: b.checksum for b in source.buckets}
+    new = run(engine, ask("r", ids, 2, sampling=GREEDY))[0]
+    assert tokens(new) == [expected, expected] and new[0].versions == ((3, 12),)
+    fresh = embedded(models["other"])
+    np.testing.assert_array_equal(new[0].rollout_logprobs, run(fresh, ask("r", ids, 2, sampling=GREEDY))[0][0].rollout_logprobs)
+    fresh.close()
+
+
+def test_weights_loaded_under_way_stamp_the_tokens_that_follow(engine: RolloutEngine, models: dict[str, Path]) -> None:
+    async def swap() -> list[Sample]:
+        task = asyncio.create_task(collect(engine, ask("r", prompt(8), 6, sampling=GREEDY, new=85)))
+        await until_decoding(engine)
+        await engine.load_weights(Disk(str(models["other"])), 1)
+        return await task
+
+    samples = asyncio.run(swap())
+    split = next(s for s in samples if len(s.versions) == 2)
+    before = split.versions[0][1]
+    assert [v for v, _ in split.versions] == [0, 1]
+    head = np.concatenate([prompt(8), split.token_ids[:before]])
+    assert split.token_ids[before : before + 10].tolist() == Reference(models["other"]).greedy(head, 10)
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("nan", "model.layers.2.mlp.up_proj.weight holds values that are not finite"),
+    ("missing", "missing tensor model.layers.2.mlp.up_proj.weight"),
+    ("shape", r"model.layers.2.mlp.up_proj.weight has shape \(64, 128\)"),
+    ("unexpected", "unexpected tensor extra.weight"),
+])  # fmt: skip
+def test_faulty_weights_are_refused_by_name_and_the_old_ones_stay(engine: RolloutEngine, models: dict[str, Path], fault: str, message: str) -> None:
+    before = tokens(run(engine, ask("r", prompt(9), 2))[0])
+    tensors, name = dict(open_hf_folder(models["other"])), "model.layers.2.mlp.up_proj.weight"
+    if fault == "nan":
+        tensors[name][3, 5] = float("nan")
+    elif fault == "missing":
+        del tensors[name]
+    elif fault == "shape":
+        tensors[name] = tensors[name].t().contiguous()
+    else:
+        tensors["extra.weight"] = torch.ones(1)
+    source = publish(tensors.items(), "contract-faulty", 1)
+    with pytest.raises(RunFailed, match=message):
+        asyncio.run(engine.load_weights(source, 1))
+    release(source)
+    assert tokens(run(engine, ask("r", prompt(9), 2))[0]) == before
+
+
+def test_an_engine_that_breaks_tells_every_waiting_request(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not isinstance(engine, EmbeddedEngine):
+        pytest.skip("breaks the embedded engine from the inside")
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("planted")
+
+    monkeypatch.setattr(engine._batcher.model, "logits", fail)
+
+    async def both() -> list[object]:
+        return await asyncio.gather(collect(engine, ask("a", prompt(5))), collect(engine, ask("b", prompt(6))), return_exceptions=True)
+
+    assert [type(e) for e in asyncio.run(both())] == [RuntimeError, RuntimeError]
+    with pytest.raises(RuntimeError, match="planted"):
+        run(engine, ask("later", prompt(5)))
+
+
+def test_sleeping_engine_refuses_until_weights_return(engine: RolloutEngine, models: dict[str, Path]) -> None:
+    if not engine.capabilities.sleep:
+        pytest.skip("the engine does not give memory back")
+    before = tokens(run(engine, ask("r", prompt(9), 2))[0])
+    asyncio.run(engine.sleep(frozenset({"kv", "weights"})))
+    with pytest.raises(RuntimeError, match="asleep"):
+        run(engine, ask("r", prompt(9)))
+    asyncio.run(engine.load_weights(Disk(str(models["qwen2"])), 0))
+    asyncio.run(engine.wake(frozenset({"kv"})))
+    assert tokens(run(engine, ask("r", prompt(9), 2))[0]) == before
+
+
+def test_closed_engine_says_so(engine: RolloutEngine) -> None:
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        run(engine, ask("r", prompt(5)))
