@@ -131,8 +131,6 @@ class AtomParser:
         node = self.relation()
         if node.op == "rel":
             raise Malformed("a relation in braces")
-        if self.take("\\choose"):
-            node = Node("fn", (node, self.relation()), "binomial")
         self.need("}")
         return node
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlinf.rewards.forms import Malformed, Node, symbols
 
+_UNKNOWNS = "xyzabc"  # xy = 1 is an equation; AB = 1, f(x) = 1 and P(A) = 1 give names
 _TAGS = ("percent", "degree", "quantity")
 
 
@@ -118,7 +119,9 @@ def heading(node: Node) -> str | None:
 
 def is_simple_name(node: Node) -> bool:
     """x, x_1, f(x), (x, y), Area, AB: what a solution is given for; not the sum or the function that an equation may hold."""
-    return node.op in ("sym", "tuple") and heading(node) is not None or (node.op == "mul" and heading(node) is not None)
+    if heading(node) is None or node.op not in ("sym", "tuple", "mul"):
+        return False
+    return node.op != "mul" or node.args[0].value[0] not in _UNKNOWNS
 
 
 def _relation(node: Node) -> Node:
@@ -143,9 +146,10 @@ def _equality(node: Node) -> Node:
         sides = sides[: first + 1] if first or heading(sides[0]) is None else [sides[0], *sides[first + 1 :]][:2]
         if len(sides) == 1:
             return canonical(sides[0])
+    if len(sides) == 2 and heading(sides[0]) is None and is_simple_name(sides[1]):
+        sides.reverse()
     name, last = heading(sides[0]), sides[-1]
-    names_free = symbols(sides[0])
-    if name is not None and not (names_free & symbols(last) and sides[0].op == "sym"):
+    if name is not None and not (_free_names(sides[0]) & symbols(last)):
         values = [s for s in sides[1:] if heading(s) is None or s is last]
         chain = tuple(lifted(v) for v in values)
         value = canonical(last)
@@ -157,6 +161,11 @@ def _equality(node: Node) -> Node:
     if len(sides) > 2:
         raise Malformed("a chain of equations")
     return Node("rel", tuple(sides), ("=",))
+
+
+def _free_names(node: Node) -> frozenset[str]:
+    """The symbols that the right side may not hold if this is to be its name: of f(x), only f."""
+    return symbols(node.args[0]) if node.op == "mul" and is_simple_name(node) else symbols(node)
 
 
 def _builder(node: Node) -> Node:

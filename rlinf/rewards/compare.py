@@ -45,6 +45,8 @@ def equal(gold: Node, answer: Node, judge: Judge) -> bool:
 def _equal(g: Node, a: Node, judge: Judge) -> bool:
     if g == a and not (g.op == "assign" and _inconsistent(g, judge)):
         return True
+    if g.op == a.op == "rel" and all(symbols(x) - {variable_of(x)} for x in (g, a)):  # neither is solved with a number
+        return judge.same_relation(g, a)
     if is_region(g) or is_region(a):
         return _same_region(g, a, judge)
     if "list" in (g.op, a.op) or "set" in (g.op, a.op):
@@ -190,11 +192,12 @@ def _same_assignment(g: Node, a: Node, judge: Judge) -> bool:
     if g.op == a.op:
         if _compatible_names(g.value, a.value) and _equal(g.args[0], a.args[0], judge):
             return True
-        solved = not symbols(g.args[0]) or not symbols(a.args[0])
+        solved = any(is_simple_name(x.args[1]) and not symbols(x.args[0]) for x in (g, a))
         return not solved and judge.same_relation(_as_relation(g), _as_relation(a))
     assign, other = (g, a) if g.op == "assign" else (a, g)
     if other.op == "rel":  # an equation against one that is solved: 2x - y + 1 = 0 for y = 2x + 1, but never 2x = 10 for x = 5
-        return bool(symbols(assign.args[0])) and judge.same_relation(_as_relation(g), _as_relation(a))
+        solved = is_simple_name(assign.args[1]) and not symbols(assign.args[0])
+        return not solved and judge.same_relation(_as_relation(g), _as_relation(a))
     if not is_simple_name(assign.args[1]) and assign is g and assign.value:
         return False  # the gold is an equation such as x + y = 5, not a value with a name
     return _equal(g.args[0] if g is assign else g, a.args[0] if a is assign else a, judge)
@@ -261,7 +264,9 @@ def _same_scalar(g: Node, a: Node, judge: Judge) -> bool:
             return False
         return _same_value(gold, answer, judge) if gold_tag.scale == answer_tag.scale else _same_value(_times(gold, gold_tag.scale), _times(answer, answer_tag.scale), judge)
     if isinstance(gold_tag, Unit) or isinstance(answer_tag, Unit):
-        return {gold_tag, answer_tag} & {"percent"} == set() and _same_value(gold, answer, judge)
+        tags = {t if isinstance(t, str) else t and t.dimension[:1] and t.dimension[0][0] for t in (gold_tag, answer_tag)}
+        agree = "percent" not in tags and ("degree" not in tags or bool(tags & {"celsius", "fahrenheit"}))
+        return agree and _same_value(gold, answer, judge)
     if gold_tag == answer_tag:
         return _same_value(gold, answer, judge)
     if "percent" in (gold_tag, answer_tag):

@@ -192,7 +192,7 @@ class NumericJudge:
         """None where one side is undefined (or not real, when only reals count)."""
         try:
             x, y, digits = self._pair(a, b, point, DIGITS)
-            if self._far(x, y, digits):
+            if self._far(x, y, digits) and max(abs(x), abs(y)) > self.mp.mpf(10) ** -(digits // 2):
                 return None if real_only and (self.mp.im(x) != 0 or self.mp.im(y) != 0) else False
             x2, y2, digits = self._pair(a, b, point, digits + DIGITS)  # equal so far: again, with digits to spare
         except NoValue:

@@ -60,9 +60,9 @@ def clean(answer: str) -> str:
         s = _OVER.sub(r"\\frac{\1}{\2}", s)
     s = _dollars(s)
     s = _LEAD_IN.sub("", s, count=1) if "nswer" in s else s
-    s = " ".join(s.split()).rstrip(" .,;:").lstrip(" :")
+    s = _without_end(" ".join(s.split())).lstrip(" :")
     while (inner := _unwrapped(s)) is not None:
-        s = inner.strip().rstrip(" .,;:")
+        s = _without_end(inner.strip())
     return _SPACED_DIGITS.sub(lambda m: m[0].replace(" ", ""), s)
 
 
@@ -85,6 +85,11 @@ def _ascii(s: str) -> str:
     if any(not c.isascii() and unicodedata.numeric(c, None) is not None and unicodedata.category(c) != "Lo" for c in s):
         raise LookAlike("digits that are not ASCII")
     return s
+
+
+def _without_end(s: str) -> str:
+    """Without the punctuation at its end; three dots mean something."""
+    return s if s.endswith("...") else s.rstrip(" .,;:")
 
 
 def _dollars(s: str) -> str:

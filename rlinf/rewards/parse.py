@@ -88,6 +88,8 @@ class Parser(AtomParser):
 
     def sets(self) -> Node:
         node = self.sum()
+        if self.take("\\choose"):
+            node = Node("fn", (node, self.sum()), "binomial")
         while self.value() in SET_OPERATORS:
             operator = SET_OPERATORS[self.value()]
             self.pos += 1
