@@ -14,21 +14,21 @@ import numpy as np
 
 from rlinf.errors import UserError
 
-SHOTS = ((12, 34), (78, 64))
+SHOTS = ((23, 45), (58, 67))
 SHOT_SUMS = {a + b for a, b in SHOTS}
 PROBLEMS = tuple((a, b) for a in range(10, 100) for b in range(a, 100) if a + b not in SHOT_SUMS)
 
 
 def question(a: int, b: int) -> str:
-    return f"Question: What is {a}+{b}?\nAnswer:"
+    return f"Q: {a}+{b}=?\nA: {a}+{b}="
 
 
 def answer(a: int, b: int) -> str:
-    return f" {a}+{b}={a + b}. The final answer is \\boxed{{{a + b}}}."
+    return f"{a + b}, \\boxed{{{a + b}}}"
 
 
 def prompt(a: int, b: int) -> str:
-    return "\n\n".join([question(*shot) + answer(*shot) for shot in SHOTS] + [question(a, b)])
+    return "\n".join([question(*shot) + answer(*shot) for shot in SHOTS] + [question(a, b)])
 
 
 def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Path]:

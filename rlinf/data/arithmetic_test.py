@@ -14,8 +14,8 @@ from rlinf.errors import UserError
 
 
 def terms(record: dict) -> tuple[int, ...]:
-    asked = record["prompt"].rsplit("Question: What is ", 1)[1]
-    return tuple(int(x) for x in asked.removesuffix("?\nAnswer:").split("+"))
+    asked = record["prompt"].rsplit("Q: ", 1)[1]
+    return tuple(int(x) for x in asked.split("=?")[0].split("+"))
 
 
 def read(path: Path) -> list[dict]:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 28  # fp32 logits of one chunk
+CHUNK_BYTES = 1 << 26  # fp32 logits of one chunk
+PADDING = -1e30  # logit of a padding row: probability 0, and 0 * logit is 0, not NaN
 
 
 def target_logprobs(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float, vocab: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -25,8 +26,12 @@ def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float, n_valid: i
     if temperature != 1.0:
         logits /= temperature
     if n_valid < logits.size(1):
-        logits[:, n_valid:] = float("-inf")
+        logits[:, n_valid:] = PADDING
     return logits
+
+
+def _row_dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+    return torch.bmm(a_NV[:, None], b_NV[:, :, None])[:, 0, 0]  # no [N, V] product in memory
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -34,28 +39,27 @@ class _TargetLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, vocab: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         rows = weight.size(0)
-        offset = rank * rows
-        ctx.temperature, ctx.n_valid = temperature, min(max(vocab - offset, 0), rows)
+        local = targets - rank * rows
+        mine = (local >= 0) & (local < rows)
+        ctx.temperature, ctx.n_valid = temperature, min(max(vocab - rank * rows, 0), rows)
         ctx.chunk = max(1, CHUNK_BYTES // (4 * rows))
         logprob, lse, mean = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
-        local = targets - offset
-        mine = (local >= 0) & (local < rows)
         for a in range(0, len(targets), ctx.chunk):
             part = slice(a, a + ctx.chunk)
             logits = _chunk_logits(hidden[part], weight, temperature, ctx.n_valid)
             top = logits.amax(1)
             if ranks > 1:
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+            logits -= top[:, None]
             chosen = logits.gather(1, local[part].clamp(0, rows - 1)[:, None])[:, 0]
-            chosen = torch.where(mine[part], chosen, 0.0)
-            weights = (logits - top[:, None]).exp_()
-            logits.nan_to_num_(neginf=0.0)  # padding rows: 0 * -inf would be NaN
-            sums = torch.stack([weights.sum(1), chosen, (weights * logits).sum(1)])
+            weights = logits.exp()
+            sums = torch.stack([weights.sum(1), torch.where(mine[part], chosen, 0.0), _row_dot(weights, logits)])
             if ranks > 1:
                 dist.all_reduce(sums, group=group)
-            lse[part] = top + sums[0].log()
-            logprob[part] = sums[1] - lse[part]
-            mean[part] = sums[2] / sums[0]
+            log_total = sums[0].log()
+            logprob[part] = sums[1] - log_total
+            lse[part] = top + log_total
+            mean[part] = top + sums[2] / sums[0]
         ctx.save_for_backward(hidden, weight, local, mine, lse, mean)
         return logprob, lse - mean
 
@@ -69,12 +73,14 @@ class _TargetLogprobs(torch.autograd.Function):
         for a in range(0, len(lse), ctx.chunk):
             part = slice(a, a + ctx.chunk)
             logits = _chunk_logits(hidden[part], weight, ctx.temperature, ctx.n_valid)
-            p = (logits - lse[part, None]).exp_()
-            grad = p * -grad_logprob[part, None]
+            scale = grad_logprob[part, None] / ctx.temperature
             if with_entropy:  # dH/dz = -p (z - E[z])
-                grad -= p * (logits.nan_to_num_(neginf=0.0) - mean[part, None]) * grad_entropy[part, None]
-            grad.scatter_add_(1, local[part].clamp(0, weight.size(0) - 1)[:, None], torch.where(mine[part], grad_logprob[part], 0.0)[:, None])
-            grad = (grad / ctx.temperature).to(weight.dtype) if ctx.temperature != 1.0 else grad.to(weight.dtype)
+                grad = (logits - lse[part, None]).exp_()
+                grad *= -scale - (logits - mean[part, None]) * (grad_entropy[part, None] / ctx.temperature)
+            else:
+                grad = logits.sub_(lse[part, None]).exp_().mul_(-scale)
+            grad.scatter_add_(1, local[part].clamp(0, weight.size(0) - 1)[:, None], torch.where(mine[part, None], scale, 0.0))
+            grad = grad.to(weight.dtype)
             grad_hidden[part] = grad @ weight
             grad_weight += grad.t() @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
