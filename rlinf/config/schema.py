@@ -183,6 +183,10 @@ class RewardConfig:
     )
     num_processes: int = key(1, "verifier processes of one reward worker for the answers that need symbolic work")
     timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided")
+    format_reward: float = key(0.0, "added when the response closes its thinking once and boxes an answer after it; 0 = off")
+    overlong_buffer: int = key(0, "tokens before max_new_tokens in which a length penalty grows linearly (DAPO soft overlong); 0 = off")
+    overlong_penalty: float = key(1.0, "length penalty of a response of max_new_tokens, with overlong_buffer > 0")
+    exploration_penalty: float = key(0.0, "c: subtract min(1, c / response tokens), which vanishes for long responses (RLSP); 0 = off")
 
 
 @dataclass

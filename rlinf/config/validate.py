@@ -47,6 +47,10 @@ AT_LEAST: dict[str, float] = {
     "actor.optim.clip_grad": 0,
     "actor.optim.loss_scale_window": 1,
     "reward.num_processes": 1,
+    "reward.format_reward": 0,
+    "reward.overlong_buffer": 0,
+    "reward.overlong_penalty": 0,
+    "reward.exploration_penalty": 0,
 }
 MORE_THAN: dict[str, float] = {
     "algorithm.ratio_clip_eps": 0,
@@ -69,7 +73,7 @@ LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim
 
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
-    rules = (_bounds, _cluster, _runner, _data, _algorithm, _rollout, _actor)
+    rules = (_bounds, _cluster, _runner, _data, _algorithm, _rollout, _actor, _reward)
     found = [v for rule in rules for v in rule(config)]
     if found:
         where = provenance or {}
@@ -193,6 +197,12 @@ def _actor(c: Config) -> Iterator[Violation]:
             )
         if optim.min_lr > optim.lr:
             yield "actor.optim.min_lr", f"must be at most actor.optim.lr ({optim.lr})"
+
+
+def _reward(c: Config) -> Iterator[Violation]:
+    limit = c.algorithm.sampling_params.max_new_tokens
+    if c.reward.overlong_buffer > limit:
+        yield "reward.overlong_buffer", f"must be at most algorithm.sampling_params.max_new_tokens ({limit})"
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

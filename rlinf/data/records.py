@@ -85,7 +85,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward (already scaled), status, the extracted answer (None: no answer found), the route that decided, seconds spent."""
+    """reward (already scaled), status, the extracted answer (None: no answer found), the route that decided, seconds spent.
+
+    parts: what the reward is the sum of, beside correctness, as ((name, value), ...): format, overlong, exploration.
+    """
 
     reward: float
     status: Status
@@ -93,6 +96,7 @@ class Verdict:
     route: str
     seconds: float
     reason: str = ""
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

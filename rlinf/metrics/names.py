@@ -59,11 +59,20 @@ ROLLOUT = metrics(
         "the prompt does not make the model give its answer in the expected form",
     ),
     (
+        "no_answer",
+        "share of responses that never end the thinking section in which the prompt or they themselves began",
+        "falls towards 0",
+        "with `truncated` high: raise `max_new_tokens`",
+    ),
+    (
         "verdict_undecided",
         "share of verdicts that timed out or could not be parsed",
         "below 0.01",
         "raise `reward.timeout`; look at those answers in samples/",
     ),
+    ("reward_format", "mean of the format part of the reward (`reward.format_reward`)", "rises to `reward.format_reward`", "—"),
+    ("reward_overlong", "mean of the length penalty near the limit (`reward.overlong_buffer`)", "near 0", "as for `truncated`"),
+    ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),
     ("groups_all_right", "share of prompts whose responses are all right: no learning signal", "below 0.5", "harder data"),
     (
         "groups_all_wrong",

@@ -1,6 +1,6 @@
 """The child process of rewards/pool.py: reads items from stdin, answers on stdout, one at a time, under its own limits.
 
-    python -m rlinf.rewards.cage PARENT_PID MEMORY_BYTES TIMEOUT
+    python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES TIMEOUT
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG = 1
+RECURSION_LIMIT = 20_000  # pure Python frames; the parser bounds its depth itself
 
 
 def die_with_parent(parent: int) -> None:
@@ -44,12 +45,13 @@ def limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1, hard))
 
 
-def main(parent: int, memory_bytes: int, timeout: float) -> None:
+def main(kind: str, parent: int, memory_bytes: int, timeout: float) -> None:
     die_with_parent(parent)
-    from rlinf.rewards.math import judge_caged, warm_up
+    from rlinf.rewards.tasks import judge_caged, warm_up
 
-    warm_up()
     logging.disable(logging.CRITICAL)
+    sys.setrecursionlimit(RECURSION_LIMIT)
+    warm_up(kind)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     write_reply(replies, {"ready": True})
@@ -69,4 +71,4 @@ def main(parent: int, memory_bytes: int, timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -21,6 +21,8 @@ def canonical(node: Node) -> Node:
     if node.op == "mod":
         inner = canonical(node.args[0])
         return Node("mod", (inner.args[0] if inner.op == "assign" else inner, node.args[1]))
+    if node.op in ("add", "mul", "neg", "div"):
+        node = arithmetic(node)
     if node.op in ("tuple", "set", "matrix"):
         return node._replace(args=tuple(canonical(a) for a in node.args))
     if node.op == "add" and len(node.args) == 2 and node.args[0].op == "reals" and node.args[1].op == "neg":
@@ -47,6 +49,26 @@ def lifted(node: Node) -> Node:
         unit = outer._replace(dimension=tuple(sorted((n, p) for n, p in dimension.items() if p)), scale=outer.scale * inner.scale)
         return Node("quantity", node.args[0].args, unit)
     return node
+
+
+def arithmetic(node: Node) -> Node:
+    """Sums of vectors and of matrices, and their multiples by numbers, worked out entry by entry."""
+    args = tuple(arithmetic(a) if a.op in ("add", "mul", "neg", "div") else a for a in node.args)
+    shaped = [a for a in args if a.op in ("tuple", "matrix")]
+    if not shaped or (node.op == "add" and len(shaped) != len(args)) or (node.op == "mul" and len(shaped) != 1) or (node.op == "div" and args[1] in shaped):
+        return node
+    first = shaped[0]
+    if node.op == "add":
+        if any(a.op != first.op or a.value != first.value or len(a.args) != len(first.args) for a in shaped):
+            raise Malformed("a sum of different shapes")
+        return first._replace(args=tuple(arithmetic(Node("add", entries)) for entries in zip(*(a.args for a in shaped))))
+
+    def scaled(entry: Node) -> Node:
+        if entry.op == "tuple":
+            return entry._replace(args=tuple(scaled(e) for e in entry.args))
+        return Node(node.op, tuple(entry if a is first else a for a in args))
+
+    return first._replace(args=tuple(scaled(entry) for entry in first.args))
 
 
 def items_of(node: Node) -> tuple[Node, ...]:
@@ -107,6 +129,8 @@ def heading(node: Node) -> str | None:
         return "".join(a.value for a in node.args)
     if node.op == "mul" and len(node.args) == 2 and node.args[0].op == "sym" and node.args[1].op == "tuple":
         return node.args[0].value
+    if node.op == "div" and all(heading(a) for a in node.args):
+        return "/".join(heading(a) for a in node.args)
     if node.op == "tuple" and all(a.op == "sym" for a in node.args):
         return f"({','.join(a.value for a in node.args)})"
     if node.op == "fn" and node.value in ("sin", "cos", "tan", "cot", "sec", "csc", "abs", "norm", "arg", "Re", "Im", "gcd", "lcm", "min", "max"):
@@ -119,8 +143,10 @@ def heading(node: Node) -> str | None:
 
 def is_simple_name(node: Node) -> bool:
     """x, x_1, f(x), (x, y), Area, AB: what a solution is given for; not the sum or the function that an equation may hold."""
-    if heading(node) is None or node.op not in ("sym", "tuple", "mul"):
+    if heading(node) is None or node.op not in ("sym", "tuple", "mul", "fn", "div"):
         return False
+    if node.op in ("fn", "div"):  # |AB| = 1 and AB/CD = 2, not |x| = 1
+        return all(a.op == "mul" and is_simple_name(a) for a in node.args)
     return node.op != "mul" or node.args[0].value[0] not in _UNKNOWNS
 
 

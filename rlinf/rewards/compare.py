@@ -10,7 +10,7 @@ from typing import Protocol
 from rlinf.rewards.canon import canonical, is_simple_name, items_of
 from rlinf.rewards.evaluate import exact
 from rlinf.rewards.forms import Node, TooDeep, symbols
-from rlinf.rewards.regions import Number, is_region, region, variable_of
+from rlinf.rewards.regions import Number, is_region, parameters, region, variable_of
 from rlinf.rewards.units import Unit, comparable
 
 APPROXIMATE_DIGITS = 6  # significant digits from which a rounded decimal may stand for a value that has no finite decimal form
@@ -45,7 +45,7 @@ def equal(gold: Node, answer: Node, judge: Judge) -> bool:
 def _equal(g: Node, a: Node, judge: Judge) -> bool:
     if g == a and not (g.op == "assign" and _inconsistent(g, judge)):
         return True
-    if g.op == a.op == "rel" and all(symbols(x) - {variable_of(x)} for x in (g, a)):  # neither is solved with a number
+    if g.op == a.op == "rel" and all(parameters(x) for x in (g, a)):  # neither is solved with a number
         return judge.same_relation(g, a)
     if is_region(g) or is_region(a):
         return _same_region(g, a, judge)
@@ -79,7 +79,7 @@ def _same_region(g: Node, a: Node, judge: Judge) -> bool:
             return False
         if node.op == "list" and not is_region(node):
             return False
-    if any(symbols(x) - {variable_of(x)} for x in (g, a)):
+    if any(parameters(x) for x in (g, a)):
         return _same_symbolic_region(g, a, judge)
     return region(g, judge.number) == region(a, judge.number)
 

@@ -223,7 +223,8 @@ class NumericJudge:
 
     def _vanishes(self, x: Any, more_precise: Any) -> bool:
         """A true zero shrinks as the precision grows; a small number does not."""
-        return more_precise == 0 or abs(more_precise) < abs(x) * self.mp.mpf(10) ** -20
+        bound = abs(x) * self.mp.mpf(10) ** -20 if x != 0 else self.mp.mpf(10) ** -DIGITS
+        return more_precise == 0 or abs(more_precise) < bound
 
     # -- equations
 

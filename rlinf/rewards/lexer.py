@@ -17,7 +17,7 @@ GREEK = frozenset(
     omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar""".split()
 )
 INFINITIES = frozenset("infinity inf oo infty".split())
-WORDS = FUNCTIONS | GREEK | INFINITIES | frozenset(MULTIPLIERS) | frozenset(k for k in UNITS if k.isalpha() and len(k) > 1) | frozenset("and or pi mod percent deg degree degrees per base".split())
+WORDS = FUNCTIONS | GREEK | INFINITIES | frozenset(MULTIPLIERS) | frozenset(k for k in UNITS if k.isalpha() and len(k) > 1) | frozenset("and or pi mod percent percentage pct deg degree degrees per base".split())
 
 _TEXT = frozenset(("\\text", "\\textbf", "\\textit", "\\textrm", "\\textnormal", "\\texttt", "\\textsf", "\\mbox", "\\mathrm", "\\operatorname", "\\hbox", "\\rm"))
 _STYLE = frozenset(("\\mathbf", "\\mathit", "\\boldsymbol", "\\bm", "\\mathsf", "\\mathcal", "\\mathscr", "\\mathfrak", "\\emph", "\\underline", "\\ensuremath", "\\mathnormal", "\\pmb", "\\mathop"))

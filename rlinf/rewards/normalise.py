@@ -27,7 +27,8 @@ _SYMBOLS = {
 _TABLE = str.maketrans({**_SYMBOLS, **{k: f"\\{v} " for k, v in _GREEK.items()}})
 _RAISED = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
-_SPACES = re.compile(r"(?<!\\)\\(?:[,;:! \n]|quad(?![A-Za-z])|qquad(?![A-Za-z])|hspace\*?\{[^{}]*\}|thinspace(?![A-Za-z])|enspace(?![A-Za-z])|phantom\{[^{}]*\}|vphantom\{[^{}]*\})|~")
+_SPACES = re.compile(r"(?<!\\)\\(?:[,;:! \n]|q?quad|hspace\*?\{[^{}]*\}|thinspace(?![A-Za-z])|enspace(?![A-Za-z])|phantom\{[^{}]*\}|vphantom\{[^{}]*\})|~")
+_TIGHT_COMMA = re.compile(r"\{,\}\s*|,\\!\s*")
 _DROPPED = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tt|mathstrut|strut|centering|large|Large|normalsize|small|protect|allowbreak|nobreak)(?![A-Za-z])\.?"
 )
@@ -52,7 +53,8 @@ def clean(answer: str) -> str:
         return s
     if not s.isascii():
         s = _ascii(s)
-    s = _SPACES.sub(lambda m: "" if m[0] == "\\!" else " ", s.replace("{,}", ","))
+    s = _TIGHT_COMMA.sub(",", s)
+    s = _SPACES.sub(lambda m: "" if m[0] == "\\!" else " ", s)
     s = _DELIMITERS.sub(" ", s)
     s = _DROPPED.sub(lambda m: " ", s)
     s = _INNER_BOX.sub("", _FRAC.sub(r"\\frac", s))

@@ -24,7 +24,7 @@ RELATIONS = {
     "\\equiv": "equiv",
 }  # fmt: skip
 SET_OPERATORS = {"\\cup": "union", "\\cap": "intersection", "\\setminus": "minus", "\\backslash": "minus", "\\bigcup": "union", "\\bigcap": "intersection"}
-NOT_FACTORS = frozenset("and or in mod percent degree degrees deg per base".split())
+NOT_FACTORS = frozenset("and or in mod percent pct percentage degree degrees deg per base".split())
 BEYOND = frozenset("\\int \\iint \\oint \\sum \\prod \\lim \\partial \\nabla \\det".split())
 _UNION_LETTER = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[\\])")
 
@@ -218,7 +218,7 @@ class Parser(AtomParser):
         pieces = self.unit_pieces()
         if not pieces:
             return node
-        if pieces in (["percent"], ["per", "cent"]):
+        if pieces in (["percent"], ["per", "cent"], ["pct"], ["percentage"]):
             return Node("percent", (node,))
         if len(pieces) == 1 and pieces[0] in ("degree", "degrees", "deg"):
             return Node("degree", (node,))
@@ -270,9 +270,9 @@ def _spells_unit(word: str) -> bool:
 
 
 def _product(factors: list[Node]) -> Node:
-    """A product; a name before a tuple, as in P(3, 4), names the tuple."""
+    """A product; a capital before a tuple, as in P(3, 4), names the tuple."""
     if len(factors) == 1:
         return factors[0]
-    if len(factors) == 2 and factors[0].op == "sym" and factors[1].op == "tuple":
+    if len(factors) == 2 and factors[0].op == "sym" and factors[0].value[:1].isupper() and factors[1].op == "tuple":
         return Node("rel", tuple(factors), ("=",))
     return Node("mul", tuple(factors))

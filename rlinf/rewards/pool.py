@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 START_SECONDS = 60.0  # for a worker to import its libraries on a busy machine; not part of any item's time
 ITEMS_PER_WORKER = 5000  # then it is replaced, so that the caches of the libraries stay small
+_CLEAN = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -38,9 +39,9 @@ class Reply(NamedTuple):
 class Worker:
     """One child process. Not thread-safe: it belongs to one keeper."""
 
-    def __init__(self, memory_bytes: int, timeout: float) -> None:
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH")))), PYTHONHASHSEED="0")
-        command = [sys.executable, "-m", "rlinf.rewards.cage", str(os.getpid()), str(memory_bytes), str(timeout)]
+    def __init__(self, kind: str, memory_bytes: int, timeout: float) -> None:
+        env = dict(os.environ, **_CLEAN, PYTHONPATH=os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH")))))
+        command = [sys.executable, "-m", "rlinf.rewards.cage", kind, str(os.getpid()), str(memory_bytes), str(timeout)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, process_group=0)
         self.items = 0
         self._ready = False
@@ -101,12 +102,12 @@ class Worker:
 
 
 class Pool:
-    """`submit` returns a future of a Reply; it blocks while more than a few items per worker are waiting (back-pressure)."""
+    """Workers for items of one kind (`math`, or `rg` for reasoning-gym). `submit` returns a future of a Reply; it blocks while more than a few items per worker are waiting (back-pressure)."""
 
-    def __init__(self, processes: int, timeout: float, memory_bytes: int = 1 << 30) -> None:
+    def __init__(self, processes: int, timeout: float, kind: str = "math", memory_bytes: int = 1 << 30) -> None:
         if processes < 1 or timeout <= 0:
             raise ValueError(f"a pool needs at least one process and a positive timeout, got {processes} and {timeout}")
-        self._state = _State(timeout, memory_bytes, queue.Queue(maxsize=8 * processes), ThreadPoolExecutor(1, "rlinf-nursery"))
+        self._state = _State(kind, timeout, memory_bytes, queue.Queue(maxsize=8 * processes), ThreadPoolExecutor(1, "rlinf-nursery"))
         self._keepers = [threading.Thread(target=_keep, args=(self._state,), name="rlinf-keeper", daemon=True) for _ in range(processes)]
         for keeper in self._keepers:
             keeper.start()
@@ -137,7 +138,8 @@ class Pool:
 class _State:
     """What keepers share. Apart from Pool, so that the threads do not keep the pool alive."""
 
-    def __init__(self, timeout: float, memory_bytes: int, jobs: queue.Queue, nursery: ThreadPoolExecutor) -> None:
+    def __init__(self, kind: str, timeout: float, memory_bytes: int, jobs: queue.Queue, nursery: ThreadPoolExecutor) -> None:
+        self.kind = kind
         self.timeout, self.memory_bytes, self.jobs, self.nursery = timeout, memory_bytes, jobs, nursery
         self.lock = threading.Lock()
         self.workers: list[Worker] = []
@@ -146,7 +148,7 @@ class _State:
 
     def _spawn(self) -> Worker:
         # Always in the nursery's thread: the kernel sends PR_SET_PDEATHSIG when the *thread* that started the child ends.
-        worker = Worker(self.memory_bytes, self.timeout)
+        worker = Worker(self.kind, self.memory_bytes, self.timeout)
         with self.lock:
             self.workers = [w for w in self.workers if w.process.poll() is None] + [worker]
         return worker

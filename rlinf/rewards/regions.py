@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from rlinf.rewards.canon import canonical, heading
-from rlinf.rewards.forms import Malformed, Node, TooDeep
+from rlinf.rewards.forms import Malformed, Node, TooDeep, symbols
 
 Number = Fraction | float  # float only for the infinities
 INF = float("inf")
@@ -49,6 +49,15 @@ def variable_of(node: Node) -> str:
         return node.value
     names = {variable_of(a) for a in node.args} - {""} if node.op == "list" else set()
     return names.pop() if len(names) == 1 else ""
+
+
+def parameters(node: Node) -> frozenset[str]:
+    """The free symbols beside the variable itself."""
+    if node.op == "rel" and (found := _variable(node)):
+        return frozenset().union(*(symbols(s) for i, s in enumerate(node.args) if i != found[1]))
+    if node.op == "list":
+        return frozenset().union(*(parameters(a) for a in node.args))
+    return symbols(node) - {node.value} if node.op == "member" else symbols(node)
 
 
 def region(node: Node, number: Callable[[Node], Number]) -> Region:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -10,14 +11,19 @@ from typing import NamedTuple
 
 from rlinf.data.records import Status, Verdict
 from rlinf.rewards.extract import extract
-from rlinf.rewards.math import Decision, judge_cheap
+from rlinf.rewards.math import Decision, gold_answer
 from rlinf.rewards.pool import Pool, Reply
+from rlinf.rewards.tasks import judge_cheap
 
-REMEMBERED = 65536  # decided (task, answer, solutions) pairs kept, so that a duplicate is judged once
+REMEMBERED = 65536  # decided (task, answer, solutions) triples kept, so that a duplicate is judged once
+_OPERATOR = re.compile(r"[-+*/^=<>!]|\\(?:frac|cdot|times|div|sqrt|binom|pm)")
 
 
 class Item(NamedTuple):
-    """One response to judge. `prompt` (optional) tells whether the response begins inside an open <think>."""
+    """One response to judge.
+
+    prompt (optional) tells whether the response begins inside an open <think>, and what would be a mere copy of the question.
+    """
 
     text: str
     solutions: tuple[str, ...]
@@ -26,14 +32,17 @@ class Item(NamedTuple):
 
 
 class Verifier:
-    """Judges responses. Thread-safe; processes start when the first answer needs them (or at `warm_up`) and end with `close`."""
+    """Judges responses. Thread-safe; processes start when the first answer needs them (or at `warm_up`) and end with `close`.
+
+    reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as wrong.
+    """
 
     def __init__(self, reward_scale: float = 5.0, undecided_reward: float | None = None, answer_format: str = "boxed", num_processes: int = 1,
                  timeout: float = 1.0) -> None:
         self.answer_format, self.num_processes, self.timeout = answer_format, num_processes, timeout
         undecided = -reward_scale if undecided_reward is None else undecided_reward
         self._rewards = {Status.RIGHT: reward_scale, Status.WRONG: -reward_scale, Status.UNDECIDED: undecided}
-        self._pool: Pool | None = None
+        self._pools: dict[str, Pool] = {}
         self._lock = threading.Lock()
         self._decided: dict[tuple, Decision] = {}
 
@@ -41,41 +50,44 @@ class Verifier:
         return self.verify_many([Item(text, tuple(solutions), task, prompt)])[0]
 
     def verify_many(self, items: Sequence[Item]) -> list[Verdict]:
-        """Verdicts in the order of the items. Equal (answer, solutions) pairs are judged once; only symbolic work leaves this process."""
+        """Verdicts in the order of the items. Equal (answer, solutions) pairs are judged once; only symbolic work leaves this process.
+
+        Raises UserError for an unknown task.
+        """
         verdicts: list[Verdict | None] = [None] * len(items)
-        waiting: dict[tuple, tuple[Future[Reply], list[tuple[int, str]]]] = {}
+        waiting: dict[tuple, tuple[Future[Reply], list[int]]] = {}
         for i, item in enumerate(items):
             started = time.perf_counter()
             answer, route = extract(item.text, item.prompt, self.answer_format)
             if answer is None:
-                verdicts[i] = self._verdict(Decision("wrong", route), None, time.perf_counter() - started)
+                verdicts[i] = self._verdict(Decision("wrong", route), None, item, time.perf_counter() - started)
                 continue
             key = (item.task, answer, item.solutions)
-            decision = self._decided.get(key) or judge_cheap(answer, item.solutions)
+            decision = self._decided.get(key) or judge_cheap(*key)
             if decision is not None:
                 self._remember(key, decision)
-                verdicts[i] = self._verdict(decision, answer, time.perf_counter() - started)
+                verdicts[i] = self._verdict(decision, answer, item, time.perf_counter() - started)
             elif key in waiting:
-                waiting[key][1].append((i, answer))
+                waiting[key][1].append(i)
             else:
-                waiting[key] = (self._workers().submit((answer, item.solutions)), [(i, answer)])
+                waiting[key] = (self._pool_for(item.task).submit(key), [i])
         for key, (future, places) in waiting.items():
             reply = future.result()
-            decision = Decision(**reply.answer) if not reply.reason else Decision("undecided", reply.reason)
+            decision = Decision("undecided", reply.reason) if reply.reason else Decision(**reply.answer)
             self._remember(key, decision)
-            for i, answer in places:
-                verdicts[i] = self._verdict(decision, answer, reply.seconds)
+            for i in places:
+                verdicts[i] = self._verdict(decision, key[1], items[i], reply.seconds)
         return verdicts
 
     def warm_up(self) -> None:
         """Start the processes now."""
-        self._workers()
+        self._pool_for("math")
 
     def close(self) -> None:
         with self._lock:
-            if self._pool is not None:
-                self._pool.close()
-                self._pool = None
+            pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.close()
 
     def __enter__(self) -> Verifier:
         return self
@@ -83,11 +95,16 @@ class Verifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _workers(self) -> Pool:
+    def worker_pids(self) -> list[int]:
         with self._lock:
-            if self._pool is None:
-                self._pool = Pool(self.num_processes, self.timeout)
-            return self._pool
+            return [pid for pool in self._pools.values() for pid in pool.worker_pids()]
+
+    def _pool_for(self, task: str) -> Pool:
+        kind = "rg" if task.startswith("rg/") else "math"
+        with self._lock:
+            if kind not in self._pools:
+                self._pools[kind] = Pool(self.num_processes, self.timeout, kind)
+            return self._pools[kind]
 
     def _remember(self, key: tuple, decision: Decision) -> None:
         if decision.status != "undecided":  # a time-out may be the machine's fault: the next one gets a new chance
@@ -95,6 +112,22 @@ class Verifier:
                 self._decided = {}
             self._decided[key] = decision
 
-    def _verdict(self, decision: Decision, answer: str | None, seconds: float) -> Verdict:
+    def _verdict(self, decision: Decision, answer: str | None, item: Item, seconds: float) -> Verdict:
+        if decision.status == "right" and item.prompt and item.task == "math" and copies_question(answer, item):
+            decision = Decision("wrong", "copied_question", "the box holds a formula of the question, not its value")
         status = Status(decision.status)
         return Verdict(self._rewards[status], status, answer, decision.route, seconds, decision.reason)
+
+
+def copies_question(answer: str, item: Item) -> bool:
+    r"""Whether the answer is a formula that stands in the prompt as it is (\boxed{23+45} to "What is 23+45?") and not the gold's own form."""
+    text = "".join(answer.split()).strip("$")
+    if not _OPERATOR.search(text, 1) or any(text == "".join(gold_answer(s).split()) for s in item.solutions):
+        return False
+    at = (prompt := "".join(item.prompt.split())).find(text)
+    while at >= 0:  # as a whole: 1/2 is not a copy from 11/23
+        before, after = prompt[at - 1 : at], prompt[at + len(text) : at + len(text) + 1]
+        if not (before.isdigit() and text[0].isdigit()) and not (after.isdigit() and text[-1].isdigit()):
+            return True
+        at = prompt.find(text, at + 1)
+    return False

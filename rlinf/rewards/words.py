@@ -136,6 +136,11 @@ def _date(s: str) -> Node | None:
 
 
 def _ratio(s: str) -> Node | None:
+    if ":" in s and "=" in s:  # a : b = 3 : 2
+        names, _, s = s.rpartition("=")
+        if ":" not in names or any(c.isdigit() for c in re.sub(r"_\{?[0-9]+\}?", "", names)):
+            return None
+        s = s.strip()
     if not _RATIO.fullmatch(s) or len(s) > 200:
         return None
     return Node("ratio", (), tuple(Fraction(part.strip()) for part in re.split(r":|\\colon", s)))

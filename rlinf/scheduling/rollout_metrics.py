@@ -30,10 +30,13 @@ def rollout_metrics(headers: Sequence[GroupHeader], advantages: Sequence[np.ndar
         "truncated": np.mean([f in (Finish.LENGTH, Finish.WINDOW) for f in finishes]),
         "aborted": np.mean([f is Finish.ABORT for f in finishes]),
         "no_box": np.mean([v.extracted is None for v in verdicts]),
+        "no_answer": np.mean([v.route == "no_answer" for v in verdicts]),
         "verdict_undecided": np.mean([v.status is Status.UNDECIDED for v in verdicts]),
         "groups_all_right": np.mean([all(group) for group in right]),
         "groups_all_wrong": np.mean([not any(group) for group in right]),
     }
+    for part in sorted({name for v in verdicts for name, _ in v.parts}):
+        metrics[f"reward_{part}"] = np.mean([dict(v.parts).get(part, 0.0) for v in verdicts])
     if len(advantages):
         flat = np.concatenate(advantages)
         metrics |= {

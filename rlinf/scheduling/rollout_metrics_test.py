@@ -42,6 +42,7 @@ def test_rollout_metrics_of_three_groups() -> None:
         "truncated": 1 / 3,
         "aborted": 0.0,
         "no_box": 1 / 6,
+        "no_answer": 0.0,
         "verdict_undecided": 1 / 6,
         "groups_all_right": 1 / 3,
         "groups_all_wrong": 1 / 3,

@@ -10,6 +10,7 @@ from pathlib import Path
 from rlinf.config.schema import Config
 from rlinf.data.records import Group, Verdict
 from rlinf.data.tokenizer import load_tokenizer
+from rlinf.rewards.shaping import Shaping
 from rlinf.rewards.verifier import Item, Verifier
 from rlinf.scheduling.placement import WorkerAddress
 
@@ -22,6 +23,10 @@ class RewardWorker:
         self.address = address
         self.tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
         self.verifier = Verifier(reward.reward_scale, reward.undecided_reward, reward.answer_format, reward.num_processes, reward.timeout)
+        self.shaping = Shaping(
+            max_new_tokens=config.algorithm.sampling_params.max_new_tokens, format_reward=reward.format_reward, overlong_buffer=reward.overlong_buffer,
+            overlong_penalty=reward.overlong_penalty, exploration_penalty=reward.exploration_penalty,
+        )  # fmt: skip
         self.verifier.warm_up()
 
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
@@ -34,7 +39,8 @@ class RewardWorker:
     def _judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
         prompt = group.prompt.text or self.tokenizer.decode(group.prompt.token_ids.tolist())
         texts = [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
-        verdicts = tuple(self.verifier.verify_many([Item(text, group.prompt.solutions, group.prompt.task, prompt) for text in texts]))
+        judged = self.verifier.verify_many([Item(text, group.prompt.solutions, group.prompt.task, prompt) for text in texts])
+        verdicts = tuple(self.shaping.apply(v, prompt, text, len(s)) for v, text, s in zip(judged, texts, group.samples, strict=True))
         if dump_path:
             dump(Path(dump_path), group, prompt, texts, verdicts)
         return verdicts
@@ -47,7 +53,7 @@ def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tupl
         lines.append(json.dumps({
             "group_id": group.group_id, "sample_id": sample.sample_id, "task": group.prompt.task, "prompt": prompt, "response": text,
             "solutions": group.prompt.solutions, "reward": verdict.reward, "status": verdict.status.value, "route": verdict.route,
-            "extracted": verdict.extracted, "reason": verdict.reason, "seconds": verdict.seconds, "length": len(sample),
+            "extracted": verdict.extracted, "parts": dict(verdict.parts), "reason": verdict.reason, "seconds": verdict.seconds, "length": len(sample),
             "finish": sample.finish.value, "versions": sample.versions,
         }, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,74 @@
+"""The families of the reasoning-gym package (https://github.com/open-thought/reasoning-gym) as tasks `rg/<family>`.
+
+A record's one solution is the JSON of the entry that the family's scorer wants: {"answer": ..., "metadata": ...}. The package is needed
+only where such tasks are used; its scorers run in the cage, since some of them execute or search.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+from rlinf.errors import UserError
+from rlinf.rewards.math import Decision
+
+NOT_REPRODUCIBLE = frozenset(("knight_swap", "list_functions"))  # two datasets of one seed differ (0.1.25)
+REFUSED = {
+    "game_of_life_halting": "its scorer gives full marks to any text",
+    "composite": "it is a mixture; generate its families one by one",
+}
+INSTRUCTION = "Put your final answer within \\boxed{}."
+
+
+def check_family(family: str) -> None:
+    """Raises UserError for a family that is unknown, refused, or cannot be scored because the package is missing."""
+    if family in REFUSED:
+        raise UserError(f"task 'rg/{family}': refused, because {REFUSED[family]}")
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError(f"task 'rg/{family}': the package reasoning-gym is not installed; pip install reasoning-gym==0.1.25")
+    if family not in families():
+        raise UserError(f"task 'rg/{family}': reasoning-gym has no such family; see rlinf data generate --help")
+
+
+def families() -> frozenset[str]:
+    """All families of the installed package, the refused ones too. Takes about two seconds the first time."""
+    return frozenset(load().factory.DATASETS)
+
+
+def load() -> Any:
+    import reasoning_gym
+
+    return reasoning_gym
+
+
+def judge(family: str, answer: str, solutions: tuple[str, ...]) -> Decision:
+    """Only in the cage. Partial credit is no credit; a scorer that fails on the text leaves it undecided."""
+    score_answer = load().get_score_answer_fn(family)
+    best = 0.0
+    for solution in solutions:
+        entry = json.loads(solution)
+        try:
+            score = float(score_answer(answer.strip(), entry))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, ArithmeticError, AssertionError) as error:
+            return Decision("undecided", "rg_scorer_failed", f"{type(error).__name__}: {error}"[:200])
+        best = max(best, score)
+    return Decision("right" if best == 1.0 else "wrong", "rg", f"score {best:g}")
+
+
+def generate(family: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """Records in the AReaL-boba format. A family that is not reproducible from its seed is refused, as is one whose scorer is unsound."""
+    check_family(family)
+    if family in NOT_REPRODUCIBLE:
+        raise UserError(f"rg/{family}: two data sets of one seed differ; choose another family")
+    dataset = load().create_dataset(family, size=size, seed=seed)
+    score_answer = load().get_score_answer_fn(family)
+    records = []
+    for i in range(size):
+        entry = dataset[i]
+        solution = json.dumps({"answer": entry["answer"], "metadata": entry["metadata"]}, default=str)
+        if entry["answer"] is None or score_answer(entry["answer"], json.loads(solution)) != 1.0:
+            raise UserError(f"rg/{family}: its own answer does not get full marks (entry {i}); it cannot be used for training")
+        prompt = f"{entry['question'].rstrip()}\n{INSTRUCTION}\n"
+        records.append({"prompt": prompt, "task": f"rg/{family}", "query_id": f"rg-{family}-{seed}-{i}", "solutions": [solution]})
+    return records

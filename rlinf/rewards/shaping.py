@@ -1,0 +1,58 @@
+"""Parts of a reward beside correctness. Pure; what is switched off is not a part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rlinf.data.records import Verdict
+from rlinf.rewards.extract import counted_text, ends_inside_thinking, last_box
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """format_reward: added to a well-formed response. overlong_buffer (tokens) and overlong_penalty: soft_overlong. exploration_penalty: exploration.
+
+    max_new_tokens: the hard limit of a response that overlong_buffer counts back from.
+    """
+
+    max_new_tokens: int
+    format_reward: float = 0.0
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
+    exploration_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlong_buffer <= self.max_new_tokens:
+            raise ValueError(f"overlong_buffer must be between 0 and max_new_tokens ({self.max_new_tokens}), got {self.overlong_buffer}")
+        if self.overlong_penalty < 0 or self.exploration_penalty < 0:
+            raise ValueError("overlong_penalty and exploration_penalty must not be negative")
+
+    def apply(self, verdict: Verdict, prompt: str, response: str, length: int) -> Verdict:
+        """The verdict with its parts; status and correctness stay as they are."""
+        parts: list[tuple[str, float]] = []
+        if self.format_reward:
+            parts.append(("format", self.format_reward * well_formed(prompt, response)))
+        if self.overlong_buffer:
+            parts.append(("overlong", self.overlong_penalty * soft_overlong(length, self.max_new_tokens, self.overlong_buffer)))
+        if self.exploration_penalty:
+            parts.append(("exploration", exploration(length, self.exploration_penalty)))
+        return replace(verdict, reward=verdict.reward + sum(v for _, v in parts), parts=tuple(parts)) if parts else verdict
+
+
+def soft_overlong(length: int, limit: int, buffer: int) -> float:
+    """0 up to limit - buffer tokens, then linear down to -1 at the limit (DAPO, arXiv 2503.14476, section 3.4)."""
+    return min(0.0, max(-1.0, (limit - buffer - length) / buffer))
+
+
+def exploration(length: int, penalty: float) -> float:
+    """-penalty / length, at least -1: short reasoning costs, length beyond need gains ever less (RLSP, arXiv 2502.06773). An empty response: -1."""
+    return -min(1.0, penalty / length) if length else -1.0
+
+
+def well_formed(prompt: str, response: str) -> bool:
+    """One thinking section, closed, where the prompt or the response opens one; then an answer in a box, and one box only."""
+    opened = int(ends_inside_thinking(prompt)) + response.count("<think>")
+    if opened > 1 or response.count("</think>") != opened:
+        return False
+    text = counted_text(response, prompt)
+    return text is not None and text.count("\\boxed") == 1 and bool((last_box(text) or "").strip())

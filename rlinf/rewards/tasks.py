@@ -1,0 +1,76 @@
+"""What a task name means: how its answers are judged, which part in this process and which in the cage.
+
+    math          equivalence of mathematical answers (rewards/math.py)
+    choice        the letter of a multiple-choice question; never a guess from prose
+    exact         the same text, white space aside
+    rg/<family>   reasoning-gym's scorer of that family; only the full score is right
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from rlinf.errors import UserError
+from rlinf.rewards import math, reasoning_gym
+from rlinf.rewards.math import Decision, gold_answer
+from rlinf.rewards.words import choice, untext
+
+TASKS = ("math", "choice", "exact")
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
+
+
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Raises UserError for a task that nothing here can judge."""
+    for task in sorted(set(tasks)):
+        if task.startswith("rg/"):
+            reasoning_gym.check_family(task[3:])
+        elif task not in TASKS:
+            raise UserError(f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. Leave its prompts out with data.tasks, for example data.tasks=[math]")
+
+
+def judge_cheap(task: str, answer: str, solutions: tuple[str, ...]) -> Decision | None:
+    """None: the cage must decide."""
+    if task == "math":
+        return math.judge_cheap(answer, solutions)
+    if task == "choice":
+        return _judge_choice(answer, solutions)
+    if task == "exact":
+        text = _exact_text(answer)
+        return Decision("right" if text in [_exact_text(gold_answer(s)) for s in solutions] else "wrong", "exact")
+    check_tasks([task])
+    return None
+
+
+def judge_caged(task: str, answer: str, solutions: tuple[str, ...]) -> Decision:
+    if task == "math":
+        return math.judge_caged(answer, solutions)
+    return reasoning_gym.judge(task[3:], answer, solutions)
+
+
+def warm_up(kind: str) -> None:
+    """Load what a worker for `math` or `rg` needs, so that no item pays for it."""
+    if kind == "rg":
+        reasoning_gym.load()
+    else:
+        math.warm_up()
+
+
+def _judge_choice(answer: str, solutions: tuple[str, ...]) -> Decision:
+    letter = letter_of(answer)
+    if letter is None:
+        return Decision("wrong", "no_letter", answer[:200])
+    return Decision("right" if letter in [letter_of(gold_answer(s)) for s in solutions] else "wrong", "choice", letter)
+
+
+def letter_of(answer: str) -> str | None:
+    """`B`, `b`, `(B)`, `B.`, `\\text{(B)}`, `(B) 12`, `option B` -> B; None for everything else, several letters included."""
+    plain = untext(answer.strip().strip("$")) if len(answer) < 1000 else ""
+    if match := _LETTER.fullmatch(plain):
+        return match[1].upper()
+    labelled = choice(plain)
+    return labelled[0] if labelled else None
+
+
+def _exact_text(text: str) -> str:
+    return " ".join(text.split())

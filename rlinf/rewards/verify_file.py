@@ -1,0 +1,85 @@
+"""Grade a JSONL file: each line `{"response": str, "solutions": [str, ...], "task": "math"}` comes back with its verdict."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from rlinf.errors import UserError
+from rlinf.rewards.tasks import check_tasks
+from rlinf.rewards.verifier import Item, Verifier
+
+LINES_AT_ONCE = 4096
+
+
+def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1) -> dict[str, Any]:
+    """Write every line of in_path to out_path with `reward`, `status`, `route`, `extracted`, `seconds` and `reason`; return the counts.
+
+    A line may also hold `prompt`. The file appears whole or not at all. Raises UserError naming the line that cannot be graded.
+    """
+    source, target = Path(in_path), Path(out_path)
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; give a JSONL file of responses")
+    if processes < 1:
+        raise UserError(f"--processes: {processes} is not a number of processes; give 1 or more")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    statuses: Counter[str] = Counter()
+    routes: Counter[str] = Counter()
+    with Verifier(num_processes=processes) as verifier, removed_on_error(scratch) as out:
+        rows = _rows(source)
+        while chunk := list(islice(rows, LINES_AT_ONCE)):
+            verdicts = verifier.verify_many([item for _, item in chunk])
+            for (row, _), verdict in zip(chunk, verdicts):
+                row |= {"reward": verdict.reward, "status": verdict.status.value, "route": verdict.route, "extracted": verdict.extracted,
+                        "seconds": round(verdict.seconds, 6), "reason": verdict.reason}
+                out.write(json.dumps(row) + "\n")
+                statuses[verdict.status.value] += 1
+                routes[verdict.route] += 1
+    os.replace(scratch, target)
+    return {"lines": sum(statuses.values()), **{s: statuses[s] for s in ("right", "wrong", "undecided")}, "routes": dict(routes.most_common())}
+
+
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[TextIO]:
+    try:
+        with open(path, "w", encoding="utf-8") as out:
+            yield out
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], Item]]:
+    known: set[str] = set()
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row, item = _row(f"{path}:{number}", line)
+            if item.task not in known:
+                check_tasks([item.task])
+                known.add(item.task)
+            yield row, item
+
+
+def _row(where: str, line: str) -> tuple[dict[str, Any], Item]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not a JSON object on one line ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("response"), str):
+        raise UserError(f'{where}: needs "response", a string')
+    solutions = row.get("solutions")
+    if not isinstance(solutions, list) or not solutions or not all(isinstance(s, str) for s in solutions):
+        raise UserError(f'{where}: needs "solutions", a list of at least one string')
+    task, prompt = row.get("task", "math"), row.get("prompt", "")
+    if not isinstance(task, str) or not isinstance(prompt, str):
+        raise UserError(f'{where}: "task" and "prompt" must be strings')
+    return row, Item(row["response"], tuple(solutions), task, prompt)
