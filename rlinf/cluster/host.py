@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import fcntl
 import importlib
 import inspect
 import logging
 import os
 import random
 import socket
+import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from typing import Any
 from rlinf.cluster.processes import RUN_ID, die_with_parent, start_sentinel
 from rlinf.scheduling.placement import WorkerAddress
 
+SIOCGIFADDR = 0x8915
 PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
 
 
@@ -94,14 +97,14 @@ class Holder:
 @dataclass(frozen=True)
 class Setup:
     """How a seat's process is prepared: its log, the driver's folder, its rank and the number of device slots on its node, whether it
-    uses GPUs, whether all peers are on this machine, and whether it is the one that this node's sentinel watches."""
+    uses GPUs, its own address for peers, and whether it is the process that this node's sentinel watches."""
 
     log_file: str
     cwd: str
     local_rank: int
     slots: int
     cuda: bool
-    loopback: bool
+    host: str
     watched: bool
 
 
@@ -178,10 +181,25 @@ def seat_environment(address: WorkerAddress, setup: Setup) -> dict[str, str]:
         "OMP_NUM_THREADS": str(address.threads),
         "CUDA_VISIBLE_DEVICES": visible_devices(address.devices, os.environ.get("CUDA_VISIBLE_DEVICES")) if setup.cuda else "",
     }
-    interface = "lo" if setup.loopback else os.environ.get("RLINF_NIC")
+    interface = interface_of(setup.host)
     if interface:
         env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     return env
+
+
+def interface_of(host: str) -> str | None:
+    """The network interface that has this IPv4 address; None when none has (address translation)."""
+    if host.startswith("127."):
+        return "lo"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # an interface without an IPv4 address
+            if socket.inet_ntoa(answer[20:24]) == host:
+                return name
+    return None
 
 
 def cores() -> int:

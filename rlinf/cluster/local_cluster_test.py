@@ -35,7 +35,7 @@ def test_sync_and_async_workers_live_in_this_process_and_payloads_are_the_object
         refs = [rollout.ref(0, "generate", size, returns=2) for size in (3, 4)]
         assert [(await header)["size"] for header, _ in refs] == [3, 4]
         assert await rollout.call(0, "most_at_once") == 2
-        assert await actor.call(0, "measure", *[payload for _, payload in refs]) == 7
+        assert await actor.call(0, "sum_of", *[payload for _, payload in refs]) == 7
         assert await refs[0][1] is await refs[0][1]
         told = (await actor.call_all("describe"))[0]
         assert told["pid"] == os.getpid() and told["address"].world_size == 1 and told["args"] == ("x",)

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from rlinf.cluster.state import listens
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import UserError
 
@@ -48,8 +49,8 @@ def wait_for_machines(config: ClusterConfig, device: str) -> list[Machine]:
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Ray's living nodes in the order of their exported ranks; without ranks the head first, then by address."""
-    nodes = [n for n in ray.nodes() if n["Alive"]]
+    """Nodes that answer, in the order of their exported ranks; without ranks the head first, then by address."""
+    nodes = [n for n in ray.nodes() if n["Alive"] and listens(f"{n['NodeManagerAddress']}:{n['NodeManagerPort']}")]
     ranks = [int(n["Labels"][RANK_LABEL]) for n in nodes if RANK_LABEL in n["Labels"]]
     twice = [rank for rank, count in Counter(ranks).items() if count > 1]
     if twice:

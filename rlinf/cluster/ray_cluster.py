@@ -111,13 +111,13 @@ class RayCluster(Cluster):
         part = int(10_000 / sharers) / 10_000
         peers = plan.of(seat.component)
         first = self.machines[peers[0].node]
-        loopback = len({s.node for s in plan.seats}) == 1 or first.host.startswith("127.")
+        loopback = len({s.node for s in plan.seats}) == 1
         on_node = [s.rank for s in peers if s.node == seat.node]
+        machine = self.machines[seat.node]
         address = WorkerAddress(seat.component, seat.rank, len(peers), seat.node, seat.devices, "127.0.0.1" if loopback else first.host, 0,
                                 self.run_id, self.config.threads_per_worker)
-        machine = self.machines[seat.node]
-        setup = Setup(str(self.log_file(seat)), os.getcwd(), on_node.index(seat.rank), machine.devices, self.device == "cuda", loopback,
-                      watched=seat.rank == on_node[0] and machine.ray_id != self.here)
+        setup = Setup(str(self.log_file(seat)), os.getcwd(), on_node.index(seat.rank), machine.devices, self.device == "cuda",
+                      "127.0.0.1" if loopback else machine.host, watched=seat.rank == on_node[0] and machine.ray_id != self.here)
         options = {"num_cpus": 0, "num_gpus": part} if self.device == "cuda" else {"num_cpus": part}
         return WorkerActor.options(
             **options,

@@ -84,7 +84,7 @@ def test_payloads_stay_where_they_are_made_and_travel_between_workers(shared: Cl
         headers = [await header for header, _ in refs]
         assert [h["size"] for h in headers] == [10, 200_000, 30]
         payloads = [payload for _, payload in refs]
-        assert await plain.call(3, "measure", *payloads) == 200_040
+        assert await plain.call(3, "sum_of", *payloads) == 200_040
         assert await rollout.call(0, "most_at_once") == 3
         header, payload = await rollout.call(1, "generate", 5, returns=2)
         assert header["size"] == 5 and payload.sum() == 5

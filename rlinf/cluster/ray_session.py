@@ -10,20 +10,18 @@ import logging
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 import ray
 from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from rlinf.cluster.processes import RUN_ID
+from rlinf.cluster.state import listens, object_store_bytes, state_folder
 from rlinf.errors import UserError
 
-STATE = "RLINF_RAY_STATE"  # folder of a cluster that start_ray.sh started on this machine: files `address` and `token`
 LONGEST_TMP = 40  # characters: a unix socket's path has at most 107, and Ray appends 60
 PRIVATE_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
@@ -33,10 +31,6 @@ PRIVATE_ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",  # every worker here has an environment of its own; spare ones are never used
     "RAY_prestart_worker_first_driver": "0",
 }
-
-
-def state_folder() -> Path:
-    return Path(os.environ.get(STATE) or f"/tmp/rlinf-ray-{os.getuid()}")
 
 
 class RaySession:
@@ -122,15 +116,3 @@ class RaySession:
         for name, value in self.saved.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         self.saved = {}
-
-
-def listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.settimeout(3.0)
-        return probe.connect_ex((host, int(port))) == 0
-
-
-def object_store_bytes() -> int:
-    """5 % of the memory, between 512 MiB and 64 GiB; only what is used is ever touched."""
-    return max(512 << 20, min(64 << 30, psutil.virtual_memory().total // 20))
