@@ -46,9 +46,11 @@ class Run:
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
     run_id, temp = new_run_id(), Path(f"/tmp/t{os.getpid()}")
     temp.mkdir()
+    home = tmp_path / "home"
+    home.mkdir()
     command = [sys.executable, "-m", "tests.cluster_driver", str(tmp_path), run_id, request.param]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                               env=os.environ | {"TMPDIR": str(temp)})
+                               env=os.environ | {"TMPDIR": str(temp), "HOME": str(home)})
     line = process.stdout.readline()
     try:
         assert line, process.communicate()[1]
@@ -61,6 +63,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
         time.sleep(0.1)
     assert list(temp.iterdir()) == []
     temp.rmdir()
+    assert list(home.iterdir()) == []  # no token that would later lock other nodes out
     assert list(Path("/dev/shm").glob(f"*{run_id}*")) == []
 
 
@@ -117,6 +120,15 @@ def test_an_interrupt_from_the_terminal_is_a_clean_stop(run: Run) -> None:
     os.killpg(run.process.pid, signal.SIGINT)
     code, errors, seconds = run.end()
     assert (code, errors) == (130, "") and seconds < 15
+    assert "closed politely" in (run.logs / "actor-0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["idle"], indirect=True)
+def test_a_terminated_driver_stops_cleanly(run: Run) -> None:
+    os.kill(run.process.pid, signal.SIGTERM)
+    code, errors, seconds = run.end()
+    assert code not in (0, -signal.SIGTERM) and seconds < 15
     assert "closed politely" in (run.logs / "actor-0.log").read_text()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.host import free_port, visible_devices
+from rlinf.cluster.processes import new_run_id
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.scheduling.placement import Plan, Seat
@@ -23,7 +24,7 @@ PLAN = Plan((Seat("actor", 0, 0, (0,)), Seat("rollout", 0, 0, (0,))), "collocate
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    opened = Cluster.connect(ClusterConfig(backend="local", device="cpu"), "local-test", tmp_path)
+    opened = Cluster.connect(ClusterConfig(backend="local", device="cpu"), new_run_id(), tmp_path)
     yield opened
     opened.close()
 
