@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 
 from rlinf.cluster.cluster import Cluster
@@ -42,6 +43,7 @@ def train(resolved: Resolved) -> int:
     run_id = new_run_id()
     _say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
     cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
     try:
         usage = Usage(run_id)
         plan = build_plan(config, cluster.inventory())

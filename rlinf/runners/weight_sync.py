@@ -29,7 +29,6 @@ class WeightSync:
         source = merge_sources([part for part, _ in parts])
         receipts = await self.rollout.call_all("load_weights", source, version)
         check_receipts(source, version, receipts)
-        await self.actor.call_all("release")
         self.version = version
         self.metrics = {
             "sync/gather_seconds": max(seconds for _, seconds in parts),
@@ -39,6 +38,7 @@ class WeightSync:
         every = self.config.rollout.verify_weights_every
         if self.syncs == 0 or (every and self.syncs % every == 0):
             self.metrics["sync/probe_gap_max"] = await self.probe(version)
+        await self.actor.call_all("release")
         self.syncs += 1
 
     async def probe(self, version: int) -> float:

@@ -39,8 +39,13 @@ class PackedAttention(MegatronModule):
         sizes = [n for s in segments for n in ((s.prompt, s.own) if s.slots is not None else (s.prompt + s.own,))]
         pieces = zip(*(t.split(sizes) for t in (_rotate(query, cos, sin), _rotate(key, cos, sin), value)))
         outputs = []
+        common: tuple[Tensor, Tensor] | None = None  # keys and values of the start that all prompts share
         for segment in segments:
             q, k, v = next(pieces)
+            if common is not None:
+                k, v = torch.cat([common[0], k]), torch.cat([common[1], v])
+            elif packed_seq_params.common:
+                common = k, v
             outputs.append(self._attend(q[None], k[None], v[None])[0])
             if segment.slots is not None:
                 outputs.append(self._responses(*next(pieces), k, v, segment))

@@ -5,7 +5,9 @@ The samples of one prompt may share one copy of the prompt's tokens ("shared pre
     prompt | response 1 | response 2 | ...
 
 where every response attends to the prompt and to itself only, and its positions go on from the prompt's. A group with one sample is a
-plain causal sequence. The last token of a response predicts nothing that is trained, so it is not packed at all.
+plain causal sequence. What the prompts of different groups have in common at their start (a system prompt, worked examples) is packed
+once too, in front of everything, and all groups attend to it. The last token of a response predicts nothing that is trained, so it is
+not packed at all.
 
 Shape legend: T packed rows, N response tokens, S samples, D head dimension.
 """
@@ -22,6 +24,9 @@ from torch import Tensor
 
 from rlinf.data.records import Group, Sample
 from rlinf.data.packing import SampleRef
+
+
+COMMON_MIN = 16  # a shorter common start is not worth the concatenation of keys that it costs
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class PackedBatch(PackedSeqParams):
     loss_mask_N: Tensor | None = None  # [N] float32
     rollout_logprobs_N: Tensor | None = None  # [N] float32
     n_samples: int = 0
+    common: int = 0  # rows of the start that all prompts share: the first segment, if any
     temperature: float = 1.0
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin [T, 1, D], filled in once by the model
 
@@ -72,13 +78,19 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
     segments: list[Segment] = []
     predict: list[np.ndarray] = []
     order: list[tuple[Sample, float]] = []
-    start = 0
-    for members in _by_prompt(refs, share_prefix):
-        prompt = groups[members[0].group].prompt.token_ids
+    members_of = _by_prompt(refs, share_prefix)
+    start = common = _common_start([groups[members[0].group].prompt.token_ids for members in members_of]) if share_prefix else 0
+    if common:
+        rows.append(groups[members_of[0][0].group].prompt.token_ids[:common])
+        positions.append(np.arange(common))
+        segments.append(Segment(common, ()))
+    for members in members_of:
+        prompt = groups[members[0].group].prompt.token_ids[common:]
         samples = [groups[r.group].samples[r.index] for r in members]
         order += [(s, r.advantage) for s, r in zip(samples, members)]
         rows += [prompt, *(s.token_ids[:-1] for s in samples)]
-        positions += [np.arange(len(prompt)), *(np.arange(len(prompt), len(prompt) + len(s) - 1) for s in samples)]
+        length = common + len(prompt)
+        positions += [np.arange(common, length), *(np.arange(length, length + len(s) - 1) for s in samples)]
         counts = tuple(len(s) - 1 for s in samples)
         segments.append(Segment(len(prompt), counts, _slots(counts, device)))
         first = start + len(prompt)
@@ -105,8 +117,19 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
         loss_mask_N=tensor([s.loss_mask for s, _ in order], np.float32),
         rollout_logprobs_N=tensor([s.rollout_logprobs for s, _ in order], np.float32),
         n_samples=len(order),
+        common=common,
         temperature=temperature,
     )
+
+
+def _common_start(prompts: Sequence[np.ndarray]) -> int:
+    """Tokens that all prompts begin with, at least one fewer than the shortest has (its last row must be its own)."""
+    if len(prompts) < 2:
+        return 0
+    limit = min(map(len, prompts)) - 1
+    differs = np.flatnonzero((np.stack([p[:limit] for p in prompts]) != prompts[0][:limit]).any(0))
+    common = int(differs[0]) if len(differs) else limit
+    return common if common >= COMMON_MIN else 0
 
 
 def _slots(counts: tuple[int, ...], device: torch.device) -> Tensor | None:

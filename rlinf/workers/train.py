@@ -20,6 +20,7 @@ from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import checkpoint, parallel
 from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, pack
+from rlinf.training.offload import Offloader
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.shared_memory import publish, release
@@ -51,6 +52,7 @@ class TrainWorker:
         self.reference = ReferencePolicy(self.engine) if config.algorithm.kl_beta > 0 else None
         self.settings = objective_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
+        self.offloader = Offloader(self.engine, config.actor)
         self.published: WeightSource | None = None
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
@@ -60,6 +62,7 @@ class TrainWorker:
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
         started = time.perf_counter()
+        self.offloader.before_use()
         minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
         packed = time.perf_counter()
         old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
@@ -104,6 +107,7 @@ class TrainWorker:
     def publish(self, version: int) -> tuple[WeightSource | None, float]:
         """Write this stage's weights for the rollout engines; the first TP and DP rank of each pipeline stage returns a source."""
         started = time.perf_counter()
+        self.offloader.after_training()
         tensors = self.engine.export()
         if self.at.tp_rank == 0 and self.at.dp_rank == 0:
             self.published = publish(tensors, f"{self.address.run_id}-s{self.at.pp_rank}", version)
@@ -113,6 +117,8 @@ class TrainWorker:
         return self.published, time.perf_counter() - started
 
     def release(self) -> None:
+        """The engines have the weights: free what publish() wrote, and hand the device over."""
+        self.offloader.after_publishing()
         if self.published is not None:
             release(self.published)
             self.published = None
@@ -131,9 +137,11 @@ class TrainWorker:
     # ---- checkpoints ----------------------------------------------------------------------------------------------------------
 
     def save(self, step_dir: str) -> None:
+        self.offloader.before_use()
         checkpoint.save(self.engine, Path(step_dir), Path(self.config.rollout.model_dir))
 
     def load(self, step_dir: str) -> None:
+        self.offloader.before_use()
         checkpoint.load(self.engine, Path(step_dir))
 
 
