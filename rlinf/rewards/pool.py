@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 START_SECONDS = 60.0  # for a worker to import its libraries on a busy machine; not part of any item's time
 ITEMS_PER_WORKER = 5000  # then it is replaced, so that the caches of the libraries stay small
+ATTEMPTS = 3
 _CLEAN = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -46,13 +47,16 @@ class Worker:
         self.items = 0
         self._ready = False
 
-    def wait_ready(self) -> None:
-        """Raises RuntimeError when the child cannot start (its traceback is on stderr)."""
+    def wait_ready(self) -> bool:
+        """False when somebody killed it. Raises RuntimeError when the child cannot start (its traceback is on stderr)."""
         if not self._ready:
-            if self._read(time.monotonic() + START_SECONDS) != {"ready": True}:
-                self.kill()
-                raise RuntimeError(f"a verifier process did not start (exit status {self.process.returncode}); see its messages on stderr")
-            self._ready = True
+            self._ready = self._read(time.monotonic() + START_SECONDS) == {"ready": True}
+        if self._ready and self.process.poll() is None:
+            return True
+        self.kill()
+        if self.process.returncode == -signal.SIGKILL:
+            return False
+        raise RuntimeError(f"a verifier process did not start (exit status {self.process.returncode}); see its messages on stderr")
 
     def ask(self, item: Any, timeout: float) -> Reply:
         """Hand an item over and wait; after anything but an answer the worker must be replaced."""
@@ -154,12 +158,14 @@ class _State:
         return worker
 
     def next_worker(self) -> Worker:
-        """The spare, ready; another one starts behind it."""
-        with self.lock:
-            mine, self.spare = self.spare, self.nursery.submit(self._spawn)
-        worker = mine.result()
-        worker.wait_ready()
-        return worker
+        """The spare, ready; another one starts behind it. A spare that was killed while it waited is passed over."""
+        for _ in range(ATTEMPTS):
+            with self.lock:
+                mine, self.spare = self.spare, self.nursery.submit(self._spawn)
+            worker = mine.result()
+            if worker.wait_ready():
+                return worker
+        raise RuntimeError("verifier processes are killed as soon as they start; is the machine out of memory?")
 
 
 def _keep(state: _State) -> None:
@@ -170,7 +176,7 @@ def _keep(state: _State) -> None:
             future.cancel()
             continue
         try:
-            for attempt in range(2):
+            for _ in range(ATTEMPTS):
                 if worker is None or worker.items >= ITEMS_PER_WORKER or worker.process.poll() is not None:
                     if worker is not None:
                         worker.kill()
@@ -179,7 +185,7 @@ def _keep(state: _State) -> None:
                 if reply.reason:
                     worker.kill()
                     worker = None
-                if reply.reason != "killed":  # killed from outside while it held an innocent item: once more
+                if reply.reason != "killed":  # killed from outside while it held an innocent item: again
                     break
             future.set_result(reply)
         except (RuntimeError, OSError) as error:  # a worker that cannot start: the caller must hear of it, this thread must live on
@@ -197,5 +203,4 @@ def _close(state: _State, keepers: list[threading.Thread]) -> None:
         keeper.join()
     state.nursery.shutdown(wait=True)
     for worker in state.workers:
-        if worker.process.poll() is None:
-            worker.kill()
+        worker.kill()

@@ -1,21 +1,29 @@
+"""The cage: nothing that a worker does or suffers reaches another item, the order, or the machine after us."""
+
+from __future__ import annotations
+
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rlinf.rewards.pool import Pool
 from rlinf.rewards.verifier import Item, Verifier
 
-HOSTILE = "9^{9^{9^{9}}}"
+ROOT = Path(__file__).parents[2]
+SPIN = r"\int_0^1 \sin(\cos(\tan(x^{x^{x}}))) \ln(x^x+\sin x)\,dx"  # math-verify works on it until it is killed
 
 
 @pytest.fixture(scope="module")
-def verifier():
-    with Verifier(num_processes=2, timeout=1.0) as v:
+def verifier() -> Iterator[Verifier]:
+    with Verifier(num_processes=2) as v:
         yield v
 
 
@@ -23,30 +31,101 @@ def symbolic(i: int) -> Item:
     return Item(f"\\boxed{{\\sqrt{{{i * i * 3}}}}}", (f"\\boxed{{{i}\\sqrt{{3}}}}",))
 
 
-def test_survives_kill_minus_nine(verifier: Verifier) -> None:
+def gone(pids: list[int], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{p}").exists() for p in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(Path(f"/proc/{p}").exists() for p in pids)
+
+
+def test_killed_workers_are_replaced_and_lose_nothing(verifier: Verifier) -> None:
     assert verifier.verify(*symbolic(2)[:2]).reward == 5.0
-    for pid in verifier._pool.worker_pids():
+    for pid in verifier.worker_pids():
         os.kill(pid, signal.SIGKILL)
     assert [v.status.value for v in verifier.verify_many([symbolic(i) for i in range(3, 9)])] == ["right"] * 6
 
 
+def test_a_worker_killed_while_it_works_gets_its_item_done_by_another() -> None:
+    with Verifier(num_processes=1, timeout=5.0) as v:
+        v.verify(*symbolic(2)[:2])
+        victims = v.worker_pids()
+
+        def kill_the_busy_one() -> None:
+            time.sleep(0.3)
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+
+        thread = threading.Thread(target=kill_the_busy_one)
+        thread.start()
+        verdicts = v.verify_many([Item("\\boxed{1}", (SPIN,)), *(symbolic(i) for i in range(20, 24))])
+        thread.join()
+        assert [x.status.value for x in verdicts[1:]] == ["right"] * 4
+        assert verdicts[0].route in ("timeout", "math-verify", "unreadable", "limit")
+
+
+def test_a_stuck_item_is_undecided_in_time_and_the_others_are_unaffected(verifier: Verifier) -> None:
+    verifier.verify(*symbolic(2)[:2])
+    stuck = Item(f"\\boxed{{{SPIN}}}", ("1",))
+    items = [symbolic(31), stuck, *(symbolic(i) for i in range(32, 44))]
+    verdicts = verifier.verify_many(items)
+    assert verdicts[1].status.value == "undecided" and verdicts[1].seconds <= 1.5
+    assert [v.status.value for v in verdicts[:1] + verdicts[2:]] == ["right"] * 13
+
+
 def test_children_die_with_a_killed_parent() -> None:
-    code = "import time\nfrom rlinf.rewards.verifier import Verifier\nv = Verifier()\nv.verify('\\\\boxed{\\\\sqrt{12}}', ['2\\\\sqrt{3}'])\nprint(v._pool.worker_pids(), flush=True)\ntime.sleep(60)"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    code = "import time\nfrom rlinf.rewards.verifier import Verifier\nv = Verifier()\nv.verify('\\\\boxed{\\\\sqrt{12}}', ['2\\\\sqrt{3}'])\nprint(v.worker_pids(), flush=True)\ntime.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     pids = [int(p) for p in parent.stdout.readline().strip("[]\n").split(",")]
-    assert pids
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{p}").exists() for p in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(Path(f"/proc/{p}").exists() for p in pids)
+    assert pids and gone(pids)
 
 
-def test_close_reaps_every_child_and_thread() -> None:
+def test_a_script_that_never_closes_leaves_nothing_behind() -> None:
+    code = "from rlinf.rewards.verifier import Verifier\nv = Verifier(num_processes=2)\nprint(v.verify('\\\\boxed{\\\\sqrt{12}}', ['2\\\\sqrt{3}']).status.value, v.worker_pids())"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
+    status, pids = done.stdout.split(" ", 1)
+    assert status == "right" and gone([int(p) for p in pids.strip("[]\n").split(",")])
+
+
+def test_close_reaps_every_child_and_ends_every_thread() -> None:
+    before = set(threading.enumerate())
     v = Verifier(num_processes=2)
     v.verify(*symbolic(2)[:2])
-    pids = v._pool.worker_pids()
+    pids = v.worker_pids()
     v.close()
     assert pids and not any(Path(f"/proc/{p}").exists() for p in pids)
-    assert not [t for t in threading.enumerate() if t.name.startswith("rlinf-keeper") and t.is_alive() and t in v.__dict__.values()]
+    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith("rlinf-keeper")]
+
+
+def test_a_worker_is_clean_small_and_named(verifier: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLINF_RUN_ID", "run-of-this-test")
+    with Verifier() as v:
+        v.verify(*symbolic(2)[:2])
+        pid = v.worker_pids()[0]
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "torch" not in maps and "numpy" not in maps
+        assert resource.prlimit(pid, resource.RLIMIT_AS) == (1 << 30, 1 << 30)
+        assert b"RLINF_RUN_ID=run-of-this-test" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def test_works_in_threads_and_keeps_the_order(verifier: Verifier) -> None:
+    results: dict[int, list[str]] = {}
+
+    def work(k: int) -> None:
+        items = [symbolic(100 * k + i) if i % 2 else Item("\\boxed{\\sqrt{7}}", (str(100 * k + i),)) for i in range(20)]
+        results[k] = [v.status.value for v in verifier.verify_many(items)]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(1, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {k: ["wrong", "right"] * 10 for k in range(1, 4)}
+
+
+def test_a_pool_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with Pool(1, 1.0) as pool, pytest.raises(RuntimeError, match="did not start"):
+        pool.submit(("math", "1", ("1",))).result(timeout=20)
