@@ -236,6 +236,11 @@ def warm_up() -> None:
     judge_caged("\\int_0^1 x dx", ("\\frac{1}{2}",))
 
 
+def _words(text: str) -> set[str]:
+    """Words of prose; math-verify drops them, so an answer must not say more than the gold."""
+    return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) - {"dx", "dy", "dt", "dz"}
+
+
 def _ask_math_verify(got: Read, wants: list[Read], decision: Decision) -> Decision:
     """math-verify alone is too lenient; it is asked only where our grammar ends, and must read both sides."""
     from math_verify import parse as mv_parse
@@ -245,7 +250,7 @@ def _ask_math_verify(got: Read, wants: list[Read], decision: Decision) -> Decisi
     if len(answer) < 2:  # only its own text came back
         return Decision("undecided", "unreadable", got.readings[0].fault if got.readings else "")
     for want in wants:
-        if not (want.unsupported or got.unsupported):
+        if not (want.unsupported or got.unsupported) or _words(got.text) - _words(want.text):
             continue
         gold = mv_parse(f"\\boxed{{{want.text}}}", parsing_timeout=None)
         if len(gold) >= 2 and mv_verify(gold, answer, timeout_seconds=None):

@@ -12,6 +12,7 @@ _UNTEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mat
 _CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*([ap])?\.?(?:m\.?)?|([0-9]{1,2})\s*([ap])\.?\s?m\.?|([0-9]{1,2}) o'?clock", re.IGNORECASE)
 _RATIO = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:\s*(?::|\\colon)\s*-?[0-9]+(?:\.[0-9]+)?)+")
 _CHOICE = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[).:])\s*[.:]?\s*(.*)", re.DOTALL)
+_OTHER_LETTER = re.compile(r"\b(?:or|and|not|nor)\b|\([A-Ja-j]\)|(?<![A-Za-z])[A-J][).:]|^\s*[,;&/]|^[A-J]$")
 _OPTION = re.compile(r"(?:choice|option|answer)\s+\(?([A-J])\)?", re.IGNORECASE)
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?\s*([0-9]+|two|three|eight|ten|sixteen)\s*\}?|([0-9A-Fa-f]+)\s+\(?(?:in\s+)?base[ -]([0-9]+|two|three|eight|ten|sixteen)\)?")
 _BASES = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
@@ -71,7 +72,7 @@ def choice(s: str) -> tuple[str, str] | None:
     if match := _OPTION.fullmatch(plain):
         return match[1].upper(), ""
     match = _CHOICE.fullmatch(plain)
-    if match is None or _CHOICE.match(match[3]) or re.match(r"[-+*/^=<>_(\[]|\\(?:cdot|times|cup|in|le|ge|div)", match[3]):
+    if match is None or _OTHER_LETTER.search(match[3]) or re.match(r"[-+*/^=<>_(\[]|\\(?:cdot|times|cup|in|le|ge|div)", match[3]):
         return None
     return (match[1] or match[2]).upper(), match[3]
 
