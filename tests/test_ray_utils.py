@@ -52,7 +52,7 @@ class Node:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.checkout, env=self.environment(), text=True, stdout=pipe, stderr=pipe)
 
-    def run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess:
+    def run(self, *command: str, timeout: float = 180) -> subprocess.CompletedProcess:
         return subprocess.run(command, cwd=self.checkout, env=self.environment(), text=True, capture_output=True, timeout=timeout)
 
     def mark(self) -> str:
@@ -96,7 +96,7 @@ def test_the_documented_block_runs_literally_as_two_nodes(nodes: list[Node]) -> 
     block = BLOCK.format(checkout=checkout)
     (checkout / "ray_utils" / ADDRESS_FILE).write_text("192.0.2.77\nport=6379\ncluster=old\nstarted=1\n")  # an earlier run's
     blocks = [node.popen("bash", "-c", block) for node in reversed(nodes)]
-    (_, other_errors), (output, errors) = [b.communicate(timeout=120) for b in blocks]
+    (_, other_errors), (output, errors) = [b.communicate(timeout=240) for b in blocks]
     assert "node 1 of the Ray cluster" in other_errors, other_errors
     assert "check_ray: 4 of 4 devices on 2 nodes: node 0" in errors and "config grpo-1.5b-megatron" in errors, errors
     told = json.loads(output)

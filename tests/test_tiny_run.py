@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from rlinf.metrics.names import undocumented
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +65,7 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
     assert all(math.isfinite(m["train/loss"]) and m["train/entropy_loss"] > 0 for m in metrics[1:])
     assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in metrics[1:])  # fp32: engine and actor are one policy
     assert all(abs(m["train/first_minibatch_ratio"] - 1) <= 1e-6 and m["train/first_minibatch_clip_fraction"] == 0 for m in metrics[1:])
+    assert undocumented({name for m in metrics for name in m} - {"step", "time"}) == []
     run_dir = tmp_path / "logs" / "tiny"
     assert (run_dir / "checkpoints" / "latest").resolve().name == "step_000003"
     final = load_file(run_dir / "checkpoints" / "step_000003" / "hf" / "model-00001-of-00002.safetensors")

@@ -232,12 +232,13 @@ SYSTEM = [
     ),
     *metrics(
         "sync",
-        ("seconds", "seconds from the actor's weights to the engine's receipt", "steady", "the network or the disk between them"),
-        ("bytes", "bytes of weights moved", "constant", "—"),
+        ("gather_seconds", "seconds in which the actor gathered and wrote its weights, slowest rank", "steady", "the network between the ranks"),
+        ("load_seconds", "seconds in which an engine read and took them, slowest engine", "steady", "the memory or network between them"),
+        ("gib", "GiB of weights moved", "constant", "—"),
         (
-            "probe_gap",
+            "probe_gap_max",
             "largest log-probability difference of engine and actor on the probe prompts",
-            "fp32 below 1e-4; bf16 below 0.1",
+            "fp32 below 1e-4; bf16 below 0.2",
             "the engine does not hold the actor's weights: the run stops",
         ),
     ),

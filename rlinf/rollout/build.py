@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
 from rlinf.config.schema import Config
 from rlinf.errors import UserError
 from rlinf.rollout.contract import RolloutEngine
@@ -21,6 +23,8 @@ def build_engine(config: Config, tokenizer: Tokenizer, device: str) -> RolloutEn
     rollout = config.rollout
     if rollout.rollout_backend != "embedded":
         raise UserError(f"rollout.rollout_backend: the {rollout.rollout_backend} engine is not part of this version; use `embedded`")
+    if device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(rollout.gpu_memory_utilization)  # beyond its share the engine fails, not its neighbour
     return EmbeddedEngine(
         rollout.model_dir,
         dtype=rollout.precision or config.actor.model.precision,

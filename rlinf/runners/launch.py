@@ -16,6 +16,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.summary import show_summary
+from rlinf.rewards.tasks import check_tasks
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.runners.run_folder import RunFolder
@@ -37,6 +38,7 @@ def train(resolved: Resolved) -> int:
     if config.data.val_data_paths:
         val_prompts, val_report = load_prompts(config.data.val_data_paths, config.data, tokenizer)
         _say(f"validation data: {val_report.describe()}")
+    check_tasks({p.task for p in (*prompts, *val_prompts)})
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
     resume_step = None if not folder.continues else folder.resume.step if folder.resume else 0
     logger = MetricLogger(folder.path, config.runner.logger.logger_backends, resume_step)

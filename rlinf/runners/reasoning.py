@@ -89,7 +89,7 @@ class ReasoningRunner:
             self.cluster.phase = f"step {self.step}, train"
             metrics = await self.update(scored, headers, advantages)
         await self.publish_weights()
-        return rollout_metrics(headers, advantages) | metrics | self.sync.metrics
+        return rollout_metrics(headers, advantages) | metrics | self.sync.metrics | await self.speeds(headers)
 
     async def generate(self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams, dump: str) -> list[Scored]:
         """Groups in the order of the prompts, each judged as soon as it is complete."""
@@ -119,6 +119,17 @@ class ReasoningRunner:
         reports = await self.actor.call_each("train_step", [(self.step, s, *(payload[g] for g in s.group_ids)) for s in share_of])
         slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
         return reports[0].metrics | slowest | {"perf/actor_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
+
+    async def speeds(self, headers: Sequence[GroupHeader]) -> dict[str, float]:
+        """What the engines counted since the last step, and tokens per second of the two big phases."""
+        stats = await self.rollout.call_all("stats")
+        decoded = max(1, sum(s.decoded_tokens for s in stats))
+        return {
+            "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
+            "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / decoded,
+            "perf/rollout_tokens_per_second": sum(sum(h.response_lengths) for h in headers) / self.timers.seconds["rollout"],
+            "perf/train_tokens_per_second": sum(h.prompt_length * len(h.sample_ids) + sum(h.response_lengths) for h in headers) / self.timers.seconds["train"],
+        }
 
     async def publish_weights(self) -> None:
         with self.timers.phase("sync_weights"):

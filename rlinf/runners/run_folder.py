@@ -47,6 +47,8 @@ class RunFolder:
         self._hold()
         self.continues = self._has_steps()
         self.resume = self._find_resume(runner.resume_dir)
+        if self.continues:
+            self._set_aside_samples(self.resume.step if self.resume else 0)
         (self.path / "config.yaml").write_text(to_yaml(resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
 
@@ -94,6 +96,13 @@ class RunFolder:
         if metrics.exists() and metrics.stat().st_size == 0:
             metrics.unlink()
         return metrics.exists()
+
+    def _set_aside_samples(self, step: int) -> None:
+        """Samples of steps that are about to be repeated keep their text under another name."""
+        for file in sorted((self.path / "samples").glob("*_??????.jsonl")):
+            if int(file.stem[-6:]) > step or (self.resume is None and file.stem.startswith("validation")):
+                number = len(list(file.parent.glob(f"{file.name}.replaced-*"))) + 1
+                file.rename(file.with_name(f"{file.name}.replaced-{number}"))
 
     def _retire(self) -> None:
         done = sorted(p for p in self.checkpoints.glob("step_*") if (p / COMPLETE).exists())

@@ -104,3 +104,16 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
         open_folder(tmp_path, f"runner.resume_dir={step_dir}")
     with pytest.raises(UserError, match="not a checkpoint"):
         open_folder(tmp_path, f"runner.resume_dir={tmp_path}")
+
+
+def test_samples_of_repeated_steps_are_set_aside_not_lost_nor_mixed(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    checkpoint(folder, 1)
+    with_steps(folder)
+    folder.samples(1).parent.mkdir()
+    for step in (1, 2):
+        folder.samples(step).write_text(f"old {step}")
+    close(folder)
+    open_folder(tmp_path, "runner.resume_dir=auto")
+    assert folder.samples(1).read_text() == "old 1" and not folder.samples(2).exists()
+    assert (folder.samples(2).parent / "step_000002.jsonl.replaced-1").read_text() == "old 2"

@@ -14,12 +14,13 @@ from rlinf.metrics.summary import Scores
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """Per problem, in the order of the validation files: right (0/1), boxed (0/1), response tokens, truncated (0/1)."""
+    """Per problem, in the order of the validation files: right (0/1), boxed (0/1), response tokens, truncated (0/1), undecided (0/1)."""
 
     right: tuple[int, ...]
     boxed: tuple[int, ...]
     tokens: tuple[int, ...]
     truncated: tuple[int, ...]
+    undecided: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(getattr(self, name)) for name in self.__dataclass_fields__}
@@ -39,13 +40,15 @@ def score_validation(headers: Sequence[GroupHeader]) -> ValidationScores:
         boxed=tuple(int(v.extracted is not None) for v in verdicts),
         tokens=tuple(h.response_lengths[0] for h in headers),
         truncated=tuple(int(h.finishes[0] in (Finish.LENGTH, Finish.WINDOW)) for h in headers),
+        undecided=tuple(int(v.status is Status.UNDECIDED) for v in verdicts),
     )
 
 
 def validation_metrics(scores: ValidationScores) -> dict[str, float]:
     return {
-        "val/accuracy": float(np.mean(scores.right)),
-        "val/boxed": float(np.mean(scores.boxed)),
-        "val/response_length": float(np.mean(scores.tokens)),
-        "val/truncated": float(np.mean(scores.truncated)),
+        "eval/accuracy": float(np.mean(scores.right)),
+        "eval/boxed": float(np.mean(scores.boxed)),
+        "eval/response_length": float(np.mean(scores.tokens)),
+        "eval/truncated": float(np.mean(scores.truncated)),
+        "eval/undecided": float(np.mean(scores.undecided)),
     }

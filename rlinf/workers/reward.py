@@ -14,6 +14,8 @@ from rlinf.rewards.shaping import Shaping
 from rlinf.rewards.verifier import Item, Verifier
 from rlinf.scheduling.placement import WorkerAddress
 
+VERIFIERS = {"math": Verifier}  # by reward.reward_type; what a task is judged by within it: rlinf.rewards.tasks
+
 
 class RewardWorker:
     """One reward process. `judge` may run many times at once in one event loop."""
@@ -22,7 +24,9 @@ class RewardWorker:
         reward = config.reward
         self.address = address
         self.tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
-        self.verifier = Verifier(reward.reward_scale, reward.undecided_reward, reward.answer_format, reward.num_processes, reward.timeout)
+        self.verifier = VERIFIERS[reward.reward_type](
+            reward.reward_scale, reward.undecided_reward, reward.answer_format, reward.num_processes, reward.timeout
+        )
         self.shaping = Shaping(
             max_new_tokens=config.algorithm.sampling_params.max_new_tokens, format_reward=reward.format_reward, overlong_buffer=reward.overlong_buffer,
             overlong_penalty=reward.overlong_penalty, exploration_penalty=reward.exploration_penalty,
