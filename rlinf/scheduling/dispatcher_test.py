@@ -1,0 +1,47 @@
+"""Groups go to the engine with most room, and never beyond what an engine takes."""
+
+import asyncio
+import random
+
+from rlinf.scheduling.dispatcher import Dispatcher
+
+
+def test_the_emptiest_engine_is_taken_and_capacity_is_kept() -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(engines=3, running_requests=8, group_size=4)
+        rng, most = random.Random(0), [0, 0, 0]
+        taken: list[int] = []
+
+        async def group(samples: int) -> None:
+            async with dispatcher.seat(samples) as rank:
+                assert dispatcher.load[rank] - samples == min(load - (samples if i == rank else 0) for i, load in enumerate(dispatcher.load))
+                taken.append(rank)
+                most[rank] = max(most[rank], dispatcher.load[rank])
+                await asyncio.sleep(rng.random() / 1000)
+
+        await asyncio.gather(*(group(4) for _ in range(60)))
+        assert dispatcher.load == [0, 0, 0] and most == [12, 12, 12] and len(taken) == 60
+
+    asyncio.run(run())
+
+
+def test_a_group_larger_than_an_engine_runs_when_one_is_empty() -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(engines=1, running_requests=2, group_size=2)
+        async with dispatcher.seat(100) as rank:
+            assert rank == 0
+
+    asyncio.run(run())
+
+
+def test_an_engine_is_freed_when_its_group_fails() -> None:
+    async def run() -> None:
+        dispatcher = Dispatcher(engines=1, running_requests=2, group_size=2)
+        try:
+            async with dispatcher.seat(2):
+                raise RuntimeError("engine")
+        except RuntimeError:
+            pass
+        assert dispatcher.load == [0]
+
+    asyncio.run(run())
