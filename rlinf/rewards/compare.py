@@ -111,7 +111,8 @@ def _same_collection(g: Node, a: Node, judge: Judge) -> bool:
         if one.op == "list" and _assigned_tuple(one, other, judge):
             return True
         if one.op == "list" and other.op == "tuple":
-            return other.value == "()" and len(one.args) == len(other.args) and all(_equal(x, y, judge) for x, y in zip(g.args, a.args))
+            bare = one.value == "," and not any(i.op in ("assign", "rel") for i in one.args)
+            return bare and other.value == "()" and len(one.args) == len(other.args) and all(_equal(x, y, judge) for x, y in zip(g.args, a.args))
     for x in (g, a):
         if x.op not in ("list", "set") and "list" not in (g.op, a.op):  # {5} and 5: a set with one member stands for it
             return len(items_of(g)) == len(items_of(a)) == 1 and _equal(items_of(g)[0], items_of(a)[0], judge)

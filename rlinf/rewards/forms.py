@@ -44,3 +44,11 @@ def symbols(node: Node) -> frozenset[str]:
     if node.op == "sym":
         return frozenset((node.value,))
     return frozenset().union(*(symbols(a) for a in node.args)) if node.args else frozenset()
+
+
+def height(node: Node) -> int:
+    """Of the tree; without recursion, since it may be what makes recursion unsafe."""
+    levels, level = 0, [node]
+    while level:
+        levels, level = levels + 1, [a for n in level for a in n.args]
+    return levels

@@ -73,6 +73,14 @@ def simple_number(text: str) -> Fraction | None:
     return None
 
 
+def long_integer(text: str) -> str | None:
+    """An integer of any size in one form, without converting it."""
+    digits = text.lstrip("+-").replace(",", "")
+    if not digits.isdecimal() or not digits.isascii() or len(text) - len(text.lstrip("+-")) > 1:
+        return None
+    return ("-" if text[0] == "-" else "") + (digits.lstrip("0") or "0")
+
+
 @lru_cache(maxsize=65536)
 def gold_answer(solution: str) -> str:
     """What a solution says: the content of its last box, or all of it."""
@@ -138,12 +146,16 @@ def judge_cheap(answer: str, solutions: tuple[str, ...]) -> Decision | None:
             return Decision("right", "number", _against(answer, solutions))
         if None not in golds:
             return _numbers(answer, value, solutions, golds)
+    if len(answer) > 400 and (digits := long_integer(answer)):
+        golds = [long_integer(gold_answer(s)) for s in solutions]
+        if digits in golds or None not in golds:
+            return Decision("right" if digits in golds else "wrong", "number")
     got = read(answer)
     if not got.text:
         return Decision("wrong", "empty", "an empty box")
     wants = [gold_reading(s) for s in solutions]
     if any(_same_text(got.text, w.text) for w in wants):
-        return Decision("right", "string")
+        return Decision("right", "string", _forms(got, *wants))
     if any(w.unsupported or w.deep for w in (got, *wants)) and not (len(answer) > MAX_ANSWER):
         return None
     return _decide(got, wants, RationalJudge())
@@ -172,7 +184,12 @@ def _numbers(answer: str, value: Fraction, solutions: tuple[str, ...], golds: li
 
 
 def _against(answer: str, solutions: tuple[str, ...]) -> str:
-    return f"{answer[:200]} against {' | '.join(gold_answer(s)[:200] for s in solutions)}"
+    return f"{answer.strip()[:200]} against {' | '.join(gold_answer(s)[:200] for s in solutions)}"
+
+
+def _forms(got: Read, *wants: Read) -> str:
+    """The normal forms that were compared."""
+    return f"{got.text[:200]} against {' | '.join(w.text[:200] for w in wants)}"
 
 
 def _same_text(a: str, b: str) -> bool:
@@ -187,13 +204,13 @@ def _decide(got: Read, wants: list[Read], judge: Judge) -> Decision | None:
         for gold, answer in _pairs(got, want):
             if gold.letter and answer.letter:
                 if gold.letter == answer.letter:
-                    return Decision("right", "choice")
+                    return Decision("right", "choice", _forms(got, want))
                 continue
             if gold.node is None or answer.node is None:
                 continue
             try:
                 if equal(gold.node, answer.node, judge):
-                    return Decision("right", route)
+                    return Decision("right", route, _forms(got, want))
             except NeedsCage:
                 needs_cage = True
             except (TooBig, TooDeep) as error:
@@ -207,7 +224,7 @@ def _decide(got: Read, wants: list[Read], judge: Judge) -> Decision | None:
     if all(r.node is None and not r.letter for w in wants for r in w.readings):
         return Decision("undecided", "gold_unreadable", wants[0].readings[0].fault if wants[0].readings else "an empty gold")
     faults = [r.fault for r in got.readings if r.fault and r.node is None]
-    return Decision("wrong", "malformed", faults[0]) if faults else Decision("wrong", route)
+    return Decision("wrong", "malformed", faults[0]) if faults else Decision("wrong", route, _forms(got, *wants))
 
 
 def _pairs(got: Read, want: Read) -> Iterator[tuple[Reading, Reading]]:
@@ -254,5 +271,5 @@ def _ask_math_verify(got: Read, wants: list[Read], decision: Decision) -> Decisi
             continue
         gold = mv_parse(f"\\boxed{{{want.text}}}", parsing_timeout=None)
         if len(gold) >= 2 and mv_verify(gold, answer, timeout_seconds=None):
-            return Decision("right", "math-verify")
-    return Decision("wrong", "math-verify") if decision.status == "wrong" else decision
+            return Decision("right", "math-verify", _forms(got, want))
+    return Decision("wrong", "math-verify", _forms(got, *wants)) if decision.status == "wrong" else decision

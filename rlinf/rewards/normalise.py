@@ -33,6 +33,7 @@ _DROPPED = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tt|mathstrut|strut|centering|large|Large|normalsize|small|protect|allowbreak|nobreak)(?![A-Za-z])\.?"
 )
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]/-]|\\\\(?=\s*$)")
+_COLOR = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}")
 _FRAC = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
@@ -57,6 +58,7 @@ def clean(answer: str) -> str:
     s = _SPACES.sub(lambda m: "" if m[0] == "\\!" else " ", s)
     s = _DELIMITERS.sub(" ", s)
     s = _DROPPED.sub(lambda m: " ", s)
+    s = _COLOR.sub(" ", s) if "color" in s else s
     s = _INNER_BOX.sub("", _FRAC.sub(r"\\frac", s))
     if "\\over" in s:
         s = _OVER.sub(r"\\frac{\1}{\2}", s)

@@ -14,7 +14,7 @@ import re
 from fractions import Fraction
 
 from rlinf.rewards.atoms import ATOMS, CURRENCIES, DECORATIONS, MAX_PARTS, TIMES, AtomParser, number_node, signed
-from rlinf.rewards.forms import Malformed, Node, TooDeep, Unsupported
+from rlinf.rewards.forms import Malformed, Node, TooDeep, Unsupported, height
 from rlinf.rewards.lexer import FUNCTIONS, GREEK, INFINITIES, Token, lex
 from rlinf.rewards.units import MULTIPLIERS, UNITS, Unit, lookup, make_unit
 
@@ -35,6 +35,8 @@ def parse(s: str, max_depth: int = 40) -> Node:
     node = parser.answer()
     if parser.peek() is not None:
         raise Malformed(f"cannot read from {parser.value()[:20]!r} on")
+    if height(node) > 2 * max_depth:  # chains such as 1/2/3/... grow a tree without nesting
+        raise TooDeep("a chain too long")
     return node
 
 
@@ -161,6 +163,8 @@ class Parser(AtomParser):
             return value in ATOMS or value[1:] in FUNCTIONS or value[1:] in GREEK or value in DECORATIONS or value in BEYOND
         if value == "|":
             return not self.bars and not self.builder
+        if token.text and value == "(":
+            return False
         return value == "{" or (value == "(" and self.value(1) not in ("mod", "\\mod", "\\bmod"))
 
     def power(self) -> Node:
@@ -255,7 +259,7 @@ class Parser(AtomParser):
                 pieces.append("/")
             elif value in TIMES and pieces and self.peek(1) is not None and self.peek(1).kind == "word":
                 pieces.append("*")
-            elif not (token.text and value in (".", "-")):
+            elif not (token.text and value in (".", "-", "(", ")")):
                 break
             self.pos += 1
             if len(pieces) > 12:

@@ -98,8 +98,8 @@ MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10
 _SAYS_NOTHING = frozenset("unit units total altogether exactly only of the a an each approximately about different distinct possible in".split())
 # A noun after a number is taken for its unit, but none of these: they change what is said.
 _NOT_NOUNS = frozenset(
-    """and or not no nor but if is are was were than less more least most greater times over under below above minus plus negative positive
-    half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths factorial mod base where when with without
+    """and or not no nor but if is are was were than less more least most greater over under below above minus plus negative positive
+    half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths thousandth thousandths millionth millionths squared cubed square factorial mod base where when with without
     either neither both any all some except between to through from for false true wrong yes maybe possibly perhaps because since then unless
     until by up down equals equal correct incorrect error answer solution""".split()
 )
@@ -122,7 +122,7 @@ def make_unit(pieces: Sequence[str]) -> Unit | None:
             sign, expects = -1, True
         elif piece.lower() in _POWERS:
             ahead = _POWERS[piece.lower()]
-        elif piece.startswith("^") or piece.lower() in _POWERS_AFTER or piece == "*":
+        elif i and (piece.startswith("^") or piece.lower() in _POWERS_AFTER or piece == "*"):
             pass  # a power was taken with the unit before it
         elif (unit := lookup(piece)) and piece not in ("a", "in") or (piece == "in" and len(pieces) == 1 and (unit := UNITS["in"])):
             power = int(after[1:]) if after.startswith("^") else _POWERS_AFTER.get(after.lower(), ahead)

@@ -122,7 +122,7 @@ class Verifier:
 def copies_question(answer: str, item: Item) -> bool:
     r"""Whether the answer is a formula that stands in the prompt as it is (\boxed{23+45} to "What is 23+45?") and not the gold's own form."""
     text = "".join(answer.split()).strip("$")
-    if not _OPERATOR.search(text, 1) or any(text == "".join(gold_answer(s).split()) for s in item.solutions):
+    if not _OPERATOR.search(text.lstrip("+-")) or any(text == "".join(gold_answer(s).split()) for s in item.solutions):
         return False
     at = (prompt := "".join(item.prompt.split())).find(text)
     while at >= 0:  # as a whole: 1/2 is not a copy from 11/23

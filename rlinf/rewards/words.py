@@ -24,6 +24,7 @@ _ISO_DATE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
 _ORDINAL = re.compile(r"([0-9]+)(?:\^\{?\s*)?(st|nd|rd|th)\}?")
 _ONES = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split())}
 _TENS = {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10, "hundredth": 100}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 _NOTHING = frozenset(("no solution", "no solutions", "no real solution", "no real solutions", "no real roots", "none", "empty set", "there are no solutions", "there is no solution", "no such solution"))
 _EVERYTHING = frozenset(("all real numbers", "all reals", "all real x", "any real number", "set of all real numbers", "real numbers", "all real values"))
@@ -61,6 +62,8 @@ def special(s: str) -> Node | None:
         if node is not None:
             return node
     number = number_word(folded)
+    if number is None:
+        number = _fraction_words(folded)
     if number is not None:
         return Node("num", (), Fraction(number))
     return _text(s, plain)
@@ -107,6 +110,13 @@ def number_word(text: str) -> int | None:
         else:
             current += _ONES.get(word, _TENS.get(word, 0))
     return sign * (total + current)
+
+
+def _fraction_words(text: str) -> Fraction | None:
+    """`one half`, `three fourths`."""
+    top, _, part = text.rpartition(" ")
+    bottom, number = _PARTS.get(part.removesuffix("s") if part != "halves" else "half"), number_word(top) if top else None
+    return None if bottom is None or number is None else Fraction(number, bottom)
 
 
 def _clock(s: str) -> Node | None:
