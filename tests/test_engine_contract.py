@@ -59,7 +59,10 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 256, length).astype(np.int32)
 
 
-def ask(name: str, ids: np.ndarray, n: int = 1, *, sampling: SamplingParams = SamplingParams(), stop: Stop = NEVER, new: int = 12, prefixes: tuple = ()) -> GenerateRequest:
+def ask(
+    name: str, ids: np.ndarray, n: int = 1, *, sampling: SamplingParams = SamplingParams(), stop: Stop = NEVER, new: int = 12,
+    prefixes: tuple[np.ndarray, ...] = (),
+) -> GenerateRequest:  # fmt: skip
     return GenerateRequest(name, ids, n, sampling, stop, new, prefixes)
 
 
@@ -276,7 +279,9 @@ def test_weights_loaded_under_way_stamp_the_tokens_that_follow(engine: RolloutEn
     ("shape", r"model.layers.2.mlp.up_proj.weight has shape \(64, 128\)"),
     ("unexpected", "unexpected tensor extra.weight"),
 ])  # fmt: skip
-def test_faulty_weights_are_refused_by_name_and_the_old_ones_stay(engine: RolloutEngine, models: dict[str, Path], fault: str, message: str) -> None:
+def test_faulty_weights_are_refused_by_name_and_the_old_ones_stay(
+    engine: RolloutEngine, models: dict[str, Path], fault: str, message: str
+) -> None:
     before = tokens(run(engine, ask("r", prompt(9), 2))[0])
     tensors, name = dict(open_hf_folder(models["other"])), "model.layers.2.mlp.up_proj.weight"
     if fault == "nan":

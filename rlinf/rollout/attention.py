@@ -66,7 +66,8 @@ def prefill_attention(cache: SlotCache, spans: Sequence[Span], device: torch.dev
         keys, values = cache.gather(layer, rows_R, last)
         queries = queries_NAD.new_zeros(len(spans), longest, *queries_NAD.shape[1:])
         queries[batch_N, offset_N] = queries_NAD
-        out = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=None if fresh else visible_R1ST, is_causal=fresh, enable_gqa=True)
+        mask = None if fresh else visible_R1ST
+        out = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask, is_causal=fresh, enable_gqa=True)
         return out.transpose(1, 2)[batch_N, offset_N].flatten(1)
 
     return attend

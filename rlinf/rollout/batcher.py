@@ -89,7 +89,7 @@ class Batcher:
             ready = self._prefill()
         if ready:
             outcomes = self._choose([s for s, _ in ready], torch.stack([h for _, h in ready]))
-        elif any(s is not None and s.filled < len(s.context) - 1 for s in self._rows):
+        elif any(s is not None and s.prefilling for s in self._rows):
             outcomes = []  # a long context is not through yet
         else:
             outcomes = self._decode()
@@ -119,7 +119,7 @@ class Batcher:
         if not free or not self._waiting:
             return []
         self._slots.reserve(max(len(s.context) for s in list(self._waiting)[: len(free)]) + 1)
-        leaders = [np.array(s.context, dtype=np.int32) for s in self._rows if s is not None and s.filled < len(s.context) - 1]
+        leaders = [np.array(s.context, dtype=np.int32) for s in self._rows if s is not None and s.prefilling]
         in_flight = {leader.tobytes() for leader in leaders}
         hits: dict[int, tuple[CachedPrompt, list[Sequence]]] = {}
         passed: deque[Sequence] = deque()
@@ -156,7 +156,7 @@ class Batcher:
 
     def _prefill(self) -> list[tuple[Sequence, Tensor]]:
         """Compute the next part of the contexts that are not through; those that now are, with their last hidden state."""
-        pending = sorted((s for s in self._rows if s is not None and s.filled < len(s.context) - 1), key=lambda s: len(s.context) - s.filled)
+        pending = sorted((s for s in self._rows if s is not None and s.prefilling), key=lambda s: len(s.context) - s.filled)
         batch: list[Sequence] = []
         spans: list[Span] = []
         for sequence in pending:
@@ -170,7 +170,8 @@ class Batcher:
             return []
         tokens = [t for s, span in zip(batch, spans) for t in s.context[span.start : span.end]]
         positions = [p for span in spans for p in range(span.start, span.end)]
-        hidden_NH = self.model.forward(self._tensor(tokens), self._tensor(positions), prefill_attention(self._slots, spans, self.model.device))
+        attend = prefill_attention(self._slots, spans, self.model.device)
+        hidden_NH = self.model.forward(self._tensor(tokens), self._tensor(positions), attend)
         self._count(prefilled_tokens=len(tokens))
         ready = []
         end = 0
@@ -179,7 +180,8 @@ class Batcher:
             sequence.filled = span.end
             if span.end == len(sequence.context):
                 last = hidden_NH[end - 1].clone()
-                self._prefixes.add(CachedPrompt(np.array(sequence.context, dtype=np.int32), self._slots.snapshot(sequence.row, span.end), last))
+                kv = self._slots.snapshot(sequence.row, span.end)
+                self._prefixes.add(CachedPrompt(np.array(sequence.context, dtype=np.int32), kv, last))
                 ready.append((sequence, last))
         return ready
 

@@ -44,6 +44,7 @@ class GenerateRequest:
     request_id names the request and, with the index k of the sample, the sample: `f"{request_id}/{k}"`. On a seeded engine the
     sampling noise of a token is a function of (engine seed, sample id, position) only: not of batching, order or other requests.
     prefixes: for samples that continue, the tokens generated so far, one array for each of the n samples (empty: from the start).
+    The Sample then holds the tokens that follow, and max_new_tokens counts those.
     """
 
     request_id: str
@@ -73,7 +74,9 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the last call of stats(): decoded tokens, prefilled tokens, prompt tokens served from shared KV, seconds busy."""
+    """Counters since the last call of stats(): decoded tokens, prefilled tokens, prompt tokens served from shared KV, seconds busy,
+    and the probability mass that top-p / top-k cut off, summed over the decoded tokens.
+    """
 
     decoded_tokens: int = 0
     prefilled_tokens: int = 0

@@ -52,14 +52,15 @@ class EmbeddedEngine:
     ) -> None:
         arch = read_architecture(load_model_config(model_dir))
         if max_context > arch.max_positions:
-            raise UserError(f"runner.seq_length {max_context} exceeds max_position_embeddings {arch.max_positions} of {model_dir}/config.json; lower it")
+            limit = f"max_position_embeddings {arch.max_positions} of {model_dir}/config.json"
+            raise UserError(f"runner.seq_length {max_context} exceeds {limit}; lower it")
         self.capabilities = Capabilities(seeded=True, retract_and_continue=True, sleep=True, max_context=max_context)
         self._decode = decode
         self._vocab = arch.vocab
         self._batcher = Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
         self._inbox: deque[Job] = deque()  # submitted, not yet seen by the engine thread
-        self._abandoned: deque[Job] = deque()  # their iterators were closed early
+        self._abandoned: deque[Job] = deque()
         self._outboxes: dict[Job, asyncio.Queue[Sample | BaseException]] = {}
         self._reported = EngineStats()
         self._driver: asyncio.Task[None] | None = None
@@ -85,7 +86,8 @@ class EmbeddedEngine:
                 yield item
         finally:
             del self._outboxes[job]
-            self._abandoned.append(job)
+            if job.unfinished:  # closed early
+                self._abandoned.append(job)
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
         """End these requests (None: all): their iterators yield what was decoded."""
@@ -200,7 +202,8 @@ class EmbeddedEngine:
             raise ValueError(f"request {request.request_id}: empty prompt")
         longest = len(request.prompt_ids) + max((len(p) for p in request.prefixes), default=0)
         if longest >= self.capabilities.max_context:
-            raise ValueError(f"request {request.request_id}: {longest} tokens of prompt and prefix leave no room in a context of {self.capabilities.max_context}")
+            room = self.capabilities.max_context
+            raise ValueError(f"request {request.request_id}: {longest} tokens of prompt and prefix leave no room in a context of {room}")
         for tokens in (request.prompt_ids, *request.prefixes):
             if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab:
                 raise ValueError(f"request {request.request_id}: token ids outside the vocabulary of {self._vocab}")

@@ -39,6 +39,11 @@ class Sequence:
     filled: int = 0
 
     @property
+    def prefilling(self) -> bool:
+        """More than the last token is still to be computed; otherwise a decode step takes the sample on."""
+        return self.filled < len(self.context) - 1
+
+    @property
     def generated(self) -> int:
         """Tokens after the prompt, those of the prefix included: the position that keys the noise of the next token."""
         return len(self.context) - self.prompt_length
@@ -73,7 +78,7 @@ class Sequence:
         )
 
     def _completes_string(self, decode: Decode | None) -> bool:
-        """Only the tail is decoded: a character takes at most 4 tokens (one a byte), and the margin keeps its left edge out of the match."""
+        """Only the tail is decoded: a character takes at most 4 tokens (one a byte); the margin keeps the tail's left edge out of it."""
         if decode is None:
             raise ValueError(f"request {self.job.request.request_id}: stop strings need an engine with a tokenizer")
         strings = self.job.request.stop.strings

@@ -33,7 +33,8 @@ class SlotCache:
         """Give the memory back; the next reserve() starts from nothing."""
         a = self._arch
         self.capacity = 0
-        self._layers = [torch.zeros(2, self._slots, a.n_kv_heads, 0, a.head_dim, dtype=self._dtype, device=self._device) for _ in range(a.n_layers)]
+        empty = torch.zeros(2, self._slots, a.n_kv_heads, 0, a.head_dim, dtype=self._dtype, device=self._device)
+        self._layers = [empty] * a.n_layers
 
     def reserve(self, length: int) -> None:
         """Make room for samples of `length` tokens."""
@@ -67,7 +68,7 @@ class SlotCache:
         values.view(-1, dim).index_copy_(0, addresses, values_NKD.reshape(-1, dim))
 
     def read(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `rows` slots over the whole capacity, contiguous [R, K, C, D]: a product of strided ones copies them."""
+        """Keys and values of the first `rows` slots, [R, K, C, D]: the whole capacity, as a product copies what is not contiguous."""
         keys, values = self._layers[layer]
         return keys[:rows], values[:rows]
 

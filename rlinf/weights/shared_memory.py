@@ -45,7 +45,7 @@ def open_source(source: WeightSource) -> Iterator[Named]:
         buffer = _open(bucket)
         received = checksum(buffer)
         if received != bucket.checksum:
-            raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent; the bytes changed on the way")
+            raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
         for name, tensor in views(buffer, bucket.tensors):
             if name in seen:
                 raise RunFailed(f"weight bucket {bucket.key}: tensor {name} was already in an earlier place of this source")
