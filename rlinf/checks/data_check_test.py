@@ -1,0 +1,68 @@
+"""What `rlinf data check` finds, and that it finds nothing in a good file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlinf.checks.data_check import check, main, near_misses
+from rlinf.errors import UserError
+from rlinf.rewards.math_test import labelled_pairs, status
+
+
+def write(path: Path, *rows: dict[str, Any] | str) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def record(k: int, gold: str, prompt: str = "", **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt or f"Question {k}?", "task": "math", "query_id": str(k), "solutions": [f"\\boxed{{{gold}}}"]} | more
+
+
+def test_a_good_file_is_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golds = sorted({g for pairs in labelled_pairs().values() for g, _, right in pairs if right})
+    path = write(tmp_path / "good.jsonl", *(record(k, gold) for k, gold in enumerate(golds)))
+    report = check(path)
+    assert report["faults"] == {} and report["remarks"] == {}
+    assert report["records"] == len(golds) and report["tasks"] == {"math": len(golds)}
+    assert sum(report["gold_kinds"].values()) == len(golds)
+    assert main(write(tmp_path / "one.jsonl", record(0, "5"))) == 0
+    assert capsys.readouterr().out.endswith("fit to train on\n")
+
+
+def test_every_kind_of_finding_is_found_and_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(
+        tmp_path / "bad.jsonl",
+        record(1, "5"),
+        "not json",
+        record(3, "\\frac{1}{}"),
+        record(4, "7", task="code"),
+        record(5, "5", prompt="Question 1?"),
+        record(6, "6", prompt="Question 1?"),
+        record(7, "8", query_id="1"),
+        record(8, "9", prompt="It is \\boxed{9}, is it not?"),
+        record(9, "x", solutions=[]),
+        record(10, "7", task="choice"),
+    )
+    assert main(path, as_json=True) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["faults"] == {"bad_line": 2, "unknown_task": 1, "gold_unreadable": 2, "gold_not_right": 1}
+    assert report["remarks"] == {"duplicate_prompt": 1, "conflicting_golds": 1, "duplicate_id": 1, "leaked_answer": 1}
+    lines = {kind: [f["line"] for f in found] for kind, found in report["lines"].items()}
+    assert lines["bad_line"] == [2, 9] and lines["gold_unreadable"] == [3, 10] and lines["duplicate_prompt"] == [5] and lines["leaked_answer"] == [8]
+    main(path)
+    assert "mend the faults first" in capsys.readouterr().out
+
+
+def test_near_misses_are_wrong() -> None:
+    for gold in ("0", "5", "\\frac{1}{3}", "2\\sqrt{3}", "x^2+1", "\\{1,2\\}", "(1,2)", "[0,1)", "x>3", "\\text{east}", "3:30 \\text{ pm}"):
+        misses = near_misses(gold)
+        assert misses and all(status(gold, miss) != "right" for miss in misses), gold
+
+
+def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        check(tmp_path / "nothing.jsonl")

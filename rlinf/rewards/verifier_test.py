@@ -1,0 +1,184 @@
+"""Verdicts, tasks, files, shaping: everything around the equivalence of two answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlinf.data.records import Status, Verdict
+from rlinf.errors import UserError
+from rlinf.rewards.math_test import labelled_pairs
+from rlinf.rewards.shaping import Shaping, exploration, soft_overlong, well_formed
+from rlinf.rewards.tasks import check_tasks, letter_of
+from rlinf.rewards.verifier import Item, Verifier
+from rlinf.rewards.verify_file import verify_file
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier() as v:
+        yield v
+
+
+def test_rewards_follow_the_scale_and_undecided_has_its_own() -> None:
+    with Verifier(reward_scale=2.0, undecided_reward=-0.5) as v:
+        assert [v.verify(f"\\boxed{{{a}}}", ["7"]).reward for a in ("7", "8", "9^{9^{9^{9}}}")] == [2.0, -2.0, -0.5]
+        assert v.verify("no box", ["7"]).reward == -2.0
+    with Verifier() as v:
+        assert v.verify("\\boxed{9^{9^{9^{9}}}}", ["7"]).reward == -5.0
+
+
+def test_duplicates_are_judged_once_and_the_order_is_kept(verifier: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    pool = verifier._pool_for("math")
+    submit = pool.submit
+    monkeypatch.setattr(pool, "submit", lambda key: asked.append(key) or submit(key))
+    items = [Item("\\boxed{\\sqrt{45}}", ("3\\sqrt{5}",)), Item("\\boxed{1}", ("2",)), Item("so \\boxed{\\sqrt{45}}", ("3\\sqrt{5}",))]
+    verdicts = verifier.verify_many(items * 5)
+    assert [v.status.value for v in verdicts] == ["right", "wrong", "right"] * 5
+    assert len(asked) == 1
+    verifier.verify_many(items)
+    assert len(asked) == 1
+
+
+def test_plain_numbers_never_start_a_process() -> None:
+    with Verifier() as v:
+        for answer, gold in [("42", "42"), ("0.5", "\\frac{1}{2}"), ("1,000", "1000"), ("(1,2)", "(1, 2)"), ("\\{2,1\\}", "\\{1,2\\}"), ("5 cm", "5"), ("x < 3", "(-\\infty, 3)")]:
+            assert v.verify(f"\\boxed{{{answer}}}", [gold]).status is Status.RIGHT
+        assert v.worker_pids() == []
+
+
+def test_one_worker_many_workers_and_another_run_agree() -> None:
+    items = [Item(f"\\boxed{{{a}}}", (g,)) for name, pairs in labelled_pairs().items() if name != "beyond the grammar" for g, a, _ in pairs]
+    runs = []
+    for processes in (1, 3, 1):
+        with Verifier(num_processes=processes) as v:
+            runs.append([(x.status, x.route, x.reason) for x in v.verify_many(items)])
+    assert runs[0] == runs[1] == runs[2]
+
+
+# -- tasks
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("\\text{B}", "B"), ("\\text{(B)}", "B"), ("\\textbf{(B)}\\ 12", "B"), ("B) 12", "B"), ("option B", "B"),
+     ("AB", None), ("A or B", None), ("A, B", None), ("(A) (B)", None), ("12", None), ("", None), ("Because", None)],
+)  # fmt: skip
+def test_choice_letters(answer: str, letter: str | None) -> None:
+    assert letter_of(answer) == letter
+
+
+def test_choice_and_exact_are_judged_by_their_own_rules(verifier: Verifier) -> None:
+    assert verifier.verify("\\boxed{(c)}", ["C"], "choice").status is Status.RIGHT
+    assert verifier.verify("\\boxed{3}", ["C"], "choice").route == "no_letter"
+    assert verifier.verify("I say C", ["C"], "choice").route == "no_box"
+    assert verifier.verify("\\boxed{ab  c}", ["ab c"], "exact").status is Status.RIGHT
+    assert verifier.verify("\\boxed{1/2}", ["0.5"], "exact").status is Status.WRONG
+    assert verifier.verify("\\boxed{AB c}", ["ab c"], "exact").status is Status.WRONG
+
+
+def test_a_guess_of_letters_is_right_a_quarter_of_the_time(verifier: Verifier) -> None:
+    golds = "ABCDBCDACDAB" * 20
+    right = sum(verifier.verify("\\boxed{B}", [g], "choice").status is Status.RIGHT for g in golds)
+    assert right == golds.count("B")
+
+
+def test_an_unknown_task_is_an_error_that_says_what_to_do(verifier: Verifier) -> None:
+    with pytest.raises(UserError, match="task 'code': no verifier.*data.tasks"):
+        check_tasks(["math", "code"])
+    with pytest.raises(UserError, match="no verifier"):
+        verifier.verify("\\boxed{1}", ["1"], "code")
+    with pytest.raises(UserError, match="gives full marks to any text"):
+        check_tasks(["rg/game_of_life_halting"])
+    check_tasks(["math", "choice", "exact"])
+
+
+@pytest.mark.slow
+def test_reasoning_gym_pays_only_full_marks() -> None:
+    gym = pytest.importorskip("rlinf.rewards.reasoning_gym")
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match="no such family"):
+        check_tasks(["rg/nothing_of_the_kind"])
+    families = ["chain_sum", "countdown", "prime_factorization", "mini_sudoku", "spell_backward"]
+    records = [r for family in families for r in gym.generate(family, 2, seed=3)]
+    assert gym.generate("countdown", 2, seed=3) == records[2:4]
+    items = []
+    for record in records:
+        own = json.loads(record["solutions"][0])["answer"]
+        items += [Item(f"\\boxed{{{answer}}}", tuple(record["solutions"]), record["task"]) for answer in (own, "zzz", "")]
+    with Verifier(timeout=5.0) as v:
+        statuses = [x.status for x in v.verify_many(items)]
+        assert statuses[::3] == [Status.RIGHT] * len(records)
+        assert Status.RIGHT not in statuses[1::3] + statuses[2::3]
+        partial = v.verify("\\boxed{1 + 1}", records[2]["solutions"], "rg/countdown")
+        assert partial.status is Status.WRONG and partial.reason != "score 0"
+
+
+# -- rlinf verify
+
+
+def test_a_file_comes_back_line_by_line_with_its_verdicts(tmp_path: Path) -> None:
+    rows = [
+        {"response": "so \\boxed{42}", "solutions": ["42"], "task": "math", "extra": [1, {"x": "é"}]},
+        {"response": "\\boxed{\\sqrt{8}}", "solutions": ["1", "2\\sqrt{2}"]},
+        {"response": "no", "solutions": ["1"]},
+        {"response": "\\boxed{b}", "solutions": ["B"], "task": "choice"},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out" / "out.jsonl"
+    source.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    counts = verify_file(source, target, 1)
+    out = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [o["status"] for o in out] == ["right", "right", "wrong", "right"]
+    assert [o["reward"] for o in out] == [5.0, 5.0, -5.0, 5.0]
+    assert [o["extracted"] for o in out] == ["42", "\\sqrt{8}", None, "b"]
+    assert [o["route"] for o in out] == ["number", "numeric", "no_box", "choice"]
+    assert all(o["seconds"] >= 0 for o in out) and out[0]["extra"] == rows[0]["extra"]
+    assert counts["lines"] == 4 and counts["right"] == 3 and counts["undecided"] == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "in.jsonl:2: not a JSON object"), ('{"solutions": ["1"]}', 'in.jsonl:2: needs "response"'), ('{"response": "x", "solutions": "1"}', 'needs "solutions", a list'),
+     ('{"response": "x", "solutions": []}', 'needs "solutions"'), ('{"response": "x", "solutions": ["1"], "task": "code"}', "no verifier")],
+)  # fmt: skip
+def test_a_bad_line_is_named_and_no_file_is_left(tmp_path: Path, line: str, message: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"response": "\\\\boxed{1}", "solutions": ["1"]}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        verify_file(source, tmp_path / "out.jsonl", 1)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+# -- parts of the reward
+
+
+def test_soft_overlong_is_linear_between_the_buffer_and_the_limit() -> None:
+    assert [soft_overlong(n, 10, 4) for n in (1, 6, 7, 8, 9, 10, 11)] == [0, 0, -0.25, -0.5, -0.75, -1, -1]
+    assert [soft_overlong(n, 20480, 4096) for n in (16384, 17408, 18432, 20480)] == [0, -0.25, -0.5, -1]
+
+
+def test_exploration_vanishes_for_long_responses_and_is_bounded() -> None:
+    assert [exploration(n, 1000.0) for n in (0, 100, 1000, 2000, 10000)] == [-1, -1, -1, -0.5, -0.1]
+    assert exploration(5, 0.0) == 0
+
+
+def test_format_is_one_closed_thinking_section_and_one_box() -> None:
+    think = "<think>\n"
+    assert well_formed(think, "so </think> \\boxed{1}") and well_formed("", "<think> so </think> \\boxed{1}") and well_formed("", "\\boxed{1}")
+    for prompt, response in [(think, "\\boxed{1}"), (think, "a </think> b </think> \\boxed{1}"), ("", "\\boxed{1} \\boxed{2}"), ("", "\\boxed{ }"), ("", "1"), ("", "</think> \\boxed{1}")]:
+        assert not well_formed(prompt, response)
+
+
+def test_parts_are_added_and_named_and_leave_the_status_alone() -> None:
+    verdict = Verdict(5.0, Status.RIGHT, "1", "number", 0.0)
+    shaping = Shaping(max_new_tokens=10, format_reward=0.5, overlong_buffer=4, overlong_penalty=2.0, exploration_penalty=1.0)
+    shaped = shaping.apply(verdict, "", "\\boxed{1}", 8)
+    assert dict(shaped.parts) == {"format": 0.5, "overlong": -1.0, "exploration": -0.125}
+    assert shaped.reward == 5.0 + 0.5 - 1.0 - 0.125 and shaped.status is Status.RIGHT
+    assert Shaping(max_new_tokens=10).apply(verdict, "", "", 10) is verdict
+    with pytest.raises(ValueError, match="overlong_buffer"):
+        Shaping(max_new_tokens=10, overlong_buffer=11)

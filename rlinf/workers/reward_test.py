@@ -1,0 +1,71 @@
+"""The reward worker: decodes, judges, shapes and writes down one group."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlinf.config.schema import Config
+from rlinf.data.records import Finish, Group, Prompt, Sample
+from rlinf.data.tokenizer import load_tokenizer
+from rlinf.scheduling.placement import WorkerAddress
+from rlinf.workers.reward import RewardWorker
+from tests.tiny import make_tiny_model
+
+ADDRESS = WorkerAddress("reward", 0, 1, 0, (0,), "127.0.0.1", 0, "run", 1)
+
+
+def group(model: Path, prompt: str, responses: list[str], solutions: tuple[str, ...], name: str = "g0") -> Group:
+    tokenizer = load_tokenizer(str(model))
+
+    def ids(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode(text), dtype=np.int32)
+
+    samples = []
+    for i, text in enumerate(responses):
+        t = ids(text)
+        samples.append(Sample(f"{name}/{i}", t, np.zeros(len(t), np.float32), np.ones(len(t), np.uint8), ((3, len(t)),), Finish.STOP))
+    return Group(name, Prompt("p0", ids(prompt), "math", solutions), tuple(samples))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def worker(model: Path, **reward: float) -> RewardWorker:
+    config = Config()
+    config.rollout.model_dir = str(model)
+    for name, value in reward.items():
+        setattr(config.reward, name, value)
+    return RewardWorker(ADDRESS, config)
+
+
+def test_a_group_is_judged_and_written_down(model: Path, tmp_path: Path) -> None:
+    judge = worker(model)
+    path = tmp_path / "samples" / "step_000001.jsonl"
+    groups = [group(model, "Q<think>\n", ["a</think>\\boxed{\\sqrt{8}}", "\\boxed{2}", "</think>\\boxed{3}"], ("2\\sqrt{2}",), f"g{k}") for k in range(4)]
+
+    async def judge_all() -> list[tuple]:
+        return await asyncio.gather(*(judge.judge(g, str(path)) for g in groups))
+
+    for verdicts in asyncio.run(judge_all()):
+        assert [(v.status.value, v.route, v.reward) for v in verdicts] == [("right", "numeric", 5.0), ("wrong", "no_answer", -5.0), ("wrong", "numeric", -5.0)]
+    judge.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["sample_id"] for line in lines) == [f"g{k}/{i}" for k in range(4) for i in range(3)]
+    first = next(line for line in lines if line["sample_id"] == "g0/0")
+    assert first["prompt"] == "Q<think>\n" and first["response"] == "a</think>\\boxed{\\sqrt{8}}" and first["solutions"] == ["2\\sqrt{2}"]
+    assert first["finish"] == "stop" and first["versions"] == [[3, first["length"]]] and first["extracted"] == "\\sqrt{8}" and first["parts"] == {}
+
+
+def test_without_a_path_nothing_is_written_and_parts_are_added(model: Path, tmp_path: Path) -> None:
+    judge = worker(model, format_reward=0.5)
+    verdicts = asyncio.run(judge.judge(group(model, "Q", ["\\boxed{1}", "1"], ("1",)), None))
+    judge.close()
+    assert [v.reward for v in verdicts] == [5.5, -5.0]
+    assert list(tmp_path.iterdir()) == []
