@@ -93,6 +93,12 @@ def data_check(args: argparse.Namespace) -> int:
     return check(args.file, args.json)
 
 
+def check_layout(args: argparse.Namespace) -> int:
+    from rlinf.checks.layout import main as check
+
+    return check(args.quick, args.json)
+
+
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
@@ -129,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("file", metavar="FILE", type=Path)
     p.add_argument("--json", action="store_true", help="print the result as JSON")
     p.set_defaults(run=data_check)
+
+    sub = commands.add_parser("check", help="proofs of this platform, on this machine").add_subparsers(required=True, metavar="COMMAND")
+    p = sub.add_parser("layout", help="the same step in every parallel layout, packing and order, against plain transformers")
+    p.add_argument("--quick", action="store_true", help="every layout once")
+    p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
+    p.set_defaults(run=check_layout)
 
     p = commands.add_parser("verify", help="grade a JSONL file of responses")
     p.add_argument("input", metavar="IN", type=Path)

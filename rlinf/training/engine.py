@@ -59,6 +59,11 @@ class MegatronEngine:
         self.optimizer_state = OptimizerState(self.distributed)
         self.steps = 0
 
+    def close(self) -> None:
+        """Let go of the optimizer: configuration -> optimizer -> gradient hooks -> model is a cycle through autograd's nodes, where Python's
+        collector does not see it; a dropped engine would keep its process groups and their threads."""
+        self.config.grad_scale_func = None
+
     @torch.no_grad()
     def load_hf(self, tensors: Mapping[str, Tensor]) -> None:
         """Weights from whole HF tensors; fp32 master weights start from the full-precision values, not from the rounded model's."""

@@ -1,0 +1,286 @@
+"""`rlinf check layout`: however a step is split, it is the same step.
+
+Two optimizer steps on tiny random models of every family, in layouts over TP x PP x DP x sequence parallelism x micro-batch split x shared
+prefix x sample order x number of ranks, against plain transformers on one sample at a time: loss, metrics, the gradient of every
+parameter, its norm, and the weights after the steps. fp32; nothing is normalised away (see layout_reference).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from rlinf.algorithms.aggregation import Denominators
+from rlinf.algorithms.objective import finalize_metrics
+from rlinf.checks.layout_reference import OPTIM, SETTINGS, TEMPERATURE, Batch, Step, make_batch, plain_steps
+from rlinf.checks.rank_pool import RankPool
+from rlinf.checks.tiny_model import FAMILIES, VOCAB, write_tiny_model
+from rlinf.config.schema import ActorModelConfig
+from rlinf.data.packing import build_rank_batches
+from rlinf.training.engine import MegatronEngine
+from rlinf.training.layout import pack
+from rlinf.training.parallel import Coordinates
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.tensor_folder import open_hf_folder
+
+RANKS = 4
+COMPLAINTS = 5  # failing layouts that are described; the table shows them all
+LOSS_TOLERANCE = 1e-6  # of mean |advantage|
+GRADIENT_TOLERANCE = 1e-5  # of max(||g||, 1e-3 ||g_all||), for every tensor
+NORM_TOLERANCE = 1e-5  # relative
+METRIC_TOLERANCE = 1e-5  # relative to max(1, |metric|)
+WEIGHT_TOLERANCE = 1e-5  # of max(||step||, 1e-3 ||step_all||), for every tensor, beside one rounding of the weights
+ROUNDING = 2.0**-23
+
+LAYOUTS = [  # ranks, TP, PP, sequence parallel
+    (1, 1, 1, False),
+    (2, 1, 1, False), (2, 2, 1, False), (2, 2, 1, True), (2, 1, 2, False),
+    (3, 1, 1, False),
+    (4, 1, 1, False), (4, 2, 1, False), (4, 2, 1, True), (4, 1, 2, False), (4, 2, 2, False), (4, 2, 2, True), (4, 1, 4, False),
+    (4, 4, 1, False), (4, 4, 1, True),
+]  # fmt: skip
+SPLITS = [(budget, prefix, order) for budget, order in zip((512, 40, 70, 12), (0, 1, 2, 3)) for prefix in (True, False)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute the step. budget: tokens of a micro-batch at most; order: seed of the sample order, 0 = as made."""
+
+    ranks: int
+    tp: int
+    pp: int
+    sequence_parallel: bool
+    family: str
+    budget: int
+    share_prefix: bool
+    order: int
+
+    @property
+    def dp(self) -> int:
+        return self.ranks // (self.tp * self.pp)
+
+    def label(self) -> str:
+        switches = [word for word, on in (("SP", self.sequence_parallel), ("shared prefix", self.share_prefix)) if on]
+        return ", ".join([f"{self.family} TP{self.tp} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a rank saw. steps[i].grads and .weights hold the rank's stage if it is the first of its TP and DP group, else nothing.
+
+    replicas: checksum of every parameter shard under a name that is the same wherever the shard is the same.
+    """
+
+    steps: list[Step]
+    replicas: dict[str, str]
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Deviations from the reference in units of their scale (see the tolerances), the tensor or metric with the largest one."""
+
+    case: Case
+    micro_batches: int
+    loss: float
+    gradient: float
+    gradient_of: str
+    norm: float
+    metric: float
+    metric_of: str
+    weight: float
+    weight_of: str
+    replicas_equal: bool
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        pairs = [(self.loss, LOSS_TOLERANCE), (self.gradient, GRADIENT_TOLERANCE), (self.norm, NORM_TOLERANCE),
+                 (self.metric, METRIC_TOLERANCE), (self.weight, WEIGHT_TOLERANCE)]  # fmt: skip
+        return self.replicas_equal and all(value <= bound for value, bound in pairs)
+
+
+def make_cases(quick: bool = False) -> list[Case]:
+    """Every layout with every family that has enough key/value heads, the splits taken in turn; quick: every layout once."""
+    cases = []
+    for i, layout in enumerate(LAYOUTS):
+        families = [f for f in FAMILIES if layout[1] < 4 or f == "llama"]
+        for j, family in enumerate(families):
+            if not quick or j == i % len(families):
+                cases.append(Case(*layout, family, *SPLITS[(5 * i + 3 * j) % len(SPLITS)]))  # every family meets every split
+    return cases
+
+
+def measure(at: Coordinates, case: Case, folder: str, batch: Batch) -> Measured:
+    """Runs in every rank: both optimizer steps, the way a train worker makes them."""
+    arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
+    model = ActorModelConfig(case.tp, case.pp, case.sequence_parallel, precision="fp32")
+    engine = MegatronEngine(arch, model, OPTIM, at, torch.device("cpu"))
+    engine.load_hf(open_hf_folder(folder))
+    batch = batch.shuffled(case.order)
+    headers = [g.header() for g in batch.groups]
+    plan = build_rank_batches(
+        headers, batch.advantages, dp=at.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix
+    )[at.dp_rank]
+    groups = [next(g for g in batch.groups if g.group_id == group_id) for group_id in plan.group_ids]
+    pad_to = at.tp if case.sequence_parallel else 1
+    packs = [
+        [pack(groups, refs, share_prefix=case.share_prefix, temperature=TEMPERATURE, pad_to=pad_to, device=engine.device) for refs in mini.micro_batches]
+        for mini in plan.mini_batches
+    ]
+    before = [[logprobs for logprobs, _ in engine.logprobs(p)] or None for p in packs]
+    steps = []
+    for i, mini in enumerate(plan.mini_batches):
+        old = None if i == 0 else before[i]  # the first one's own forward pass is the old policy
+        update = engine.update(packs[i], old, before[i], Denominators(mini.global_tokens, mini.global_samples), SETTINGS, None)
+        grads, weights = to_numpy(engine.export("exp_avg")), to_numpy(engine.export())  # beta1 is 0: the first moment is the gradient
+        if at.tp_rank or at.dp_rank:
+            grads, weights = {}, {}
+        steps.append(Step(finalize_metrics(update.metrics.sums, update.metrics.maxima), update.grad_norm, grads, weights))
+    replicas = checksums(engine)
+    engine.close()
+    return Measured(steps, replicas, sum(len(mini.micro_batches) for mini in plan.mini_batches))
+
+
+def to_numpy(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy().copy() for name, tensor in tensors}
+
+
+def checksums(engine: MegatronEngine) -> dict[str, str]:
+    """A checksum of each parameter of this rank, named by its HF tensors and, when it is sharded, the shard."""
+    found = {}
+    for rule, param in engine.state.params:
+        shard = "" if rule.layout == "replicated" else f"#{engine.at.tp_rank}"
+        found["+".join(rule.hf) + shard] = hashlib.sha256(param.detach().numpy().tobytes()).hexdigest()
+    return found
+
+
+def judge(case: Case, ranks: Sequence[Measured], expected: Sequence[Step], start: dict[str, np.ndarray], advantage: float, seconds: float) -> Verdict:
+    """Compare what the ranks saw with what must be. start: the initial weights; advantage: mean |advantage|."""
+    losses, norms, metrics, gradients, weights = [], [], [], [], []
+    for i, want in enumerate(expected):
+        for rank in ranks:
+            got = rank.steps[i]
+            losses.append(abs(got.metrics["train/loss"] - want.metrics["train/loss"]) / advantage)
+            norms.append(abs(got.grad_norm - want.grad_norm) / want.grad_norm)
+            metrics += [(abs(got.metrics[k] - v) / max(1.0, abs(v)), k) for k, v in want.metrics.items()]
+        grads = {k: v for rank in ranks for k, v in rank.steps[i].grads.items()}
+        gradients += deviations(grads, want.grads, want.grads)
+        after = {k: v for rank in ranks for k, v in rank.steps[i].weights.items()}
+        moved = {k: v - start[k] for k, v in want.weights.items()}
+        weights += deviations(after, want.weights, moved, {k: ROUNDING * norm(v) for k, v in want.weights.items()})
+    (gradient, gradient_of), (weight, weight_of), (metric, metric_of) = worst(gradients), worst(weights), worst(metrics)
+    return Verdict(
+        case, ranks[0].micro_batches, worst((x, "") for x in losses)[0], gradient, gradient_of, worst((x, "") for x in norms)[0],
+        metric, metric_of, weight, weight_of, replicas_agree(ranks), seconds,
+    )  # fmt: skip
+
+
+def deviations(
+    got: dict[str, np.ndarray], want: dict[str, np.ndarray], scale: dict[str, np.ndarray], allowed: dict[str, float] | None = None
+) -> list[tuple[float, str]]:
+    """||got - want|| / max(||scale||, 1e-3 ||scale of all tensors||) of each tensor; infinite where a tensor is missing or too many."""
+    floor = 1e-3 * math.sqrt(sum(norm(s) ** 2 for s in scale.values()))
+    found = [(math.inf, name) for name in got.keys() ^ want.keys()]
+    for name in got.keys() & want.keys():
+        distance = norm(got[name].astype(np.float64) - want[name])
+        if allowed is not None and distance <= allowed[name]:
+            distance = 0.0
+        found.append((distance / max(norm(scale[name]), floor), name))
+    return found
+
+
+def norm(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).sum()))
+
+
+def worst(found: Iterable[tuple[float, str]]) -> tuple[float, str]:
+    """The largest deviation; NaN is larger than anything."""
+    return max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
+
+
+def replicas_agree(ranks: Sequence[Measured]) -> bool:
+    """Whether every copy of a parameter shard, over DP ranks, TP ranks (norms) and stages (tied embeddings), is the same bit for bit."""
+    seen: dict[str, str] = {}
+    return all(seen.setdefault(name, value) == value for rank in ranks for name, value in rank.replicas.items())
+
+
+def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable[Verdict]:
+    """Run the cases one by one, models written to `folder`."""
+    batch = make_batch(VOCAB)
+    advantage = float(np.mean([abs(a) for group in batch.advantages for a in group]))
+    models = {family: write_tiny_model(folder / family, family) for family in sorted({c.family for c in cases})}
+    expected = {family: plain_steps(path, batch) for family, path in models.items()}
+    for case in cases:
+        started = time.perf_counter()
+        path = models[case.family]
+        ranks = pool.run(measure, case, str(path), batch, ranks=case.ranks, tp=case.tp, pp=case.pp)
+        start = {name: tensor.numpy() for name, tensor in open_hf_folder(path).items()}
+        yield judge(case, ranks, expected[case.family], start, advantage, time.perf_counter() - started)
+
+
+def table(verdicts: Sequence[Verdict]) -> Table:
+    """One line a layout; the figures are the largest deviations in units of their scale."""
+    out = Table(title="The same two optimizer steps in every layout, against plain transformers (fp32)", title_justify="left")
+    for name in ("family", "ranks", "TP", "PP", "DP", "SP", "micro-batches", "prefix", "order", "loss", "gradient", "norm", "weights", "metrics", "s", ""):
+        out.add_column(name, justify="left" if name == "family" else "right", no_wrap=True)
+    for v in verdicts:
+        c = v.case
+        where = [c.family, c.ranks, c.tp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order]
+        figures = [f"{x:.0e}" for x in (v.loss, v.gradient, v.norm, v.weight, v.metric)]
+        out.add_row(*map(str, where), *figures, f"{v.seconds:.1f}", "ok" if v.holds else "[red]FAILS[/]")
+    bounds = [f"{x:.0e}" for x in (LOSS_TOLERANCE, GRADIENT_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE, METRIC_TOLERANCE)]
+    out.add_section()
+    out.add_row("at most", *[""] * 8, *bounds, "", "")
+    return out
+
+
+def complaint(v: Verdict) -> str:
+    """What is wrong with a layout that fails, in one line."""
+    return (
+        f"{v.case.label()}: loss {v.loss:.1e}, gradient {v.gradient:.1e} ({v.gradient_of}), norm {v.norm:.1e}, weights {v.weight:.1e} ({v.weight_of}), "
+        f"metrics {v.metric:.1e} ({v.metric_of}), replicas {'equal' if v.replicas_equal else 'DIFFER'}"
+    )
+
+
+def main(quick: bool, json_file: Path | None) -> int:
+    """The command. Exit code 0 when every layout holds, else 1."""
+    started = time.perf_counter()
+    console = Console(width=None if Console().is_terminal else 140)
+    cases = make_cases(quick)
+    with RankPool(RANKS) as pool, tempfile.TemporaryDirectory(prefix="rlinf-layout-") as folder:
+        pool.start()  # its imports go on beside the reference computation
+        verdicts = list(track(check_cases(pool, cases, Path(folder)), "layouts", len(cases), console=Console(stderr=True), transient=True))
+    seconds = time.perf_counter() - started
+    failing = [v for v in verdicts if not v.holds]
+    console.print(table(verdicts))
+    for v in failing[:COMPLAINTS]:
+        console.print(complaint(v), style="red", highlight=False)
+    console.print(f"{len(verdicts) - len(failing)} of {len(verdicts)} layouts hold; {seconds:.0f} s", highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(report(verdicts, seconds), indent=1) + "\n")
+    return 1 if failing else 0
+
+
+def report(verdicts: Sequence[Verdict], seconds: float) -> dict[str, Any]:
+    return {
+        "tolerances": {"loss": LOSS_TOLERANCE, "gradient": GRADIENT_TOLERANCE, "norm": NORM_TOLERANCE, "weight": WEIGHT_TOLERANCE, "metric": METRIC_TOLERANCE},
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__},
+        "seconds": seconds,
+        "holds": all(v.holds for v in verdicts),
+        "layouts": [asdict(v) | {"holds": v.holds, "dp": v.case.dp} for v in verdicts],
+    }  # fmt: skip

@@ -1,0 +1,165 @@
+"""The step that `rlinf check layout` looks at, and what it must give: two optimizer steps in plain transformers and torch.
+
+One sample after another, unpadded and unpacked, in one process: nothing here is shared with the training engine but the data.
+The optimizer is Adam without clipping, with beta1 = 0 and a large epsilon, so that a constant factor on the gradient shows in the
+weights, and a weight decay, so that it shows which weights decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlinf.algorithms.objective import ObjectiveSettings
+from rlinf.config.schema import OptimConfig
+from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
+
+TEMPERATURE = 1.3
+OPTIM = OptimConfig(lr=0.2, adam_beta1=0.0, adam_beta2=0.95, adam_eps=1.0, weight_decay=0.1, clip_grad=0.0)
+SETTINGS = ObjectiveSettings(
+    loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=1.5, kl_beta=0.1, kl_penalty_type="k3", entropy_bonus=0.02,
+    importance_sampling_clip=2.0, max_new_tokens=16,
+)  # fmt: skip
+# prompt length and response lengths of the groups: lengths 1, equal and unequal ones, a group of one, one response far longer than the rest;
+# the prompts of the second half begin with the same COMMON_START tokens, as with a system prompt or worked examples
+COMMON_START = 18
+SHAPES = ((5, (3, 1, 7, 4)), (1, (6,)), (9, (2, 2, 2)), (4, (1, 1)), (7, (16, 3, 5)), (3, (8, 4, 1)))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Groups and their advantages by sample; the first half of the groups is the first mini-batch."""
+
+    groups: tuple[Group, ...]
+    advantages: tuple[np.ndarray, ...]
+
+    @property
+    def minibatches(self) -> list[tuple[Sequence[Group], Sequence[np.ndarray]]]:
+        half = len(self.groups) // 2
+        return [(self.groups[:half], self.advantages[:half]), (self.groups[half:], self.advantages[half:])]
+
+    def shuffled(self, seed: int) -> Batch:
+        """The same mini-batches, their groups and the groups' samples in another order; seed 0 changes nothing."""
+        if seed == 0:
+            return self
+        rng = np.random.default_rng(seed)
+        half = len(self.groups) // 2
+        order = [int(i) + first for first in (0, half) for i in rng.permutation(half)]
+        samples = [rng.permutation(len(self.groups[g].samples)) for g in order]
+        return Batch(
+            tuple(Group(self.groups[g].group_id, self.groups[g].prompt, tuple(self.groups[g].samples[i] for i in s)) for g, s in zip(order, samples)),
+            tuple(self.advantages[g][s] for g, s in zip(order, samples)),
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step gives: metrics, gradients and weights afterwards by HF name, the gradient's norm."""
+
+    metrics: dict[str, float]
+    grad_norm: float
+    grads: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+
+def make_batch(vocab: int, seed: int = 0) -> Batch:
+    """Random groups; some tokens were not sampled by the policy (mask 0, no rollout log-probability), one sample not at all."""
+    rng = np.random.default_rng(seed)
+    common, groups = rng.integers(0, vocab, COMMON_START), []
+    for g, (prompt_length, lengths) in enumerate(SHAPES):
+        own = rng.integers(0, vocab, prompt_length)
+        tokens = own if g < len(SHAPES) // 2 else np.concatenate([common, own])
+        prompt = Prompt(f"p{g}", tokens.astype(np.int32), "math", ("",))
+        samples = []
+        for i, n in enumerate(lengths):
+            mask = (rng.random(n) < 0.9).astype(np.uint8) * ((g, i) != (2, 1))
+            rollout = np.where(mask == 1, rng.normal(-5.0, 0.7, n), np.nan).astype(np.float32)
+            samples.append(Sample(sample_id(f"p{g}", i), rng.integers(0, vocab, n).astype(np.int32), rollout, mask.astype(np.uint8), ((0, n),), Finish.STOP))
+        groups.append(Group(f"p{g}", prompt, tuple(samples)))
+    return Batch(tuple(groups), tuple(rng.normal(0, 1, len(g.samples)).astype(np.float32) for g in groups))
+
+
+def plain_steps(folder: Path, batch: Batch) -> list[Step]:
+    """Both mini-batches, one after the other; the policy and the reference policy of the loss are the initial weights."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in named.values() if p.ndim > 1]},
+            {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},  # norms and biases do not decay
+        ],
+        lr=OPTIM.lr, betas=(OPTIM.adam_beta1, OPTIM.adam_beta2), eps=OPTIM.adam_eps, weight_decay=OPTIM.weight_decay,
+    )  # fmt: skip
+    with torch.no_grad():
+        old = {s.sample_id: sample_logprobs(model, g, s)[0] for g in batch.groups for s in g.samples}
+    steps = []
+    for groups, advantages in batch.minibatches:
+        optimizer.zero_grad()
+        loss, metrics = plain_objective(model, groups, advantages, old)
+        loss.backward()
+        grads = {name: p.grad.numpy().copy() for name, p in named.items()}
+        optimizer.step()
+        norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads.values())))
+        steps.append(Step(metrics, norm, grads, {name: p.detach().numpy().copy() for name, p in named.items()}))
+    return steps
+
+
+def sample_logprobs(model: torch.nn.Module, group: Group, sample: Sample) -> tuple[Tensor, Tensor]:
+    """(log-probability, entropy) [T] of the sample's tokens, computed from its prompt and itself alone."""
+    prompt, own = (torch.from_numpy(ids.astype(np.int64)) for ids in (group.prompt.token_ids, sample.token_ids))
+    logits = model(torch.cat([prompt, own])[None]).logits[0, len(prompt) - 1 : -1]
+    logprobs = (logits / TEMPERATURE).log_softmax(-1)
+    return logprobs.gather(1, own[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)
+
+
+def plain_objective(
+    model: torch.nn.Module, groups: Sequence[Group], advantages: Sequence[np.ndarray], old: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """Token-mean PPO loss with dual clip, KL, entropy bonus and importance weights, and the metrics, over all tokens at once."""
+    parts: list[tuple[Tensor, ...]] = []
+    for group, group_advantages in zip(groups, advantages):
+        for sample, advantage in zip(group.samples, group_advantages):
+            keep = torch.from_numpy(sample.loss_mask.astype(bool))
+            logprobs, entropy = sample_logprobs(model, group, sample)
+            rollout = torch.from_numpy(sample.rollout_logprobs)
+            parts.append(tuple(t[keep] for t in (logprobs, entropy, old[sample.sample_id], rollout, torch.full_like(logprobs, float(advantage)))))
+    logprobs, entropy, before, rollout, advantage = (torch.cat(p) for p in zip(*parts))
+    ratio, importance = (logprobs - before).exp(), (before - rollout).exp()
+    plain, bounded = -ratio * advantage, -ratio.clamp(1 - SETTINGS.clip_low, 1 + SETTINGS.clip_high) * advantage
+    policy = torch.maximum(plain, bounded)
+    ceiling = torch.where(advantage < 0, -SETTINGS.clip_c * advantage, float("inf"))
+    weighted = torch.minimum(policy, ceiling) * importance.clamp(max=SETTINGS.importance_sampling_clip)
+    kl = k3(before - logprobs)
+    loss = weighted.mean() + SETTINGS.kl_beta * kl.mean() - SETTINGS.entropy_bonus * entropy.mean()
+    gap = (before - rollout).abs()
+    metrics = {
+        "train/loss": weighted.mean(),
+        "train/entropy_loss": entropy.mean(),
+        "train/ratio": ratio.mean(),
+        "train/clip_fraction": (bounded > plain).float().mean(),
+        "train/dual_clip_fraction": (policy > ceiling).float().mean(),
+        "train/approx_kl": k3(logprobs - before).mean(),
+        "train/kl_loss": kl.mean(),
+        "train/rollout_logprob_gap_mean": gap.mean(),
+        "train/rollout_logprob_gap_max": gap.max(),
+        "train/tokens": torch.tensor(len(ratio)),
+        "train/importance_weight_mean": importance.mean(),
+        "train/importance_weight_max": importance.max(),
+        "train/importance_weight_min": importance.min(),
+        "train/importance_weight_clipped": (importance > SETTINGS.importance_sampling_clip).float().mean(),
+        "train/rollout_kl": k3(before - rollout).mean(),
+    }
+    return loss, {name: value.item() for name, value in metrics.items()}
+
+
+def k3(difference: Tensor) -> Tensor:
+    return (difference.exp() - difference - 1).clamp(max=10.0)

@@ -1,0 +1,262 @@
+"""`rlinf check layout` holds, and it fails when something is wrong: faults are planted in the ranks by replacing functions there."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlinf.algorithms.aggregation import Denominators
+from rlinf.checks import layout
+from rlinf.checks.layout import Case, Verdict, check_cases, make_cases
+from rlinf.checks.layout_reference import make_batch
+from rlinf.checks.rank_pool import RankPool
+from rlinf.checks.tiny_model import FAMILIES, VOCAB
+
+Patch = Callable[[Any, str, Any], None]
+ROOT = Path(__file__).resolve().parents[2]
+_undo: list[tuple[Any, str, Any]] = []  # in a rank: what plant() replaced
+
+
+def plant(at: Any, name: str) -> None:
+    """In a rank: from now on this fault is there."""
+
+    def patch(owner: Any, attribute: str, value: Any) -> None:
+        _undo.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, value)
+
+    FAULTS[name][0](patch)
+
+
+def heal(at: Any) -> None:
+    """In a rank: everything as it was."""
+    while _undo:
+        setattr(*_undo.pop())
+
+
+def mean_of_means(patch: Patch) -> None:
+    from rlinf.training import engine
+
+    objective, update = engine.policy_objective, engine.MegatronEngine.update
+
+    def with_local_means(self: Any, batches: Any, *rest: Any) -> Any:
+        parts = len(batches) * self.at.dp
+        engine.policy_objective = lambda tokens, _, s: objective(tokens, Denominators(int(tokens.loss_mask_N.sum()) * parts, 1), s)
+        return update(self, batches, *rest)
+
+    patch(engine, "policy_objective", objective)  # so that it is restored
+    patch(engine.MegatronEngine, "update", with_local_means)
+
+
+def norm_gradient_not_reduced(patch: Patch) -> None:
+    from rlinf.training.model import RMSNorm
+
+    init = RMSNorm.__init__
+
+    def unmarked(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    patch(RMSNorm, "__init__", unmarked)
+
+
+def qk_norm_gradient_not_reduced(patch: Patch) -> None:
+    from megatron.core.distributed import finalize_model_grads
+
+    patch(sys.modules[finalize_model_grads.__module__], "_allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None)
+
+
+def tied_gradient_not_summed(patch: Patch) -> None:
+    from megatron.core.distributed import finalize_model_grads
+
+    patch(sys.modules[finalize_model_grads.__module__], "_allreduce_word_embedding_grads", lambda *_, **__: None)
+
+
+def averaged_over_ranks(patch: Patch) -> None:
+    from rlinf.training import engine
+
+    config = engine.transformer_config
+
+    def averaging(*args: Any) -> Any:
+        made = config(*args)
+        made.calculate_per_token_loss = False
+        return made
+
+    patch(engine, "transformer_config", averaging)
+
+
+def shifted_logprob(patch: Patch) -> None:
+    from rlinf.training import model
+
+    logprobs = model.target_logprobs
+    patch(model, "target_logprobs", lambda hidden, weight, targets, **kw: logprobs(hidden.roll(-1, 0), weight, targets, **kw))
+
+
+def prefix_attended_twice(patch: Patch) -> None:
+    from rlinf.training.attention import PackedAttention
+
+    responses = PackedAttention._responses
+    twice = lambda t: torch.cat([t, t])
+    patch(PackedAttention, "_responses", lambda self, q, k, v, pk, pv, segment: responses(self, q, k, v, twice(pk), twice(pv), segment))
+
+
+def prefix_gradient_twice(patch: Patch) -> None:
+    from rlinf.training.attention import PackedAttention
+
+    responses = PackedAttention._responses
+    doubled = lambda t: 2 * t - t.detach()  # the same value, twice the gradient
+    patch(PackedAttention, "_responses", lambda self, q, k, v, pk, pv, segment: responses(self, q, k, v, doubled(pk), doubled(pv), segment))
+
+
+def shards_not_marked(patch: Patch) -> None:
+    from rlinf.training import engine
+
+    make = engine.get_megatron_optimizer
+
+    def unmarked(config: Any, chunks: Any) -> Any:
+        for param in chunks[0].parameters():
+            param.tensor_model_parallel = False
+        return make(config, chunks)
+
+    patch(engine, "get_megatron_optimizer", unmarked)
+
+
+def biased_data_parallel_share(patch: Patch) -> None:
+    build = layout.build_rank_batches
+    patch(layout, "build_rank_batches", lambda *args, **kw: [build(*args, **kw)[0]] * kw["dp"])
+
+
+# fault -> (how to plant it, a layout in which it must show, the figure that shows it)
+FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
+    "mean of means over micro-batches": (mean_of_means, Case(1, 1, 1, False, "qwen2", 24, True, 0), "loss"),
+    "a norm's gradient not reduced under sequence parallelism": (norm_gradient_not_reduced, Case(2, 2, 1, True, "qwen2", 512, True, 0), "gradient"),
+    "a query norm's gradient not reduced over tensor-parallel ranks": (qk_norm_gradient_not_reduced, Case(2, 2, 1, False, "qwen3", 512, True, 0), "gradient"),
+    "a tied embedding's gradient not summed over stages": (tied_gradient_not_summed, Case(2, 1, 2, False, "qwen2-tied", 512, True, 0), "gradient"),
+    "gradients averaged over data-parallel ranks": (averaged_over_ranks, Case(2, 1, 1, False, "qwen2", 512, True, 0), "gradient"),
+    "every data-parallel rank trains on the first one's samples": (biased_data_parallel_share, Case(2, 1, 1, False, "qwen2", 512, True, 0), "loss"),
+    "a log-probability taken one position too late": (shifted_logprob, Case(1, 1, 1, False, "llama", 512, False, 0), "metric"),
+    "a shared prefix attended to twice": (prefix_attended_twice, Case(1, 1, 1, False, "llama", 512, True, 0), "metric"),
+    "a shared prefix whose gradient counts twice": (prefix_gradient_twice, Case(1, 1, 1, False, "llama", 512, True, 0), "gradient"),
+    "sharded parameters not marked for the gradient norm": (shards_not_marked, Case(2, 2, 1, False, "qwen2", 512, True, 0), "norm"),
+}  # fmt: skip
+
+
+def bound(figure: str) -> float:
+    return getattr(layout, {"weight": "WEIGHT", "metric": "METRIC", "norm": "NORM", "gradient": "GRADIENT", "loss": "LOSS"}[figure] + "_TOLERANCE")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_makes_the_check_fail(fault: str, rank_pool: RankPool, tmp_path: Path) -> None:
+    _, case, figure = FAULTS[fault]
+    at = {"ranks": case.ranks, "tp": case.tp, "pp": case.pp}
+    (sound,) = check_cases(rank_pool, [case], tmp_path)
+    assert sound.holds, layout.complaint(sound)
+    rank_pool.run(plant, fault, **at)
+    (broken,) = check_cases(rank_pool, [case], tmp_path)
+    rank_pool.run(heal, **at)
+    assert not broken.holds
+    assert getattr(broken, figure) > 10 * bound(figure), layout.complaint(broken)
+
+
+def test_the_norm_fault_is_seen_by_the_norm_alone(rank_pool: RankPool, tmp_path: Path) -> None:
+    """The gradients are right; only their reported norm is not: no other figure would show it."""
+    case = FAULTS["sharded parameters not marked for the gradient norm"][1]
+    rank_pool.run(plant, "sharded parameters not marked for the gradient norm", ranks=2, tp=2)
+    (broken,) = check_cases(rank_pool, [case], tmp_path)
+    rank_pool.run(heal, ranks=2, tp=2)
+    assert broken.norm > 1e-3 and all(getattr(broken, f) <= bound(f) for f in ("loss", "gradient", "weight", "metric"))
+
+
+def test_quick_check_holds_and_reports(rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(layout, "RankPool", lambda size: nullcontext(rank_pool))
+    assert layout.main(quick=True, json_file=tmp_path / "out.json") == 0
+    out = capsys.readouterr().out
+    assert "15 of 15 layouts hold" in out and "FAILS" not in out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["holds"] and {v["case"]["family"] for v in report["layouts"]} == set(FAMILIES)
+    assert all(v["gradient"] <= report["tolerances"]["gradient"] for v in report["layouts"])
+
+
+def test_a_failing_layout_is_described_and_gives_exit_code_1(
+    rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(layout, "RankPool", lambda size: nullcontext(rank_pool))
+    monkeypatch.setattr(layout, "make_cases", lambda quick: [Case(1, 1, 1, False, "llama", 512, True, 0)])
+    rank_pool.run(plant, "a shared prefix attended to twice", ranks=1)
+    assert layout.main(quick=True, json_file=None) == 1
+    rank_pool.run(heal, ranks=1)
+    out = capsys.readouterr().out
+    assert "FAILS" in out and "llama TP1 PP1 DP1, shared prefix" in out and "0 of 1 layouts hold" in out
+
+
+def test_the_cases_cover_every_dimension() -> None:
+    cases = make_cases()
+    assert len(cases) == len(set(cases)) >= 40
+    for family in FAMILIES:
+        mine = [c for c in cases if c.family == family]
+        assert {(c.ranks, c.tp, c.pp) for c in mine} >= {(1, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (4, 2, 2), (4, 1, 4), (4, 1, 1)}
+        assert {(c.budget, c.share_prefix) for c in mine} == {(b, p) for b, p, _ in layout.SPLITS}
+        assert {c.order for c in mine} == {o for _, _, o in layout.SPLITS} and {c.sequence_parallel for c in mine} == {True, False}
+    assert {c.dp for c in cases} == {1, 2, 3, 4} and {c.tp for c in cases} == {1, 2, 4}
+    assert len(make_cases(quick=True)) == len(layout.LAYOUTS)
+
+
+def test_the_batch_has_the_awkward_cases() -> None:
+    batch = make_batch(VOCAB)
+    samples = [s for g in batch.groups for s in g.samples]
+    assert any(len(s) == 1 for s in samples) and any(s.loss_mask.sum() == 0 for s in samples) and any(len(g.samples) == 1 for g in batch.groups)
+    first, second = (sum(len(g.samples) for g in groups) for groups, _ in batch.minibatches)
+    assert first == second  # build_rank_batches cuts mini-batches by sample count: here on the groups' border
+    shuffled = batch.shuffled(1)
+    advantage = lambda b: {s.sample_id: float(a) for g, group in zip(b.groups, b.advantages) for s, a in zip(g.samples, group)}
+    assert advantage(shuffled) == advantage(batch) and [g.group_id for g in shuffled.groups] != [g.group_id for g in batch.groups]
+    for (a, _), (b, _) in zip(batch.minibatches, shuffled.minibatches):
+        assert {g.group_id for g in a} == {g.group_id for g in b}
+
+
+def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
+    want = {"a": np.ones(4, np.float32), "b": np.full(4, 1e-9, np.float32)}
+    assert layout.worst(layout.deviations({"a": want["a"]}, want, want)) == (math.inf, "b")
+    bad = layout.worst(layout.deviations({"a": want["a"] * np.nan, "b": want["b"]}, want, want))
+    assert math.isnan(bad[0]) and bad[1] == "a"
+    verdict = Verdict(make_cases()[0], 1, 0.0, float("nan"), "a", 0.0, 0.0, "", 0.0, "", True, 0.0)
+    assert not verdict.holds
+    # a tensor with hardly any gradient is measured against the gradient of all
+    noisy = layout.deviations({"a": want["a"], "b": want["b"] + np.float32(1e-9)}, want, want)
+    assert layout.worst(noisy)[0] == pytest.approx(1e-6, rel=0.01)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layout_and_family=st.sampled_from([((1, 1, 1, False), "qwen2-tied"), ((2, 1, 1, False), "qwen3"), ((2, 2, 1, True), "llama"), ((3, 1, 1, False), "qwen2")]),
+    budget=st.integers(1, 120),
+    share_prefix=st.booleans(),
+    order=st.integers(0, 10_000),
+)
+def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
+    rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int
+) -> None:
+    where, family = layout_and_family
+    (verdict,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order)], tmp_path_factory.getbasetemp() / "drawn")
+    assert verdict.holds, layout.complaint(verdict)
+
+
+@pytest.mark.slow
+def test_the_command_proves_all_layouts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlinf", "check", "layout", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=360)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["layouts"]) >= 40 and report["holds"] and report["seconds"] < 360

@@ -1,0 +1,93 @@
+"""A pool of ranks never hangs: a rank that fails or dies is an error at once, and the next run starts new ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlinf.cluster.processes import start_time
+from rlinf.errors import RunFailed
+from rlinf.checks.rank_pool import RankPool
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def summed_rank(at: Any, value: float) -> tuple[int, np.ndarray]:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.full((2,), value + dist.get_rank())
+    dist.all_reduce(total)
+    return dist.get_world_size(), total.numpy()
+
+
+def coordinates(at: Any) -> tuple[int, ...]:
+    return at.tp_rank, at.tp, at.pp_rank, at.pp, at.dp_rank, at.dp
+
+
+def fails_in_rank_1(at: Any) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        raise ValueError("planted in rank 1")
+    dist.barrier()
+
+
+def killed_in_rank_1(at: Any) -> None:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def test_layouts_change_within_one_pool(rank_pool: RankPool) -> None:
+    for ranks in (4, 1, 3):
+        for world, total in rank_pool.run(summed_rank, 1.0, ranks=ranks):
+            assert world == ranks and total.tolist() == [ranks + sum(range(ranks))] * 2
+    assert rank_pool.run(coordinates, ranks=4, tp=2, pp=2) == [(0, 2, 0, 2, 0, 1), (1, 2, 0, 2, 0, 1), (0, 2, 1, 2, 0, 1), (1, 2, 1, 2, 0, 1)]
+    assert rank_pool.run(coordinates, ranks=4, tp=2) == [(0, 2, 0, 1, 0, 2), (1, 2, 0, 1, 0, 2), (0, 2, 0, 1, 1, 2), (1, 2, 0, 1, 1, 2)]
+
+
+@pytest.mark.slow
+def test_a_failing_or_dying_rank_is_an_error_at_once_and_the_pool_starts_again() -> None:
+    with RankPool(2) as pool:
+        pool.run(coordinates)
+        started = time.monotonic()
+        with pytest.raises(RunFailed, match=r"(?s)rank 1 ended with exit code 1.*fails_in_rank_1.*ValueError: planted in rank 1"):
+            pool.run(fails_in_rank_1)
+        assert time.monotonic() - started < 30
+        pool.run(coordinates)
+        started = time.monotonic()
+        with pytest.raises(RunFailed, match="rank 1 ended with exit code -9"):
+            pool.run(killed_in_rank_1)
+        assert time.monotonic() - started < 30
+        assert len(pool.run(coordinates)) == 2
+
+
+@pytest.mark.slow
+def test_ranks_die_with_their_parent() -> None:
+    code = (
+        "from rlinf.checks.rank_pool import RankPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = RankPool(2); pool.start(); print(*(p.pid for p in pool._processes), flush=True)\n"
+        "    import time; time.sleep(100)\n"
+    )
+    script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    ranks = [int(word) for word in script.stdout.readline().split()]
+    assert len(ranks) == 2 and all(start_time(pid) is not None for pid in ranks)
+    time.sleep(2)  # they ask for it as soon as they run
+    script.kill()
+    script.wait()
+    deadline = time.monotonic() + 20
+    while any(start_time(pid) is not None for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in ranks if start_time(pid) is not None] == []

@@ -1,0 +1,43 @@
+"""Tiny random models of every supported family as Hugging Face folders, for proofs: awkward sizes on purpose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.mapping import hf_shapes
+
+VOCAB = 131  # divisible by no tensor-parallel size: the padded rows must never show
+_COMMON = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "dtype": "float32",
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen2-tied": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12},  # not hidden / heads
+    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4, "rope_theta": 500000.0},
+}
+
+
+def write_tiny_model(folder: Path, family: str, seed: int = 0) -> Path:
+    """config.json and model.safetensors of a random model; every weight is large enough to matter."""
+    config = _COMMON | FAMILIES[family]
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in hf_shapes(read_architecture(config)).items():
+        if name.endswith("bias"):
+            tensors[name] = torch.randn(shape, generator=generator) * 0.1
+        elif len(shape) == 1:
+            tensors[name] = 0.7 + 0.6 * torch.rand(shape, generator=generator)
+        else:
+            tensors[name] = torch.randn(shape, generator=generator) * 0.12
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
