@@ -1,6 +1,6 @@
 """The verifier against math-verify alone: 2,000 distinct labelled pairs in one run; and the cheap routes by themselves.
 
-    python benchmarks/verifier.py [--processes 2] [--out benchmarks/verifier.json]
+    python benchmarks/verifier.py [--processes 2] [--out benchmarks/results/verifier.json]
     python benchmarks/verifier.py --write-pairs        (writes benchmarks/verifier_pairs.jsonl again, from its seed)
 
 Kinds: 45 % integers, 15 % fractions and decimals, 20 % symbolic, 10 % sets, tuples and intervals, 10 % malformed. Half of the readable
@@ -178,7 +178,7 @@ def disagreements(pairs: list[dict[str, Any]], statuses: list[str]) -> Iterator[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE / "verifier.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "verifier.json")
     parser.add_argument("--write-pairs", action="store_true")
     args = parser.parse_args()
     if args.write_pairs:
@@ -197,6 +197,7 @@ def main() -> None:
         "disagreement_between_1_and_n_processes": sum(a != b for a, b in zip(single, statuses)),
         "cheap_verdicts_of_one_process": cheap_rate(),
     }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     for line in disagreements(pairs, statuses):
