@@ -146,7 +146,8 @@ def process_environment(run_id: str) -> dict[str, str]:
     """
     return {
         RUN_ID: run_id,
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_WAIT_POLICY": "PASSIVE",  # components that share cores take turns: a waiting thread must not burn them,
+        "GOMP_SPINCOUNT": "3000",  # beyond the few microseconds between two operations of one step
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
