@@ -86,7 +86,24 @@ def collection(rng: random.Random) -> tuple[str, str, bool]:
 def malformed(rng: random.Random) -> tuple[str, str, bool]:
     """The answer is what stands in the place of the box: nothing of it is right."""
     n = rng.randint(1, 10**6)
-    return str(n), rng.choice([f"NOBOX {n}", f"OPEN {n}", "EMPTY", f"\\frac{{{n}}}", f"{n} or {n + 1}", f"{n}?", f"\\sqrt{{{n}", f"not {n}", f"({n},", f"{n} {n}"]), False
+    return (
+        str(n),
+        rng.choice(
+            [
+                f"NOBOX {n}",
+                f"OPEN {n}",
+                "EMPTY",
+                f"\\frac{{{n}}}",
+                f"{n} or {n + 1}",
+                f"{n}?",
+                f"\\sqrt{{{n}",
+                f"not {n}",
+                f"({n},",
+                f"{n} {n}",
+            ]
+        ),
+        False,
+    )
 
 
 KINDS = {"integer": integer, "rational": rational, "symbolic": symbolic, "collection": collection, "malformed": malformed}
@@ -111,7 +128,9 @@ def write_pairs(seed: int = 5) -> None:
 
 def response(answer: str, serial: int) -> str:
     word, _, rest = answer.partition(" ")
-    end = {"NOBOX": f"The answer is {rest}.", "OPEN": f"The answer is $\\boxed{{{rest}", "EMPTY": "The answer is $\\boxed{}$."}.get(word, f"The answer is $\\boxed{{{answer}}}$.")
+    end = {"NOBOX": f"The answer is {rest}.", "OPEN": f"The answer is $\\boxed{{{rest}", "EMPTY": "The answer is $\\boxed{}$."}.get(
+        word, f"The answer is $\\boxed{{{answer}}}$."
+    )
     return (f"({serial}) " + FILLER * 5)[: LENGTH - len(end) - 1] + " " + end
 
 
@@ -147,7 +166,15 @@ def cheap_rate(count: int = 40_000) -> dict[str, float]:
     items = []
     for i in range(count):
         n = rng.randint(-(10**7), 10**7)
-        gold, answer = rng.choice([(str(n), str(n)), (str(n), str(n + 1)), (f"{n / 100:.2f}", f"{n / 100:.2f}0"), (f"{n / 100:.2f}", f"{n / 100 + 1:.2f}"), (str(abs(n)), f"{abs(n):,}")])
+        gold, answer = rng.choice(
+            [
+                (str(n), str(n)),
+                (str(n), str(n + 1)),
+                (f"{n / 100:.2f}", f"{n / 100:.2f}0"),
+                (f"{n / 100:.2f}", f"{n / 100 + 1:.2f}"),
+                (str(abs(n)), f"{abs(n):,}"),
+            ]
+        )
         items.append(Item(response(answer, i), (f"\\boxed{{{gold}}}",)))
     started, cpu_started = time.perf_counter(), time.process_time()
     Verifier().verify_many(items)

@@ -179,7 +179,9 @@ def _check_golds(rows: list[Row], verifier: Verifier, findings: Findings) -> Non
             if row.task == "math" and re.search(r"\\boxed\s*\{\s*" + re.escape(gold) + r"\s*\}", row.prompt):
                 findings.add("leaked_answer", row.line, gold)
     for kind, judged in (("self", _self_items(rows)), ("near", _near_items(rows))):
-        for (row, answer), verdict in zip(judged, verifier.verify_many([Item(f"\\boxed{{{answer}}}", row.solutions, row.task) for row, answer in judged])):
+        for (row, answer), verdict in zip(
+            judged, verifier.verify_many([Item(f"\\boxed{{{answer}}}", row.solutions, row.task) for row, answer in judged])
+        ):
             if kind == "near" and verdict.status.value == "right":
                 findings.add("near_miss_right", row.line, f"{answer} for {gold_answer(row.solutions[0])}")
             elif kind == "self" and verdict.status.value == "wrong":
@@ -209,4 +211,12 @@ def _kind(solution: str) -> str:
     node = next((r.node for r in gold_reading(solution).readings if r.node is not None), None)
     if node is None:
         return "choice" if any(r.letter for r in gold_reading(solution).readings) else "unreadable"
-    return {"tuple": "tuple or interval", "list": "several", "rel": "relation", "assign": "relation", "text": "words", "set": "set", "matrix": "matrix"}.get(node.op, "expression")
+    return {
+        "tuple": "tuple or interval",
+        "list": "several",
+        "rel": "relation",
+        "assign": "relation",
+        "text": "words",
+        "set": "set",
+        "matrix": "matrix",
+    }.get(node.op, "expression")

@@ -52,7 +52,12 @@ def test_every_kind_of_finding_is_found_and_named_by_line(tmp_path: Path, capsys
     assert report["faults"] == {"bad_line": 2, "unknown_task": 1, "gold_unreadable": 2, "gold_not_right": 1}
     assert report["remarks"] == {"duplicate_prompt": 1, "conflicting_golds": 1, "duplicate_id": 1, "leaked_answer": 1}
     lines = {kind: [f["line"] for f in found] for kind, found in report["lines"].items()}
-    assert lines["bad_line"] == [2, 9] and lines["gold_unreadable"] == [3, 10] and lines["duplicate_prompt"] == [5] and lines["leaked_answer"] == [8]
+    assert (
+        lines["bad_line"] == [2, 9]
+        and lines["gold_unreadable"] == [3, 10]
+        and lines["duplicate_prompt"] == [5]
+        and lines["leaked_answer"] == [8]
+    )
     main(path)
     assert "mend the faults first" in capsys.readouterr().out
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rlinf.rewards.forms import EMPTY_SET, INFINITY, REALS, Malformed, Node, TooDeep, Unsupported
+from rlinf.rewards.forms import (
+    EMPTY_SET,
+    INFINITY,
+    REALS,
+    Malformed,
+    Node,
+    TooDeep,
+    Unsupported,
+)
 from rlinf.rewards.lexer import FUNCTIONS, GREEK, INFINITIES, Token
 from rlinf.rewards.units import UNITS
 
@@ -17,9 +25,21 @@ CURRENCIES = {"\\$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹", "\
 DOTS = frozenset(("...", "\\ldots", "\\dots", "\\cdots"))
 CONSTANTS = {"\\pi": "pi", "\\infty": "inf"}
 EMPTY = frozenset(("\\emptyset", "\\varnothing"))
-FENCES = {"\\lfloor": ("\\rfloor", "floor"), "\\lceil": ("\\rceil", "ceil"), "\\lvert": ("\\rvert", "abs"), "\\lVert": ("\\rVert", "norm"), "\\|": ("\\|", "norm")}
+FENCES = {
+    "\\lfloor": ("\\rfloor", "floor"),
+    "\\lceil": ("\\rceil", "ceil"),
+    "\\lvert": ("\\rvert", "abs"),
+    "\\lVert": ("\\rVert", "norm"),
+    "\\|": ("\\|", "norm"),
+}
 BINOMIALS = frozenset(("\\binom", "\\dbinom", "\\tbinom"))
-ATOMS = EMPTY | BINOMIALS | frozenset(FENCES) | frozenset(CONSTANTS) | frozenset(("\\frac", "\\sqrt", "\\mathbb", "\\angle", "\\triangle", "\\imath"))
+ATOMS = (
+    EMPTY
+    | BINOMIALS
+    | frozenset(FENCES)
+    | frozenset(CONSTANTS)
+    | frozenset(("\\frac", "\\sqrt", "\\mathbb", "\\angle", "\\triangle", "\\imath"))
+)
 MATRICES = frozenset("pmatrix bmatrix matrix smallmatrix Bmatrix array".split())
 SYSTEMS = frozenset("cases aligned align gathered split".split())
 MAX_PARTS = 2000
@@ -285,7 +305,9 @@ class AtomParser:
 
     def letters(self) -> str:
         start = self.pos
-        while (token := self.peek()) is not None and token.kind == "word" and len(token.value) == 1 and (self.pos == start or not token.space):
+        while (
+            (token := self.peek()) is not None and token.kind == "word" and len(token.value) == 1 and (self.pos == start or not token.space)
+        ):
             self.pos += 1
         if self.pos == start:
             raise Malformed("a name is missing")

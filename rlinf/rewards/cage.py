@@ -1,6 +1,6 @@
 """The child process of rewards/pool.py: reads items from stdin, answers on stdout, one at a time, under its own limits.
 
-    python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES TIMEOUT
+python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES TIMEOUT
 """
 
 from __future__ import annotations

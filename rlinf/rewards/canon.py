@@ -55,7 +55,12 @@ def arithmetic(node: Node) -> Node:
     """Sums of vectors and of matrices, and their multiples by numbers, worked out entry by entry."""
     args = tuple(arithmetic(a) if a.op in ("add", "mul", "neg", "div") else a for a in node.args)
     shaped = [a for a in args if a.op in ("tuple", "matrix")]
-    if not shaped or (node.op == "add" and len(shaped) != len(args)) or (node.op == "mul" and len(shaped) != 1) or (node.op == "div" and args[1] in shaped):
+    if (
+        not shaped
+        or (node.op == "add" and len(shaped) != len(args))
+        or (node.op == "mul" and len(shaped) != 1)
+        or (node.op == "div" and args[1] in shaped)
+    ):
         return node
     first = shaped[0]
     if node.op == "add":
@@ -122,7 +127,7 @@ def _summed(items: list[Node]) -> Node:
 
 
 def heading(node: Node) -> str | None:
-    r"""The name that a left side such as `x`, `x_1`, `f(x)`, `(x, y)`, `\text{Area}`, `AB`, `\angle ABC` or `\sin A` gives; None: no name."""
+    r"""The name that a left side such as `x`, `x_1`, `f(x)`, `(x, y)`, `\text{Area}`, `AB` or `\sin A` gives; None: no name."""
     if node.op == "sym":
         return node.value
     if node.op == "mul" and all(a.op == "sym" and not a.value.startswith("text ") for a in node.args) and len(node.args) <= 4:
@@ -133,7 +138,23 @@ def heading(node: Node) -> str | None:
         return "/".join(heading(a) for a in node.args)
     if node.op == "tuple" and all(a.op == "sym" for a in node.args):
         return f"({','.join(a.value for a in node.args)})"
-    if node.op == "fn" and node.value in ("sin", "cos", "tan", "cot", "sec", "csc", "abs", "norm", "arg", "Re", "Im", "gcd", "lcm", "min", "max"):
+    if node.op == "fn" and node.value in (
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "abs",
+        "norm",
+        "arg",
+        "Re",
+        "Im",
+        "gcd",
+        "lcm",
+        "min",
+        "max",
+    ):
         inner = [heading(a) for a in node.args]
         return f"{node.value} {' '.join(i for i in inner if i)}" if all(inner) else None
     if node.op == "add" and all(a.op == "sym" for a in node.args):

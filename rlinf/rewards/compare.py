@@ -112,7 +112,12 @@ def _same_collection(g: Node, a: Node, judge: Judge) -> bool:
             return True
         if one.op == "list" and other.op == "tuple":
             bare = one.value == "," and not any(i.op in ("assign", "rel") for i in one.args)
-            return bare and other.value == "()" and len(one.args) == len(other.args) and all(_equal(x, y, judge) for x, y in zip(g.args, a.args))
+            return (
+                bare
+                and other.value == "()"
+                and len(one.args) == len(other.args)
+                and all(_equal(x, y, judge) for x, y in zip(g.args, a.args))
+            )
     for x in (g, a):
         if x.op not in ("list", "set") and "list" not in (g.op, a.op):  # {5} and 5: a set with one member stands for it
             return len(items_of(g)) == len(items_of(a)) == 1 and _equal(items_of(g)[0], items_of(a)[0], judge)
@@ -173,7 +178,13 @@ def _assigned_tuple(one: Node, other: Node, judge: Judge) -> bool:
     names, values = sorted(given), other
     if other.op == "assign" and other.args[1].op == "tuple":
         names, values = [n.value for n in other.args[1].args], other.args[0]
-    if values.op != "tuple" or values.value != "()" or len(given) != len(one.args) or set(names) != set(given) or len(values.args) != len(names):
+    if (
+        values.op != "tuple"
+        or values.value != "()"
+        or len(given) != len(one.args)
+        or set(names) != set(given)
+        or len(values.args) != len(names)
+    ):
         return False
     return all(_equal(given[n], v, judge) for n, v in zip(names, values.args))
 
@@ -245,7 +256,12 @@ def _same_vector(g: Node, a: Node, judge: Judge) -> bool:
 
 def _as_matrix(node: Node) -> Node:
     """[[1, 2], [3, 4]] is a matrix."""
-    if node.op == "tuple" and node.value == "[]" and all(r.op == "tuple" and r.value == "[]" for r in node.args) and len({len(r.args) for r in node.args}) == 1:
+    if (
+        node.op == "tuple"
+        and node.value == "[]"
+        and all(r.op == "tuple" and r.value == "[]" for r in node.args)
+        and len({len(r.args) for r in node.args}) == 1
+    ):
         return Node("matrix", tuple(r._replace(value="()") for r in node.args))
     return node
 
@@ -263,7 +279,11 @@ def _same_scalar(g: Node, a: Node, judge: Judge) -> bool:
     if isinstance(gold_tag, Unit) and isinstance(answer_tag, Unit):
         if not comparable(gold_tag, answer_tag):
             return False
-        return _same_value(gold, answer, judge) if gold_tag.scale == answer_tag.scale else _same_value(_times(gold, gold_tag.scale), _times(answer, answer_tag.scale), judge)
+        return (
+            _same_value(gold, answer, judge)
+            if gold_tag.scale == answer_tag.scale
+            else _same_value(_times(gold, gold_tag.scale), _times(answer, answer_tag.scale), judge)
+        )
     if isinstance(gold_tag, Unit) or isinstance(answer_tag, Unit):
         tags = {t if isinstance(t, str) else t and t.dimension[:1] and t.dimension[0][0] for t in (gold_tag, answer_tag)}
         agree = "percent" not in tags and ("degree" not in tags or bool(tags & {"celsius", "fahrenheit"}))
@@ -275,7 +295,9 @@ def _same_scalar(g: Node, a: Node, judge: Judge) -> bool:
             return False
         return _same_percent(gold, gold_tag == "percent", answer, answer_tag == "percent", judge)
     turned = Node("degree", (gold if gold_tag else answer,))
-    return _same_value(gold, answer, judge) or (bool(symbols(turned) or _has_pi(answer if gold_tag else gold)) and judge.same(turned, answer if gold_tag else gold))
+    return _same_value(gold, answer, judge) or (
+        bool(symbols(turned) or _has_pi(answer if gold_tag else gold)) and judge.same(turned, answer if gold_tag else gold)
+    )
 
 
 def _same_percent(gold: Node, gold_has: bool, answer: Node, answer_has: bool, judge: Judge) -> bool:
@@ -307,7 +329,12 @@ def _same_value(g: Node, a: Node, judge: Judge) -> bool:
         return _sign_of_infinity(g) == _sign_of_infinity(a) != 0
     for value, decimal in ((g, a), (a, g)):
         plain = decimal.args[0] if decimal.op == "neg" else decimal
-        if plain.op == "dec" and plain.value[2] >= APPROXIMATE_DIGITS and value.op != "dec" and not (value.op == "neg" and value.args[0].op == "dec"):
+        if (
+            plain.op == "dec"
+            and plain.value[2] >= APPROXIMATE_DIGITS
+            and value.op != "dec"
+            and not (value.op == "neg" and value.args[0].op == "dec")
+        ):
             return judge.same(g, a) or judge.rounds_to(value, decimal)
     return judge.same(g, a)
 

@@ -231,11 +231,11 @@ class Numeric:
     def _function(self, name: str, args: list[Any]) -> Any:
         mp, x = self.mp, args[0]
         simple = {
-            "sqrt": mp.sqrt, "exp": mp.exp, "abs": abs, "norm": abs, "sin": mp.sin, "cos": mp.cos, "tan": mp.tan, "cot": mp.cot, "sec": mp.sec,
-            "csc": mp.csc, "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh, "coth": mp.coth, "sech": mp.sech, "csch": mp.csch,
-            "arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "arccot": mp.acot, "arcsec": mp.asec, "arccsc": mp.acsc, "asin": mp.asin,
-            "acos": mp.acos, "atan": mp.atan, "arcsinh": mp.asinh, "arccosh": mp.acosh, "arctanh": mp.atanh, "floor": mp.floor,
-            "ceil": mp.ceil, "arg": mp.arg, "Re": mp.re, "Im": mp.im, "sgn": mp.sign,
+            "sqrt": mp.sqrt, "exp": mp.exp, "abs": abs, "norm": abs, "sin": mp.sin, "cos": mp.cos, "tan": mp.tan, "cot": mp.cot,
+            "sec": mp.sec, "csc": mp.csc, "sinh": mp.sinh, "cosh": mp.cosh, "tanh": mp.tanh, "coth": mp.coth, "sech": mp.sech,
+            "csch": mp.csch, "arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "arccot": mp.acot, "arcsec": mp.asec,
+            "arccsc": mp.acsc, "asin": mp.asin, "acos": mp.acos, "atan": mp.atan, "arcsinh": mp.asinh, "arccosh": mp.acosh,
+            "arctanh": mp.atanh, "floor": mp.floor, "ceil": mp.ceil, "arg": mp.arg, "Re": mp.re, "Im": mp.im, "sgn": mp.sign,
         }  # fmt: skip
         if name in simple and len(args) == 1:
             if mp.mag(abs(x)) > 64 and name not in ("sqrt", "abs", "norm", "arg", "Re", "Im", "sgn"):

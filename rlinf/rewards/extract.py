@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)\s+([^\s${}\\]+)|\\(?:boxed|fbox)(\d[\d.,/]*)|\\\\(?!boxed|fbox)|\\[{}]|([{}])")
+_BRACES = re.compile(
+    r"(\\(?:boxed|fbox)\s*\{)|\\(?:boxed|fbox)\s+([^\s${}\\]+)|\\(?:boxed|fbox)(\d[\d.,/]*)|\\\\(?!boxed|fbox)|\\[{}]|([{}])"
+)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?")
 
 

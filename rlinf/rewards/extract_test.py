@@ -73,6 +73,13 @@ def test_the_final_number_counts_only_when_asked_for() -> None:
 
 def test_extraction_is_linear() -> None:
     started = time.perf_counter()
-    for text in ("\\boxed{" * 140_000, "{" * 1_000_000, "\\boxed{1}" * 110_000, "\\" * 1_000_000, "\\boxed " * 140_000, "\\boxed{ " + " " * 10**6):
+    for text in (
+        "\\boxed{" * 140_000,
+        "{" * 1_000_000,
+        "\\boxed{1}" * 110_000,
+        "\\" * 1_000_000,
+        "\\boxed " * 140_000,
+        "\\boxed{ " + " " * 10**6,
+    ):
         last_box(text)
     assert time.perf_counter() - started < 5

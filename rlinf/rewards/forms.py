@@ -1,9 +1,9 @@
 """What an answer is, once read: a tree of nodes.
 
-    num Fraction | dec (Fraction, decimals, significant digits) | sym name | const pi, e, i, inf | add, mul (args) | neg, div, pow |
-    fn name (args) | pm, mp (args) | percent, degree | quantity (arg) Unit | mod (value, modulus) |
-    tuple (items) brackets | set (items) | list (items) separator | union, intersection, minus (args) | builder (variable, conditions) |
-    rel (sides) operators | matrix (rows: tuple nodes) | cases | abs | text | based (digits, base) | clock | date | ratio | choice
+num Fraction | dec (Fraction, decimals, significant digits) | sym name | const pi, e, i, inf | add, mul (args) | neg, div, pow |
+fn name (args) | pm, mp (args) | percent, degree | quantity (arg) Unit | mod (value, modulus) |
+tuple (items) brackets | set (items) | list (items) separator | union, intersection, minus (args) | builder (variable, conditions) |
+rel (sides) operators | matrix (rows: tuple nodes) | cases | abs | text | based (digits, base) | clock | date | ratio | choice
 """
 
 from __future__ import annotations

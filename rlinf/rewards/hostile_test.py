@@ -89,7 +89,12 @@ def test_a_hostile_gold_is_no_excuse(verifier: Verifier) -> None:
 
 def test_a_response_of_a_million_characters_is_read_in_time(verifier: Verifier) -> None:
     filler = "We note that {x} and \\{y\\} hold. \\boxed{1} " * 22_000
-    for text in (filler + "\\boxed{42}", "\\boxed{" * 140_000 + "\\boxed{42}", "\\boxed{42}" + "}" * 1_000_000, "<think>" * 100_000 + "</think>\\boxed{42}"):
+    for text in (
+        filler + "\\boxed{42}",
+        "\\boxed{" * 140_000 + "\\boxed{42}",
+        "\\boxed{42}" + "}" * 1_000_000,
+        "<think>" * 100_000 + "</think>\\boxed{42}",
+    ):
         verdict = verifier.verify(text, ["42"])
         assert verdict.status.value == "right" and verdict.seconds < 1.5
     assert verifier.verify("\\boxed{" * 140_000 + "42", ["42"]).route == "no_box"

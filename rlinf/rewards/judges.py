@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from rlinf.rewards.evaluate import CAGE_BITS, CHEAP_BITS, NoValue, Numeric, TooBig, exact
+from rlinf.rewards.evaluate import (
+    CAGE_BITS,
+    CHEAP_BITS,
+    NoValue,
+    Numeric,
+    TooBig,
+    exact,
+)
 from rlinf.rewards.forms import Node, symbols
 from rlinf.rewards.regions import INF, Number
 
@@ -24,7 +31,7 @@ class NeedsCage(Exception):
 
 
 def rounds_exactly(value: Fraction, decimal: Fraction, places: int) -> bool:
-    """Whether the decimal with so many places is the value rounded or cut there; a value with a finite decimal form must be given exactly."""
+    """Whether the decimal with so many places is the value, rounded or cut there. A finite decimal value must be given exactly."""
     rest = value.denominator
     for p in (2, 5):
         while rest % p == 0:
@@ -174,7 +181,12 @@ class NumericJudge:
         """X for x and c for C, where that names nothing twice."""
         left, right = symbols(a), symbols(b)
         lowered = {n.lower() for n in left}
-        if left == right or len(lowered) != len(left) or len({n.lower() for n in right}) != len(right) or lowered != {n.lower() for n in right}:
+        if (
+            left == right
+            or len(lowered) != len(left)
+            or len({n.lower() for n in right}) != len(right)
+            or lowered != {n.lower() for n in right}
+        ):
             return False
         return self._identical(_lowered(a), _lowered(b), frozenset(lowered))
 
@@ -270,5 +282,3 @@ def _lowered(node: Node) -> Node:
     if node.op == "sym":
         return node._replace(value=node.value.lower())
     return node._replace(args=tuple(_lowered(a) for a in node.args)) if node.args else node
-
-

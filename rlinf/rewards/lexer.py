@@ -9,18 +9,57 @@ from rlinf.rewards.forms import Malformed
 from rlinf.rewards.units import MULTIPLIERS, UNITS
 
 FUNCTIONS = frozenset(
-    """sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc asin acos atan sinh cosh tanh coth sech csch arcsinh arccosh arctanh
-    ln log lg exp sqrt cbrt abs floor ceil min max gcd lcm sgn arg Re Im""".split()
+    """sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc asin acos atan sinh cosh tanh coth sech csch arcsinh arccosh
+    arctanh ln log lg exp sqrt cbrt abs floor ceil min max gcd lcm sgn arg Re Im""".split()
 )
 GREEK = frozenset(
     """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi
     omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar""".split()
 )
 INFINITIES = frozenset("infinity inf oo infty".split())
-WORDS = FUNCTIONS | GREEK | INFINITIES | frozenset(MULTIPLIERS) | frozenset(k for k in UNITS if k.isalpha() and len(k) > 1) | frozenset("and or pi mod percent percentage pct deg degree degrees per base".split())
+WORDS = (
+    FUNCTIONS
+    | GREEK
+    | INFINITIES
+    | frozenset(MULTIPLIERS)
+    | frozenset(k for k in UNITS if k.isalpha() and len(k) > 1)
+    | frozenset("and or pi mod percent percentage pct deg degree degrees per base".split())
+)
 
-_TEXT = frozenset(("\\text", "\\textbf", "\\textit", "\\textrm", "\\textnormal", "\\texttt", "\\textsf", "\\mbox", "\\mathrm", "\\operatorname", "\\hbox", "\\rm"))
-_STYLE = frozenset(("\\mathbf", "\\mathit", "\\boldsymbol", "\\bm", "\\mathsf", "\\mathcal", "\\mathscr", "\\mathfrak", "\\emph", "\\underline", "\\ensuremath", "\\mathnormal", "\\pmb", "\\mathop"))
+_TEXT = frozenset(
+    (
+        "\\text",
+        "\\textbf",
+        "\\textit",
+        "\\textrm",
+        "\\textnormal",
+        "\\texttt",
+        "\\textsf",
+        "\\mbox",
+        "\\mathrm",
+        "\\operatorname",
+        "\\hbox",
+        "\\rm",
+    )
+)
+_STYLE = frozenset(
+    (
+        "\\mathbf",
+        "\\mathit",
+        "\\boldsymbol",
+        "\\bm",
+        "\\mathsf",
+        "\\mathcal",
+        "\\mathscr",
+        "\\mathfrak",
+        "\\emph",
+        "\\underline",
+        "\\ensuremath",
+        "\\mathnormal",
+        "\\pmb",
+        "\\mathop",
+    )
+)
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<sci>[0-9]+(?:\.[0-9]+)?[eE][-+]?[0-9]{1,4}(?![\w.]))|(?P<num>[0-9]+(?:\.(?!\.)[0-9]*)?|\.[0-9]+)|(?P<env>\\(?:begin|end)\s*\{[A-Za-z]+\*?\})"
     r"|(?P<cmd>\\[A-Za-z]+\*?|\\.)|(?P<word>[^\W\d_]+)|(?P<op>\*\*|<=|>=|!=|==|->|\.\.\.|.)",
@@ -57,9 +96,9 @@ def lex(s: str, text: bool = False, depth: int = 0) -> list[Token]:
             continue
         if kind == "cmd" and value in _STYLE:
             continue
-        if kind == "word" and not text and not value.isupper() and len(value) > 1 and value not in WORDS and len(value) < 4:
-            tokens += [Token("word", letter, False, space and i == 0) for i, letter in enumerate(value)]
-        elif kind == "word" and not text and value.isupper() and len(value) > 1 and value not in WORDS:
+        if (
+            kind == "word" and not text and 1 < len(value) and value not in WORDS and (len(value) < 4 or value.isupper())
+        ):  # a product of letters
             tokens += [Token("word", letter, False, space and i == 0) for i, letter in enumerate(value)]
         else:
             tokens.append(Token(kind, value, text, space))

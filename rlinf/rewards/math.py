@@ -1,10 +1,10 @@
 """The verdict on one mathematical answer, by routes in order of cost. See docs/verifier.md for every decision.
 
-    string      the cleaned answer is the cleaned gold
-    number      both are integers, fractions or finite decimals: compared exactly
-    structure   read by the grammar, compared part by part, every part exact
-    numeric     expressions compared with mpmath, in the cage
-    math-verify what our grammar does not read (integrals, sums, limits, ...), in the cage
+string      the cleaned answer is the cleaned gold
+number      both are integers, fractions or finite decimals: compared exactly
+structure   read by the grammar, compared part by part, every part exact
+numeric     expressions compared with mpmath, in the cage
+math-verify what our grammar does not read (integrals, sums, limits, ...), in the cage
 """
 
 from __future__ import annotations
@@ -129,7 +129,11 @@ def _node(text: str, depth: int) -> Node:
 
 def _as_words(text: str) -> Node | None:
     """Prose that is no formula (`Player 2 wins`) is compared as words."""
-    if len(text) > 300 or not re.search(r"(?<![\\A-Za-z])[^\W\d_]{3,}", text) or re.search(r"\\(?!text|mathrm|textbf|%|\$)[A-Za-z]|[\^_=<>+*]", text):
+    if (
+        len(text) > 300
+        or not re.search(r"(?<![\\A-Za-z])[^\W\d_]{3,}", text)
+        or re.search(r"\\(?!text|mathrm|textbf|%|\$)[A-Za-z]|[\^_=<>+*]", text)
+    ):
         return None
     try:
         return text_node(text)
@@ -178,7 +182,11 @@ def _numbers(answer: str, value: Fraction, solutions: tuple[str, ...], golds: li
     for solution, gold in zip(solutions, golds):
         for decimal, rounded, exact in ((answer, value, gold), (gold_answer(solution), gold, value)):
             digits = decimal.replace(".", "").lstrip("+-0")
-            if "." in decimal and len(digits) >= APPROXIMATE_DIGITS and rounds_exactly(exact, rounded, len(decimal) - decimal.index(".") - 1):
+            if (
+                "." in decimal
+                and len(digits) >= APPROXIMATE_DIGITS
+                and rounds_exactly(exact, rounded, len(decimal) - decimal.index(".") - 1)
+            ):
                 return Decision("right", "number", _against(answer, solutions))
     return Decision("wrong", "number", _against(answer, solutions))
 

@@ -52,7 +52,9 @@ def test_every_gold_is_right_against_itself_and_its_label_needs_no_luck() -> Non
     assert [g for g in golds if status(g, g) != "right"] == []
 
 
-@pytest.mark.parametrize("category", ["expressions with variables", "roots, constants and expressions without variables", "sets", "matrices"])
+@pytest.mark.parametrize(
+    "category", ["expressions with variables", "roots, constants and expressions without variables", "sets", "matrices"]
+)
 def test_equality_is_symmetric_where_neither_side_is_privileged(category: str) -> None:
     assert [(g, a) for g, a, right in LABELLED[category] if (status(a, g) == "right") is not right] == []
 
@@ -89,7 +91,13 @@ def test_integers_are_equal_when_they_are(a: int, b: int) -> None:
 
 @given(rationals, st.integers(2, 50))
 def test_rewriting_a_rational_never_changes_the_verdict(x: Fraction, k: int) -> None:
-    forms = [frac(x), f"{x.numerator}/{x.denominator}", f"\\frac{{{x.numerator * k}}}{{{x.denominator * k}}}", f"\\left({frac(x)}\\right)", f"x = {frac(x)}"]
+    forms = [
+        frac(x),
+        f"{x.numerator}/{x.denominator}",
+        f"\\frac{{{x.numerator * k}}}{{{x.denominator * k}}}",
+        f"\\left({frac(x)}\\right)",
+        f"x = {frac(x)}",
+    ]
     if x > 1 and x.denominator > 1:
         whole, rest = divmod(x, 1)
         forms.append(f"{whole}\\frac{{{rest.numerator}}}{{{rest.denominator}}}")

@@ -1,11 +1,11 @@
 r"""The upper half of the grammar of answers: tokens -> Node. Recursive descent, bounded depth, linear.
 
-    answer   = relation ((, | ; | and | or) relation)*
-    relation = sets ((= | < | \in | ...) sets)* [mod n]
-    sets     = sum ((\cup | \cap | \setminus) sum)*
-    sum      = [+ | - | \pm] term ((+ | - | \pm) term)* [unit]
-    term     = power ((* | / | nothing) power)*
-    power    = atom (^ exponent | ! | % | degree)*
+answer   = relation ((, | ; | and | or) relation)*
+relation = sets ((= | < | \in | ...) sets)* [mod n]
+sets     = sum ((\cup | \cap | \setminus) sum)*
+sum      = [+ | - | \pm] term ((+ | - | \pm) term)* [unit]
+term     = power ((* | / | nothing) power)*
+power    = atom (^ exponent | ! | % | degree)*
 """
 
 from __future__ import annotations
@@ -13,17 +13,33 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rlinf.rewards.atoms import ATOMS, CURRENCIES, DECORATIONS, MAX_PARTS, TIMES, AtomParser, number_node, signed
+from rlinf.rewards.atoms import (
+    ATOMS,
+    CURRENCIES,
+    DECORATIONS,
+    MAX_PARTS,
+    TIMES,
+    AtomParser,
+    number_node,
+    signed,
+)
 from rlinf.rewards.forms import Malformed, Node, TooDeep, Unsupported, height
 from rlinf.rewards.lexer import FUNCTIONS, GREEK, INFINITIES, Token, lex
 from rlinf.rewards.units import MULTIPLIERS, UNITS, Unit, lookup, make_unit
 
 RELATIONS = {
-    "=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=", "\\ge": ">=",
-    "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "~", "\\simeq": "~",
-    "\\equiv": "equiv",
+    "=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=",
+    "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=", "\\lt": "<", "\\gt": ">", "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "~",
+    "\\simeq": "~", "\\equiv": "equiv",
 }  # fmt: skip
-SET_OPERATORS = {"\\cup": "union", "\\cap": "intersection", "\\setminus": "minus", "\\backslash": "minus", "\\bigcup": "union", "\\bigcap": "intersection"}
+SET_OPERATORS = {
+    "\\cup": "union",
+    "\\cap": "intersection",
+    "\\setminus": "minus",
+    "\\backslash": "minus",
+    "\\bigcup": "union",
+    "\\bigcap": "intersection",
+}
 NOT_FACTORS = frozenset("and or in mod percent pct percentage degree degrees deg per base".split())
 BEYOND = frozenset("\\int \\iint \\oint \\sum \\prod \\lim \\partial \\nabla \\det".split())
 _UNION_LETTER = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[\\])")
@@ -56,7 +72,7 @@ class Parser(AtomParser):
 
     def separator(self) -> str | None:
         found = None
-        while (value := self.value()) :
+        while value := self.value():
             if value in (",", ";", "\\&"):
                 found = found or ","
             elif value in ("or", "\\lor", "\\vee"):

@@ -106,7 +106,10 @@ class Worker:
 
 
 class Pool:
-    """Workers for items of one kind (`math`, or `rg` for reasoning-gym). `submit` returns a future of a Reply; it blocks while more than a few items per worker are waiting (back-pressure)."""
+    """Workers for items of one kind (`math`, or `rg` for reasoning-gym). 
+
+    `submit` returns a future of a Reply; it blocks while more than a few items per worker are waiting (back-pressure).
+    """
 
     def __init__(self, processes: int, timeout: float, kind: str = "math", memory_bytes: int = 1 << 30) -> None:
         if processes < 1 or timeout <= 0:

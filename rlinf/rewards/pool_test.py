@@ -73,7 +73,10 @@ def test_a_stuck_item_is_undecided_in_time_and_the_others_are_unaffected(verifie
 
 
 def test_children_die_with_a_killed_parent() -> None:
-    code = "import time\nfrom rlinf.rewards.verifier import Verifier\nv = Verifier()\nv.verify('\\\\boxed{\\\\sqrt{12}}', ['2\\\\sqrt{3}'])\nprint(v.worker_pids(), flush=True)\ntime.sleep(60)"
+    code = (
+        "import time\nfrom rlinf.rewards.verifier import Verifier\nv = Verifier()\nv.verify('\\\\boxed{\\\\sqrt{12}}', ['2\\\\sqrt{3}'])\n"
+        "print(v.worker_pids(), flush=True)\ntime.sleep(60)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     pids = [int(p) for p in parent.stdout.readline().strip("[]\n").split(",")]
     parent.kill()
@@ -82,7 +85,10 @@ def test_children_die_with_a_killed_parent() -> None:
 
 
 def test_a_script_that_never_closes_leaves_nothing_behind() -> None:
-    code = "from rlinf.rewards.verifier import Verifier\nv = Verifier(num_processes=2)\nprint(v.verify('\\\\boxed{\\\\sqrt{12}}', ['2\\\\sqrt{3}']).status.value, v.worker_pids())"
+    code = (
+        "from rlinf.rewards.verifier import Verifier\nv = Verifier(num_processes=2)\n"
+        "print(v.verify('\\\\boxed{\\\\sqrt{12}}', ['2\\\\sqrt{3}']).status.value, v.worker_pids())"
+    )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0 and done.stderr == ""
     status, pids = done.stdout.split(" ", 1)

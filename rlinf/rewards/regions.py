@@ -32,7 +32,11 @@ def is_region(node: Node) -> bool:
     if node.op in ("reals", "member") or node.op in _SET_OPS:
         return True
     if node.op == "tuple" and len(node.args) == 2:
-        return node.value != "()" and not (node.value == "[]" and any(a.op == "tuple" for a in node.args)) or any(_infinite(a) for a in node.args)
+        return (
+            node.value != "()"
+            and not (node.value == "[]" and any(a.op == "tuple" for a in node.args))
+            or any(_infinite(a) for a in node.args)
+        )
     if node.op == "rel":
         return _variable(node) is not None
     if node.op == "list":

@@ -10,7 +10,9 @@ from rlinf.rewards.extract import counted_text, ends_inside_thinking, last_box
 
 @dataclass(frozen=True)
 class Shaping:
-    """format_reward: added to a well-formed response. overlong_buffer (tokens) and overlong_penalty: soft_overlong. exploration_penalty: exploration.
+    """format_reward: added to a well-formed response. overlong_buffer (tokens) and overlong_penalty: soft_overlong.
+
+    exploration_penalty: exploration.
 
     max_new_tokens: the hard limit of a response that overlong_buffer counts back from.
     """
@@ -45,7 +47,7 @@ def soft_overlong(length: int, limit: int, buffer: int) -> float:
 
 
 def exploration(length: int, penalty: float) -> float:
-    """-penalty / length, at least -1: short reasoning costs, length beyond need gains ever less (RLSP, arXiv 2502.06773). An empty response: -1."""
+    """-penalty / length, at least -1: short reasoning costs, and ever less as it grows (RLSP, arXiv 2502.06773). An empty response: -1."""
     return -min(1.0, penalty / length) if length else -1.0
 
 

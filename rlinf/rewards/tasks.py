@@ -1,9 +1,9 @@
 """What a task name means: how its answers are judged, which part in this process and which in the cage.
 
-    math          equivalence of mathematical answers (rewards/math.py)
-    choice        the letter of a multiple-choice question; never a guess from prose
-    exact         the same text, white space aside
-    rg/<family>   reasoning-gym's scorer of that family; only the full score is right
+math          equivalence of mathematical answers (rewards/math.py)
+choice        the letter of a multiple-choice question; never a guess from prose
+exact         the same text, white space aside
+rg/<family>   reasoning-gym's scorer of that family; only the full score is right
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def check_tasks(tasks: Iterable[str]) -> None:
         if task.startswith("rg/"):
             reasoning_gym.check_family(task[3:])
         elif task not in TASKS:
-            raise UserError(f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. Leave its prompts out with data.tasks, for example data.tasks=[math]")
+            raise UserError(
+                f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. "
+                "Leave its prompts out with data.tasks, for example data.tasks=[math]"
+            )
 
 
 def judge_cheap(task: str, answer: str, solutions: tuple[str, ...]) -> Decision | None:

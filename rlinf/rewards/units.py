@@ -95,13 +95,16 @@ def _table() -> dict[str, Unit]:
 
 UNITS = _table()
 MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_SAYS_NOTHING = frozenset("unit units total altogether exactly only of the a an each approximately about different distinct possible in".split())
+_SAYS_NOTHING = frozenset(
+    "unit units total altogether exactly only of the a an each approximately about different distinct possible in".split()
+)
 # A noun after a number is taken for its unit, but none of these: they change what is said.
 _NOT_NOUNS = frozenset(
-    """and or not no nor but if is are was were than less more least most greater over under below above minus plus negative positive
-    half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths thousandth thousandths millionth millionths squared cubed square factorial mod base where when with without
-    either neither both any all some except between to through from for false true wrong yes maybe possibly perhaps because since then unless
-    until by up down equals equal correct incorrect error answer solution""".split()
+    """and or not no nor but if is are was were than less more least most greater over under below above minus plus negative
+    positive     half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths
+    thousandth thousandths millionth millionths squared cubed square factorial mod base where when with without
+    either neither both any all some except between to through from for false true wrong yes maybe possibly perhaps because since then
+    unless until by up down equals equal correct incorrect error answer solution""".split()
 )
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWERS_AFTER = {"squared": 2, "cubed": 3}

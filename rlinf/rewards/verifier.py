@@ -37,8 +37,14 @@ class Verifier:
     reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as wrong.
     """
 
-    def __init__(self, reward_scale: float = 5.0, undecided_reward: float | None = None, answer_format: str = "boxed", num_processes: int = 1,
-                 timeout: float = 1.0) -> None:
+    def __init__(
+        self,
+        reward_scale: float = 5.0,
+        undecided_reward: float | None = None,
+        answer_format: str = "boxed",
+        num_processes: int = 1,
+        timeout: float = 1.0,
+    ) -> None:
         self.answer_format, self.num_processes, self.timeout = answer_format, num_processes, timeout
         undecided = -reward_scale if undecided_reward is None else undecided_reward
         self._rewards = {Status.RIGHT: reward_scale, Status.WRONG: -reward_scale, Status.UNDECIDED: undecided}
@@ -120,7 +126,7 @@ class Verifier:
 
 
 def copies_question(answer: str, item: Item) -> bool:
-    r"""Whether the answer is a formula that stands in the prompt as it is (\boxed{23+45} to "What is 23+45?") and not the gold's own form."""
+    r"""Whether the answer is a formula of the prompt (\boxed{23+45} to "What is 23+45?") and not the gold's own form."""
     text = "".join(answer.split()).strip("$")
     if not _OPERATOR.search(text.lstrip("+-")) or any(text == "".join(gold_answer(s).split()) for s in item.solutions):
         return False

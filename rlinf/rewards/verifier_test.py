@@ -46,7 +46,15 @@ def test_duplicates_are_judged_once_and_the_order_is_kept(verifier: Verifier, mo
 
 def test_plain_numbers_never_start_a_process() -> None:
     with Verifier() as v:
-        for answer, gold in [("42", "42"), ("0.5", "\\frac{1}{2}"), ("1,000", "1000"), ("(1,2)", "(1, 2)"), ("\\{2,1\\}", "\\{1,2\\}"), ("5 cm", "5"), ("x < 3", "(-\\infty, 3)")]:
+        for answer, gold in [
+            ("42", "42"),
+            ("0.5", "\\frac{1}{2}"),
+            ("1,000", "1000"),
+            ("(1,2)", "(1, 2)"),
+            ("\\{2,1\\}", "\\{1,2\\}"),
+            ("5 cm", "5"),
+            ("x < 3", "(-\\infty, 3)"),
+        ]:
             assert v.verify(f"\\boxed{{{answer}}}", [gold]).status is Status.RIGHT
         assert v.worker_pids() == []
 
@@ -168,8 +176,17 @@ def test_exploration_vanishes_for_long_responses_and_is_bounded() -> None:
 
 def test_format_is_one_closed_thinking_section_and_one_box() -> None:
     think = "<think>\n"
-    assert well_formed(think, "so </think> \\boxed{1}") and well_formed("", "<think> so </think> \\boxed{1}") and well_formed("", "\\boxed{1}")
-    for prompt, response in [(think, "\\boxed{1}"), (think, "a </think> b </think> \\boxed{1}"), ("", "\\boxed{1} \\boxed{2}"), ("", "\\boxed{ }"), ("", "1"), ("", "</think> \\boxed{1}")]:
+    assert (
+        well_formed(think, "so </think> \\boxed{1}") and well_formed("", "<think> so </think> \\boxed{1}") and well_formed("", "\\boxed{1}")
+    )
+    for prompt, response in [
+        (think, "\\boxed{1}"),
+        (think, "a </think> b </think> \\boxed{1}"),
+        ("", "\\boxed{1} \\boxed{2}"),
+        ("", "\\boxed{ }"),
+        ("", "1"),
+        ("", "</think> \\boxed{1}"),
+    ]:
         assert not well_formed(prompt, response)
 
 

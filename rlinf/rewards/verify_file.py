@@ -37,13 +37,23 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1) -
         while chunk := list(islice(rows, LINES_AT_ONCE)):
             verdicts = verifier.verify_many([item for _, item in chunk])
             for (row, _), verdict in zip(chunk, verdicts):
-                row |= {"reward": verdict.reward, "status": verdict.status.value, "route": verdict.route, "extracted": verdict.extracted,
-                        "seconds": round(verdict.seconds, 6), "reason": verdict.reason}
+                row |= {
+                    "reward": verdict.reward,
+                    "status": verdict.status.value,
+                    "route": verdict.route,
+                    "extracted": verdict.extracted,
+                    "seconds": round(verdict.seconds, 6),
+                    "reason": verdict.reason,
+                }
                 out.write(json.dumps(row) + "\n")
                 statuses[verdict.status.value] += 1
                 routes[verdict.route] += 1
     os.replace(scratch, target)
-    return {"lines": sum(statuses.values()), **{s: statuses[s] for s in ("right", "wrong", "undecided")}, "routes": dict(routes.most_common())}
+    return {
+        "lines": sum(statuses.values()),
+        **{s: statuses[s] for s in ("right", "wrong", "undecided")},
+        "routes": dict(routes.most_common()),
+    }
 
 
 @contextmanager

@@ -9,25 +9,70 @@ from rlinf.rewards.forms import EMPTY_SET, INFINITY, REALS, Malformed, Node
 from rlinf.rewards.lexer import FUNCTIONS, GREEK, INFINITIES
 
 _UNTEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|operatorname|emph|hbox)\s*\{([^{}]*)\}")
-_CLOCK = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*([ap])?\.?(?:m\.?)?|([0-9]{1,2})\s*([ap])\.?\s?m\.?|([0-9]{1,2}) o'?clock", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*([ap])?\.?(?:m\.?)?|([0-9]{1,2})\s*([ap])\.?\s?m\.?|([0-9]{1,2}) o'?clock",
+    re.IGNORECASE,
+)
 _RATIO = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:\s*(?::|\\colon)\s*-?[0-9]+(?:\.[0-9]+)?)+")
 _CHOICE = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[).:])\s*[.:]?\s*(.*)", re.DOTALL)
 _OTHER_LETTER = re.compile(r"\b(?:or|and|not|nor)\b|\([A-Ja-j]\)|(?<![A-Za-z])[A-J][).:]|^\s*[,;&/]|^[A-J]$")
 _OPTION = re.compile(r"(?:choice|option|answer)\s+\(?([A-J])\)?", re.IGNORECASE)
-_BASED = re.compile(r"([0-9A-Fa-f]+)\s*_\s*\{?\s*([0-9]+|two|three|eight|ten|sixteen)\s*\}?|([0-9A-Fa-f]+)\s+\(?(?:in\s+)?base[ -]([0-9]+|two|three|eight|ten|sixteen)\)?")
+_BASED = re.compile(
+    r"([0-9A-Fa-f]+)\s*_\s*\{?\s*([0-9]+|two|three|eight|ten|sixteen)\s*\}?"
+    r"|([0-9A-Fa-f]+)\s+\(?(?:in\s+)?base[ -]([0-9]+|two|three|eight|ten|sixteen)\)?"
+)
 _BASES = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
-_MONTHS = {m: i // 2 + 1 for i, m in enumerate("january jan february feb march mar april apr may may june jun july jul august aug september sep october oct november nov december dec".split())}
+_MONTHS = {
+    m: i // 2 + 1
+    for i, m in enumerate(
+        """january jan february feb march mar april apr may may june jun july jul august aug
+        september sep october oct november nov december dec""".split()
+    )
+}
 _MONTHS["sept"] = 9
 _MONTH_DAY = re.compile(r"([A-Za-z]{3,9})\.? ([0-9]{1,2})(?:st|nd|rd|th)?(?:,? ([0-9]{4}))?")
 _DAY_MONTH = re.compile(r"(?:the )?([0-9]{1,2})(?:st|nd|rd|th)?(?: of)? ([A-Za-z]{3,9})\.?(?:,? ([0-9]{4}))?")
 _ISO_DATE = re.compile(r"([0-9]{4})-([0-9]{2})-([0-9]{2})")
 _ORDINAL = re.compile(r"([0-9]+)(?:\^\{?\s*)?(st|nd|rd|th)\}?")
-_ONES = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split())}
+_ONES = {
+    w: i
+    for i, w in enumerate(
+        """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+        fifteen sixteen seventeen eighteen nineteen""".split()
+    )
+}
 _TENS = {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
-_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10, "hundredth": 100}
+_PARTS = {
+    "half": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+    "ninth": 9,
+    "tenth": 10,
+    "hundredth": 100,
+}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
-_NOTHING = frozenset(("no solution", "no solutions", "no real solution", "no real solutions", "no real roots", "none", "empty set", "there are no solutions", "there is no solution", "no such solution"))
-_EVERYTHING = frozenset(("all real numbers", "all reals", "all real x", "any real number", "set of all real numbers", "real numbers", "all real values"))
+_NOTHING = frozenset(
+    (
+        "no solution",
+        "no solutions",
+        "no real solution",
+        "no real solutions",
+        "no real roots",
+        "none",
+        "empty set",
+        "there are no solutions",
+        "there is no solution",
+        "no such solution",
+    )
+)
+_EVERYTHING = frozenset(
+    ("all real numbers", "all reals", "all real x", "any real number", "set of all real numbers", "real numbers", "all real values")
+)
 _UNDEFINED = frozenset(("undefined", "does not exist", "dne", "doesnt exist"))
 _TEXT = re.compile(r"[^\W\d_][^\W\d_'\-.,;&/ ]*(?:[ '\-.,;&/]+[^\W\d_]+)*[.!?]?")
 _SEPARATOR = re.compile(r"\s*(?:,|;|&)\s*(?:and|or)?\s+|\s*[,;&]\s*|\s+(?:and|or)\s+")
@@ -180,7 +225,9 @@ def _text(s: str, plain: str) -> Node | None:
     words = re.findall(r"[^\W\d_]+", plain)
     if any(w in FUNCTIONS or w in GREEK or w in INFINITIES or w == "pi" for w in words):
         return None
-    if all(len(w) == 1 for w in words) or (len(words) == 1 and "\\" not in s and (len(words[0]) <= 2 or set(words[0]) <= set("xyzabc")) and words[0].isascii()):
+    if all(len(w) == 1 for w in words) or (
+        len(words) == 1 and "\\" not in s and (len(words[0]) <= 2 or set(words[0]) <= set("xyzabc")) and words[0].isascii()
+    ):
         return None
     parts = [p for p in _SEPARATOR.split(plain) if p]
     nodes = [Node("sym", (), p) if len(p) == 1 else text_node(p) for p in parts]

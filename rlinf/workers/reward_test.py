@@ -48,19 +48,31 @@ def worker(model: Path, **reward: float) -> RewardWorker:
 def test_a_group_is_judged_and_written_down(model: Path, tmp_path: Path) -> None:
     judge = worker(model)
     path = tmp_path / "samples" / "step_000001.jsonl"
-    groups = [group(model, "Q<think>\n", ["a</think>\\boxed{\\sqrt{8}}", "\\boxed{2}", "</think>\\boxed{3}"], ("2\\sqrt{2}",), f"g{k}") for k in range(4)]
+    groups = [
+        group(model, "Q<think>\n", ["a</think>\\boxed{\\sqrt{8}}", "\\boxed{2}", "</think>\\boxed{3}"], ("2\\sqrt{2}",), f"g{k}")
+        for k in range(4)
+    ]
 
     async def judge_all() -> list[tuple]:
         return await asyncio.gather(*(judge.judge(g, str(path)) for g in groups))
 
     for verdicts in asyncio.run(judge_all()):
-        assert [(v.status.value, v.route, v.reward) for v in verdicts] == [("right", "numeric", 5.0), ("wrong", "no_answer", -5.0), ("wrong", "numeric", -5.0)]
+        assert [(v.status.value, v.route, v.reward) for v in verdicts] == [
+            ("right", "numeric", 5.0),
+            ("wrong", "no_answer", -5.0),
+            ("wrong", "numeric", -5.0),
+        ]
     judge.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(line["sample_id"] for line in lines) == [f"g{k}/{i}" for k in range(4) for i in range(3)]
     first = next(line for line in lines if line["sample_id"] == "g0/0")
     assert first["prompt"] == "Q<think>\n" and first["response"] == "a</think>\\boxed{\\sqrt{8}}" and first["solutions"] == ["2\\sqrt{2}"]
-    assert first["finish"] == "stop" and first["versions"] == [[3, first["length"]]] and first["extracted"] == "\\sqrt{8}" and first["parts"] == {}
+    assert (
+        first["finish"] == "stop"
+        and first["versions"] == [[3, first["length"]]]
+        and first["extracted"] == "\\sqrt{8}"
+        and first["parts"] == {}
+    )
 
 
 def test_without_a_path_nothing_is_written_and_parts_are_added(model: Path, tmp_path: Path) -> None:
