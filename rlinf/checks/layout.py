@@ -165,7 +165,7 @@ def checksums(engine: MegatronEngine) -> dict[str, str]:
     found = {}
     for rule, param in engine.state.params:
         shard = "" if rule.layout == "replicated" else f"#{engine.at.tp_rank}"
-        found["+".join(rule.hf) + shard] = hashlib.sha256(param.detach().numpy().tobytes()).hexdigest()
+        found["+".join(rule.hf) + shard] = hashlib.sha256(param.detach().view(torch.uint8).numpy().tobytes()).hexdigest()
     return found
 
 

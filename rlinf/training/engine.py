@@ -73,6 +73,8 @@ class MegatronEngine:
 
     def export(self, kind: str = "model") -> Iterator[tuple[str, Tensor]]:
         """This stage's tensors under HF names: `model` (compute dtype), or fp32 `param` (master weights), `exp_avg`, `exp_avg_sq`."""
+        if kind in OPTIMIZER_STATE:
+            self.optimizer_state.allocate()  # before the first step there is none yet
         source: Callable[[Parameter], Tensor] = (lambda p: p.detach()) if kind == "model" else (lambda p: self.optimizer_state.whole(p, kind))
         return self.state.export(source)
 
