@@ -33,7 +33,7 @@ def test_greedy_accuracy_at_the_start_leaves_room_both_ways(tmp_path: Path) -> N
     if not (MODEL / "config.json").is_file():
         pytest.skip(f"{MODEL} is missing; toolkits/setup/fetch_smollm2.py makes it")
     tokenizer = load_tokenizer(str(MODEL))
-    prompts, _ = load_prompts([str(generate(tmp_path, 2000, 200, seed=1234)["val"])], DataConfig(), tokenizer)
+    prompts, _ = load_prompts([str(generate(tmp_path, 1300, 256, seed=1234)["val"])], DataConfig(), tokenizer)
     engine = EmbeddedEngine(str(MODEL), dtype="bf16", slots=64, max_context=192, seed=0, decode=tokenizer.decode)
     responses = asyncio.run(answers(engine, prompts, Stop(tokenizer.eos_token_ids, ("\n",))))
     engine.close()

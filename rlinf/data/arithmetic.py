@@ -1,4 +1,7 @@
-"""A task that a 135M model learns in minutes: sums of two two-digit numbers, in the AReaL-boba format.
+"""A task that a 135M model learns in minutes: sums of two two-digit numbers whose units do not carry, in the AReaL-boba format.
+
+With carries the model only trades one kind of error for another in this time: a bias towards carrying helps half of the problems and
+hurts the others. Sums are below LIMIT, because larger ones are mostly right from the start.
 
 Every prompt is the same two worked examples and then the question. A problem is an unordered pair, so 23+45 and 45+23 are one; no
 problem is in both files, none is in the examples, and no answer can be read off an example.
@@ -16,7 +19,10 @@ from rlinf.errors import UserError
 
 SHOTS = ((23, 45), (58, 67))
 SHOT_SUMS = {a + b for a, b in SHOTS}
-PROBLEMS = tuple((a, b) for a in range(10, 100) for b in range(a, 100) if a + b not in SHOT_SUMS)
+LIMIT = 130
+PROBLEMS = tuple(
+    (a, b) for a in range(10, 100) for b in range(a, 100) if a % 10 + b % 10 < 10 and a + b < LIMIT and a + b not in SHOT_SUMS
+)
 
 
 def question(a: int, b: int) -> str:
