@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-from rlinf.training import cpu as _cpu  # noqa: F401  (before megatron: on a machine without CUDA it makes megatron-core importable)
-
-from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region

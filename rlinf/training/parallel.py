@@ -7,10 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from rlinf.training import cpu as _cpu  # noqa: F401  (before megatron)
-
-from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 from rlinf.algorithms.objective import MetricSums

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import Parameter
-
-from rlinf.training import cpu as _cpu  # noqa: F401  (before megatron)
-
-from megatron.core import parallel_state as mpu  # isort: skip
+from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from torch.nn import Parameter
 
 from rlinf.training.model import PolicyModel
 from rlinf.weights.mapping import Rule, model_rules, to_hf, to_megatron
