@@ -81,6 +81,7 @@ class OptimizerState:
         self.optimizer = optimizer
         self.dp_group = mpu.get_data_parallel_group()
 
+    @torch.no_grad()
     def whole(self, param: Parameter, kind: str) -> Tensor:
         """The fp32 state `kind` (param, exp_avg, exp_avg_sq) in the shape of this rank's model shard; collective over DP."""
         full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
