@@ -4,7 +4,7 @@ A layout (TP, PP, DP) never reaches the disk, so a checkpoint opens in any other
 
     actor/param-s0-00001.safetensors  exp_avg-...  exp_avg_sq-...   written by the first TP and DP rank of each pipeline stage
     actor/index-s0.json               {kind: {tensor: file}}, one a stage
-    actor/state.json                  optimizer steps
+    actor/state.json                  optimizer steps, loss scale
     hf/                               the model as a Hugging Face folder, in the compute dtype
 
 Completeness (write beside, rename, COMPLETE) is the runner's business.
@@ -12,7 +12,6 @@ Completeness (write beside, rename, COMPLETE) is the runner's business.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.state import OPTIMIZER_STATE
-from rlinf.weights.tensor_folder import TensorFolder, write_json, write_tensors
+from rlinf.weights.tensor_folder import TensorFolder, read_json, write_json, write_tensors
 
 KINDS = ("param", *OPTIMIZER_STATE)
 TOKENIZER_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -38,7 +37,7 @@ def save(engine: MegatronEngine, step_dir: Path, model_dir: Path) -> None:
     maps: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(maps, weight_map)
     if dist.get_rank() == 0:
-        state = {"steps": engine.steps, "adam_steps": engine.optimizer_state.steps(), "loss_scale": engine.loss_scale()}
+        state = {"steps": engine.steps, "adam_steps": engine.optimizer_state.steps(), "loss_scaler": engine.loss_scaler()}
         write_json(actor / "state.json", state)
         _finish_hf(hf, model_dir, {name: file for part in maps for name, file in part.items()}, str(engine.config.params_dtype).removeprefix("torch."))
     dist.barrier()
@@ -49,12 +48,12 @@ def load(engine: MegatronEngine, step_dir: Path) -> None:
     actor = step_dir / "actor"
     files: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
     for part in sorted(actor.glob("index-s*.json")):
-        for kind, names in json.loads(part.read_text()).items():
+        for kind, names in read_json(part).items():
             files[kind].update(names)
-    state = json.loads((actor / "state.json").read_text())
+    state = read_json(actor / "state.json")
     engine.load_state({kind: TensorFolder(actor, names) for kind, names in files.items()}, state["steps"], state["adam_steps"])
-    if state["loss_scale"] is not None:
-        engine.set_loss_scale(state["loss_scale"])
+    if state["loss_scaler"] and engine.loss_scaler():  # another precision starts its own
+        engine.set_loss_scaler(state["loss_scaler"])
 
 
 def _write(folder: Path, stem: str, tensors, writer: bool) -> dict[str, str]:
@@ -70,7 +69,7 @@ def _finish_hf(hf: Path, model_dir: Path, weight_map: dict[str, str], dtype: str
         for file in model_dir.glob(pattern):
             if "safetensors" not in file.name and not (hf / file.name).exists():
                 shutil.copyfile(file, hf / file.name)
-    config = json.loads((hf / "config.json").read_text())
+    config = read_json(hf / "config.json")
     config["dtype"] = config["torch_dtype"] = dtype
     write_json(hf / "config.json", config)
     files = sorted(set(weight_map.values()))

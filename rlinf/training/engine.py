@@ -85,12 +85,14 @@ class MegatronEngine:
         self.optimizer_state.restore_steps(adam_steps)
         self.steps = steps
 
-    def loss_scale(self) -> float | None:
-        """fp16 only: the current loss scale."""
-        return self.optimizer.get_loss_scale().item() if self.config.fp16 else None
+    def loss_scaler(self) -> dict[str, float] | None:
+        """fp16 only: the loss scale and the counters that move it."""
+        scaler = self.distributed.grad_scaler
+        return scaler and {name: float(value) for name, value in scaler.state_dict().items()}
 
-    def set_loss_scale(self, scale: float) -> None:
-        self.distributed.grad_scaler._scale.fill_(scale)
+    def set_loss_scaler(self, state: Mapping[str, float]) -> None:
+        counters = {name: int(value) for name, value in state.items()}
+        self.distributed.grad_scaler.load_state_dict(counters | {"scale": torch.tensor([state["scale"]])})
 
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
         """(logprob_N, entropy_N) of the response tokens of every micro-batch; empty on all but the last pipeline stage."""

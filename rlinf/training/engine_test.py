@@ -128,7 +128,7 @@ def half_precision(at: Any, folder: Path, scale: float) -> dict[str, Any]:
         done = update(engine, mini)
         now = snapshot(engine)
         changed = sorted(k for k in now if now[k] != before.get(k))
-        history.append((done.skipped, engine.loss_scale(), changed, done.grad_norm))
+        history.append((done.skipped, engine.loss_scaler()["scale"], changed, done.grad_norm))
         before = now
         if engine.steps == 3:
             break

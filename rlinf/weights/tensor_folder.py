@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -42,6 +43,14 @@ def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]
     return where
 
 
+def read_json(path: Path) -> Any:
+    """Raises UserError that names a file which is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged") from error
+
+
 def write_json(path: Path, content: object) -> None:
     """Write and fsync."""
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -55,6 +64,14 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def open_tensors(path: Path) -> safe_open:
+    """A safetensors file, mapped. Raises UserError that names it when it is missing, cut short or otherwise damaged."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged") from error
 
 
 class TensorFolder(Mapping[str, Tensor]):
@@ -72,10 +89,7 @@ class TensorFolder(Mapping[str, Tensor]):
             raise UserError(f"{self.folder}: no tensor named {name}; the folder belongs to another model or is incomplete")
         file = self.files[name]
         if file not in self._open:
-            try:
-                self._open[file] = safe_open(str(self.folder / file), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.folder / file}: cannot be read ({error}); the file is missing or damaged") from error
+            self._open[file] = open_tensors(self.folder / file)
         return self._open[file].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -90,8 +104,8 @@ def open_hf_folder(folder: str | Path) -> TensorFolder:
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return TensorFolder(folder, json.loads(index.read_text())["weight_map"])
+        return TensorFolder(folder, read_json(index)["weight_map"])
     if not single.is_file():
         raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json; only safetensors weights are read")
-    with safe_open(str(single), framework="pt") as file:
+    with open_tensors(single) as file:
         return TensorFolder(folder, dict.fromkeys(file.keys(), single.name))

@@ -1,0 +1,195 @@
+"""A checkpoint knows no layout: saved by one and loaded by another, training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlinf.config.schema import OptimConfig
+from rlinf.errors import UserError
+from rlinf.training import checkpoint
+from tests.training_ranks import build, logprobs, merged, minibatches, snapshot, update, whole_state
+
+# large enough an epsilon that rounding noise in a vanishing gradient does not become a whole Adam step
+OPTIM = OptimConfig(lr=2e-3, adam_eps=1e-3, weight_decay=0.05, clip_grad=1.0, loss_scale_window=2, initial_loss_scale=2.0**14)
+SAVED = (4, 2, 2)
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (3, 1, 1), (4, 2, 1), (4, 1, 4), SAVED]
+FAMILIES = ["qwen2", "qwen2-tied", "qwen3", "llama"]
+
+
+def at_layout(layout: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip(("ranks", "tp", "pp"), layout))
+
+
+def next_step(engine: Any, bits: bool) -> dict[str, Any]:
+    """What the run does next, and what it then holds."""
+    done = update(engine, minibatches(engine)[0])
+    steps = engine.steps, engine.optimizer_state.steps()
+    after = {"loss": done.metrics.sums["loss"].item(), "norm": done.grad_norm, "steps": steps, "state": whole_state(engine)}
+    return after | ({"bits": snapshot(engine)} if bits else {})
+
+
+def train_and_save(at: Any, model: Path, step_dir: Path, precision: str) -> dict[str, Any]:
+    engine = build(at, model, OPTIM, precision)
+    for mini in minibatches(engine):
+        update(engine, mini)
+    update(engine, minibatches(engine)[1])
+    checkpoint.save(engine, step_dir, model)
+    saved = {"state": whole_state(engine), "bits": snapshot(engine), "steps": (engine.steps, engine.optimizer_state.steps())}
+    after = next_step(engine, bits=True)
+    engine.close()
+    return {"saved": saved, "next": after}
+
+
+def load_and_go_on(at: Any, model: Path, step_dir: Path, precision: str) -> dict[str, Any]:
+    engine = build(at, model, OPTIM, precision)
+    update(engine, minibatches(engine)[1])  # something else was there before
+    checkpoint.load(engine, step_dir)
+    loaded = {"state": whole_state(engine), "bits": snapshot(engine), "steps": (engine.steps, engine.optimizer_state.steps())}
+    after = next_step(engine, bits=True)
+    engine.close()
+    return {"saved": loaded, "next": after}
+
+
+def all_equal(a: dict[str, dict[str, np.ndarray]], b: dict[str, dict[str, np.ndarray]]) -> bool:
+    return all(a[kind].keys() == b[kind].keys() and all(np.array_equal(a[kind][n], b[kind][n]) for n in a[kind]) for kind in a)
+
+
+@pytest.fixture(scope="module")
+def saved_runs(rank_pool: Any, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """(family, precision) -> folder of the checkpoint, and what each rank saw."""
+    runs = {}
+    for family, precision in [*((f, "fp32") for f in FAMILIES), ("qwen2-tied", "bf16"), ("llama", "fp16")]:
+        (tiny_models[family] / "tokenizer_config.json").write_text('{"marker": 1}\n')
+        folder = tmp_path_factory.mktemp("saved") / f"{family}-{precision}"
+        runs[family, precision] = folder, rank_pool.run(train_and_save, tiny_models[family], folder, precision, **at_layout(SAVED))
+    return runs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
+def test_a_checkpoint_opens_in_every_layout(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str, layout: tuple[int, int, int]) -> None:
+    folder, uninterrupted = saved_runs[family, "fp32"]
+    resumed = rank_pool.run(load_and_go_on, tiny_models[family], folder, "fp32", **at_layout(layout))
+    before, after = (merged([r["saved"]["state"] for r in ranks]) for ranks in (uninterrupted, resumed))
+    assert all_equal(before, after)  # weights, master weights and both moments, bit for bit
+    assert {r["saved"]["steps"] for r in resumed} == {r["saved"]["steps"] for r in uninterrupted} == {(3, 3)}
+    want, got = (merged([r["next"]["state"] for r in ranks]) for ranks in (uninterrupted, resumed))
+    for rank in resumed:
+        assert abs(rank["next"]["loss"] - uninterrupted[0]["next"]["loss"]) <= 1e-6
+        assert rank["next"]["norm"] == pytest.approx(uninterrupted[0]["next"]["norm"], rel=1e-5) and rank["next"]["steps"] == (4, 4)
+    for name, value in want["param"].items():
+        assert np.abs(got["param"][name] - value).max() <= 1e-6, name
+
+
+@pytest.mark.parametrize(("family", "precision"), [("qwen2-tied", "fp32"), ("qwen2-tied", "bf16"), ("llama", "fp16")])
+def test_in_the_same_layout_it_goes_on_bit_for_bit(
+    rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str, precision: str
+) -> None:
+    """Also the fp16 loss scale, which doubles every two good steps here, and the count that it waits for."""
+    folder, uninterrupted = saved_runs[family, precision]
+    resumed = rank_pool.run(load_and_go_on, tiny_models[family], folder, precision, **at_layout(SAVED))
+    for was, now in zip(uninterrupted, resumed):
+        assert now["saved"]["bits"] == was["saved"]["bits"]
+        assert now["next"]["bits"] == was["next"]["bits"] and now["next"]["loss"] == was["next"]["loss"]
+
+
+def test_a_checkpoint_of_bf16_holds_the_fp32_masters(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any) -> None:
+    folder, uninterrupted = saved_runs["qwen2-tied", "bf16"]
+    (resumed,) = rank_pool.run(load_and_go_on, tiny_models["qwen2-tied"], folder, "bf16", ranks=1)
+    before = merged([r["saved"]["state"] for r in uninterrupted])
+    assert all_equal(before, resumed["saved"]["state"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    rounded = torch.from_numpy(before["param"][name]).bfloat16().float().numpy()
+    assert np.array_equal(rounded, before["model"][name]) and not np.array_equal(rounded, before["param"][name])
+
+
+def logprobs_of(at: Any, model: Path, step_dir: Path) -> list[np.ndarray] | None:
+    engine = build(at, model, OPTIM)
+    checkpoint.load(engine, step_dir)
+    packs, _ = minibatches(engine, n=1, budget=10_000)[0]
+    values = logprobs(engine, packs)
+    engine.close()
+    return values and [v.numpy() for v in values]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hf_folder_opens_in_transformers_and_computes_the_same(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from rlinf.checks.layout_reference import make_batch, sample_logprobs
+    from rlinf.checks.tiny_model import VOCAB
+
+    folder, uninterrupted = saved_runs[family, "fp32"]
+    model = AutoModelForCausalLM.from_pretrained(str(folder / "hf"), dtype=torch.float32)
+    state = {n: p.detach().numpy() for n, p in model.named_parameters()}
+    weights = merged([r["saved"]["state"] for r in uninterrupted])["model"]
+    assert state.keys() == weights.keys() and all(np.array_equal(state[n], weights[n]) for n in weights)
+    assert json.loads((folder / "hf" / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((folder / "hf" / "tokenizer_config.json").read_text()) == {"marker": 1}
+    (got,) = rank_pool.run(logprobs_of, tiny_models[family], folder, ranks=1)
+    with torch.no_grad():
+        want = torch.cat([sample_logprobs(model, g, s)[0] for g in make_batch(VOCAB).groups for s in g.samples])
+    assert np.abs(np.concatenate(got) - want.numpy()).max() <= 1e-5
+
+
+def test_the_hf_folder_of_bf16_says_so(saved_runs: Any) -> None:
+    from safetensors import safe_open
+
+    folder, _ = saved_runs["qwen2-tied", "bf16"]
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    index = json.loads((folder / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] and "lm_head.weight" not in index["weight_map"]
+    with safe_open(str(folder / "hf" / files[0]), "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+
+
+def refusal(at: Any, model: Path, step_dir: Path) -> str:
+    engine = build(at, model, OPTIM)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(engine, step_dir)
+    engine.close()
+    return str(caught.value)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("file", ["exp_avg-s1-00001.safetensors", "param-s0-00001.safetensors", "state.json", "index-s1.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut_short])
+def test_a_missing_or_damaged_file_is_named(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, tmp_path: Path, file: str, damage: Any) -> None:
+    folder, _ = saved_runs["qwen2-tied", "fp32"]
+    shutil.copytree(folder, tmp_path / "broken")
+    damage(tmp_path / "broken" / "actor" / file)
+    (message,) = rank_pool.run(refusal, tiny_models["qwen2-tied"], tmp_path / "broken", ranks=1)
+    if file == "index-s1.json" and damage is Path.unlink:  # which stages there were is not known; which tensor is missing is
+        assert "no tensor named model." in message and "incomplete" in message and str(tmp_path / "broken") in message
+    else:
+        assert str(tmp_path / "broken" / "actor" / file) in message and "missing or damaged" in message
+
+
+def before_any_step(at: Any, model: Path, step_dir: Path) -> bool:
+    """A checkpoint of a run in which every mini-batch was skipped."""
+    engine = build(at, model, OPTIM)
+    checkpoint.save(engine, step_dir, model)
+    other = build(at, model, OPTIM)
+    checkpoint.load(other, step_dir)
+    same = engine.steps == other.steps == 0
+    for mini in minibatches(engine):
+        update(engine, mini), update(other, mini)
+    same = same and snapshot(engine) == snapshot(other)
+    engine.close(), other.close()
+    return same
+
+
+def test_a_checkpoint_before_the_first_step_is_one_too(rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    assert all(rank_pool.run(before_any_step, tiny_models["llama"], tmp_path / "start", **at_layout(SAVED)))
