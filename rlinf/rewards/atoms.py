@@ -196,12 +196,14 @@ class AtomParser:
         return node
 
     def mixed(self, whole: Node) -> Node:
-        r"""3\frac{1}{2} and 3 1/2 are mixed numbers when the fraction is a proper one of two integers; else (with \frac) a product."""
+        r"""3\frac{1}{2} and 3 1/2 are mixed numbers when the fraction is a proper one of two integers; 2\frac{x}{3} is a product."""
         start = self.pos
         if self.take("\\frac"):
             top, bottom = self.group(), self.group()
             if top.op == bottom.op == "num" and 0 < top.value < bottom.value:
                 return Node("num", (), whole.value + top.value / bottom.value)
+            if top.op == bottom.op == "num":
+                raise Malformed("a mixed number with an improper fraction")
             self.pos = start
             return whole
         top, bottom = self.value(), self.value(2)
@@ -384,6 +386,8 @@ class AtomParser:
         if is_set:
             return Node("set", tuple(items))
         if len(items) > 1:
+            if len(items) > 2 and OPENERS[opener] != closer:
+                raise Malformed("brackets that do not match")
             return Node("tuple", tuple(items), "()" if opener == "\\langle" else opener + closer)
         if OPENERS[opener] != closer or items[0].op == "rel":
             raise Malformed("brackets that do not match")

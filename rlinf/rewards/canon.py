@@ -188,23 +188,26 @@ def _relation(node: Node) -> Node:
 
 def _equality(node: Node) -> Node:
     sides, operators = list(node.args), list(node.value)
-    if "~" in operators:  # an approximation is only said; what it stands for counts, if that is no name
-        first = operators.index("~")
-        sides = sides[: first + 1] if first or heading(sides[0]) is None else [sides[0], *sides[first + 1 :]][:2]
+    rounded: tuple[Node, ...] = ()
+    if "~" in operators:  # an approximation is said beside the value; of `x ~ 3.46` it is the value
+        first = operators.index("~") + (heading(sides[0]) is not None and operators[0] == "~")
+        sides, after = sides[: first + 1], sides[first + 1 :]
+        rounded = tuple(Node("approx", (lifted(s),)) for s in after)
         if len(sides) == 1:
-            return canonical(sides[0])
+            return Node("assign", (canonical(sides[0]), sides[0], *rounded), "")
     if len(sides) == 2 and heading(sides[0]) is None and is_simple_name(sides[1]):
         sides.reverse()
     name, last = heading(sides[0]), sides[-1]
     if name is not None and not (_free_names(sides[0]) & symbols(last)):
         values = [s for s in sides[1:] if heading(s) is None or s is last]
+        name = "=".join([name, *(heading(s) for s in sides[1:-1] if heading(s) is not None)])
         chain = tuple(lifted(v) for v in values)
         value = canonical(last)
         if value.op == "list":
             return Node("list", tuple(Node("assign", (v, sides[0]), name) for v in value.args), ",")
-        return Node("assign", (value, sides[0], *chain[:-1]), name)
+        return Node("assign", (value, sides[0], *chain[:-1], *rounded), name)
     if not any(symbols(s) for s in sides):
-        return Node("assign", (canonical(last), sides[0], *(lifted(s) for s in sides[:-1])), "")
+        return Node("assign", (canonical(last), sides[0], *(lifted(s) for s in sides[:-1]), *rounded), "")
     if len(sides) > 2:
         raise Malformed("a chain of equations")
     return Node("rel", tuple(sides), ("=",))
@@ -219,9 +222,9 @@ def _builder(node: Node) -> Node:
     variable, conditions = node.args
     if variable.op == "rel" and variable.value == ("in",):
         variable = variable.args[0]
-    if heading(variable) is None:
-        raise Malformed("a set of something that is no name")
-    inner = canonical(conditions)
+    name, inner = heading(variable), canonical(conditions)
+    if name is None or any(not symbols(variable) & symbols(c) for c in items_of(inner)):
+        raise Malformed("a set of something that is no name, or with conditions on something else")
     if inner.op == "list":
-        return Node("list", inner.args, "or" if inner.value == "or" else "and")
-    return inner
+        inner = Node("list", inner.args, "or" if inner.value == "or" else "and")
+    return Node("member", (inner,), name)

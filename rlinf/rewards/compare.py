@@ -36,6 +36,10 @@ class Judge(Protocol):
         """Whether the decimal is the value of the expression, rounded or cut at its last digit."""
         ...
 
+    def is_finite_decimal(self, node: Node) -> bool:
+        """Whether the value can be written out as a decimal; such a value must be given exactly."""
+        ...
+
 
 def equal(gold: Node, answer: Node, judge: Judge) -> bool:
     """Raises Malformed or NoValue where a side has no meaning, and whatever the judge raises."""
@@ -195,12 +199,25 @@ def _assigned_tuple(one: Node, other: Node, judge: Judge) -> bool:
 def _inconsistent(node: Node, judge: Judge) -> bool:
     """`x = 3 = 4` and `2 + 2 = 5` assert nothing."""
     value = node.args[0]
-    return any(not _equal(s, value, judge) for s in node.args[1 if node.value == "" else 2 :])
+    for side in node.args[1 if node.value == "" else 2 :]:
+        if side.op == "approx":
+            decimal, tag = _untagged(side.args[0])
+            if (decimal.args[0] if decimal.op == "neg" else decimal).op not in ("dec", "num") or not judge.rounds_to(
+                _untagged(value)[0], decimal
+            ):
+                return True
+        elif not _equal(side, value, judge):
+            return True
+    return False
 
 
 def _same_assignment(g: Node, a: Node, judge: Judge) -> bool:
     if any(x.op == "assign" and _inconsistent(x, judge) for x in (g, a)):
         return False
+    for one, other in ((g, a), (a, g)):  # 2\sqrt{3} ~ 3.46 also says 3.46
+        for side in one.args if one.op == "assign" else ():
+            if side.op == "approx" and _equal(side.args[0], other.args[0] if other.op == "assign" else other, judge):
+                return True
     if g.op == a.op:
         if _compatible_names(g.value, a.value) and _equal(g.args[0], a.args[0], judge):
             return True
@@ -223,8 +240,12 @@ def _compatible_names(g: str, a: str) -> bool:
     """The same name; or one that is only words; or two unknowns of which one is written as a function: y and f(x)."""
     if g == a or not g or not a or g.startswith("text ") or a.startswith("text "):
         return True
+    if "=" in g or "=" in a:  # x = y = 5
+        return g in a.split("=") or a in g.split("=")
     base = [n.split("_")[0].rstrip("'") for n in (g, a)]
-    return base[0] == base[1] or sorted(n[:1] for n in base if len(n) == 2 or n == "y") in (["f", "y"], ["g", "y"], ["h", "y"])
+    if base[0] == base[1]:
+        return "_" not in g or "_" not in a
+    return sorted(n[:1] for n in base if len(n) == 2 or n == "y") in (["f", "y"], ["g", "y"], ["h", "y"])
 
 
 def _same_residue(g: Node, a: Node, judge: Judge) -> bool:
@@ -335,7 +356,7 @@ def _same_value(g: Node, a: Node, judge: Judge) -> bool:
             and value.op != "dec"
             and not (value.op == "neg" and value.args[0].op == "dec")
         ):
-            return judge.same(g, a) or judge.rounds_to(value, decimal)
+            return judge.same(g, a) or (not judge.is_finite_decimal(value) and judge.rounds_to(value, decimal))
     return judge.same(g, a)
 
 

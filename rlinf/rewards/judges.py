@@ -32,11 +32,16 @@ class NeedsCage(Exception):
 
 def rounds_exactly(value: Fraction, decimal: Fraction, places: int) -> bool:
     """Whether the decimal with so many places is the value, rounded or cut there. A finite decimal value must be given exactly."""
+    return not is_finite(value) and _is_rounded(value, decimal, places)
+
+
+def is_finite(value: Fraction) -> bool:
+    """Whether the value has a finite decimal form."""
     rest = value.denominator
     for p in (2, 5):
         while rest % p == 0:
             rest //= p
-    return rest != 1 and _is_rounded(value, decimal, places)
+    return rest == 1
 
 
 def _is_rounded(value: Fraction, decimal: Fraction, places: int) -> bool:
@@ -48,7 +53,7 @@ def decimal_parts(node: Node) -> tuple[Fraction, int]:
     if node.op == "neg":
         value, places = decimal_parts(node.args[0])
         return -value, places
-    return node.value[0], node.value[1]
+    return (node.value, 0) if node.op == "num" else (node.value[0], node.value[1])
 
 
 class RationalJudge:
@@ -78,7 +83,13 @@ class RationalJudge:
         value = _exact(node)
         if value is None:
             raise NeedsCage
-        return rounds_exactly(value, *decimal_parts(decimal))
+        return _is_rounded(value, *decimal_parts(decimal))
+
+    def is_finite_decimal(self, node: Node) -> bool:
+        value = _exact(node)
+        if value is None:
+            raise NeedsCage
+        return is_finite(value)
 
 
 def _exact(node: Node) -> Fraction | None:
@@ -129,7 +140,7 @@ class NumericJudge:
         target, places = decimal_parts(decimal)
         value = exact(node, CAGE_BITS)
         if value is not None:
-            return rounds_exactly(value, target, places)
+            return _is_rounded(value, target, places)
         if symbols(node):
             return False
         with self.mp.workdps(DIGITS + places):
@@ -138,6 +149,10 @@ class NumericJudge:
                 return False
             scale = 10 ** (places + 30)
             return _is_rounded(Fraction(int(self.mp.nint(self.mp.re(x) * scale)), scale), target, places)
+
+    def is_finite_decimal(self, node: Node) -> bool:
+        value = exact(node, CAGE_BITS)
+        return value is not None and is_finite(value)
 
     def same_relation(self, a: Node, b: Node) -> bool:
         """lhs - rhs of one is a constant multiple of the other's; or one is solved for a name in which the other is linear."""

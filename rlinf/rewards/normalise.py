@@ -34,7 +34,7 @@ _LOWERED = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
 _SPACES = re.compile(
     r"(?<!\\)\\(?:[,;:! \n]|q?quad|hspace\*?\{[^{}]*\}|thinspace(?![A-Za-z])|enspace(?![A-Za-z])|phantom\{[^{}]*\}|vphantom\{[^{}]*\})|~"
 )
-_TIGHT_COMMA = re.compile(r"\{,\}\s*|,\\!\s*")
+_TIGHT_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)\s*(?=[0-9])")
 _DROPPED = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tt|mathstrut|strut|centering|large|Large|normalsize|small|protect|allowbreak|nobreak)(?![A-Za-z])\.?"
 )
@@ -45,7 +45,8 @@ _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _SPACED_DIGITS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?!,[0-9])")
-_LEAD_IN = re.compile(r"(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\}?", re.IGNORECASE)
+_LEAD_IN = re.compile(r"(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?(?:answer|solution)\s*(?:is|:|=)\s*:?\s*\}?", re.IGNORECASE)
+_PREFIX = re.compile(r"(?:\\(?:approx|therefore|implies|Rightarrow|Longrightarrow|to|rightarrow|sim)(?![A-Za-z])|=(?!=))\s*")
 _PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 
 
@@ -60,7 +61,7 @@ def clean(answer: str) -> str:
         return s
     if not s.isascii():
         s = _ascii(s)
-    s = _TIGHT_COMMA.sub(",", s)
+    s = _TIGHT_COMMA.sub("", s)
     s = _SPACES.sub(lambda m: "" if m[0] == "\\!" else " ", s)
     s = _DELIMITERS.sub(" ", s)
     s = _DROPPED.sub(lambda m: " ", s)
@@ -69,8 +70,10 @@ def clean(answer: str) -> str:
     if "\\over" in s:
         s = _OVER.sub(r"\\frac{\1}{\2}", s)
     s = _dollars(s)
-    s = _LEAD_IN.sub("", s, count=1) if "nswer" in s else s
+    s = _LEAD_IN.sub("", s, count=1) if "nswer" in s or "olution" in s else s
     s = _without_end(" ".join(s.split())).lstrip(" :")
+    while s and (prefix := _PREFIX.match(s)):
+        s = s[prefix.end() :]
     while (inner := _unwrapped(s)) is not None:
         s = _without_end(inner.strip())
     return _SPACED_DIGITS.sub(lambda m: m[0].replace(" ", ""), s)
@@ -99,7 +102,7 @@ def _ascii(s: str) -> str:
 
 def _without_end(s: str) -> str:
     """Without the punctuation at its end; three dots mean something."""
-    return s if s.endswith("...") else s.rstrip(" .,;:")
+    return s if s.endswith("...") else s.rstrip(" .,;:\\")
 
 
 def _dollars(s: str) -> str:

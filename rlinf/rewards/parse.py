@@ -169,7 +169,7 @@ class Parser(AtomParser):
         value = token.value
         if token.kind == "word":
             if value in FUNCTIONS:
-                return True
+                return not (token.text and value in UNITS and self.value(1) not in ("(", "{"))
             if token.text:
                 return len(value) == 1 and value not in UNITS
             return value not in NOT_FACTORS and not _spells_unit(value)
@@ -181,7 +181,7 @@ class Parser(AtomParser):
             return not self.bars and not self.builder
         if token.text and value == "(":
             return False
-        return value == "{" or (value == "(" and self.value(1) not in ("mod", "\\mod", "\\bmod"))
+        return value in ("{", "[") or (value == "(" and self.value(1) not in ("mod", "\\mod", "\\bmod"))
 
     def power(self) -> Node:
         node = self.atom()
@@ -257,10 +257,14 @@ class Parser(AtomParser):
 
     def unit_pieces(self) -> list[str]:
         pieces: list[str] = []
+        opened = 0  # parentheses around a unit: 5 (cm)
         while (token := self.peek()) is not None:
             value = token.value
             if token.kind == "word":
-                if value in ("and", "or", "mod") or (not token.text and len(value) == 1 and pieces[-1:] != ["/"]) or value in FUNCTIONS:
+                is_unit = value in UNITS and (token.text or len(value) > 1)
+                if value in ("and", "or", "mod") or not (
+                    is_unit or value not in FUNCTIONS and (token.text or len(value) > 1 or pieces[-1:] == ["/"])
+                ):
                     break
                 pieces.append(value)
             elif value in CURRENCIES and not pieces:
@@ -275,7 +279,11 @@ class Parser(AtomParser):
                 pieces.append("/")
             elif value in TIMES and pieces and self.peek(1) is not None and self.peek(1).kind == "word":
                 pieces.append("*")
-            elif not (token.text and value in (".", "-", "(", ")")):
+            elif token.text and value == "(" and self.peek(1) is not None and self.peek(1).kind == "word":
+                opened += 1
+            elif token.text and value == ")" and opened:
+                opened -= 1
+            elif not (token.text and value in (".", "-")):
                 break
             self.pos += 1
             if len(pieces) > 12:

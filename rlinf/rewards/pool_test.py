@@ -46,7 +46,7 @@ def test_killed_workers_are_replaced_and_lose_nothing(verifier: Verifier) -> Non
 
 
 def test_a_worker_killed_while_it_works_gets_its_item_done_by_another() -> None:
-    with Verifier(num_processes=1, timeout=5.0) as v:
+    with Verifier(num_processes=1, timeout=2.0) as v:
         v.verify(*symbolic(2)[:2])
         victims = v.worker_pids()
 

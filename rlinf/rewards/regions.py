@@ -52,7 +52,9 @@ def variable_of(node: Node) -> str:
     if node.op == "member":
         return node.value
     names = {variable_of(a) for a in node.args} - {""} if node.op == "list" else set()
-    return names.pop() if len(names) == 1 else ""
+    if len(names) > 1:
+        raise Malformed("conditions on several variables")
+    return names.pop() if names else ""
 
 
 def parameters(node: Node) -> frozenset[str]:
@@ -142,10 +144,10 @@ def _half_line(operator: str, bound: Number) -> Region:
 
 
 def _interval(low: Number, low_closed: bool, high: Number, high_closed: bool) -> Region:
-    span = Span(low, low_closed and low != -INF, high, high_closed and high != INF)
-    if low > high:
-        raise Malformed("an interval from right to left")
-    return () if _empty(span) else (span,)
+    span = Span(low, low_closed, high, high_closed)
+    if _empty(span) or (low_closed and low == -INF) or (high_closed and high == INF):
+        raise Malformed("no interval")
+    return (span,)
 
 
 def _empty(span: Span) -> bool:

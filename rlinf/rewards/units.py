@@ -127,7 +127,7 @@ def make_unit(pieces: Sequence[str]) -> Unit | None:
             ahead = _POWERS[piece.lower()]
         elif i and (piece.startswith("^") or piece.lower() in _POWERS_AFTER or piece == "*"):
             pass  # a power was taken with the unit before it
-        elif (unit := lookup(piece)) and piece not in ("a", "in") or (piece == "in" and len(pieces) == 1 and (unit := UNITS["in"])):
+        elif (unit := lookup(piece)) and (piece != "in" or not after or after[0] in "^/"):
             power = int(after[1:]) if after.startswith("^") else _POWERS_AFTER.get(after.lower(), ahead)
             if abs(power) > 9:
                 return None
@@ -135,7 +135,7 @@ def make_unit(pieces: Sequence[str]) -> Unit | None:
             for name, exponent in unit.dimension:
                 exponents[name] = exponents.get(name, 0) + sign * power * exponent
             ahead, sign, expects = 1, 1, False
-        elif not piece.isalpha() or piece.lower() in _NOT_NOUNS or after.startswith("^"):
+        elif not piece.isalpha() or piece.lower() in _NOT_NOUNS or (after.startswith("^") and piece not in ("unit", "units")):
             return None
         else:
             expects = False

@@ -18,7 +18,7 @@ _CHOICE = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[).:])\s*[.:]?\s*(.*)",
 _OTHER_LETTER = re.compile(r"\b(?:or|and|not|nor)\b|\([A-Ja-j]\)|(?<![A-Za-z])[A-J][).:]|^\s*[,;&/]|^[A-J]$")
 _OPTION = re.compile(r"(?:choice|option|answer)\s+\(?([A-J])\)?", re.IGNORECASE)
 _BASED = re.compile(
-    r"([0-9A-Fa-f]+)\s*_\s*\{?\s*([0-9]+|two|three|eight|ten|sixteen)\s*\}?"
+    r"([0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*_\s*\{?\s*([0-9]+|two|three|eight|ten|sixteen)\s*\}?"
     r"|([0-9A-Fa-f]+)\s+\(?(?:in\s+)?base[ -]([0-9]+|two|three|eight|ten|sixteen)\)?"
 )
 _BASES = {"two": 2, "three": 3, "eight": 8, "ten": 10, "sixteen": 16}
@@ -208,8 +208,10 @@ def _based(s: str) -> Node | None:
         return None
     digits, base = (match[1], match[2]) if match[1] else (match[3], match[4])
     base = _BASES.get(base) or int(base)
-    if not 2 <= base <= 36 or any(int(d, 16) >= base for d in digits):
+    if not 2 <= base <= 36 or any(int(d, 16) >= base for d in digits.replace(".", "")):
         return None
+    if "." in digits:
+        return Node("text", (), f"{digits.upper()}_{base}")
     return Node("based", (), (digits.upper().lstrip("0") or "0", base))
 
 
