@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlinf.errors import UserError
 
-FILE_BYTES = 2 << 30
+FILE_BYTES = 256 << 20  # what is held in memory while a file is written
 
 
 def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> dict[str, str]:
