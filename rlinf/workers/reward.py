@@ -28,9 +28,12 @@ class RewardWorker:
             reward.reward_scale, reward.undecided_reward, reward.answer_format, reward.num_processes, reward.timeout
         )
         self.shaping = Shaping(
-            max_new_tokens=config.algorithm.sampling_params.max_new_tokens, format_reward=reward.format_reward, overlong_buffer=reward.overlong_buffer,
-            overlong_penalty=reward.overlong_penalty, exploration_penalty=reward.exploration_penalty,
-        )  # fmt: skip
+            max_new_tokens=config.algorithm.sampling_params.max_new_tokens,
+            format_reward=reward.format_reward,
+            overlong_buffer=reward.overlong_buffer,
+            overlong_penalty=reward.overlong_penalty,
+            exploration_penalty=reward.exploration_penalty,
+        )
         self.verifier.warm_up()
 
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
@@ -54,12 +57,29 @@ def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tupl
     """Append one line a sample, in one write: several workers may write to one file."""
     lines = []
     for sample, text, verdict in zip(group.samples, texts, verdicts, strict=True):
-        lines.append(json.dumps({
-            "group_id": group.group_id, "sample_id": sample.sample_id, "task": group.prompt.task, "prompt": prompt, "response": text,
-            "solutions": group.prompt.solutions, "reward": verdict.reward, "status": verdict.status.value, "route": verdict.route,
-            "extracted": verdict.extracted, "parts": dict(verdict.parts), "reason": verdict.reason, "seconds": verdict.seconds, "length": len(sample),
-            "finish": sample.finish.value, "versions": sample.versions,
-        }, ensure_ascii=False))
+        lines.append(
+            json.dumps(
+                {
+                    "group_id": group.group_id,
+                    "sample_id": sample.sample_id,
+                    "task": group.prompt.task,
+                    "prompt": prompt,
+                    "response": text,
+                    "solutions": group.prompt.solutions,
+                    "reward": verdict.reward,
+                    "status": verdict.status.value,
+                    "route": verdict.route,
+                    "extracted": verdict.extracted,
+                    "parts": dict(verdict.parts),
+                    "reason": verdict.reason,
+                    "seconds": verdict.seconds,
+                    "length": len(sample),
+                    "finish": sample.finish.value,
+                    "versions": sample.versions,
+                },
+                ensure_ascii=False,
+            )
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
