@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from rlinf.algorithms.aggregation import Denominators
-from rlinf.checks.layout_reference import SETTINGS, TEMPERATURE, Batch, make_batch
+from rlinf.checks.layout import checksums  # noqa: F401  (for tests of rooms that may not import checks)
+from rlinf.checks.layout_reference import SETTINGS, TEMPERATURE, Batch, make_batch, sample_logprobs  # noqa: F401
 from rlinf.checks.tiny_model import VOCAB
 from rlinf.config.schema import ActorModelConfig, OptimConfig
 from rlinf.data.packing import build_rank_batches

@@ -14,7 +14,7 @@ import torch
 from rlinf.config.schema import OptimConfig
 from rlinf.errors import UserError
 from rlinf.training import checkpoint
-from tests.training_ranks import build, logprobs, merged, minibatches, snapshot, update, whole_state
+from tests.training_ranks import VOCAB, build, logprobs, make_batch, merged, minibatches, sample_logprobs, snapshot, update, whole_state
 
 # large enough an epsilon that rounding noise in a vanishing gradient does not become a whole Adam step
 OPTIM = OptimConfig(lr=2e-3, adam_eps=1e-3, weight_decay=0.05, clip_grad=1.0, loss_scale_window=2, initial_loss_scale=2.0**14)
@@ -72,8 +72,8 @@ def saved_runs(rank_pool: Any, tiny_models: dict[str, Path], tmp_path_factory: p
     return runs
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_opens_in_every_layout(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str, layout: tuple[int, int, int]) -> None:
     folder, uninterrupted = saved_runs[family, "fp32"]
     resumed = rank_pool.run(load_and_go_on, tiny_models[family], folder, "fp32", **at_layout(layout))
@@ -122,9 +122,6 @@ def logprobs_of(at: Any, model: Path, step_dir: Path) -> list[np.ndarray] | None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_hf_folder_opens_in_transformers_and_computes_the_same(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str) -> None:
     from transformers import AutoModelForCausalLM
-
-    from rlinf.checks.layout_reference import make_batch, sample_logprobs
-    from rlinf.checks.tiny_model import VOCAB
 
     folder, uninterrupted = saved_runs[family, "fp32"]
     model = AutoModelForCausalLM.from_pretrained(str(folder / "hf"), dtype=torch.float32)

@@ -11,11 +11,21 @@ import pytest
 import torch
 
 from rlinf.algorithms.objective import finalize_metrics
-from rlinf.checks.layout import checksums
-from rlinf.checks.layout_reference import make_batch
-from rlinf.checks.tiny_model import VOCAB
 from rlinf.config.schema import OptimConfig
-from tests.training_ranks import OPTIM, PLAIN, build, logprobs, minibatches, numpy_dict, snapshot, update, whole_state
+from tests.training_ranks import (
+    OPTIM,
+    PLAIN,
+    VOCAB,
+    build,
+    checksums,
+    logprobs,
+    make_batch,
+    minibatches,
+    numpy_dict,
+    snapshot,
+    update,
+    whole_state,
+)
 
 LAYOUTS = [(1, 1, 1), (3, 1, 1), (4, 2, 2)]  # ranks, TP, PP
 
@@ -63,8 +73,8 @@ def same_on_tensor_ranks(values: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("how", ["ratio", "nan"])
-@pytest.mark.parametrize(("ranks", "tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("ranks", "tp", "pp"), LAYOUTS)
 def test_a_mini_batch_far_off_policy_changes_nothing_on_any_rank(
     rank_pool: Any, tiny_models: dict[str, Path], ranks: int, tp: int, pp: int, precision: str, how: str
 ) -> None:
