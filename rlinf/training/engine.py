@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ class MegatronEngine:
 
         Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches and DP ranks, so the
         split does not matter. Then all ranks look at the mini-batch's token-mean importance ratio: when it exceeds early_stop_ratio or is
-        NaN, nothing is stepped: not the weights, not the moments, not the schedule, not the loss scale.
+        NaN, nothing is stepped: not the weights, not the moments, not the schedule, not the loss scale. Neither is a gradient stepped
+        that is not finite.
         """
         started = time.perf_counter()
         self.ddp.zero_grad_buffer()
@@ -131,12 +133,19 @@ class MegatronEngine:
         if not skipped:
             for group in self.distributed.optimizer.param_groups:
                 group["lr"] = rate
-            stepped, grad_norm, _ = self.optimizer.step()
-            skipped = not stepped  # fp16: an overflow lowers the loss scale instead of stepping
+            stepped, grad_norm = self._step()
+            skipped = not stepped
             self.steps += stepped
         ended = time.perf_counter()
         timers = {"forward_backward": computed - started, "optimizer": ended - computed}
-        return Update(metrics, float("nan") if grad_norm is None else float(grad_norm), rate, skipped, timers)
+        return Update(metrics, grad_norm, rate, skipped, timers)
+
+    def _step(self) -> tuple[bool, float]:
+        """(whether it stepped, gradient norm before clipping), the same on every rank. A gradient that is not finite steps nothing."""
+        if self.distributed.prepare_grads():  # fp16: an overflow lowers the loss scale instead
+            return False, math.nan
+        norm = float(self.distributed.clip_grad_norm(self.distributed.config.clip_grad))
+        return math.isfinite(norm) and self.distributed.step_with_ready_grads(), norm
 
     def _run(self, batches: Sequence[PackedBatch], reduce: Callable[[int, Any], tuple[Tensor, Any]], forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; reduce(i, output) -> (loss to back-propagate, what to keep) on the last stage."""

@@ -84,6 +84,29 @@ def test_a_mini_batch_far_off_policy_changes_nothing_on_any_rank(
         assert not rank["again"] and rank["steps"] == 2 and rank["same as twin"]
 
 
+def gradient_of_nan(at: Any, folder: Path, precision: str) -> tuple[bool, bool, bool, float]:
+    """The ratio is 1, but a token without rollout log-probability makes its importance weight, and so the gradient, NaN."""
+    engine, twin = build(at, folder, precision=precision), build(at, folder, precision=precision)
+    first, second = minibatches(engine)
+    packs, denominators = minibatches(engine)[0]
+    if at.dp_rank == 0:
+        packs[0].rollout_logprobs_N[:] = float("nan")
+    before = snapshot(engine)
+    done = engine.update(packs, None, None, denominators, replace(PLAIN, importance_sampling_clip=2.0), 5.0)
+    untouched = snapshot(engine) == before
+    for e in (engine, twin):
+        update(e, first), update(e, second)
+    same = snapshot(engine) == snapshot(twin)
+    engine.close(), twin.close()
+    return done.skipped, untouched, same, done.grad_norm
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(rank_pool: Any, tiny_models: dict[str, Path], precision: str) -> None:
+    for skipped, untouched, same, grad_norm in rank_pool.run(gradient_of_nan, tiny_models["qwen2-tied"], precision, ranks=4, pp=2):
+        assert skipped and untouched and same and np.isnan(grad_norm)
+
+
 def limits(at: Any, folder: Path) -> list[bool]:
     """Whether the same mini-batch is skipped under a limit below, above and without one."""
     engine = build(at, folder)
