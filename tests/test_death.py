@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,8 +45,7 @@ class Run:
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
-    run_id, temp = new_run_id(), Path(f"/tmp/t{os.getpid()}")
-    temp.mkdir()
+    run_id, temp = new_run_id(), Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short: Ray's sockets live below it
     home = tmp_path / "home"
     home.mkdir()
     command = [sys.executable, "-m", "tests.cluster_driver", str(tmp_path), run_id, request.param]
