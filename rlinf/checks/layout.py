@@ -91,7 +91,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """Deviations from the reference in units of their scale (see the tolerances), the tensor or metric with the largest one."""
 
     case: Case
@@ -169,7 +169,7 @@ def checksums(engine: MegatronEngine) -> dict[str, str]:
     return found
 
 
-def judge(case: Case, ranks: Sequence[Measured], expected: Sequence[Step], start: dict[str, np.ndarray], advantage: float, seconds: float) -> Verdict:
+def judge(case: Case, ranks: Sequence[Measured], expected: Sequence[Step], start: dict[str, np.ndarray], advantage: float, seconds: float) -> Finding:
     """Compare what the ranks saw with what must be. start: the initial weights; advantage: mean |advantage|."""
     losses, norms, metrics, gradients, weights = [], [], [], [], []
     for i, want in enumerate(expected):
@@ -184,7 +184,7 @@ def judge(case: Case, ranks: Sequence[Measured], expected: Sequence[Step], start
         moved = {k: v - start[k] for k, v in want.weights.items()}
         weights += deviations(after, want.weights, moved, {k: ROUNDING * norm(v) for k, v in want.weights.items()})
     (gradient, gradient_of), (weight, weight_of), (metric, metric_of) = worst(gradients), worst(weights), worst(metrics)
-    return Verdict(
+    return Finding(
         case, ranks[0].micro_batches, worst((x, "") for x in losses)[0], gradient, gradient_of, worst((x, "") for x in norms)[0],
         metric, metric_of, weight, weight_of, replicas_agree(ranks), seconds,
     )  # fmt: skip
@@ -219,7 +219,7 @@ def replicas_agree(ranks: Sequence[Measured]) -> bool:
     return all(seen.setdefault(name, value) == value for rank in ranks for name, value in rank.replicas.items())
 
 
-def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable[Verdict]:
+def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable[Finding]:
     """Run the cases one by one, models written to `folder`."""
     batch = make_batch(VOCAB)
     advantage = float(np.mean([abs(a) for group in batch.advantages for a in group]))
@@ -233,12 +233,12 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable
         yield judge(case, ranks, expected[case.family], start, advantage, time.perf_counter() - started)
 
 
-def table(verdicts: Sequence[Verdict]) -> Table:
+def table(findings: Sequence[Finding]) -> Table:
     """One line a layout; the figures are the largest deviations in units of their scale."""
     out = Table(title="The same two optimizer steps in every layout, against plain transformers (fp32)", title_justify="left")
     for name in ("family", "ranks", "TP", "PP", "DP", "SP", "micro-batches", "prefix", "order", "loss", "gradient", "norm", "weights", "metrics", "s", ""):
         out.add_column(name, justify="left" if name == "family" else "right", no_wrap=True)
-    for v in verdicts:
+    for v in findings:
         c = v.case
         where = [c.family, c.ranks, c.tp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order]
         figures = [f"{x:.0e}" for x in (v.loss, v.gradient, v.norm, v.weight, v.metric)]
@@ -249,7 +249,7 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     return out
 
 
-def complaint(v: Verdict) -> str:
+def complaint(v: Finding) -> str:
     """What is wrong with a layout that fails, in one line."""
     return (
         f"{v.case.label()}: loss {v.loss:.1e}, gradient {v.gradient:.1e} ({v.gradient_of}), norm {v.norm:.1e}, weights {v.weight:.1e} ({v.weight_of}), "
@@ -264,23 +264,23 @@ def main(quick: bool, json_file: Path | None) -> int:
     cases = make_cases(quick)
     with RankPool(RANKS) as pool, tempfile.TemporaryDirectory(prefix="rlinf-layout-") as folder:
         pool.start()  # its imports go on beside the reference computation
-        verdicts = list(track(check_cases(pool, cases, Path(folder)), "layouts", len(cases), console=Console(stderr=True), transient=True))
+        findings = list(track(check_cases(pool, cases, Path(folder)), "layouts", len(cases), console=Console(stderr=True), transient=True))
     seconds = time.perf_counter() - started
-    failing = [v for v in verdicts if not v.holds]
-    console.print(table(verdicts))
+    failing = [v for v in findings if not v.holds]
+    console.print(table(findings))
     for v in failing[:COMPLAINTS]:
         console.print(complaint(v), style="red", highlight=False)
-    console.print(f"{len(verdicts) - len(failing)} of {len(verdicts)} layouts hold; {seconds:.0f} s", highlight=False)
+    console.print(f"{len(findings) - len(failing)} of {len(findings)} layouts hold; {seconds:.0f} s", highlight=False)
     if json_file:
-        json_file.write_text(json.dumps(report(verdicts, seconds), indent=1) + "\n")
+        json_file.write_text(json.dumps(report(findings, seconds), indent=1) + "\n")
     return 1 if failing else 0
 
 
-def report(verdicts: Sequence[Verdict], seconds: float) -> dict[str, Any]:
+def report(findings: Sequence[Finding], seconds: float) -> dict[str, Any]:
     return {
         "tolerances": {"loss": LOSS_TOLERANCE, "gradient": GRADIENT_TOLERANCE, "norm": NORM_TOLERANCE, "weight": WEIGHT_TOLERANCE, "metric": METRIC_TOLERANCE},
         "machine": {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__},
         "seconds": seconds,
-        "holds": all(v.holds for v in verdicts),
-        "layouts": [asdict(v) | {"holds": v.holds, "dp": v.case.dp} for v in verdicts],
+        "holds": all(v.holds for v in findings),
+        "layouts": [asdict(v) | {"holds": v.holds, "dp": v.case.dp} for v in findings],
     }  # fmt: skip

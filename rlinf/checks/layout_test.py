@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.checks import layout
-from rlinf.checks.layout import Case, Verdict, check_cases, make_cases
+from rlinf.checks.layout import Case, Finding, check_cases, make_cases
 from rlinf.checks.layout_reference import make_batch
 from rlinf.checks.rank_pool import RankPool
 from rlinf.checks.tiny_model import FAMILIES, VOCAB
@@ -210,6 +210,17 @@ def test_the_cases_cover_every_dimension() -> None:
         assert {c.order for c in mine} == {o for _, _, o in layout.SPLITS} and {c.sequence_parallel for c in mine} == {True, False}
     assert {c.dp for c in cases} == {1, 2, 3, 4} and {c.tp for c in cases} == {1, 2, 4}
     assert len(make_cases(quick=True)) == len(layout.LAYOUTS)
+    counts = [micro_batch_sizes(c) for c in cases]
+    assert any(0 in sizes for sizes in counts)  # a rank with nothing to do in a micro-batch
+    assert any(len(sizes) == 2 * c.dp for c, sizes in zip(cases, counts)) and any(len(sizes) > 8 * c.dp for c, sizes in zip(cases, counts))
+
+
+def micro_batch_sizes(case: Case) -> list[int]:
+    """Samples in every micro-batch of every rank, both mini-batches."""
+    batch = make_batch(VOCAB)
+    headers = [g.header() for g in batch.groups]
+    ranks = layout.build_rank_batches(headers, batch.advantages, dp=case.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix)
+    return [len(refs) for rank in ranks for mini in rank.mini_batches for refs in mini.micro_batches]
 
 
 def test_the_batch_has_the_awkward_cases() -> None:
@@ -230,8 +241,8 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
     assert layout.worst(layout.deviations({"a": want["a"]}, want, want)) == (math.inf, "b")
     bad = layout.worst(layout.deviations({"a": want["a"] * np.nan, "b": want["b"]}, want, want))
     assert math.isnan(bad[0]) and bad[1] == "a"
-    verdict = Verdict(make_cases()[0], 1, 0.0, float("nan"), "a", 0.0, 0.0, "", 0.0, "", True, 0.0)
-    assert not verdict.holds
+    finding = Finding(make_cases()[0], 1, 0.0, float("nan"), "a", 0.0, 0.0, "", 0.0, "", True, 0.0)
+    assert not finding.holds
     # a tensor with hardly any gradient is measured against the gradient of all
     noisy = layout.deviations({"a": want["a"], "b": want["b"] + np.float32(1e-9)}, want, want)
     assert layout.worst(noisy)[0] == pytest.approx(1e-6, rel=0.01)
@@ -249,8 +260,8 @@ def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
     rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int
 ) -> None:
     where, family = layout_and_family
-    (verdict,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order)], tmp_path_factory.getbasetemp() / "drawn")
-    assert verdict.holds, layout.complaint(verdict)
+    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order)], tmp_path_factory.getbasetemp() / "drawn")
+    assert finding.holds, layout.complaint(finding)
 
 
 @pytest.mark.slow
