@@ -109,27 +109,40 @@ class MegatronEngine:
         settings: ObjectiveSettings,
         early_stop_ratio: float | None,
     ) -> Update:
-        """One optimizer step on one mini-batch.
+        """One optimizer step on one mini-batch of the policy.
 
-        Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches and DP ranks, so the
-        split does not matter. Then all ranks look at the mini-batch's token-mean importance ratio: when it exceeds early_stop_ratio or is
-        NaN, nothing is stepped: not the weights, not the moments, not the schedule, not the loss scale. Neither is a gradient stepped
-        that is not finite.
+        All ranks look at the mini-batch's token-mean importance ratio: when it exceeds early_stop_ratio or is NaN, nothing is stepped.
         """
-        started = time.perf_counter()
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
 
         def objective(i: int, output: tuple[Tensor, Tensor]) -> tuple[Tensor, MetricSums]:
             tokens = response_tokens(batches[i], output, old_logprobs and old_logprobs[i], ref_logprobs and ref_logprobs[i])
             return policy_objective(tokens, denominators, settings)
 
+        def refuse(metrics: MetricSums) -> bool:
+            return early_stop(metrics.sums["ratio"].item(), metrics.sums["tokens"].item(), early_stop_ratio)
+
+        return self.step(batches, objective, refuse)
+
+    def step(
+        self,
+        batches: Sequence[PackedBatch],
+        objective: Callable[[int, Any], tuple[Tensor, MetricSums]],
+        refuse: Callable[[MetricSums], bool] = lambda metrics: False,
+    ) -> Update:
+        """One optimizer step; objective(i, output) gives micro-batch i's share of the loss and of the metrics.
+
+        Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches and DP ranks, so the
+        split does not matter. When refuse(metrics of the mini-batch) or when the gradient is not finite, nothing is stepped: not the
+        weights, not the moments, not the schedule, not the loss scale.
+        """
+        started = time.perf_counter()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
         parts = self._run(batches, objective, forward_only=False)
         metrics = merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
         computed = time.perf_counter()
         rate = learning_rate(self.optim, self.steps + 1)
-        ratio, tokens = metrics.sums["ratio"].item(), metrics.sums["tokens"].item()
-        skipped, grad_norm = early_stop(ratio, tokens, early_stop_ratio), float("nan")
+        skipped, grad_norm = refuse(metrics), math.nan
         if not skipped:
             for group in self.distributed.optimizer.param_groups:
                 group["lr"] = rate

@@ -34,21 +34,8 @@ class TrainWorker:
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         self.address, self.config = address, config
-        torch.set_num_threads(address.threads)
-        self.device = _device(config, address)
-        model = config.actor.model
-        self.at = parallel.initialize(
-            model.tensor_model_parallel_size,
-            model.pipeline_model_parallel_size,
-            rank=address.rank,
-            world_size=address.world_size,
-            device=self.device,
-            address=f"{address.master_addr}:{address.master_port}",
-        )
-        model_dir = Path(config.rollout.model_dir)
-        arch = read_architecture(json.loads((model_dir / "config.json").read_text()))
-        self.engine = MegatronEngine(arch, model, config.actor.optim, self.at, self.device)
-        self.engine.load_hf(open_hf_folder(model_dir))
+        self.engine = open_engine(address, config)
+        self.at, self.device = self.engine.at, self.engine.device
         self.reference = ReferencePolicy(self.engine) if config.algorithm.kl_beta > 0 else None
         self.settings = objective_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
@@ -143,6 +130,25 @@ class TrainWorker:
     def load(self, step_dir: str) -> None:
         self.offloader.before_use()
         checkpoint.load(self.engine, Path(step_dir))
+
+
+def open_engine(address: WorkerAddress, config: Config) -> MegatronEngine:
+    """Join the ranks of this component and lay the model of rollout.model_dir over them."""
+    torch.set_num_threads(address.threads)
+    device, model = _device(config, address), config.actor.model
+    at = parallel.initialize(
+        model.tensor_model_parallel_size,
+        model.pipeline_model_parallel_size,
+        rank=address.rank,
+        world_size=address.world_size,
+        device=device,
+        address=f"{address.master_addr}:{address.master_port}",
+    )
+    model_dir = Path(config.rollout.model_dir)
+    arch = read_architecture(json.loads((model_dir / "config.json").read_text()))
+    engine = MegatronEngine(arch, model, config.actor.optim, at, device)
+    engine.load_hf(open_hf_folder(model_dir))
+    return engine
 
 
 def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
