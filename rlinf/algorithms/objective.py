@@ -95,8 +95,9 @@ class MetricSums:
         )
 
     def reduced(self, all_sum: Callable[[Tensor], Tensor], all_max: Callable[[Tensor], Tensor]) -> MetricSums:
-        """Merged over ranks by two collectives, each on one vector."""
-        sums, maxima = all_sum(torch.stack(list(self.sums.values()))), all_max(torch.stack(list(self.maxima.values())))
+        """Merged over ranks by a collective on one vector of sums, and one on the maxima where there are any."""
+        sums = all_sum(torch.stack(list(self.sums.values())))
+        maxima = all_max(torch.stack(list(self.maxima.values()))) if self.maxima else ()
         return MetricSums(dict(zip(self.sums, sums)), dict(zip(self.maxima, maxima)))
 
 

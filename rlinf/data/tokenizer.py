@@ -42,13 +42,13 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """As encode, on all cores."""
+    def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[list[int]]:
+        """As encode, on all cores; bos=False for what goes on from another text."""
         encoded: list[list[int]] = []
         for start in range(0, len(texts), ENCODE_AT_ONCE):
             chunk = list(texts[start : start + ENCODE_AT_ONCE])
             encoded += [e.ids for e in self._backend.encode_batch_fast(chunk, add_special_tokens=False)]
-        if self.bos_token_id is None:
+        if self.bos_token_id is None or not bos:
             return encoded
         return [ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids] for ids in encoded]
 

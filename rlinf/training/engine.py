@@ -100,6 +100,12 @@ class MegatronEngine:
         with torch.no_grad():
             return self._run(batches, lambda i, output: (output[0].sum(), output), forward_only=True)
 
+    def evaluate(self, batches: Sequence[PackedBatch], objective: Callable[[int, Any], tuple[Tensor, MetricSums]]) -> MetricSums:
+        """The metrics of all micro-batches on all ranks, without a gradient."""
+        with torch.no_grad():
+            parts = self._run(batches, objective, forward_only=True)
+        return merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
+
     def update(
         self,
         batches: Sequence[PackedBatch],
@@ -109,31 +115,30 @@ class MegatronEngine:
         settings: ObjectiveSettings,
         early_stop_ratio: float | None,
     ) -> Update:
-        """One optimizer step on one mini-batch of the policy.
-
-        All ranks look at the mini-batch's token-mean importance ratio: when it exceeds early_stop_ratio or is NaN, nothing is stepped.
+        """One optimizer step of the policy on one mini-batch. When its token-mean importance ratio exceeds early_stop_ratio or is NaN,
+        nothing is stepped.
         """
 
         def objective(i: int, output: tuple[Tensor, Tensor]) -> tuple[Tensor, MetricSums]:
             tokens = response_tokens(batches[i], output, old_logprobs and old_logprobs[i], ref_logprobs and ref_logprobs[i])
             return policy_objective(tokens, denominators, settings)
 
-        def refuse(metrics: MetricSums) -> bool:
+        def stops(metrics: MetricSums) -> bool:
             return early_stop(metrics.sums["ratio"].item(), metrics.sums["tokens"].item(), early_stop_ratio)
 
-        return self.step(batches, objective, refuse)
+        return self.optimize(batches, objective, stops)
 
-    def step(
+    def optimize(
         self,
         batches: Sequence[PackedBatch],
         objective: Callable[[int, Any], tuple[Tensor, MetricSums]],
-        refuse: Callable[[MetricSums], bool] = lambda metrics: False,
+        stops: Callable[[MetricSums], bool] = lambda _: False,
     ) -> Update:
-        """One optimizer step; objective(i, output) gives micro-batch i's share of the loss and of the metrics.
+        """One optimizer step on one mini-batch; objective(i, output of the head) is micro-batch i's share of loss and metrics.
 
         Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches and DP ranks, so the
-        split does not matter. When refuse(metrics of the mini-batch) or when the gradient is not finite, nothing is stepped: not the
-        weights, not the moments, not the schedule, not the loss scale.
+        split does not matter. Then all ranks look at the mini-batch's metrics: where `stops` says so nothing is stepped: not the weights,
+        not the moments, not the schedule, not the loss scale. Neither is a gradient stepped that is not finite.
         """
         started = time.perf_counter()
         self.ddp.zero_grad_buffer()
@@ -142,7 +147,7 @@ class MegatronEngine:
         metrics = merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
         computed = time.perf_counter()
         rate = learning_rate(self.optim, self.steps + 1)
-        skipped, grad_norm = refuse(metrics), math.nan
+        skipped, grad_norm = stops(metrics), float("nan")
         if not skipped:
             for group in self.distributed.optimizer.param_groups:
                 group["lr"] = rate

@@ -68,6 +68,13 @@ def merge_over_ranks(part: MetricSums | None) -> MetricSums:
     return merged
 
 
+def gather_over_data_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The vectors of all data-parallel ranks one after another, and where this rank's begins; their lengths may differ."""
+    parts: list[torch.Tensor] = [values] * mpu.get_data_parallel_world_size()
+    dist.all_gather_object(parts, values, group=mpu.get_data_parallel_group())
+    return torch.cat(parts), sum(len(part) for part in parts[: mpu.get_data_parallel_rank()])
+
+
 def _all_reduce(values: torch.Tensor, op: dist.ReduceOp) -> torch.Tensor:
     dist.all_reduce(values, op, group=mpu.get_data_parallel_group())
     return values

@@ -14,7 +14,8 @@ import torch
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
 from rlinf.config.schema import AlgorithmConfig, Config
-from rlinf.data.records import Finish, Group, Prompt, Sample
+from rlinf.data.examples import example
+from rlinf.data.records import Group
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import checkpoint, parallel
@@ -112,7 +113,7 @@ class TrainWorker:
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
-        groups = [_as_group(i, tokens) for i, tokens in enumerate(sequences)]
+        groups = [example(f"probe-{i}", tokens[:1], tokens[1:]) for i, tokens in enumerate(sequences)]
         refs = [SampleRef(i, 0, 0.0) for i in range(len(groups))]
         pad_to = self.at.tp if self.config.actor.model.sequence_parallel else 1
         packed = pack(groups, refs, share_prefix=False, temperature=temperature or 1.0, pad_to=pad_to, device=self.device)
@@ -191,11 +192,3 @@ def peak_memory(device: torch.device) -> int:
 def _device(config: Config, address: WorkerAddress) -> torch.device:
     cuda = torch.cuda.is_available() if config.cluster.device == "auto" else config.cluster.device == "cuda"
     return torch.device("cuda", 0) if cuda else torch.device("cpu")  # the cluster shows each worker its own devices only
-
-
-def _as_group(index: int, tokens: np.ndarray) -> Group:
-    """A sequence to be scored: its first token as the prompt, the rest as a response."""
-    n = len(tokens) - 1
-    prompt = Prompt(f"probe-{index}", tokens[:1], "probe", ("",))
-    sample = Sample(f"probe-{index}/0", tokens[1:], np.full(n, np.nan, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP)
-    return Group(prompt.prompt_id, prompt, (sample,))

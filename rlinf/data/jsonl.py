@@ -1,0 +1,112 @@
+"""JSONL files as users bring them: one JSON object a line. A line that cannot be used is a Fault with file, line and reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlinf.errors import UserError
+
+SHOWN_LINES = 20
+MAGIC = {b"\x1f\x8b": "gzip-compressed", b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd-compressed"}
+Row = dict[str, Any]
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line that cannot be used, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+class BadLine(Exception):
+    """Why a line is not a record; becomes a Fault."""
+
+
+def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_bad_record: str) -> tuple[list[R], list[Fault]]:
+    """parse(row, file, line) of every line of all files, in order, and the lines that it, or JSON, did not take.
+
+    Raises UserError when a file is missing, empty or not JSONL, and when lines are bad unless on_bad_record (data.on_bad_record) is `skip`.
+    """
+    parsed = [x for path in paths for x in _read_file(Path(path).expanduser(), parse)]
+    faults = [x for x in parsed if isinstance(x, Fault)]
+    if faults and on_bad_record == "error":
+        raise UserError(describe(faults, "cannot be used", "mend or remove them, or set data.on_bad_record: skip to go on without them"))
+    return [x for x in parsed if not isinstance(x, Fault)], faults
+
+
+def field(row: Row, name: str, key: str) -> Any:
+    """The value of a field whose name is the configuration's `key`."""
+    if name not in row:
+        raise BadLine(f"no field `{name}` ({key}); the line has: {', '.join(row) or 'nothing'}")
+    return row[name]
+
+
+def describe(faults: Sequence[Fault], what: str, remedy: str) -> str:
+    """The first faults, one a line, under a heading and above what to do."""
+    shown = [f"  {fault.file}, line {fault.line}: {fault.reason}" for fault in faults[:SHOWN_LINES]]
+    if len(faults) > SHOWN_LINES:
+        shown.append(f"  and {len(faults) - SHOWN_LINES} more")
+    subject = "1 data line" if len(faults) == 1 else f"{len(faults)} data lines"
+    return "\n".join([f"{subject} {what}:", *shown, remedy])
+
+
+def _read_file(path: Path, parse: Callable[[Row, Path, int], R]) -> Iterator[R | Fault]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such data file" if not path.exists() else f"{path}: not a file; give the JSONL files themselves")
+    with open(path, "rb") as file:
+        _check_start(path, file.read(4096))
+        file.seek(0)
+        empty = True
+        for number, raw in enumerate(file, start=1):  # split at \n only: JSON strings may hold other line separators as they are
+            if not raw.strip():
+                continue
+            empty = False
+            try:
+                yield parse(_row(raw.removeprefix(b"\xef\xbb\xbf")), path, number)
+            except BadLine as bad:
+                yield Fault(str(path), number, str(bad))
+    if empty:
+        raise UserError(f"{path}: the file is empty")
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    """Refuse what is no JSONL at all, in one sentence instead of one for each line."""
+    for magic, kind in MAGIC.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: {kind}; give it as plain JSONL (one JSON object a line)")
+    if b"\0" in start:
+        raise UserError(f"{path}: not a text file; give JSONL in UTF-8 (one JSON object a line)")
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        raise UserError(f"{path}: a JSON array, not JSONL; write one object a line, for example with `jq -c '.[]'`")
+
+
+def _row(raw: bytes) -> Row:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadLine(f"not UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise BadLine(f"not JSON ({error.msg}, column {error.colno})") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        raise BadLine(f"not readable ({error})") from error
+    if not isinstance(row, dict):
+        raise BadLine("not a JSON object")
+    if b"\\ud" in raw.lower() and not _is_unicode(row):
+        raise BadLine("holds half a surrogate pair, which is no character")
+    return row
+
+
+def _is_unicode(row: Row) -> bool:
+    """JSON may escape half a surrogate pair; no tokenizer takes that."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
