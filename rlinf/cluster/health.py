@@ -11,7 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rlinf.cluster.failure import Failure
@@ -19,7 +20,27 @@ from rlinf.errors import RunFailed
 
 PERIOD = 0.5  # seconds between rounds
 SILENCE = 12.0  # seconds without an answer before a machine counts as lost
-PATIENCE = 20.0  # seconds from a failure to close(); a loop that does not let go is then ended with the process
+PATIENCE = 20.0  # seconds from a failure to close(), and for close() itself; what does not let go is then ended with the process
+
+
+def give_up(message: str, code: int = 1) -> None:
+    """End this process from any thread, at once; the sentinel ends the rest of the run."""
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """Give up when the block takes longer: a Ray that is stuck must not keep a run that is over from ending."""
+    code = 130 if isinstance(sys.exc_info()[1], KeyboardInterrupt) else 1
+    timer = threading.Timer(seconds, give_up, (f"{what} took longer than {seconds:g} s; ending the process.", code))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @dataclass
@@ -66,9 +87,7 @@ class Health(threading.Thread):
             if (death or cause) and not self.closed.is_set():
                 self.failure.report(RunFailed(cause and f"{cause} (phase: {self.phase()})" or death))
         if not self.closed.wait(PATIENCE):
-            sys.stderr.write(f"{self.failure.error}\nThe loop did not end within {PATIENCE:.0f} s of this failure; ending the process.\n")
-            sys.stderr.flush()
-            os._exit(1)  # the sentinel does the rest
+            give_up(f"{self.failure.error}\nThe loop did not end within {PATIENCE:.0f} s of this failure; ending the process.")
 
     def stop(self) -> None:
         """Return when nothing is watched any more: what ends from now on ends because we end it."""

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlinf.cluster.cluster import Cluster, has_gpu
 from rlinf.cluster.group import WorkerGroup
-from rlinf.cluster.health import PERIOD, Door, Health
+from rlinf.cluster.health import PATIENCE, PERIOD, Door, Health, at_most
 from rlinf.cluster.host import Setup, WorkerProcess, dotted, process_environment
 from rlinf.cluster.machines import Machine, alive_nodes, wait_for_machines
 from rlinf.cluster.processes import end_run, start_sentinel
@@ -146,11 +146,12 @@ class RayCluster(Cluster):
         raise RuntimeError(f"{group.where(rank)} stopped resting")
 
     def close(self) -> None:
-        if self.health is not None:
-            self.health.stop()
-        if ray.is_initialized():
-            self._end_workers()
-            self.session.close(keep_logs=self.failure.error is not None)
+        with at_most(PATIENCE, "closing the Ray cluster"):
+            if self.health is not None:
+                self.health.stop()
+            if ray.is_initialized():
+                self._end_workers()
+                self.session.close(keep_logs=self.failure.error is not None)
         left = end_run(self.run_id)
         if left:
             log.error("processes of run %s that could not be ended: %s", self.run_id, left)
