@@ -81,9 +81,14 @@ def config_explain(args: argparse.Namespace) -> int:
 
 
 def data_generate(args: argparse.Namespace) -> int:
-    from rlinf.data.arithmetic import generate
+    if args.task == "arithmetic":
+        from rlinf.data.arithmetic import generate
 
-    _report(generate(args.out_dir, args.train, args.val, args.seed))
+        _report(generate(args.out_dir, args.train, args.val, args.seed))
+    else:
+        from rlinf.rewards.reasoning_gym import generate_files
+
+        _report(generate_files(args.out_dir, args.task.split(","), args.train, args.val, args.seed))
     return 0
 
 
@@ -125,10 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=config_explain)
 
     sub = commands.add_parser("data", help="generate or check data files").add_subparsers(required=True, metavar="COMMAND")
-    p = sub.add_parser("generate", help="arithmetic problems: train.jsonl and a held-out val.jsonl")
+    p = sub.add_parser("generate", help="problems for training: train.jsonl and a held-out val.jsonl")
     p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
-    p.add_argument("--train", type=int, default=1300, help="training problems (default 1300)")
-    p.add_argument("--val", type=int, default=256, help="held-out problems (default 256)")
+    p.add_argument("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas")
+    p.add_argument("--train", type=int, default=1300, help="training problems of each task (default 1300)")
+    p.add_argument("--val", type=int, default=256, help="held-out problems of each task (default 256)")
     p.add_argument("--seed", type=int, default=1234)
     p.set_defaults(run=data_generate)
     p = sub.add_parser("check", help="check a JSONL file in the AReaL-boba format")

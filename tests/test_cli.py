@@ -174,6 +174,24 @@ def test_data_generate_writes_both_splits(capsys: pytest.CaptureFixture[str], tm
     assert code == 2 and err.startswith("rlinf: arithmetic data")
 
 
+def test_data_generate_makes_puzzles_of_reasoning_gym(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    tasks = "rg/chain_sum,rg/spell_backward"
+    code, out, _ = run(capsys, "data", "generate", str(tmp_path), "--task", tasks, "--train", "6", "--val", "4")
+    assert code == 0 and f"val: {tmp_path}/val.jsonl" in out
+    train, val = ([json.loads(line) for line in (tmp_path / f).read_text().splitlines()] for f in ("train.jsonl", "val.jsonl"))
+    assert [r["task"] for r in train] == ["rg/chain_sum"] * 6 + ["rg/spell_backward"] * 6 and len(val) == 8
+    assert len({r["prompt"] for r in train + val}) == 20
+    for words, message in (
+        (["--task", "rg/none_such"], "no such family; it has ab, acre"),
+        (["--task", "sums"], "can be `arithmetic`, or `rg/<family>`"),
+        (["--task", "rg/knight_swap"], "two data sets of one seed differ"),
+        (["--task", "rg/chain_sum", "--val", "0"], "each must be at least 1"),
+    ):
+        code, _, err = run(capsys, "data", "generate", str(tmp_path), *words)
+        assert code == 2 and message in err, err
+
+
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["train"], ["train", "x", "--fast"], ["data", "check", "a", "b"]])
 def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as error:

@@ -9,12 +9,11 @@ problem is in both files, none is in the examples, and no answer can be read off
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from rlinf.data.jsonl import write_jsonl
 from rlinf.errors import UserError
 
 SHOTS = ((23, 45), (58, 67))
@@ -55,13 +54,4 @@ def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Pa
         if words[i] & 1:  # the order of the terms is chance too
             a, b = b, a
         records.append({"prompt": prompt(a, b), "task": "math", "query_id": f"add-{a}-{b}", "solutions": [f"\\boxed{{{a + b}}}"]})
-    out_dir.mkdir(parents=True, exist_ok=True)
-    return {"train": _write(out_dir / "train.jsonl", records[:n_train]), "val": _write(out_dir / "val.jsonl", records[n_train:])}
-
-
-def _write(path: Path, records: list[dict[str, object]]) -> Path:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(scratch, path)
-    return path
+    return {"train": write_jsonl(out_dir / "train.jsonl", records[:n_train]), "val": write_jsonl(out_dir / "val.jsonl", records[n_train:])}

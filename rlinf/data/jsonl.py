@@ -1,9 +1,10 @@
-"""JSONL files as users bring them: one JSON object a line. A line that cannot be used is a Fault with file, line and reason."""
+"""JSONL files, read as users bring them and written whole. Reading: one JSON object a line. A line that cannot be used is a Fault with file, line and reason."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,15 @@ def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_
     if faults and on_bad_record == "error":
         raise UserError(describe(faults, "cannot be used", "mend or remove them, or set data.on_bad_record: skip to go on without them"))
     return [x for x in parsed if not isinstance(x, Fault)], faults
+
+
+def write_jsonl(path: Path, records: Iterable[Row]) -> Path:
+    """One record a line, the whole file or none; makes the folder. Returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(scratch, path)
+    return path
 
 
 def field(row: Row, name: str, key: str) -> Any:

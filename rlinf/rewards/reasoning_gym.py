@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rlinf.data.jsonl import write_jsonl
 from rlinf.errors import UserError
 from rlinf.rewards.math import Decision
 
@@ -26,9 +29,9 @@ def check_family(family: str) -> None:
     if family in REFUSED:
         raise UserError(f"task 'rg/{family}': refused, because {REFUSED[family]}")
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(f"task 'rg/{family}': the package reasoning-gym is not installed; pip install reasoning-gym==0.1.25")
+        raise UserError(f"task 'rg/{family}': the package reasoning-gym is not installed; pip install 'rlinf[rg]'")
     if family not in families():
-        raise UserError(f"task 'rg/{family}': reasoning-gym has no such family; see rlinf data generate --help")
+        raise UserError(f"task 'rg/{family}': reasoning-gym has no such family; it has {', '.join(sorted(families() - set(REFUSED)))}")
 
 
 def families() -> frozenset[str]:
@@ -56,19 +59,41 @@ def judge(family: str, answer: str, solutions: tuple[str, ...]) -> Decision:
     return Decision("right" if best == 1.0 else "wrong", "rg", f"score {best:g}")
 
 
-def generate(family: str, size: int, seed: int) -> list[dict[str, Any]]:
-    """Records in the AReaL-boba format. A family that is not reproducible from its seed is refused, as is one whose scorer is unsound."""
+def generate(family: str, size: int, seed: int, held_out: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(size training records, held_out records) in the AReaL-boba format; no question comes twice in the two together.
+
+    Raises UserError for a family that is not a function of its seed, whose scorer does not pay its own answers, or that has too few
+    different questions.
+    """
     check_family(family)
     if family in NOT_REPRODUCIBLE:
         raise UserError(f"rg/{family}: two data sets of one seed differ; choose another family")
-    dataset = load().create_dataset(family, size=size, seed=seed)
+    wanted = size + held_out
+    dataset = load().create_dataset(family, size=2 * wanted + 16, seed=seed)  # some families repeat themselves
     score_answer = load().get_score_answer_fn(family)
-    records = []
-    for i in range(size):
+    records: dict[str, dict[str, Any]] = {}
+    for i in range(len(dataset)):
         entry = dataset[i]
         solution = json.dumps({"answer": entry["answer"], "metadata": entry["metadata"]}, default=str)
         if entry["answer"] is None or score_answer(entry["answer"], json.loads(solution)) != 1.0:
             raise UserError(f"rg/{family}: its own answer does not get full marks (entry {i}); it cannot be used for training")
         prompt = f"{entry['question'].rstrip()}\n{INSTRUCTION}\n"
-        records.append({"prompt": prompt, "task": f"rg/{family}", "query_id": f"rg-{family}-{seed}-{i}", "solutions": [solution]})
-    return records
+        records.setdefault(prompt, {"prompt": prompt, "task": f"rg/{family}", "query_id": f"rg-{family}-{seed}-{i}", "solutions": [solution]})
+        if len(records) == wanted:
+            break
+    if len(records) < wanted:
+        raise UserError(f"rg/{family}: only {len(records)} different questions with seed {seed}; ask for fewer than {wanted} in all")
+    rows = list(records.values())
+    return rows[:size], rows[size:]
+
+
+def generate_files(out_dir: Path, names: Sequence[str], n_train: int, n_val: int, seed: int) -> dict[str, Path]:
+    """train.jsonl and val.jsonl with n_train and n_val problems of each task `rg/<family>`; their paths."""
+    if n_train < 1 or n_val < 1:
+        raise UserError(f"reasoning-gym data: {n_train} training and {n_val} validation problems were asked for; each must be at least 1")
+    for name in names:
+        if not name.startswith("rg/"):
+            raise UserError(f"--task {name!r}: can be `arithmetic`, or `rg/<family>` (several with commas)")
+    parts = [generate(name.removeprefix("rg/"), n_train, seed, n_val) for name in names]
+    train, val = ([record for part in parts for record in part[i]] for i in (0, 1))
+    return {"train": write_jsonl(out_dir / "train.jsonl", train), "val": write_jsonl(out_dir / "val.jsonl", val)}

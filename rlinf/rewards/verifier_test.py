@@ -112,8 +112,8 @@ def test_reasoning_gym_pays_only_full_marks() -> None:
     with pytest.raises(UserError, match="no such family"):
         check_tasks(["rg/nothing_of_the_kind"])
     families = ["chain_sum", "countdown", "prime_factorization", "mini_sudoku", "spell_backward"]
-    records = [r for family in families for r in gym.generate(family, 2, seed=3)]
-    assert gym.generate("countdown", 2, seed=3) == records[2:4]
+    records = [r for family in families for r in gym.generate(family, 2, seed=3)[0]]
+    assert gym.generate("countdown", 1, seed=3, held_out=1) == (records[2:3], records[3:4])
     items = []
     for record in records:
         own = json.loads(record["solutions"][0])["answer"]
