@@ -65,3 +65,5 @@ def test_nan_is_never_within_the_tolerance_and_no_probe_may_be_missing() -> None
         check_probes(1, "bf16", trainer, [[np.array([np.nan]), trainer[1]]])
     with pytest.raises(ValueError):
         check_probes(1, "bf16", trainer, [trainer[:1]])
+    with pytest.raises(RunFailed, match="probe 0 has 1 scores of the actor, 2 of rollout rank 0"):
+        check_probes(1, "bf16", trainer, [[np.array([-1.0, -1.0]), trainer[1]]])
