@@ -172,7 +172,7 @@ TRAIN = metrics(
     ("loss_scale", "fp16 loss scale", "steady", "falls for many steps: overflow; use bf16"),
     (
         "minibatches_skipped",
-        "mini-batches not stepped: the ratio exceeded `early_stop_imp_ratio` or was NaN, no token counted, or fp16 overflowed",
+        "mini-batches not stepped: the ratio exceeded `early_stop_imp_ratio` or was NaN, no token counted, or a gradient was not finite",
         "0",
         "now and then: harmless; often: lower the learning rate, check `rollout_logprob_gap_max`",
     ),
