@@ -21,7 +21,7 @@ class Usage:
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
         self.cpu_seconds: dict[str, float] = defaultdict(float)
-        self.peak_pss = 0
+        self.peak_pss, self.peak_phase = 0, "start"
         self._seen: dict[int, float] = {}
         self._stop = threading.Event()
 
@@ -39,7 +39,7 @@ class Usage:
     def describe(self) -> str:
         parts = "  ".join(f"{name} {seconds:.0f}" for name, seconds in sorted(self.cpu_seconds.items(), key=lambda x: -x[1]))
         total = sum(self.cpu_seconds.values())
-        return f"CPU seconds on this machine: {total:.0f} ({parts}); peak memory (PSS) {self.peak_pss / 2**30:.2f} GiB"
+        return f"CPU seconds on this machine: {total:.0f} ({parts}); peak memory (PSS) {self.peak_pss / 2**30:.2f} GiB, in {self.peak_phase}"
 
     def _run(self, phase: Callable[[], str]) -> None:
         self._sample(phase())
@@ -58,7 +58,8 @@ class Usage:
             self.cpu_seconds[name] += max(0.0, spent - self._seen.get(pid, 0.0))
             self._seen[pid] = spent
             pss += memory
-        self.peak_pss = max(self.peak_pss, pss)
+        if pss > self.peak_pss:
+            self.peak_pss, self.peak_phase = pss, name
 
 
 def cpu_seconds(pid: int) -> float:
