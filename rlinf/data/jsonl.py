@@ -1,4 +1,4 @@
-"""JSONL files, read as users bring them and written whole. Reading: one JSON object a line. A line that cannot be used is a Fault with file, line and reason."""
+"""JSONL files: read as users bring them, one JSON object a line (one that cannot be used is a Fault with file, line and reason); written whole."""
 
 from __future__ import annotations
 
