@@ -19,7 +19,7 @@ from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, ResponseTokens, early_stop, policy_objective
 from rlinf.config.schema import ActorModelConfig, OptimConfig
 from rlinf.training.layout import PackedBatch
-from rlinf.training.model import PolicyModel, transformer_config
+from rlinf.training.model import PackedModel, transformer_config
 from rlinf.training.parallel import Coordinates, merge_over_ranks
 from rlinf.training.schedule import learning_rate
 from rlinf.training.state import OPTIMIZER_STATE, ModelState, OptimizerState
@@ -38,12 +38,17 @@ class Update:
 
 
 class MegatronEngine:
-    """Model, gradients and optimizer of this rank. All public methods are collective over the role's ranks."""
+    """Model, gradients and optimizer of this rank; head `lm` for a policy, `scalar` for one number a token.
 
-    def __init__(self, arch: Architecture, model: ActorModelConfig, optim: OptimConfig, at: Coordinates, device: torch.device) -> None:
+    All public methods are collective over the role's ranks.
+    """
+
+    def __init__(
+        self, arch: Architecture, model: ActorModelConfig, optim: OptimConfig, at: Coordinates, device: torch.device, head: str = "lm"
+    ) -> None:
         self.arch, self.optim, self.at, self.device = arch, optim, at, device
         self.config = transformer_config(arch, model, at.tp, at.pp)
-        self.model = PolicyModel(arch, self.config).to(device)
+        self.model = PackedModel(arch, self.config, head).to(device)
         self.state = ModelState(self.model)  # before the optimizer: it marks what is sharded
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
         self.ddp = DistributedDataParallel(self.config, ddp, self.model)
@@ -105,6 +110,11 @@ class MegatronEngine:
         with torch.no_grad():
             parts = self._run(batches, objective, forward_only=True)
         return merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
+
+    def scores(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Head `scalar`: one fp32 number [N] for each response token of every micro-batch; empty on all but the last pipeline stage."""
+        with torch.no_grad():
+            return self._run(batches, lambda i, output: (output.sum(), output), forward_only=True)
 
     def update(
         self,

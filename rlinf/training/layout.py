@@ -14,7 +14,7 @@ Shape legend: T packed rows, N response tokens, S samples, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,7 @@ class PackedBatch(PackedSeqParams):
     loss_mask_N: Tensor | None = None  # [N] float32
     rollout_logprobs_N: Tensor | None = None  # [N] float32
     n_samples: int = 0
+    sample_ids: tuple[str, ...] = ()  # of the S samples, in the order of their tokens
     common: int = 0  # rows of the start that all prompts share: the first segment, if any
     temperature: float = 1.0
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin [T, 1, D], filled in once by the model
@@ -117,9 +118,22 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
         loss_mask_N=tensor([s.loss_mask for s, _ in order], np.float32),
         rollout_logprobs_N=tensor([s.rollout_logprobs for s, _ in order], np.float32),
         n_samples=len(order),
+        sample_ids=tuple(s.sample_id for s, _ in order),
         common=common,
         temperature=temperature,
     )
+
+
+def by_sample(batch: PackedBatch, values_N: Tensor) -> dict[str, np.ndarray]:
+    """The batch's tokens apart again: sample id -> [T] of that sample."""
+    lengths = torch.bincount(batch.sample_N, minlength=batch.n_samples).tolist()
+    return {i: part.cpu().numpy() for i, part in zip(batch.sample_ids, values_N.split(lengths))}
+
+
+def by_token(batch: PackedBatch, values: Mapping[str, np.ndarray]) -> Tensor:
+    """[N] float32 from the [T] of every sample of the batch."""
+    parts = [values[i] for i in batch.sample_ids]
+    return torch.as_tensor(np.concatenate([*parts, []]).astype(np.float32), device=batch.targets.device)
 
 
 def _common_start(prompts: Sequence[np.ndarray]) -> int:

@@ -1,9 +1,11 @@
-"""The policy as a megatron-core GPTModel: configuration from the architecture, the local layer spec, and a head that returns
-log-probabilities of response tokens instead of logits.
+"""The decoder as a megatron-core GPTModel: configuration from the architecture, the local layer spec, and two heads: `lm` returns
+log-probabilities of response tokens instead of logits, `scalar` one number for each of them (the critic's values).
 """
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,11 +92,13 @@ def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
-class PolicyModel(GPTModel):
-    """forward(PackedBatch) -> hidden states, or on the last pipeline stage (logprob_N, entropy_N) of the response tokens."""
+class PackedModel(GPTModel):
+    """forward(PackedBatch) -> hidden states, or on the last pipeline stage what the head makes of the rows that predict response tokens:
+    `lm` (logprob_N, entropy_N), `scalar` value_N.
+    """
 
-    def __init__(self, arch: Architecture, config: TransformerConfig) -> None:
-        self.arch = arch
+    def __init__(self, arch: Architecture, config: TransformerConfig, head: str) -> None:
+        self.arch, self.head = arch, head
         super().__init__(
             config=config,
             transformer_layer_spec=layer_spec(config),
@@ -103,9 +107,12 @@ class PolicyModel(GPTModel):
             pre_process=mpu.is_pipeline_first_stage(),
             post_process=mpu.is_pipeline_last_stage(),
             parallel_output=True,
-            share_embeddings_and_output_weights=arch.tied,
+            share_embeddings_and_output_weights=arch.tied and head == "lm",
             position_embedding_type="none",  # PackedAttention rotates by the batch's positions
         )
+        if self.post_process and head == "scalar":
+            self.output_layer = None  # GPTModel always makes one
+            self.score = torch.nn.Parameter(torch.empty(1, arch.hidden, dtype=config.params_dtype))
 
     def forward_packed(self, batch: PackedBatch) -> Any:
         if batch.rope is None:
@@ -115,11 +122,13 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedBatch, **__: Any) -> Any:
         if not self.post_process:
             return hidden_states
+        return (self._logprobs if self.head == "lm" else self._values)(hidden_states, packed_seq_params)
+
+    def _logprobs(self, hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_states)
-        batch = packed_seq_params
+            hidden = copy_to_tensor_model_parallel_region(hidden)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         return target_logprobs(
             hidden[:, 0].index_select(0, batch.predict_rows),
@@ -129,3 +138,22 @@ class PolicyModel(GPTModel):
             vocab=self.arch.vocab,
             group=mpu.get_tensor_model_parallel_group(),
         )
+
+    def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """fp32. Every tensor-parallel rank computes the whole head on all rows and so has the complete gradient of the head and of the
+        hidden states: nothing is summed over these ranks.
+        """
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden[:, 0].index_select(0, batch.predict_rows).float() @ self.score[0].float()
+
+
+def with_value_head(tensors: Mapping[str, Tensor], hidden: int, seed: int) -> Mapping[str, Tensor]:
+    """`tensors`, and a value head where they have none: normal with standard deviation 1 / (hidden + 1), so that values start near 0.
+
+    The same on every rank and in every layout.
+    """
+    if "score.weight" in tensors:
+        return tensors
+    weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
+    return ChainMap({"score.weight": weight}, tensors)  # type: ignore[arg-type]  (only read)

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn import Parameter
 
-from rlinf.training.model import PolicyModel
+from rlinf.training.model import PackedModel
 from rlinf.weights.mapping import Rule, model_rules, to_hf, to_megatron
 
 GATHER_BYTES = 64 << 20
@@ -26,13 +26,13 @@ OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
 class ModelState:
     """The parameters of this rank's stage, each with its rule."""
 
-    def __init__(self, model: PolicyModel) -> None:
+    def __init__(self, model: PackedModel) -> None:
         self.arch, config = model.arch, model.config
         self.tp, self.tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
         self.tp_group = mpu.get_tensor_model_parallel_group()
         offset = get_transformer_layer_offset(config)
         layers = range(offset, offset + len(model.decoder.layers))
-        rules = model_rules(self.arch, layers, model.pre_process, model.post_process)
+        rules = model_rules(self.arch, layers, model.pre_process, model.post_process, model.head)
         named = dict(model.named_parameters())
         self.params: list[tuple[Rule, Parameter]] = [(r, named.pop(_local_name(r.megatron, offset))) for r in rules]
         if named:

@@ -48,8 +48,11 @@ def layer_rules(arch: Architecture, layer: int) -> Iterator[Rule]:
     yield Rule(mcore + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), "row")
 
 
-def model_rules(arch: Architecture, layers: range, first_stage: bool, last_stage: bool) -> list[Rule]:
-    """The parameters of one pipeline stage. With tied embeddings the last of several stages holds a copy of the embedding."""
+def model_rules(arch: Architecture, layers: range, first_stage: bool, last_stage: bool, head: str = "lm") -> list[Rule]:
+    """The parameters of one pipeline stage. With tied embeddings the last of several stages holds a copy of the embedding.
+
+    head `scalar`: one number a row in place of the vocabulary, named as in transformers' sequence classification models.
+    """
     rules = []
     if first_stage:
         rules.append(Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"))
@@ -57,7 +60,9 @@ def model_rules(arch: Architecture, layers: range, first_stage: bool, last_stage
         rules += layer_rules(arch, layer)
     if last_stage:
         rules.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"))
-        if not arch.tied:
+        if head == "scalar":
+            rules.append(Rule("score", ("score.weight",), "replicated"))
+        elif not arch.tied:
             rules.append(Rule("output_layer.weight", ("lm_head.weight",), "vocab"))
         elif not first_stage:
             rules.append(Rule("output_layer.weight", ("model.embed_tokens.weight",), "vocab"))
@@ -107,15 +112,15 @@ def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> list[tupl
     return [(name, part.reshape(-1, *tail)) for name, part in zip(rule.hf, parts)]
 
 
-def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+def hf_shapes(arch: Architecture, head: str = "lm") -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model, in the order of the forward pass."""
     h, q, kv, f = arch.hidden, arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim, arch.ffn
     by_suffix = {
-        "embed_tokens.weight": (arch.vocab, h), "lm_head.weight": (arch.vocab, h), "norm.weight": (h,),
+        "embed_tokens.weight": (arch.vocab, h), "lm_head.weight": (arch.vocab, h), "norm.weight": (h,), "score.weight": (1, h),
         "q_proj.weight": (q, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, q),
         "q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,), "q_norm.weight": (arch.head_dim,), "k_norm.weight": (arch.head_dim,),
         "gate_proj.weight": (f, h), "up_proj.weight": (f, h), "down_proj.weight": (h, f),
         "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
     }  # fmt: skip
-    names = [n for rule in model_rules(arch, range(arch.n_layers), True, True) for n in rule.hf]
+    names = [n for rule in model_rules(arch, range(arch.n_layers), True, True, head) for n in rule.hf]
     return {n: by_suffix[".".join(n.split(".")[-2:])] for n in names}

@@ -17,11 +17,13 @@ ARCHS = {
 
 @pytest.mark.parametrize("name", ARCHS)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_round_trip_is_bit_exact_and_covers_every_tensor_once(name: str, tp: int) -> None:
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_round_trip_is_bit_exact_and_covers_every_tensor_once(name: str, tp: int, head: str) -> None:
     arch = ARCHS[name]
-    tensors = {n: torch.randn(s) for n, s in hf_shapes(arch).items()}
+    tensors = {n: torch.randn(s) for n, s in hf_shapes(arch, head).items()}
+    assert ("score.weight" in tensors) == (head == "scalar")
     back: dict[str, torch.Tensor] = {}
-    for rule in model_rules(arch, range(arch.n_layers), True, True):
+    for rule in model_rules(arch, range(arch.n_layers), True, True, head):
         shards = [to_megatron(rule, [tensors[n] for n in rule.hf], arch, tp, r) for r in range(tp)]
         for n, t in to_hf(rule, shards, arch):
             assert n not in back
@@ -36,6 +38,14 @@ def test_stages_hold_every_parameter_once_except_the_tied_copy() -> None:
     names = [r.megatron for s in stages for r in s]
     assert len(names) == len(set(names))
     assert stages[1][-1].hf == ("model.embed_tokens.weight",)
+
+
+def test_a_scalar_head_stands_on_the_last_stage_in_place_of_the_vocabulary() -> None:
+    for arch in ARCHS.values():
+        first, last = model_rules(arch, range(0, 2), True, False, "scalar"), model_rules(arch, range(2, 3), False, True, "scalar")
+        assert last[-1].hf == ("score.weight",) and last[-1].layout == "replicated"
+        names = [n for rule in (*first, *last) for n in rule.hf]
+        assert len(names) == len(set(names)) and "lm_head.weight" not in names
 
 
 def test_qkv_shard_of_a_rank_holds_its_own_heads() -> None:
