@@ -65,6 +65,12 @@ def train(args: argparse.Namespace) -> int:
     return launch(resolved)
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    from rlinf.evaluation.evaluate import main as evaluation
+
+    return evaluation(args.words)
+
+
 def config_show(args: argparse.Namespace) -> int:
     from rlinf.config.load import load, to_yaml
 
@@ -89,6 +95,13 @@ def data_generate(args: argparse.Namespace) -> int:
         from rlinf.rewards.reasoning_gym import generate_files
 
         _report(generate_files(args.out_dir, args.task.split(","), args.train, args.val, args.seed))
+    return 0
+
+
+def data_convert(args: argparse.Namespace) -> int:
+    from rlinf.evaluation.convert import convert
+
+    _report(convert(args.benchmark, args.source, args.out, args.seed))
     return 0
 
 
@@ -120,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
     p.set_defaults(run=train)
 
+    p = commands.add_parser("eval", help="score models on benchmarks")
+    p.add_argument("words", metavar="CONFIG|HF_DIR|key=value", nargs="+", help="a configuration, model folders or checkpoints, settings")
+    p.set_defaults(run=evaluate)
+
     sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
     p = sub.add_parser("show", help="the resolved configuration, each value with who set it")
     _config_arguments(p)
@@ -129,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(p, optional=True)
     p.set_defaults(run=config_explain)
 
-    sub = commands.add_parser("data", help="generate or check data files").add_subparsers(required=True, metavar="COMMAND")
+    sub = commands.add_parser("data", help="generate, convert or check data files").add_subparsers(required=True, metavar="COMMAND")
     p = sub.add_parser("generate", help="problems for training: train.jsonl and a held-out val.jsonl")
     p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     p.add_argument("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas")
@@ -137,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--val", type=int, default=256, help="held-out problems of each task (default 256)")
     p.add_argument("--seed", type=int, default=1234)
     p.set_defaults(run=data_generate)
+    p = sub.add_parser("convert", help="a benchmark's public file to the AReaL-boba format")
+    p.add_argument("benchmark", metavar="BENCHMARK", help="aime24, aime25, gpqa_diamond, math500 or gsm8k")
+    p.add_argument("source", metavar="FILE", type=Path, help=".jsonl, .json, .csv or .parquet")
+    p.add_argument("out", metavar="OUT", type=Path)
+    p.add_argument("--seed", type=int, default=1234, help="of the order of GPQA's options")
+    p.set_defaults(run=data_convert)
     p = sub.add_parser("check", help="check a JSONL file in the AReaL-boba format")
     p.add_argument("file", metavar="FILE", type=Path)
     p.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -20,15 +20,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlinf.config.keys import REQUIRED, known_keys
-from rlinf.config.schema import Config
-from rlinf.config.settings import Setting, parse, read_override, read_section
+from rlinf.config.schema import BENCHMARKS, Config
+from rlinf.config.settings import COMMAND_LINE, Setting, parse, read_override, read_section
 from rlinf.config.values import convert, dump
 from rlinf.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "math" / "config"
 ALIASES = {"grpo-1.5b-megatron": "qwen2.5-1.5b-grpo-megatron", "grpo-7b-megatron": "qwen2.5-7b-grpo-megatron"}
-PATH_KEYS = ("runner.output_dir", "runner.resume_dir", "rollout.model_dir", "data.train_data_paths", "data.val_data_paths")
+PATH_KEYS = ("runner.output_dir", "runner.resume_dir", "rollout.model_dir", "data.train_data_paths", "data.val_data_paths", "evaluation.output_dir",
+             "evaluation.opencompass_dir", *(f"evaluation.{name}.path" for name in BENCHMARKS))  # fmt: skip
 DEFAULT = "default"
 
 
@@ -41,12 +42,15 @@ class Resolved:
     source: Path
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> Resolved:
-    """Resolve a CONFIG. Raises UserError that lists every problem with the file and line, or the word, that it comes from."""
-    source = find(name_or_path)
+def load(name_or_path: str | None, overrides: Sequence[str] = ()) -> Resolved:
+    """Resolve a CONFIG (None: no file, only defaults and overrides).
+
+    Raises UserError that lists every problem with the file and line, or the word, that it comes from.
+    """
+    source = find(name_or_path) if name_or_path is not None else Path(COMMAND_LINE)
     settings: list[Setting] = []
     problems: list[str] = []
-    for path, root in _chain(source):
+    for path, root in _chain(source) if name_or_path is not None else ():
         settings += read_section(root, "", show(path), problems)
     for word in overrides:
         settings += read_override(word, problems)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rlinf.config.load import value_of
-from rlinf.config.schema import Config
+from rlinf.config.schema import BENCHMARKS, Config
 from rlinf.config.values import dump
 from rlinf.errors import UserError
 
@@ -51,6 +51,7 @@ AT_LEAST: dict[str, float] = {
     "reward.overlong_buffer": 0,
     "reward.overlong_penalty": 0,
     "reward.exploration_penalty": 0,
+    **{f"evaluation.{name}.{key}": least for name in BENCHMARKS for key, least in (("n", 1), ("temperature", 0), ("top_k", 0), ("max_tokens", 1))},
 }
 MORE_THAN: dict[str, float] = {
     "algorithm.ratio_clip_eps": 0,
@@ -67,13 +68,22 @@ MORE_THAN: dict[str, float] = {
     "actor.optim.initial_loss_scale": 0,
     "reward.reward_scale": 0,
     "reward.timeout": 0,
+    **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},
 }
 LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim.adam_beta1": 1, "actor.optim.adam_beta2": 1}
 
 
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
-    rules = (_bounds, _cluster, _runner, _data, _algorithm, _rollout, _actor, _reward)
+    _raise(config, provenance, (_bounds, _cluster, _runner, _data, _algorithm, _rollout, _actor, _reward))
+
+
+def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
+    """As validate, by the rules that concern an evaluation."""
+    _raise(config, provenance, (_bounds, _cluster, _rollout, _evaluation))
+
+
+def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence[Callable[[Config], Iterator[Violation]]]) -> None:
     found = [v for rule in rules for v in rule(config)]
     if found:
         where = provenance or {}
@@ -203,6 +213,21 @@ def _reward(c: Config) -> Iterator[Violation]:
     limit = c.algorithm.sampling_params.max_new_tokens
     if c.reward.overlong_buffer > limit:
         yield "reward.overlong_buffer", f"must be at most algorithm.sampling_params.max_new_tokens ({limit})"
+
+
+def _evaluation(c: Config) -> Iterator[Violation]:
+    if all(getattr(c.evaluation, name).path is None for name in BENCHMARKS):
+        yield "evaluation.custom.path", f"no problems are given; set the path of a benchmark: {', '.join(f'evaluation.{name}.path' for name in BENCHMARKS)}"
+    if not c.evaluation.output_dir:
+        yield "evaluation.output_dir", "is empty; name a folder, such as ./logs/eval"
+    for name in BENCHMARKS:
+        b, prefix = getattr(c.evaluation, name), f"evaluation.{name}"
+        if b.temperature == 0 and b.n > 1:
+            yield f"{prefix}.n", f"greedy answers of one problem are all equal ({prefix}.temperature is 0); set n to 1 or raise the temperature"
+        if b.top_p > 1:
+            yield f"{prefix}.top_p", "is a probability; it must be at most 1"
+        if "" in b.stop:
+            yield f"{prefix}.stop", "an empty string would end every response at once; remove it"
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -52,9 +52,13 @@ class TextTokenizer:
             return encoded
         return [ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids] for ids in encoded]
 
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._settings.get("chat_template"))
+
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The chat as text, up to where the assistant's turn begins. Raises UserError when the model has no chat template."""
-        if not self._settings.get("chat_template"):
+        if not self.has_chat_template:
             raise UserError(
                 "data.apply_chat_template is true, but the model folder has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json): set it to false and put finished prompts into the data file"

@@ -192,6 +192,17 @@ EVAL = metrics(
     ("undecided", "share of held-out verdicts that were undecided", "below 0.01", "as for `rollout/verdict_undecided`"),
 )
 
+BENCHMARK = metrics(
+    "benchmark",
+    (
+        "*",
+        "a score of `rlinf eval`, as `benchmark/aime24/avg@32`: avg@n, pass@k, maj@k, g-pass@k_τ, mg-pass@k, response_length, truncated, "
+        "no_box, undecided; the x axis is the checkpoint's step",
+        "docs/evaluation.md",
+        "—",
+    ),
+)
+
 SYSTEM = [
     *metrics(
         "time",
@@ -248,6 +259,7 @@ SECTIONS = {
     "What the policy writes": ROLLOUT,
     "What training does": TRAIN,
     "Held-out problems": EVAL,
+    "Benchmarks": BENCHMARK,
     "Time, speed and weights": SYSTEM,
 }
 METRICS = {m.name: m for rows in SECTIONS.values() for m in rows}

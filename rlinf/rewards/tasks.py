@@ -75,5 +75,16 @@ def letter_of(answer: str) -> str | None:
     return labelled[0] if labelled else None
 
 
+def name_of(task: str, answer: str) -> str:
+    """One name for wrong answers that are plainly the same, for a majority vote: the letter, the exact number, else the cleaned text."""
+    if task == "choice":
+        return letter_of(answer) or _exact_text(answer)
+    if task != "math":
+        return _exact_text(answer)
+    text = math.read(answer).text
+    number = math.simple_number(text)
+    return str(number) if number is not None else "".join(text.split())
+
+
 def _exact_text(text: str) -> str:
     return " ".join(text.split())

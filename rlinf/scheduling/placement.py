@@ -37,7 +37,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Plan:
-    """All seats, ordered by component, then rank. `mode` says how components share devices: collocated, disaggregated or hybrid."""
+    """All seats, ordered by component, then rank. `mode` says how components share devices: collocated, disaggregated, hybrid; or evaluation."""
 
     seats: tuple[Seat, ...]
     mode: str
@@ -92,6 +92,12 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     actor, rollout = set(devices["actor"]), set(devices["rollout"])
     mode = "collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated"
     return Plan(tuple(seats), mode)
+
+
+def build_evaluation_plan(config: Config, nodes: Sequence[Node]) -> Plan:
+    """Engines on every device, one reward process a node, no actor; cluster.component_placement is not used."""
+    devices = [(n.rank, i) for n in nodes for i in range(n.devices)]
+    return Plan((*_rollout_seats(config.rollout.tensor_parallel_size, devices), *_reward_seats(devices)), "evaluation")
 
 
 def describe(plan: Plan, config: Config) -> str:

@@ -1,0 +1,196 @@
+"""`rlinf eval`: every model on every benchmark of the configuration, on the same cluster and workers as training."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import rlinf
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.processes import new_run_id
+from rlinf.cluster.usage import Usage
+from rlinf.config.load import Resolved, load
+from rlinf.config.model import load_model_config
+from rlinf.config.schema import Config
+from rlinf.config.validate import validate_evaluation
+from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
+from rlinf.evaluation.folder import SetFolder, hold, write_whole
+from rlinf.evaluation.models import Model, models_of, parse_words, weights_checksum
+from rlinf.evaluation.opencompass import export
+from rlinf.evaluation.problems import ProblemSet, check_context, load_sets
+from rlinf.evaluation.results import SetResult, benchmark_table, compare, read_tally, score, to_json
+from rlinf.evaluation.runner import EvaluationRunner, Job, Progress
+from rlinf.metrics.logger import MetricLogger
+from rlinf.rollout.contract import SamplingParams, Stop
+from rlinf.runners.launch import REWARD_WORKER, ROLLOUT_WORKER
+from rlinf.scheduling.placement import build_evaluation_plan
+from rlinf.weights.architecture import read_architecture
+
+WIDTH = 150  # columns of the table where the output is not a terminal
+PACKAGES = ("torch", "transformers", "tokenizers", "math-verify")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model with its problem sets in its own tokens, and what its workers are told."""
+
+    model: Model
+    config: Config
+    tokenizer: TextTokenizer
+    sets: tuple[ProblemSet, ...]
+
+
+def main(words: Sequence[str]) -> int:
+    """`rlinf eval [CONFIG] [MODEL_DIR ...] [key=value ...]`; 0 when every sample is there and the results are written."""
+    name, folders, settings = parse_words(words)
+    if folders:
+        settings = [*settings, f"rollout.model_dir={json.dumps(folders[0])}"]
+    resolved = load(name, settings)
+    config = resolved.config
+    validate_evaluation(config, resolved.provenance)
+    out = Path(config.evaluation.output_dir).resolve()
+    tasks = [prepare(config, model) for model in models_of(folders or [config.rollout.model_dir])]
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
+    with ExitStack() as locks:
+        for task in tasks:
+            locks.enter_context(hold(out / task.model.name))
+        identities = [[identity(task, s) for s in task.sets] for task in tasks]
+        folders_of = [open_folders(out, task, those) for task, those in zip(tasks, identities)]  # all refusals before any work
+        results: list[SetResult] = []
+        for task, set_folders in zip(tasks, folders_of):
+            generate(task, set_folders, out)
+            results += conclude(resolved, task, set_folders)
+        show(results, out)
+    return 0
+
+
+def prepare(config: Config, model: Model) -> Task:
+    """Read the model's tokenizer and every problem; refuse what cannot be evaluated."""
+    positions = read_architecture(load_model_config(str(model.path))).max_positions
+    tokenizer = load_tokenizer(str(model.path), config.rollout.trust_remote_code)
+    sets = load_sets(config, tokenizer)
+    context = check_context(sets, positions, str(model.path))
+    return Task(model, worker_config(config, model.path, context, max(s.protocol.max_tokens for s in sets)), tokenizer, tuple(sets))
+
+
+def worker_config(config: Config, model_dir: Path, context: int, max_tokens: int) -> Config:
+    """What rollout and reward workers are told: this model, this context, and no reward beside right and wrong."""
+    sampling = replace(config.algorithm.sampling_params, max_new_tokens=max_tokens)
+    return replace(
+        config,
+        runner=replace(config.runner, seq_length=context),
+        algorithm=replace(config.algorithm, sampling_params=sampling),
+        rollout=replace(config.rollout, model_dir=str(model_dir)),
+        reward=replace(config.reward, format_reward=0.0, overlong_buffer=0, exploration_penalty=0.0),
+    )
+
+
+def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
+    """What the samples are a function of, paths and layout apart."""
+    rollout = task.config.rollout
+    return {
+        "weights": weights_checksum(task.model.path),
+        "problems": problems.fingerprint(),
+        "protocol": problems.protocol_json(),
+        "engine": {"backend": rollout.rollout_backend, "precision": rollout.precision or task.config.actor.model.precision, "seed": rollout.seed},
+        "judge": {"rlinf": rlinf.__version__, "answer_format": task.config.reward.answer_format},
+    }
+
+
+def open_folders(out: Path, task: Task, identities: Sequence[dict[str, Any]]) -> list[SetFolder]:
+    return [SetFolder(out / task.model.name / s.name, those, s.units()) for s, those in zip(task.sets, identities)]
+
+
+def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
+    """Bring the samples that are missing to disk. Everything that was started is ended, however this returns."""
+    jobs = [job for s, folder in zip(task.sets, folders) for job in jobs_of(s, folder, task.tokenizer)]
+    total = sum(unit.count for folder in folders for unit in folder.units.values())
+    done = total - sum(job.unit.count for job in jobs)
+    name = task.model.name
+    if not jobs:
+        _say(f"{name}: all {total} samples are there already")
+        return
+    run_id = new_run_id()
+    _say(f"{name}: {total - done} of {total} samples to generate; run {run_id}, results in {out / name}")
+    usage = Usage(run_id)
+    cluster = Cluster.connect(task.config.cluster, run_id, out / name / "workers")
+    try:
+        plan = build_evaluation_plan(task.config, cluster.inventory())
+        groups = [cluster.launch(plan, c, worker, task.config) for c, worker in (("rollout", ROLLOUT_WORKER), ("reward", REWARD_WORKER))]
+        runner = EvaluationRunner(cluster, *groups, task.config.rollout.max_running_requests, Progress(name, total, done))
+        with usage.sampling(lambda: cluster.phase):
+            asyncio.run(cluster.guard(runner.run(jobs)))
+    finally:
+        cluster.close()
+    _say(usage.describe())
+    for folder in folders:
+        folder.done = folder.gather()
+
+
+def jobs_of(problems: ProblemSet, folder: SetFolder, tokenizer: TextTokenizer) -> list[Job]:
+    p = problems.protocol
+    sampling = SamplingParams(p.temperature, p.top_p, p.top_k)
+    stop = Stop(token_ids=tuple(tokenizer.eos_token_ids), strings=tuple(p.stop))
+    return [Job(unit, sampling, stop, p.max_tokens, folder) for unit in problems.units() if unit.group_id not in folder.done]
+
+
+def conclude(resolved: Resolved, task: Task, folders: Sequence[SetFolder]) -> list[SetResult]:
+    """Scores of one model from its samples: results.json, and the OpenCompass files when asked for."""
+    results = []
+    for s, folder in zip(task.sets, folders):
+        ids = [p.prompt_id for p in s.prompts]
+        tally = read_tally(folder.samples, ids, s.protocol.n)
+        result = SetResult(task.model.name, task.model.series, task.model.step, s.name, tally, score(tally))
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        data = {"path": str(s.protocol.path), "sha256": s.sha256}
+        details = {"model_dir": str(task.model.path), "data": data, "identity": folder.identity, "versions": versions}
+        folder.write_results(to_json(result, details))
+        work_dir = resolved.config.evaluation.opencompass_dir
+        if work_dir is not None:
+            _say(f"predictions for OpenCompass: {export(folder.samples, ids, Path(work_dir), task.model.name, s.name)}")
+        results.append(result)
+    return results
+
+
+def show(results: Sequence[SetResult], out: Path) -> None:
+    """Tables on the screen, curves for TensorBoard, comparison.json for several models."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=WIDTH)
+    benchmarks = list(dict.fromkeys(r.benchmark for r in results))
+    versus = []
+    for benchmark in benchmarks:
+        those = [r for r in results if r.benchmark == benchmark]
+        console.print(benchmark_table(those))
+        versus += [compare(those[0], other) for other in those[1:]]
+    if versus:
+        write_whole(out / "comparison.json", [json.dumps(versus, indent=1) + "\n"])
+        _say(f"comparison: {out / 'comparison.json'}")
+    write_curves(results, out / "curves")
+    _say(f"results: {out}/<model>/<benchmark>/results.json\ncurves: tensorboard --logdir {out / 'curves'} --port 6006")
+
+
+def write_curves(results: Sequence[SetResult], folder: Path) -> None:
+    """TensorBoard scalars of each series over its steps. The folder of a series is derived data: it is written anew."""
+    for series in dict.fromkeys(r.series for r in results):
+        shutil.rmtree(folder / series, ignore_errors=True)
+        logger = MetricLogger(folder / series, ["tensorboard"])
+        for step in sorted({r.step for r in results if r.series == series}):
+            those = [r for r in results if r.series == series and r.step == step]
+            logger.log(step, {f"benchmark/{r.benchmark}/{name}": s.value for r in those for name, s in r.scores.items()})
+        logger.close()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")

@@ -1,0 +1,123 @@
+"""Results on disk: <output_dir>/<model>/<benchmark>/ with identity.json, samples.jsonl, results.json; and parts/ while it is evaluated.
+
+identity.json says which weights, problems, protocol and engine the samples belong to. What is finished is never generated again; a
+folder of anything else is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rlinf.errors import UserError
+from rlinf.evaluation.problems import Unit
+from rlinf.weights.tensor_folder import read_json, sync
+
+IDENTITY, SAMPLES, RESULTS, PARTS = "identity.json", "samples.jsonl", "results.json", "parts"
+
+
+class SetFolder:
+    """The samples of one model on one benchmark. `done`: group ids of the units that are complete."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], units: Sequence[Unit]) -> None:
+        self.path, self.identity = path, identity
+        self.units = {unit.group_id: unit for unit in units}
+        self._claim(identity)
+        self.done = self.gather()
+
+    @property
+    def samples(self) -> Path:
+        return self.path / SAMPLES
+
+    def part(self, rank: int) -> Path:
+        """Where reward worker `rank` appends samples."""
+        return self.path / PARTS / f"{rank}.jsonl"
+
+    def gather(self) -> set[str]:
+        """Bring the parts into samples.jsonl, in the order of problems and samples; units cut short by an interruption are dropped.
+
+        A kill at any instant loses nothing that was complete: parts go only after the new samples.jsonl is on disk.
+        """
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for file in [self.samples, *sorted((self.path / PARTS).glob("*.jsonl"))]:
+            for row in read_rows(file):
+                if row["group_id"] in self.units:
+                    found.setdefault(row["group_id"], {}).setdefault(int(row["sample_id"].rpartition("/")[2]), row)
+        done = {group_id for group_id, rows in found.items() if len(rows) == self.units[group_id].count}
+        lines = (
+            json.dumps({"problem": unit.prompt.prompt_id, "sample": unit.first + k} | found[group_id][k], ensure_ascii=False) + "\n"
+            for group_id, unit in self.units.items()
+            if group_id in done
+            for k in range(unit.count)
+        )
+        write_whole(self.samples, lines)
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)
+        return done
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        write_whole(self.path / RESULTS, [json.dumps(results, indent=1) + "\n"])
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        file = self.path / IDENTITY
+        if not file.exists():
+            foreign = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            if foreign:
+                raise UserError(f"{self.path}: the folder holds {foreign[0]} but no evaluation; set evaluation.output_dir to another folder")
+            _make(self.path)
+            write_whole(file, [json.dumps(identity, indent=1) + "\n"])
+            return
+        before = read_json(file)
+        other = [name for name in identity if before.get(name) != identity[name]]
+        if other:
+            named = "; ".join(f"{name} was {json.dumps(before.get(name))}, now {json.dumps(identity[name])}" for name in other)
+            raise UserError(
+                f"{self.path}: the samples there are of another evaluation ({named}); nothing was overwritten. "
+                "Set evaluation.output_dir to another folder, or move this one away"
+            )
+
+
+def hold(model_folder: Path) -> TextIO:
+    """Lock a model's folder for as long as the returned file is open. Raises UserError when another process writes there."""
+    _make(model_folder)
+    lock = open(model_folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(f"{model_folder}: another evaluation is writing here now; wait for it, or set evaluation.output_dir to another folder") from error
+    return lock
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a dump; a line cut short by a kill is left out. Lines end at \\n only: texts may hold other separators."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
+    """Replace the file by these lines, or leave it as it is."""
+    scratch = path.with_name(f".{path.name}.new")
+    with open(scratch, "w", encoding="utf-8", errors="replace") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    sync(path.parent)
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"evaluation.output_dir: cannot create {path}: {error.strerror}; choose a folder that you may write to") from error

@@ -1,0 +1,78 @@
+"""The models of an evaluation: Hugging Face folders and checkpoints of runs, their names, their weights' checksum."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from rlinf.config.load import find
+from rlinf.errors import UserError
+
+CHUNK = 16 << 20
+STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """path: the Hugging Face folder. name: of its results. series and step: run and step of a checkpoint; of other folders, name and 0."""
+
+    path: Path
+    name: str
+    series: str
+    step: int
+
+
+def parse_words(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
+    """The words of the command line as (CONFIG or None, model folders, key=value settings)."""
+    config, folders, settings = None, [], []
+    for word in words:
+        if Path(word).expanduser().is_dir():
+            folders.append(word)
+        elif "=" in word:
+            settings.append(word)
+        elif config is None:
+            find(word)  # neither a folder nor a configuration: say so now
+            config = word
+        else:
+            raise UserError(f"{word}: {config} is the configuration already, and this is no model folder")
+    return config, folders, settings
+
+
+def model_of(folder: str) -> Model:
+    """The model in a folder: a Hugging Face folder, or the step_* folder of a checkpoint that has one in hf/."""
+    path = Path(folder).expanduser().resolve()
+    if not (path / "config.json").is_file() and (path / "hf" / "config.json").is_file():
+        path = path / "hf"
+    step = STEP.fullmatch(path.parent.name) if path.name == "hf" else None
+    if step is None:
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: no config.json, so no model; give a Hugging Face folder or a checkpoint such as RUN/checkpoints/step_000050/hf")
+        return Model(path, path.name, path.name, 0)
+    run = path.parents[2].name if path.parents[1].name == "checkpoints" else path.parents[1].name
+    return Model(path, f"{run}-{path.parent.name}", run, int(step[1]))
+
+
+def models_of(folders: Sequence[str]) -> list[Model]:
+    models = [model_of(folder) for folder in folders]
+    for i, model in enumerate(models):
+        for other in models[:i]:
+            if other.path == model.path:
+                raise UserError(f"{model.path} is given twice; give it once")
+            if other.name == model.name:
+                raise UserError(f"{other.path} and {model.path} would both be named {model.name}; evaluate them into different evaluation.output_dir")
+    return models
+
+
+def weights_checksum(folder: Path) -> str:
+    """xxh3-128 over the names and contents of config.json and all *.safetensors, in the order of their names."""
+    digest = xxhash.xxh3_128()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with open(file, "rb") as content:
+            while chunk := content.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
