@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from rlinf.data.token_values import decode
 from rlinf.metrics.names import undocumented
 from tests.tiny import make_tiny_model
 
@@ -56,6 +57,23 @@ def lines(folder: Path, name: str = "tiny") -> list[dict]:
     return [json.loads(line) for line in (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_records(run_dir: Path) -> None:
+    """What a run writes for its readers: every trained sample with its numbers, some with their tokens; where it ran; how it ended."""
+    for step in range(1, STEPS + 1):
+        samples, tokens = ([json.loads(line) for line in (run_dir / "samples" / f"{kind}_{step:06d}.jsonl").open()] for kind in ("step", "tokens"))
+        assert {row["sample_id"] for row in samples} == {row["sample_id"] for row in tokens} and len(tokens) == 16
+        assert max(row["gap_max"] for row in tokens) == pytest.approx(lines(run_dir.parent.parent)[step]["train/rollout_logprob_gap_max"], rel=1e-3)
+        response = {row["sample_id"]: row["response"] for row in samples}
+        in_full = [row for row in tokens if "pieces" in row]
+        assert 3 <= len(in_full) <= 7 and all("".join(row["pieces"]) == response[row["sample_id"]] for row in in_full)
+        assert all(len(decode(row[name])) == len(row["pieces"]) for row in in_full for name in ("advantages", "log_ratios", "gaps"))
+    (environment,) = [json.loads(line) for line in (run_dir / "environment.jsonl").open()]
+    assert environment["packages"]["torch"] and environment["first_step"] == 1
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "finished" and status["step"] == status["total_steps"] == STEPS
+    assert set(status["components"]) == {"actor", "rollout", "reward"}
+
+
 def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     done = run(config)
@@ -67,6 +85,7 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
     assert all(abs(m["train/first_minibatch_ratio"] - 1) <= 1e-6 and m["train/first_minibatch_clip_fraction"] == 0 for m in metrics[1:])
     assert undocumented({name for m in metrics for name in m} - {"step", "time"}) == []
     run_dir = tmp_path / "logs" / "tiny"
+    check_records(run_dir)
     assert (run_dir / "checkpoints" / "latest").resolve().name == "step_000003"
     final = load_file(run_dir / "checkpoints" / "step_000003" / "hf" / "model-00001-of-00002.safetensors")
 

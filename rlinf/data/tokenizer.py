@@ -72,6 +72,23 @@ class TextTokenizer:
         """Text without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text: "" where a character is not whole yet. Joined they are decode(ids)."""
+        pieces: list[str] = []
+        start = read = 0  # the window begins at the last whole character, so that its left edge does not change how the rest is read
+        for end in range(1, len(ids) + 1):
+            known, text = self.decode(ids[start:read]), self.decode(ids[start:end])
+            whole = end == len(ids) or not text.endswith("\ufffd")
+            pieces.append(text[len(known) :] if whole else "")
+            if whole and len(text) > len(known):
+                start, read = read, end
+        return pieces
+
+    def chat_markers(self) -> list[str]:
+        """The special tokens that the chat template writes; empty when there is no template."""
+        template = self._settings.get("chat_template") or ""
+        return sorted(token.content for token in self._backend.get_added_tokens_decoder().values() if token.content in template)
+
     @cached_property
     def _for_chat(self) -> PreTrainedTokenizerFast:
         from transformers import PreTrainedTokenizerFast

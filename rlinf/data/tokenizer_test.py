@@ -64,6 +64,17 @@ def test_decode_gives_the_text_back_without_special_tokens(tmp_path: Path) -> No
         assert tokenizer.decode(tokenizer.encode(text)) == text.replace("<s>", "").replace("</s>", "")
 
 
+def test_pieces_of_tokens_join_to_the_text(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(make_folder(tmp_path)))
+    ids = tokenizer.encode("añ≤😀 b")  # a byte a token
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids) == "añ≤😀 b"
+    assert pieces[:6] == ["a", "", "ñ", "", "", "≤"]
+    broken = ids[:7]  # ends within a character
+    assert "".join(tokenizer.pieces(broken)) == tokenizer.decode(broken)
+    assert tokenizer.pieces([]) == []
+
+
 def test_end_tokens_are_the_union_of_the_three_files(tmp_path: Path) -> None:
     files = {"generation_config.json": {"eos_token_id": [7, 257]}, "config.json": {"eos_token_id": 9}}
     assert load_tokenizer(str(make_folder(tmp_path, files=files))).eos_token_ids == (7, 257, 9)

@@ -17,9 +17,11 @@ from rlinf.data.tokenizer import load_tokenizer
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.summary import show_summary
 from rlinf.rewards.tasks import check_tasks
+from rlinf.runners.environment import record_environment
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.status import Status
 from rlinf.scheduling.placement import build_plan
 
 TRAIN_WORKER = "rlinf.workers.train:TrainWorker"
@@ -48,13 +50,16 @@ def train(resolved: Resolved) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
     try:
         usage = Usage(run_id)
-        plan = build_plan(config, cluster.inventory())
+        nodes = cluster.inventory()
+        record_environment(folder.path, run_id, (folder.resume.step if folder.resume else 0) + 1, nodes, tokenizer)
+        plan = build_plan(config, nodes)
         groups = [
             cluster.launch(plan, component, worker, config)
             for component, worker in (("actor", TRAIN_WORKER), ("rollout", ROLLOUT_WORKER), ("reward", REWARD_WORKER))
         ]
         runner = ReasoningRunner(config, folder, cluster, *groups, prompts, val_prompts, sampler, stop_of(config.algorithm, tokenizer))
-        with usage.sampling(lambda: cluster.phase):
+        status = Status(folder.path, run_id, cluster, groups, runner)
+        with usage.sampling(lambda: cluster.phase), status.writing():
             asyncio.run(cluster.guard(runner.run(logger)))
         folder.finish()
     finally:

@@ -14,6 +14,7 @@ from rlinf.cluster.group import Ref, WorkerGroup
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.data.sampler import PromptSampler
+from rlinf.data.token_values import plan_dump
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
@@ -21,7 +22,7 @@ from rlinf.runners.requests import sampling_of, validation_sampling
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 from rlinf.runners.weight_sync import WeightSync
-from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
+from rlinf.rollout.contract import EngineStats, GenerateRequest, SamplingParams, Stop
 from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.scheduling.rollout_metrics import rollout_metrics
 from rlinf.data.packing import build_rank_batches
@@ -45,6 +46,7 @@ class ReasoningRunner:
         self.timers = Timers()
         self.step = 0
         self.scores: dict[int, ValidationScores] = {}
+        self.engine_stats: list[EngineStats] = []
 
     async def run(self, logger: MetricLogger) -> None:
         """All steps from where the run stands to its end."""
@@ -116,13 +118,14 @@ class ReasoningRunner:
         )  # fmt: skip
         payload = {header.group_id: ref for header, ref in scored}
         share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
-        reports = await self.actor.call_each("train_step", [(self.step, s, *(payload[g] for g in s.group_ids)) for s in share_of])
+        dump = plan_dump(str(self.folder.tokens(self.step)), headers, advantages, (self.config.data.seed, self.step))
+        reports = await self.actor.call_each("train_step", [(self.step, dump, s, *(payload[g] for g in s.group_ids)) for s in share_of])
         slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
         return reports[0].metrics | slowest | {"perf/actor_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
 
     async def speeds(self, headers: Sequence[GroupHeader]) -> dict[str, float]:
         """What the engines counted since the last step, and tokens per second of the two big phases."""
-        stats = await self.rollout.call_all("stats")
+        self.engine_stats = stats = await self.rollout.call_all("stats")
         decoded = max(1, sum(s.decoded_tokens for s in stats))
         return {
             "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),

@@ -59,6 +59,9 @@ class RunFolder:
     def samples(self, step: int) -> Path:
         return self.path / "samples" / f"step_{step:06d}.jsonl"
 
+    def tokens(self, step: int) -> Path:
+        return self.path / "samples" / f"tokens_{step:06d}.jsonl"
+
     def validation(self, step: int) -> Path:
         return self.path / "samples" / f"validation_{step:06d}.jsonl"
 

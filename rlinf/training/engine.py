@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,17 @@ from rlinf.weights.architecture import Architecture
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did, the same on every rank: metric sums of the mini-batch, pre-clip gradient norm, seconds by part."""
+    """What one optimizer step did, the same on every rank: metric sums of the mini-batch, pre-clip gradient norm, seconds by part.
+
+    logprobs: of `update`, on the last pipeline stage: log pi of the response tokens [N] of each micro-batch, before the step.
+    """
 
     metrics: MetricSums
     grad_norm: float
     learning_rate: float
     skipped: bool
     timers: dict[str, float]
+    logprobs: tuple[Tensor, ...] = ()
 
 
 class MegatronEngine:
@@ -128,15 +132,18 @@ class MegatronEngine:
         """One optimizer step of the policy on one mini-batch. When its token-mean importance ratio exceeds early_stop_ratio or is NaN,
         nothing is stepped.
         """
+        logprobs: dict[int, Tensor] = {}
 
         def objective(i: int, output: tuple[Tensor, Tensor]) -> tuple[Tensor, MetricSums]:
+            logprobs[i] = output[0].detach()
             tokens = response_tokens(batches[i], output, old_logprobs and old_logprobs[i], ref_logprobs and ref_logprobs[i])
             return policy_objective(tokens, denominators, settings)
 
         def stops(metrics: MetricSums) -> bool:
             return early_stop(metrics.sums["ratio"].item(), metrics.sums["tokens"].item(), early_stop_ratio)
 
-        return self.optimize(batches, objective, stops)
+        done = self.optimize(batches, objective, stops)
+        return replace(done, logprobs=tuple(logprobs[i] for i in sorted(logprobs)))
 
     def optimize(
         self,

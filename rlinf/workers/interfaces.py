@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from rlinf.data.records import Group, GroupHeader, Prompt, Verdict
+from rlinf.data.token_values import DumpPlan
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.data.packing import RankBatch
 from rlinf.weights.source import Receipt, WeightSource
@@ -29,8 +30,9 @@ class TrainReport:
 class TrainWorker(Protocol):
     """One rank of a Megatron role."""
 
-    def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
-        """All optimizer steps of one global batch. `groups` are the payloads named by batch.group_ids, in that order."""
+    def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *groups: Group) -> TrainReport:
+        """All optimizer steps of one global batch. `groups` are the payloads named by batch.group_ids, in that order. What training saw
+        of each token is appended to the file of `dump`."""
         ...
 
     def publish(self, version: int) -> tuple[WeightSource | None, float]:

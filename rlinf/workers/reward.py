@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 
 from rlinf.config.schema import Config
+from rlinf.data.lines import append_lines
 from rlinf.data.records import Group, Verdict
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.rewards.shaping import Shaping
@@ -80,9 +80,4 @@ def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tupl
                 ensure_ascii=False,
             )
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(fd, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
-    finally:
-        os.close(fd)
+    append_lines(path, lines)

@@ -6,6 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_m
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.examples import example
 from rlinf.data.records import Group
+from rlinf.data.token_values import DumpPlan
+from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import checkpoint, parallel
@@ -28,6 +31,7 @@ from rlinf.weights.shared_memory import publish, release
 from rlinf.weights.source import WeightSource
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.interfaces import TrainReport
+from rlinf.workers.token_dump import write_token_values
 
 
 class TrainWorker:
@@ -45,8 +49,8 @@ class TrainWorker:
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
-        """Pack once, look at the old policy once, then one optimizer step a mini-batch."""
+    def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *groups: Group) -> TrainReport:
+        """Pack once, look at the old policy once, then one optimizer step a mini-batch; what each token had goes where `dump` says."""
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
         started = time.perf_counter()
@@ -66,10 +70,16 @@ class TrainWorker:
             )
             for i, (mini, packs) in enumerate(zip(batch.mini_batches, minibatches))
         ]
+        if self.at.last_stage and self.at.tp_rank == 0:
+            write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates)
         timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
         return TrainReport(step_metrics(updates), timers, peak_memory(self.device))
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        return load_tokenizer(self.config.rollout.model_dir, self.config.rollout.trust_remote_code)
 
     def _pack(self, groups: Sequence[Group], refs: Sequence[SampleRef]) -> PackedBatch:
         pad_to = self.at.tp if self.config.actor.model.sequence_parallel else 1

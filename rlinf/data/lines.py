@@ -1,0 +1,17 @@
+"""JSON lines that several processes write into one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append all lines in one write, so that those of several writers do not mix; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(fd, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    finally:
+        os.close(fd)

@@ -1,0 +1,88 @@
+"""What training saw of each sample, for a person who looks into a run: samples/tokens_NNNNNN.jsonl, a line a sample.
+
+Every line has the sample's advantage, the gap between actor and engine, and the importance ratio. A few samples of a step (the highest
+and the lowest advantage, the largest gap, some at random) also have their tokens, with three values each, a byte a value: the size of the
+file does not depend on the model, and hardly on the batch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlinf.data.records import GroupHeader
+
+RANDOM_SAMPLES = 4
+SMALLEST, DECADES, LEVELS = 1e-6, 7.0, 127  # a byte holds 1e-6 to 10 of either sign in steps of 14 %; 0 below that
+UNKNOWN = -128
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """Where one step's lines go, and the samples that are written with their tokens beside the one with the largest gap."""
+
+    path: str
+    sample_ids: frozenset[str]
+
+
+def plan_dump(path: str, headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray], seed: tuple[int, ...]) -> DumpPlan:
+    """The highest advantage, the lowest, and RANDOM_SAMPLES others."""
+    names = [name for h in headers for name in h.sample_ids]
+    flat = np.concatenate([np.asarray(a, float) for a in advantages])
+    chosen = {names[int(flat.argmax())], names[int(flat.argmin())]}
+    chosen |= {names[k] for k in np.random.default_rng(seed).permutation(len(names))[:RANDOM_SAMPLES]}
+    return DumpPlan(path, frozenset(chosen))
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """One sample, [T] each, NaN where the token does not count: its advantage, log π/π_old before the optimizer step, and
+    log π_old - log μ, the actor against the rollout engine."""
+
+    sample_id: str
+    advantages: np.ndarray
+    log_ratios: np.ndarray
+    gaps: np.ndarray
+
+    @property
+    def largest_gap(self) -> float:
+        known = np.abs(self.gaps[~np.isnan(self.gaps)])
+        return float(known.max()) if known.size else 0.0
+
+    def line(self, pieces: Sequence[str] | None = None) -> str:
+        """pieces: the text of each token; without them only the sample's own numbers are written."""
+        gaps, ratios = np.abs(self.gaps), np.exp(self.log_ratios)
+        numbers = {"advantage": mean(self.advantages), "gap_mean": mean(gaps), "gap_max": self.largest_gap, "ratio_mean": mean(ratios)}
+        row: dict[str, object] = {"sample_id": self.sample_id} | {k: short(v) for k, v in numbers.items()}
+        if pieces is not None:
+            arrays = {"advantages": self.advantages, "log_ratios": self.log_ratios, "gaps": self.gaps}
+            row |= {"pieces": list(pieces)} | {name: encode(values) for name, values in arrays.items()}
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+
+
+def mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def short(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def encode(values: np.ndarray) -> str:
+    """A signed byte a value on a logarithmic scale, in base64."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        level = 1 + np.log10(np.abs(values) / SMALLEST) * (LEVELS - 1) / DECADES
+    code = np.where(level < 1, 0, np.clip(np.rint(level), 1, LEVELS)) * np.sign(values)
+    return base64.b64encode(np.where(np.isnan(values), UNKNOWN, code).astype(np.int8).tobytes()).decode()
+
+
+def decode(text: str) -> np.ndarray:
+    code = np.frombuffer(base64.b64decode(text), np.int8).astype(float)
+    size = SMALLEST * 10 ** ((np.abs(code) - 1) * DECADES / (LEVELS - 1))
+    return np.where(code == UNKNOWN, np.nan, np.where(code == 0, 0.0, np.sign(code) * size))

@@ -1,0 +1,73 @@
+"""On what a run ran: a line of environment.jsonl in the run folder for each start. Nothing is asked that would wake a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlinf.config.load import ROOT
+from rlinf.data.lines import append_lines
+from rlinf.data.tokenizer import TextTokenizer
+from rlinf.scheduling.placement import Node
+
+FILE_NAME = "environment.jsonl"
+PACKAGES = ("torch", "megatron-core", "ray", "transformers", "sglang", "transformer-engine", "math-verify", "numpy", "rlinf")
+
+
+def record_environment(run_dir: Path, run_id: str, first_step: int, nodes: Sequence[Node], tokenizer: TextTokenizer) -> None:
+    """first_step: the step that this start begins with."""
+    found: dict[str, Any] = {
+        "run_id": run_id,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "first_step": first_step,
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpu_models(),
+        "devices_by_node": [node.devices for node in nodes],
+        "python": platform.python_version(),
+        "packages": {name: v for name in PACKAGES if (v := installed(name)) is not None},
+        "commit": commit(),
+        "chat_markers": tokenizer.chat_markers(),
+    }
+    append_lines(run_dir / FILE_NAME, [json.dumps(found)])
+
+
+def cpu_model() -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def gpu_models() -> list[str]:
+    """As the NVIDIA driver names them."""
+    found = []
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        found += [line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith("Model")]
+    return found
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with `+` when files differ from it; None when it is no checkout."""
+    if not (ROOT / ".git").exists():
+        return None
+    asked = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+"], capture_output=True, text=True)
+    return asked.stdout.strip() or None

@@ -1,0 +1,111 @@
+"""What a run is doing now, in one small file that `rlinf watch` reads: status.json, replaced as a whole once a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.group import WorkerGroup
+from rlinf.rollout.contract import EngineStats
+from rlinf.scheduling.dispatcher import Dispatcher
+
+FILE_NAME = "status.json"
+PERIOD = 1.0
+
+
+class Loop(Protocol):
+    """What is looked at in a runner. engine_stats: of the last finished step, by engine."""
+
+    step: int
+    total_steps: int
+    dispatcher: Dispatcher
+    engine_stats: Sequence[EngineStats]
+
+
+class Status(threading.Thread):
+    """Looks at the loop from a thread of its own, so that the file is also fresh when the loop is stuck."""
+
+    def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: Loop) -> None:
+        super().__init__(name="rlinf-status", daemon=True)
+        self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / FILE_NAME, run_id, cluster, groups, loop
+        self.started = time.time()
+        self.phase, self.phase_since = cluster.phase, self.started
+        self.first_step: int | None = None
+        self.step_since = self.steps_since = self.started
+        self.last_step = 0
+        self.error = ""
+        self.closed = threading.Event()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """The file is kept fresh inside the block; what stays behind says how the run ended."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.closed.set()
+            self.join()
+            error = sys.exc_info()[1]
+            self.error = "" if error is None else str(error)
+            self.write("finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+    def run(self) -> None:
+        self.write("running")
+        while not self.closed.wait(PERIOD):
+            self.write("running")
+
+    def write(self, state: str) -> None:
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text(json.dumps(self.snapshot(state)))
+        fresh.replace(self.path)
+
+    def snapshot(self, state: str) -> dict[str, Any]:
+        now, step = time.time(), self.loop.step
+        if self.cluster.phase != self.phase:
+            self.phase, self.phase_since = self.cluster.phase, now
+        if step != self.last_step and not self.phase.startswith("start"):
+            self.first_step = step if self.first_step is None else self.first_step
+            self.steps_since = now if step == self.first_step else self.steps_since
+            self.last_step, self.step_since = step, now
+        return {
+            "run_id": self.run_id,
+            "state": state,
+            "error": self.error,
+            "time": now,
+            "started": self.started,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "step": step,
+            "total_steps": self.loop.total_steps,
+            "step_since": self.step_since,
+            "seconds_per_step": self.seconds_per_step(),
+            "phase": self.phase,
+            "phase_since": self.phase_since,
+            "components": {g.component: [rank_state(g, rank) for rank in range(g.size)] for g in self.groups},
+            "engines": self.engines(),
+        }
+
+    def seconds_per_step(self) -> float | None:
+        """Mean over the steps that this process has finished."""
+        finished = 0 if self.first_step is None else self.last_step - self.first_step
+        return (self.step_since - self.steps_since) / finished if finished else None
+
+    def engines(self) -> list[dict[str, float | None]]:
+        """Samples at each engine now, and its tokens per busy second in the last finished step."""
+        stats = list(self.loop.engine_stats) or [EngineStats()] * len(self.loop.dispatcher.load)
+        speeds = [s.decoded_tokens / s.busy_seconds if s.busy_seconds else None for s in stats]
+        return [{"samples": n, "tokens_per_second": speed} for n, speed in zip(self.loop.dispatcher.load, speeds)]
+
+
+def rank_state(group: WorkerGroup, rank: int) -> dict[str, Any]:
+    running = {method: n for method, n in dict(group.in_flight[rank]).items() if n}
+    return {"where": group.where(rank), "running": running}
