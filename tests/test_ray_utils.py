@@ -135,6 +135,7 @@ def check_second_calls(nodes: list[Node]) -> None:
     file.unlink()
     for node in nodes:
         again = node.run("bash", "ray_utils/start_ray.sh")
+        assert node.run("bash", "ray_utils/start_ray.sh", "--status").returncode == 0
         assert again.returncode == 0 and f"already up: node {node.rank} " in again.stderr
     deadline = time.monotonic() + 10
     while not file.exists() and time.monotonic() < deadline:
@@ -187,6 +188,16 @@ def test_a_stale_address_file_is_not_followed(nodes: list[Node], monkeypatch: py
 def test_check_ray_without_a_cluster_says_so(nodes: list[Node]) -> None:
     done = nodes[0].run("bash", "ray_utils/check_ray.sh", "1")
     assert (done.returncode, done.stderr) == (2, "check_ray: no Ray cluster is up here: run start_ray.sh first\n")
+
+
+def test_the_status_of_a_node_is_an_exit_code(nodes: list[Node]) -> None:
+    idle = nodes[0].run("bash", "ray_utils/start_ray.sh", "--status")
+    assert (idle.returncode, idle.stderr) == (0, "start_ray: no Ray node was started here\n")
+    nodes[0].state.mkdir()
+    for name, text in (("mark", "gone"), ("rank", "3"), ("address", "127.0.0.1:1")):
+        (nodes[0].state / name).write_text(text)
+    dead = nodes[0].run("bash", "ray_utils/start_ray.sh", "--status")
+    assert (dead.returncode, dead.stderr) == (1, "start_ray: node 3 of the Ray cluster at 127.0.0.1:1 is dead: run start_ray.sh again\n")
 
 
 def test_an_unknown_interface_is_named(nodes: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:

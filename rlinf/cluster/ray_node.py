@@ -202,6 +202,18 @@ def stop(shared: Path) -> None:
     say(f"node stopped; still running: {left}" if left else "node stopped")
 
 
+def status() -> bool:
+    """Whether what was started here lives: True also where nothing was started. For health checks of containers."""
+    state = state_folder()
+    if not (state / "mark").exists():
+        say("no Ray node was started here")
+        return True
+    address, rank = (state / "address").read_text(), (state / "rank").read_text()
+    alive = any(name_of(pid) == "raylet" for pid in marked((state / "mark").read_text(), MARK)) and listens(address)
+    say(f"node {rank} of the Ray cluster at {address} " + ("is up" if alive else "is dead: run start_ray.sh again"))
+    return alive
+
+
 def own_address(towards: str) -> str:
     """This node's address on RLINF_NIC, or else on the interface that leads towards a host."""
     nic = os.environ.get("RLINF_NIC")
@@ -239,11 +251,14 @@ def main() -> int:
     parser.add_argument("shared", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("head_address", nargs="?", help="address[:port] of the head, instead of the shared file ray_head_ip.txt")
     parser.add_argument("--stop", action="store_true", help="end the Ray that was started here, and nothing else")
+    parser.add_argument("--status", action="store_true", help="exit code 1 if the Ray that was started here has died")
     parser.add_argument("--publish", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
         if options.publish:
             publish(options.shared, Head.parse(options.publish))
+        elif options.status:
+            return 0 if status() else 1
         elif options.stop:
             stop(options.shared)
         else:

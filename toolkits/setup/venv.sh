@@ -84,7 +84,7 @@ install_transformer_engine() { # builds against the torch that is there; the act
     return
   fi
   say "building $engine (this takes minutes)"
-  if pip_install ninja pybind11 wheel setuptools && pip_install --no-build-isolation "$engine"; then return; fi
+  if pip_install -r "$root/requirements/build.txt" && pip_install --no-build-isolation "$engine"; then return; fi
   fail "pip could not build $engine (its words are above)"
 }
 
