@@ -46,6 +46,16 @@ def token_advantages(reward: float, values_T: np.ndarray, loss_mask_T: np.ndarra
     return advantages_T
 
 
+def batch_advantages(
+    rewards_N: np.ndarray, values_N: np.ndarray, loss_mask_N: np.ndarray, lengths: Sequence[int], gamma: float, lam: float
+) -> np.ndarray:
+    """token_advantages of samples that lie one behind the other; rewards_N holds a sample's reward at each of its tokens."""
+    borders = np.cumsum(lengths)[:-1]
+    samples = zip(*(np.split(t, borders) for t in (rewards_N, values_N, loss_mask_N)))
+    found = [token_advantages(float(r[0]), v, m, gamma, lam) if len(r) else np.zeros(0) for r, v, m in samples]
+    return np.concatenate([*found, np.zeros(0)])
+
+
 def moments(parts_C: Sequence[np.ndarray], all_sum: AllSum) -> tuple[float, float, float]:
     """(how many, mean, population variance) of all tokens that count, over all ranks; in two passes."""
     mine_C = np.concatenate([*parts_C, np.zeros(0)]).astype(np.float64)

@@ -1,8 +1,8 @@
 """`rlinf check layout`: however a step is split, it is the same step.
 
 Two optimizer steps on tiny random models of every family, in layouts over TP x PP x DP x sequence parallelism x micro-batch split x shared
-prefix x sample order x number of ranks, against plain transformers on one sample at a time: loss, metrics, the gradient of every
-parameter, its norm, and the weights after the steps. fp32; nothing is normalised away (see layout_reference).
+prefix x sample order x number of ranks, of a policy and of a critic, against plain transformers on one sample at a time: loss, metrics,
+values, the gradient of every parameter, its norm, and the weights after the steps. fp32; nothing is normalised away (see layout_reference).
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from rich.table import Table
 
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import finalize_metrics
-from rlinf.checks.layout_reference import OPTIM, SETTINGS, TEMPERATURE, Batch, Step, make_batch, plain_steps
+from rlinf.algorithms.values import finalize_value_metrics
+from rlinf.checks.layout_reference import OPTIM, SETTINGS, TEMPERATURE, VALUE_SETTINGS, Batch, Expected, Step, make_batch, plain_steps
 from rlinf.checks.rank_pool import RankPool
 from rlinf.checks.tiny_model import FAMILIES, VOCAB, write_tiny_model
 from rlinf.config.schema import ActorModelConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.layout import pack
+from rlinf.training.layout import by_sample, pack
 from rlinf.training.parallel import Coordinates
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.tensor_folder import open_hf_folder
 
 RANKS = 4
 COMPLAINTS = 5  # failing layouts that are described; the table shows them all
-LOSS_TOLERANCE = 1e-6  # of mean |advantage|
+LOSS_TOLERANCE = 1e-6  # of mean |advantage|; of the loss itself, a sum of squares, for a critic
 GRADIENT_TOLERANCE = 1e-5  # of max(||g||, 1e-3 ||g_all||), for every tensor
 NORM_TOLERANCE = 1e-5  # relative
 METRIC_TOLERANCE = 1e-5  # relative to max(1, |metric|)
@@ -68,6 +69,11 @@ class Case:
     budget: int
     share_prefix: bool
     order: int
+    head: str = "lm"
+
+    @property
+    def model(self) -> str:
+        return self.family if self.head == "lm" else f"{self.family}-critic"
 
     @property
     def dp(self) -> int:
@@ -75,17 +81,19 @@ class Case:
 
     def label(self) -> str:
         switches = [word for word, on in (("SP", self.sequence_parallel), ("shared prefix", self.share_prefix)) if on]
-        return ", ".join([f"{self.family} TP{self.tp} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"])
+        return ", ".join([f"{self.model} TP{self.tp} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"])
 
 
 @dataclass(frozen=True)
 class Measured:
     """What a rank saw. steps[i].grads and .weights hold the rank's stage if it is the first of its TP and DP group, else nothing.
 
-    replicas: checksum of every parameter shard under a name that is the same wherever the shard is the same.
+    replicas: checksum of every parameter shard under a name that is the same wherever the shard is the same. outputs: log-probabilities
+    or values of the initial model by sample, of the samples that the rank's last stage saw.
     """
 
     steps: list[Step]
+    outputs: dict[str, np.ndarray]
     replicas: dict[str, str]
     micro_batches: int
 
@@ -122,6 +130,8 @@ def make_cases(quick: bool = False) -> list[Case]:
         for j, family in enumerate(families):
             if not quick or j == i % len(families):
                 cases.append(Case(*layout, family, *SPLITS[(5 * i + 3 * j) % len(SPLITS)]))  # every family meets every split
+        critic = families[(i + 1) % len(families)]
+        cases.append(Case(*layout, critic, *SPLITS[(5 * i + 7) % len(SPLITS)], head="scalar"))
     return cases
 
 
@@ -129,7 +139,7 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch) -> Measured:
     """Runs in every rank: both optimizer steps, the way a train worker makes them."""
     arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
     model = ActorModelConfig(case.tp, case.pp, case.sequence_parallel, precision="fp32")
-    engine = MegatronEngine(arch, model, OPTIM, at, torch.device("cpu"))
+    engine = MegatronEngine(arch, model, OPTIM, at, torch.device("cpu"), case.head)
     engine.load_hf(open_hf_folder(folder))
     batch = batch.shuffled(case.order)
     headers = [g.header() for g in batch.groups]
@@ -142,18 +152,24 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch) -> Measured:
         [pack(groups, refs, share_prefix=case.share_prefix, temperature=TEMPERATURE, pad_to=pad_to, device=engine.device) for refs in mini.micro_batches]
         for mini in plan.mini_batches
     ]
-    before = [[logprobs for logprobs, _ in engine.logprobs(p)] or None for p in packs]
+    before = [[logprobs for logprobs, _ in engine.logprobs(p)] if case.head == "lm" else engine.scores(p) for p in packs]
     steps = []
     for i, mini in enumerate(plan.mini_batches):
-        old = None if i == 0 else before[i]  # the first one's own forward pass is the old policy
-        update = engine.update(packs[i], old, before[i], Denominators(mini.global_tokens, mini.global_samples), SETTINGS, None)
+        denominators = Denominators(mini.global_tokens, mini.global_samples)
+        if case.head == "lm":  # the first mini-batch's own forward pass is the old policy
+            update = engine.update(packs[i], None if i == 0 else before[i] or None, before[i] or None, denominators, SETTINGS, None)
+            metrics = finalize_metrics(update.metrics.sums, update.metrics.maxima)
+        else:  # the target of a sample's values is its advantage
+            update = engine.update_values(packs[i], before[i], [b.advantages_N for b in packs[i]], denominators, VALUE_SETTINGS)
+            metrics = finalize_value_metrics(update.metrics)
         grads, weights = to_numpy(engine.export("exp_avg")), to_numpy(engine.export())  # beta1 is 0: the first moment is the gradient
         if at.tp_rank or at.dp_rank:
             grads, weights = {}, {}
-        steps.append(Step(finalize_metrics(update.metrics.sums, update.metrics.maxima), update.grad_norm, grads, weights))
+        steps.append(Step(metrics, update.grad_norm, grads, weights))
     replicas = checksums(engine)
     engine.close()
-    return Measured(steps, replicas, sum(len(mini.micro_batches) for mini in plan.mini_batches))
+    outputs = {k: v for batches, values in zip(packs, before) for b, v in zip(batches, values) for k, v in by_sample(b, v).items()}
+    return Measured(steps, outputs, replicas, sum(len(mini.micro_batches) for mini in plan.mini_batches))
 
 
 def to_numpy(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
@@ -169,25 +185,33 @@ def checksums(engine: MegatronEngine) -> dict[str, str]:
     return found
 
 
-def judge(case: Case, ranks: Sequence[Measured], expected: Sequence[Step], start: dict[str, np.ndarray], advantage: float, seconds: float) -> Finding:
-    """Compare what the ranks saw with what must be. start: the initial weights; advantage: mean |advantage|."""
-    losses, norms, metrics, gradients, weights = [], [], [], [], []
-    for i, want in enumerate(expected):
+def judge(case: Case, ranks: Sequence[Measured], expected: Expected, advantage: float, seconds: float) -> Finding:
+    """Compare what the ranks saw with what must be. advantage: mean |advantage|."""
+    losses, norms, gradients, weights = [], [], [], []
+    metrics = compare_outputs({k: v for rank in ranks for k, v in rank.outputs.items()}, expected.outputs)
+    loss = "train/loss" if case.head == "lm" else "critic/loss"
+    for i, want in enumerate(expected.steps):
         for rank in ranks:
             got = rank.steps[i]
-            losses.append(abs(got.metrics["train/loss"] - want.metrics["train/loss"]) / advantage)
+            losses.append(abs(got.metrics[loss] - want.metrics[loss]) / (advantage if case.head == "lm" else want.metrics[loss]))
             norms.append(abs(got.grad_norm - want.grad_norm) / want.grad_norm)
             metrics += [(abs(got.metrics[k] - v) / max(1.0, abs(v)), k) for k, v in want.metrics.items()]
         grads = {k: v for rank in ranks for k, v in rank.steps[i].grads.items()}
         gradients += deviations(grads, want.grads, want.grads)
         after = {k: v for rank in ranks for k, v in rank.steps[i].weights.items()}
-        moved = {k: v - start[k] for k, v in want.weights.items()}
+        moved = {k: v - expected.start[k] for k, v in want.weights.items()}
         weights += deviations(after, want.weights, moved, {k: ROUNDING * norm(v) for k, v in want.weights.items()})
     (gradient, gradient_of), (weight, weight_of), (metric, metric_of) = worst(gradients), worst(weights), worst(metrics)
     return Finding(
         case, ranks[0].micro_batches, worst((x, "") for x in losses)[0], gradient, gradient_of, worst((x, "") for x in norms)[0],
         metric, metric_of, weight, weight_of, replicas_agree(ranks), seconds,
     )  # fmt: skip
+
+
+def compare_outputs(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> list[tuple[float, str]]:
+    """The largest difference of a token's log-probability or value, relative to max(1, |it|), of each sample; infinite where one is missing."""
+    found = [(math.inf, name) for name in got.keys() ^ want.keys()]
+    return found + [(float(np.max(np.abs(got[k] - want[k]) / np.maximum(1.0, np.abs(want[k])))), k) for k in got.keys() & want.keys()]
 
 
 def deviations(
@@ -223,14 +247,12 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable
     """Run the cases one by one, models written to `folder`."""
     batch = make_batch(VOCAB)
     advantage = float(np.mean([abs(a) for group in batch.advantages for a in group]))
-    models = {family: write_tiny_model(folder / family, family) for family in sorted({c.family for c in cases})}
-    expected = {family: plain_steps(path, batch) for family, path in models.items()}
+    models = {c.model: write_tiny_model(folder / c.model, c.family, head=c.head) for c in cases}
+    expected = {c.model: plain_steps(models[c.model], batch, c.head) for c in {c.model: c for c in cases}.values()}
     for case in cases:
         started = time.perf_counter()
-        path = models[case.family]
-        ranks = pool.run(measure, case, str(path), batch, ranks=case.ranks, tp=case.tp, pp=case.pp)
-        start = {name: tensor.numpy() for name, tensor in open_hf_folder(path).items()}
-        yield judge(case, ranks, expected[case.family], start, advantage, time.perf_counter() - started)
+        ranks = pool.run(measure, case, str(models[case.model]), batch, ranks=case.ranks, tp=case.tp, pp=case.pp)
+        yield judge(case, ranks, expected[case.model], advantage, time.perf_counter() - started)
 
 
 def table(findings: Sequence[Finding]) -> Table:
@@ -240,7 +262,7 @@ def table(findings: Sequence[Finding]) -> Table:
         out.add_column(name, justify="left" if name == "family" else "right", no_wrap=True)
     for v in findings:
         c = v.case
-        where = [c.family, c.ranks, c.tp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order]
+        where = [c.model, c.ranks, c.tp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order]
         figures = [f"{x:.0e}" for x in (v.loss, v.gradient, v.norm, v.weight, v.metric)]
         out.add_row(*map(str, where), *figures, f"{v.seconds:.1f}", "ok" if v.holds else "[red]FAILS[/]")
     bounds = [f"{x:.0e}" for x in (LOSS_TOLERANCE, GRADIENT_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE, METRIC_TOLERANCE)]

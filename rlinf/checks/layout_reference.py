@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlinf.algorithms.objective import ObjectiveSettings
+from rlinf.algorithms.values import ValueSettings
 from rlinf.config.schema import OptimConfig
 from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
 
@@ -25,6 +26,7 @@ SETTINGS = ObjectiveSettings(
     loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=1.5, kl_beta=0.1, kl_penalty_type="k3", entropy_bonus=0.02,
     importance_sampling_clip=2.0, max_new_tokens=16,
 )  # fmt: skip
+VALUE_SETTINGS = ValueSettings(loss_agg_func="token-mean", clip=0.02, max_new_tokens=16)
 # prompt length and response lengths of the groups: lengths 1, equal and unequal ones, a group of one, one response far longer than the rest;
 # the prompts of the second half begin with the same COMMON_START tokens, as with a system prompt or worked examples
 COMMON_START = 18
@@ -67,6 +69,15 @@ class Step:
     weights: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What every layout must give. start: the initial weights; outputs: log-probabilities or values [T] of the initial model by sample."""
+
+    start: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    steps: list[Step]
+
+
 def make_batch(vocab: int, seed: int = 0) -> Batch:
     """Random groups; some tokens were not sampled by the policy (mask 0, no rollout log-probability), one sample not at all."""
     rng = np.random.default_rng(seed)
@@ -84,13 +95,9 @@ def make_batch(vocab: int, seed: int = 0) -> Batch:
     return Batch(tuple(groups), tuple(rng.normal(0, 1, len(g.samples)).astype(np.float32) for g in groups))
 
 
-def plain_steps(folder: Path, batch: Batch) -> list[Step]:
-    """Both mini-batches, one after the other; the policy and the reference policy of the loss are the initial weights."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+def plain_steps(folder: Path, batch: Batch, head: str = "lm") -> Expected:
+    """Both mini-batches, one after the other; the old policy, the reference policy and the old values are those of the initial weights."""
+    model = plain_model(folder, head)
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -99,18 +106,42 @@ def plain_steps(folder: Path, batch: Batch) -> list[Step]:
         ],
         lr=OPTIM.lr, betas=(OPTIM.adam_beta1, OPTIM.adam_beta2), eps=OPTIM.adam_eps, weight_decay=OPTIM.weight_decay,
     )  # fmt: skip
-    with torch.no_grad():
-        old = {s.sample_id: sample_logprobs(model, g, s)[0] for g in batch.groups for s in g.samples}
+    start = {name: p.detach().numpy().copy() for name, p in named.items()}
+    old = old_outputs(model, batch)
     steps = []
     for groups, advantages in batch.minibatches:
         optimizer.zero_grad()
-        loss, metrics = plain_objective(model, groups, advantages, old)
+        loss, metrics = (plain_objective if head == "lm" else plain_value_objective)(model, groups, advantages, old)
         loss.backward()
         grads = {name: p.grad.numpy().copy() for name, p in named.items()}
         optimizer.step()
         norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads.values())))
         steps.append(Step(metrics, norm, grads, {name: p.detach().numpy().copy() for name, p in named.items()}))
-    return steps
+    return Expected(start, {name: values.numpy() for name, values in old.items()}, steps)
+
+
+def plain_model(folder: Path, head: str) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if head == "lm":
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, dtype=torch.float32, attn_implementation="eager")
+
+
+def old_outputs(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """[T] of every sample: log-probabilities, or values of a model with a scalar head."""
+    output = sample_values if hasattr(model, "score") else lambda *args: sample_logprobs(*args)[0]
+    with torch.no_grad():
+        return {s.sample_id: output(model, g, s) for g in batch.groups for s in g.samples}
+
+
+def sample_values(model: torch.nn.Module, group: Group, sample: Sample) -> Tensor:
+    """[T]: the value of the state before each token of the sample, read from the hidden state that predicts it."""
+    tokens = torch.from_numpy(np.concatenate([group.prompt.token_ids, sample.token_ids]).astype(np.int64))
+    hidden = model.model(tokens[None]).last_hidden_state[0]
+    return model.score(hidden)[len(group.prompt.token_ids) - 1 : -1, 0]
 
 
 def sample_logprobs(model: torch.nn.Module, group: Group, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -157,6 +188,32 @@ def plain_objective(
         "train/importance_weight_min": importance.min(),
         "train/importance_weight_clipped": (importance > SETTINGS.importance_sampling_clip).float().mean(),
         "train/rollout_kl": k3(before - rollout).mean(),
+    }
+    return loss, {name: value.item() for name, value in metrics.items()}
+
+
+def plain_value_objective(
+    model: torch.nn.Module, groups: Sequence[Group], targets: Sequence[np.ndarray], old: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """Token-mean value loss with clipping, and the metrics; a sample's target is the same at all of its tokens."""
+    parts: list[tuple[Tensor, ...]] = []
+    for group, group_targets in zip(groups, targets):
+        for sample, target in zip(group.samples, group_targets):
+            keep = torch.from_numpy(sample.loss_mask.astype(bool))
+            values = sample_values(model, group, sample)
+            parts.append((values[keep], old[sample.sample_id][keep], torch.full_like(values, float(target))[keep]))
+    values, before, target = (torch.cat(p) for p in zip(*parts))
+    near = torch.minimum(torch.maximum(values, before - VALUE_SETTINGS.clip), before + VALUE_SETTINGS.clip)
+    plain, bounded = (values - target) ** 2 / 2, (near - target) ** 2 / 2
+    loss, error = torch.maximum(plain, bounded).mean(), target - before
+    metrics = {
+        "critic/loss": loss,
+        "critic/value_mean": before.mean(),
+        "critic/return_mean": target.mean(),
+        "critic/value_error": error.square().mean().sqrt(),
+        "critic/value_error_max": error.abs().max(),
+        "critic/explained_variance": 1 - error.var(correction=0) / target.var(correction=0),
+        "critic/clip_fraction": (bounded > plain).float().mean(),
     }
     return loss, {name: value.item() for name, value in metrics.items()}
 

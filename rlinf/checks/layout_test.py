@@ -119,6 +119,20 @@ def prefix_gradient_twice(patch: Patch) -> None:
     patch(PackedAttention, "_responses", lambda self, q, k, v, pk, pv, segment: responses(self, q, k, v, doubled(pk), doubled(pv), segment))
 
 
+def value_read_one_row_late(patch: Patch) -> None:
+    from rlinf.training.model import PackedModel
+
+    values = PackedModel._values
+    patch(PackedModel, "_values", lambda self, hidden, batch: values(self, hidden.roll(-1, 0), batch))
+
+
+def value_gradient_summed_over_tensor_ranks(patch: Patch) -> None:
+    from rlinf.training import model
+
+    gather = model.gather_from_sequence_parallel_region
+    patch(model, "gather_from_sequence_parallel_region", lambda hidden, **_: gather(hidden, tensor_parallel_output_grad=True))
+
+
 def shards_not_marked(patch: Patch) -> None:
     from rlinf.training import engine
 
@@ -148,6 +162,10 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
     "a log-probability taken one position too late": (shifted_logprob, Case(1, 1, 1, False, "llama", 512, False, 0), "metric"),
     "a shared prefix attended to twice": (prefix_attended_twice, Case(1, 1, 1, False, "llama", 512, True, 0), "metric"),
     "a shared prefix whose gradient counts twice": (prefix_gradient_twice, Case(1, 1, 1, False, "llama", 512, True, 0), "gradient"),
+    "a value read one position too late": (value_read_one_row_late, Case(1, 1, 1, False, "llama", 512, False, 0, "scalar"), "metric"),
+    "a value's gradient summed over tensor-parallel ranks": (
+        value_gradient_summed_over_tensor_ranks, Case(2, 2, 1, True, "qwen2-tied", 512, True, 0, "scalar"), "gradient"
+    ),
     "sharded parameters not marked for the gradient norm": (shards_not_marked, Case(2, 2, 1, False, "qwen2", 512, True, 0), "norm"),
 }  # fmt: skip
 
@@ -182,7 +200,7 @@ def test_quick_check_holds_and_reports(rank_pool: RankPool, tmp_path: Path, monk
     monkeypatch.setattr(layout, "RankPool", lambda size: nullcontext(rank_pool))
     assert layout.main(quick=True, json_file=tmp_path / "out.json") == 0
     out = capsys.readouterr().out
-    assert "15 of 15 layouts hold" in out and "FAILS" not in out
+    assert "30 of 30 layouts hold" in out and "FAILS" not in out
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["holds"] and {v["case"]["family"] for v in report["layouts"]} == set(FAMILIES)
     assert all(v["gradient"] <= report["tolerances"]["gradient"] for v in report["layouts"])
@@ -204,12 +222,15 @@ def test_the_cases_cover_every_dimension() -> None:
     cases = make_cases()
     assert len(cases) == len(set(cases)) >= 40
     for family in FAMILIES:
-        mine = [c for c in cases if c.family == family]
+        mine = [c for c in cases if c.family == family and c.head == "lm"]
         assert {(c.ranks, c.tp, c.pp) for c in mine} >= {(1, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (4, 2, 2), (4, 1, 4), (4, 1, 1)}
         assert {(c.budget, c.share_prefix) for c in mine} == {(b, p) for b, p, _ in layout.SPLITS}
         assert {c.order for c in mine} == {o for _, _, o in layout.SPLITS} and {c.sequence_parallel for c in mine} == {True, False}
     assert {c.dp for c in cases} == {1, 2, 3, 4} and {c.tp for c in cases} == {1, 2, 4}
-    assert len(make_cases(quick=True)) == len(layout.LAYOUTS)
+    assert len(make_cases(quick=True)) == 2 * len(layout.LAYOUTS)
+    critics = [c for c in cases if c.head == "scalar"]
+    assert {(c.ranks, c.tp, c.pp, c.sequence_parallel) for c in critics} == set(layout.LAYOUTS) and {c.family for c in critics} == set(FAMILIES)
+    assert {(c.budget, c.share_prefix) for c in critics} == {(b, p) for b, p, _ in layout.SPLITS}
     counts = [micro_batch_sizes(c) for c in cases]
     assert any(0 in sizes for sizes in counts)  # a rank with nothing to do in a micro-batch
     assert any(len(sizes) == 2 * c.dp for c, sizes in zip(cases, counts)) and any(len(sizes) > 8 * c.dp for c, sizes in zip(cases, counts))
@@ -255,12 +276,13 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
     budget=st.integers(1, 120),
     share_prefix=st.booleans(),
     order=st.integers(0, 10_000),
+    head=st.sampled_from(["lm", "scalar"]),
 )
 def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
-    rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int
+    rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int, head: str
 ) -> None:
     where, family = layout_and_family
-    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order)], tmp_path_factory.getbasetemp() / "drawn")
+    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order, head)], tmp_path_factory.getbasetemp() / "drawn")
     assert finding.holds, layout.complaint(finding)
 
 

@@ -25,12 +25,12 @@ FAMILIES = {
 }
 
 
-def write_tiny_model(folder: Path, family: str, seed: int = 0) -> Path:
+def write_tiny_model(folder: Path, family: str, seed: int = 0, head: str = "lm") -> Path:
     """config.json and model.safetensors of a random model; every weight is large enough to matter."""
     config = _COMMON | FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in hf_shapes(read_architecture(config)).items():
+    for name, shape in hf_shapes(read_architecture(config), head).items():
         if name.endswith("bias"):
             tensors[name] = torch.randn(shape, generator=generator) * 0.1
         elif len(shape) == 1:

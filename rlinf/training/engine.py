@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, ResponseTokens, early_stop, policy_objective
+from rlinf.algorithms.values import ValueSettings, ValueTokens, value_objective
 from rlinf.config.schema import ActorModelConfig, OptimConfig
 from rlinf.training.layout import PackedBatch
 from rlinf.training.model import PackedModel, transformer_config
@@ -144,6 +145,23 @@ class MegatronEngine:
 
         done = self.optimize(batches, objective, stops)
         return replace(done, logprobs=tuple(logprobs[i] for i in sorted(logprobs)))
+
+    def update_values(
+        self,
+        batches: Sequence[PackedBatch],
+        old_values: Sequence[Tensor],
+        returns: Sequence[Tensor],
+        denominators: Denominators,
+        settings: ValueSettings,
+    ) -> Update:
+        """One optimizer step of the critic on one mini-batch. old_values and returns: [N] of every micro-batch, on the last stage."""
+
+        def objective(i: int, values_N: Tensor) -> tuple[Tensor, MetricSums]:
+            b = batches[i]
+            tokens = ValueTokens(values_N, old_values[i], returns[i], b.loss_mask_N, b.sample_N, b.n_samples)
+            return value_objective(tokens, denominators, settings)
+
+        return self.optimize(batches, objective)
 
     def optimize(
         self,
