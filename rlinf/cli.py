@@ -11,9 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinf.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from rlinf.config.schema import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,32 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     from rlinf.config.load import load
-    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model
     from rlinf.config.validate import validate
     from rlinf.scheduling.placement import build_plan, describe, nodes_of
-    from rlinf.weights.architecture import read_architecture
 
     resolved = load(args.config, args.overrides)
     config = resolved.config
     validate(config, resolved.provenance)
-    hf, warnings = planned_model_config(config.rollout.model_dir) if args.dry_run else (load_model_config(config.rollout.model_dir), [])
-    if hf:
-        read_architecture(hf)
-        validate_model(config, hf)
+    warnings = _check_model(config, args.dry_run)
     plan = build_plan(config, nodes_of(config.cluster))
-    absent = missing_paths(config)
     if args.dry_run:
         batch = config.data.rollout_batch_size * config.algorithm.group_size
         _say(f"config: {resolved.source}")
         _say(f"step: {config.data.rollout_batch_size} prompts x {config.algorithm.group_size} responses = {batch} samples, "
              f"{config.algorithm.n_minibatches} optimizer step(s) of {batch // config.algorithm.n_minibatches}")  # fmt: skip
-        _say(describe(plan, config))
-        for warning in [*warnings, *absent]:
-            _say(f"warning: {warning}")
-        _say("dry run: the configuration is valid; nothing was started")
-        return 0
-    if absent:
-        raise UserError("\n  ".join(["files that the run needs are missing:", *absent]))
+        return _end_dry_run(describe(plan, config), warnings)
     from rlinf.runners.launch import train as launch
 
     return launch(resolved)
@@ -69,6 +60,25 @@ def evaluate(args: argparse.Namespace) -> int:
     from rlinf.evaluation.evaluate import main as evaluation
 
     return evaluation(args.words)
+
+
+def sft(args: argparse.Namespace) -> int:
+    from rlinf.config.load import load
+    from rlinf.config.validate import validate_sft
+    from rlinf.scheduling.placement import build_sft_plan, describe, nodes_of
+
+    resolved = load(args.config, args.overrides)
+    config = resolved.config
+    validate_sft(config, resolved.provenance)
+    warnings = _check_model(config, args.dry_run)
+    plan = build_sft_plan(config, nodes_of(config.cluster))
+    if args.dry_run:
+        _say(f"config: {resolved.source}")
+        _say(f"step: {config.sft.batch_size} examples, 1 optimizer step")
+        return _end_dry_run(describe(plan, config), warnings)
+    from rlinf.runners.launch_sft import finetune
+
+    return finetune(resolved)
 
 
 def config_show(args: argparse.Namespace) -> int:
@@ -137,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("words", metavar="CONFIG|HF_DIR|key=value", nargs="+", help="a configuration, model folders or checkpoints, settings")
     p.set_defaults(run=evaluate)
 
+    p = commands.add_parser("sft", help="fine-tune a model on prompts and responses")
+    _config_arguments(p)
+    p.add_argument("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
+    p.set_defaults(run=sft)
+
     sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
     p = sub.add_parser("show", help="the resolved configuration, each value with who set it")
     _config_arguments(p)
@@ -195,6 +210,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
+
+
+def _check_model(config: Config, dry_run: bool) -> list[str]:
+    """Read the model's shape and look for the files; what is missing is an error, or on a dry run a warning."""
+    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model
+    from rlinf.weights.architecture import read_architecture
+
+    hf, warnings = planned_model_config(config.rollout.model_dir) if dry_run else (load_model_config(config.rollout.model_dir), [])
+    if hf:
+        read_architecture(hf)
+        validate_model(config, hf)
+    absent = missing_paths(config)
+    if absent and not dry_run:
+        raise UserError("\n  ".join(["files that the run needs are missing:", *absent]))
+    return [*warnings, *absent]
+
+
+def _end_dry_run(placement: str, warnings: Sequence[str]) -> int:
+    _say(placement)
+    for warning in warnings:
+        _say(f"warning: {warning}")
+    _say("dry run: the configuration is valid; nothing was started")
+    return 0
 
 
 def _report(result: dict[str, Any]) -> None:

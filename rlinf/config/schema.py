@@ -251,6 +251,21 @@ BENCHMARKS = ("aime24", "aime25", "gpqa_diamond", "math500", "gsm8k", "custom") 
 
 
 @dataclass
+class SftConfig:
+    batch_size: int = key(64, "examples per optimizer step, over all data-parallel ranks")
+    response_key: str = key("response", "field of the response; the loss is on its tokens alone")
+    append_end_token: bool = key(True, "end each response with the model's end token, unless it ends with one")
+    reweighting: str | None = key(
+        None,
+        "weight each example by its own loss within the batch (arXiv 2502.06733), the mean of examples instead of tokens; null = mean over all "
+        "response tokens; it costs another forward pass",
+        (None, "uniform", "lin_upper", "quadratic", "extremes", "upper"),
+    )
+    reweighting_temperature: float = key(1.0, "softmax temperature of the weights; larger = more even")
+    reweighting_burn_in: int = key(0, "first steps in which all examples weigh the same")
+
+
+@dataclass
 class Config:
     """The whole file."""
 
@@ -262,3 +277,4 @@ class Config:
     actor: ActorConfig = field(default_factory=ActorConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    sft: SftConfig = field(default_factory=SftConfig)

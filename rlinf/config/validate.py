@@ -52,6 +52,8 @@ AT_LEAST: dict[str, float] = {
     "reward.overlong_penalty": 0,
     "reward.exploration_penalty": 0,
     **{f"evaluation.{name}.{key}": least for name in BENCHMARKS for key, least in (("n", 1), ("temperature", 0), ("top_k", 0), ("max_tokens", 1))},
+    "sft.batch_size": 1,
+    "sft.reweighting_burn_in": 0,
 }
 MORE_THAN: dict[str, float] = {
     "algorithm.ratio_clip_eps": 0,
@@ -69,18 +71,24 @@ MORE_THAN: dict[str, float] = {
     "reward.reward_scale": 0,
     "reward.timeout": 0,
     **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},
+    "sft.reweighting_temperature": 0,
 }
 LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim.adam_beta1": 1, "actor.optim.adam_beta2": 1}
 
 
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
-    _raise(config, provenance, (_bounds, _cluster, _runner, _data, _algorithm, _rollout, _actor, _reward))
+    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, _algorithm, _rollout, _actor, _reward))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """As validate, by the rules that concern an evaluation."""
     _raise(config, provenance, (_bounds, _cluster, _rollout, _evaluation))
+
+
+def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) -> None:
+    """As validate, by the rules that concern supervised fine-tuning."""
+    _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft))
 
 
 def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence[Callable[[Config], Iterator[Violation]]]) -> None:
@@ -126,6 +134,9 @@ def _runner(c: Config) -> Iterator[Violation]:
         )
     if c.runner.val_check_interval > 0 and not c.data.val_data_paths:
         yield "runner.val_check_interval", "asks for validation, but data.val_data_paths is empty; name a file, or set it to 0"
+
+
+def _lengths(c: Config) -> Iterator[Violation]:
     longest = c.data.max_prompt_length + c.algorithm.sampling_params.max_new_tokens
     if longest > c.runner.seq_length:
         yield (
@@ -228,6 +239,13 @@ def _evaluation(c: Config) -> Iterator[Violation]:
             yield f"{prefix}.top_p", "is a probability; it must be at most 1"
         if "" in b.stop:
             yield f"{prefix}.stop", "an empty string would end every response at once; remove it"
+
+
+def _sft(c: Config) -> Iterator[Violation]:
+    if not c.sft.response_key:
+        yield "sft.response_key", "is empty; name a field of the records"
+    if c.sft.reweighting is None and c.sft.reweighting_burn_in:
+        yield "sft.reweighting_burn_in", "has a meaning only with sft.reweighting; set it to 0"
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

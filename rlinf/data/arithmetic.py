@@ -3,7 +3,8 @@
 With carries the model only trades one kind of error for another in this time: a bias towards carrying helps half of the problems and
 hurts the others. Sums are below LIMIT, because larger ones are mostly right from the start.
 
-Every prompt is the same two worked examples and then the question. A problem is an unordered pair, so 23+45 and 45+23 are one; no
+Every prompt is the same two worked examples and then the question; `response`, which RL does not look at, goes on from it for supervised
+fine-tuning. A problem is an unordered pair, so 23+45 and 45+23 are one; no
 problem is in both files, none is in the examples, and no answer can be read off an example.
 """
 
@@ -53,5 +54,6 @@ def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Pa
         a, b = PROBLEMS[i]
         if words[i] & 1:  # the order of the terms is chance too
             a, b = b, a
-        records.append({"prompt": prompt(a, b), "task": "math", "query_id": f"add-{a}-{b}", "solutions": [f"\\boxed{{{a + b}}}"]})
+        record = {"prompt": prompt(a, b), "task": "math", "query_id": f"add-{a}-{b}", "solutions": [f"\\boxed{{{a + b}}}"]}
+        records.append(record | {"response": answer(a, b)})
     return {"train": write_jsonl(out_dir / "train.jsonl", records[:n_train]), "val": write_jsonl(out_dir / "val.jsonl", records[n_train:])}

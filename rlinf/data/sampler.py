@@ -33,12 +33,14 @@ class PromptSampler:
     Raises UserError when there are fewer prompts than one batch needs.
     """
 
-    def __init__(self, n: int, batch_size: int, shuffle: bool, seed: int, fingerprint: str = "") -> None:
+    def __init__(
+        self, n: int, batch_size: int, shuffle: bool, seed: int, fingerprint: str = "", batch_key: str = "data.rollout_batch_size"
+    ) -> None:
         if batch_size < 1:
-            raise UserError(f"data.rollout_batch_size: {batch_size} is not a number of prompts; it must be at least 1")
+            raise UserError(f"{batch_key}: {batch_size} is not a number of prompts; it must be at least 1")
         if n < batch_size:
             raise UserError(
-                f"data.rollout_batch_size is {batch_size}, but data.train_data_paths hold only {n} prompts after filtering: "
+                f"{batch_key} is {batch_size}, but data.train_data_paths hold only {n} prompts after filtering: "
                 "add data, or make the batch smaller"
             )
         if seed < 0:

@@ -178,6 +178,24 @@ TRAIN = metrics(
     ),
 )
 
+SFT = metrics(
+    "sft",
+    ("loss", "mean negative log-likelihood of the step's response tokens, before the step", "falls", "flat: raise the learning rate; a jump: see `grad_norm`"),
+    (
+        "objective",
+        "what was minimised: `loss`, or with `sft.reweighting` the weighted mean of the examples' losses",
+        "as `loss`; with `lin_upper` above the mean of the examples",
+        "as for `loss`",
+    ),
+    ("val_loss", "`loss` on the held-out examples", "falls with `loss`", "rises while `loss` falls: overfitting; fewer epochs, or more data"),
+    ("entropy", "mean token entropy (nats) on the response tokens", "falls slowly", "near 0: the data is memorised"),
+    ("val_entropy", "`entropy` on the held-out examples", "as `entropy`", "—"),
+    ("tokens", "response tokens of the step", "—", "—"),
+    ("grad_norm", "global gradient norm before clipping", "steady", "spikes: bad batch or too high a learning rate"),
+    ("lr", "learning rate of the step", "follows the schedule", "—"),
+    ("skipped", "1 when the gradient was not finite and nothing was stepped", "0", "fp16: now and then is harmless; else look at the data"),
+)
+
 EVAL = metrics(
     "eval",
     (
@@ -258,6 +276,7 @@ SYSTEM = [
 SECTIONS = {
     "What the policy writes": ROLLOUT,
     "What training does": TRAIN,
+    "Supervised fine-tuning": SFT,
     "Held-out problems": EVAL,
     "Benchmarks": BENCHMARK,
     "Time, speed and weights": SYSTEM,

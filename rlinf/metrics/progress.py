@@ -14,6 +14,8 @@ FIELDS = (  # label, metric, format
     ("accuracy", "rollout/accuracy", ".3f"),
     ("length", "rollout/response_length", ".1f"),
     ("entropy", "train/entropy_loss", ".3f"),
+    ("loss", "sft/loss", ".4f"),
+    ("held-out loss", "sft/val_loss", ".4f"),
     ("tokens/s", "perf/tokens_per_second", ",.0f"),
 )
 

@@ -35,17 +35,17 @@ def train(resolved: Resolved) -> int:
     folder = RunFolder(resolved)
     tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
     prompts, report = load_prompts(config.data.train_data_paths, config.data, tokenizer)
-    _say(f"training data: {report.describe()}")
+    say(f"training data: {report.describe()}")
     val_prompts: list[Prompt] = []
     if config.data.val_data_paths:
         val_prompts, val_report = load_prompts(config.data.val_data_paths, config.data, tokenizer)
-        _say(f"validation data: {val_report.describe()}")
+        say(f"validation data: {val_report.describe()}")
     check_tasks({p.task for p in (*prompts, *val_prompts)})
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
     resume_step = None if not folder.continues else folder.resume.step if folder.resume else 0
     logger = MetricLogger(folder.path, config.runner.logger.logger_backends, resume_step)
     run_id = new_run_id()
-    _say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
+    say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
     cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
     try:
@@ -65,12 +65,13 @@ def train(resolved: Resolved) -> int:
     finally:
         logger.close()
         cluster.close()
-    _say(usage.describe())
+    say(usage.describe())
     if len(runner.scores) > 1:
         first, last = min(runner.scores), max(runner.scores)
         show_summary(runner.scores[first].as_scores(), runner.scores[last].as_scores(), config.runner.output_dir)
     return 0
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line to the screen of the driver."""
     sys.stderr.write(line + "\n")

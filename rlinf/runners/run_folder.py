@@ -36,10 +36,10 @@ class Resume:
 
 
 class RunFolder:
-    """<runner.output_dir>/<runner.experiment_name>, held by one driver at a time."""
+    """<runner.output_dir>/<runner.experiment_name>, held by one driver at a time. command: the one that runs here, `train` or `sft`."""
 
-    def __init__(self, resolved: Resolved) -> None:
-        runner = resolved.config.runner
+    def __init__(self, resolved: Resolved, command: str = "train") -> None:
+        runner, self.command = resolved.config.runner, command
         self.path = Path(runner.output_dir).expanduser().resolve() / runner.experiment_name
         self.keep = runner.keep_checkpoints
         _make(self.path)
@@ -74,7 +74,7 @@ class RunFolder:
 
     def finish_checkpoint(self, partial: Path, state: dict[str, Any]) -> Path:
         """Make what was written the latest checkpoint; an interruption at any instant leaves the old latest one in force."""
-        write_json(partial / STATE, state)
+        write_json(partial / STATE, {"command": self.command} | state)
         for folder in [p for p in partial.rglob("*") if p.is_dir()]:
             sync(folder)
         (partial / COMPLETE).touch()
@@ -129,12 +129,16 @@ class RunFolder:
                 f"{self.path}: there is a run here already, and it {how}; nothing was overwritten. "
                 "To go on with it: runner.resume_dir=auto. For a new run: runner.experiment_name=ANOTHER_NAME, or move the folder away"
             )
-        if resume_dir is None:
+        step_dir = self.checkpoints / "latest" if resume_dir == "auto" else Path(resume_dir or "").expanduser()
+        if resume_dir is None or (resume_dir == "auto" and not step_dir.exists()):
             return None
-        if resume_dir == "auto":
-            latest = self.checkpoints / "latest"
-            return read_checkpoint(latest.resolve()) if latest.exists() else None
-        return read_checkpoint(Path(resume_dir).expanduser().resolve())
+        resume = read_checkpoint(step_dir.resolve())
+        if resume.state["command"] != self.command:
+            raise UserError(
+                f"runner.resume_dir: {resume.step_dir} is a checkpoint of `rlinf {resume.state['command']}`, and this is `rlinf {self.command}`; "
+                f"to start from its weights set rollout.model_dir={resume.step_dir / 'hf'}, in a new run"
+            )
+        return resume
 
 
 def read_checkpoint(step_dir: Path) -> Resume:

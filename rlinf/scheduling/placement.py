@@ -37,7 +37,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Plan:
-    """All seats, ordered by component, then rank. `mode` says how components share devices: collocated, disaggregated, hybrid; or evaluation."""
+    """All seats, ordered by component, then rank. `mode` says how components share devices: collocated, disaggregated, hybrid; or evaluation, supervised."""
 
     seats: tuple[Seat, ...]
     mode: str
@@ -100,6 +100,15 @@ def build_evaluation_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     return Plan((*_rollout_seats(config.rollout.tensor_parallel_size, devices), *_reward_seats(devices)), "evaluation")
 
 
+def build_sft_plan(config: Config, nodes: Sequence[Node]) -> Plan:
+    """The actor alone, on its devices of cluster.component_placement."""
+    model, devices = config.actor.model, _component_devices(config.cluster.component_placement, nodes, ("actor",))["actor"]
+    seats = _actor_seats(model.tensor_model_parallel_size, model.pipeline_model_parallel_size, devices)
+    if config.cluster.backend == "local" and len(seats) > 1:
+        raise UserError(f"cluster.backend: local is one process, but the actor has {len(seats)} devices; use cluster.backend: ray")
+    return Plan(tuple(seats), "supervised")
+
+
 def describe(plan: Plan, config: Config) -> str:
     """The plan as text: how components share devices, the actor's layout, and who sits on every node."""
     model, rollout, actors = config.actor.model, config.rollout, plan.of("actor")
@@ -109,9 +118,12 @@ def describe(plan: Plan, config: Config) -> str:
         f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)",
         f"  actor    {len(actors)} rank(s) = TP {tp} x DP {len(actors) // (tp * pp)} x PP {pp}"
         + (f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""),
-        f"  rollout  {len(plan.of('rollout'))} {rollout.rollout_backend} engine(s) of {rollout.tensor_parallel_size} device(s)",
-        f"  reward   {len(plan.of('reward'))} process(es) on the hosts",
     ]
+    if plan.of("rollout"):
+        lines += [
+            f"  rollout  {len(plan.of('rollout'))} {rollout.rollout_backend} engine(s) of {rollout.tensor_parallel_size} device(s)",
+            f"  reward   {len(plan.of('reward'))} process(es) on the hosts",
+        ]
     for node in sorted({s.node for s in plan.seats}):
         seated = {c: [s for s in plan.of(c) if s.node == node] for c in COMPONENTS}
         parts = [
@@ -123,7 +135,7 @@ def describe(plan: Plan, config: Config) -> str:
     return "\n".join(lines)
 
 
-def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node]) -> dict[str, list[Device]]:
+def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node], needed: Sequence[str] = COMPONENTS) -> dict[str, list[Device]]:
     everything = [(n.rank, i) for n in nodes for i in range(n.devices)]
     devices: dict[str, list[Device]] = {}
     for names, spec in placement.items():
@@ -139,7 +151,7 @@ def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node]) -> d
             if name in devices:
                 raise UserError(f"{KEY}: {name} is placed twice; give it one list of devices, such as `{name}: 0-3,8`")
             devices[name] = [everything[i] for i in _indices(name, spec, len(everything))]
-    missing = [c for c in COMPONENTS if c not in devices]
+    missing = [c for c in needed if c not in devices]
     if missing:
         raise UserError(f"{KEY}: {', '.join(missing)} has no devices; add it, such as `{','.join(missing)}: all`")
     return devices

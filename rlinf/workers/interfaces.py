@@ -52,6 +52,22 @@ class TrainWorker(Protocol):
     def load(self, step_dir: str) -> None: ...
 
 
+class SftWorker(Protocol):
+    """One rank of supervised fine-tuning."""
+
+    def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
+        """One optimizer step on one global batch. `groups` are the examples named by batch.group_ids, in that order."""
+        ...
+
+    def validate(self, batch: RankBatch, *groups: Group) -> dict[str, float]:
+        """Means over the held-out examples of all ranks."""
+        ...
+
+    def save(self, step_dir: str) -> None: ...
+
+    def load(self, step_dir: str) -> None: ...
+
+
 class RolloutWorker(Protocol):
     async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]: ...
 

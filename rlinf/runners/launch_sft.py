@@ -1,0 +1,59 @@
+"""From a resolved configuration to a finished fine-tuning run: examples, machines, workers, the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.processes import new_run_id
+from rlinf.cluster.usage import Usage
+from rlinf.config.load import Resolved
+from rlinf.data.examples import load_examples
+from rlinf.data.records import Group
+from rlinf.data.sampler import PromptSampler
+from rlinf.data.tokenizer import load_tokenizer
+from rlinf.metrics.logger import MetricLogger
+from rlinf.runners.launch import say
+from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.sft import SftRunner
+from rlinf.scheduling.placement import build_sft_plan
+
+SFT_WORKER = "rlinf.workers.sft:SftWorker"
+
+
+def finetune(resolved: Resolved) -> int:
+    """Run to the end; 0 when it finished. Everything that was started is ended, however this returns."""
+    config = resolved.config
+    folder = RunFolder(resolved, "sft")
+    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+    examples, report = load_examples(config.data.train_data_paths, config, tokenizer)
+    say(f"training data: {report.describe()}")
+    val_examples: list[Group] = []
+    if config.data.val_data_paths:
+        val_examples, val_report = load_examples(config.data.val_data_paths, config, tokenizer)
+        say(f"held-out data: {val_report.describe()}")
+    sampler = PromptSampler(len(examples), config.sft.batch_size, config.data.shuffle, config.data.seed, report.fingerprint, "sft.batch_size")
+    resume_step = None if not folder.continues else folder.resume.step if folder.resume else 0
+    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, resume_step)
+    run_id = new_run_id()
+    say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
+    cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
+    try:
+        usage = Usage(run_id)
+        actor = cluster.launch(build_sft_plan(config, cluster.inventory()), "actor", SFT_WORKER, config)
+        runner = SftRunner(config, folder, cluster, actor, examples, val_examples, sampler)
+        with usage.sampling(lambda: cluster.phase):
+            asyncio.run(cluster.guard(runner.run(logger)))
+        folder.finish()
+    finally:
+        logger.close()
+        cluster.close()
+    say(usage.describe())
+    if runner.val_losses:
+        first, last = min(runner.val_losses), max(runner.val_losses)
+        say(f"held-out loss: {runner.val_losses[first]:.4f} before step {first + 1}, {runner.val_losses[last]:.4f} after step {last}")
+    if (folder.checkpoints / "latest").exists():
+        say(f"model: {folder.checkpoints / 'latest' / 'hf'} (rollout.model_dir of a run that goes on from it)")
+    return 0
