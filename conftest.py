@@ -1,8 +1,14 @@
-"""Tests marked gpu are skipped, with the reason, on machines without a CUDA device."""
+"""What all tests share. Tests marked gpu are skipped, with the reason, on machines without a CUDA device."""
 
+import signal
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the runs that tests interrupt would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

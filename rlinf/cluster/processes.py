@@ -33,6 +33,18 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
+def terminate_as_interrupt() -> None:
+    """From now on SIGTERM, a scheduler's notice, stops this program as Ctrl-C does; also in the background of a script, where the shell has
+    SIGINT ignored."""
+
+    def stop(*_: object) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def start_time(pid: int) -> int | None:
     """Clock ticks from boot to the start of the process: with the pid, its identity. None when it is dead or a zombie."""
     try:

@@ -92,3 +92,17 @@ def test_a_child_dies_with_its_parent() -> None:
     parent.kill()
     parent.wait()
     assert gone(child, 5)
+
+
+def test_sigterm_stops_also_what_ignores_ctrl_c() -> None:
+    """A script's background jobs have SIGINT ignored."""
+    program = "import time, signal; from rlinf.cluster.processes import terminate_as_interrupt as t; t(); print(flush=True); time.sleep(60)"
+    for ignored in (True, False):
+        child = subprocess.Popen(
+            [sys.executable, "-c", ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);" if ignored else "") + program],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        child.stdout.readline()
+        child.terminate()
+        _, errors = child.communicate(timeout=20)
+        assert child.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt")

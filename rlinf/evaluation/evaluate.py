@@ -6,7 +6,6 @@ import asyncio
 import importlib.metadata
 import json
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from rich.console import Console
 
 import rlinf
 from rlinf.cluster.cluster import Cluster
-from rlinf.cluster.processes import new_run_id
+from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, load
 from rlinf.config.model import load_model_config
@@ -61,7 +60,7 @@ def main(words: Sequence[str]) -> int:
     validate_evaluation(config, resolved.provenance)
     out = Path(config.evaluation.output_dir).resolve()
     tasks = [prepare(config, model) for model in models_of(folders or [config.rollout.model_dir])]
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
+    terminate_as_interrupt()
     with ExitStack() as locks:
         for task in tasks:
             locks.enter_context(hold(out / task.model.name))

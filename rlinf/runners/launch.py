@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 
 from rlinf.cluster.cluster import Cluster
-from rlinf.cluster.processes import new_run_id
+from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved
 from rlinf.data.prompts import load_prompts
@@ -47,7 +46,7 @@ def train(resolved: Resolved) -> int:
     run_id = new_run_id()
     say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
     cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
+    terminate_as_interrupt()
     try:
         usage = Usage(run_id)
         nodes = cluster.inventory()
