@@ -29,7 +29,8 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 def test_dry_run_of_every_example_prints_the_placement(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, err = run(capsys, "train", name, "--dry-run", "rollout.seed=7")
     assert code == 0 and err == ""
-    assert "placement: collocated" in out and "nothing was started" in out
+    mode = "disaggregated" if name.endswith("-pipeline") else "collocated"
+    assert f"placement: {mode}" in out and "nothing was started" in out
 
 
 def test_dry_run_starts_nothing_and_imports_nothing_heavy(tmp_path: Path) -> None:
