@@ -193,15 +193,15 @@ INSTRUCTION_HELP = "line after the question; not used with `raw`"
 
 
 def template_key(default: str) -> Any:
-    meanings = "`chat` = a user turn in the model's chat template; `r1` = DeepSeek-R1's markers and an open <think>; `raw` = as the file has it"
-    return key(default, meanings, ("chat", "r1", "raw"))
+    chat, r1 = "`chat` = a user turn in the model's chat template", "`r1` = DeepSeek-R1's markers and an open <think>"
+    return key(default, f"{chat}; {r1}; `raw` = as the file has it", ("chat", "r1", "raw"))
 
 
 @dataclass
 class BenchmarkConfig:
     """One set of problems and how it is sampled; the defaults are the protocol of arXiv 2501.12948 for reasoning models."""
 
-    path: str | None = key(None, "JSONL file of the problems in the AReaL-boba format (`rlinf data convert`); null = the set is not evaluated")
+    path: str | None = key(None, "JSONL of the problems in the AReaL-boba format (`rlinf data convert`); null = the set is not evaluated")
     n: int = key(32, "samples per problem")
     temperature: float = key(0.6, "softmax temperature; 0 = greedy")
     top_p: float = key(0.95, "sample from the smallest set with this probability mass; 1 = off")
@@ -214,7 +214,9 @@ class BenchmarkConfig:
 
 @dataclass
 class ChoiceConfig(BenchmarkConfig):
-    instruction: str = key(r"Please reason step-by-step and put your choice letter without any other text with \boxed{} in the end.", INSTRUCTION_HELP)
+    instruction: str = key(
+        r"Please reason step-by-step and put your choice letter without any other text with \boxed{} in the end.", INSTRUCTION_HELP
+    )
 
 
 @dataclass
@@ -237,7 +239,7 @@ class CustomConfig(GreedyConfig):
 
 @dataclass
 class EvaluationConfig:
-    output_dir: str = key("./logs/eval", "results are written to <output_dir>/<model>/<benchmark>; what is there already is not generated again")
+    output_dir: str = key("./logs/eval", "results go to <output_dir>/<model>/<benchmark>; what is there already is not generated again")
     opencompass_dir: str | None = key(None, "also write the predictions as OpenCompass does, into this work_dir; null = do not")
     aime24: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     aime25: BenchmarkConfig = field(default_factory=BenchmarkConfig)

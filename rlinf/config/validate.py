@@ -51,7 +51,8 @@ AT_LEAST: dict[str, float] = {
     "reward.overlong_buffer": 0,
     "reward.overlong_penalty": 0,
     "reward.exploration_penalty": 0,
-    **{f"evaluation.{name}.{key}": least for name in BENCHMARKS for key, least in (("n", 1), ("temperature", 0), ("top_k", 0), ("max_tokens", 1))},
+    **{f"evaluation.{name}.{key}": 1 for name in BENCHMARKS for key in ("n", "max_tokens")},
+    **{f"evaluation.{name}.{key}": 0 for name in BENCHMARKS for key in ("temperature", "top_k")},
     "sft.batch_size": 1,
     "sft.reweighting_burn_in": 0,
 }
@@ -228,13 +229,14 @@ def _reward(c: Config) -> Iterator[Violation]:
 
 def _evaluation(c: Config) -> Iterator[Violation]:
     if all(getattr(c.evaluation, name).path is None for name in BENCHMARKS):
-        yield "evaluation.custom.path", f"no problems are given; set the path of a benchmark: {', '.join(f'evaluation.{name}.path' for name in BENCHMARKS)}"
+        paths = ", ".join(f"evaluation.{name}.path" for name in BENCHMARKS)
+        yield "evaluation.custom.path", f"no problems are given; set the path of a benchmark: {paths}"
     if not c.evaluation.output_dir:
         yield "evaluation.output_dir", "is empty; name a folder, such as ./logs/eval"
     for name in BENCHMARKS:
         b, prefix = getattr(c.evaluation, name), f"evaluation.{name}"
         if b.temperature == 0 and b.n > 1:
-            yield f"{prefix}.n", f"greedy answers of one problem are all equal ({prefix}.temperature is 0); set n to 1 or raise the temperature"
+            yield f"{prefix}.n", f"greedy answers of one problem are all equal ({prefix}.temperature is 0); set n to 1, or raise it"
         if b.top_p > 1:
             yield f"{prefix}.top_p", "is a probability; it must be at most 1"
         if "" in b.stop:

@@ -60,12 +60,14 @@ def convert(benchmark: str, source: Path, out: Path, seed: int = 1234) -> dict[s
         except _BadRow as bad:
             raise UserError(f"{source}, row {number}: {bad}") from bad
         records.append({
-            "prompt": question, "task": reader.task, "query_id": f"{benchmark}-{_field(row, ID_FIELDS) or number - 1}", "solutions": [f"\\boxed{{{answer}}}"],
-            "source": {**origin, "row": number},
+            "prompt": question, "task": reader.task, "query_id": f"{benchmark}-{_field(row, ID_FIELDS) or number - 1}",
+            "solutions": [f"\\boxed{{{answer}}}"], "source": {**origin, "row": number},
         })  # fmt: skip
     golds = Counter(r["solutions"][0] for r in records)
     if reader.task == "choice" and len(records) >= MIN_TO_JUDGE and len(golds) == 1:
-        raise UserError(f"{source}: every answer is {next(iter(golds))}: the options were never shuffled; convert the file with the four answers instead")
+        raise UserError(
+            f"{source}: every answer is {next(iter(golds))}: its options were never shuffled; convert the file with the four answers"
+        )
     _write(out, records)
     report = {"file": out, "problems": len(records), "source_sha256": origin["sha256"]}
     if reader.task == "choice":

@@ -102,7 +102,11 @@ def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
         "weights": weights_checksum(task.model.path),
         "problems": problems.fingerprint(),
         "protocol": problems.protocol_json(),
-        "engine": {"backend": rollout.rollout_backend, "precision": rollout.precision or task.config.actor.model.precision, "seed": rollout.seed},
+        "engine": {
+            "backend": rollout.rollout_backend,
+            "precision": rollout.precision or task.config.actor.model.precision,
+            "seed": rollout.seed,
+        },
         "judge": {"rlinf": rlinf.__version__, "answer_format": task.config.reward.answer_format},
     }
 

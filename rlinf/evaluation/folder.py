@@ -67,7 +67,9 @@ class SetFolder:
         if not file.exists():
             foreign = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
             if foreign:
-                raise UserError(f"{self.path}: the folder holds {foreign[0]} but no evaluation; set evaluation.output_dir to another folder")
+                raise UserError(
+                    f"{self.path}: the folder holds {foreign[0]} but no evaluation; set evaluation.output_dir to another folder"
+                )
             _make(self.path)
             write_whole(file, [json.dumps(identity, indent=1) + "\n"])
             return
@@ -89,7 +91,9 @@ def hold(model_folder: Path) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise UserError(f"{model_folder}: another evaluation is writing here now; wait for it, or set evaluation.output_dir to another folder") from error
+        raise UserError(
+            f"{model_folder}: another evaluation is writing here now; wait for it, or set evaluation.output_dir to another folder"
+        ) from error
     return lock
 
 

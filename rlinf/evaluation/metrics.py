@@ -31,7 +31,10 @@ def g_pass_at_k(n: int, c: int, k: int, tau: float) -> float:
 
 
 def mg_pass_at_k(n: int, c: int, k: int) -> float:
-    """Mean of G-Pass@k over tau in (0.5, 1]: (2/k) sum over i = ceil(k/2)+1 .. k of G-Pass@k with tau = i/k (arXiv 2412.13147, equation 5)."""
+    """Mean of G-Pass@k over tau in (0.5, 1]: (2/k) sum of G-Pass@k over tau = i/k, i = ceil(k/2)+1 .. k.
+
+    arXiv 2412.13147, equation 5.
+    """
     _check(n, c, k)
     return 2 / k * sum(g_pass_at_k(n, c, k, i / k) for i in range(math.ceil(k / 2) + 1, k + 1))
 

@@ -17,7 +17,16 @@ DRAWS = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0
 
 @pytest.mark.parametrize(
     ("n", "c", "k", "value"),
-    [(4, 2, 2, 0.83333), (4, 1, 2, 0.5), (10, 3, 1, 0.3), (10, 3, 5, 0.91667), (32, 4, 8, 0.70451), (32, 1, 8, 0.25), (32, 30, 8, 1), (32, 0, 8, 0)],
+    [
+        (4, 2, 2, 0.83333),
+        (4, 1, 2, 0.5),
+        (10, 3, 1, 0.3),
+        (10, 3, 5, 0.91667),
+        (32, 4, 8, 0.70451),
+        (32, 1, 8, 0.25),
+        (32, 30, 8, 1),
+        (32, 0, 8, 0),
+    ],
 )
 def test_pass_at_k_of_known_cases(n: int, c: int, k: int, value: float) -> None:
     assert pass_at_k(n, c, k) == pytest.approx(value, abs=1e-5)
@@ -48,7 +57,17 @@ def test_pass_and_g_pass_are_means_over_all_draws(right: list[bool], data: st.Da
 
 @pytest.mark.parametrize(
     ("n", "c", "k", "value"),
-    [(4, 2, 4, 0), (4, 3, 4, 0.5), (4, 4, 4, 1), (8, 6, 4, 0.5), (8, 4, 4, 0.12857), (8, 8, 8, 1), (8, 6, 8, 0.5), (32, 24, 8, 0.50308), (32, 16, 8, 0.11809)],
+    [
+        (4, 2, 4, 0),
+        (4, 3, 4, 0.5),
+        (4, 4, 4, 1),
+        (8, 6, 4, 0.5),
+        (8, 4, 4, 0.12857),
+        (8, 8, 8, 1),
+        (8, 6, 8, 0.5),
+        (32, 24, 8, 0.50308),
+        (32, 16, 8, 0.11809),
+    ],
 )
 def test_mg_pass_of_known_cases(n: int, c: int, k: int, value: float) -> None:
     assert mg_pass_at_k(n, c, k) == pytest.approx(value, abs=1e-5)

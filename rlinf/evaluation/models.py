@@ -50,7 +50,9 @@ def model_of(folder: str) -> Model:
     step = STEP.fullmatch(path.parent.name) if path.name == "hf" else None
     if step is None:
         if not (path / "config.json").is_file():
-            raise UserError(f"{path}: no config.json, so no model; give a Hugging Face folder or a checkpoint such as RUN/checkpoints/step_000050/hf")
+            raise UserError(
+                f"{path}: no config.json, so no model; give a Hugging Face folder or a checkpoint such as RUN/checkpoints/step_000050/hf"
+            )
         return Model(path, path.name, path.name, 0)
     run = path.parents[2].name if path.parents[1].name == "checkpoints" else path.parents[1].name
     return Model(path, f"{run}-{path.parent.name}", run, int(step[1]))
@@ -63,7 +65,9 @@ def models_of(folders: Sequence[str]) -> list[Model]:
             if other.path == model.path:
                 raise UserError(f"{model.path} is given twice; give it once")
             if other.name == model.name:
-                raise UserError(f"{other.path} and {model.path} would both be named {model.name}; evaluate them into different evaluation.output_dir")
+                raise UserError(
+                    f"{other.path} and {model.path} would both be named {model.name}; evaluate them into different evaluation.output_dir"
+                )
     return models
 
 

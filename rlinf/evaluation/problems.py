@@ -72,7 +72,9 @@ def load_sets(config: Config, tokenizer: TextTokenizer) -> list[ProblemSet]:
     names = [s.name for s in sets]
     for s in sets:
         if names.count(s.name) > 1:
-            raise UserError(f"evaluation.{s.section}.path: its results would be named {s.name}, as those of another section; rename the file")
+            raise UserError(
+                f"evaluation.{s.section}.path: its results would be named {s.name}, as those of another section; rename the file"
+            )
     return sets
 
 
@@ -81,7 +83,7 @@ def check_context(sets: Sequence[ProblemSet], max_positions: int, model_dir: str
     for s in sets:
         if s.longest_prompt + s.protocol.max_tokens > max_positions:
             raise UserError(
-                f"evaluation.{s.section}.max_tokens = {s.protocol.max_tokens}: with the longest prompt ({s.longest_prompt} tokens) this exceeds "
+                f"evaluation.{s.section}.max_tokens = {s.protocol.max_tokens} and the longest prompt ({s.longest_prompt} tokens) exceed "
                 f"max_position_embeddings {max_positions} of {model_dir}; lower it to at most {max_positions - s.longest_prompt}"
             )
     return max(s.longest_prompt + s.protocol.max_tokens for s in sets)

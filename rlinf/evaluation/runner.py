@@ -89,5 +89,8 @@ class Progress:
     def line(self) -> str:
         new, spent = self.done - self.before, max(self.clock() - self.started, 1e-9)
         left = spent / new * (self.samples - self.done)
-        shares = "  ".join(f"{name} {count / new:.3f}" for name, count in (("right", self.right), ("cut", self.cut), ("no box", self.no_box)))
-        return f"[bold]{self.label}[/bold]  samples {self.done}/{self.samples}  {shares}  tokens/s {self.tokens / spent:,.0f}  ETA {duration(left)}"
+        shares = "  ".join(
+            f"{name} {count / new:.3f}" for name, count in (("right", self.right), ("cut", self.cut), ("no box", self.no_box))
+        )
+        speed = f"tokens/s {self.tokens / spent:,.0f}  ETA {duration(left)}"
+        return f"[bold]{self.label}[/bold]  samples {self.done}/{self.samples}  {shares}  {speed}"

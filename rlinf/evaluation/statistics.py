@@ -20,9 +20,7 @@ def bootstrap_means(values_NM: np.ndarray, seed: int = 0) -> list[Interval]:
     n_problems = len(values_NM)
     rng = np.random.default_rng(seed)
     share = np.full(n_problems, 1 / n_problems)
-    means_RM = np.concatenate(
-        [rng.multinomial(n_problems, share, CHUNK) @ values_NM / n_problems for _ in range(RESAMPLES // CHUNK)]
-    )
+    means_RM = np.concatenate([rng.multinomial(n_problems, share, CHUNK) @ values_NM / n_problems for _ in range(RESAMPLES // CHUNK)])
     low_M, high_M = np.quantile(means_RM, (0.025, 0.975), axis=0)
     return [Interval(float(m), float(lo), float(hi)) for m, lo, hi in zip(values_NM.mean(axis=0), low_M, high_M)]
 

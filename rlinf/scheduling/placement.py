@@ -37,7 +37,10 @@ class Seat:
 
 @dataclass(frozen=True)
 class Plan:
-    """All seats, ordered by component, then rank. `mode` says how components share devices: collocated, disaggregated, hybrid; or evaluation, supervised."""
+    """All seats, ordered by component, then rank.
+
+    mode: how components share devices (collocated, disaggregated, hybrid), or what the run is (evaluation, supervised).
+    """
 
     seats: tuple[Seat, ...]
     mode: str
