@@ -24,7 +24,7 @@ from rlinf.weights.architecture import read_architecture
 from rlinf.weights.tensor_folder import open_hf_folder
 
 OPTIM = OptimConfig(lr=1e-2, adam_eps=1e-8, weight_decay=0.0)
-PLAIN = replace(SETTINGS, kl_beta=0.0, importance_sampling_clip=None)  # no reference policy
+PLAIN = replace(SETTINGS, kl_beta=0.0, correction=None)  # no reference policy
 MiniBatch = tuple[list[PackedBatch], Denominators]
 
 

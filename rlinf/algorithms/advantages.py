@@ -36,12 +36,19 @@ def centred(rewards_G: np.ndarray) -> np.ndarray:
     return rewards_G - rewards_G.mean()
 
 
+def uncompared(rewards_G: np.ndarray) -> np.ndarray:
+    """R itself (REINFORCE++, arXiv 2501.03262): the baseline is the mean over the batch, taken by the whitening."""
+    return rewards_G
+
+
 ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "grpo": grpo,
     "rloo": rloo,
     "dr_grpo": centred,
     "reinforce++-baseline": centred,
+    "reinforce++": uncompared,
 }
+COMPARING = frozenset(ADVANTAGES) - {"reinforce++"}  # estimators that need at least two responses of a prompt
 
 
 def outcome_advantages(
@@ -49,13 +56,14 @@ def outcome_advantages(
 ) -> list[np.ndarray]:
     """One advantage for each response of each group; with `normalize`, whitened once over all response tokens of the global batch.
 
-    rewards and loss_tokens: one inner sequence a group. Raises ValueError for a group of one response or a reward that is not finite.
+    rewards and loss_tokens: one inner sequence a group. Raises ValueError for a reward that is not finite, and for a group of one response
+    unless adv_type looks at each response alone.
     """
     estimate = ADVANTAGES[adv_type]
     groups = []
     for index, group in enumerate(rewards):
         rewards_G = np.asarray(group, dtype=np.float64)
-        if len(rewards_G) < 2:
+        if len(rewards_G) < 2 and adv_type in COMPARING:
             raise ValueError(f"group {index} has {len(rewards_G)} response(s); {adv_type} compares responses and needs at least 2")
         if not np.isfinite(rewards_G).all():
             raise ValueError(f"group {index} has a reward that is not finite: {rewards_G.tolist()}")

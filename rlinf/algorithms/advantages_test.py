@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlinf.algorithms.advantages import ADVANTAGES, centred, grpo, outcome_advantages, rloo, whiten
+from rlinf.algorithms.advantages import ADVANTAGES, COMPARING, centred, grpo, outcome_advantages, rloo, whiten
 
 NEAR = dict(abs=1e-4)
 R1 = np.array([1.0, 0, 0, 0])
@@ -16,6 +16,8 @@ R2 = np.array([1.0, 1, 0, 0])
 
 def test_published_examples() -> None:
     assert grpo(R1) == pytest.approx([1.5, -0.5, -0.5, -0.5], **NEAR)
+    assert grpo(np.array([5.0, -5, -5, -5])) == pytest.approx([1.5, -0.5, -0.5, -0.5], **NEAR)  # the scale of the reward cancels
+    assert (R1 - R1.mean()) / R1.std() == pytest.approx([1.7321] + [-0.5774] * 3, **NEAR)  # what the population std would give instead
     assert grpo(R2) == pytest.approx([0.8660, 0.8660, -0.8660, -0.8660], **NEAR)
     assert rloo(R1) == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
     assert rloo(R2) == pytest.approx([2 / 3, 2 / 3, -2 / 3, -2 / 3])
@@ -37,21 +39,21 @@ rewards = st.lists(st.sampled_from([-5.0, 5.0, 0.0, 0.1]), min_size=2, max_size=
 def test_laws(rewards_G: np.ndarray, a: float, b: float) -> None:
     """Sum 0; affine invariance up to the epsilon; RLOO is G/(G-1) times Dr.GRPO; Dr.GRPO over std is GRPO."""
     size = len(rewards_G)
-    for name, estimate in ADVANTAGES.items():
-        assert estimate(rewards_G).sum() == pytest.approx(0, abs=1e-9), name
+    for name in COMPARING:
+        assert ADVANTAGES[name](rewards_G).sum() == pytest.approx(0, abs=1e-9), name
     assert grpo(a * rewards_G + b) == pytest.approx(grpo(rewards_G), abs=1e-3)
     assert rloo(rewards_G) == pytest.approx(centred(rewards_G) * size / (size - 1))
     if len(set(rewards_G)) > 1:
         assert centred(rewards_G) / rewards_G.std(ddof=1) == pytest.approx(grpo(rewards_G), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", sorted(COMPARING))
 @pytest.mark.parametrize("value", [0.1, -5.0, 1 / 3])
 def test_equal_rewards_give_exactly_zero(name: str, value: float) -> None:
     assert (ADVANTAGES[name](np.full(3, value)) == 0).all()
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", sorted(COMPARING))
 def test_a_group_of_one_and_a_reward_that_is_not_finite_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="needs at least 2"):
         outcome_advantages([[1.0]], [[3]], name, False)
@@ -60,8 +62,16 @@ def test_a_group_of_one_and_a_reward_that_is_not_finite_are_refused(name: str) -
 
 
 def test_whitening_weighs_tokens_and_uses_the_population_variance() -> None:
-    """Rewards 1 (2 tokens) and 0 (3 tokens): mean 0.4, population variance 0.24 (arXiv 2501.03262)."""
+    """Rewards 1 (2 tokens) and 0 (3 tokens): mean 0.4, population variance 0.24 (arXiv 2501.03262); the unbiased one would be 0.30."""
     assert whiten(np.array([1.0, 0.0]), np.array([2, 3])) == pytest.approx([1.2247, -0.8165], **NEAR)
+    assert np.array([0.6, -0.4]) / np.sqrt(0.30) == pytest.approx([1.0954, -0.7303], **NEAR)
+
+
+def test_reinforce_pp_takes_the_batch_as_its_baseline() -> None:
+    """Also for groups of one response."""
+    assert outcome_advantages([[5.0], [-5.0]], [[2], [3]], "reinforce++", False) == [np.array([5.0]), np.array([-5.0])]
+    white = outcome_advantages([[1.0], [0.0]], [[2], [3]], "reinforce++", True)
+    assert np.concatenate(white) == pytest.approx([1.2247, -0.8165], **NEAR)
 
 
 def test_whitening_gives_mean_0_and_variance_1_over_tokens_and_is_nearly_idempotent() -> None:

@@ -1,4 +1,4 @@
-"""Which groups, responses and lengths a step learns from: pure functions on the numbers of the group headers."""
+"""Which groups and responses a step learns from: pure functions on the numbers of the group headers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,13 @@ def has_signal(right: Sequence[bool]) -> bool:
     return 0 < sum(right) < len(right)
 
 
-def overlong_penalty(length: int, max_length: int, margin: int) -> float:
-    """DAPO's soft overlong punishment (arXiv 2503.14476), added to a reward of ±1: 0 up to max_length - margin, then linearly to -1."""
-    return -min(max(length - (max_length - margin), 0) / margin, 1.0)
-
-
-def update_subset(seed: int, step: int, prompt_id: str, group_size: int, n: int) -> np.ndarray:
+def update_subset(seed: int, group_id: str, group_size: int, n: int) -> np.ndarray:
     """RaML's num_update_sample_per_prompt (arXiv 2505.19815): which n of the group's responses take part in the update (bool).
 
-    The advantages are still those of all responses. Depends on its arguments only, so every rank and every resumed run agree.
+    The advantages are still those of all responses. Depends on its arguments only, so every rank and every resumed run agree; group_id
+    holds the step, so that a prompt's next visit chooses anew.
     """
-    key = sha256(f"{seed}/{step}/{prompt_id}".encode()).digest()
+    key = sha256(f"{seed}/{group_id}".encode()).digest()
     chosen = np.random.default_rng(int.from_bytes(key[:8], "big")).permutation(group_size)[: min(n, group_size)]
     mask = np.zeros(group_size, dtype=bool)
     mask[chosen] = True

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlinf.algorithms.advantages import grpo
-from rlinf.algorithms.filters import has_signal, overlong_penalty, update_subset
+from rlinf.algorithms.filters import has_signal, update_subset
 
 
 def test_only_mixed_groups_have_a_signal() -> None:
@@ -21,22 +21,16 @@ def test_survival_of_a_group_of_16(p: float, survives: float) -> None:
     assert np.mean([has_signal(g) for g in right[:4000].tolist()]) == pytest.approx(survives, abs=0.02)
 
 
-def test_soft_overlong_punishment() -> None:
-    assert [overlong_penalty(n, 20480, 4096) for n in (1, 16384, 17408, 18432, 20480)] == [0, 0, -0.25, -0.5, -1]
-    small = [overlong_penalty(n, 10, 4) for n in range(6, 12)]
-    assert small == [0, -0.25, -0.5, -0.75, -1, -1]
-
-
 def test_update_subset_is_seeded_exact_and_uniform() -> None:
     for n, chosen in ((0, 0), (1, 1), (3, 3), (4, 4), (9, 4)):
-        assert update_subset(1, 2, "p", 4, n).sum() == chosen
-    assert (update_subset(1, 2, "p", 8, 4) == update_subset(1, 2, "p", 8, 4)).all()
-    masks = np.array([update_subset(7, step, f"p{k}", 4, 2) for step in range(40) for k in range(25)])
+        assert update_subset(1, "2.p", 4, n).sum() == chosen
+    assert (update_subset(1, "2.p", 8, 4) == update_subset(1, "2.p", 8, 4)).all()
+    masks = np.array([update_subset(7, f"{step}.p{k}", 4, 2) for step in range(40) for k in range(25)])
     assert masks.mean(axis=0) == pytest.approx([0.5] * 4, abs=0.06)
 
 
 def test_update_subset_keeps_the_scale_of_the_summed_loss() -> None:
     """Over all subsets, the expected sum is n / G of the full one (RaML); advantages are those of all responses."""
     losses = grpo(np.array([1.0, 0, 0, 0])) * np.array([3, 1, 4, 1])
-    sums = [losses[update_subset(0, step, "p", 4, 1)].sum() for step in range(4000)]
+    sums = [losses[update_subset(0, f"{step}.p", 4, 1)].sum() for step in range(4000)]
     assert np.mean(sums) == pytest.approx(losses.sum() / 4, abs=0.15)

@@ -1,12 +1,15 @@
-"""Weights that correct for a rollout engine that is not quite the actor: rho = pi_old (actor) / mu (engine), same weights, same token.
+"""Weights that correct for a rollout engine that is not quite the actor: rho = pi_old (actor) / mu (engine), same token.
 
-Each function takes log_rho_N = log pi_old - log mu and gives a weight for each token's policy loss, without gradient. The denominators
-of the loss stay those of all tokens. Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training";
-verl's rollout correction. A token that the engine did not report (NaN) makes the weight, and so the loss, NaN: never silently 1.
+Each weight multiplies a token's policy loss, without gradient; the denominators of the loss stay those of all tokens. Source: Yao et al.
+2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; verl's rollout correction; decoupled PPO, arXiv 2505.24298.
+A token that the engine did not report (NaN) makes the weight, and so the loss, NaN: never silently 1.
 Legend: N tokens that count, S samples of the micro-batch.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,39 +17,68 @@ from torch import Tensor
 from rlinf.algorithms.kl import K3_LIMIT, LOG_RATIO_LIMIT
 from rlinf.algorithms.losses import sequence_mean_S
 
-
-def token_truncated(log_rho_N: Tensor, limit: float) -> Tensor:
-    """min(rho, limit)."""
-    return rho(log_rho_N).clamp(max=limit)
-
-
-def sequence_truncated(log_rho_N: Tensor, sample_N: Tensor, n_samples: int, limit: float) -> Tensor:
-    """min(product of the response's rho, limit). Grows with length: a token ratio of 1.1 is 2.59 over 10 tokens and 13,781 over 100."""
-    log_product_S = torch.zeros(n_samples, dtype=log_rho_N.dtype, device=log_rho_N.device).index_add(0, sample_N, log_rho_N.detach())
-    return rho(log_product_S).clamp(max=limit)[sample_N]
+CORRECTIONS = (
+    "token-truncate", "token-mask", "sequence-truncate", "sequence-mask", "geometric-truncate", "geometric-mask", "k3-mask",
+)  # fmt: skip
 
 
-def token_mask(log_rho_N: Tensor, low: float, high: float) -> Tensor:
-    """rho where it lies in [low, high], else 0."""
-    return within(rho(log_rho_N), low, high) * rho(log_rho_N)
+@dataclass(frozen=True)
+class Correction:
+    """`<statistic>-truncate`: the weight is min(statistic, high). `<statistic>-mask`: 0 where the statistic leaves [low, high].
+
+    token       rho of the token
+    sequence    product of the response's rho; grows with length: a token ratio of 1.1 is 2.59 over 10 tokens and 13,781 over 100
+    geometric   exp of the mean of the response's log rho
+    k3          mean of the response's rho - log rho - 1; a mask only, and low does not matter: it is never negative
+
+    What a token or sequence mask keeps has the weight rho (or the product), what a geometric or k3 mask keeps has the weight 1.
+    """
+
+    kind: str
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in CORRECTIONS:
+            raise ValueError(f"importance_sampling_type must be one of {', '.join(CORRECTIONS)}, got {self.kind!r}")
+        if self.high <= 0 or self.lower > self.high:
+            raise ValueError(f"importance weights cannot be held to [{self.low}, {self.high}]")
+
+    @property
+    def lower(self) -> float:
+        """The bound below; only masks of ratios have one."""
+        return self.low if self.kind in ("token-mask", "sequence-mask", "geometric-mask") else 0.0
 
 
-def geometric_mask(log_rho_N: Tensor, sample_N: Tensor, n_samples: int, low: float, high: float) -> Tensor:
-    """1 for the tokens of a response whose exp(mean log rho) lies in [low, high], else 0."""
-    return within(rho(sequence_mean_S(log_rho_N, sample_N, n_samples)), low, high)[sample_N]
+class Weights(NamedTuple):
+    """weight_N of the token losses; limited_N (bool): truncated or set to 0."""
+
+    weight_N: Tensor
+    limited_N: Tensor
 
 
-def k3_mask(log_rho_N: Tensor, sample_N: Tensor, n_samples: int, limit: float) -> Tensor:
-    """1 for the tokens of a response whose mean of rho - log rho - 1 is at most limit, else 0."""
-    clamped_N = log_rho_N.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    k3_N = (torch.expm1(clamped_N) - clamped_N).clamp(0.0, K3_LIMIT)
-    return within(sequence_mean_S(k3_N, sample_N, n_samples), 0.0, limit)[sample_N]
+def importance_weights(correction: Correction, log_rho_N: Tensor, sample_N: Tensor, n_samples: int) -> Weights:
+    """Weights from log_rho_N = log pi_old - log mu."""
+    name, _, how = correction.kind.partition("-")
+    value_N = statistic_N(name, log_rho_N.detach(), sample_N, n_samples)
+    if how == "truncate":
+        return Weights(value_N.clamp(max=correction.high), value_N > correction.high)
+    outside_N = (value_N > correction.high) | (value_N < correction.lower)
+    kept_N = value_N if name in ("token", "sequence") else torch.where(value_N.isnan(), value_N, 1.0)
+    return Weights(torch.where(outside_N, 0.0, kept_N), outside_N)
+
+
+def statistic_N(name: str, log_rho_N: Tensor, sample_N: Tensor, n_samples: int) -> Tensor:
+    """What a correction looks at, for each token (see Correction)."""
+    if name == "token":
+        return rho(log_rho_N)
+    if name == "sequence":
+        return rho(log_rho_N.new_zeros(n_samples).index_add(0, sample_N, log_rho_N))[sample_N]
+    if name == "geometric":
+        return rho(sequence_mean_S(log_rho_N, sample_N, n_samples))[sample_N]
+    clamped_N = log_rho_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return sequence_mean_S((torch.expm1(clamped_N) - clamped_N).clamp(0.0, K3_LIMIT), sample_N, n_samples)[sample_N]
 
 
 def rho(log_rho: Tensor) -> Tensor:
-    return log_rho.detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-
-
-def within(values: Tensor, low: float, high: float) -> Tensor:
-    """1 inside the bounds, 0 outside, NaN for NaN."""
-    return torch.where(values.isnan(), values, ((values >= low) & (values <= high)).to(values.dtype))
+    return log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

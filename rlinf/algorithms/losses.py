@@ -88,18 +88,6 @@ def cispo(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, samp
     return TokenLosses(-weight_N * advantages_N * logprobs_N, weight_N != ratio_N, torch.zeros_like(ratio_N, dtype=torch.bool))
 
 
-def decoupled_ppo(
-    logprobs_N: Tensor, prox_logprobs_N: Tensor, behaviour_logprobs_N: Tensor, advantages_N: Tensor, clip: Clip, cap: float
-) -> TokenLosses:
-    """Decoupled PPO (AReaL, arXiv 2505.24298): the trust region stands around pi_prox, not around the stale policy that sampled.
-
-    loss = w * PPO(pi / pi_prox), w = sg[pi_prox / pi_behaviour]; a token with w > cap has loss 0 and still counts in the denominator.
-    """
-    weight_N = importance_ratio_N(prox_logprobs_N, behaviour_logprobs_N).detach()
-    surrogate = clipped_surrogate(importance_ratio_N(logprobs_N, prox_logprobs_N), advantages_N, clip)
-    return surrogate._replace(loss_N=torch.where(weight_N > cap, 0.0, weight_N * surrogate.loss_N))
-
-
 def sequence_mean_S(values_N: Tensor, sample_N: Tensor, n_samples: int) -> Tensor:
     """Mean of each sample's tokens; 0 for a sample without tokens."""
     sums_S = values_N.new_zeros(n_samples).index_add(0, sample_N, values_N)
@@ -109,6 +97,7 @@ def sequence_mean_S(values_N: Tensor, sample_N: Tensor, n_samples: int) -> Tenso
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, Clip], TokenLosses]] = {
     "ppo": ppo,
+    "decoupled-ppo": ppo,  # AReaL, arXiv 2505.24298: around pi_prox = pi_old; its weight pi_prox / pi_behaviour is a Correction (importance.py)
     "gspo": gspo,
     "gspo-token": gspo_token,
     "cispo": cispo,

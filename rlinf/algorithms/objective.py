@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from rlinf.algorithms.aggregation import Denominators, token_weights_N
-from rlinf.algorithms.importance import token_truncated
+from rlinf.algorithms.importance import Correction, importance_weights
 from rlinf.algorithms.kl import kl_estimate_N
-from rlinf.algorithms.losses import LOSSES, Clip, importance_ratio_N
+from rlinf.algorithms.losses import LOSSES, Clip, importance_ratio_N, ppo
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """The part of the `algorithm` section that the loss needs. importance_sampling_clip None = no correction for the rollout engine."""
+    """The part of the `algorithm` section that the loss needs. correction None = the rollout engine's probabilities are taken for the actor's.
+
+    decoupled-ppo is ppo with the correction `token-mask` up to its cap: pi_old is then pi_prox, the engine's policy pi_behaviour.
+    """
 
     loss_type: str
     loss_agg_func: str
@@ -33,14 +36,16 @@ class ObjectiveSettings:
     kl_beta: float
     kl_penalty_type: str
     entropy_bonus: float
-    importance_sampling_clip: float | None
+    correction: Correction | None
     max_new_tokens: int
 
     def __post_init__(self) -> None:
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {self.loss_type!r}")
-        if self.clip_c is not None and (self.clip_c <= 1 or self.loss_type != "ppo"):
+        if self.clip_c is not None and (self.clip_c <= 1 or LOSSES[self.loss_type] is not ppo):
             raise ValueError(f"the dual-clip constant must be > 1 and is for ppo, got {self.clip_c} with {self.loss_type}")
+        if self.loss_type == "decoupled-ppo" and self.correction is None:
+            raise ValueError("decoupled-ppo needs a correction: it is what weighs pi_prox against pi_behaviour")
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,11 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
 
     clip = Clip(settings.clip_low, settings.clip_high, settings.clip_c)
     policy = LOSSES[settings.loss_type](logprobs_C, old_logprobs_C, advantages_C, sample_C, tokens.n_samples, clip)
-    policy_C = policy.loss_N
-    if settings.importance_sampling_clip is not None:
-        policy_C = policy_C * token_truncated(old_logprobs_C - tokens.rollout_logprobs_N, settings.importance_sampling_clip)
+    policy_C, limited_C = policy.loss_N, None
+    if settings.correction is not None:
+        log_rho_C = old_logprobs_C - tokens.rollout_logprobs_N
+        weight_C, limited_C = importance_weights(settings.correction, log_rho_C, sample_C, tokens.n_samples)
+        policy_C = policy_C * weight_C
     policy_loss = (weights_C * policy_C).sum()
 
     loss, kl_C = policy_loss, None
@@ -140,22 +147,25 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
             "dual_clipped": total(policy.dual_clipped_N),
             "approx_kl": total(kl_estimate_N("k3", old_logprobs_C, logprobs_C)),
         } | ({} if kl_C is None else {"kl": total(kl_C)})
-        rollout = rollout_agreement(old_logprobs_C, tokens.rollout_logprobs_N, settings.importance_sampling_clip)
+        rollout = rollout_agreement(old_logprobs_C, tokens.rollout_logprobs_N, limited_C)
     metrics = MetricSums({k: v.detach() for k, v in (sums | rollout.sums).items()}, rollout.maxima)
     return loss.to(logprobs_C.dtype), metrics
 
 
-def rollout_agreement(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, clip: float | None) -> MetricSums:
-    """How far actor and rollout engine are apart on the same tokens and weights; tokens that the engine did not report are left out."""
+def rollout_agreement(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, limited_C: Tensor | None) -> MetricSums:
+    """How far actor and rollout engine are apart on the same tokens; tokens that the engine did not report are left out.
+
+    limited_C: with a correction, the tokens whose weight it truncated or set to 0.
+    """
     known_C = ~rollout_logprobs_C.isnan()
     gap_C = (old_logprobs_C - rollout_logprobs_C).abs()[known_C]
     sums = {"gap": total(gap_C), "gap_tokens": total(known_C)}
     maxima = {"gap": largest(gap_C)}
-    if clip is not None:
+    if limited_C is not None:
         ratio_C = importance_ratio_N(old_logprobs_C, rollout_logprobs_C)
         sums |= {
             "importance": total(ratio_C),
-            "importance_clipped": total(ratio_C > clip),
+            "importance_clipped": total(limited_C),
             "importance_kl": total(kl_estimate_N("k3", rollout_logprobs_C, old_logprobs_C)),
         }
         maxima |= {"importance": largest(ratio_C), "importance_inverse": largest(1 / ratio_C)}
@@ -194,12 +204,12 @@ def finalize_metrics(sums: dict[str, Tensor], maxima: dict[str, Tensor], n_minib
 def early_stop(ratio_sum: float, token_count: float, limit: float | None) -> bool:
     """Whether to skip the optimizer step: the token-mean importance ratio of the whole mini-batch exceeds `limit`, or is not a number.
 
-    Both arguments are sums over all micro-batches and data-parallel ranks, so that every rank decides alike. A mini-batch in which no
-    token counts has no ratio and is skipped too. limit None = never.
+    Both arguments are sums over all micro-batches and data-parallel ranks, so that every rank decides alike. limit None: no such limit.
+    A mini-batch in which no token counts is always skipped: a step on nothing would still move the weights by decay and momentum.
     """
-    if limit is None:
-        return False
-    return not (token_count > 0 and ratio_sum / token_count <= limit)
+    if token_count == 0:
+        return True
+    return limit is not None and not ratio_sum / token_count <= limit
 
 
 def total(values: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from rlinf.algorithms.advantages import centred, grpo
 from rlinf.algorithms.aggregation import Denominators, token_weights_N
+from rlinf.algorithms.importance import CORRECTIONS, Correction
 from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, ResponseTokens, early_stop, finalize_metrics, policy_objective
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 PPO = ObjectiveSettings("ppo", "token-mean", 0.2, 0.28, None, 0.0, "k3", 0.0, None, 8)
-EVERYTHING = replace(PPO, clip_c=3.0, kl_beta=0.3, entropy_bonus=0.1, importance_sampling_clip=1.5)
+EVERYTHING = replace(PPO, clip_c=3.0, kl_beta=0.3, entropy_bonus=0.1, correction=Correction("token-truncate", 0.0, 1.5))
+DECOUPLED = replace(PPO, loss_type="decoupled-ppo", clip_high=0.2, correction=Correction("token-mask", 0.0, 5.0))
 
 
 def make_batch(lengths: list[int], seed: int = 0, masked: float = 0.2, spread: float = 0.5) -> ResponseTokens:
@@ -98,9 +100,11 @@ def test_aggregation_modes_on_the_published_example(mode: str, expected: float) 
 
 
 def test_token_mean_over_two_ranks_is_not_the_mean_of_means() -> None:
-    """Rank 0: 10 tokens of loss 1; rank 1: 30 tokens of loss 2. 70 / 40 = 1.75, not 1.5."""
+    """Rank 0: 10 tokens of loss 1; rank 1: 30 tokens of loss 2. 70 / 40 = 1.75, not 1.5; times the two ranks, they bring 0.5 and 3.0."""
     batch = constant([1.0] * 10 + [2.0] * 30, [10, 30])
     assert run(batch, PPO, [[0], [1]])[0] == pytest.approx(1.75)
+    shares = [policy_objective(part(batch, [rank])[0], denominators_of(batch), PPO)[0].item() for rank in (0, 1)]
+    assert [2 * s for s in shares] == pytest.approx([0.5, 3.0])
 
 
 @st.composite
@@ -113,13 +117,16 @@ def batch_and_split(draw: st.DrawFn) -> tuple[ResponseTokens, list[list[int]]]:
     return batch, [[s for s in order if bins[s] == b] for b in range(6)]
 
 
-@settings(max_examples=60, deadline=None)
-@given(batch_and_split(), st.sampled_from(sorted(LOSSES)), st.sampled_from(MODES))
+@settings(max_examples=100, deadline=None)
+@given(batch_and_split(), st.sampled_from(sorted(LOSSES)), st.sampled_from(MODES), st.sampled_from(CORRECTIONS))
 def test_loss_gradients_and_metrics_do_not_depend_on_the_split(
-    drawn: tuple[ResponseTokens, list[list[int]]], loss_type: str, mode: str
+    drawn: tuple[ResponseTokens, list[list[int]]], loss_type: str, mode: str, correction: str
 ) -> None:
     batch, split = drawn
-    options = replace(EVERYTHING, loss_type=loss_type, loss_agg_func=mode, clip_c=3.0 if loss_type == "ppo" else None)
+    options = replace(
+        EVERYTHING, loss_type=loss_type, loss_agg_func=mode, clip_c=3.0 if LOSSES[loss_type] is LOSSES["ppo"] else None,
+        correction=Correction(correction, 0.5, 1.5),
+    )  # fmt: skip
     loss, gradient, metrics = run(batch, options)
     split_loss, split_gradient, split_metrics = run(batch, options, split)
     assert np.isfinite(loss)
@@ -228,7 +235,7 @@ def test_truncated_importance_sampling() -> None:
     rho = torch.tensor([3.0, 1 / 3], dtype=torch.float64)
     batch = replace(batch, rollout_logprobs_N=-rho.log())
     for clip, weights in ((2.0, [2, 1 / 3]), (1.0, [1, 1 / 3])):
-        loss, gradient, metrics = run(batch, replace(PPO, importance_sampling_clip=clip))
+        loss, gradient, metrics = run(batch, replace(PPO, correction=Correction("token-truncate", 0.0, clip)))
         assert loss == pytest.approx(sum(weights) / 2)
         assert gradient[0].tolist() == pytest.approx([w / 2 for w in weights])
         assert metrics["train/importance_weight_clipped"] == 0.5
@@ -236,13 +243,43 @@ def test_truncated_importance_sampling() -> None:
     assert (metrics["train/importance_weight_max"], metrics["train/importance_weight_min"]) == pytest.approx((3, 1 / 3))
 
 
+@pytest.mark.parametrize(
+    "behaviour, prox, policy, a, objective, flows, plain",
+    [(0.20, 0.25, 0.25, 1, 1.25, True, 1.20), (0.20, 0.25, 0.30, 1, 1.50, None, 1.20), (0.20, 0.25, 0.35, 1, 1.50, False, 1.20),
+     (0.20, 0.25, 0.35, -1, -1.75, True, -1.75), (0.25, 0.25, 0.35, 1, 1.20, False, 1.20), (0.01, 0.08, 0.08, 1, 0.0, False, 1.20)],
+)  # fmt: skip
+def test_decoupled_ppo_published_table(
+    behaviour: float, prox: float, policy: float, a: float, objective: float, flows: bool | None, plain: float
+) -> None:
+    """arXiv 2505.24298 with epsilon 0.2 and cap 5; `plain` is PPO around the behaviour policy. flows None: on the edge of the range."""
+    batch = constant([-float(a)], [1])
+    logs = {name: torch.tensor([p], dtype=torch.float64).log() for name, p in (("mu", behaviour), ("prox", prox), ("pi", policy))}
+    batch = replace(batch, logprobs_N=logs["pi"], old_logprobs_N=logs["prox"], rollout_logprobs_N=logs["mu"])
+    loss, gradient, metrics = run(batch, DECOUPLED)
+    assert -loss == pytest.approx(objective)
+    assert flows is None or bool(gradient[0].item() != 0) == flows
+    assert metrics["train/importance_weight_clipped"] == (prox / behaviour > 5)
+    assert -run(replace(batch, old_logprobs_N=logs["mu"]), replace(PPO, clip_high=0.2))[0] == pytest.approx(plain)
+
+
+def test_decoupled_ppo_limits() -> None:
+    """pi_prox = pi_behaviour: PPO. pi = pi_prox: an importance-weighted policy gradient, never clipped."""
+    batch = make_batch([5, 3], masked=0.0)
+    same = replace(batch, rollout_logprobs_N=batch.old_logprobs_N)
+    ppo, decoupled = run(same, replace(PPO, clip_high=0.2)), run(same, DECOUPLED)
+    assert decoupled[0] == ppo[0] and torch.equal(decoupled[1], ppo[1])
+    first = run(replace(batch, logprobs_N=batch.old_logprobs_N), DECOUPLED)
+    assert torch.allclose(first[1][0], -(batch.old_logprobs_N - batch.rollout_logprobs_N).exp() * batch.advantages_N / 8)
+    assert first[2]["train/clip_fraction"] == 0
+
+
 def test_importance_sampling_with_equal_engines_is_no_correction() -> None:
     batch = make_batch([3, 5])
     batch = replace(batch, rollout_logprobs_N=batch.old_logprobs_N)
-    off, on = run(batch, PPO), run(batch, replace(PPO, importance_sampling_clip=2.0))
+    off, on = run(batch, PPO), run(batch, replace(PPO, correction=Correction("token-truncate", 0.0, 2.0)))
     assert on[0] == off[0] and torch.equal(on[1], off[1])
     far = replace(batch, rollout_logprobs_N=batch.old_logprobs_N - 0.5)
-    assert run(far, replace(PPO, importance_sampling_clip=1e9))[0] == pytest.approx(run(far, PPO)[0] * np.exp(0.5))
+    assert run(far, replace(PPO, correction=Correction("token-truncate", 0.0, 1e9)))[0] == pytest.approx(run(far, PPO)[0] * np.exp(0.5))
 
 
 def test_rollout_gap_is_over_the_tokens_the_engine_reported() -> None:
@@ -275,6 +312,7 @@ def test_early_stop_is_decided_by_the_token_weighted_ratio() -> None:
     assert early_stop(10 * 1.0 + 2 * 12.0, 12, 2.8)
     assert early_stop(float("nan"), 12, 5.0) and early_stop(float("inf"), 12, 5.0) and early_stop(0.0, 0, 5.0)
     assert not early_stop(float("nan"), 12, None)
+    assert early_stop(0.0, 0, None)  # nothing counts: nothing is stepped, whatever the limit
 
 
 def test_metrics_are_reduced_by_two_collectives() -> None:
@@ -304,6 +342,8 @@ def test_settings_are_checked() -> None:
         replace(PPO, loss_type="nope")
     with pytest.raises(ValueError, match="dual-clip"):
         replace(PPO, clip_c=1.0)
+    with pytest.raises(ValueError, match="decoupled-ppo needs"):
+        replace(PPO, loss_type="decoupled-ppo")
     with pytest.raises(ValueError, match="loss_agg_func"):
         token_weights_N("nope", torch.zeros(1, dtype=torch.int64), 1, Denominators(1, 1), 1)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.objective import ObjectiveSettings
 from rlinf.algorithms.values import ValueSettings
 from rlinf.config.schema import OptimConfig
@@ -22,9 +23,10 @@ from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
 
 TEMPERATURE = 1.3
 OPTIM = OptimConfig(lr=0.2, adam_beta1=0.0, adam_beta2=0.95, adam_eps=1.0, weight_decay=0.1, clip_grad=0.0)
+IMPORTANCE_LIMIT = 2.0
 SETTINGS = ObjectiveSettings(
     loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=1.5, kl_beta=0.1, kl_penalty_type="k3", entropy_bonus=0.02,
-    importance_sampling_clip=2.0, max_new_tokens=16,
+    correction=Correction("token-truncate", 0.0, IMPORTANCE_LIMIT), max_new_tokens=16,
 )  # fmt: skip
 VALUE_SETTINGS = ValueSettings(loss_agg_func="token-mean", clip=0.02, max_new_tokens=16)
 # prompt length and response lengths of the groups: lengths 1, equal and unequal ones, a group of one, one response far longer than the rest;
@@ -168,7 +170,7 @@ def plain_objective(
     plain, bounded = -ratio * advantage, -ratio.clamp(1 - SETTINGS.clip_low, 1 + SETTINGS.clip_high) * advantage
     policy = torch.maximum(plain, bounded)
     ceiling = torch.where(advantage < 0, -SETTINGS.clip_c * advantage, float("inf"))
-    weighted = torch.minimum(policy, ceiling) * importance.clamp(max=SETTINGS.importance_sampling_clip)
+    weighted = torch.minimum(policy, ceiling) * importance.clamp(max=IMPORTANCE_LIMIT)
     kl = k3(before - logprobs)
     loss = weighted.mean() + SETTINGS.kl_beta * kl.mean() - SETTINGS.entropy_bonus * entropy.mean()
     gap = (before - rollout).abs()
@@ -186,7 +188,7 @@ def plain_objective(
         "train/importance_weight_mean": importance.mean(),
         "train/importance_weight_max": importance.max(),
         "train/importance_weight_min": importance.min(),
-        "train/importance_weight_clipped": (importance > SETTINGS.importance_sampling_clip).float().mean(),
+        "train/importance_weight_clipped": (importance > IMPORTANCE_LIMIT).float().mean(),
         "train/rollout_kl": k3(before - rollout).mean(),
     }
     return loss, {name: value.item() for name, value in metrics.items()}

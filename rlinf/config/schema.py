@@ -92,15 +92,17 @@ class SamplingConfig:
 class AlgorithmConfig:
     group_size: int = key(8, "responses per prompt")
     n_minibatches: int = key(1, "optimizer steps per global batch; divides rollout_batch_size * group_size")
-    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++-baseline"))
+    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++", "reinforce++-baseline"))
+    gamma: float = key(1.0, "discount of a reward for each token between it and the token that is credited; 1 = none")
     normalize_advantages: bool = key(True, "whiten advantages once over all response tokens of the global batch")
-    loss_type: str = key("ppo", "policy loss", ("ppo", "gspo", "gspo-token", "cispo"))
+    loss_type: str = key("ppo", "policy loss", ("ppo", "decoupled-ppo", "gspo", "gspo-token", "cispo"))
     loss_agg_func: str = key(
         "token-mean",
         "how token losses become the loss",
         ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     )
-    kl_beta: float = key(0.0, "weight of the KL term in the loss against the initial policy; 0 = no reference policy is kept")
+    kl_beta: float = key(0.0, "weight of the KL term against the initial policy; 0 = no reference policy is kept")
+    kl_in: str = key("loss", "where the KL term acts: added to the loss, or taken from the reward of each token", ("loss", "reward"))
     kl_penalty_type: str = key("k3", "KL estimator", ("k1", "k2", "k3"))
     ratio_clip_eps: float = key(0.2, "clip range of the importance ratio when clip_ratio_low/high are null")
     clip_ratio_low: float | None = key(None, "lower clip range; null = ratio_clip_eps")
@@ -112,9 +114,30 @@ class AlgorithmConfig:
     )
     recompute_logprobs: bool = key(True, "old log-probabilities from the actor (true) or as reported by the rollout engine (false)")
     importance_sampling_fix: bool = key(False, "truncated importance sampling between rollout engine and actor; needs recompute_logprobs")
-    importance_sampling_clip: float = key(2.0, "upper bound of the truncated importance weight")
+    importance_sampling_type: str = key(
+        "token-truncate",
+        "what the importance weight is bounded by: each token's ratio, the product or geometric mean of its response's, or the mean k3; "
+        "`truncate` cuts the weight off at the bound, `mask` sets it to 0 outside the bounds",
+        ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask", "geometric-truncate", "geometric-mask", "k3-mask"),
+    )
+    importance_sampling_clip: float = key(2.0, "upper bound of the importance weight (of the mean k3 for k3-mask)")
+    importance_sampling_low: float | None = key(None, "lower bound of the -mask types but k3-mask; null = 1 / importance_sampling_clip")
+    importance_sampling_normalize: bool = key(False, "divide the importance weights by their mean over all response tokens of the global batch")
+    behav_imp_weight_cap: float = key(5.0, "decoupled-ppo: a token whose weight π_prox/μ exceeds this has loss 0")
+    overlong_filtering: bool = key(False, "leave responses that were cut off (by max_new_tokens or the context window) out of the loss")
+    num_update_sample_per_prompt: int | None = key(
+        None, "train on this many responses of each prompt, chosen at random from data.seed; advantages are those of all; null = all"
+    )
+    dynamic_sampling: bool = key(False, "train on groups with both right and wrong answers only, generating until rollout_batch_size are there")
+    dynamic_sampling_batch_size: int | None = key(None, "prompts generated at a time with dynamic_sampling; null = data.rollout_batch_size")
+    dynamic_sampling_max_batches: int = key(10, "with dynamic_sampling: such batches a step may take at most; needing more is an error")
     shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def token_level(self) -> bool:
+        """Whether advantages differ from token to token: the driver then knows only the outcome, and the actor finishes (and whitens) them."""
+        return self.kl_in == "reward" or self.gamma != 1
 
 
 @dataclass

@@ -71,21 +71,23 @@ def build_rank_batches(
     max_tokens: int,
     share_prefix: bool,
     shuffle_seed: tuple[int, ...] | None = None,
+    trained: Sequence[np.ndarray] | None = None,
 ) -> list[RankBatch]:
     """The split of one step, one RankBatch for each data-parallel rank. Deterministic; every sample is in it exactly once.
 
+    trained: one bool for each sample of each group; the others are left out, of denominators too. None = all are in.
+
     Samples go to mini-batches in group order (or shuffled by shuffle_seed), then to ranks so that their costs are even, then to
     micro-batches of at most max_tokens tokens (a longer sample is alone in one). share_prefix: the samples of a group that meet in a
-    micro-batch bring its prompt once; else each brings its own. Raises ValueError for fewer samples than mini-batches, a repeated
-    group id, or advantages that do not fit the headers or are not finite.
+    micro-batch bring its prompt once; else each brings its own. With fewer samples than mini-batches some of these are empty, and inert.
+    Raises ValueError for a repeated group id, or advantages that do not fit the headers or are not finite.
     """
     check_inputs(headers, advantages)
     items = [
         Item(g, i, g if share_prefix else position, h.prompt_length, h.response_lengths[i])
         for position, (g, h, i) in enumerate((g, h, i) for g, h in enumerate(headers) for i in range(len(h.sample_ids)))
+        if trained is None or trained[g][i]
     ]
-    if len(items) < n_minibatches:
-        raise ValueError(f"{len(items)} samples do not fill {n_minibatches} mini-batches")
     if shuffle_seed is not None:
         items = [items[k] for k in np.random.default_rng(shuffle_seed).permutation(len(items))]
     bounds = [len(items) * k // n_minibatches for k in range(n_minibatches + 1)]

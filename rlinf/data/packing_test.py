@@ -72,8 +72,6 @@ def tokens_of(micro: tuple[SampleRef, ...], batch: RankBatch, by_id: dict[str, G
 )
 def test_every_sample_once_within_the_budget_and_the_same_shape_on_every_rank(headers, dp, n_minibatches, max_tokens, share, seed) -> None:
     total = sum(len(h.sample_ids) for h in headers)
-    if total < n_minibatches:
-        return
     ranks = plan(headers, dp=dp, n_minibatches=n_minibatches, max_tokens=max_tokens, share_prefix=share, shuffle_seed=seed)
     assert ranks == plan(headers, dp=dp, n_minibatches=n_minibatches, max_tokens=max_tokens, share_prefix=share, shuffle_seed=seed)
     by_id = {h.group_id: h for h in headers}
@@ -164,10 +162,25 @@ def test_a_sample_without_loss_tokens_is_placed_but_in_no_denominator() -> None:
     assert (mini.global_tokens, mini.global_samples, len(mini.micro_batches[0])) == (3, 1, 2)
 
 
+def test_a_sample_that_is_not_trained_is_nowhere() -> None:
+    headers = [header("a", 4, [5, 6, 7]), header("b", 4, [8, 9]), header("c", 4, [3, 2])]
+    trained = [np.array([True, False, True]), np.array([False, False]), np.array([False, True])]
+    (rank,) = plan(headers, trained=trained)
+    assert rank.group_ids == ("a", "c")
+    assert [ref.advantage for micro in rank.mini_batches[0].micro_batches for ref in micro] == [0, 2, 201]
+    assert (rank.mini_batches[0].global_tokens, rank.mini_batches[0].global_samples) == (5 + 7 + 2, 3)
+    assert plan(headers, trained=[np.ones(len(h.sample_ids), bool) for h in headers]) == plan(headers)
+
+
+def test_mini_batches_without_samples_are_inert() -> None:
+    ranks = plan([header("a", 4, [5, 5])], dp=2, n_minibatches=3, trained=[np.array([False, True])])
+    sizes = [[[len(m) for m in mini.micro_batches] for mini in rank.mini_batches] for rank in ranks]
+    assert sizes == [[[0], [0], [1]], [[0], [0], [0]]]
+    assert [mini.global_samples for mini in ranks[1].mini_batches] == [0, 0, 1]
+
+
 def test_bad_input_is_refused() -> None:
     one = header("a", 4, [5, 5])
-    with pytest.raises(ValueError, match="do not fill 3"):
-        plan([one], n_minibatches=3)
     with pytest.raises(ValueError, match="repeated"):
         plan([one, one])
     with pytest.raises(ValueError, match="group a"):

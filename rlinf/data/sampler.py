@@ -49,15 +49,30 @@ class PromptSampler:
         self.epoch, self.cursor = 0, 0
         self._order = epoch_order(n, shuffle, seed, 0)
 
-    def next_batch(self) -> list[int]:
+    def next_batch(self, size: int | None = None) -> list[int]:
+        """The next `size` prompts of the stream; None = a batch."""
+        wanted = self.batch_size if size is None else size
         batch: list[int] = []
-        while len(batch) < self.batch_size:
+        while len(batch) < wanted:
             if self.cursor == self.n:
                 self._go_to(self.epoch + 1, 0)
-            taken = self._order[self.cursor : self.cursor + self.batch_size - len(batch)]
+            taken = self._order[self.cursor : self.cursor + wanted - len(batch)]
             batch += taken.tolist()
             self.cursor += len(taken)
         return batch
+
+    def give_back(self, count: int) -> None:
+        """The last `count` prompts were not used after all: they come next."""
+        self._go_to(*divmod(self.handed_out - count, self.n))
+
+    @property
+    def handed_out(self) -> int:
+        """Prompts since the start of the run."""
+        return self.epoch * self.n + self.cursor
+
+    def exhausted(self, max_epochs: int) -> bool:
+        """Whether max_epochs epochs hold no whole batch any more."""
+        return self.n * max_epochs - self.handed_out < self.batch_size
 
     def total_steps(self, max_epochs: int, max_steps: int) -> int:
         """Steps of a run: whole batches in max_epochs epochs, cut off at max_steps unless that is -1."""

@@ -34,6 +34,22 @@ def test_a_restored_sampler_goes_on_as_if_never_stopped(shape: tuple[int, int], 
     assert (second.epoch, second.cursor) == (first.epoch, first.cursor)
 
 
+@given(shapes, st.booleans(), seeds, st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), max_size=6))
+def test_what_is_given_back_comes_next(shape: tuple[int, int], shuffle: bool, seed: int, rounds: list[tuple[int, int]]) -> None:
+    """However much of each batch is given back, over ends of epochs too, the stream of used prompts is the one without giving back."""
+    sampler, plain = PromptSampler(*shape, shuffle, seed), PromptSampler(shape[0], 1, shuffle, seed)
+    used: list[int] = []
+    for size, back in rounds:
+        back = min(size, back)
+        used += sampler.next_batch(size)[: size - back]
+        sampler.give_back(back)
+        resumed = PromptSampler(*shape, shuffle, seed)
+        resumed.load_state_dict(sampler.state_dict())
+        assert resumed.next_batch(3) == sampler.next_batch(3)
+        sampler.give_back(3)
+    assert used == [i for _ in used for i in plain.next_batch()] and sampler.handed_out == len(used)
+
+
 @given(st.integers(2, 30), seeds, st.integers(1, 20))
 def test_the_batch_size_may_change_on_resume(n: int, seed: int, steps: int) -> None:
     ones, pairs = PromptSampler(n, 1, True, seed), PromptSampler(n, 2, True, seed)
@@ -49,6 +65,11 @@ def test_total_steps_never_needs_more_prompts_than_the_epochs_hold(shape: tuple[
     n, batch_size = shape
     steps = PromptSampler(n, batch_size, True, seed).total_steps(epochs, max_steps)
     assert steps * batch_size <= n * epochs
+    sampler = PromptSampler(n, batch_size, True, seed)
+    for _ in range(n * epochs // batch_size):
+        assert not sampler.exhausted(epochs)
+        sampler.next_batch()
+    assert sampler.exhausted(epochs)
     assert steps == max_steps or (steps + 1) * batch_size > n * epochs
 
 

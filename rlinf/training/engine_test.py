@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.objective import finalize_metrics
 from rlinf.config.schema import OptimConfig
 from tests.training_ranks import (
@@ -92,7 +93,7 @@ def gradient_of_nan(at: Any, folder: Path, precision: str) -> tuple[bool, bool, 
     if at.dp_rank == 0:
         packs[0].rollout_logprobs_N[:] = float("nan")
     before = snapshot(engine)
-    done = engine.update(packs, None, None, denominators, replace(PLAIN, importance_sampling_clip=2.0), 5.0)
+    done = engine.update(packs, None, None, denominators, replace(PLAIN, correction=Correction("token-truncate", 0.0, 2.0)), 5.0)
     untouched = snapshot(engine) == before
     for e in (engine, twin):
         update(e, first), update(e, second)

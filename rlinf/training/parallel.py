@@ -75,6 +75,11 @@ def gather_over_data_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
     return torch.cat(parts), sum(len(part) for part in parts[: mpu.get_data_parallel_rank()])
 
 
+def sum_over_data_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over data-parallel ranks, on each of them."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
 def _all_reduce(values: torch.Tensor, op: dist.ReduceOp) -> torch.Tensor:
     dist.all_reduce(values, op, group=mpu.get_data_parallel_group())
     return values

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 
 from rlinf.algorithms.aggregation import Denominators
+from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
+from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, token_advantages
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.examples import example
 from rlinf.data.records import Group
@@ -42,7 +44,7 @@ class TrainWorker:
         self.engine = open_engine(address, config)
         self.at, self.device = self.engine.at, self.engine.device
         self.reference = ReferencePolicy(self.engine) if config.algorithm.kl_beta > 0 else None
-        self.settings = objective_settings(config.algorithm)
+        self.settings, self.on_tokens = objective_settings(config.algorithm), token_level_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
         self.offloader = Offloader(self.engine, config.actor)
         self.published: WeightSource | None = None
@@ -58,11 +60,12 @@ class TrainWorker:
         minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
         packed = time.perf_counter()
         old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
+        self._finish_advantages(minibatches, old, ref)
         recomputed = time.perf_counter()
         updates = [
             self.engine.update(
                 packs,
-                old[i],
+                old[i] if i or not self.config.algorithm.recompute_logprobs else None,  # the first one's own forward pass is pi_old
                 ref[i],
                 Denominators(mini.global_tokens, mini.global_samples),
                 self.settings,
@@ -86,16 +89,32 @@ class TrainWorker:
         return pack(groups, refs, share_prefix=True, temperature=self.temperature, pad_to=pad_to, device=self.device)
 
     def _old_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
-        """pi_old of every mini-batch. The first one is trained with the very weights that are pi_old, so its own forward pass gives it."""
+        """pi_old of every mini-batch; of the first one only when the advantages need it, because it is trained with the very weights."""
         if not self.config.algorithm.recompute_logprobs:
             return [[b.rollout_logprobs_N for b in packs] for packs in minibatches]
-        return [None, *(self._logprobs(packs) for packs in minibatches[1:])]
+        first = self._logprobs(minibatches[0]) if self.on_tokens is not None else None
+        return [first, *(self._logprobs(packs) for packs in minibatches[1:])]
 
     def _reference_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
         if self.reference is None:
             return [None] * len(minibatches)
         with self.reference.swapped_in():
             return [self._logprobs(packs) for packs in minibatches]
+
+    def _finish_advantages(
+        self, minibatches: list[list[PackedBatch]], old: list[list[torch.Tensor] | None], ref: list[list[torch.Tensor] | None]
+    ) -> None:
+        """What differs from token to token, once for the whole step; only the last stage, which has the logits, needs advantages."""
+        if self.on_tokens is None or not self.at.last_stage:
+            return
+        packs = [b for batches in minibatches for b in batches]
+        flat = [[t for part in values for t in part or ()] or [None] * len(packs) for values in (old, ref)]
+        tokens = [
+            SampledTokens(b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples)
+            for b, logprobs, reference in zip(packs, *flat, strict=True)
+        ]
+        for b, advantages in zip(packs, token_advantages(tokens, self.on_tokens, parallel.sum_over_data_ranks)):
+            b.advantages_N = advantages
 
     def _logprobs(self, packs: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
         return [logprobs for logprobs, _ in self.engine.logprobs(packs)] or None
@@ -170,12 +189,36 @@ def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
         clip_low=eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low,
         clip_high=eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high,
         clip_c=algorithm.clip_ratio_c,
-        kl_beta=algorithm.kl_beta,
+        kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
         kl_penalty_type=algorithm.kl_penalty_type,
         entropy_bonus=algorithm.entropy_bonus,
-        importance_sampling_clip=algorithm.importance_sampling_clip if algorithm.importance_sampling_fix else None,
+        correction=correction_of(algorithm),
         max_new_tokens=algorithm.sampling_params.max_new_tokens,
     )
+
+
+def token_level_settings(algorithm: AlgorithmConfig) -> TokenAdvantages | None:
+    """What is left to do to the driver's advantages, if anything."""
+    normalize_by = correction_of(algorithm) if algorithm.importance_sampling_normalize else None
+    if not algorithm.token_level and normalize_by is None:
+        return None
+    return TokenAdvantages(
+        gamma=algorithm.gamma,
+        kl_beta=algorithm.kl_beta if algorithm.kl_in == "reward" else 0.0,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        whiten=algorithm.token_level and algorithm.normalize_advantages,  # else the driver has done it
+        normalize_by=normalize_by,
+    )
+
+
+def correction_of(algorithm: AlgorithmConfig) -> Correction | None:
+    """How token losses are weighed by actor over engine, if at all."""
+    if algorithm.loss_type == "decoupled-ppo":
+        return Correction("token-mask", 0.0, algorithm.behav_imp_weight_cap)
+    if not algorithm.importance_sampling_fix:
+        return None
+    high, low = algorithm.importance_sampling_clip, algorithm.importance_sampling_low
+    return Correction(algorithm.importance_sampling_type, 1 / high if low is None else low, high)
 
 
 def step_metrics(updates: Sequence[Update]) -> dict[str, float]:

@@ -1,0 +1,124 @@
+"""Advantages that differ from token to token: KL in the reward, discounting, whitening over tokens. They are finished where the tokens are.
+
+What the driver knows is the outcome advantage of a response (advantages.py). It is the reward of the response's last token; every token
+pays its KL to the reference policy; the advantage of a token is the discounted sum of what follows (REINFORCE++, arXiv 2501.03262):
+
+    r_t = 1[t = T] A - beta KL_t        A_t = sum over s >= t of gamma^(s - t) r_s
+
+Legend: N response tokens of a micro-batch, C those that count (loss mask 1), S samples. A sample's tokens stand together, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlinf.algorithms.advantages import WHITEN_EPS
+from rlinf.algorithms.importance import Correction, importance_weights
+from rlinf.algorithms.kl import kl_estimate_N
+
+EQUAL = 1e-12  # a standard deviation below this share of the mean is rounding: the advantages are all equal
+
+
+@dataclass(frozen=True)
+class TokenAdvantages:
+    """What is done to the outcome advantages; kl_beta 0 = no KL in the reward, normalize_by None = weights are not normalised."""
+
+    gamma: float
+    kl_beta: float
+    kl_penalty_type: str
+    whiten: bool
+    normalize_by: Correction | None
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """A micro-batch as it was sampled, [N] each: outcome advantages, log-probabilities of pi_old, engine and reference, loss mask, sample.
+
+    logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
+    """
+
+    outcome_N: Tensor
+    logprobs_N: Tensor | None
+    rollout_logprobs_N: Tensor
+    ref_logprobs_N: Tensor | None
+    loss_mask_N: Tensor
+    sample_N: Tensor
+    n_samples: int
+
+
+def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantages, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Final advantages [N] of every micro-batch of this rank's share of the global batch; 0 where the loss mask is 0.
+
+    all_sum adds a float64 vector over all data-parallel ranks; every rank must call this alike. Raises ValueError when the KL term or
+    the weights need log-probabilities that are not there.
+    """
+    parts = [returns_C(b, how) for b in batches]
+    if how.whiten:
+        parts = whitened(parts, all_sum)
+    if how.normalize_by is not None:
+        # the policy loss is linear in the advantage: dividing the advantages divides the weights
+        scale = 1 / mean_weight(batches, how.normalize_by, all_sum)
+        parts = [p * scale for p in parts]
+    return [torch.zeros_like(b.outcome_N).masked_scatter(b.loss_mask_N.bool(), p.to(b.outcome_N.dtype)) for b, p in zip(batches, parts)]
+
+
+def returns_C(batch: SampledTokens, how: TokenAdvantages) -> Tensor:
+    """Discounted return of each token that counts, float64."""
+    keep_N = batch.loss_mask_N.bool()
+    sample_C, outcome_C = batch.sample_N[keep_N], batch.outcome_N[keep_N].double()
+    last_C = torch.ones_like(sample_C, dtype=torch.bool)
+    last_C[:-1] = sample_C[1:] != sample_C[:-1]
+    reward_C = torch.where(last_C, outcome_C, 0.0)
+    if how.kl_beta > 0:
+        if batch.logprobs_N is None or batch.ref_logprobs_N is None:
+            raise ValueError("KL in the reward needs the log-probabilities of the policy and of the reference policy")
+        kl_C = kl_estimate_N(how.kl_penalty_type, batch.logprobs_N[keep_N].double(), batch.ref_logprobs_N[keep_N].double())
+        reward_C = reward_C - how.kl_beta * kl_C
+    return discounted_sums_N(reward_C, how.gamma, sample_C)
+
+
+def discounted_sums_N(values_N: Tensor, discount: float, sample_N: Tensor) -> Tensor:
+    """sum over s >= t of discount^(s - t) values_s within each sample, in log2(longest sample) passes over all tokens at once.
+
+    After the pass with stride k, an element holds the sum of the 2k values that begin at it.
+    """
+    sums_N, stride = values_N, 1
+    longest = int(torch.unique_consecutive(sample_N, return_counts=True)[1].max()) if len(sample_N) else 0
+    while stride < longest:
+        same_N = sample_N[stride:] == sample_N[:-stride]
+        following_N = torch.where(same_N, sums_N[stride:], 0.0) * discount**stride
+        sums_N = torch.cat([sums_N[:-stride] + following_N, sums_N[-stride:]])
+        stride *= 2
+    return sums_N
+
+
+def whitened(parts: Sequence[Tensor], all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """(A - mean) / (std + 1e-5) over all tokens of all ranks, population variance; advantages that are all equal give exactly 0."""
+    count, total = all_sum(sum_of(parts, lambda a: torch.stack([torch.ones_like(a).sum(), a.sum()]))).tolist()
+    mean = total / max(count, 1)
+    (squares,) = all_sum(sum_of(parts, lambda a: (a - mean).square().sum()[None])).tolist()
+    std = (squares / max(count, 1)) ** 0.5
+    if std <= EQUAL * abs(mean):
+        return [torch.zeros_like(a) for a in parts]
+    return [(a - mean) / (std + WHITEN_EPS) for a in parts]
+
+
+def mean_weight(batches: Sequence[SampledTokens], correction: Correction, all_sum: Callable[[Tensor], Tensor]) -> float:
+    """Token mean of the importance weights of the global batch; 1 when all of them are 0."""
+    weights = []
+    for b in batches:
+        if b.logprobs_N is None:
+            raise ValueError("importance weights need the log-probabilities of the policy")
+        keep_N = b.loss_mask_N.bool()
+        log_rho_C = b.logprobs_N[keep_N].double() - b.rollout_logprobs_N[keep_N].double()
+        weights.append(importance_weights(correction, log_rho_C, b.sample_N[keep_N], b.n_samples).weight_N)
+    count, total = all_sum(sum_of(weights, lambda w: torch.stack([torch.ones_like(w).sum(), w.sum()]))).tolist()
+    return total / count if total != 0 else 1.0
+
+
+def sum_of(parts: Sequence[Tensor], what: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.stack([what(p) for p in parts]).sum(0)
