@@ -29,6 +29,10 @@ AT_LEAST: dict[str, float] = {
     "algorithm.n_minibatches": 1,
     "algorithm.kl_beta": 0,
     "algorithm.entropy_bonus": 0,
+    "algorithm.importance_sampling_low": 0,
+    "algorithm.num_update_sample_per_prompt": 1,
+    "algorithm.dynamic_sampling_batch_size": 1,
+    "algorithm.dynamic_sampling_max_batches": 1,
     "algorithm.sampling_params.top_k": 0,
     "algorithm.sampling_params.max_new_tokens": 1,
     "rollout.tensor_parallel_size": 1,
@@ -63,6 +67,8 @@ MORE_THAN: dict[str, float] = {
     "algorithm.clip_ratio_c": 1,
     "algorithm.early_stop_imp_ratio": 1,
     "algorithm.importance_sampling_clip": 0,
+    "algorithm.behav_imp_weight_cap": 0,
+    "algorithm.gamma": 0,
     "algorithm.sampling_params.temperature": 0,
     "algorithm.sampling_params.top_p": 0,
     "rollout.gpu_memory_utilization": 0,
@@ -79,7 +85,8 @@ LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim
 
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
-    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, _algorithm, _rollout, _actor, _reward))
+    objective = (_algorithm, _kl, _importance, _selection, _sampling)
+    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, _actor, _reward))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
@@ -102,7 +109,8 @@ def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence
 
 def _bounds(c: Config) -> Iterator[Violation]:
     for key, least in AT_LEAST.items():
-        if value_of(c, key) < least:
+        value = value_of(c, key)
+        if value is not None and value < least:
             yield key, f"must be at least {least}"
     for key, bound in MORE_THAN.items():
         value = value_of(c, key)
@@ -160,9 +168,10 @@ def _data(c: Config) -> Iterator[Violation]:
 
 
 def _algorithm(c: Config) -> Iterator[Violation]:
-    a, sampling = c.algorithm, c.algorithm.sampling_params
-    batch = c.data.rollout_batch_size * a.group_size
-    if a.group_size == 1:
+    a = c.algorithm
+    trained = min(a.group_size, a.num_update_sample_per_prompt or a.group_size)
+    batch = c.data.rollout_batch_size * trained
+    if a.group_size == 1 and a.adv_type != "reinforce++":
         yield (
             "algorithm.group_size",
             f"adv_type {a.adv_type} compares the responses of one prompt, so every advantage would be 0; use at least 2",
@@ -171,20 +180,66 @@ def _algorithm(c: Config) -> Iterator[Violation]:
         yield (
             "algorithm.n_minibatches",
             (
-                f"does not divide the global batch of {batch} samples (data.rollout_batch_size {c.data.rollout_batch_size} "
-                f"x algorithm.group_size {a.group_size}); the nearest that does is {_nearest_divisor(batch, a.n_minibatches)}"
+                f"does not divide the global batch of {batch} samples (data.rollout_batch_size {c.data.rollout_batch_size} x "
+                f"{f'algorithm.group_size {trained}' if trained == a.group_size else f'algorithm.num_update_sample_per_prompt {trained}'}); the nearest that does is {_nearest_divisor(batch, a.n_minibatches)}"
             ),
         )
-    if a.clip_ratio_c is not None and a.loss_type != "ppo":
-        yield "algorithm.clip_ratio_c", f"the dual clip belongs to loss_type ppo, not {a.loss_type}; set it to null"
-    if a.importance_sampling_fix and not a.recompute_logprobs:
+    if a.clip_ratio_c is not None and a.loss_type not in ("ppo", "decoupled-ppo"):
+        yield "algorithm.clip_ratio_c", f"the dual clip belongs to loss_type ppo and decoupled-ppo, not {a.loss_type}; set it to null"
+    if a.gamma > 1:
+        yield "algorithm.gamma", "is a discount; it must be at most 1"
+
+
+def _kl(c: Config) -> Iterator[Violation]:
+    a = c.algorithm
+    if a.kl_in == "reward" and a.kl_beta == 0:
+        yield "algorithm.kl_in", "there is no KL term to take from the reward; set algorithm.kl_beta, or kl_in: loss"
+    if a.token_level and a.normalize_advantages and a.num_update_sample_per_prompt is not None:
+        yield (
+            "algorithm.num_update_sample_per_prompt",
+            "whitening needs the advantages of all responses, and with algorithm.kl_in: reward or gamma < 1 only those of the trained ones are "
+            "known; set algorithm.normalize_advantages: false, or num_update_sample_per_prompt: null",
+        )
+
+
+def _importance(c: Config) -> Iterator[Violation]:
+    a = c.algorithm
+    fix, mask = a.importance_sampling_fix, a.importance_sampling_type in ("token-mask", "sequence-mask", "geometric-mask")
+    if fix and not a.recompute_logprobs:
         yield "algorithm.importance_sampling_fix", "needs the actor's log-probabilities; set algorithm.recompute_logprobs: true"
+    if a.loss_type == "decoupled-ppo":
+        if not a.recompute_logprobs:
+            yield "algorithm.loss_type", "decoupled-ppo needs the actor's log-probabilities as π_prox; set algorithm.recompute_logprobs: true"
+        if fix:
+            yield "algorithm.importance_sampling_fix", "decoupled-ppo weighs actor over engine already, and twice is wrong; set it to false"
+    elif not fix:
+        for name, default in (("type", "token-truncate"), ("low", None), ("normalize", False)):
+            if getattr(a, f"importance_sampling_{name}") != default:
+                yield f"algorithm.importance_sampling_{name}", "has a meaning only with algorithm.importance_sampling_fix: true"
+    if fix and a.importance_sampling_low is not None and not mask:
+        yield "algorithm.importance_sampling_low", f"importance_sampling_type {a.importance_sampling_type} has no lower bound; set it to null"
+    if fix and mask and a.importance_sampling_low is None and a.importance_sampling_clip < 1:
+        yield "algorithm.importance_sampling_clip", "is below 1, so that 1 / importance_sampling_clip is no lower bound; set importance_sampling_low"
+    if fix and mask and a.importance_sampling_low is not None and a.importance_sampling_low > a.importance_sampling_clip:
+        yield "algorithm.importance_sampling_low", f"must be at most algorithm.importance_sampling_clip ({a.importance_sampling_clip})"
+
+
+def _selection(c: Config) -> Iterator[Violation]:
+    a = c.algorithm
+    if a.dynamic_sampling and a.group_size == 1:
+        yield "algorithm.dynamic_sampling", "a group of one response is never both right and wrong; use algorithm.group_size of at least 2"
+    if a.dynamic_sampling_batch_size is not None and not a.dynamic_sampling:
+        yield "algorithm.dynamic_sampling_batch_size", "has a meaning only with algorithm.dynamic_sampling: true; set it to null"
+
+
+def _sampling(c: Config) -> Iterator[Violation]:
+    sampling = c.algorithm.sampling_params
     if sampling.top_p > 1:
         yield "algorithm.sampling_params.top_p", "is a probability; it must be at most 1"
     if not sampling.do_sample:
         yield (
             "algorithm.sampling_params.do_sample",
-            "greedy responses of one prompt are all equal, so every advantage would be 0; set it to true",
+            "greedy responses of one prompt are all equal, so there is nothing to compare; set it to true",
         )
     if "" in sampling.stop:
         yield "algorithm.sampling_params.stop", "an empty string would end every response at once; remove it"

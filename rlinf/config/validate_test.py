@@ -14,6 +14,7 @@ from rlinf.config.validate import AT_LEAST, LESS_THAN, MORE_THAN, validate
 from rlinf.errors import UserError
 
 BASE = ["rollout.model_dir=/m", "data.train_data_paths=[a.jsonl]"]
+MASK = ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=token-mask"]
 
 
 def check(tmp_path: Path, *words: str) -> None:
@@ -42,6 +43,13 @@ def test_the_examples_are_valid(name: str) -> None:
         ["runner.resume_dir=auto"],
         ["runner.resume_dir=logs/a/checkpoints/step_000050/"],
         ["algorithm.importance_sampling_fix=true"],
+        ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=k3-mask", "algorithm.importance_sampling_clip=0.01"],
+        ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=token-mask", "algorithm.importance_sampling_low=0"],
+        ["algorithm.loss_type=decoupled-ppo", "algorithm.clip_ratio_c=3", "algorithm.importance_sampling_normalize=true"],
+        ["algorithm.adv_type=reinforce++", "algorithm.group_size=1", "algorithm.kl_beta=0.001", "algorithm.kl_in=reward", "algorithm.gamma=0.99"],
+        ["algorithm.num_update_sample_per_prompt=2", "algorithm.n_minibatches=1024"],
+        ["algorithm.num_update_sample_per_prompt=99"],
+        ["algorithm.dynamic_sampling=true", "algorithm.dynamic_sampling_batch_size=1536", "algorithm.overlong_filtering=true"],
     ],
 )
 def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
@@ -62,8 +70,22 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["actor.model.recompute_num_layers=3"], "has a meaning only with actor.model.recompute_granularity: full"),
         (["actor.model.sequence_parallel=true"], "needs actor.model.tensor_model_parallel_size > 1"),
         (["algorithm.importance_sampling_fix=true", "algorithm.recompute_logprobs=false"], "set algorithm.recompute_logprobs: true"),
+        (["algorithm.loss_type=decoupled-ppo", "algorithm.recompute_logprobs=false"], "decoupled-ppo needs the actor's log-probabilities"),
+        (["algorithm.loss_type=decoupled-ppo", "algorithm.importance_sampling_fix=true"], "weighs actor over engine already"),
+        (["algorithm.importance_sampling_type=k3-mask"], "has a meaning only with algorithm.importance_sampling_fix: true"),
+        (["algorithm.importance_sampling_low=0.5"], "importance_sampling_low = 0.5 (command line): has a meaning only with"),
+        (["algorithm.importance_sampling_normalize=true"], "importance_sampling_normalize = true (command line): has a meaning only with"),
+        (["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_low=0.5"], "token-truncate has no lower bound"),
+        ([*MASK, "algorithm.importance_sampling_low=3"], "must be at most algorithm.importance_sampling_clip (2.0)"),
+        ([*MASK, "algorithm.importance_sampling_clip=0.5"], "set importance_sampling_low"),
+        (["algorithm.kl_in=reward"], "algorithm.kl_in = reward (command line): there is no KL term"),
+        (["algorithm.gamma=1.1"], "algorithm.gamma = 1.1 (command line): is a discount"),
+        (["algorithm.gamma=0.9", "algorithm.num_update_sample_per_prompt=2"], "set algorithm.normalize_advantages: false"),
+        (["algorithm.num_update_sample_per_prompt=3", "algorithm.n_minibatches=5"], "of 1536 samples (data.rollout_batch_size 512 x algorithm.num_up"),
+        (["algorithm.dynamic_sampling=true", "algorithm.group_size=1", "algorithm.adv_type=reinforce++"], "never both right and wrong"),
+        (["algorithm.dynamic_sampling_batch_size=9"], "only with algorithm.dynamic_sampling: true"),
         (["algorithm.clip_ratio_c=1"], "algorithm.clip_ratio_c = 1.0 (command line): must be greater than 1"),
-        (["algorithm.clip_ratio_c=3", "algorithm.loss_type=gspo"], "the dual clip belongs to loss_type ppo"),
+        (["algorithm.clip_ratio_c=3", "algorithm.loss_type=gspo"], "the dual clip belongs to loss_type ppo and decoupled-ppo, not gspo"),
         (["actor.optim.lr_decay_style=linear"], "actor.optim.lr_decay_steps = 0 (default): lr_decay_style linear needs more steps"),
         (["actor.optim.lr_decay_style=linear", "actor.optim.lr_decay_steps=5", "actor.optim.min_lr=1"], "must be at most actor.optim.lr"),
         (["rollout.rollout_backend=embedded", "rollout.tensor_parallel_size=2"], "tensor_parallel_size = 2 (command line): the embedded"),

@@ -43,7 +43,20 @@ ROLLOUT = metrics(
     ("response_length_p95", "95th percentile of the response length", "below `max_new_tokens`", "at the limit: responses are cut"),
     ("response_length_max", "longest response", "at most `max_new_tokens`", "—"),
     ("prompt_length", "mean prompt tokens", "constant up to sampling", "jumps: the data order or the filter changed"),
-    ("samples", "responses of the step", "rollout_batch_size × group_size", "fewer: groups came back incomplete"),
+    (
+        "samples",
+        "responses of the step, with `dynamic_sampling` also of the groups that were left out",
+        "rollout_batch_size × group_size, more with `dynamic_sampling`",
+        "fewer: groups came back incomplete",
+    ),
+    ("prompts_generated", "with `dynamic_sampling`: prompts answered in the step", "—", "far above `prompts_used`: smaller `dynamic_sampling_batch_size`"),
+    ("prompts_used", "with `dynamic_sampling`: prompts that the step took from the data; the others come again in the next step", "—", "—"),
+    (
+        "prompts_filtered",
+        "with `dynamic_sampling`: used prompts whose answers were all right or all wrong, not trained on",
+        "below half of `prompts_used`",
+        "as for `groups_all_right` and `groups_all_wrong`",
+    ),
     ("total_tokens", "prompt tokens (once a response) and response tokens of the step", "—", "—"),
     (
         "truncated",
@@ -80,7 +93,12 @@ ROLLOUT = metrics(
         "below 0.5",
         "easier data, a larger `group_size`, a better start model",
     ),
-    ("advantages_mean", "mean advantage over responses", "near 0", "far from 0: responses of very different lengths under whitening"),
+    (
+        "advantages_mean",
+        "mean advantage over responses; with `kl_in: reward` or `gamma` < 1 before what differs from token to token, and before whitening",
+        "near 0",
+        "far from 0: responses of very different lengths under whitening",
+    ),
     ("advantages_max", "largest advantage", "below 10", "one right answer among many wrong ones is rare luck: larger batch"),
     ("advantages_min", "smallest advantage", "above −10", "—"),
     (
@@ -159,9 +177,15 @@ TRAIN = metrics(
     ),
     ("importance_weight_max", "largest π_old/μ", "below 10", "as for the mean"),
     ("importance_weight_min", "smallest π_old/μ", "above 0.1", "as for the mean"),
-    ("importance_weight_clipped", "share of tokens above `importance_sampling_clip`", "below 0.01", "as for the mean"),
+    ("importance_weight_clipped", "share of tokens whose weight was cut off at the bound, or set to 0 outside the bounds", "below 0.01", "as for the mean"),
     ("rollout_kl", "k3 estimate of KL(engine‖actor) per token", "below 0.001", "as for the mean"),
     ("tokens", "response tokens that counted in the loss", "—", "—"),
+    (
+        "samples",
+        "responses trained on",
+        "the step's; fewer with `overlong_filtering` or `num_update_sample_per_prompt`",
+        "0: all responses were cut off; raise `max_new_tokens`",
+    ),
     (
         "grad_norm",
         "global gradient norm before clipping, mean over the step's optimizer steps",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlinf.algorithms.advantages import outcome_advantages
 from rlinf.cluster.cluster import Cluster
-from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.group import WorkerGroup
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.data.sampler import PromptSampler
@@ -20,15 +20,13 @@ from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
 from rlinf.runners.requests import sampling_of, validation_sampling
 from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.selection import Scored, StepBatch, advantages_of, name_groups, next_groups, trained_samples
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 from rlinf.runners.weight_sync import WeightSync
 from rlinf.rollout.contract import EngineStats, GenerateRequest, SamplingParams, Stop
 from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.scheduling.rollout_metrics import rollout_metrics
 from rlinf.data.packing import build_rank_batches
-
-Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where its tokens are
-
 
 class ReasoningRunner:
     """One run. The driver sees headers only; tokens go from rollout workers to reward and train workers."""
@@ -54,10 +52,9 @@ class ReasoningRunner:
         progress = Progress(self.total_steps, self.step + 1)
         if self.step == 0 and self.val_prompts and self.config.runner.val_check_interval != 0:
             logger.log(0, await self.validate() | self.timers.collect())
-        while self.step < self.total_steps:
+        while not self.finished:
             self.step += 1
-            batch = self.sampler.next_batch()
-            metrics = await self.train_on([self.prompts[i] for i in batch])
+            metrics = await self.train_step()
             if self.due(self.config.runner.val_check_interval) and self.val_prompts:
                 metrics |= await self.validate()
             if self.due(self.config.runner.save_interval):
@@ -78,26 +75,37 @@ class ReasoningRunner:
             self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
         await self.publish_weights()
 
-    async def train_on(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+    async def train_step(self) -> dict[str, float]:
         """One step of the algorithm."""
         a = self.config.algorithm
         with self.timers.phase("rollout"):
             self.cluster.phase = f"step {self.step}, rollout"
-            scored = await self.generate(prompts, a.group_size, sampling_of(a), str(self.folder.samples(self.step)))
-        headers = [header for header, _ in scored]
+            batch = await self.roll_out()
+        headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
-        advantages = outcome_advantages([h.rewards for h in headers], [h.loss_tokens for h in headers], a.adv_type, a.normalize_advantages)
+        advantages, trained = advantages_of(headers, a), trained_samples(headers, a, self.config.data.seed)
         with self.timers.phase("train"):
             self.cluster.phase = f"step {self.step}, train"
-            metrics = await self.update(scored, headers, advantages)
+            metrics = await self.update(batch.scored, advantages, trained)
         await self.publish_weights()
-        return rollout_metrics(headers, advantages) | metrics | self.sync.metrics | await self.speeds(headers)
+        return rollout_metrics(batch.generated, advantages) | batch.metrics | metrics | self.sync.metrics | await self.speeds(batch, trained)
 
-    async def generate(self, prompts: Sequence[Prompt], n: int, sampling: SamplingParams, dump: str) -> list[Scored]:
+    async def roll_out(self) -> StepBatch:
+        """The groups of this step: answers to the next prompts, judged and filtered."""
+        a, dump, taken = self.config.algorithm, str(self.folder.samples(self.step)), Counter[str]()
+
+        async def generate(indices: list[int]) -> list[Scored]:
+            prompts = [self.prompts[i] for i in indices]
+            return await self.generate(prompts, name_groups(self.step, prompts, taken), a.group_size, sampling_of(a), dump)
+
+        return await next_groups(self.sampler, a, generate)
+
+    async def generate(
+        self, prompts: Sequence[Prompt], names: Sequence[str], n: int, sampling: SamplingParams, dump: str
+    ) -> list[Scored]:
         """Groups in the order of the prompts, each judged as soon as it is complete."""
 
-        async def one(prompt: Prompt) -> Scored:
-            group_id = f"{self.step}.{prompt.prompt_id}"
+        async def one(prompt: Prompt, group_id: str) -> Scored:
             request = GenerateRequest(group_id, prompt.token_ids, n, sampling, self.stop, self.config.algorithm.sampling_params.max_new_tokens)
             async with self.dispatcher.seat(n) as rank:
                 header_ref, group_ref = self.rollout.ref(rank, "generate", request, prompt, returns=2)
@@ -105,16 +113,16 @@ class ReasoningRunner:
             verdicts = await self.reward.call(rank % self.reward.size, "judge", group_ref, dump)
             return header.with_verdicts(verdicts), group_ref
 
-        return await gather_or_cancel([one(p) for p in prompts])
+        return await gather_or_cancel([one(p, name) for p, name in zip(prompts, names)])
 
-    async def update(self, scored: Sequence[Scored], headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray]) -> dict[str, float]:
+    async def update(self, scored: Sequence[Scored], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> dict[str, float]:
         """Split the batch over the actor's ranks and train."""
         a, model = self.config.algorithm, self.config.actor.model
         tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
         dp = self.actor.size // (tp * pp)
         shares = build_rank_batches(
-            headers, advantages, dp=dp, n_minibatches=a.n_minibatches, max_tokens=self.config.runner.max_tokens_per_mbs, share_prefix=True,
-            shuffle_seed=(self.config.data.seed, self.step) if a.shuffle_rollout else None,
+            [header for header, _ in scored], advantages, dp=dp, n_minibatches=a.n_minibatches, max_tokens=self.config.runner.max_tokens_per_mbs,
+            share_prefix=True, shuffle_seed=(self.config.data.seed, self.step) if a.shuffle_rollout else None, trained=trained,
         )  # fmt: skip
         payload = {header.group_id: ref for header, ref in scored}
         share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
@@ -123,15 +131,17 @@ class ReasoningRunner:
         slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
         return reports[0].metrics | slowest | {"perf/actor_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
 
-    async def speeds(self, headers: Sequence[GroupHeader]) -> dict[str, float]:
+    async def speeds(self, batch: StepBatch, trained: Sequence[np.ndarray]) -> dict[str, float]:
         """What the engines counted since the last step, and tokens per second of the two big phases."""
         self.engine_stats = stats = await self.rollout.call_all("stats")
         decoded = max(1, sum(s.decoded_tokens for s in stats))
+        learned = sum(int(((h.prompt_length + np.array(h.response_lengths)) * t).sum()) for (h, _), t in zip(batch.scored, trained))
         return {
             "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
             "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / decoded,
-            "perf/rollout_tokens_per_second": sum(sum(h.response_lengths) for h in headers) / self.timers.seconds["rollout"],
-            "perf/train_tokens_per_second": sum(h.prompt_length * len(h.sample_ids) + sum(h.response_lengths) for h in headers) / self.timers.seconds["train"],
+            "perf/rollout_tokens_per_second": sum(sum(h.response_lengths) for h in batch.generated) / self.timers.seconds["rollout"],
+            "perf/train_tokens_per_second": learned / self.timers.seconds["train"],
+            "train/samples": float(sum(t.sum() for t in trained)),
         }
 
     async def publish_weights(self) -> None:
@@ -143,7 +153,8 @@ class ReasoningRunner:
         with self.timers.phase("validate"):
             self.cluster.phase = f"step {self.step}, validation"
             dump = str(self.folder.validation(self.step))
-            scored = await self.generate(self.val_prompts, 1, validation_sampling(), dump)
+            names = name_groups(self.step, self.val_prompts, Counter())
+            scored = await self.generate(self.val_prompts, names, 1, validation_sampling(), dump)
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])
 
@@ -158,9 +169,14 @@ class ReasoningRunner:
         validation = {step: scores.to_json() for step, scores in self.scores.items()}
         return {"step": self.step, "weight_version": self.step, "sampler": self.sampler.state_dict(), "validation": validation}
 
+    @property
+    def finished(self) -> bool:
+        """Whether this was the last step; dynamic sampling uses up the data in fewer steps than total_steps."""
+        return self.step >= self.total_steps or self.sampler.exhausted(self.config.runner.max_epochs)
+
     def due(self, interval: int) -> bool:
         """Every `interval` steps and after the last one; -1 = after the last one alone; 0 = never."""
-        return interval != 0 and (self.step == self.total_steps or (interval > 0 and self.step % interval == 0))
+        return interval != 0 and (self.finished or (interval > 0 and self.step % interval == 0))
 
 
 async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, Scored]]) -> list[Scored]:

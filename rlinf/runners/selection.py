@@ -1,0 +1,101 @@
+"""What a step learns from: which prompts, which of their groups, which responses. Decided on headers, the same way in every resumed run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlinf.algorithms.advantages import outcome_advantages
+from rlinf.algorithms.filters import has_signal, update_subset
+from rlinf.cluster.group import Ref
+from rlinf.config.schema import AlgorithmConfig
+from rlinf.data.records import Finish, GroupHeader, Prompt, Status
+from rlinf.data.sampler import PromptSampler
+from rlinf.errors import UserError
+
+Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where its tokens are
+TRUNCATED = (Finish.LENGTH, Finish.WINDOW)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Groups to train on; the headers of all that were generated for them; what the choice cost."""
+
+    scored: list[Scored]
+    generated: list[GroupHeader]
+    metrics: dict[str, float]
+
+
+async def next_groups(sampler: PromptSampler, algorithm: AlgorithmConfig, generate: Callable[[list[int]], Awaitable[list[Scored]]]) -> StepBatch:
+    """The groups of one step; with dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) only those with right and wrong answers.
+
+    Groups count in the order of their prompts, not as they finish, so the choice favours no short answers and a resumed run repeats it.
+    Prompts behind the last group that was needed go back to the sampler: every prompt of an epoch is trained on or found to teach
+    nothing, exactly once. Raises UserError when algorithm.dynamic_sampling_max_batches do not give enough.
+    """
+    if not algorithm.dynamic_sampling:
+        scored = await generate(sampler.next_batch())
+        return StepBatch(scored, [header for header, _ in scored], {})
+    kept: list[Scored] = []
+    generated: list[GroupHeader] = []
+    size, used = algorithm.dynamic_sampling_batch_size or sampler.batch_size, 0
+    for _ in range(algorithm.dynamic_sampling_max_batches):
+        for one in await generate(sampler.next_batch(size)):
+            generated.append(one[0])
+            if len(kept) < sampler.batch_size:
+                used += 1
+                kept += [one] if has_signal(right(one[0])) else []
+        if len(kept) == sampler.batch_size:
+            sampler.give_back(len(generated) - used)
+            metrics = {"prompts_generated": len(generated), "prompts_used": used, "prompts_filtered": used - len(kept)}
+            return StepBatch(kept, generated, {f"rollout/{name}": float(value) for name, value in metrics.items()})
+    raise UserError(
+        f"algorithm.dynamic_sampling: {algorithm.dynamic_sampling_max_batches} batches of {size} prompts gave only {len(kept)} of "
+        f"{sampler.batch_size} groups with both right and wrong answers ({sum(all(right(h)) for h in generated)} were all right, "
+        f"{sum(not any(right(h)) for h in generated)} all wrong): change the data or algorithm.group_size, raise "
+        "algorithm.dynamic_sampling_max_batches, or set algorithm.dynamic_sampling to false; the run goes on with runner.resume_dir=auto"
+    )
+
+
+def right(header: GroupHeader) -> list[bool]:
+    """Which answers are right, whatever the reward was shaped to."""
+    return [v is not None and v.status is Status.RIGHT for v in header.verdicts]
+
+
+def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> list[str]:
+    """`step.prompt`. A prompt that a step meets again, behind the end of an epoch, gets another name, and with it other noise and payload.
+
+    taken: how often the step has met each prompt; updated.
+    """
+    names = []
+    for prompt in prompts:
+        again = taken[prompt.prompt_id]
+        names.append(f"{step}.{prompt.prompt_id}" + (f".{again}" if again else ""))
+        taken[prompt.prompt_id] += 1
+    return names
+
+
+def counted_tokens(header: GroupHeader, algorithm: AlgorithmConfig) -> list[int]:
+    """Loss tokens of each response; with overlong filtering (DAPO, section 3.4) none of a response that was cut off."""
+    cut = [algorithm.overlong_filtering and finish in TRUNCATED for finish in header.finishes]
+    return [0 if out else n for out, n in zip(cut, header.loss_tokens)]
+
+
+def trained_samples(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig, seed: int) -> list[np.ndarray]:
+    """Which responses of each group the update is made of (bool): those with tokens that count, of the chosen ones (RaML, arXiv 2505.19815)."""
+    chosen = []
+    for header in headers:
+        size = len(header.sample_ids)
+        subset = update_subset(seed, header.group_id, size, algorithm.num_update_sample_per_prompt or size)
+        chosen.append(subset & (np.array(counted_tokens(header, algorithm)) > 0))
+    return chosen
+
+
+def advantages_of(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig) -> list[np.ndarray]:
+    """From the rewards of all responses; whitened here unless the actor does it, token by token."""
+    tokens = [counted_tokens(header, algorithm) for header in headers]
+    whiten = algorithm.normalize_advantages and not algorithm.token_level
+    return outcome_advantages([h.rewards for h in headers], tokens, algorithm.adv_type, whiten)
