@@ -120,9 +120,10 @@ class ReasoningRunner:
         a, model = self.config.algorithm, self.config.actor.model
         tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
         dp = self.actor.size // (tp * pp)
+        headers = [header for header, _ in scored]
         shares = build_rank_batches(
-            [header for header, _ in scored], advantages, dp=dp, n_minibatches=a.n_minibatches, max_tokens=self.config.runner.max_tokens_per_mbs,
-            share_prefix=True, shuffle_seed=(self.config.data.seed, self.step) if a.shuffle_rollout else None, trained=trained,
+            headers, advantages, dp=dp, n_minibatches=a.n_minibatches, max_tokens=self.config.runner.max_tokens_per_mbs, share_prefix=True,
+            shuffle_seed=(self.config.data.seed, self.step) if a.shuffle_rollout else None, trained=trained,
         )  # fmt: skip
         payload = {header.group_id: ref for header, ref in scored}
         share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
