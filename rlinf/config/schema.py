@@ -53,6 +53,9 @@ class RunnerConfig:
         -1, "steps between validations on data.val_data_paths; -1 = only before the first and after the last step; 0 = never"
     )
     save_interval: int = key(-1, "steps between checkpoints; -1 = only after the last step; 0 = never")
+    async_checkpoint: bool = key(
+        False, "write checkpoints in the background while training goes on; needs host memory for a copy of weights and optimizer state"
+    )
     keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
     resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
     seq_length: int = key(2048, "tokens of prompt + response at most")

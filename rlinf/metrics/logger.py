@@ -20,8 +20,9 @@ FILE_NAME = "metrics.jsonl"
 class MetricLogger:
     """Writes one line a step to <run_dir>/metrics.jsonl and the same numbers to the backends.
 
-    resume_step: None starts a new file (it must not exist yet); k goes on after step k: later lines of an earlier life are moved to
-    metrics.jsonl.replaced-N and TensorBoard is told to forget those steps. In the file a number that is not finite is null.
+    resume_step: None starts a new file (it must not exist yet); k goes on after step k, -1 from the start: later lines of an earlier life
+    are moved to metrics.jsonl.replaced-N and TensorBoard is told to forget those steps. `last_step`: of the last line that is there, -1 for
+    none. In the file a number that is not finite is null.
     """
 
     def __init__(self, run_dir: Path, backends: Sequence[str], resume_step: int | None = None) -> None:
@@ -32,8 +33,7 @@ class MetricLogger:
         path = run_dir / FILE_NAME
         self.last_step = -1
         if resume_step is not None:
-            cut_after(path, resume_step)
-            self.last_step = resume_step
+            self.last_step = cut_after(path, resume_step)
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_EXCL if resume_step is None else 0), 0o644)
         self.tensorboard = EventFileWriter(str(run_dir / "tensorboard")) if "tensorboard" in backends else None
         if self.tensorboard is not None and resume_step is not None:
@@ -74,15 +74,19 @@ def whole_lines(path: Path) -> tuple[list[str], str]:
     return lines, torn
 
 
-def cut_after(path: Path, step: int) -> None:
-    """Move the lines after `step` to <path>.replaced-N, so that the run can write those steps again. Nothing is lost at any instant."""
+def cut_after(path: Path, step: int) -> int:
+    """Move the lines after `step` to <path>.replaced-N, so that the run can write those steps again; the step of the last line that stays.
+
+    Nothing is lost at any instant.
+    """
     if not path.exists():
-        return
+        return -1
     lines, torn = whole_lines(path)
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     replaced = [line for line in lines if json.loads(line)["step"] > step] + ([torn] if torn else [])
+    last = json.loads(kept[-1])["step"] if kept else -1
     if not replaced:
-        return
+        return last
     number = 1
     while (tail := path.with_name(f"{path.name}.replaced-{number}")).exists():
         number += 1
@@ -90,6 +94,7 @@ def cut_after(path: Path, step: int) -> None:
     fresh = path.with_name(f"{path.name}.new")
     write_through(fresh, "".join(kept))
     os.replace(fresh, path)
+    return last
 
 
 def write_through(path: Path, text: str) -> None:

@@ -73,8 +73,31 @@ def test_resume_at_the_last_step_moves_nothing(tmp_path: Path) -> None:
     logger = MetricLogger(tmp_path, [])
     logger.log(1, {"x/y": 1.0})
     logger.close()
-    MetricLogger(tmp_path, [], resume_step=1).close()
+    second = MetricLogger(tmp_path, [], resume_step=1)
+    assert second.last_step == 1
+    second.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_line_that_a_dead_run_did_not_write_can_be_made_up_for(tmp_path: Path) -> None:
+    logger = MetricLogger(tmp_path, [])
+    logger.log(1, {"x/y": 1.0})
+    logger.close()
+    second = MetricLogger(tmp_path, [], resume_step=2)
+    assert second.last_step == 1
+    second.log(2, {"x/y": 2.0})
+    second.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_run_that_goes_on_from_its_start_logs_step_0_again(tmp_path: Path) -> None:
+    logger = MetricLogger(tmp_path, [])
+    logger.log(0, {"x/y": 1.0})
+    logger.close()
+    second = MetricLogger(tmp_path, [], resume_step=-1)
+    second.log(0, {"x/y": 2.0})
+    second.close()
+    assert [line["x/y"] for line in read_metrics(tmp_path)] == [2.0]
 
 
 def test_a_step_is_logged_once_and_a_file_is_never_overwritten(tmp_path: Path) -> None:

@@ -41,8 +41,7 @@ def train(resolved: Resolved) -> int:
         say(f"validation data: {val_report.describe()}")
     check_tasks({p.task for p in (*prompts, *val_prompts)})
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
-    resume_step = None if not folder.continues else folder.resume.step if folder.resume else 0
-    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, resume_step)
+    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, folder.resume_step)
     run_id = new_run_id()
     say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
     cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")

@@ -34,8 +34,7 @@ def finetune(resolved: Resolved) -> int:
         val_examples, val_report = load_examples(config.data.val_data_paths, config, tokenizer)
         say(f"held-out data: {val_report.describe()}")
     sampler = PromptSampler(len(examples), config.sft.batch_size, config.data.shuffle, config.data.seed, report.fingerprint, "sft.batch_size")
-    resume_step = None if not folder.continues else folder.resume.step if folder.resume else 0
-    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, resume_step)
+    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, folder.resume_step)
     run_id = new_run_id()
     say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
     cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")

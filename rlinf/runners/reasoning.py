@@ -20,6 +20,7 @@ from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
 from rlinf.runners.requests import sampling_of, validation_sampling
 from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.saving import Saving
 from rlinf.runners.selection import Scored, StepBatch, advantages_of, name_groups, next_groups, trained_samples
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 from rlinf.runners.weight_sync import WeightSync
@@ -41,6 +42,7 @@ class ReasoningRunner:
         self.total_steps = sampler.total_steps(config.runner.max_epochs, config.runner.max_steps)
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
         self.sync = WeightSync(config, actor, rollout, val_prompts or prompts)
+        self.saving = Saving(folder, actor, config.runner.async_checkpoint)
         self.timers = Timers()
         self.step = 0
         self.scores: dict[int, ValidationScores] = {}
@@ -48,7 +50,7 @@ class ReasoningRunner:
 
     async def run(self, logger: MetricLogger) -> None:
         """All steps from where the run stands to its end."""
-        await self.start()
+        await self.start(logger)
         progress = Progress(self.total_steps, self.step + 1)
         if self.step == 0 and self.val_prompts and self.config.runner.val_check_interval != 0:
             logger.log(0, await self.validate() | self.timers.collect())
@@ -58,12 +60,14 @@ class ReasoningRunner:
             if self.due(self.config.runner.val_check_interval) and self.val_prompts:
                 metrics |= await self.validate()
             if self.due(self.config.runner.save_interval):
-                await self.save()
+                await self.save(metrics)
+            if self.saving.ready(self.finished):
+                await self.complete_checkpoint()
             metrics |= self.timers.collect(tokens=int(metrics["rollout/total_tokens"]))
             logger.log(self.step, metrics)
             progress.step(self.step, metrics)
 
-    async def start(self) -> None:
+    async def start(self, logger: MetricLogger) -> None:
         """Workers up, checkpoint loaded, the first weights in the engines."""
         self.cluster.phase = "start"
         await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
@@ -73,6 +77,8 @@ class ReasoningRunner:
             self.sampler.load_state_dict(state["sampler"])
             self.step = state["step"]
             self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
+            if logger.last_step < self.step:  # the run died between the checkpoint and the line of its step
+                logger.log(self.step, state["metrics"])
         await self.publish_weights()
 
     async def train_step(self) -> dict[str, float]:
@@ -129,6 +135,7 @@ class ReasoningRunner:
         share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
         dump = plan_dump(str(self.folder.tokens(self.step)), headers, advantages, (self.config.data.seed, self.step))
         reports = await self.actor.call_each("train_step", [(self.step, dump, s, *(payload[g] for g in s.group_ids)) for s in share_of])
+        self.saving.written = all(r.checkpoint_written for r in reports)
         slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
         return reports[0].metrics | slowest | {"perf/actor_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
 
@@ -159,16 +166,19 @@ class ReasoningRunner:
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])
 
-    async def save(self) -> None:
+    async def save(self, metrics: dict[str, float]) -> None:
         with self.timers.phase("checkpoint"):
             self.cluster.phase = f"step {self.step}, checkpoint"
-            partial = self.folder.begin_checkpoint(self.step)
-            await self.actor.call_all("save", str(partial))
-            self.folder.finish_checkpoint(partial, self.state())
+            await self.saving.save(self.step, self.state(metrics))
 
-    def state(self) -> dict[str, Any]:
+    async def complete_checkpoint(self) -> None:
+        with self.timers.phase("checkpoint"):
+            await self.saving.complete()
+
+    def state(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What a resumed run needs beside the weights. `metrics` of the step: its line is written only after the checkpoint."""
         validation = {step: scores.to_json() for step, scores in self.scores.items()}
-        return {"step": self.step, "weight_version": self.step, "sampler": self.sampler.state_dict(), "validation": validation}
+        return {"step": self.step, "weight_version": self.step, "sampler": self.sampler.state_dict(), "validation": validation, "metrics": metrics}
 
     @property
     def finished(self) -> bool:

@@ -1,6 +1,7 @@
 """A run on disk: who owns the folder, where things are, and checkpoints that are complete or absent.
 
-A checkpoint is written to a folder beside its place, synced, marked COMPLETE, renamed, and only then does `latest` point to it.
+A checkpoint is written to a folder beside its place, synced, marked COMPLETE, renamed, and only then does `latest` point to it. COMPLETE
+lists every file with its size, and the xxh3 of the small ones (the indexes; they hold the checksums of the tensors in the large ones).
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from rlinf.config.load import Resolved, to_yaml
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
-from rlinf.weights.tensor_folder import sync, write_json
+from rlinf.weights.tensor_folder import read_json, sync, write_json
 
 STATE = "run_state.json"
 COMPLETE = "COMPLETE"
@@ -47,14 +50,18 @@ class RunFolder:
         self._hold()
         self.continues = self._has_steps()
         self.resume = self._find_resume(runner.resume_dir)
-        if self.continues:
-            self._set_aside_samples(self.resume.step if self.resume else 0)
+        self._set_aside(self.resume.step if self.resume else -1)
         (self.path / "config.yaml").write_text(to_yaml(resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def resume_step(self) -> int | None:
+        """After which step the metrics go on: None in a new folder, -1 when the run starts again."""
+        return None if not self.continues else self.resume.step if self.resume else -1
 
     def samples(self, step: int) -> Path:
         return self.path / "samples" / f"step_{step:06d}.jsonl"
@@ -73,45 +80,71 @@ class RunFolder:
         return partial
 
     def finish_checkpoint(self, partial: Path, state: dict[str, Any]) -> Path:
-        """Make what was written the latest checkpoint; an interruption at any instant leaves the old latest one in force."""
+        """Make what was written the latest checkpoint; an interruption at any instant leaves it or the one before it in force."""
         write_json(partial / STATE, {"command": self.command} | state)
         for folder in [p for p in partial.rglob("*") if p.is_dir()]:
             sync(folder)
-        (partial / COMPLETE).touch()
+        write_json(partial / COMPLETE, inventory(partial))
         sync(partial)
         final = partial.with_suffix("")
-        shutil.rmtree(final, ignore_errors=True)  # an earlier life's checkpoint of the same step, which this run has just repeated
         partial.rename(final)
-        link = self.checkpoints / "latest.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(self.checkpoints / "latest")
-        sync(self.checkpoints)
-        self._retire()
+        self._point_latest_to(final)
+        self._retire(final)
         return final
 
     def finish(self) -> None:
         (self.path / FINISHED).touch()
+
+    def _complete(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        found = [p for p in self.checkpoints.glob("step_*") if "." not in p.name and (p / COMPLETE).exists()]
+        return sorted(found, key=_step)
+
+    def _newest(self) -> Path | None:
+        """Where `auto` goes on. `latest` may be one behind, as a run can die between the two; or lead to another run, of which this is a branch."""
+        complete, latest = self._complete(), self.checkpoints / "latest"
+        return complete[-1] if complete else latest if latest.exists() else None
 
     def _has_steps(self) -> bool:
         """A start that failed before its first line of metrics left nothing worth keeping: the run may start again in its folder."""
         metrics = self.path / FILE_NAME
         if metrics.exists() and metrics.stat().st_size == 0:
             metrics.unlink()
-        return metrics.exists()
+        return metrics.exists() or bool(self._complete())
 
-    def _set_aside_samples(self, step: int) -> None:
-        """Samples of steps that are about to be repeated keep their text under another name."""
-        for file in sorted((self.path / "samples").glob("*_??????.jsonl")):
-            if int(file.stem[-6:]) > step or (self.resume is None and file.stem.startswith("validation")):
-                number = len(list(file.parent.glob(f"{file.name}.replaced-*"))) + 1
-                file.rename(file.with_name(f"{file.name}.replaced-{number}"))
+    def _set_aside(self, step: int) -> None:
+        """What comes after `step` is about to be made again: samples and checkpoints keep their content under another name.
 
-    def _retire(self) -> None:
-        done = sorted(p for p in self.checkpoints.glob("step_*") if (p / COMPLETE).exists())
-        for old in done[: -self.keep] if self.keep else []:
-            (old / COMPLETE).unlink()  # first: half a folder must not look complete
-            shutil.rmtree(old)
+        Newest first: an interruption leaves a run that could go on from an earlier step than before, with nothing missing.
+        """
+        if self.resume is not None:
+            self._point_latest_to(self.resume.step_dir)
+        own = self.resume is not None and self.resume.step_dir.parent == self.checkpoints
+        for unfinished in [p for p in self.checkpoints.glob("step_*") if ".replaced-" not in p.name and p not in self._complete()]:
+            shutil.rmtree(unfinished)  # its writing or its removal was interrupted
+        for later in reversed(self._complete()):
+            if not own or _step(later) > step:
+                _replaced(later)
+        for file in sorted((self.path / "samples").glob("*_*.jsonl"), reverse=True):
+            if int(file.stem.rpartition("_")[2]) > step:
+                _replaced(file)
+
+    def _point_latest_to(self, step_dir: Path) -> None:
+        """Also to a checkpoint of another run, until there is one of this run."""
+        self.checkpoints.mkdir(exist_ok=True)
+        link = self.checkpoints / "latest.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(step_dir.name if step_dir.parent == self.checkpoints else step_dir)
+        link.replace(self.checkpoints / "latest")
+        sync(self.checkpoints)
+
+    def _retire(self, newest: Path) -> None:
+        """Remove checkpoints beyond keep_checkpoints, and those of an earlier life of the run that this one has now made again."""
+        for old in self._complete()[: -self.keep] if self.keep else []:
+            _remove(old)
+        for old in self.checkpoints.glob("step_*.replaced-*"):
+            if _step(old) <= _step(newest):
+                _remove(old)
 
     def _hold(self) -> None:
         try:
@@ -129,8 +162,8 @@ class RunFolder:
                 f"{self.path}: there is a run here already, and it {how}; nothing was overwritten. "
                 "To go on with it: runner.resume_dir=auto. For a new run: runner.experiment_name=ANOTHER_NAME, or move the folder away"
             )
-        step_dir = self.checkpoints / "latest" if resume_dir == "auto" else Path(resume_dir or "").expanduser()
-        if resume_dir is None or (resume_dir == "auto" and not step_dir.exists()):
+        step_dir = self._newest() if resume_dir == "auto" else resume_dir and Path(resume_dir).expanduser()
+        if step_dir is None:
             return None
         resume = read_checkpoint(step_dir.resolve())
         if resume.state["command"] != self.command:
@@ -142,12 +175,46 @@ class RunFolder:
 
 
 def read_checkpoint(step_dir: Path) -> Resume:
-    """Open a step_* folder. Raises UserError when it is none or is incomplete."""
+    """Open a step_* folder. Raises UserError when it is none, is incomplete, or has lost or changed a file."""
     if not (step_dir / STATE).is_file():
         raise UserError(f"runner.resume_dir: {step_dir} is not a checkpoint (no {STATE}); give a checkpoints/step_* folder, or `auto`")
     if not (step_dir / COMPLETE).exists():
         raise UserError(f"runner.resume_dir: {step_dir} is incomplete (no {COMPLETE} marker): its writing was interrupted; use an earlier one")
-    return Resume(step_dir, json.loads((step_dir / STATE).read_text()))
+    for name, written in read_json(step_dir / COMPLETE).items():
+        file = step_dir / name
+        found = describe(file) if file.is_file() else None
+        if found != written:
+            what = "is missing" if found is None else f"is damaged: {found} instead of {written}"
+            raise UserError(f"{file} {what}; restore it, or resume from an earlier checkpoint")
+    return Resume(step_dir, read_json(step_dir / STATE))
+
+
+def inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file below the folder, by its relative path."""
+    return {str(p.relative_to(folder)): describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """Bytes, and the xxh3 of a file that is no store of tensors (those have a checksum for each tensor)."""
+    size: dict[str, Any] = {"bytes": file.stat().st_size}
+    return size if file.suffix == ".safetensors" else size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_").partition(".")[0])
+
+
+def _replaced(path: Path) -> None:
+    """Give the path the first free name of the form <name>.replaced-N."""
+    number = 1
+    while (other := path.with_name(f"{path.name}.replaced-{number}")).exists():
+        number += 1
+    path.rename(other)
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / COMPLETE).unlink(missing_ok=True)  # first: half a folder must not look complete
+    shutil.rmtree(checkpoint)
 
 
 def _make(path: Path) -> None:

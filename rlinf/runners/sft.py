@@ -18,6 +18,7 @@ from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
 from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.saving import Saving
 
 WEIGHT = np.ones(1, np.float32)  # packing carries a scalar for each sample; the loss here has no use for it
 
@@ -32,13 +33,14 @@ class SftRunner:
         self.config, self.folder, self.cluster, self.actor = config, folder, cluster, actor
         self.examples, self.val_examples, self.sampler = examples, val_examples, sampler
         self.total_steps = sampler.total_steps(config.runner.max_epochs, config.runner.max_steps)
+        self.saving = Saving(folder, actor, config.runner.async_checkpoint)
         self.timers = Timers()
         self.step = 0
         self.val_losses: dict[int, float] = {}
 
     async def run(self, logger: MetricLogger) -> None:
         """All steps from where the run stands to its end."""
-        await self.start()
+        await self.start(logger)
         progress = Progress(self.total_steps, self.step + 1)
         if self.step == 0 and self.val_examples and self.config.runner.val_check_interval != 0:
             logger.log(0, await self.validate() | self.timers.collect())
@@ -49,12 +51,14 @@ class SftRunner:
             if self.due(self.config.runner.val_check_interval) and self.val_examples:
                 metrics |= await self.validate()
             if self.due(self.config.runner.save_interval):
-                await self.save()
+                await self.save(metrics)
+            if self.saving.ready(self.step == self.total_steps):
+                await self.complete_checkpoint()
             metrics |= self.timers.collect(tokens=sum(len(g.prompt.token_ids) + len(g.samples[0]) for g in batch))
             logger.log(self.step, metrics)
             progress.step(self.step, metrics)
 
-    async def start(self) -> None:
+    async def start(self, logger: MetricLogger) -> None:
         """Workers up, checkpoint loaded."""
         self.cluster.phase = "start"
         await self.actor.ready()
@@ -64,11 +68,14 @@ class SftRunner:
             self.sampler.load_state_dict(state["sampler"])
             self.step = state["step"]
             self.val_losses = {int(step): loss for step, loss in state["val_losses"].items()}
+            if logger.last_step < self.step:  # the run died between the checkpoint and the line of its step
+                logger.log(self.step, state["metrics"])
 
     async def train_on(self, examples: Sequence[Group]) -> dict[str, float]:
         with self.timers.phase("train"):
             self.cluster.phase = f"step {self.step}, train"
             reports = await self.actor.call_each("train_step", [(self.step, share, *groups) for share, groups in self.split(examples)])
+        self.saving.written = all(r.checkpoint_written for r in reports)
         slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
         return reports[0].metrics | slowest | {"perf/actor_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
 
@@ -92,15 +99,18 @@ class SftRunner:
         share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
         return [(share, [named[name] for name in share.group_ids]) for share in share_of]
 
-    async def save(self) -> None:
+    async def save(self, metrics: dict[str, float]) -> None:
         with self.timers.phase("checkpoint"):
             self.cluster.phase = f"step {self.step}, checkpoint"
-            partial = self.folder.begin_checkpoint(self.step)
-            await self.actor.call_all("save", str(partial))
-            self.folder.finish_checkpoint(partial, self.state())
+            await self.saving.save(self.step, self.state(metrics))
 
-    def state(self) -> dict[str, Any]:
-        return {"step": self.step, "sampler": self.sampler.state_dict(), "val_losses": self.val_losses}
+    async def complete_checkpoint(self) -> None:
+        with self.timers.phase("checkpoint"):
+            await self.saving.complete()
+
+    def state(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What a resumed run needs beside the weights. `metrics` of the step: its line is written only after the checkpoint."""
+        return {"step": self.step, "sampler": self.sampler.state_dict(), "val_losses": self.val_losses, "metrics": metrics}
 
     def due(self, interval: int) -> bool:
         """Every `interval` steps and after the last one; -1 = after the last one alone; 0 = never."""

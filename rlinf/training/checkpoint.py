@@ -1,83 +1,140 @@
-"""The actor's part of a checkpoint: fp32 master weights and Adam moments under their Hugging Face names.
+"""A role's way to the disk and back: master weights and moments (weights.checkpoint_part), and the model as a Hugging Face folder.
 
-A layout (TP, PP, DP) never reaches the disk, so a checkpoint opens in any other layout, and any safetensors reader can look into it:
-
-    actor/param-s0-00001.safetensors  exp_avg-...  exp_avg_sq-...   written by the first TP and DP rank of each pipeline stage
-    actor/index-s0.json               {kind: {tensor: file}}, one a stage
-    actor/state.json                  optimizer steps, loss scale
-    hf/                               the model as a Hugging Face folder, in the compute dtype
+    actor/    what training goes on from; opens in any layout
+    hf/       the model in the compute dtype, read back and compared by log-probabilities before the checkpoint counts
 
 Completeness (write beside, rename, COMPLETE) is the runner's business.
 """
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from rlinf.errors import RunFailed
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.state import OPTIMIZER_STATE
-from rlinf.weights.tensor_folder import TensorFolder, read_json, write_json, write_tensors
+from rlinf.training.layout import pack_sequences
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.checkpoint_part import KINDS, open_part, write_index
+from rlinf.weights.hf_folder import finish_hf_folder
+from rlinf.weights.tensor_folder import Stored, TensorFolder, read_json, write_json, write_tensors
 
-KINDS = ("param", *OPTIMIZER_STATE)
-TOKENIZER_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model")
+WRITTEN = ("model", *KINDS)  # in this order: the gathers behind it are collective
+PROBES, PROBE_TOKENS = 2, 24
+PROBE_TOLERANCE = 1e-5  # same weights, same layout, same kernels: nothing but an atomic addition may differ
+Named = tuple[str, Tensor]
+
+
+class Writing:
+    """One checkpoint on its way to the disk. Constructor and finish() are collective over the role's ranks.
+
+    in the foreground: the constructor returns when the tensors are written, with one file's worth of them in memory. In the background:
+    it returns when the writers (the first TP and DP rank of each stage) hold a copy of their stage's state in host memory: 12 bytes a
+    parameter, and the model in the compute dtype. The engine may then train on.
+    """
+
+    def __init__(self, engine: MegatronEngine, step_dir: Path, model_dir: Path, background: bool = False) -> None:
+        self.engine, self.step_dir, self.model_dir = engine, step_dir, model_dir
+        at = engine.at
+        self.writer = at.tp_rank == 0 and at.dp_rank == 0
+        self.state = {"steps": engine.steps, "adam_steps": engine.optimizer_state.steps(), "loss_scaler": engine.loss_scaler()}
+        self.probed = probe(engine)
+        self._written: Future[dict[str, Stored]] = Future()
+        if not background:
+            self._written.set_result(self._write({kind: self._own(engine.export(kind)) for kind in WRITTEN}))
+            return
+        kept = {kind: [(name, t.to("cpu", copy=True)) for name, t in self._own(engine.export(kind))] for kind in WRITTEN}
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._written = thread.submit(self._write, kept)
+        thread.shutdown(wait=False)  # it ends after this one; the process waits for it at its exit
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are on disk. Raises RunFailed when they could not be written."""
+        return self._written.done() and self._result() is not None
+
+    def finish(self) -> None:
+        """Wait for the files, complete hf/, and compare what stands in it with what the engine computed. Raises RunFailed."""
+        dtype = str(self.engine.config.params_dtype).removeprefix("torch.")
+        own: list[dict[str, Stored]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(own, self._result())
+        stored: list[dict[str, Stored]] = [{}]
+        if dist.get_rank() == 0:
+            stored = [finish_hf_folder(self.step_dir / "hf", self.model_dir, {n: s for part in own for n, s in part.items()}, dtype)]
+            write_json(self.step_dir / "actor" / "index-hf.json", stored[0])
+            write_json(self.step_dir / "actor" / "state.json", self.state)
+        dist.broadcast_object_list(stored, src=0)  # nobody reads hf/ before it is complete
+        self._compare(TensorFolder.of(self.step_dir / "hf", stored[0]))
+        dist.barrier()
+
+    def _own(self, tensors: Iterable[Named]) -> Iterable[Named]:
+        """The tensors on a writer; elsewhere none, but the gather, which is collective, is run to its end."""
+        if self.writer:
+            return tensors
+        for _ in tensors:
+            pass
+        return ()
+
+    def _write(self, kinds: dict[str, Iterable[Named]]) -> dict[str, Stored]:
+        """Everything of this rank, one file after another; where the model's tensors are."""
+        if not self.writer:
+            return {}
+        actor, stage = self.step_dir / "actor", self.engine.at.pp_rank
+        model = write_tensors(self.step_dir / "hf", f"model-s{stage}", kinds["model"])
+        write_index(actor, stage, {kind: write_tensors(actor, f"{kind}-s{stage}", kinds[kind]) for kind in KINDS})
+        return model
+
+    def _result(self) -> dict[str, Stored]:
+        error = self._written.exception()
+        if error is not None:
+            raise RunFailed(f"the checkpoint {self.step_dir} could not be written: {type(error).__name__}: {error}") from error
+        return self._written.result()
+
+    def _compare(self, hf: TensorFolder) -> None:
+        """The weights in `hf` in place of the engine's, for one forward pass: no second model, one copy of this rank's share in host memory.
+
+        One replica does it. That the Hugging Face names mean what they say is what the probes of every weight sync show.
+        """
+        engine = self.engine
+        if engine.at.dp_rank:
+            return
+        if read_architecture(read_json(hf.folder / "config.json")) != engine.arch:
+            raise RunFailed(f"{hf.folder}: config.json describes another model than the one that was trained")
+        params = [param for _, param in engine.state.params]
+        with torch.no_grad():
+            kept = [param.to("cpu", copy=True) for param in params]
+            engine.state.fill(hf, lambda param, shard: param.copy_(shard))
+            read_back = probe(engine)
+            for param, value in zip(params, kept):
+                param.copy_(value)
+        for expected, got in zip(self.probed, read_back):
+            gap = float((expected - got).abs().max())
+            if not gap <= PROBE_TOLERANCE:
+                raise RunFailed(f"{hf.folder}: its weights give other log-probabilities than the trained model, by {gap:.3g}")
+
+
+def probe(engine: MegatronEngine) -> list[Tensor]:
+    """Log-probabilities of fixed token sequences (head `scalar`: its numbers); empty on all but the last stage."""
+    tokens = np.random.Philox(key=[1234, 0]).random_raw((PROBES, PROBE_TOKENS)) % engine.arch.vocab
+    packed = pack_sequences(list(tokens.astype(np.int64)), 1.0, engine.pad_to, engine.device)
+    return [logprobs for logprobs, _ in engine.logprobs([packed])] if engine.model.head == "lm" else engine.scores([packed])
 
 
 def save(engine: MegatronEngine, step_dir: Path, model_dir: Path) -> None:
-    """Write actor/ and hf/ below step_dir. Collective; returns on all ranks after everything is on disk."""
-    at = engine.at
-    writer = at.tp_rank == 0 and at.dp_rank == 0
-    actor, hf = step_dir / "actor", step_dir / "hf"
-    index = {kind: _write(actor, f"{kind}-s{at.pp_rank}", engine.export(kind), writer) for kind in KINDS}
-    weight_map = _write(hf, f"model-s{at.pp_rank}", engine.export(), writer)
-    if writer:
-        write_json(actor / f"index-s{at.pp_rank}.json", index)
-    maps: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(maps, weight_map)
-    if dist.get_rank() == 0:
-        state = {"steps": engine.steps, "adam_steps": engine.optimizer_state.steps(), "loss_scaler": engine.loss_scaler()}
-        write_json(actor / "state.json", state)
-        _finish_hf(hf, model_dir, {name: file for part in maps for name, file in part.items()}, str(engine.config.params_dtype).removeprefix("torch."))
-    dist.barrier()
+    """Write actor/ and hf/ below step_dir. Collective; returns on all ranks after everything is on disk and hf/ has been compared."""
+    Writing(engine, step_dir, model_dir).finish()
 
 
 def load(engine: MegatronEngine, step_dir: Path) -> None:
     """Restore weights, moments and step counts, whatever layout they were saved from."""
     actor = step_dir / "actor"
-    files: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
-    for part in sorted(actor.glob("index-s*.json")):
-        for kind, names in read_json(part).items():
-            files[kind].update(names)
     state = read_json(actor / "state.json")
-    engine.load_state({kind: TensorFolder(actor, names) for kind, names in files.items()}, state["steps"], state["adam_steps"])
+    engine.load_state(open_part(actor), state["steps"], state["adam_steps"])
     if state["loss_scaler"] and engine.loss_scaler():  # another precision starts its own
         engine.set_loss_scaler(state["loss_scaler"])
-
-
-def _write(folder: Path, stem: str, tensors, writer: bool) -> dict[str, str]:
-    if writer:
-        return write_tensors(folder, stem, tensors)
-    for _ in tensors:  # the gather is collective: every rank runs it to the end
-        pass
-    return {}
-
-
-def _finish_hf(hf: Path, model_dir: Path, weight_map: dict[str, str], dtype: str) -> None:
-    for pattern in TOKENIZER_AND_CONFIG:
-        for file in model_dir.glob(pattern):
-            if "safetensors" not in file.name and not (hf / file.name).exists():
-                shutil.copyfile(file, hf / file.name)
-    config = read_json(hf / "config.json")
-    config["dtype"] = config["torch_dtype"] = dtype
-    write_json(hf / "config.json", config)
-    files = sorted(set(weight_map.values()))
-    if len(files) == 1:
-        (hf / files[0]).rename(hf / "model.safetensors")
-        return
-    names = {old: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, old in enumerate(files, 1)}
-    for old, new in names.items():
-        (hf / old).rename(hf / new)
-    size = sum((hf / new).stat().st_size for new in names.values())
-    write_json(hf / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": {n: names[f] for n, f in weight_map.items()}})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlinf.config.schema import OptimConfig
-from rlinf.errors import UserError
+from rlinf.errors import RunFailed, UserError
 from rlinf.training import checkpoint
-from tests.training_ranks import VOCAB, build, logprobs, make_batch, merged, minibatches, sample_logprobs, snapshot, update, whole_state
+from rlinf.weights.tensor_folder import Stored, digest
+from tests.training_ranks import VOCAB, build, logprobs, make_batch, merged, minibatches, raw, sample_logprobs, snapshot, update, whole_state
 
 # large enough an epsilon that rounding noise in a vanishing gradient does not become a whole Adam step
 OPTIM = OptimConfig(lr=2e-3, adam_eps=1e-3, weight_decay=0.05, clip_grad=1.0, loss_scale_window=2, initial_loss_scale=2.0**14)
@@ -172,6 +176,137 @@ def test_a_missing_or_damaged_file_is_named(rank_pool: Any, tiny_models: dict[st
         assert "no tensor named model." in message and "incomplete" in message and str(tmp_path / "broken") in message
     else:
         assert str(tmp_path / "broken" / "actor" / file) in message and "missing or damaged" in message
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["param", "exp_avg", "exp_avg_sq"])
+def test_a_flipped_byte_is_named_with_file_and_tensor(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, tmp_path: Path, kind: str) -> None:
+    folder, _ = saved_runs["qwen2-tied", "fp32"]
+    shutil.copytree(folder, tmp_path / "broken")
+    damaged = tmp_path / "broken" / "actor" / f"{kind}-s1-00001.safetensors"
+    flip_last_byte(damaged)
+    (message,) = rank_pool.run(refusal, tiny_models["qwen2-tied"], tmp_path / "broken", ranks=1)
+    assert re.match(rf"{damaged}: tensor model\.(layers\.[23]\.\S+|norm\.weight) is damaged", message), message
+
+
+def bad_hf(at: Any, model: Path, step_dir: Path, fault: str) -> str:
+    """The hf/ folder is damaged between its writing and its check; what the check says."""
+    engine = build(at, model, OPTIM)
+    writing = checkpoint.Writing(engine, step_dir, model)
+    before = snapshot(engine)
+    finish = checkpoint.finish_hf_folder
+
+    def finish_with_fault(folder: Path, *rest: Any) -> Any:
+        stored = finish(folder, *rest)
+        file = folder / stored["model.norm.weight"].file
+        if fault == "config":
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+        elif fault == "byte":
+            flip_last_byte(file)
+        else:  # other weights, properly written: only what they compute gives them away
+            tensors = load_file(file)
+            tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+            save_file(tensors, file, metadata={"format": "pt"})
+            stored |= {n: Stored(file.name, digest(t)) for n, t in tensors.items()}
+        return stored
+
+    checkpoint.finish_hf_folder = finish_with_fault
+    with pytest.raises((RunFailed, UserError)) as caught:
+        writing.finish()
+    checkpoint.finish_hf_folder = finish
+    assert fault != "weights" or snapshot(engine) == before  # the comparison leaves the engine as it was
+    engine.close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("fault", "words"), [("config", "describes another model"), ("byte", "is damaged"), ("weights", "other log-probabilities")])
+def test_an_hf_folder_that_is_not_the_model_is_not_called_saved(
+    rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path, fault: str, words: str
+) -> None:
+    (message,) = rank_pool.run(bad_hf, tiny_models["llama"], tmp_path / "step", fault, ranks=1)
+    assert words in message and str(tmp_path / "step" / "hf") in message
+
+
+def in_the_background(at: Any, model: Path, step_dir: Path) -> dict[str, Any]:
+    """Train on while the checkpoint is being written; the checkpoint is of the moment it was begun."""
+    engine = build(at, model, OPTIM)
+    minis = minibatches(engine)
+    update(engine, minis[0])
+    begun = snapshot(engine)
+    writing = checkpoint.Writing(engine, step_dir, model, background=True)
+    update(engine, minis[1])
+    trained_on = snapshot(engine)
+    writing.finish()
+    assert writing.written and snapshot(engine) == trained_on != begun
+    other = build(at, model, OPTIM)
+    checkpoint.load(other, step_dir)
+    same = snapshot(other) == begun
+    engine.close(), other.close()
+    return same
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), SAVED, (3, 1, 1)])
+def test_a_background_checkpoint_is_of_the_moment_it_was_begun(
+    rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path, layout: tuple[int, int, int]
+) -> None:
+    assert all(rank_pool.run(in_the_background, tiny_models["qwen2-tied"], tmp_path / "step", **at_layout(layout)))
+
+
+def failing_writer(at: Any, model: Path, step_dir: Path) -> list[str]:
+    engine = build(at, model, OPTIM)
+    step_dir.mkdir()
+    (step_dir / "actor").write_text("a file where the folder should be")
+    writing = checkpoint.Writing(engine, step_dir, model, background=True)
+    messages = []
+    while not messages:
+        try:
+            assert not writing.written
+        except RunFailed as error:
+            messages.append(str(error))
+    with pytest.raises(RunFailed) as caught:
+        writing.finish()
+    engine.close()
+    return [*messages, str(caught.value)]
+
+
+def test_an_error_of_the_background_writer_is_raised_by_the_next_look_at_it(rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    (messages,) = rank_pool.run(failing_writer, tiny_models["llama"], tmp_path / "step", ranks=1)
+    assert len(messages) == 2
+    for message in messages:
+        assert message.startswith(f"the checkpoint {tmp_path / 'step'} could not be written: ") and "exists" in message
+
+
+def random_states(at: Any, model: Path, step_dir: Path) -> bool:
+    """Whether a step, log-probabilities, a checkpoint and its loading draw from any random number generator."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    def look() -> list[bytes]:
+        tracked = get_cuda_rng_tracker().get_states()
+        states = [torch.get_rng_state(), *(tracked[name] for name in sorted(tracked))]
+        return [raw(s) for s in states] + [repr(np.random.get_state()).encode(), repr(random.getstate()).encode()]
+
+    engine = build(at, model, OPTIM)
+    before = look()
+    minis = minibatches(engine)
+    logprobs(engine, minis[0][0])
+    update(engine, minis[0])
+    checkpoint.save(engine, step_dir, model)
+    checkpoint.load(engine, step_dir)
+    same = look() == before
+    torch.rand(1)
+    assert look() != before  # the look sees a draw
+    engine.close()
+    return same
+
+
+def test_training_draws_no_random_numbers_so_a_checkpoint_needs_no_generator_state(rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    assert all(rank_pool.run(random_states, tiny_models["qwen2"], tmp_path / "step", **at_layout(SAVED)))
 
 
 def before_any_step(at: Any, model: Path, step_dir: Path) -> bool:

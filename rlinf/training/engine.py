@@ -65,6 +65,7 @@ class MegatronEngine:
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = lambda chunks, _tokens, **kw: finalize_model_grads(chunks, None, **kw)
         self.optimizer_state = OptimizerState(self.distributed)
+        self.pad_to = at.tp if model.sequence_parallel else 1  # rows of a micro-batch are a multiple of it
         self.steps = 0
 
     def close(self) -> None:
@@ -89,9 +90,14 @@ class MegatronEngine:
     @torch.no_grad()
     def load_state(self, kinds: Mapping[str, Mapping[str, Tensor]], steps: int, adam_steps: int) -> None:
         """Master weights and moments from whole fp32 HF tensors (see training.checkpoint); the model's weights are their rounding."""
-        self.state.fill(kinds["param"], lambda param, shard: param.copy_(shard))
+
+        def weights(param: Parameter, shard: Tensor) -> None:
+            param.copy_(shard)
+            self.optimizer_state.set(param, "param", shard)
+
         self.optimizer_state.allocate()
-        for kind in ("param", *OPTIMIZER_STATE):
+        self.state.fill(kinds["param"], weights)
+        for kind in OPTIMIZER_STATE:
             self.state.fill(kinds[kind], lambda param, shard, kind=kind: self.optimizer_state.set(param, kind, shard))
         self.optimizer_state.restore_steps(adam_steps)
         self.steps = steps

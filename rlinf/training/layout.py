@@ -22,6 +22,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from rlinf.data.examples import example
 from rlinf.data.records import Group, Sample
 from rlinf.data.packing import SampleRef
 
@@ -134,6 +135,13 @@ def by_token(batch: PackedBatch, values: Mapping[str, np.ndarray]) -> Tensor:
     """[N] float32 from the [T] of every sample of the batch."""
     parts = [values[i] for i in batch.sample_ids]
     return torch.as_tensor(np.concatenate([*parts, []]).astype(np.float32), device=batch.targets.device)
+
+
+def pack_sequences(sequences: Sequence[np.ndarray], temperature: float, pad_to: int, device: torch.device) -> PackedBatch:
+    """Sequences to be scored, each by itself: its first token stands as the prompt, the n-1 others as a response."""
+    groups = [example(f"sequence-{i}", tokens[:1], tokens[1:]) for i, tokens in enumerate(sequences)]
+    refs = [SampleRef(i, 0, 0.0) for i in range(len(groups))]
+    return pack(groups, refs, share_prefix=False, temperature=temperature, pad_to=pad_to, device=device)
 
 
 def _common_start(prompts: Sequence[np.ndarray]) -> int:

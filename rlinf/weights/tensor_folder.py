@@ -1,4 +1,4 @@
-"""Named tensors in a folder of safetensors files with an index: lazily readable, durable when written."""
+"""Named tensors in a folder of safetensors files with an index: lazily readable, durable when written, checked when read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,10 +20,24 @@ from rlinf.errors import UserError
 FILE_BYTES = 256 << 20  # what is held in memory while a file is written
 
 
-def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> dict[str, str]:
-    """Write the tensors to <stem>-00001.safetensors, ... in `folder`, each file fsynced; returns {tensor name: file name}."""
+class Stored(NamedTuple):
+    """Where a tensor is, and the xxh3-64 of what it is."""
+
+    file: str
+    xxh3: str
+
+
+def digest(tensor: Tensor) -> str:
+    """xxh3-64 of dtype, shape and bytes."""
+    state = xxhash.xxh3_64(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> dict[str, Stored]:
+    """Write the tensors to <stem>-00001.safetensors, ... in `folder`, each file fsynced; where each of them is."""
     folder.mkdir(parents=True, exist_ok=True)
-    where: dict[str, str] = {}
+    where: dict[str, Stored] = {}
     pending: dict[str, Tensor] = {}
     count = 0
 
@@ -32,7 +48,7 @@ def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]
             file = f"{stem}-{count:05d}.safetensors"
             save_file(pending, folder / file, metadata={"format": "pt"})
             sync(folder / file)
-            where.update(dict.fromkeys(pending, file))
+            where.update({name: Stored(file, digest(tensor)) for name, tensor in pending.items()})
             pending.clear()
 
     for name, tensor in tensors:
@@ -74,11 +90,26 @@ def open_tensors(path: Path) -> safe_open:
         raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged") from error
 
 
-class TensorFolder(Mapping[str, Tensor]):
-    """Read access by name; files are mapped, a tensor is read when asked for. Nothing is ever unpickled."""
+def _read(file: safe_open, path: Path, name: str) -> Tensor:
+    try:
+        return file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path}: tensor {name} cannot be read ({error}); the file is damaged or belongs to another model") from error
 
-    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
-        self.folder, self.files = folder, dict(files)
+
+class TensorFolder(Mapping[str, Tensor]):
+    """Read access by name; files are mapped, a tensor is read when asked for, and compared with its xxh3 where one is known.
+
+    Nothing is ever unpickled. A missing or damaged tensor is a UserError that names it and its file.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, str], xxh3: Mapping[str, str] | None = None) -> None:
+        self.folder, self.files, self.xxh3 = folder, dict(files), xxh3 or {}
+
+    @classmethod
+    def of(cls, folder: Path, stored: Mapping[str, Stored]) -> TensorFolder:
+        """What write_tensors wrote."""
+        return cls(folder, {n: s.file for n, s in stored.items()}, {n: s.xxh3 for n, s in stored.items()})
 
     @cached_property
     def _open(self) -> dict[str, safe_open]:
@@ -90,7 +121,10 @@ class TensorFolder(Mapping[str, Tensor]):
         file = self.files[name]
         if file not in self._open:
             self._open[file] = open_tensors(self.folder / file)
-        return self._open[file].get_tensor(name)
+        tensor = _read(self._open[file], self.folder / file, name)
+        if name in self.xxh3 and digest(tensor) != self.xxh3[name]:
+            raise UserError(f"{self.folder / file}: tensor {name} is damaged: its bytes are not those that were written (xxh3); restore the file")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rlinf.errors import UserError
-from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, read_json, write_json, write_tensors
+from rlinf.weights.tensor_folder import TensorFolder, digest, open_hf_folder, read_json, write_json, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -23,18 +25,20 @@ def tensors() -> dict[str, torch.Tensor]:
 def test_tensors_come_back_bit_for_bit_from_files_of_bounded_size(tmp_path: Path, file_bytes: int, files: int) -> None:
     made = tensors()
     where = write_tensors(tmp_path, "part", made.items(), file_bytes)
-    assert where.keys() == made.keys() and len(set(where.values())) == len(list(tmp_path.iterdir())) == files
-    folder = TensorFolder(tmp_path, where)
+    in_file = {name: stored.file for name, stored in where.items()}
+    assert where.keys() == made.keys() and len(set(in_file.values())) == len(list(tmp_path.iterdir())) == files
+    folder = TensorFolder.of(tmp_path, where)
     assert len(folder) == 7 and list(folder) == list(made)
     for name, tensor in made.items():
         assert folder[name].dtype == tensor.dtype and torch.equal(folder[name], tensor)
-    assert all(sum(made[n].nbytes for n in where if where[n] == f) <= file_bytes for f in set(where.values()) if list(where.values()).count(f) > 1)
+    shared = [f for f in set(in_file.values()) if list(in_file.values()).count(f) > 1]
+    assert all(sum(made[n].nbytes for n in where if in_file[n] == f) <= file_bytes for f in shared)
 
 
 def test_views_and_strided_tensors_are_written_as_they_look(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     where = write_tensors(tmp_path, "x", {"row": base[1], "transposed": base.t(), "same": base[1]}.items())
-    folder = TensorFolder(tmp_path, where)
+    folder = TensorFolder.of(tmp_path, where)
     assert torch.equal(folder["row"], base[1]) and torch.equal(folder["transposed"], base.t()) and torch.equal(folder["same"], base[1])
 
 
@@ -47,7 +51,7 @@ def test_what_is_written_does_not_follow_later_changes(tmp_path: Path) -> None:
             buffer.fill_(i)
             yield f"t{i}", buffer
 
-    folder = TensorFolder(tmp_path, write_tensors(tmp_path, "x", stream()))
+    folder = TensorFolder.of(tmp_path, write_tensors(tmp_path, "x", stream()))
     assert [folder[f"t{i}"][0].item() for i in range(3)] == [0, 1, 2]
 
 
@@ -57,21 +61,66 @@ def test_nothing_to_write_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_file_is_opened_when_it_is_needed(tmp_path: Path) -> None:
     where = write_tensors(tmp_path, "part", tensors().items(), 1)
-    (tmp_path / where["t3"]).unlink()
-    folder = TensorFolder(tmp_path, where)
+    (tmp_path / where["t3"].file).unlink()
+    folder = TensorFolder.of(tmp_path, where)
     assert folder["t2"].shape == (10, 3)
-    with pytest.raises(UserError, match=f"{where['t3']}: cannot be read .*missing or damaged"):
+    with pytest.raises(UserError, match=f"{where['t3'].file}: cannot be read .*missing or damaged"):
         folder["t3"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     where = write_tensors(tmp_path, "part", tensors().items())
-    path = tmp_path / where["t0"]
+    path = tmp_path / where["t0"].file
     content = path.read_bytes()
     path.write_bytes({"cut": content[:-1], "empty": b"", "garbage": b"\xff" * 100}[damage])
     with pytest.raises(UserError, match="part-00001.safetensors: cannot be read .*missing or damaged"):
-        TensorFolder(tmp_path, where)["t0"]
+        TensorFolder.of(tmp_path, where)["t0"]
+
+
+@given(position=st.integers(0), bit=st.integers(0, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_flipped_bit_anywhere_in_the_file_is_noticed_and_what_it_hit_is_named(tmp_path: Path, position: int, bit: int) -> None:
+    made = tensors()
+    where = write_tensors(tmp_path, "part", made.items())
+    path = tmp_path / "part-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    place = header + position % (len(content) - header)
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+    folder, damaged = TensorFolder.of(tmp_path, where), []
+    for name, tensor in made.items():
+        try:
+            assert torch.equal(folder[name], tensor)
+        except UserError as error:
+            damaged.append(name)
+            assert str(path) in str(error) and f"tensor {name} is damaged" in str(error)
+    assert len(damaged) == 1
+
+
+@given(position=st.integers(0), bit=st.integers(0, 7))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_a_flipped_bit_in_the_files_header_never_gives_other_tensors(tmp_path: Path, position: int, bit: int) -> None:
+    made = tensors()
+    where = write_tensors(tmp_path, "part", made.items())
+    path = tmp_path / "part-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position % (8 + int.from_bytes(content[:8], "little"))] ^= 1 << bit
+    path.write_bytes(content)
+    folder = TensorFolder.of(tmp_path, where)
+    for name, tensor in made.items():
+        try:
+            assert torch.equal(folder[name], tensor) and folder[name].dtype == tensor.dtype
+        except UserError as error:
+            assert str(path) in str(error)
+
+
+def test_the_digest_knows_dtype_and_shape() -> None:
+    zeros = torch.zeros(4, dtype=torch.float32)
+    others = [zeros.view(2, 2), torch.zeros(8, dtype=torch.bfloat16), torch.zeros(0), torch.zeros((), dtype=torch.int32), torch.zeros(4, dtype=torch.int32)]
+    assert len({digest(t) for t in (zeros, *others)}) == 6
+    assert digest(torch.arange(6.0).view(2, 3).t()) == digest(torch.arange(6.0).view(2, 3).t().contiguous())
 
 
 def test_an_unknown_name_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from rlinf.weights.source import Receipt, WeightSource
 
 @dataclass(frozen=True)
 class TrainReport:
-    """Metrics of one train step on one rank: equal on all ranks except `timers` and `memory_bytes`; plus what the driver may log."""
+    """Metrics of one train step on one rank: equal on all ranks; and of this rank what the driver may log, and whether the files of the
+    checkpoint that it writes in the background are on disk."""
 
     metrics: dict[str, float]
     timers: dict[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
+    checkpoint_written: bool = False
 
 
 class TrainWorker(Protocol):
@@ -47,7 +49,13 @@ class TrainWorker(Protocol):
         """The engines have the weights: free what the last publish() wrote and hand a shared device over (actor.offload_*)."""
         ...
 
-    def save(self, step_dir: str) -> None: ...
+    def save(self, step_dir: str) -> None:
+        """Write this role's part of a checkpoint; with runner.async_checkpoint only begin to, until finish_save()."""
+        ...
+
+    def finish_save(self) -> None:
+        """Complete what save() began: wait for the files, check them."""
+        ...
 
     def load(self, step_dir: str) -> None: ...
 
@@ -64,6 +72,8 @@ class SftWorker(Protocol):
         ...
 
     def save(self, step_dir: str) -> None: ...
+
+    def finish_save(self) -> None: ...
 
     def load(self, step_dir: str) -> None: ...
 

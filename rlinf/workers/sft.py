@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,14 +12,14 @@ from rlinf.config.schema import Config
 from rlinf.data.packing import MiniBatch, RankBatch
 from rlinf.data.records import Group
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.training import checkpoint
 from rlinf.training.layout import PackedBatch, pack
 from rlinf.training.parallel import gather_over_data_ranks
+from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TrainReport
 from rlinf.workers.train import open_engine, peak_memory
 
 
-class SftWorker:
+class SftWorker(Checkpointed):
     """Implements workers.interfaces.SftWorker."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
@@ -36,7 +35,7 @@ class SftWorker:
         metrics = {f"sft/{name}": value for name, value in finalize_supervised(update.metrics).items()}
         metrics |= {"sft/grad_norm": update.grad_norm, "sft/lr": update.learning_rate, "sft/skipped": float(update.skipped)}
         timers = {f"time/{part}": seconds for part, seconds in update.timers.items()}
-        return TrainReport(metrics, timers, peak_memory(self.engine.device))
+        return TrainReport(metrics, timers, peak_memory(self.engine.device), self.checkpoint_written)
 
     def validate(self, batch: RankBatch, *groups: Group) -> dict[str, float]:
         """Token means over the held-out examples; nothing is trained."""
@@ -45,15 +44,8 @@ class SftWorker:
         metrics = finalize_supervised(self.engine.evaluate(packs, lambda i, output: supervised_objective(*output, token_mean_N(packs[i], mini))))
         return {"sft/val_loss": metrics["loss"], "sft/val_entropy": metrics["entropy"]}
 
-    def save(self, step_dir: str) -> None:
-        checkpoint.save(self.engine, Path(step_dir), Path(self.config.rollout.model_dir))
-
-    def load(self, step_dir: str) -> None:
-        checkpoint.load(self.engine, Path(step_dir))
-
     def _pack(self, mini: MiniBatch, groups: Sequence[Group]) -> list[PackedBatch]:
-        pad_to = self.engine.at.tp if self.config.actor.model.sequence_parallel else 1
-        packed = lambda refs: pack(groups, refs, share_prefix=True, temperature=1.0, pad_to=pad_to, device=self.engine.device)
+        packed = lambda refs: pack(groups, refs, share_prefix=True, temperature=1.0, pad_to=self.engine.pad_to, device=self.engine.device)
         return [packed(refs) for refs in mini.micro_batches]
 
     def _weights(self, step: int, mini: MiniBatch, packs: Sequence[PackedBatch]) -> list[Tensor]:

@@ -17,26 +17,26 @@ from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
 from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, token_advantages
 from rlinf.config.schema import AlgorithmConfig, Config
-from rlinf.data.examples import example
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.data.packing import RankBatch, SampleRef
-from rlinf.training import checkpoint, parallel
+from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine, Update
-from rlinf.training.layout import PackedBatch, pack
+from rlinf.training.layout import PackedBatch, pack, pack_sequences
 from rlinf.training.offload import Offloader
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.shared_memory import publish, release
 from rlinf.weights.source import WeightSource
 from rlinf.weights.tensor_folder import open_hf_folder
+from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TrainReport
 from rlinf.workers.token_dump import write_token_values
 
 
-class TrainWorker:
+class TrainWorker(Checkpointed):
     """Implements workers.interfaces.TrainWorker for the actor role."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
@@ -78,15 +78,14 @@ class TrainWorker:
         timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
-        return TrainReport(step_metrics(updates), timers, peak_memory(self.device))
+        return TrainReport(step_metrics(updates), timers, peak_memory(self.device), self.checkpoint_written)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         return load_tokenizer(self.config.rollout.model_dir, self.config.rollout.trust_remote_code)
 
     def _pack(self, groups: Sequence[Group], refs: Sequence[SampleRef]) -> PackedBatch:
-        pad_to = self.at.tp if self.config.actor.model.sequence_parallel else 1
-        return pack(groups, refs, share_prefix=True, temperature=self.temperature, pad_to=pad_to, device=self.device)
+        return pack(groups, refs, share_prefix=True, temperature=self.temperature, pad_to=self.engine.pad_to, device=self.device)
 
     def _old_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
         """pi_old of every mini-batch; of the first one only when the advantages need it, because it is trained with the very weights."""
@@ -142,24 +141,19 @@ class TrainWorker:
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
-        groups = [example(f"probe-{i}", tokens[:1], tokens[1:]) for i, tokens in enumerate(sequences)]
-        refs = [SampleRef(i, 0, 0.0) for i in range(len(groups))]
-        pad_to = self.at.tp if self.config.actor.model.sequence_parallel else 1
-        packed = pack(groups, refs, share_prefix=False, temperature=temperature or 1.0, pad_to=pad_to, device=self.device)
-        outputs = self.engine.logprobs([packed])
+        outputs = self.engine.logprobs([pack_sequences(sequences, temperature or 1.0, self.engine.pad_to, self.device)])
         if not outputs:
             return []
         return [part.cpu().numpy() for part in outputs[0][0].split([len(s) - 1 for s in sequences])]
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------------
 
-    def save(self, step_dir: str) -> None:
+    def bring_back(self) -> None:
         self.offloader.before_use()
-        checkpoint.save(self.engine, Path(step_dir), Path(self.config.rollout.model_dir))
 
-    def load(self, step_dir: str) -> None:
-        self.offloader.before_use()
-        checkpoint.load(self.engine, Path(step_dir))
+    def hand_over(self) -> None:
+        self.offloader.after_training()
+        self.offloader.after_publishing()
 
 
 def open_engine(address: WorkerAddress, config: Config) -> MegatronEngine:
