@@ -30,14 +30,15 @@ class WorkerGroup(ABC):
     Errors of a call: UserError as the worker raised it; RunFailed, naming component, rank, node, method and log, for everything else.
     """
 
-    def __init__(self, component: str, size: int, failure: Failure, start_timeout: float) -> None:
+    def __init__(self, component: str, nodes: Sequence[int], failure: Failure, start_timeout: float) -> None:
         self.component = component
-        self.size = size
+        self.nodes = tuple(nodes)  # of each rank
+        self.size = len(self.nodes)
         self.calls: Counter[str] = Counter()
         self.failure = failure
         self.start_timeout = start_timeout
         self.starts: list[Ref] = []
-        self.in_flight: list[Counter[str]] = [Counter() for _ in range(size)]
+        self.in_flight: list[Counter[str]] = [Counter() for _ in self.nodes]
         self._ready: asyncio.Task[list[Any]] | None = None
 
     @abstractmethod

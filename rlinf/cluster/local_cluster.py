@@ -64,7 +64,7 @@ class LocalWorkerGroup(WorkerGroup):
     """Handles are futures of the driver's loop; a payload is the object itself."""
 
     def __init__(self, cluster: LocalCluster, component: str, holders: list[Holder], class_path: str, args: tuple[Any, ...]) -> None:
-        super().__init__(component, len(holders), cluster.failure, cluster.config.start_timeout)
+        super().__init__(component, [0] * len(holders), cluster.failure, cluster.config.start_timeout)
         self.cluster = cluster
         self.holders = holders
         self.build = (class_path, args)

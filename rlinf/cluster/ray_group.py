@@ -28,7 +28,7 @@ class RayWorkerGroup(WorkerGroup):
 
     def __init__(self, component: str, seats: Sequence[Seat], actors: list[Any], logs: list[Path], failure: Failure, start_timeout: float,
                  phase: Callable[[], str]) -> None:
-        super().__init__(component, len(seats), failure, start_timeout)
+        super().__init__(component, [seat.node for seat in seats], failure, start_timeout)
         self.seats, self.actors, self.logs, self.phase = seats, actors, logs, phase
         self.pids: list[int | None] = [None] * self.size
         self.rests = [actor.rest.remote() for actor in actors]

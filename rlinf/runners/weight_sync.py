@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlinf.cluster.group import WorkerGroup
+from rlinf.cluster.group import WorkerGroup, first_failure_or_all
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.errors import RunFailed
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
+from rlinf.weights.routes import OBJECT_STORE, plan_feeds, publisher
 
 PROBES = 4
 
@@ -22,18 +23,31 @@ class WeightSync:
         self.version: int | None = None
         self.syncs = 0
         self.metrics: dict[str, float] = {}
+        model = config.actor.model
+        tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+        dp = actor.size // (tp * pp)
+        self.publishers = [[publisher(replica, stage, tp, dp) for stage in range(pp)] for replica in range(dp)]
+        self.feeds = plan_feeds([[actor.nodes[rank] for rank in stages] for stages in self.publishers], rollout.nodes)
+        self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == rank // tp % dp}) for rank in range(actor.size)]
 
     async def publish(self, version: int) -> None:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
-        parts = await self.actor.call_all("publish", version)
-        source = merge_sources([part for part, _ in parts])
-        receipts = await self.rollout.call_all("load_weights", source, version)
-        check_receipts(source, version, receipts)
+        published = [self.actor.ref(rank, "publish", version, transports, returns=2) for rank, transports in enumerate(self.transports)]
+        parts = await first_failure_or_all([written for written, _ in published])
+        sources, loads = [], []
+        for engine, feed in enumerate(self.feeds):
+            stages = self.publishers[feed.replica]
+            source = merge_sources([parts[rank][0][feed.transport] for rank in stages])
+            payload = [published[rank][1] for rank in stages] if feed.transport == OBJECT_STORE else []
+            sources.append(source)
+            loads.append(self.rollout.ref(engine, "load_weights", source, version, *payload))
+        receipts = await first_failure_or_all(loads)
+        check_receipts(sources, version, receipts)
         self.version = version
         self.metrics = {
             "sync/gather_seconds": max(seconds for _, seconds in parts),
             "sync/load_seconds": max(r.seconds for r in receipts),
-            "sync/gib": sum(b.nbytes for b in source.buckets) / 2**30,
+            "sync/gib": sum(b.nbytes for b in sources[0].buckets) / 2**30,
         }
         every = self.config.rollout.verify_weights_every
         if self.syncs == 0 or (every and self.syncs % every == 0):

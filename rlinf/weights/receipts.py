@@ -14,16 +14,16 @@ from rlinf.weights.source import Receipt, SharedMemory
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}
 
 
-def merge_sources(parts: Sequence[SharedMemory | None]) -> SharedMemory:
+def merge_sources(parts: Sequence[SharedMemory]) -> SharedMemory:
     """One source of what the pipeline stages published."""
-    return SharedMemory(tuple(b for part in parts if part is not None for b in part.buckets))
+    return SharedMemory(tuple(b for part in parts for b in part.buckets))
 
 
-def check_receipts(source: SharedMemory, version: int, receipts: Sequence[Receipt]) -> None:
-    """Raises RunFailed when an engine took another version, other tensors or other bytes than were sent."""
-    sent = {b.key: b.checksum for b in source.buckets}
-    tensors = sum(len(b.tensors) for b in source.buckets)
-    for rank, receipt in enumerate(receipts):
+def check_receipts(sources: Sequence[SharedMemory], version: int, receipts: Sequence[Receipt]) -> None:
+    """Raises RunFailed when an engine took another version, other tensors or other bytes than it was sent. Both by engine."""
+    for rank, (source, receipt) in enumerate(zip(sources, receipts, strict=True)):
+        sent = {b.key: b.checksum for b in source.buckets}
+        tensors = sum(len(b.tensors) for b in source.buckets)
         if receipt.version != version or receipt.n_tensors != tensors:
             raise RunFailed(
                 f"weight sync {version}: rollout rank {rank} reports version {receipt.version} and {receipt.n_tensors} tensors; {tensors} were sent"

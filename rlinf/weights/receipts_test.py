@@ -16,18 +16,17 @@ def bucket(key: str, checksum: int, names: str) -> BucketSpec:
     return BucketSpec(key, 4 * len(names), tuple(TensorSpec(n, "float32", (1,), 4 * i, 4) for i, n in enumerate(names)), checksum)
 
 
-STAGES = SharedMemory((bucket("s0-0", 11, "ab"), bucket("s0-1", 12, "c"))), None, SharedMemory((bucket("s1-0", 13, "d"),))
+STAGES = SharedMemory((bucket("s0-0", 11, "ab"), bucket("s0-1", 12, "c"))), SharedMemory((bucket("s1-0", 13, "d"),))
 SOURCE = merge_sources(STAGES)
 GOOD = Receipt(version=3, checksums={"s0-0": 11, "s0-1": 12, "s1-0": 13}, n_tensors=4, nbytes=16, seconds=0.1)
 
 
 def test_a_source_of_several_stages_is_all_their_buckets_in_order() -> None:
     assert [b.key for b in SOURCE.buckets] == ["s0-0", "s0-1", "s1-0"]
-    assert merge_sources([None, None]) == SharedMemory(())
 
 
 def test_receipts_of_what_was_sent_are_good() -> None:
-    check_receipts(SOURCE, 3, [GOOD, GOOD])
+    check_receipts([SOURCE, SOURCE], 3, [GOOD, GOOD])
 
 
 @pytest.mark.parametrize(
@@ -41,7 +40,7 @@ def test_receipts_of_what_was_sent_are_good() -> None:
 )
 def test_a_receipt_of_anything_else_names_rank_and_bucket(change: dict[str, object], message: str) -> None:
     with pytest.raises(RunFailed, match=message):
-        check_receipts(SOURCE, 3, [GOOD, replace(GOOD, **change)])
+        check_receipts([SOURCE, SOURCE], 3, [GOOD, replace(GOOD, **change)])
 
 
 def test_the_largest_gap_over_probes_and_engines_is_reported() -> None:

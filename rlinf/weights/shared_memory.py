@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,31 @@ def publish(tensors: Iterable[Named], run_id: str, version: int, bucket_bytes: i
             buffer = _create(path, nbytes, undo)
             fill(buffer, specs, bucket)
             buckets.append(BucketSpec(path, nbytes, specs, checksum(buffer)))
+        undo.pop_all()
+    return SharedMemory(tuple(buckets))
+
+
+def collect(tensors: Iterable[Named], name: str, bucket_bytes: int = BUCKET_BYTES) -> tuple[SharedMemory, tuple[np.ndarray, ...]]:
+    """What publish() would write, as uint8 arrays that the caller sends to another machine, where land() writes them. `name`: of the keys."""
+    buckets, arrays = [], []
+    for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
+        specs, nbytes = layout(bucket)
+        buffer = torch.zeros(nbytes, dtype=torch.uint8)  # zeros: the gaps between tensors count in the checksum
+        fill(buffer, specs, bucket)
+        buckets.append(BucketSpec(f"{name}-{i}", nbytes, specs, checksum(buffer)))
+        arrays.append(buffer.numpy())
+    return SharedMemory(tuple(buckets)), tuple(arrays)
+
+
+def land(source: SharedMemory, arrays: Sequence[np.ndarray], run_id: str, version: int) -> SharedMemory:
+    """Buckets that came from another machine as segments of this one, `/dev/shm/rlinf-<run_id>-v<version>-<i>`; checksums as sent."""
+    buckets = []
+    with ExitStack() as undo:
+        for i, (bucket, array) in enumerate(zip(source.buckets, arrays, strict=True)):
+            path = f"{FOLDER}/rlinf-{run_id}-v{version}-{i}"
+            buffer = _create(path, bucket.nbytes, undo)
+            buffer.numpy()[:] = array
+            buckets.append(replace(bucket, key=path))
         undo.pop_all()
     return SharedMemory(tuple(buckets))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlinf.errors import RunFailed, UserError
-from rlinf.weights.shared_memory import open_source, publish, release
+from rlinf.weights.shared_memory import collect, land, open_source, publish, release
 from rlinf.weights.source import Disk, SharedMemory
 
 TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]
@@ -91,3 +91,23 @@ def test_the_segments_of_a_living_version_are_not_overwritten(source: SharedMemo
 def test_a_folder_without_weights_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="safetensors"):
         list(open_source(Disk(str(tmp_path))))
+
+
+def test_what_another_machine_sent_lands_with_its_checksums() -> None:
+    run_id = f"land-{os.getpid()}"
+    sent, arrays = collect(TENSORS, "d0-s0", bucket_bytes=2048)
+    assert len(arrays) == len(sent.buckets) > 1 and not Path("/dev/shm/rlinf-d0-s0-0").exists()
+    landed = land(sent, [a.copy() for a in arrays], run_id, version=3)
+    assert [b.checksum for b in landed.buckets] == [b.checksum for b in sent.buckets]
+    for (name, tensor), (own_name, own) in zip(TENSORS, open_source(landed), strict=True):
+        assert name == own_name and torch.equal(tensor, own)
+    release(landed)
+    damaged = [a.copy() for a in arrays]
+    damaged[-1][0] ^= 1
+    landed = land(sent, damaged, run_id, version=4)
+    with pytest.raises(RunFailed, match="as received"):
+        list(open_source(landed))
+    release(landed)
+    with pytest.raises(ValueError):
+        land(sent, arrays[:1], run_id, version=5)
+    assert not list(Path("/dev/shm").glob(f"*{run_id}*"))

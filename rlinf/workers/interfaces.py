@@ -15,7 +15,7 @@ from rlinf.data.records import Group, GroupHeader, Prompt, Verdict
 from rlinf.data.token_values import DumpPlan
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.data.packing import RankBatch
-from rlinf.weights.source import Receipt, WeightSource
+from rlinf.weights.source import Receipt, SharedMemory
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class TrainWorker(Protocol):
         of each token is appended to the file of `dump`."""
         ...
 
-    def publish(self, version: int) -> tuple[WeightSource | None, float]:
-        """Gather and write the weights as `version`; only rank 0 returns the source. With the seconds it took."""
+    def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, SharedMemory], float], tuple[np.ndarray, ...]]:
+        """Gather the weights as `version` and hand them out by each transport (weights.routes). Two results: what was written, by
+        transport, with the seconds it took; and the arrays that go to other nodes."""
         ...
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
@@ -81,7 +82,9 @@ class SftWorker(Protocol):
 class RolloutWorker(Protocol):
     async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]: ...
 
-    async def load_weights(self, source: WeightSource, version: int) -> Receipt: ...
+    async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
+        """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage."""
+        ...
 
     async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from rlinf.data.tokenizer import load_tokenizer
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.weights.source import Receipt, WeightSource
+from rlinf.weights.shared_memory import land, release
+from rlinf.weights.source import Receipt, SharedMemory
 
 
 class RolloutWorker:
@@ -32,8 +34,16 @@ class RolloutWorker:
         group = Group(request.request_id, prompt, tuple(samples[f"{request.request_id}/{k}"] for k in range(request.n)))
         return group.header(), group
 
-    async def load_weights(self, source: WeightSource, version: int) -> Receipt:
-        return await self.engine.load_weights(source, version)
+    async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
+        """Arrays that came from another node are landed in this one's shared memory first: engines read nothing else."""
+        if not stages:
+            return await self.engine.load_weights(source, version)
+        landed = land(source, [array for stage in stages for array in stage], f"{self.address.run_id}-r{self.address.rank}", version)
+        try:
+            receipt = await self.engine.load_weights(landed, version)
+        finally:
+            release(landed)
+        return replace(receipt, checksums={sent.key: receipt.checksums[own.key] for sent, own in zip(source.buckets, landed.buckets)})
 
     async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         return await self.engine.score(sequences, temperature)

@@ -28,8 +28,9 @@ from rlinf.training.layout import PackedBatch, pack, pack_sequences
 from rlinf.training.offload import Offloader
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
-from rlinf.weights.shared_memory import publish, release
-from rlinf.weights.source import WeightSource
+from rlinf.weights.routes import SHARED_MEMORY
+from rlinf.weights.shared_memory import collect, publish, release
+from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TrainReport
@@ -47,7 +48,7 @@ class TrainWorker(Checkpointed):
         self.settings, self.on_tokens = objective_settings(config.algorithm), token_level_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
         self.offloader = Offloader(self.engine, config.actor)
-        self.published: WeightSource | None = None
+        self.published: SharedMemory | None = None
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
 
@@ -120,17 +121,26 @@ class TrainWorker(Checkpointed):
 
     # ---- weights --------------------------------------------------------------------------------------------------------------
 
-    def publish(self, version: int) -> tuple[WeightSource | None, float]:
-        """Write this stage's weights for the rollout engines; the first TP and DP rank of each pipeline stage returns a source."""
+    def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, SharedMemory], float], tuple[np.ndarray, ...]]:
+        """Hand out this stage's weights, once for each transport by which this replica feeds engines (weights.routes).
+
+        Returns what was written by transport (on the first TP rank) with the seconds it took, and the arrays for the object store.
+        """
         started = time.perf_counter()
         self.offloader.after_training()
-        tensors = self.engine.export()
-        if self.at.tp_rank == 0 and self.at.dp_rank == 0:
-            self.published = publish(tensors, f"{self.address.run_id}-s{self.at.pp_rank}", version)
-        else:
-            for _ in tensors:  # the gather is collective
-                pass
-        return self.published, time.perf_counter() - started
+        name = f"{self.address.run_id}-d{self.at.dp_rank}-s{self.at.pp_rank}"
+        sources: dict[str, SharedMemory] = {}
+        payload: tuple[np.ndarray, ...] = ()
+        for transport in transports:
+            tensors = self.engine.export()
+            if self.at.tp_rank > 0:
+                for _ in tensors:  # the gather is collective
+                    pass
+            elif transport == SHARED_MEMORY:
+                sources[transport] = self.published = publish(tensors, name, version)
+            else:
+                sources[transport], payload = collect(tensors, name)
+        return (sources, time.perf_counter() - started), payload
 
     def release(self) -> None:
         """The engines have the weights: free what publish() wrote, and hand the device over."""

@@ -1,0 +1,49 @@
+"""Every tensor reaches every engine exactly once, from the nearest replica, in every shape of cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+
+from rlinf.weights.routes import OBJECT_STORE, SHARED_MEMORY, Feed, plan_feeds, publisher
+
+PER_NODE = 8
+
+
+def publishers_of(tp: int, pp: int, dp: int, first_device: int = 0) -> list[list[int]]:
+    """Nodes of the publishing ranks when ranks fill nodes of eight devices in order."""
+    return [[(first_device + publisher(d, p, tp, dp)) // PER_NODE for p in range(pp)] for d in range(dp)]
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), list(product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4))))
+def test_every_stage_reaches_every_engine_exactly_once(tp: int, pp: int, dp: int) -> None:
+    ranks = range(tp * pp * dp)
+    stage_of = {publisher(d, p, tp, dp): p for d in range(dp) for p in range(pp)}
+    assert len(stage_of) == pp * dp and set(stage_of) <= set(ranks) and all(rank % tp == 0 for rank in stage_of)
+    for engine_tp, replicas, apart in product((1, 2, 4, 8), (1, 2, 3, 16), (False, True)):
+        devices = tp * pp * dp
+        start = -(-devices // PER_NODE) * PER_NODE if apart else 0  # disaggregated: nodes of their own
+        engines = [(start + e * engine_tp) // PER_NODE for e in range(replicas)]
+        publishers = publishers_of(tp, pp, dp)
+        feeds = plan_feeds(publishers, engines)
+        assert len(feeds) == replicas
+        for node, feed in zip(engines, feeds):
+            arrived = Counter(stage_of[publisher(feed.replica, p, tp, dp)] for p in range(pp))
+            assert arrived == {p: 1 for p in range(pp)}  # one replica feeds an engine, all its stages
+            here = set(publishers[feed.replica]) == {node}
+            assert feed.transport == (SHARED_MEMORY if here else OBJECT_STORE)
+            if not here:  # shared memory whenever some replica is whole on the node
+                assert all(set(stages) != {node} for stages in publishers)
+
+
+def test_each_node_of_a_collocated_cluster_feeds_its_own_engines() -> None:
+    feeds = plan_feeds(publishers_of(2, 1, 64), [e // 4 for e in range(64)])
+    assert {f.transport for f in feeds} == {SHARED_MEMORY}
+    assert [f.replica for f in feeds] == [4 * (e // 4) for e in range(64)]  # the first replica of the engine's node
+
+
+def test_a_replica_that_spans_nodes_sends_through_the_object_store() -> None:
+    assert plan_feeds([[0, 1], [0, 1]], [0, 1, 2]) == (Feed(0, OBJECT_STORE),) * 3
+    assert plan_feeds([[0, 1], [2, 2]], [1, 2]) == (Feed(0, OBJECT_STORE), Feed(1, SHARED_MEMORY))
