@@ -127,6 +127,13 @@ def check_layout(args: argparse.Namespace) -> int:
     return check(args.quick, args.json)
 
 
+def export(args: argparse.Namespace) -> int:
+    from rlinf.runners.export import export as write
+
+    _report(write(args.step_dir, args.out, args.dtype, args.model_dir))
+    return 0
+
+
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
@@ -185,6 +192,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="every layout once")
     p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     p.set_defaults(run=check_layout)
+
+    p = commands.add_parser("export", help="a checkpoint's weights as a Hugging Face model folder")
+    p.add_argument("step_dir", metavar="STEP_DIR", type=Path, help="checkpoints/step_* of a run")
+    p.add_argument("out", metavar="OUT_HF_DIR", type=Path, help="a folder that does not exist yet")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model")
+    p.add_argument("--model-dir", metavar="HF_DIR", type=Path, help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir")
+    p.set_defaults(run=export)
 
     p = commands.add_parser("verify", help="grade a JSONL file of responses")
     p.add_argument("input", metavar="IN", type=Path)

@@ -177,15 +177,15 @@ class RunFolder:
 def read_checkpoint(step_dir: Path) -> Resume:
     """Open a step_* folder. Raises UserError when it is none, is incomplete, or has lost or changed a file."""
     if not (step_dir / STATE).is_file():
-        raise UserError(f"runner.resume_dir: {step_dir} is not a checkpoint (no {STATE}); give a checkpoints/step_* folder, or `auto`")
+        raise UserError(f"{step_dir} is not a checkpoint (no {STATE}); give a checkpoints/step_* folder of a run")
     if not (step_dir / COMPLETE).exists():
-        raise UserError(f"runner.resume_dir: {step_dir} is incomplete (no {COMPLETE} marker): its writing was interrupted; use an earlier one")
+        raise UserError(f"{step_dir} is incomplete (no {COMPLETE} marker): its writing was interrupted; use an earlier one")
     for name, written in read_json(step_dir / COMPLETE).items():
         file = step_dir / name
         found = describe(file) if file.is_file() else None
         if found != written:
             what = "is missing" if found is None else f"is damaged: {found} instead of {written}"
-            raise UserError(f"{file} {what}; restore it, or resume from an earlier checkpoint")
+            raise UserError(f"{file} {what}; restore it, or use an earlier checkpoint")
     return Resume(step_dir, read_json(step_dir / STATE))
 
 

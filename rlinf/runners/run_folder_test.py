@@ -232,7 +232,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path, file: str, d
         path.write_bytes(content[:-1] if damage == "cut" else content[:-1] + b"~")
     if damage == "changed" and path.suffix == ".safetensors":
         return  # seen by the tensor's own checksum, when it is read
-    with pytest.raises(UserError, match="no run_state.json" if (file, damage) == ("run_state.json", "missing") else "restore it, or resume from an earlier") as error:
+    with pytest.raises(UserError, match="no run_state.json" if (file, damage) == ("run_state.json", "missing") else "restore it, or use an earlier") as error:
         open_folder(tmp_path, "runner.resume_dir=auto")
     assert str(path.name) in str(error.value)
 

@@ -115,16 +115,26 @@ class TensorFolder(Mapping[str, Tensor]):
     def _open(self) -> dict[str, safe_open]:
         return {}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Without reading the tensor."""
+        return tuple(self._file_of(name).get_slice(name).get_shape())
+
+    def _file_of(self, name: str) -> safe_open:
         if name not in self.files:
             raise UserError(f"{self.folder}: no tensor named {name}; the folder belongs to another model or is incomplete")
         file = self.files[name]
         if file not in self._open:
             self._open[file] = open_tensors(self.folder / file)
-        tensor = _read(self._open[file], self.folder / file, name)
+        return self._open[file]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = _read(self._file_of(name), self.folder / self.files[name], name)
         if name in self.xxh3 and digest(tensor) != self.xxh3[name]:
-            raise UserError(f"{self.folder / file}: tensor {name} is damaged: its bytes are not those that were written (xxh3); restore the file")
+            raise UserError(f"{self.folder / self.files[name]}: tensor {name} is damaged: its bytes are not those that were written (xxh3); restore the file")
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

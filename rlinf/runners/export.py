@@ -1,0 +1,79 @@
+"""`rlinf export`: the weights of a checkpoint as a Hugging Face model folder, in any dtype."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from rlinf.errors import RunFailed, UserError
+from rlinf.runners.run_folder import read_checkpoint
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.checkpoint_part import open_part
+from rlinf.weights.hf_folder import finish_hf_folder
+from rlinf.weights.mapping import hf_shapes
+from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, read_json, sync, write_tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None) -> dict[str, Any]:
+    """Write `out` from the fp32 master weights of a step_* folder (or its actor/), read it back, and give it its name only then.
+
+    model_dir: where configuration and tokenizer come from; None = the checkpoint's hf/, or else the model that the run began with.
+    dtype: fp32, bf16, fp16; None = that of hf/, or else of the model. Raises UserError.
+    """
+    step_dir = step_dir.expanduser().resolve()
+    step_dir = step_dir.parent if step_dir.name == "actor" else step_dir
+    if out.exists():
+        raise UserError(f"{out} exists; nothing was written: name a folder that does not")
+    read_checkpoint(step_dir)
+    weights = open_part(step_dir / "actor")["param"]
+    model_dir = model_dir or _model_dir(step_dir)
+    config = read_json(model_dir / "config.json")
+    _check_fit(weights, config, step_dir, model_dir)
+    wanted = DTYPES[dtype] if dtype else getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    name = str(wanted).removeprefix("torch.")
+    stored = finish_hf_folder(partial, model_dir, write_tensors(partial, "export", _cast(weights, wanted)), name)
+    for _ in TensorFolder.of(partial, stored).values():  # each is compared with its checksum
+        pass
+    if open_hf_folder(partial).keys() != stored.keys():
+        raise RunFailed(f"{partial}: the index does not name the tensors that were written")
+    partial.rename(out)
+    sync(out.parent)
+    return {"tensors": len(stored), "dtype": name, "configuration and tokenizer": model_dir, "model": out}
+
+
+def _model_dir(step_dir: Path) -> Path:
+    if (step_dir / "hf" / "config.json").is_file():
+        return step_dir / "hf"
+    run_config = step_dir.parent.parent / "config.yaml"
+    if run_config.is_file():
+        found = Path(yaml.safe_load(run_config.read_text())["rollout"]["model_dir"])
+        if (found / "config.json").is_file():
+            return found
+    raise UserError(f"{step_dir} has no hf/, and the model that the run began with is not on this machine: name its folder with --model-dir")
+
+
+def _check_fit(weights: TensorFolder, config: dict[str, Any], step_dir: Path, model_dir: Path) -> None:
+    expected = hf_shapes(read_architecture(config))
+    if weights.keys() != expected.keys():
+        name = sorted(weights.keys() ^ expected.keys())[0]
+        where = f"is in {step_dir} but not in the model of" if name in weights else f"is missing in {step_dir} for the model of"
+        raise UserError(f"tensor {name} {where} {model_dir}/config.json: it is another model's; name the right one with --model-dir")
+    for name, shape in expected.items():
+        found = weights.shape(name)
+        if found != shape:
+            raise UserError(f"{step_dir}: tensor {name} is {found}, but {shape} in {model_dir}/config.json; name the right model with --model-dir")
+
+
+def _cast(weights: TensorFolder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights.items():
+        yield name, tensor.to(dtype)
