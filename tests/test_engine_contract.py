@@ -15,9 +15,11 @@ from rlinf.data.tokenizer import load_tokenizer
 from rlinf.errors import RunFailed
 from rlinf.rollout.contract import GenerateRequest, RolloutEngine, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.rollout.sglang_engine import SGLangEngine
 from rlinf.weights.shared_memory import publish, release
 from rlinf.weights.source import Disk
 from rlinf.weights.tensor_folder import open_hf_folder
+from tests.sglang_here import needs_sglang, small_server
 from tests.tiny import FAMILIES, make_tiny_model
 
 CONTEXT = 96
@@ -30,7 +32,11 @@ def embedded(model_dir: Path, slots: int = 4, seed: int = 7) -> EmbeddedEngine:
     return EmbeddedEngine(str(model_dir), dtype="fp32", slots=slots, max_context=CONTEXT, seed=seed, decode=decode)
 
 
-ENGINES = {"embedded": embedded}
+def sglang(model_dir: Path) -> SGLangEngine:
+    return small_server(model_dir, CONTEXT)
+
+
+ENGINES = [pytest.param(embedded, id="embedded"), pytest.param(sglang, id="sglang", marks=needs_sglang)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,11 +54,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made | {"other": make_tiny_model(folder / "other", "qwen2", seed=1)}
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[RolloutEngine]:
-    made = ENGINES[request.param](models["qwen2"])
+@pytest.fixture(scope="module")
+def sglang_engine(models: dict[str, Path]) -> Iterator[SGLangEngine]:
+    """One server for all tests: it takes long to start."""
+    made = sglang(models["qwen2"])
     yield made
     made.close()
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, models: dict[str, Path]) -> Iterator[RolloutEngine]:
+    if request.param is embedded:
+        made = embedded(models["qwen2"])
+        yield made
+        made.close()
+    else:
+        server = request.getfixturevalue("sglang_engine")
+        asyncio.run(server.load_weights(Disk(str(models["qwen2"])), 0))
+        server.stats()
+        yield server
 
 
 def prompt(length: int, seed: int = 0) -> np.ndarray:
@@ -85,6 +105,11 @@ async def until_decoding(engine: RolloutEngine) -> int:
     return decoded
 
 
+def repeatable(engine: RolloutEngine) -> SamplingParams:
+    """Sampling that gives the same tokens when asked again."""
+    return SamplingParams() if engine.capabilities.seeded else GREEDY
+
+
 def tokens(samples: list[Sample]) -> list[list[int]]:
     return [s.token_ids.tolist() for s in samples]
 
@@ -111,7 +136,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("make", ENGINES)
 def test_greedy_tokens_logprobs_and_scores_equal_transformers(make, family: str, models: dict[str, Path]) -> None:
     engine, reference = make(models[family]), Reference(models[family])
     prompts = [prompt(n, n) for n in (1, 2, 9, 30)]
@@ -125,7 +150,8 @@ def test_greedy_tokens_logprobs_and_scores_equal_transformers(make, family: str,
             whole = np.concatenate([ids, sample.token_ids])
             truth = np.take_along_axis(reference.logprobs(whole, temperature), whole[1:, None].astype(np.int64), 1)[:, 0]
             np.testing.assert_allclose(sample.rollout_logprobs, truth[len(ids) - 1 :], atol=1e-4)
-            np.testing.assert_allclose(asyncio.run(engine.score([whole], temperature))[0], truth, atol=1e-4)
+            if temperature == 1.0 or engine.capabilities.scores_at_any_temperature:
+                np.testing.assert_allclose(asyncio.run(engine.score([whole], temperature))[0], truth, atol=1e-4)
     engine.close()
 
 
@@ -158,10 +184,13 @@ def test_more_samples_than_slots(engine: RolloutEngine) -> None:
 def test_prompt_is_computed_once_for_its_samples(engine: RolloutEngine) -> None:
     run(engine, ask("group", prompt(40), 8, new=4))
     stats = engine.stats()
-    assert stats.prefilled_tokens == 40 and stats.reused_tokens == 7 * 40
+    again = 0 if isinstance(engine, EmbeddedEngine) else 7  # SGLang computes the last token of a stored prompt again, for its logits
+    assert stats.prefilled_tokens == 40 + again and stats.reused_tokens == 7 * 40 - again
 
 
 def test_common_prefix_of_prompts_is_computed_once(engine: RolloutEngine) -> None:
+    if isinstance(engine, SGLangEngine):
+        pytest.skip("SGLang shares what is stored, but does not wait for a prompt of another request that is just being computed")
     shared = prompt(40)
     run(engine, *(ask(f"r{i}", np.concatenate([shared, prompt(8, i + 1)]), 1, new=2) for i in range(4)))
     assert engine.stats().prefilled_tokens == 40 + 4 * 8
@@ -175,20 +204,26 @@ def test_unusable_prompts_are_refused_by_name(engine: RolloutEngine, ids: np.nda
 
 
 def test_end_token_belongs_to_the_sample(engine: RolloutEngine) -> None:
-    free = tokens(run(engine, ask("r", prompt(8), new=30))[0])[0]
+    again = repeatable(engine)
+    free = tokens(run(engine, ask("r", prompt(8), sampling=again, new=30))[0])[0]
     end = free[10]
-    stopped = run(engine, ask("r", prompt(8), new=30, stop=Stop(token_ids=(end,))))[0][0]
+    assert 256 not in free
+    stopped = run(engine, ask("r", prompt(8), sampling=again, new=30, stop=Stop(token_ids=(end, 256))))[0][0]  # 256: the model's own end
     assert stopped.token_ids.tolist() == free[: free.index(end) + 1] and stopped.finish is Finish.STOP
 
 
 def test_stop_string_ends_with_the_token_that_completes_it(engine: RolloutEngine, models: dict[str, Path]) -> None:
     decode = load_tokenizer(str(models["qwen2"])).decode
-    letters = np.frombuffer(b"some text", np.uint8).astype(np.int32)
-    free = tokens(run(engine, ask("r", letters, new=60))[0])[0]
-    clean = next(i for i in range(1, 60) if decode(free[i : i + 2]).isascii() and len(decode(free[i : i + 2]).strip()) == 2)
+    again = repeatable(engine)
+    for seed in range(20):  # until there are two readable characters in a row
+        letters = prompt(9, seed)
+        free = tokens(run(engine, ask("r", letters, sampling=again, new=60))[0])[0]
+        clean = next((i for i in range(1, 60) if decode(free[i : i + 2]).isascii() and len(decode(free[i : i + 2]).strip()) == 2), None)
+        if clean is not None:
+            break
     string = decode(free[clean : clean + 2])
     first = next(i for i in range(60) if string in decode(free[: i + 1]))
-    stopped = run(engine, ask("r", letters, new=60, stop=Stop(strings=("never this", string))))[0][0]
+    stopped = run(engine, ask("r", letters, sampling=again, new=60, stop=Stop(strings=("never this", string))))[0][0]
     assert stopped.token_ids.tolist() == free[: first + 1] and stopped.finish is Finish.STOP
 
 
@@ -200,12 +235,13 @@ def test_length_and_window_finishes(engine: RolloutEngine) -> None:
 
 
 def test_abort_loses_no_token(engine: RolloutEngine) -> None:
-    whole = run(engine, ask("a", prompt(8), 6, new=80), ask("b", prompt(9, 1), 2, new=40))
+    again = repeatable(engine)
+    whole = run(engine, ask("a", prompt(8), 6, sampling=again, new=80), ask("b", prompt(9, 1), 2, sampling=again, new=40))
     engine.stats()
 
     async def interrupted() -> tuple[int, list[Sample], list[Sample]]:
-        a = asyncio.create_task(collect(engine, ask("a", prompt(8), 6, new=80)))
-        b = asyncio.create_task(collect(engine, ask("b", prompt(9, 1), 2, new=40)))
+        a = asyncio.create_task(collect(engine, ask("a", prompt(8), 6, sampling=again, new=80)))
+        b = asyncio.create_task(collect(engine, ask("b", prompt(9, 1), 2, sampling=again, new=40)))
         decoded = await until_decoding(engine)
         await engine.abort(["a"])
         return decoded, await a, await b
@@ -220,10 +256,11 @@ def test_abort_loses_no_token(engine: RolloutEngine) -> None:
 def test_continuing_from_prefixes_equals_never_stopping(engine: RolloutEngine) -> None:
     if not engine.capabilities.retract_and_continue:
         pytest.skip("the engine does not continue")
-    whole = run(engine, ask("r", prompt(8), 3, new=20))[0]
+    again = repeatable(engine)
+    whole = run(engine, ask("r", prompt(8), 3, sampling=again, new=20))[0]
     cuts = (0, 7, 19)
     prefixes = tuple(s.token_ids[:cut] for s, cut in zip(whole, cuts))
-    rest = run(engine, ask("r", prompt(8), 3, new=20, prefixes=prefixes))[0]
+    rest = run(engine, ask("r", prompt(8), 3, sampling=again, new=20, prefixes=prefixes))[0]
     for w, r, cut in zip(whole, rest, cuts):
         assert r.token_ids[: 20 - cut].tolist() == w.token_ids[cut:].tolist()
         np.testing.assert_allclose(r.rollout_logprobs[: 20 - cut], w.rollout_logprobs[cut:], atol=1e-5)
@@ -254,7 +291,8 @@ def test_loaded_weights_are_the_policy_at_once_and_exactly(engine: RolloutEngine
     new = run(engine, ask("r", ids, 2, sampling=GREEDY))[0]
     assert tokens(new) == [expected, expected] and new[0].versions == ((3, 12),)
     fresh = embedded(models["other"])
-    np.testing.assert_array_equal(new[0].rollout_logprobs, run(fresh, ask("r", ids, 2, sampling=GREEDY))[0][0].rollout_logprobs)
+    truth = run(fresh, ask("r", ids, 2, sampling=GREEDY))[0][0].rollout_logprobs
+    np.testing.assert_allclose(new[0].rollout_logprobs, truth, rtol=0, atol=0 if isinstance(engine, EmbeddedEngine) else 1e-4)
     fresh.close()
 
 
@@ -282,7 +320,7 @@ def test_weights_loaded_under_way_stamp_the_tokens_that_follow(engine: RolloutEn
 def test_faulty_weights_are_refused_by_name_and_the_old_ones_stay(
     engine: RolloutEngine, models: dict[str, Path], fault: str, message: str
 ) -> None:
-    before = tokens(run(engine, ask("r", prompt(9), 2))[0])
+    before = tokens(run(engine, ask("r", prompt(9), 2, sampling=repeatable(engine)))[0])
     tensors, name = dict(open_hf_folder(models["other"])), "model.layers.2.mlp.up_proj.weight"
     if fault == "nan":
         tensors[name][3, 5] = float("nan")
@@ -296,12 +334,12 @@ def test_faulty_weights_are_refused_by_name_and_the_old_ones_stay(
     with pytest.raises(RunFailed, match=message):
         asyncio.run(engine.load_weights(source, 1))
     release(source)
-    assert tokens(run(engine, ask("r", prompt(9), 2))[0]) == before
+    assert tokens(run(engine, ask("r", prompt(9), 2, sampling=repeatable(engine)))[0]) == before
 
 
 def test_an_engine_that_breaks_tells_every_waiting_request(engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not isinstance(engine, EmbeddedEngine):
-        pytest.skip("breaks the embedded engine from the inside")
+        pytest.skip("breaks the embedded engine from the inside; tests/test_sglang.py kills a process of SGLang")
 
     def fail(*_: object) -> None:
         raise ArithmeticError("planted")
@@ -318,7 +356,7 @@ def test_an_engine_that_breaks_tells_every_waiting_request(engine: RolloutEngine
 
 def test_sleeping_engine_refuses_until_weights_return(engine: RolloutEngine, models: dict[str, Path]) -> None:
     if not engine.capabilities.sleep:
-        pytest.skip("the engine does not give memory back")
+        pytest.skip("the engine gives no memory back: SGLang does on a GPU, with rollout.sglang.enable_memory_saver")
     before = tokens(run(engine, ask("r", prompt(9), 2))[0])
     asyncio.run(engine.sleep(frozenset({"kv", "weights"})))
     with pytest.raises(RuntimeError, match="asleep"):

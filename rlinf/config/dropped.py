@@ -62,7 +62,6 @@ KEYS: dict[str, str] = {
     "rollout.enforce_eager": _FIXED,
     "rollout.cuda_graph_max_bs": "use rollout.max_running_requests",
     "rollout.vllm*": "vLLM is not an engine of this project; use rollout.rollout_backend: sglang",
-    "rollout.sglang*": _FIXED,
     # data
     "data.type": "the format is the AReaL-boba JSONL format; remove it",
     "data.dataset_name": "the format is the AReaL-boba JSONL format; remove it",

@@ -148,6 +148,12 @@ class RolloutConfig:
     model_dir: str = key(MISSING, "local Hugging Face folder: config.json, *.safetensors, tokenizer; Qwen2/2.5, Qwen3-dense or Llama")
     trust_remote_code: bool = key(False, "let the tokenizer run code from the model folder")
     rollout_backend: str = key("sglang", "rollout engine", ("embedded", "sglang"))
+    sglang: dict[str, str] = key(
+        {}, "SGLang's own server options by their full names with underscores, such as {attention_backend: triton}; see docs/sglang.md"
+    )
+    sglang_python: str | None = key(
+        None, "python interpreter that has sglang; null = the run's own if it has it, on CPU else the one of toolkits/setup/sglang_cpu.sh"
+    )
     tensor_parallel_size: int = key(1, "GPUs of one engine; the embedded engine runs on one device")
     gpu_memory_utilization: float = key(0.55, "share of a GPU's memory for the engine's weights and KV cache")
     max_running_requests: int = key(64, "samples decoded at once by one engine")

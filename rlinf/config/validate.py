@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rlinf.config.load import value_of
@@ -80,6 +79,17 @@ MORE_THAN: dict[str, float] = {
     **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},
     "sft.reweighting_temperature": 0,
 }
+SET_BY_US: dict[str, str] = {  # options of the SGLang server
+    "model_path": "rollout.model_dir", "model": "rollout.model_dir", "tokenizer_path": "rollout.model_dir",
+    "trust_remote_code": "rollout.trust_remote_code", "dtype": "rollout.precision", "device": "cluster.device",
+    "tp_size": "rollout.tensor_parallel_size", "tensor_parallel_size": "rollout.tensor_parallel_size",
+    "mem_fraction_static": "rollout.gpu_memory_utilization", "max_running_requests": "rollout.max_running_requests",
+    "context_length": "runner.seq_length", "random_seed": "rollout.seed",
+} | dict.fromkeys(
+    ("config", "host", "port", "api_key", "admin_api_key", "weight_version", "incremental_streaming_output", "sampling_defaults",
+     "skip_tokenizer_init", "dp_size", "data_parallel_size", "pp_size", "pipeline_parallel_size", "nnodes", "node_rank"),
+    "the engine",
+)  # fmt: skip
 LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim.adam_beta1": 1, "actor.optim.adam_beta2": 1}
 
 
@@ -249,8 +259,11 @@ def _rollout(c: Config) -> Iterator[Violation]:
     backend = c.rollout.rollout_backend
     if backend == "embedded" and c.rollout.tensor_parallel_size > 1:
         yield "rollout.tensor_parallel_size", "the embedded engine runs on one device; set it to 1, or use rollout.rollout_backend: sglang"
-    if backend == "sglang" and c.cluster.device == "cpu" and importlib.util.find_spec("sglang") is None:
-        yield "rollout.rollout_backend", "sglang is not installed here and cluster.device is cpu; use embedded"
+    for name in c.rollout.sglang:
+        if name in SET_BY_US:
+            yield "rollout.sglang", f"{name} is set by {SET_BY_US[name]}; remove it"
+        elif not name.replace("_", "").isalnum() or name != name.lower():
+            yield "rollout.sglang", f"{name!r} is no name of an option; write it as SGLang's command line does, with underscores and no dashes"
 
 
 def _actor(c: Config) -> Iterator[Violation]:

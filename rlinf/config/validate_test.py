@@ -120,11 +120,14 @@ def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
     assert numbers - ruled == set(AT_LEAST) | set(MORE_THAN) | set(LESS_THAN)
 
 
-def test_sglang_on_a_cpu_machine_without_the_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="rollout.rollout_backend = sglang .*use embedded"):
-        check(tmp_path, "cluster.device=cpu")
-    check(tmp_path, "cluster.device=cpu", "rollout.rollout_backend=embedded")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("{port: 3000}", "port is set by the engine"), ("{tp_size: 2}", "rollout.tensor_parallel_size"), ("{attention-backend: triton}", "underscores")],
+)
+def test_options_of_sglang_that_are_ours_or_no_names_are_refused(tmp_path: Path, options: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(tmp_path, f"rollout.sglang={options}")
+    check(tmp_path, "rollout.sglang={attention_backend: triton}")
 
 
 def test_all_violations_are_reported_at_once(tmp_path: Path) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from rlinf.config.schema import Config
-from rlinf.errors import UserError
 from rlinf.rollout.contract import RolloutEngine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.rollout.sglang_engine import SGLangEngine
 
 
 class Tokenizer(Protocol):
@@ -18,11 +19,29 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-def build_engine(config: Config, tokenizer: Tokenizer, device: str) -> RolloutEngine:
-    """The engine of rollout.rollout_backend with the weights of rollout.model_dir (version 0) on `device`."""
+def build_engine(config: Config, tokenizer: Tokenizer, device: str, log: Path, run_id: str) -> RolloutEngine:
+    """The engine of rollout.rollout_backend with the weights of rollout.model_dir (version 0) on `device`.
+
+    log: where a server of its own writes; run_id: the mark of what it leaves in shared memory.
+    """
     rollout = config.rollout
-    if rollout.rollout_backend != "embedded":
-        raise UserError(f"rollout.rollout_backend: the {rollout.rollout_backend} engine is not part of this version; use `embedded`")
+    if rollout.rollout_backend == "sglang":
+        return SGLangEngine(
+            rollout.model_dir,
+            dtype=rollout.precision or config.actor.model.precision,
+            slots=rollout.max_running_requests,
+            max_context=config.runner.seq_length,
+            seed=rollout.seed,
+            log=log,
+            run_id=run_id,
+            device=device,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            memory_fraction=rollout.gpu_memory_utilization,
+            native=rollout.sglang,
+            python=rollout.sglang_python,
+            trust_remote_code=rollout.trust_remote_code,
+            start_timeout=config.cluster.start_timeout,
+        )
     if device != "cpu":
         torch.cuda.set_per_process_memory_fraction(rollout.gpu_memory_utilization)  # beyond its share the engine fails, not its neighbour
     return EmbeddedEngine(

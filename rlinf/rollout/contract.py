@@ -70,6 +70,7 @@ class Capabilities:
     retract_and_continue: bool  # prefixes are honoured
     sleep: bool  # memory is really given back by sleep()
     max_context: int  # prompt + response tokens
+    scores_at_any_temperature: bool  # otherwise score() takes temperature 1 alone
 
 
 @dataclass(frozen=True)

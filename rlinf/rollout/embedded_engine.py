@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlinf.config.model import load_model_config
 from rlinf.data.records import Sample
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.batcher import Batcher, Outcome
 from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
 from rlinf.rollout.embedded_model import EmbeddedModel
+from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sequence import Decode, Job
-from rlinf.weights.architecture import read_architecture
 from rlinf.weights.shared_memory import open_source
 from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
 
@@ -50,11 +49,8 @@ class EmbeddedEngine:
         decode: Decode | None = None,
         load_weights: bool = True,
     ) -> None:
-        arch = read_architecture(load_model_config(model_dir))
-        if max_context > arch.max_positions:
-            limit = f"max_position_embeddings {arch.max_positions} of {model_dir}/config.json"
-            raise UserError(f"runner.seq_length {max_context} exceeds {limit}; lower it")
-        self.capabilities = Capabilities(seeded=True, retract_and_continue=True, sleep=True, max_context=max_context)
+        arch = architecture_for(model_dir, max_context)
+        self.capabilities = Capabilities(seeded=True, retract_and_continue=True, sleep=True, max_context=max_context, scores_at_any_temperature=True)
         self._decode = decode
         self._vocab = arch.vocab
         self._batcher = Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
@@ -72,7 +68,9 @@ class EmbeddedEngine:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:
         """Yield the n samples as they finish. Raises ValueError for a request that cannot run, RuntimeError when the engine is broken."""
         self._check_awake()
-        self._check_request(request)
+        check_request(request, self.capabilities.max_context, self._vocab)
+        if request.stop.strings and self._decode is None:
+            raise ValueError(f"request {request.request_id}: stop strings need an engine with a tokenizer")
         job = Job(request, request.n)
         outbox: asyncio.Queue[Sample | BaseException] = asyncio.Queue()
         self._outboxes[job] = outbox
@@ -196,16 +194,3 @@ class EmbeddedEngine:
     def _check_awake(self) -> None:
         if self._asleep:
             raise RuntimeError(f"the rollout engine is asleep ({', '.join(sorted(self._asleep))}); wake it, or load weights first")
-
-    def _check_request(self, request: GenerateRequest) -> None:
-        if len(request.prompt_ids) == 0:
-            raise ValueError(f"request {request.request_id}: empty prompt")
-        longest = len(request.prompt_ids) + max((len(p) for p in request.prefixes), default=0)
-        if longest >= self.capabilities.max_context:
-            room = self.capabilities.max_context
-            raise ValueError(f"request {request.request_id}: {longest} tokens of prompt and prefix leave no room in a context of {room}")
-        for tokens in (request.prompt_ids, *request.prefixes):
-            if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab:
-                raise ValueError(f"request {request.request_id}: token ids outside the vocabulary of {self._vocab}")
-        if request.stop.strings and self._decode is None:
-            raise ValueError(f"request {request.request_id}: stop strings need an engine with a tokenizer")

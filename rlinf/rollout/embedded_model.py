@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlinf.weights.architecture import Architecture
-from rlinf.weights.mapping import hf_shapes
+from rlinf.weights.complete import check_tensors
 
 # attend(layer, queries [N, A, D], keys [N, K, D], values [N, K, D]) -> [N, A * D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -65,7 +65,7 @@ class EmbeddedModel:
     @torch.inference_mode()
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         """Take every weight, or raise ValueError that names the first tensor at fault and change nothing. Returns (tensors, bytes)."""
-        arrived = self._checked(tensors)
+        arrived = check_tensors(self.arch, tensors)
         self._embedding_VH = self._place(arrived["model.embed_tokens.weight"])
         self._final_norm_H = self._place(arrived["model.norm.weight"])
         head_VH = arrived["model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"]
@@ -136,29 +136,3 @@ class EmbeddedModel:
             gate_up=linear("mlp", "gate", "up"),
             down=linear("mlp", "down"),
         )
-
-    def _checked(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors by name, after every one has been looked at: complete, expected, of the right shape, finite."""
-        expected = hf_shapes(self.arch)
-        arrived: dict[str, Tensor] = {}
-        head: Tensor | None = None
-        for name, tensor in tensors:
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # a buffer that old Llama checkpoints carry
-            if name == "lm_head.weight" and self.arch.tied:
-                head = tensor
-                continue
-            if name not in expected:
-                raise ValueError(f"unexpected tensor {name}")
-            if tuple(tensor.shape) != expected[name]:
-                raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
-            low, high = torch.aminmax(tensor)
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise ValueError(f"tensor {name} holds values that are not finite")
-            arrived[name] = tensor
-        missing = sorted(expected.keys() - arrived.keys())
-        if missing:
-            raise ValueError(f"missing tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
-        if head is not None and not torch.equal(head, arrived["model.embed_tokens.weight"]):
-            raise ValueError("tensor lm_head.weight differs from model.embed_tokens.weight, though config.json says tie_word_embeddings")
-        return arrived

@@ -31,6 +31,8 @@ def check_receipts(sources: Sequence[SharedMemory], version: int, receipts: Sequ
         wrong = [key for key in sent if receipt.checksums.get(key) != sent[key]]
         if wrong:
             raise RunFailed(f"weight sync {version}: rollout rank {rank} received other bytes than were sent in bucket {wrong[0]}")
+        if receipt.engine_checksum != receipts[0].engine_checksum:
+            raise RunFailed(f"weight sync {version}: rollout ranks 0 and {rank} hold different weights by their engines' own checksums")
 
 
 def check_probes(version: int, precision: str, trainer: Sequence[np.ndarray], engines: Sequence[Sequence[np.ndarray]]) -> float:

@@ -48,10 +48,14 @@ WeightSource = SharedMemory | Disk
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an engine says after load_weights: bucket checksums as received. Valid only together with a probe (see `weights.receipts`)."""
+    """What an engine says after load_weights: bucket checksums as received. Valid only together with a probe (see `weights.receipts`).
+
+    engine_checksum: of the weights as the engine holds them, in a form of its own, equal among replicas; "" where it reports none.
+    """
 
     version: int
     checksums: dict[str, int]
     n_tensors: int
     nbytes: int
     seconds: float
+    engine_checksum: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ class RolloutWorker:
         torch.set_num_threads(address.threads)
         tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
         cuda = torch.cuda.is_available() if config.cluster.device == "auto" else config.cluster.device == "cuda"
-        self.engine = build_engine(config, tokenizer, "cuda" if cuda else "cpu")
+        logs = Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / "workers"
+        log = logs / f"rollout-{address.rank}-engine.log"
+        self.engine = build_engine(config, tokenizer, "cuda" if cuda else "cpu", log.resolve(), address.run_id)
 
     async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index."""

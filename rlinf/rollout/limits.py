@@ -1,0 +1,29 @@
+"""What any engine refuses: a context that the model cannot hold, a request that cannot run."""
+
+from __future__ import annotations
+
+from rlinf.config.model import load_model_config
+from rlinf.errors import UserError
+from rlinf.rollout.contract import GenerateRequest
+from rlinf.weights.architecture import Architecture, read_architecture
+
+
+def architecture_for(model_dir: str, max_context: int) -> Architecture:
+    """The model's shape. Raises UserError when it has fewer positions than max_context."""
+    arch = read_architecture(load_model_config(model_dir))
+    if max_context > arch.max_positions:
+        limit = f"max_position_embeddings {arch.max_positions} of {model_dir}/config.json"
+        raise UserError(f"runner.seq_length {max_context} exceeds {limit}; lower it")
+    return arch
+
+
+def check_request(request: GenerateRequest, max_context: int, vocab: int) -> None:
+    """Raises ValueError that names the request: no tokens, too many, or tokens that the model does not have."""
+    if len(request.prompt_ids) == 0:
+        raise ValueError(f"request {request.request_id}: empty prompt")
+    longest = len(request.prompt_ids) + max((len(p) for p in request.prefixes), default=0)
+    if longest >= max_context:
+        raise ValueError(f"request {request.request_id}: {longest} tokens of prompt and prefix leave no room in a context of {max_context}")
+    for tokens in (request.prompt_ids, *request.prefixes):
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
+            raise ValueError(f"request {request.request_id}: token ids outside the vocabulary of {vocab}")

@@ -1,0 +1,345 @@
+"""The SGLang rollout engine: the server as a child process behind the asynchronous contract of rollout engines.
+
+Everything goes through the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation,
+/update_weights_from_disk, /weights_checker, /release_memory_occupation and /resume_memory_occupation (docs/sglang.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rlinf.data.records import Finish, Sample
+from rlinf.errors import RunFailed, UserError
+from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
+from rlinf.rollout.limits import architecture_for, check_request
+from rlinf.rollout.sglang_http import Refused, SGLangHttp
+from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
+from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
+from rlinf.weights.complete import check_tensors
+from rlinf.weights.shared_memory import open_source
+from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
+from rlinf.weights.tensor_folder import write_tensors
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SLACK = 8  # positions of context that the server is given beyond those that requests use: it keeps some for itself
+CPU_KV_TOKENS = 65_536  # KV cache on CPU at most, unless rollout.sglang.max_total_tokens says otherwise
+ON_CPU = {
+    "attention_backend": "torch_native", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_overlap_schedule": True,
+    "sleep_on_idle": True,  # an idle scheduler would spin on a core that the actor needs
+}  # fmt: skip
+REGIONS = {"kv": "kv_cache", "weights": "weights"}
+RETRY = 0.05  # seconds between two attempts to abort a sample that the scheduler has not heard of yet
+
+
+class SGLangEngine:
+    """One server. Seeded when it runs with rollout.sglang.enable_deterministic_inference (which needs a GPU).
+
+    A Sample holds the tokens decoded by its request (not those of its prefix). load_weights while requests run: their samples go on
+    under the new weights, their keys and values are computed anew; the server says which version decoded which token.
+    dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. native: rollout.sglang.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        dtype: str,
+        slots: int,
+        max_context: int,
+        seed: int,
+        log: Path,
+        run_id: str,
+        device: str = "cpu",
+        tensor_parallel_size: int = 1,
+        memory_fraction: float = 0.55,
+        native: dict[str, str] | None = None,
+        python: str | None = None,
+        trust_remote_code: bool = False,
+        start_timeout: float = 600.0,
+    ) -> None:
+        self._arch = architecture_for(model_dir, max_context)
+        options: dict[str, Any] = {
+            "model_path": model_dir, "device": device, "dtype": DTYPES[dtype], "tp_size": tensor_parallel_size, "max_running_requests": slots,
+            "context_length": max_context + SLACK, "random_seed": seed, "trust_remote_code": trust_remote_code, "weight_version": "0",
+            "incremental_streaming_output": True, "sampling_defaults": "openai", "log_level_http": "warning",
+        }  # fmt: skip
+        if device == "cpu":
+            options |= ON_CPU | {"max_total_tokens": min(slots * (max_context + SLACK), CPU_KV_TOKENS)}
+        else:
+            options |= {"mem_fraction_static": memory_fraction}
+        given = {name: yaml.safe_load(value) for name, value in (native or {}).items()}
+        self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout)
+        self._http = SGLangHttp(self._server.port, self._server.key)
+        info = self._server.info
+        self.capabilities = Capabilities(
+            seeded=bool(info["enable_deterministic_inference"]),
+            retract_and_continue=True,
+            sleep=device != "cpu" and bool(info["enable_memory_saver"]),
+            max_context=max_context,
+            scores_at_any_temperature=False,
+        )
+        self._seed = seed if self.capabilities.seeded else None
+        self._running: dict[str, list[Arriving]] = {}
+        self._totals = EngineStats()
+        self._reported = EngineStats()
+        self._busy_since = 0.0
+        self._asleep: frozenset[str] = frozenset()
+        self._loading = False
+        self._proved = False
+        self._closed = False
+
+    # ---- samples --------------------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:
+        """Yield the n samples as they finish. Raises ValueError for a request that cannot run, RuntimeError when the engine is broken."""
+        self._check_usable()
+        check_request(request, self.capabilities.max_context, self._arch.vocab)
+        samples = arriving(request, self.capabilities.max_context)
+        outbox: asyncio.Queue[Arriving | BaseException] = asyncio.Queue()
+        started = asyncio.Event()
+        self._begin(request.request_id, samples)
+        alone = 1 if request.n > 1 and not request.prefixes else request.n  # the rest start when the prompt's keys and values are there
+        feeds = (self._feed(request, samples[:alone], outbox, started), self._feed_after(started, request, samples[alone:], outbox))
+        tasks = [asyncio.ensure_future(feed) for feed in feeds]
+        for task in tasks:
+            task.add_done_callback(lambda done: done.cancelled() or done.exception() is None or outbox.put_nowait(done.exception()))
+        try:
+            for _ in samples:
+                item = await outbox.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item.sample()
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._end(request.request_id)
+            left = [a for a in samples if a.finish is None]
+            if left and not self._closed and self._server.death is None:  # closed early
+                await self._send_aborts(left)
+
+    async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        """End these requests (None: all): their iterators yield what was decoded."""
+        chosen = [a for name in (self._running if request_ids is None else request_ids) for a in self._running.get(name, ())]
+        while self._loading:  # a paused server would forget it
+            await asyncio.sleep(RETRY)
+        for sample in chosen:
+            sample.unwanted = True
+        while pending := [a for a in chosen if a.finish is None]:
+            self._check_usable()
+            await self._send_aborts(pending)
+            await asyncio.sleep(RETRY)
+
+    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        """Log-probability of each token given those before it: for a sequence of n tokens an array [n-1] float32.
+
+        Raises ValueError for another temperature than 1 (or 0, which means greedy with log-probabilities of 1): the server has no other.
+        """
+        self._check_usable()
+        if temperature not in (0, 1):
+            raise ValueError(f"SGLang scores prompts at temperature 1 only, not {temperature:g}")
+        wanted = {"max_new_tokens": 0, "temperature": 0}
+        body = {"input_ids": [s.tolist() for s in sequences], "sampling_params": wanted, "return_logprob": True, "logprob_start_len": 0}
+        with self._speaking():
+            answers = await self._http.post("/generate", body)
+        return [np.array([p for p, *_ in a["meta_info"]["input_token_logprobs"][1:]], np.float32) for a in answers]
+
+    async def _feed(
+        self, request: GenerateRequest, samples: list[Arriving], outbox: asyncio.Queue[Arriving | BaseException], started: asyncio.Event
+    ) -> None:
+        """Hand out the samples of one call of /generate."""
+        try:
+            with self._speaking():
+                async for event in self._http.stream("/generate", body_of(request, samples, self._seed)):
+                    if "error" in event:
+                        raise RuntimeError(f"request {request.request_id}: SGLang refuses it: {event['error']['message']}")
+                    sample = samples[event["index"]]
+                    self._count(decoded_tokens=sample.take(event))
+                    started.set()
+                    if sample.finish is not None:
+                        self._finished(request, sample)
+                        outbox.put_nowait(sample)
+        finally:
+            started.set()
+
+    async def _feed_after(
+        self, started: asyncio.Event, request: GenerateRequest, samples: list[Arriving], outbox: asyncio.Queue[Arriving | BaseException]
+    ) -> None:
+        await started.wait()
+        wanted = [a for a in samples if not a.unwanted]
+        for sample in samples:
+            if sample.unwanted:  # aborted before it began
+                sample.finish = Finish.ABORT
+                outbox.put_nowait(sample)
+        if wanted:
+            await self._feed(request, wanted, outbox, started)
+
+    async def _send_aborts(self, samples: Sequence[Arriving]) -> None:
+        with self._speaking():
+            await asyncio.gather(*(self._http.post("/abort_request", {"rid": a.rid}) for a in samples))
+
+    # ---- weights --------------------------------------------------------------------------------------------------------------
+
+    async def load_weights(self, source: WeightSource, version: int) -> Receipt:
+        """Take the weights in place, flush every cache. Raises RunFailed and keeps the old weights when a tensor or bucket is at fault.
+
+        The first time it is also proved that loading writes every tensor: the server overwrites its weights with noise, loads again, and
+        must report the same checksums.
+        """
+        self._check_open()
+        start = time.perf_counter()
+        n_tensors, nbytes = await asyncio.to_thread(self._look_at, source, version)
+        self._loading = True
+        try:
+            if "weights" in self._asleep:
+                await self._ask("/resume_memory_occupation", {"tags": [REGIONS["weights"]]})
+                self._asleep -= {"weights"}
+            await self._ask("/pause_generation", {"mode": "retract"})
+            try:
+                checksum = await self._take(source, version)
+                if not self._proved:
+                    await self._prove(source, version, checksum)
+            finally:
+                if self._server.death is None:
+                    await self._ask("/continue_generation", {"torch_empty_cache": False})
+        finally:
+            self._loading = False
+        checksums = {b.key: b.checksum for b in source.buckets} if isinstance(source, SharedMemory) else {}  # verified when read
+        return Receipt(version, checksums, n_tensors, nbytes, time.perf_counter() - start, checksum)
+
+    def _look_at(self, source: WeightSource, version: int) -> tuple[int, int]:
+        """SGLang takes what it is given, whether complete and finite or not; so it is looked at before. Returns (tensors, bytes)."""
+        try:
+            tensors = check_tensors(self._arch, open_source(source))
+        except ValueError as error:
+            if isinstance(source, Disk):
+                raise UserError(f"{source.path}: {error}; the weights do not fit its config.json") from error
+            raise RunFailed(f"weights of version {version} were refused: {error}") from error
+        return len(tensors), sum(t.nbytes for t in tensors.values())
+
+    async def _take(self, source: WeightSource, version: int) -> str:
+        """Into the server, a bucket at a time, so that memory holds one bucket twice and not the model. Returns the server's checksum."""
+        if isinstance(source, Disk):
+            await self._update(source.path, version)
+        else:
+            folder = self._server.folder / "bucket"
+            for bucket in source.buckets:
+                names = await asyncio.to_thread(write_tensors, folder, "model", open_source(SharedMemory((bucket,))), bucket.nbytes)
+                await self._update(str(folder), version)
+                for file in set(names.values()):
+                    (folder / file).unlink()
+        answer = await self._ask("/weights_checker", {"action": "checksum"})
+        return answer["per_engine_checksum"]
+
+    async def _prove(self, source: WeightSource, version: int, checksum: str) -> None:
+        await self._ask("/weights_checker", {"action": "reset_tensors"})
+        again = await self._take(source, version)
+        if again != checksum:
+            raise RunFailed(f"weights of version {version}: after noise and a second load SGLang's checksum is {again}, not {checksum}: "
+                            "it does not load every tensor")  # fmt: skip
+        self._proved = True
+
+    async def _update(self, folder: str, version: int) -> None:
+        await self._ask("/update_weights_from_disk", {"model_path": folder, "weight_version": str(version), "flush_cache": True})
+
+    # ---- memory ---------------------------------------------------------------------------------------------------------------
+
+    async def sleep(self, tags: frozenset[str]) -> None:
+        """Give GPU memory back: the KV cache, the weights (they come back with load_weights). Raises RuntimeError while requests run.
+
+        Memory is really given back where the server runs with rollout.sglang.enable_memory_saver, on a GPU (capabilities.sleep).
+        """
+        self._check_open()
+        if self._running:
+            raise RuntimeError(f"cannot sleep with {len(self._running)} requests running; abort them first")
+        fresh = tags - self._asleep
+        if fresh:
+            await self._ask("/release_memory_occupation", {"tags": [REGIONS[tag] for tag in sorted(fresh)]})
+            self._asleep |= fresh
+
+    async def wake(self, tags: frozenset[str]) -> None:
+        """Ready to be used again; weights only with the next load_weights."""
+        self._check_open()
+        back = (tags - {"weights"}) & self._asleep
+        if back:
+            await self._ask("/resume_memory_occupation", {"tags": [REGIONS[tag] for tag in sorted(back)]})
+            self._asleep -= back
+
+    # ---- state ----------------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """busy_seconds: with requests in the server. truncated_mass is NaN when top-p or top-k cut anything: the server does not say what."""
+        if self._running:
+            now = time.perf_counter()
+            self._count(busy_seconds=now - self._busy_since)
+            self._busy_since = now
+        before, self._reported = self._reported, self._totals
+        counters = ("decoded_tokens", "prefilled_tokens", "reused_tokens", "busy_seconds", "truncated_mass")
+        stats = EngineStats(**{name: getattr(self._totals, name) - getattr(before, name) for name in counters})
+        self._totals = replace(self._totals, truncated_mass=0.0)
+        self._reported = replace(self._reported, truncated_mass=0.0)
+        return stats
+
+    def close(self) -> None:
+        """End the server; pending iterators raise RuntimeError."""
+        self._closed = True
+        self._server.close()
+
+    def _begin(self, request_id: str, samples: list[Arriving]) -> None:
+        if request_id in self._running:
+            raise ValueError(f"request {request_id}: it is already running")
+        if not self._running:
+            self._busy_since = time.perf_counter()
+        self._running[request_id] = samples
+
+    def _end(self, request_id: str) -> None:
+        del self._running[request_id]
+        if not self._running:
+            self._count(busy_seconds=time.perf_counter() - self._busy_since)
+
+    def _finished(self, request: GenerateRequest, sample: Arriving) -> None:
+        cut = request.sampling.temperature > 0 and (request.sampling.top_p < 1 or 0 < request.sampling.top_k < self._arch.vocab)
+        self._count(
+            prefilled_tokens=len(sample.input_ids) - sample.cached_tokens,
+            reused_tokens=sample.cached_tokens,
+            truncated_mass=float("nan") if cut else 0.0,
+        )
+
+    def _count(self, **increments: float) -> None:
+        self._totals = replace(self._totals, **{name: getattr(self._totals, name) + value for name, value in increments.items()})
+
+    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
+        """An answer that must be good."""
+        with self._speaking():
+            try:
+                return await self._http.post(path, body)
+            except Refused as error:
+                raise RunFailed(f"SGLang refuses {path}: {error}; its log: {self._server.log}") from error
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """A broken connection means a dead server, and is told as that."""
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            self._check_open()
+            raise RuntimeError(self._server.obituary()) from error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine was closed")
+        if self._server.death is not None:
+            raise RuntimeError(self._server.death)
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if self._asleep:
+            raise RuntimeError(f"the rollout engine is asleep ({', '.join(sorted(self._asleep))}); wake it, or load weights first")

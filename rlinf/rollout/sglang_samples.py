@@ -1,0 +1,103 @@
+"""A request on its way through the SGLang server: what is asked for, and the samples as their tokens arrive."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlinf.data.records import Finish, Sample, sample_id
+from rlinf.rollout.contract import GenerateRequest
+
+STREAM_INTERVAL = 16  # tokens of a sample in one event: what is lost when the server dies, against work for every event
+
+
+@dataclass(eq=False)
+class Arriving:
+    """One sample. rid is its name in the server, which aborts by the beginning of a name, so no name begins another."""
+
+    sample_id: str
+    input_ids: list[int]
+    room: int
+    limited_by_window: bool
+    rid: str = field(default_factory=lambda: secrets.token_hex(16))
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[dict[str, Any]] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish: Finish | None = None
+    unwanted: bool = False  # aborted, perhaps before it began
+
+    def take(self, event: dict[str, Any]) -> int:
+        """The tokens of one event; how many are new. An event of an aborted sample repeats tokens: the count tells.
+
+        Raises RuntimeError when the server ended the sample for a reason of its own, such as memory.
+        """
+        meta = event["meta_info"]
+        new = meta["completion_tokens"] - len(self.token_ids)
+        if new:
+            self.token_ids += event["output_ids"][-new:]
+            self.logprobs += [logprob for logprob, *_ in meta["output_token_logprobs"][-new:]]
+        if len(self.token_ids) != meta["completion_tokens"] or len(self.logprobs) != len(self.token_ids):
+            raise RuntimeError(f"sample {self.sample_id}: {len(self.token_ids)} tokens and {len(self.logprobs)} log-probabilities arrived "
+                               f"of {meta['completion_tokens']}")  # fmt: skip
+        reason = meta["finish_reason"]
+        if reason is not None:
+            if reason.get("status_code"):
+                raise RuntimeError(f"sample {self.sample_id}: SGLang gave up: {reason['message']}")
+            limit = Finish.WINDOW if self.limited_by_window else Finish.LENGTH
+            self.finish = {"stop": Finish.STOP, "length": limit, "abort": Finish.ABORT}[reason["type"]]
+            self.spans = meta.get("weight_versions", [])
+            self.cached_tokens = min(meta.get("cached_tokens", 0), len(self.input_ids))
+        return new
+
+    def sample(self) -> Sample:
+        n = len(self.token_ids)
+        versions = tuple((int(s["version"]), s["end"] - s["start"]) for s in self.spans if s["end"] > s["start"])
+        logprobs = np.array(self.logprobs, np.float32)
+        return Sample(self.sample_id, np.array(self.token_ids, np.int32), logprobs, np.ones(n, np.uint8), versions, self.finish or Finish.ABORT, (n,))
+
+
+def arriving(request: GenerateRequest, max_context: int) -> list[Arriving]:
+    """The n samples of a request, nothing of them there yet."""
+    prompt = request.prompt_ids.tolist()
+    samples = []
+    for k in range(request.n):
+        ids = prompt + (request.prefixes[k].tolist() if request.prefixes else [])
+        window = max_context - len(ids)
+        samples.append(Arriving(sample_id(request.request_id, k), ids, min(request.max_new_tokens, window), window < request.max_new_tokens))
+    return samples
+
+
+def body_of(request: GenerateRequest, samples: list[Arriving], seed: int | None) -> dict[str, Any]:
+    """/generate for these samples. seed: of a server with deterministic inference.
+
+    SGLang either ignores all end tokens or honours the model's own beside those asked for; so a request without stop tokens ignores
+    them, and one with stop tokens also ends at the model's.
+    """
+    s = request.sampling
+    common = {
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "top_k": s.top_k if s.top_k > 0 else -1,
+        "ignore_eos": not request.stop.token_ids,
+        "stop_token_ids": list(request.stop.token_ids),
+        "stop": list(request.stop.strings),
+        "stream_interval": STREAM_INTERVAL,
+    }
+    each = [common | {"max_new_tokens": a.room} | ({} if seed is None else {"sampling_seed": noise_seed(seed, a.sample_id)}) for a in samples]
+    return {
+        "input_ids": [a.input_ids for a in samples],
+        "rid": [a.rid for a in samples],
+        "sampling_params": each,
+        "return_logprob": True,
+        "stream": True,
+    }
+
+
+def noise_seed(seed: int, sample: str) -> int:
+    """The seed of one sample; SGLang adds the position of each token."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{sample}".encode(), digest_size=8).digest(), "little") >> 2

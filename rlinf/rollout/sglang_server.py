@@ -1,0 +1,229 @@
+"""The SGLang server as a child process: which interpreter has SGLang, how the server is started, watched and ended.
+
+The server is a tree of processes (HTTP front, one scheduler a GPU, detokenizer). The death of any of them is the death of the engine:
+it is seen at once through pidfds, and the whole tree is killed, so that every open connection breaks instead of waiting forever.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import os
+import random
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlinf.errors import RunFailed, UserError
+from rlinf.rollout import sglang_launch
+from rlinf.rollout.sglang_http import HOST
+
+KEY = "rollout.sglang"
+PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
+LOG_TAIL = 12
+REFUSAL = re.compile(r"error: (unrecognized arguments: .*|argument .*)|(Unsupported config option .*)")
+
+
+def find_interpreter(named: str | None, cuda: bool) -> str:
+    """The python that has SGLang: the named one, this one, or on CPU the one of toolkits/setup/sglang_cpu.sh. Raises UserError."""
+    if named is not None:
+        if not os.access(named, os.X_OK):
+            raise UserError(f"rollout.sglang_python: {named} is not an executable file; give the path of a python that has sglang")
+        return named
+    if importlib.util.find_spec("sglang") is not None:
+        return sys.executable
+    folder = Path(os.environ.get("RLINF_CACHE", "~/.cache/rlinf")).expanduser() / "sglang-cpu"
+    if not cuda and (folder / "rlinf-stamp").is_file():
+        return str(folder / "bin" / "python")
+    remedy = "install requirements/gpu.txt" if cuda else "run toolkits/setup/sglang_cpu.sh"
+    raise UserError(
+        f"rollout.rollout_backend is sglang, but sglang is not installed for {sys.executable}; {remedy}, name an interpreter that has it "
+        "(rollout.sglang_python), or use rollout.rollout_backend: embedded"
+    )
+
+
+class SGLangServer:
+    """Starts in the constructor and returns when requests are served. `info` is what the server says of itself.
+
+    options: SGLang's own, in the spelling of its command line with underscores. native: those of them that the user wrote.
+    Call from a thread that lives as long as the server should: the kernel ends the server with the thread that started it.
+    """
+
+    def __init__(self, python: str, options: dict[str, Any], native: dict[str, Any], log: Path, run_id: str, start_timeout: float) -> None:
+        self.port = free_port()
+        self.key = secrets.token_urlsafe(24)
+        self.log = log
+        self.death: str | None = None
+        self._closing = False
+        self._watcher: threading.Thread | None = None
+        self.folder = Path(f"/dev/shm/rlinf-{run_id}-sglang-{secrets.token_hex(4)}")  # ends with the run, like all its shared memory
+        self.folder.mkdir(mode=0o700)
+        self._shared: set[Path] = set()
+        config = self.folder / "server.yaml"  # not the command line, which everybody can read: it holds the key
+        words = {**options, **native, "host": HOST, "port": self.port, "api_key": self.key}
+        config.write_text(yaml.safe_dump({name.replace("_", "-"): value for name, value in words.items()}))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as output:
+            command = [python, "-I", os.path.abspath(sglang_launch.__file__), str(os.getpid()), str(config)]
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(options), start_new_session=True
+            )
+        try:
+            self._wait_until_ready(start_timeout)
+            self.info: dict[str, Any] = self._ask("/server_info")
+            unknown = sorted(name for name in native if name not in self.info)
+            if unknown:  # argparse takes the beginning of a name for the name
+                raise UserError(f"{KEY}.{unknown[0]}: sglang {self.info['version']} has no such option; write its full name")
+        except BaseException:
+            self.close()
+            raise
+        self._watch(self._tree())
+
+    def close(self) -> None:
+        """End the whole tree. May be called twice."""
+        if self._closing:
+            return
+        self._closing = True
+        self._kill()
+        self.process.wait()
+        if self._watcher is not None:
+            self._watcher.join()
+        for path in self._shared:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def obituary(self) -> str:
+        """Why calls fail. Waits for the watcher, which may hear of a death a moment after a connection has broken."""
+        deadline = time.monotonic() + 2.0
+        while self.death is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.death or f"the SGLang server (pid {self.process.pid}) closed a connection; its log: {self.log}"
+
+    def _environment(self, options: dict[str, Any]) -> dict[str, str]:
+        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        env |= {
+            "TMPDIR": str(self.folder),  # its sockets
+            "HF_HUB_OFFLINE": "1",
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions of slack that no request reaches
+        }
+        return env | {"SGLANG_USE_CPU_ENGINE": "1"} if options["device"] == "cpu" else env
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self._answers("/ready"):
+            if self.process.poll() is not None:
+                tail = self._tail(self.log)
+                refused = REFUSAL.search(tail)
+                if refused:
+                    raise UserError(f"{KEY}: SGLang refuses an option: {refused[1] or refused[2]}\nIts log: {self.log}")
+                raise RunFailed(f"the SGLang server ended with code {self.process.returncode} while starting; its log: {self.log}\n{tail}")
+            if time.monotonic() > deadline:
+                raise RunFailed(f"the SGLang server was not ready within {timeout:g} s (cluster.start_timeout); its log: {self.log}")
+            time.sleep(0.2)
+
+    def _answers(self, path: str) -> bool:
+        try:
+            return self._ask(path) is not None
+        except (ConnectionError, TimeoutError):
+            return False
+
+    def _ask(self, path: str) -> Any:
+        """A GET before the event loop turns; None unless the answer is good."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=60)
+        try:
+            connection.request("GET", path, headers={"Authorization": f"Bearer {self.key}"})
+            answer = connection.getresponse()
+            body = answer.read()
+        finally:
+            connection.close()
+        return json.loads(body or b"{}") if answer.status == 200 else None
+
+    def _tree(self) -> dict[int, str]:
+        """The server's processes and their names; also notes the shared memory that they would leave behind when killed."""
+        tree = {pid: command_of(pid).split()[0].removeprefix("sglang::") for pid in session_members(self.process.pid) if not is_tracker(pid)}
+        tree[self.process.pid] = "HTTP front"
+        for pid in tree:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                path = line.partition("/dev/shm/")[2]
+                if path.startswith("sglang_") and not path.endswith("(deleted)"):
+                    self._shared.add(Path("/dev/shm") / path)
+        return tree
+
+    def _watch(self, tree: dict[int, str]) -> None:
+        poll = select.poll()
+        names = {os.pidfd_open(pid): f"{name} (pid {pid})" for pid, name in tree.items()}
+        for fd in names:
+            poll.register(fd, select.POLLIN)
+
+        def wait() -> None:
+            ended = [names[fd] for fd, _ in poll.poll()]
+            if not self._closing:
+                self.death = f"the SGLang engine is dead: its {', '.join(ended)} ended; its log: {self.log}\n{self._tail(self.log)}"
+            self._kill()
+            for fd in names:
+                os.close(fd)
+
+        self._watcher = threading.Thread(target=wait, name="sglang-watcher", daemon=True)
+        self._watcher.start()
+
+    def _kill(self) -> None:
+        """Every process of the server's session; its resource tracker ends by itself when they are gone, after it has cleaned up."""
+        while alive := [pid for pid in session_members(self.process.pid) if not is_tracker(pid)]:
+            for pid in alive:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.01)
+
+    @staticmethod
+    def _tail(log: Path) -> str:
+        return "\n".join(f"  | {line}" for line in log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+
+
+def session_members(leader: int) -> list[int]:
+    """The living processes of the session that `leader` began."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it ended meanwhile
+            if int(fields[3]) == leader and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
+
+
+def command_of(pid: int) -> str:
+    """Its command line; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_tracker(pid: int) -> bool:
+    """multiprocessing's process that removes what others leave behind."""
+    return "resource_tracker" in command_of(pid)
+
+
+def free_port() -> int:
+    """A port of loopback that can be bound now."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex((HOST, port)) != 0:
+                return port
+    raise RunFailed(f"no free port on {HOST} between {PORTS.start} and {PORTS.stop}")

@@ -1,0 +1,41 @@
+"""Is what arrived the whole model: every tensor, of the right shape, finite, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from rlinf.weights.architecture import Architecture
+from rlinf.weights.mapping import hf_shapes
+
+
+def check_tensors(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors by name, after every one has been looked at. Raises ValueError that names the first at fault.
+
+    Left out: the rotary buffer that old Llama checkpoints carry, and the output head of a model with tied embeddings.
+    """
+    expected = hf_shapes(arch)
+    arrived: dict[str, Tensor] = {}
+    head: Tensor | None = None
+    for name, tensor in tensors:
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name == "lm_head.weight" and arch.tied:
+            head = tensor
+            continue
+        if name not in expected:
+            raise ValueError(f"unexpected tensor {name}")
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
+        low, high = torch.aminmax(tensor)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ValueError(f"tensor {name} holds values that are not finite")
+        arrived[name] = tensor
+    missing = sorted(expected.keys() - arrived.keys())
+    if missing:
+        raise ValueError(f"missing tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    if head is not None and not torch.equal(head, arrived["model.embed_tokens.weight"]):
+        raise ValueError("tensor lm_head.weight differs from model.embed_tokens.weight, though config.json says tie_word_embeddings")
+    return arrived

@@ -1,0 +1,30 @@
+"""The SGLang engine for tests: where its environment is, and a small server on CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlinf.errors import UserError
+from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.sglang_server import find_interpreter
+
+
+def missing() -> str | None:
+    try:
+        find_interpreter(None, cuda=False)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+REASON = missing()
+needs_sglang = (pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON)))
+
+
+def small_server(model_dir: Path, max_context: int, native: dict[str, str] | None = None) -> SGLangEngine:
+    log = model_dir.parent / "sglang.log"
+    return SGLangEngine(
+        str(model_dir), dtype="fp32", slots=4, max_context=max_context, seed=7, log=log, run_id=f"test-{model_dir.parent.name}", native=native
+    )
