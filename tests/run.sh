@@ -20,6 +20,7 @@ export PATH="$root/.venv/bin:$PATH"
 if [[ -n "$full" ]]; then
   python toolkits/setup/fetch_smollm2.py
   rlinf data generate "$RLINF_CACHE/data/arithmetic"
+  if [[ ! -e /dev/nvidiactl ]]; then bash toolkits/setup/sglang_cpu.sh; fi
 fi
 printf 'tests: set-up took %d s\n' "$SECONDS"
 

@@ -21,17 +21,17 @@ LIMIT = 30.0
 class Running:
     """A tiny run in the background that has finished at least two steps."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float = 90, **overrides: object) -> None:
         self.folder = folder
         self.config = write_run(
             folder, cluster__component_placement={"actor": "0-1", "rollout,reward": "0"}, actor__model__pipeline_model_parallel_size=1,
-            runner__max_steps=100_000, runner__max_epochs=100_000, runner__save_interval=2,
+            runner__max_steps=100_000, runner__max_epochs=100_000, runner__save_interval=2, **overrides,
         )  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlinf", "train", str(self.config)], stderr=subprocess.PIPE, text=True, cwd=folder, env=dict(os.environ, PYTHONPATH=str(ROOT))
         )
         metrics = folder / "logs" / "tiny" / "metrics.jsonl"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + patience
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
             assert self.process.poll() is None and time.monotonic() < deadline, self.process.communicate()[1][-3000:]
             time.sleep(0.2)

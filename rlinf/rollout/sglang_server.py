@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,10 @@ class SGLangServer:
         self._closing = True
         self._kill()
         self.process.wait()
+        deadline = time.monotonic() + 3.0
+        while (trackers := session_members(self.process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        kill(trackers)
         if self._watcher is not None:
             self._watcher.join()
         for path in self._shared:
@@ -181,11 +186,7 @@ class SGLangServer:
     def _kill(self) -> None:
         """Every process of the server's session; its resource tracker ends by itself when they are gone, after it has cleaned up."""
         while alive := [pid for pid in session_members(self.process.pid) if not is_tracker(pid)]:
-            for pid in alive:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+            kill(alive)
             time.sleep(0.01)
 
     @staticmethod
@@ -205,6 +206,12 @@ def session_members(leader: int) -> list[int]:
             if int(fields[3]) == leader and fields[0] not in "ZX":
                 found.append(int(entry.name))
     return found
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def command_of(pid: int) -> str:

@@ -1,0 +1,110 @@
+"""SGLang on CPU in a whole run, and what happens when a process of its server is killed or an option is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlinf.cluster.processes import marked
+from rlinf.errors import UserError
+from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
+from rlinf.rollout.sglang_server import command_of, find_interpreter, session_members
+from tests.sglang_here import needs_sglang, small_server
+from tests.test_engine_contract import prompt
+from tests.test_run_ends import Running
+from tests.test_tiny_run import lines, run, write_run
+from tests.tiny import make_tiny_model
+
+BACKEND = {"rollout__rollout_backend": "sglang", "rollout__seed": 5}
+
+
+def with_sglang(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in needs_sglang:
+        test = mark(test)
+    return test
+
+
+def test_a_missing_environment_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("RLINF_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="run toolkits/setup/sglang_cpu.sh"):
+        find_interpreter(None, cuda=False)
+    with pytest.raises(UserError, match="rollout.sglang_python: .*/none"):
+        find_interpreter(str(tmp_path / "none"), cuda=False)
+    (tmp_path / "sglang-cpu").mkdir()
+    (tmp_path / "sglang-cpu" / "rlinf-stamp").touch()
+    assert find_interpreter(None, cuda=False) == str(tmp_path / "sglang-cpu" / "bin" / "python")
+    with pytest.raises(UserError, match="requirements/gpu.txt"):  # an environment for CPU is none for a GPU
+        find_interpreter(None, cuda=True)
+
+
+@with_sglang
+@pytest.mark.parametrize("name", ["no_such_option", "max_queued"], ids=["unknown", "beginning of a name"])
+def test_an_unknown_option_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    with pytest.raises(UserError, match=f"rollout.sglang.*{name.replace('_', '.')}"):
+        small_server(model, 64, native={name: "7"})
+    assert not list(Path("/dev/shm").glob(f"rlinf-test-{tmp_path.name}*"))
+
+
+@with_sglang
+@pytest.mark.parametrize("victim", ["scheduler", "detokenizer"])
+def test_the_death_of_a_process_breaks_every_request_at_once(tmp_path: Path, victim: str) -> None:
+    engine = small_server(make_tiny_model(tmp_path / "model"), 4000)
+    members = session_members(engine._server.process.pid)
+
+    async def all_of(name: str) -> list[object]:
+        request = GenerateRequest(name, prompt(8), 2, SamplingParams(), Stop(), 3900)
+        return [sample async for sample in engine.generate(request)]
+
+    async def killed() -> tuple[list[object], float]:
+        tasks = [asyncio.create_task(all_of(name)) for name in "ab"]
+        while not engine.stats().decoded_tokens:
+            await asyncio.sleep(0.01)
+        os.kill(next(pid for pid in members if victim in command_of(pid)), signal.SIGKILL)
+        started = time.monotonic()
+        return await asyncio.gather(*tasks, return_exceptions=True), time.monotonic() - started
+
+    errors, seconds = asyncio.run(killed())
+    assert seconds < 5
+    for error in errors:
+        assert isinstance(error, RuntimeError) and re.search(rf"SGLang engine is dead: its {victim} \(pid \d+\)", str(error))
+    with pytest.raises(RuntimeError, match=f"its {victim}"):
+        asyncio.run(all_of("later"))
+    engine.close()
+    assert not [pid for pid in members if "sglang" in command_of(pid)]
+    assert not list(Path("/dev/shm").glob(f"rlinf-test-{tmp_path.name}*"))
+
+
+@with_sglang
+def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
+    config = write_run(tmp_path, **BACKEND)  # four actor ranks, TP 2 x PP 2
+    done = run(config, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    metrics = lines(tmp_path)
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
+    assert all(math.isfinite(m["train/loss"]) for m in metrics[1:])
+    # fp32: engine and actor are one policy, in what they sample and, after every sync, on the probes
+    assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in metrics[1:])
+    assert all(m["sync/probe_gap_max"] <= 1e-4 for m in metrics if "sync/probe_gap_max" in m) and "sync/probe_gap_max" in metrics[2]
+    assert all(m["train/first_minibatch_clip_fraction"] == 0 for m in metrics[1:])
+    assert all(m["rollout/reused_tokens"] > 0 for m in metrics[1:])
+
+
+@with_sglang
+def test_a_killed_scheduler_ends_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+    running = Running(tmp_path, patience=400, **BACKEND)
+    scheduler = next(pid for pid in marked(running.run_id) if "sglang::scheduler" in command_of(pid))
+    os.kill(scheduler, signal.SIGKILL)
+    code, errors = running.end()
+    assert code == 1
+    assert re.search(r"rlinf: rollout rank 0 .*failed in \w+ \(phase: step \d+, .*SGLang engine is dead: its scheduler \(pid", errors)
+    assert str(running.logs / "rollout-0-engine.log") in errors
