@@ -1,0 +1,1 @@
+"""Pages and screens made from run folders: `rlinf report`, `rlinf watch`."""

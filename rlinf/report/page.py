@@ -1,0 +1,154 @@
+"""report.html: one page, whole in itself, of what a run did. Everything it shows is in the file; nothing is fetched.
+
+Curves, findings and configuration are plain JSON; the samples of each step, and the text of each sample that is shown in full, are
+compressed parts that the page opens when they are asked for. What a model wrote is hostile: it is in the page only as base64 and as text
+nodes, and the page's policy lets no script run but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rlinf.config.keys import known_keys
+from rlinf.metrics.names import METRICS
+from rlinf.report.parts import MAX_TEXT_STEPS, Parts, choose_files
+from rlinf.report.rules import RULES, Finding, find_problems
+from rlinf.report.run_data import RunData, SampleFile, count_all, open_run
+
+MAX_BYTES = 20_000_000
+MAX_POINTS = 2000  # of a curve
+INSIDE_TRAIN = {"pack", "recompute_logprobs", "forward_backward", "optimizer"}  # parts of the phase `train`, each its slowest rank's
+
+
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
+    """Write the page of a run, whole or half, to `output` (default RUN_DIR/report.html). Raises UserError when there is no run."""
+    run = open_run(run_dir)
+    parts = Parts()
+    for file, rows in count_all(run):
+        parts.add_headers(file, rows)
+    findings = find_problems(run)
+    chosen = choose_files(run.files, {step for f in findings for step in f.steps})
+    for file in chosen:
+        parts.add_texts(file, file.rows())
+    style, script = asset("page.css"), asset("page.js")
+    room = MAX_BYTES - len(style) - len(script) - 3 * len(to_json(page_data(run, findings, parts, chosen)).encode())
+    parts.fit(room, chosen)
+    page = fill(
+        asset("page.html"),
+        {
+            "CSP": policy(script),
+            "TITLE": html.escape(f"{run.path.name} · rlinf"),
+            "STYLE": style,
+            "DATA": to_json(page_data(run, findings, parts, chosen)),
+            "BLOBS": parts.html(),
+            "SCRIPT": script,
+        },
+    )
+    target = output or run_dir / "report.html"
+    fresh = target.with_name(target.name + ".new")
+    fresh.write_text(page, encoding="utf-8")
+    fresh.replace(target)
+    return target
+
+
+def asset(name: str) -> str:
+    return (files("rlinf.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def fill(template: str, values: dict[str, str]) -> str:
+    """Replace @NAME@ marks in one pass: a value that looks like a mark stays as it is."""
+    return re.sub("@(" + "|".join(values) + ")@", lambda mark: values[mark[1]], template)
+
+
+def policy(script: str) -> str:
+    """Nothing is loaded from anywhere, and no script runs but this one."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def to_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: Sequence[SampleFile]) -> dict[str, Any]:
+    lines = thinned(run.metrics, {step for f in findings for step in f.steps})
+    names = sorted({name for m in run.metrics for name in m} - {"step", "time"})
+    metrics = {name: [rounded(m.get(name)) for m in lines] for name in names}
+    helps = {name: key.help for name, key in known_keys().items()}
+    status = run.status
+    return {
+        "title": run.path.name,
+        "path": str(run.path),
+        "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "state": status.get("state", "state unknown") + (f": {status['error'].splitlines()[0]}" if status.get("error") else ""),
+        "step": int(run.metrics[-1]["step"]) if run.metrics else 0,
+        "total": status.get("total_steps"),
+        "steps": [int(m["step"]) for m in lines],
+        "metrics": metrics,
+        "phases": phases(metrics),
+        "meanings": {name: [METRICS[name].meaning, METRICS[name].healthy, METRICS[name].action] for name in names if name in METRICS},
+        "findings": [vars(f) for f in findings],
+        "rules": [rule.__name__.replace("_", " ") for rule in RULES],
+        "settings": [[s.key, s.value, s.origin, helps.get(s.key, "")] for s in run.settings],
+        "environment": run.environment,
+        "files": [parts.describe(file) for file in run.files],
+        "leftOut": left_out(run, parts, chosen, len(lines)),
+    }
+
+
+def phases(metrics: dict[str, list[float | None]]) -> list[dict[str, Any]]:
+    """The phases of the loop, largest first, and what is left of the step's time."""
+    step = metrics.get("time/step")
+    if step is None:
+        return []
+    found = {name.removeprefix("time/"): values for name, values in metrics.items() if name.startswith("time/") and name != "time/step"}
+    top = {name: values for name, values in found.items() if name not in INSIDE_TRAIN}
+    sums = [sum(column[i] or 0.0 for column in top.values()) for i in range(len(step))]
+    top["other"] = [rounded(max(0.0, (whole or 0.0) - used)) for whole, used in zip(step, sums)]
+    order = sorted(top, key=lambda name: -sum(v or 0.0 for v in top[name]))
+    return [{"name": name.replace("_", " "), "metric": f"time/{name}", "values": top[name]} for name in order]
+
+
+def thinned(metrics: Sequence[dict[str, float]], flagged: set[int]) -> list[dict[str, float]]:
+    """At most MAX_POINTS lines, evenly spaced, with the first, the last and the flagged ones."""
+    if len(metrics) <= MAX_POINTS:
+        return list(metrics)
+    kept = {round(i * (len(metrics) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)}
+    return [m for i, m in enumerate(metrics) if i in kept or m["step"] in flagged]
+
+
+def rounded(value: float | None) -> float | None:
+    return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
+
+
+def left_out(run: RunData, parts: Parts, chosen: Sequence[SampleFile], points: int) -> list[str]:
+    """What a reader will not find here, and where it is."""
+    samples, shown = sum(parts.samples.values()), len(parts.texts)
+    lines = [
+        f"The text of {shown:,} of {samples:,} samples is here, from {len({f for f, _ in parts.texts})} of {len(run.files)} sample files: the first, the last, those "
+        f"that a finding names and evenly spaced ones, at most {MAX_TEXT_STEPS}; of each the highest and lowest advantage, the largest log-probability gap and "
+        "some at random. The text of every sample is in samples/step_NNNNNN.jsonl; each sample above names its line."
+    ]
+    if parts.dropped_texts:
+        lines.append(f"{parts.dropped_texts:,} more texts were chosen but did not fit into {MAX_BYTES / 1e6:.0f} MB.")
+    missing = [f for f in run.files if f.label not in parts.headers]
+    if missing:
+        lines.append(f"The samples of {len(missing):,} files did not fit, from {missing[0].path.name} to {missing[-1].path.name}.")
+    if points < len(run.metrics):
+        lines.append(f"The curves show {points:,} of {len(run.metrics):,} steps; every step is in metrics.jsonl.")
+    replaced = sorted(p.name for p in run.path.glob("*.replaced-*")) + sorted(p.name for p in (run.path / "samples").glob("*.replaced-*"))
+    if replaced:
+        lines.append(f"The run went back to a checkpoint; what it then repeated is in {', '.join(replaced[:6])}{' …' if len(replaced) > 6 else ''}.")
+    lines.append("A token's values are kept in a byte each: within 8 %, and 0 below one millionth.")
+    return lines

@@ -1,0 +1,137 @@
+"""A run folder as the report sees it: curves, a summary of every step's samples, configuration, environment.
+
+Sample files are read one at a time, so that memory does not grow with the run; torn last lines (the run died while it wrote) are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlinf.errors import UserError
+from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_lines
+from rlinf.report.task_counts import StepCounts, count_samples
+from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
+from rlinf.runners.status import FILE_NAME as STATUS
+
+SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>.*)$")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A line of config.yaml: dotted key, value as written, who set it."""
+
+    key: str
+    value: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """samples/step_000012.jsonl or samples/validation_000012.jsonl, with what training saw of the same samples where it was written."""
+
+    path: Path
+    step: int
+    validation: bool
+
+    @property
+    def label(self) -> str:
+        return self.path.stem
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines, each with its number as `line` and, under `trained`, the sample's line of the tokens file."""
+        trained = {row["sample_id"]: row for _, row in read_lines(self.tokens)} if self.tokens.exists() else {}
+        return [row | {"line": number, "trained": trained.get(row["sample_id"], {})} for number, row in read_lines(self.path)]
+
+    @property
+    def tokens(self) -> Path:
+        return self.path.with_name("no-tokens" if self.validation else f"tokens_{self.step:06d}.jsonl")
+
+
+@dataclass
+class RunData:
+    """What the rules and the page look at. metrics: the lines of metrics.jsonl, oldest first."""
+
+    path: Path
+    metrics: list[dict[str, float]]
+    settings: list[Setting] = field(default_factory=list)
+    environment: list[dict[str, Any]] = field(default_factory=list)
+    status: dict[str, Any] = field(default_factory=dict)
+    files: list[SampleFile] = field(default_factory=list)
+    counts: dict[int, StepCounts] = field(default_factory=dict)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric where it has a finite value."""
+        points = [(int(m["step"]), m[name]) for m in self.metrics if math.isfinite(m.get(name, math.nan))]
+        return [s for s, _ in points], [v for _, v in points]
+
+    @cached_property
+    def values(self) -> dict[str, str]:
+        """Settings by key, as written in the file."""
+        return {s.key: s.value.strip("'\"") for s in self.settings}
+
+    def number(self, key: str, otherwise: float) -> float:
+        text = self.values.get(key, "null")
+        return otherwise if text == "null" else float(text)
+
+
+def open_run(path: Path) -> RunData:
+    """Everything but the samples' text. Raises UserError when the folder holds no run."""
+    if not (path / FILE_NAME).is_file():
+        raise UserError(f"{path}: no {FILE_NAME} here; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
+    environment = path / ENVIRONMENT
+    status = path / STATUS
+    return RunData(
+        path=path.resolve(),
+        metrics=read_metrics(path),
+        settings=read_settings(path / "config.yaml"),
+        environment=[row for _, row in read_lines(environment)] if environment.exists() else [],
+        status=json.loads(status.read_text()) if status.exists() else {},
+        files=sorted(sample_files(path / "samples"), key=lambda f: (f.step, f.validation)),
+    )
+
+
+def count_all(run: RunData) -> Iterator[tuple[SampleFile, list[dict[str, Any]]]]:
+    """Read the sample files one after another, filling run.counts on the way."""
+    markers = run.environment[-1].get("chat_markers", []) if run.environment else []
+    for file in run.files:
+        rows = file.rows()
+        if not file.validation:
+            run.counts[file.step] = count_samples(rows, markers)
+        yield file, rows
+
+
+def sample_files(folder: Path) -> Iterator[SampleFile]:
+    for path in folder.glob("*_??????.jsonl"):
+        kind, _, step = path.stem.rpartition("_")
+        if kind in ("step", "validation") and step.isdigit():
+            yield SampleFile(path, int(step), kind == "validation")
+
+
+def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every whole line."""
+    lines, _ = whole_lines(path)
+    return [(number, json.loads(line)) for number, line in enumerate(lines, 1)]
+
+
+def read_settings(path: Path) -> list[Setting]:
+    """The leaves of a config.yaml as RunFolder writes it."""
+    found: list[Setting] = []
+    sections: list[str] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        text, _, origin = line.rpartition(" # ") if " # " in line else (line, "", "")
+        match = SETTING.match(text)
+        if match is None:
+            continue
+        sections = sections[: len(match["indent"]) // 2]
+        if value := match["value"].strip():
+            found.append(Setting(".".join([*sections, match["key"]]), value, origin))
+        else:
+            sections.append(match["key"])
+    return found
