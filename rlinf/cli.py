@@ -51,9 +51,20 @@ def train(args: argparse.Namespace) -> int:
         _say(f"step: {config.data.rollout_batch_size} prompts x {config.algorithm.group_size} responses = {batch} samples, "
              f"{config.algorithm.n_minibatches} optimizer step(s) of {batch // config.algorithm.n_minibatches}")  # fmt: skip
         return _end_dry_run(describe(plan, config), warnings)
+    from rlinf.report.page import write_report
     from rlinf.runners.launch import train as launch
+    from rlinf.runners.run_folder import run_path
 
-    return launch(resolved)
+    code = launch(resolved)
+    sys.stderr.write(f"report: {write_report(run_path(config.runner))}\n")
+    return code
+
+
+def report(args: argparse.Namespace) -> int:
+    from rlinf.report.page import write_report
+
+    _say(str(write_report(args.run_dir, args.output)))
+    return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -158,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(p)
     p.add_argument("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
     p.set_defaults(run=sft)
+
+    p = commands.add_parser("report", help="one offline page of a run: curves, findings, samples, configuration")
+    p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    p.add_argument("--output", metavar="FILE", type=Path, help="where to write it (default: RUN_DIR/report.html)")
+    p.set_defaults(run=report)
 
     sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
     p = sub.add_parser("show", help="the resolved configuration, each value with who set it")

@@ -89,6 +89,9 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
     assert (run_dir / "checkpoints" / "latest").resolve().name == "step_000003"
     final = load_file(run_dir / "checkpoints" / "step_000003" / "hf" / "model-00001-of-00002.safetensors")
 
+    report = run_dir / "report.html"
+    assert f"report: {report}" in done.stderr and "tokens_000003" not in report.read_text() and report.stat().st_size > 50_000
+
     refused = run(config)
     assert refused.returncode == 2 and "runner.resume_dir=auto" in refused.stderr
 

@@ -69,9 +69,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def whole_lines(path: Path) -> tuple[list[str], str]:
     """The complete lines of the file, each with its newline, and what is left after the last newline."""
-    lines = path.read_text().splitlines(keepends=True)
-    torn = lines.pop() if lines and not lines[-1].endswith("\n") else ""
-    return lines, torn
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): text may hold U+2028 and its like
+    return [line + "\n" for line in lines], torn
 
 
 def cut_after(path: Path, step: int) -> int:

@@ -70,8 +70,8 @@ def choose_files(files: Sequence[SampleFile], flagged: set[int]) -> list[SampleF
     """The files whose texts are shown: first and last, those of flagged steps, the rest evenly spaced; first and last validation among them."""
     steps, validations = [f for f in files if not f.validation], [f for f in files if f.validation]
     chosen = dict.fromkeys([*steps[:1], *steps[-1:], *validations[:1], *validations[-1:], *(f for f in steps if f.step in flagged)])
-    spaces = max(1, MAX_TEXT_STEPS - len(chosen))
-    chosen |= dict.fromkeys(steps[round(i * (len(steps) - 1) / spaces)] for i in range(spaces) if steps)
+    free = max(0, MAX_TEXT_STEPS - len(chosen))
+    chosen |= dict.fromkeys(steps[round(i * (len(steps) - 1) / (free + 1))] for i in range(1, free + 1) if steps)
     return sorted(list(chosen)[:MAX_TEXT_STEPS], key=lambda f: (f.step, f.validation))
 
 

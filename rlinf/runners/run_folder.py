@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from rlinf.config.load import Resolved, to_yaml
+from rlinf.config.schema import RunnerConfig
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
 from rlinf.weights.tensor_folder import read_json, sync, write_json
@@ -43,7 +44,7 @@ class RunFolder:
 
     def __init__(self, resolved: Resolved, command: str = "train") -> None:
         runner, self.command = resolved.config.runner, command
-        self.path = Path(runner.output_dir).expanduser().resolve() / runner.experiment_name
+        self.path = run_path(runner)
         self.keep = runner.keep_checkpoints
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
@@ -172,6 +173,10 @@ class RunFolder:
                 f"to start from its weights set rollout.model_dir={resume.step_dir / 'hf'}, in a new run"
             )
         return resume
+
+
+def run_path(runner: RunnerConfig) -> Path:
+    return Path(runner.output_dir).expanduser().resolve() / runner.experiment_name
 
 
 def read_checkpoint(step_dir: Path) -> Resume:
