@@ -145,6 +145,12 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_sync(args: argparse.Namespace) -> int:
+    from rlinf.checks.sync import main as check
+
+    return check(args.quick, args.json)
+
+
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
@@ -208,6 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="every layout once")
     p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     p.set_defaults(run=check_layout)
+    p = sub.add_parser("sync", help="the actor's weights in the engines, from every layout by every transport")
+    p.add_argument("--quick", action="store_true", help="every layout once")
+    p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
+    p.set_defaults(run=check_sync)
 
     p = commands.add_parser("export", help="a checkpoint's weights as a Hugging Face model folder")
     p.add_argument("step_dir", metavar="STEP_DIR", type=Path, help="checkpoints/step_* of a run")

@@ -26,10 +26,11 @@ from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, pack, pack_sequences
 from rlinf.training.offload import Offloader
+from rlinf.training.publishing import hand_out, score
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.routes import SHARED_MEMORY
-from rlinf.weights.shared_memory import collect, publish, release
+from rlinf.weights.shared_memory import release
 from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
@@ -128,19 +129,9 @@ class TrainWorker(Checkpointed):
         """
         started = time.perf_counter()
         self.offloader.after_training()
-        name = f"{self.address.run_id}-d{self.at.dp_rank}-s{self.at.pp_rank}"
-        sources: dict[str, SharedMemory] = {}
-        payload: tuple[np.ndarray, ...] = ()
-        for transport in transports:
-            tensors = self.engine.export()
-            if self.at.tp_rank > 0:
-                for _ in tensors:  # the gather is collective
-                    pass
-            elif transport == SHARED_MEMORY:
-                sources[transport] = self.published = publish(tensors, name, version)
-            else:
-                sources[transport], payload = collect(tensors, name)
-        return (sources, time.perf_counter() - started), payload
+        sources, arrays = hand_out(self.engine, self.address.run_id, version, transports)
+        self.published = sources.get(SHARED_MEMORY)
+        return (sources, time.perf_counter() - started), arrays
 
     def release(self) -> None:
         """The engines have the weights: free what publish() wrote, and hand the device over."""
@@ -151,10 +142,7 @@ class TrainWorker(Checkpointed):
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
-        outputs = self.engine.logprobs([pack_sequences(sequences, temperature or 1.0, self.engine.pad_to, self.device)])
-        if not outputs:
-            return []
-        return [part.cpu().numpy() for part in outputs[0][0].split([len(s) - 1 for s in sequences])]
+        return score(self.engine, sequences, temperature)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------------
 

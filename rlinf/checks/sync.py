@@ -1,0 +1,244 @@
+"""`rlinf check sync`: whatever the layouts of actor and engines, the engines run the actor's weights.
+
+Actors in TP x PP x DP hand out the weights of one model by every transport; engines that run another model, and have its keys and values
+cached, take them. Every tensor must arrive bit-equal, the receipts must be good, the log-probabilities of probes must be the trainer's,
+and what is then generated must be what a fresh engine on those weights generates, to the last bit. fp32.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from rlinf.checks.rank_pool import RankPool
+from rlinf.checks.tiny_model import VOCAB, write_tiny_model
+from rlinf.config.schema import ActorModelConfig, OptimConfig
+from rlinf.data.records import Sample
+from rlinf.errors import RunFailed
+from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
+from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.training.engine import MegatronEngine
+from rlinf.training.parallel import Coordinates
+from rlinf.training.publishing import hand_out, score
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
+from rlinf.weights.routes import OBJECT_STORE, SHARED_MEMORY, plan_feeds, publisher
+from rlinf.weights.shared_memory import land, open_source, release
+from rlinf.weights.source import Disk, Receipt, SharedMemory
+from rlinf.weights.tensor_folder import open_hf_folder
+
+RANKS = 8
+REPLICAS = (1, 2)
+LAYOUTS = list(product((1, 2), (1, 2), (1, 2)))  # TP, PP, DP
+FAMILIES = ("qwen2", "qwen2-tied")  # an output head of its own, and one tied to the embedding
+BUCKET_BYTES = 16_000  # several buckets a stage
+VERSION = 1
+COMPLAINTS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way from the actor to the engines."""
+
+    family: str
+    tp: int
+    pp: int
+    dp: int
+    transport: str
+    replicas: int
+
+    def label(self) -> str:
+        return f"{self.family} TP{self.tp} PP{self.pp} DP{self.dp} -> {self.replicas} engine(s) by {self.transport}"
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What one rank handed out: sources by transport, arrays for the object store, its log-probabilities of the probes (last stage)."""
+
+    sources: dict[str, SharedMemory]
+    arrays: tuple[np.ndarray, ...]
+    scores: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """fault: what is wrong, empty when nothing is. gap: largest log-probability difference on the probes."""
+
+    case: Case
+    gap: float
+    fault: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Models:
+    """The folders of one family: what the engines run before, and what the actor has; and what a fresh engine on the latter generates."""
+
+    before: Path
+    after: Path
+    generated: list[Sample]
+
+
+def make_cases(quick: bool = False) -> list[Case]:
+    """Every layout with both families, both transports and 1 and 2 engines; quick: every layout once."""
+    cases = [Case(f, *layout, t, r) for layout in LAYOUTS for f in FAMILIES for t in (SHARED_MEMORY, OBJECT_STORE) for r in REPLICAS]
+    each = len(cases) // len(LAYOUTS)
+    return [cases[each * i + 3 * i % each] for i in range(len(LAYOUTS))] if quick else cases
+
+
+def hand_out_weights(at: Coordinates, folder: str, run_id: str, transports: tuple[str, ...], probes: list[np.ndarray]) -> Handed:
+    """Runs in every rank."""
+    arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
+    engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision="fp32"), OptimConfig(), at, torch.device("cpu"))
+    engine.load_hf(open_hf_folder(folder))
+    sources, arrays = hand_out(engine, run_id, VERSION, transports, BUCKET_BYTES)
+    scores = score(engine, probes, 1.0)
+    engine.close()
+    return Handed(sources, arrays, scores)
+
+
+def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine: Callable[[Path], EmbeddedEngine]) -> Iterable[Finding]:
+    """Run the cases one by one, models written to `folder`."""
+    probes = [np.random.default_rng(i).integers(1, VOCAB, 12 + i).astype(np.int32) for i in range(4)]
+    models = {family: make_models(folder, family, make_engine) for family in {c.family for c in cases}}
+    engines = {(family, k): make_engine(m.before) for family, m in models.items() for k in range(max(REPLICAS))}
+    for i, case in enumerate(cases):
+        started = time.perf_counter()
+        run_id = f"check-{os.getpid()}-{i}"
+        ranks = case.tp * case.pp * case.dp
+        own = models[case.family]
+        handed = pool.run(hand_out_weights, str(own.after), run_id, (case.transport,), probes, ranks=ranks, tp=case.tp, pp=case.pp)
+        try:
+            gap, fault = asyncio.run(take(case, handed, own, [engines[case.family, k] for k in range(case.replicas)], probes, run_id))
+        finally:
+            for part in handed:
+                for source in part.sources.values():
+                    release(source)
+        yield Finding(case, gap, fault, time.perf_counter() - started)
+    for engine in engines.values():
+        engine.close()
+
+
+async def take(
+    case: Case, handed: Sequence[Handed], models: Models, engines: Sequence[EmbeddedEngine], probes: Sequence[np.ndarray], run_id: str
+) -> tuple[float, str]:
+    """Bring what was handed out into the engines: (gap of the probes, what is wrong)."""
+    for engine in engines:  # another model's weights, and its keys and values in the cache
+        await engine.load_weights(Disk(str(models.before)), 0)
+        await generate(engine)
+    engine_nodes = [0 if case.transport == SHARED_MEMORY else 1] * len(engines)
+    feeds = plan_feeds([[0] * case.pp] * case.dp, engine_nodes)
+    receipts: list[Receipt] = []
+    sources: list[SharedMemory] = []
+    try:
+        for k, (engine, feed) in enumerate(zip(engines, feeds)):
+            stages = [handed[publisher(feed.replica, stage, case.tp, case.dp)] for stage in range(case.pp)]
+            source = merge_sources([stage.sources[feed.transport] for stage in stages])
+            if feed.transport == OBJECT_STORE:
+                source = land(source, [a for stage in stages for a in stage.arrays], f"{run_id}-r{k}", VERSION)
+            sources.append(source)
+            receipts.append(await engine.load_weights(source, VERSION))
+        check_receipts(sources, VERSION, receipts)
+        wrong = [different(source, models.after) for source in sources]
+        trainer = next(h.scores for h in handed if h.scores)
+        gap = check_probes(VERSION, "fp32", trainer, [await engine.score(probes, 1.0) for engine in engines])
+    except RunFailed as error:
+        return float("nan"), str(error)
+    finally:
+        for source in sources:
+            release(source)
+    if any(wrong):
+        return gap, f"tensor {next(filter(None, wrong))} is not what was sent"
+    for engine in engines:
+        if not all(same(a, b) for a, b in zip(await generate(engine), models.generated, strict=True)):
+            return gap, "the engine does not generate what a fresh engine on these weights does: something of the old ones is left"
+    return gap, ""
+
+
+def different(source: SharedMemory, folder: Path) -> str:
+    """The first tensor that is not bit-equal to the folder's, or is missing or too many; empty when all are equal."""
+    want = dict(open_hf_folder(folder).items())
+    got = dict(open_source(source))
+    missing = sorted(want.keys() ^ got.keys())
+    return missing[0] if missing else next((name for name in want if not torch.equal(want[name], got[name])), "")
+
+
+def make_models(folder: Path, family: str, make_engine: Callable[[Path], EmbeddedEngine]) -> Models:
+    before, after = (write_tiny_model(folder / f"{family}-{seed}", family, seed) for seed in (0, 1))
+    for model in (before, after):
+        (model / "tokenizer.json").write_text("{}")  # an engine asks that there is one; nothing here reads it
+    fresh = make_engine(after)
+    generated = asyncio.run(generate(fresh))
+    fresh.close()
+    return Models(before, after, generated)
+
+
+async def generate(engine: EmbeddedEngine) -> list[Sample]:
+    """Greedy samples of one prompt, whose keys and values the engine then has cached."""
+    prompt = np.arange(1, 40, dtype=np.int32)
+    request = GenerateRequest("probe", prompt, 2, SamplingParams(temperature=0), Stop(), 16)
+    return sorted([s async for s in engine.generate(request)], key=lambda s: s.sample_id)
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.rollout_logprobs, b.rollout_logprobs)
+
+
+def small_engine(folder: Path) -> EmbeddedEngine:
+    return EmbeddedEngine(str(folder), dtype="fp32", slots=4, max_context=96, seed=7)
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    out = Table(title="The actor's weights in the engines, from every layout (fp32)", title_justify="left")
+    for name in ("family", "TP", "PP", "DP", "transport", "engines", "probe gap", "s", ""):
+        out.add_column(name, justify="left" if name in ("family", "transport") else "right", no_wrap=True)
+    for v in findings:
+        c = v.case
+        words = (c.family, c.tp, c.pp, c.dp, c.transport, c.replicas, f"{v.gap:.0e}", f"{v.seconds:.1f}", "[red]FAILS[/]" if v.fault else "ok")
+        out.add_row(*map(str, words))
+    return out
+
+
+def main(quick: bool, json_file: Path | None) -> int:
+    """The command. Exit code 0 when every case holds, else 1."""
+    started = time.perf_counter()
+    torch.set_num_threads(1)
+    console = Console(width=None if Console().is_terminal else 140)
+    cases = make_cases(quick)
+    with RankPool(RANKS) as pool, tempfile.TemporaryDirectory(prefix="rlinf-sync-") as folder:
+        pool.start()
+        work = check_cases(pool, cases, Path(folder), small_engine)
+        findings = list(track(work, "ways", len(cases), console=Console(stderr=True), transient=True))
+    seconds = time.perf_counter() - started
+    failing = [v for v in findings if v.fault]
+    console.print(table(findings))
+    for v in failing[:COMPLAINTS]:
+        console.print(f"{v.case.label()}: {v.fault}", style="red", highlight=False)
+    console.print(f"{len(findings) - len(failing)} of {len(findings)} ways hold; {seconds:.0f} s", highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(report(findings, seconds), indent=1) + "\n")
+    return 1 if failing else 0
+
+
+def report(findings: Sequence[Finding], seconds: float) -> dict[str, Any]:
+    return {
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__},
+        "seconds": seconds,
+        "holds": not any(v.fault for v in findings),
+        "ways": [asdict(v) for v in findings],
+    }

@@ -1,0 +1,92 @@
+"""`rlinf check sync` holds, and it fails when something on the way is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlinf.checks import sync
+from rlinf.checks.rank_pool import RankPool
+from rlinf.checks.sync import Case, Finding, check_cases, make_cases, small_engine
+from rlinf.weights.routes import OBJECT_STORE, SHARED_MEMORY
+
+ROUTE = Case("qwen2-tied", 2, 1, 1, SHARED_MEMORY, 2)
+
+
+def swap_shards(at: Any) -> None:
+    """In a rank: row-parallel shards are put together in the wrong order."""
+    from rlinf.training import state
+
+    whole = state.to_hf
+    state.to_hf = lambda rule, shards, arch: whole(rule, list(shards)[::-1] if rule.layout == "row" else shards, arch)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with RankPool(2) as made:
+        yield made
+    torch.set_num_threads(before)
+
+
+def find(pool: RankPool, case: Case, folder: Path, make_engine: Any = small_engine) -> Finding:
+    (finding,) = check_cases(pool, [case], folder, make_engine)
+    return finding
+
+
+def test_the_cases_are_every_layout_with_every_transport_and_both_heads() -> None:
+    cases = make_cases()
+    assert len(set(cases)) == len(cases) == 8 * 2 * 2 * 2
+    quick = make_cases(quick=True)
+    assert len({(c.tp, c.pp, c.dp) for c in quick}) == 8
+    assert {c.transport for c in quick} == {SHARED_MEMORY, OBJECT_STORE} and len({c.family for c in quick}) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", [SHARED_MEMORY, OBJECT_STORE])
+def test_a_sync_holds(pool: RankPool, tmp_path: Path, transport: str) -> None:
+    finding = find(pool, replace(ROUTE, transport=transport), tmp_path)
+    assert finding.fault == "" and finding.gap <= 1e-4
+    assert not list(Path("/dev/shm").glob("rlinf-check-*"))
+
+
+@pytest.mark.slow
+def test_a_dropped_bucket_is_found(pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = sync.merge_sources
+    monkeypatch.setattr(sync, "merge_sources", lambda parts: type(m := merge(parts))(m.buckets[:-1]))
+    assert "missing tensor" in find(pool, ROUTE, tmp_path).fault
+
+
+@pytest.mark.slow
+def test_a_stale_cache_is_found(pool: RankPool, tmp_path: Path) -> None:
+    def forgetful(folder: Path) -> Any:
+        engine = small_engine(folder)
+        engine._batcher.retract = lambda: None
+        return engine
+
+    assert "something of the old ones is left" in find(pool, ROUTE, tmp_path, forgetful).fault
+
+
+@pytest.mark.slow
+def test_an_engine_that_takes_nothing_is_found(pool: RankPool, tmp_path: Path) -> None:
+    def deaf(folder: Path) -> Any:
+        engine = small_engine(folder)
+        load = engine._batcher.model.load
+        engine._batcher.model.load = lambda tensors: load(sync.open_hf_folder(folder).items())
+        return engine
+
+    assert "the engine does not run the actor's weights" in find(pool, ROUTE, tmp_path, deaf).fault
+
+
+@pytest.mark.slow
+def test_swapped_shards_are_found(tmp_path: Path) -> None:
+    with RankPool(2) as own:
+        own.run(swap_shards)
+        fault = find(own, ROUTE, tmp_path).fault
+    assert "o_proj.weight" in fault or "does not run the actor's weights" in fault
