@@ -24,7 +24,7 @@ KL = ["kl_beta=0.1"]
 NARROW = ["ratio_clip_eps=1e-4"]
 BF16 = ["rollout.precision=bf16"]  # an engine that is not quite the actor
 FIX = [*BF16, "importance_sampling_fix=true"]
-CLIPS = {"token": 1.001, "sequence": 1.01, "geometric": 1.001, "k3": 5e-5}
+CLIPS = {"token": 1.001, "sequence": 1.01, "geometric": 1.001, "k3": 3e-5}
 DYNAMIC = ["dynamic_sampling=true"]
 
 Case = tuple[list[str], str]  # words (keys of the section `algorithm` unless they name another), the case from which its weights must differ
@@ -172,4 +172,4 @@ def test_dynamic_sampling_ends_with_the_data_and_saves(seen: dict[str, list[dict
 @pytest.mark.parametrize("name", ["dual clip", "clip", "clip-higher", "cap", *(f"fix {kind}" for kind in CORRECTIONS)])
 def test_bounds_are_met_and_counted(seen: dict[str, list[dict[str, Any]]], name: str) -> None:
     metric = {"dual clip": "train/dual_clip_fraction", "clip": "train/clip_fraction", "clip-higher": "train/clip_fraction"}.get(name, "train/importance_weight_clipped")
-    assert all(0 < step[metric] < 1 for step in seen[name]), [(step[metric], step.get("train/rollout_kl")) for step in seen[name]]
+    assert all(0 < step[metric] < 1 for step in seen[name])
