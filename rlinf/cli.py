@@ -92,6 +92,13 @@ def sft(args: argparse.Namespace) -> int:
     return finetune(resolved)
 
 
+def plan(args: argparse.Namespace) -> int:
+    from rlinf.checks.plan import main as plan
+    from rlinf.config.load import load
+
+    return plan(load(args.config, args.overrides), args.device, args.mean_response, args.json)
+
+
 def config_show(args: argparse.Namespace) -> int:
     from rlinf.config.load import load, to_yaml
 
@@ -180,6 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     p.add_argument("--output", metavar="FILE", type=Path, help="where to write it (default: RUN_DIR/report.html)")
     p.set_defaults(run=report)
+
+    p = commands.add_parser("plan", help="placement, memory of every rank, expected time of a step; what to change when it does not fit")
+    _config_arguments(p)
+    p.add_argument("--device", metavar="NAME", help="h100 (default), h200, h800, h20, a100, a100-40g, l40s, rtx4090 or cpu")
+    p.add_argument("--mean-response", type=int, metavar="TOKENS", help="mean length of a response, for the time of a step")
+    p.add_argument("--json", action="store_true", help="print the figures as JSON")
+    p.set_defaults(run=plan)
 
     sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
     p = sub.add_parser("show", help="the resolved configuration, each value with who set it")

@@ -1,0 +1,246 @@
+"""`rlinf plan`: where everything sits, what each device must hold, how long a step should take, and what to change if it does not fit."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlinf.config.load import Resolved, value_of
+from rlinf.config.model import planned_model_config, validate_model
+from rlinf.config.schema import Config
+from rlinf.config.validate import validate
+from rlinf.config.values import dump
+from rlinf.errors import UserError
+from rlinf.scheduling.devices import GIB, GPUS, Device, cpu_device
+from rlinf.scheduling.memory import ActorMemory, EngineMemory, actor_memory, engine_memory
+from rlinf.scheduling.placement import Plan, build_plan, describe, nodes_of
+from rlinf.scheduling.step_time import MEAN_SHARE, Load, rollout_seconds, step_load, sync_seconds, train_seconds
+from rlinf.weights.architecture import Architecture, read_architecture
+
+RESERVE = 0.06  # of a GPU's memory: fragments, workspaces of libraries
+SGLANG_WORKSPACE = 2 * GIB  # CUDA graphs and activations, outside rollout.gpu_memory_utilization
+BUCKETS = 256 << 20  # weights on the way
+Change = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The figures of one configuration on one kind of device. phases: bytes on the fullest device; trouble: empty when it fits."""
+
+    placement: Plan
+    load: Load
+    stages: tuple[ActorMemory, ...]
+    engine: EngineMemory
+    kv_tokens: int
+    phases: dict[str, int]
+    limit: int
+    seconds: dict[str, float]
+    trouble: tuple[str, ...]
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def forecast(config: Config, arch: Architecture, device: Device, mean_response: int | None = None) -> Forecast:
+    """Pure and quick: a search tries hundreds."""
+    placement = build_plan(config, nodes_of(config.cluster))
+    model = config.actor.model
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    actors, engines = placement.of("actor"), placement.of("rollout")
+    dp = len(actors) // (tp * pp)
+    stages = tuple(actor_memory(arch, config, dp, stage) for stage in range(pp))
+    engine, load = engine_memory(arch, config), step_load(config, mean_response)
+    if device.shared:
+        phases, limit, kv_tokens = _host_phases(config, placement, device, stages, engine), int(device.memory * (1 - RESERVE)), engine.tokens
+    else:
+        phases, limit = _gpu_phases(config, placement, device, stages, engine), int(device.memory * (1 - RESERVE))
+        kv_tokens = max(0, int(config.rollout.gpu_memory_utilization * device.memory) - engine.weights) // engine.kv_token
+    worst = max(stages, key=lambda s: s.total)
+    away = (worst.weights if config.actor.offload_weight else 0) + (worst.optimizer if config.actor.offload_optimizer else 0)
+    moved = away if placement.shares_device("actor", "rollout") and not device.shared else 0
+    across = {s.node for s in actors} != {s.node for s in engines}
+    seconds = {"rollout": rollout_seconds(arch, config, device, engine, len(engines), max(kv_tokens, 1), load)}
+    seconds |= train_seconds(arch, config, device, len(actors), load)
+    seconds["weights"] = sync_seconds(arch, config, device, moved, across)
+    return Forecast(placement, load, stages, engine, kv_tokens, phases, limit, seconds, _trouble(phases, limit, kv_tokens, engine, device))
+
+
+def _gpu_phases(config: Config, plan: Plan, device: Device, stages: tuple[ActorMemory, ...], engine: EngineMemory) -> dict[str, int]:
+    """Bytes on the fullest GPU while training and while generating. SGLang sleeps while its GPU trains; the embedded engine keeps its own."""
+    actor, sglang = max(stages, key=lambda s: s.total), config.rollout.rollout_backend == "sglang"
+    shared = plan.shares_device("actor", "rollout")
+    serving = device.context + (SGLANG_WORKSPACE if sglang else 0)
+    held = int(config.rollout.gpu_memory_utilization * device.memory) if sglang else engine.weights + engine.kv_token * engine.tokens
+    kept = device.context + (serving if sglang else serving + held) if shared else device.context
+    left = _left_on_device(config, actor) + device.context if shared else 0
+    return {
+        "training": actor.total + kept,
+        "weights": engine.weights + serving + BUCKETS + (actor.weights + _left_on_device(config, actor) + device.context if shared else 0),
+        "rollout": held + serving + left,
+    }
+
+
+def _left_on_device(config: Config, actor: ActorMemory) -> int:
+    a = config.actor
+    kept = ((a.offload_weight, actor.weights), (a.offload_grad, actor.gradients), (a.offload_optimizer, actor.optimizer))
+    return sum(size for offloaded, size in kept if not offloaded)
+
+
+def _host_phases(config: Config, plan: Plan, device: Device, stages: tuple[ActorMemory, ...], engine: EngineMemory) -> dict[str, int]:
+    """Bytes in the memory of the fullest CPU node, which all its processes share. Only gradients ever leave it."""
+    tp, pp = config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size
+    actors = plan.of("actor")
+    per_stage = len(actors) // pp
+    held = engine.weights + engine.kv_token * engine.tokens
+    found = {"training": 0, "weights": 0, "rollout": 0}
+    for node in {s.node for s in plan.seats}:
+        processes = sum(s.node == node for s in plan.seats) * device.context
+        engines = sum(s.node == node for s in plan.of("rollout")) * held
+        mine = [stages[s.rank // per_stage] for s in actors if s.node == node]
+        gradients = 0 if config.actor.offload_grad else sum(a.gradients for a in mine)
+        resting = sum(a.weights + a.optimizer for a in mine) + gradients + processes + engines
+        sent = sum(a.weights for a in stages) * tp if mine else 0
+        now = {"training": sum(a.total for a in mine) + processes + engines, "weights": resting + sent, "rollout": resting}
+        found = {phase: max(found[phase], now[phase]) for phase in found}
+    return found
+
+
+def _trouble(phases: Mapping[str, int], limit: int, kv_tokens: int, engine: EngineMemory, device: Device) -> tuple[str, ...]:
+    where = "the memory of a node" if device.shared else f"a device ({device.name})"
+    found = [f"{phase}: needs {gib(size)} GiB of {where}, which gives {gib(limit)}" for phase, size in phases.items() if size > limit]
+    if kv_tokens < engine.tokens:
+        found.append(f"rollout: the KV cache holds {kv_tokens} tokens and must hold {engine.tokens} (rollout.gpu_memory_utilization)")
+    return tuple(found)
+
+
+def nearest_fit(config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None) -> Change | None:
+    """The fewest changes that fit, of those the fastest; None when no two together do."""
+    singles = list(_changes(config, arch))
+    for count in (1, 2):
+        found: list[tuple[float, Change]] = []
+        for group in itertools.combinations(singles, count):
+            change = {key: value for part in group for key, value in part.items()}
+            if len(change) < sum(map(len, group)):
+                continue
+            candidate = changed(config, change)
+            try:
+                validate(candidate)
+                validate_model(candidate, dict(hf))
+                result = forecast(candidate, arch, device, mean_response)
+            except UserError:
+                continue
+            if not result.trouble:
+                found.append((result.step_seconds, change))
+        if found:
+            return min(found, key=lambda pair: pair[0])[1]
+    return None
+
+
+def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
+    """Each a thing a person would try, with the keys that go with it."""
+    model = config.actor.model
+    layers = arch.n_layers // model.pipeline_model_parallel_size
+    done = (model.recompute_num_layers or 0) if model.recompute_granularity == "full" else 0
+    for part in (0.25, 0.5, 0.75, 1.0):
+        if (count := round(layers * part)) > done:
+            yield {"actor.model.recompute_granularity": "full", "actor.model.recompute_method": "block", "actor.model.recompute_num_layers": count}
+    budget = config.runner.max_tokens_per_mbs
+    while (budget := budget // 2) >= config.runner.seq_length:
+        yield {"runner.max_tokens_per_mbs": budget}
+    if config.runner.max_tokens_per_mbs > config.runner.seq_length:
+        yield {"runner.max_tokens_per_mbs": config.runner.seq_length}
+    for percent in range(30, 95, 5):
+        yield {"rollout.gpu_memory_utilization": percent / 100}
+    for key in ("actor.offload_weight", "actor.offload_grad", "actor.offload_optimizer"):
+        if not value_of(config, key):
+            yield {key: True}
+    for factor in (2, 4, 8):
+        tp = model.tensor_model_parallel_size * factor
+        yield {"actor.model.tensor_model_parallel_size": tp, "actor.model.sequence_parallel": True}
+        yield {"actor.model.pipeline_model_parallel_size": model.pipeline_model_parallel_size * factor}
+        yield {"rollout.tensor_parallel_size": config.rollout.tensor_parallel_size * factor}
+    running = config.rollout.max_running_requests
+    while config.rollout.rollout_backend == "embedded" and (running := running // 2):
+        yield {"rollout.max_running_requests": running}
+
+
+def changed(config: Config, change: Change) -> Config:
+    config = copy.deepcopy(config)
+    for key, value in change.items():
+        section, _, name = key.rpartition(".")
+        setattr(value_of(config, section), name, value)
+    return config
+
+
+def report(result: Forecast, config: Config, device: Device) -> str:
+    """The figures as text."""
+    lines = [describe(result.placement, config)]
+    on = f"{gib(device.memory)} GiB a node" if device.shared else f"{gib(device.memory)} GiB"
+    lines.append(f"memory on {device.name} ({on}), GiB:")
+    for stage, a in enumerate(result.stages):
+        name = f"actor rank of stage {stage}" if len(result.stages) > 1 else "actor rank"
+        lines.append(f"  {name}: weights {gib(a.weights)}  gradients {gib(a.gradients)}  optimizer {gib(a.optimizer)}  "
+                     f"activations {gib(a.activations)}  head {gib(a.head)}  = {gib(a.total)}   ({a.parameters:,} parameters)")  # fmt: skip
+    full = result.kv_tokens // config.runner.seq_length
+    lines.append(f"  engine device: weights {gib(result.engine.weights)}  KV cache {gib(result.kv_tokens * result.engine.kv_token)} "
+                 f"= {result.kv_tokens:,} tokens, {full} sample(s) of seq_length at once")  # fmt: skip
+    lines += [f"  fullest while {phase:<9} {gib(size):>7} of {gib(result.limit)}" for phase, size in result.phases.items()]
+    load, total = result.load, result.step_seconds
+    lines.append(f"time of a step, seconds, at {load.response} tokens a response on average: {total:.0f}")
+    lines += [f"  {phase:<21} {seconds:8.1f}  {seconds / total:4.0%}" for phase, seconds in result.seconds.items()]
+    lines += [f"does not fit: {trouble}" for trouble in result.trouble] or ["it fits"]
+    return "\n".join(lines)
+
+
+def assumptions(device: Device) -> str:
+    return (f"assumed of {device.name}: {device.flops / 1e12:.4g} TFLOP/s dense, memory {device.bandwidth / 1e9:.0f} GB/s, "
+            f"link {device.link / 1e9:.0f}, network {device.network / 1e9:.4g}, host {device.host / 1e9:.0f} GB/s; shares reached in practice and "
+            "the formulas are in rlinf/scheduling/step_time.py; an estimate, not a measurement")  # fmt: skip
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB // 10 else f"{size / GIB:.3f}"
+
+
+def choose_device(name: str | None, config: Config) -> Device:
+    """The device that was asked for; else this machine's slots for cluster.device: cpu, and an H100 for everything else."""
+    if name is None:
+        name = "cpu" if config.cluster.device == "cpu" else "h100"
+    if name != "cpu" and name not in GPUS:
+        raise UserError(f"--device {name}: not known; known are cpu, {', '.join(GPUS)}")
+    return cpu_device(config.cluster.num_gpus_per_node) if name == "cpu" else GPUS[name]
+
+
+def main(resolved: Resolved, device_name: str | None, mean_response: int | None, as_json: bool) -> int:
+    """Print the plan; 0 when it fits, 2 when the configuration must change."""
+    config = resolved.config
+    validate(config, resolved.provenance)
+    hf, warnings = planned_model_config(config.rollout.model_dir)
+    if hf is None:
+        raise UserError(f"{warnings[0]}; a plan needs them: put the model's config.json into a folder and name it in rollout.model_dir")
+    arch, device = read_architecture(hf), choose_device(device_name, config)
+    validate_model(config, hf)
+    result = forecast(config, arch, device, mean_response)
+    change = nearest_fit(config, arch, hf, device, mean_response) if result.trouble else None
+    if as_json:
+        seats = {c: len(result.placement.of(c)) for c in ("actor", "rollout", "reward")}
+        content = {"device": asdict(device), "mode": result.placement.mode, "seats": seats, "actor": [asdict(s) | {"total": s.total} for s in result.stages],
+                   "engine": asdict(result.engine), "kv_tokens": result.kv_tokens, "phases": result.phases, "limit": result.limit,
+                   "load": asdict(result.load), "seconds": result.seconds, "fits": not result.trouble, "trouble": result.trouble, "change": change}  # fmt: skip
+        sys.stdout.write(json.dumps(content, indent=1) + "\n")
+        return 2 if result.trouble else 0
+    lines = [f"config: {resolved.source}", report(result, config, device)]
+    if change:
+        lines.append("nearest change that fits: " + " ".join(f"{key}={dump(value)}" for key, value in change.items()))
+    elif result.trouble:
+        lines.append("no one or two changes make it fit: use a larger device, more devices, or a shorter runner.seq_length")
+    if mean_response is None:
+        lines.append(f"mean response length is taken as {MEAN_SHARE:.0%} of max_new_tokens; give yours with --mean-response")
+    sys.stdout.write("\n".join([*lines, assumptions(device), *(f"warning: {w}" for w in warnings)]) + "\n")
+    return 2 if result.trouble else 0

@@ -1,0 +1,111 @@
+"""Plans: what ships fits, what does not fit is named with a change that does, and the time of a step moves the right way."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from rlinf.checks.plan import changed, forecast, nearest_fit
+from rlinf.cli import main
+from rlinf.config.load import EXAMPLES, load
+from rlinf.config.model import planned_model_config
+from rlinf.config.schema import Config
+from rlinf.scheduling.devices import GPUS
+from rlinf.weights.architecture import Architecture, read_architecture
+
+
+def read(name: str, *words: str) -> tuple[Config, Architecture, dict[str, Any]]:
+    config = load(name, list(words)).config
+    hf, _ = planned_model_config(config.rollout.model_dir)
+    assert hf is not None
+    return config, read_architecture(hf), hf
+
+
+@pytest.mark.parametrize("name", [p.stem for p in EXAMPLES.glob("qwen2.5-*.yaml")])
+@pytest.mark.parametrize("device", ["h100", "a100"])
+def test_every_gpu_recipe_fits_80_gb(capsys: pytest.CaptureFixture[str], name: str, device: str) -> None:
+    start = time.monotonic()
+    code = main(["plan", name, "--device", device])
+    out = capsys.readouterr().out
+    assert code == 0 and "it fits" in out and "fullest while training" in out and "forward and backward" in out
+    assert time.monotonic() - start < 5
+
+
+def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "qwen2.5-7b-grpo-megatron", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    actor = told["actor"][0]
+    assert told["seats"] == {"actor": 128, "rollout": 64, "reward": 16} and told["fits"] and told["change"] is None
+    assert actor["weights"] == 2 * actor["parameters"] and actor["gradients"] == 4 * actor["parameters"]
+    assert actor["optimizer"] == -(-12 * actor["parameters"] // 32)  # DP 32
+    assert actor["parameters"] == 1_904_057_344 and told["phases"]["training"] < told["limit"]
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("rtx4090", []), ("a100-40g", []), ("h100", ["rollout.gpu_memory_utilization=0.97"]), ("l40s", ["rollout.rollout_backend=embedded"])],
+)
+def test_what_does_not_fit_is_named_and_the_change_fits(capsys: pytest.CaptureFixture[str], device: str, words: list[str]) -> None:
+    name = "qwen2.5-1.5b-single-gpu"
+    start = time.monotonic()
+    code = main(["plan", name, "--device", device, "--json", *words])
+    told = json.loads(capsys.readouterr().out)
+    assert time.monotonic() - start < 5
+    assert code == 2 and not told["fits"] and told["trouble"]
+    config, arch, _ = read(name, *words)
+    if told["change"]:
+        assert forecast(changed(config, told["change"]), arch, GPUS[device]).trouble == ()
+    else:  # 1.5B's optimizer alone takes 20 GiB: nothing in two changes helps on one 24 GB card
+        assert device == "rtx4090"
+
+
+def test_the_nearest_change_is_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
+    config, arch, hf = read("qwen2.5-1.5b-single-gpu", "rollout.gpu_memory_utilization=0.95")
+    assert forecast(config, arch, GPUS["h100"]).trouble
+    change = nearest_fit(config, arch, hf, GPUS["h100"], None)
+    assert change is not None and set(change) == {"rollout.gpu_memory_utilization"} and change["rollout.gpu_memory_utilization"] <= 0.9
+    assert main(["plan", "qwen2.5-1.5b-single-gpu", "rollout.gpu_memory_utilization=0.95"]) == 2
+    assert "nearest change that fits: rollout.gpu_memory_utilization=" in capsys.readouterr().out
+
+
+def test_offloading_keeps_the_actor_out_of_the_rollout() -> None:
+    config, arch, _ = read("qwen2.5-1.5b-single-gpu")
+    away = forecast(config, arch, GPUS["h100"])
+    config.actor.offload_weight = config.actor.offload_grad = config.actor.offload_optimizer = False
+    kept = forecast(config, arch, GPUS["h100"])
+    actor = away.stages[0]
+    assert kept.phases["rollout"] - away.phases["rollout"] == actor.weights + actor.gradients + actor.optimizer
+    assert kept.phases["training"] == away.phases["training"]
+    assert kept.seconds["weights"] < away.seconds["weights"]
+
+
+def test_time_moves_the_right_way() -> None:
+    config, arch, _ = read("qwen2.5-1.5b-grpo-megatron")
+    base = forecast(config, arch, GPUS["h100"])
+    longer = forecast(config, arch, GPUS["h100"], mean_response=20_000)
+    older = forecast(config, arch, GPUS["a100"])
+    assert longer.seconds["rollout"] > base.seconds["rollout"] and longer.seconds["forward and backward"] > base.seconds["forward and backward"]
+    assert older.step_seconds > base.step_seconds
+    config.cluster.num_nodes = 8
+    fewer = forecast(config, arch, GPUS["h100"])
+    assert fewer.seconds["forward and backward"] == pytest.approx(2 * base.seconds["forward and backward"], rel=0.01)
+    config.algorithm.recompute_logprobs = False
+    assert forecast(config, arch, GPUS["h100"]).seconds["log-probabilities"] == 0
+
+
+def test_pipeline_stages_differ_and_the_first_holds_more_activations() -> None:
+    config, arch, _ = read("qwen2.5-7b-grpo-megatron", "actor.model.pipeline_model_parallel_size=4", "actor.model.recompute_num_layers=4")
+    stages = forecast(config, arch, GPUS["h100"]).stages
+    assert len(stages) == 4 and stages[0].activations > stages[3].activations and stages[0].head == 0 < stages[3].head
+    whole, _, _ = read("qwen2.5-7b-grpo-megatron")
+    assert sum(s.parameters for s in stages) == forecast(whole, arch, GPUS["h100"]).stages[0].parameters
+
+
+def test_mistakes_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "qwen2.5-1.5b-single-gpu", "--device", "tpu"]) == 2
+    assert "--device tpu: not known; known are cpu, h100" in capsys.readouterr().err
+    assert main(["plan", "qwen2.5-1.5b-single-gpu", "rollout.model_dir=/nowhere/unheard-of"]) == 2
+    assert "a plan needs them" in capsys.readouterr().err

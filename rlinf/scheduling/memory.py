@@ -1,0 +1,115 @@
+"""How many bytes a rank needs, computed from shapes alone: the actor's four parts, the engine's weights and its KV cache.
+
+Legend: T tokens of a micro-batch, h hidden, f MLP units, q and k query and key-value width (heads x head dimension).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.weights.architecture import Architecture
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+LOGITS_CHUNK = 1 << 26  # fp32 logits of one chunk: training.logprobs.CHUNK_BYTES
+CHUNK_COPIES = 4  # logits, their exponentials or gradient, the 16-bit gradient, a temporary
+
+
+@dataclass(frozen=True)
+class ActorMemory:
+    """Bytes of one actor rank. activations: kept for the backward pass and the layer that is computed again; head: the vocabulary's."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of one device of an engine: its weights, the KV cache of one token, and tokens of KV cache that it wants at least."""
+
+    weights: int
+    kv_token: int
+    tokens: int
+
+
+def layer_parameters(arch: Architecture, tp: int) -> int:
+    """Of one layer on one tensor-parallel rank."""
+    q, k = arch.n_heads * arch.head_dim // tp, arch.n_kv_heads * arch.head_dim // tp
+    matrices = (q + 2 * k) * (arch.hidden + arch.qkv_bias) + q * arch.hidden + 3 * arch.hidden * arch.ffn // tp
+    return matrices + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm
+
+
+def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
+    """Of one rank of a pipeline stage. The vocabulary is padded to a multiple of tp; a tied head is one copy, on several stages two."""
+    vocabulary = -(-arch.vocab // tp) * arch.hidden
+    first, last = stage == 0, stage == pp - 1
+    heads = first + last if not arch.tied or pp > 1 else 1
+    return arch.n_layers // pp * layer_parameters(arch, tp) + heads * vocabulary + last * arch.hidden
+
+
+def actor_memory(arch: Architecture, config: Config, dp: int, stage: int) -> ActorMemory:
+    """The largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are fp32; master weights (16-bit training) and Adam's two
+    moments are fp32 and divided over the dp ranks."""
+    model = config.actor.model
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    size, tokens = BYTES[model.precision], config.runner.max_tokens_per_mbs
+    parameters = rank_parameters(arch, tp, pp, stage)
+    return ActorMemory(
+        parameters,
+        weights=parameters * size,
+        gradients=parameters * 4,
+        optimizer=-(-parameters * (8 if size == 4 else 12) // dp),
+        activations=stage_activations(arch, model, tokens, in_flight=pp - stage),
+        head=head_memory(arch, model, tokens) if stage == pp - 1 else 0,
+    )
+
+
+def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
+    """What one layer keeps for its backward pass: inputs of its two norms and two column-parallel matrices, of attention (keys and values
+    repeated for the query heads) and its output twice, of the activation function and of the last matrix."""
+    tp = model.tensor_model_parallel_size
+    hidden = 4 * arch.hidden // (tp if model.sequence_parallel else 1)
+    q = arch.n_heads * arch.head_dim
+    attention = q + 2 * arch.n_kv_heads * arch.head_dim + q if model.recompute_granularity == "selective" else 5 * q
+    return tokens * BYTES[model.precision] * (hidden + (attention + 3 * arch.ffn) // tp)
+
+
+def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, in_flight: int) -> int:
+    """Of one pipeline stage, which holds `in_flight` micro-batches at once (one forward, one backward: the first stage holds them all)."""
+    layers = arch.n_layers // model.pipeline_model_parallel_size
+    residual = tokens * BYTES[model.precision] * arch.hidden // (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    whole = layer_activations(arch, model, tokens)
+    count = min(model.recompute_num_layers or 0, layers)
+    if model.recompute_granularity != "full":
+        return in_flight * (layers * whole + residual)
+    if model.recompute_method == "uniform":
+        return in_flight * -(-layers // count) * residual + count * whole
+    return in_flight * ((layers - count) * whole + count * residual) + whole
+
+
+def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
+    """Hidden states of all tokens twice (gathered, selected) with their gradient, one chunk of logits, and the gradient of the head's weight."""
+    rows = -(-arch.vocab // model.tensor_model_parallel_size)
+    size = BYTES[model.precision]
+    chunk = max(1, min(tokens, LOGITS_CHUNK // (4 * rows))) * rows * 4
+    return 3 * tokens * arch.hidden * size + CHUNK_COPIES * chunk + rows * arch.hidden * (4 + size)
+
+
+def engine_memory(arch: Architecture, config: Config) -> EngineMemory:
+    """An engine of rollout.tensor_parallel_size devices. The embedded engine may fill all its slots to runner.seq_length; SGLang queues what
+    does not fit, so that one whole sample is all it must hold."""
+    rollout, tp = config.rollout, config.rollout.tensor_parallel_size
+    size = BYTES[rollout.precision or config.actor.model.precision]
+    vocabulary = (1 if arch.tied else 2) * arch.vocab * arch.hidden
+    weights = (arch.n_layers * layer_parameters(arch, 1) + vocabulary + arch.hidden) * size // tp
+    kv_token = 2 * arch.n_layers * max(1, arch.n_kv_heads // tp) * arch.head_dim * size
+    slots = rollout.max_running_requests if rollout.rollout_backend == "embedded" else 1
+    return EngineMemory(weights, kv_token, slots * config.runner.seq_length)

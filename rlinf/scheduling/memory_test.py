@@ -1,0 +1,137 @@
+"""Counted bytes against what real ranks allocate, in every layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.data.packing import SampleRef
+from rlinf.data.records import Finish, Group, Prompt, Sample
+from rlinf.scheduling.memory import actor_memory, engine_memory, head_memory, layer_activations, rank_parameters, stage_activations
+from rlinf.training.layout import pack
+from rlinf.weights.architecture import Architecture, read_architecture
+from rlinf.weights.mapping import hf_shapes
+from tests.training_ranks import build
+
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2), (4, 1, 4), (4, 2, 1), (4, 1, 2)]  # ranks, TP, PP
+FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
+
+
+def shape(folder: Path) -> Architecture:
+    return read_architecture(json.loads((folder / "config.json").read_text()))
+
+
+def allocated(at: Any, folder: Path, precision: str) -> dict[str, int]:
+    """Parameters, and bytes of each kind, that a rank really has."""
+    engine = build(at, folder, precision=precision)
+    engine.optimizer_state.allocate()
+    optimizer = engine.distributed.optimizer
+    masters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [t for p in masters for t in (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])]
+    if precision != "fp32":  # in fp32 the master weights are views of the model's
+        states += masters
+    return {
+        "stage": at.pp_rank, "dp": at.dp, "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "weights": sum(p.nbytes for p in engine.model.parameters()), "gradients": sum(p.main_grad.nbytes for p in engine.model.parameters()),
+        "optimizer": sum(t.nbytes for t in states), "padded": sum(b.grad_data.nbytes for b in engine.ddp.buffers),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "precision"), [
+    ("qwen2", "bf16"), *(pytest.param(f, p, marks=pytest.mark.slow) for f in FAMILIES for p in ("fp32", "bf16") if (f, p) != ("qwen2", "bf16")),
+])  # fmt: skip
+def test_weights_gradients_and_optimizer_are_those_of_real_ranks(rank_pool: Any, tiny_models: dict[str, Path], family: str, precision: str) -> None:
+    folder = tiny_models[family]
+    arch, config = shape(folder), Config()
+    config.actor.model.precision = precision
+    for ranks, tp, pp in LAYOUTS:
+        config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
+        found = rank_pool.run(allocated, folder, precision, ranks=ranks, tp=tp, pp=pp)
+        for real in found:
+            counted = actor_memory(arch, config, real["dp"], real["stage"])
+            assert (counted.parameters, counted.weights, counted.gradients) == (real["parameters"], real["weights"], real["gradients"]), (tp, pp)
+            assert 0 <= real["padded"] - counted.gradients <= 4 * 256 * (arch.n_layers * 8 + 4)  # parameters start at multiples of 64, buffers end at 128
+        for stage in range(pp):  # a rank's share depends on where the buffer is cut; together they hold everything once
+            total = sum(real["optimizer"] for real in found if real["stage"] == stage)
+            wanted = sum(actor_memory(arch, config, 1, stage).optimizer for real in found if real["stage"] == stage) // found[0]["dp"]
+            assert total == wanted, (tp, pp, stage)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_rank_has_all_parameters_of_the_model(tiny_models: dict[str, Path], family: str) -> None:
+    arch = shape(tiny_models[family])
+    assert rank_parameters(arch, 1, 1, 0) == sum(torch.Size(s).numel() for s in hf_shapes(arch).values())
+
+
+def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
+    """Bytes that autograd keeps of one sequence's layers, beside parameters and the head.
+
+    CPU's RMSNorm keeps two fp32 copies where CUDA's fused one keeps its 16-bit input: those are counted as the latter.
+    """
+    engine = build(at, folder, precision="bf16")
+    ids, n = np.arange(tokens + 1, dtype=np.int32) % 100, tokens
+    sample = Sample("p/0", ids[1:], np.full(n, np.nan, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP)
+    group = Group("p", Prompt("p", ids[:1], "math", ("",)), (sample,))
+    packed = pack([group], [SampleRef(0, 0, 0.0)], share_prefix=False, temperature=1.0, pad_to=1, device=engine.device)
+    own = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and (tensor.ndim > 2 or tensor.shape[-1] == 2 * engine.arch.ffn):
+            norm = tensor.dtype == torch.float32 and tensor.shape == (tokens, 1, engine.arch.hidden)
+            kept[storage.data_ptr()] = (storage.nbytes() // (4 if norm else 1), tensor)  # the tensor: its address stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        engine.model.forward_packed(packed)
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied"])
+def test_activations_are_what_autograd_keeps(rank_pool: Any, tiny_models: dict[str, Path], family: str) -> None:
+    tokens = 1000  # long enough for flash attention
+    (kept,) = rank_pool.run(saved_bytes, tiny_models[family], tokens, ranks=1)
+    counted = stage_activations(shape(tiny_models[family]), ActorModelConfig(precision="bf16"), tokens, 1)
+    assert 0.8 < kept / counted < 1.05, (kept, counted)  # one sequence: attention's outputs are not joined, which is counted
+
+
+def test_recompute_and_sharding_lower_activations_in_the_expected_order(tiny_models: dict[str, Path]) -> None:
+    arch = replace(shape(tiny_models["llama"]), n_layers=8)
+    plain = ActorModelConfig()
+    some = replace(plain, recompute_granularity="full", recompute_method="block", recompute_num_layers=4)
+    every = replace(some, recompute_num_layers=8)
+    chunks = replace(some, recompute_method="uniform", recompute_num_layers=1)
+    selective = replace(plain, recompute_granularity="selective")
+    sizes = [stage_activations(arch, m, 1000, 1) for m in (plain, selective, some, every)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert stage_activations(arch, chunks, 1000, 1) == stage_activations(arch, every, 1000, 1)
+    assert stage_activations(arch, plain, 1000, 2) == 2 * sizes[0]
+    split = replace(plain, tensor_model_parallel_size=2)
+    assert layer_activations(arch, replace(split, sequence_parallel=True), 1000) == layer_activations(arch, plain, 1000) // 2
+    assert layer_activations(arch, split, 1000) > layer_activations(arch, plain, 1000) // 2
+
+
+def test_the_head_never_holds_all_logits(tiny_models: dict[str, Path]) -> None:
+    arch = replace(shape(tiny_models["llama"]), vocab=151936, hidden=1536)
+    model = ActorModelConfig()
+    small, large = head_memory(arch, model, 1000), head_memory(arch, model, 30000)
+    assert large - small == 3 * 29000 * 1536 * 2
+    assert large < 30000 * 151936 * 4 / 8
+
+
+def test_an_engine_replicates_key_value_heads_that_do_not_split(tiny_models: dict[str, Path]) -> None:
+    arch, config = shape(tiny_models["qwen2"]), Config()
+    sizes = {}
+    for tp in (1, 2, 4):
+        config.rollout.tensor_parallel_size = tp
+        sizes[tp] = engine_memory(arch, config)
+    assert [sizes[tp].kv_token for tp in (1, 2, 4)] == [2 * 4 * heads * 8 * 2 for heads in (2, 1, 1)]
+    assert sizes[1].weights == 2 * sum(torch.Size(s).numel() for s in hf_shapes(arch).values())

@@ -1,0 +1,102 @@
+"""Expected seconds of a step, by phase, from a roofline model: data-sheet numbers times the shares below, which practice reaches.
+
+It ignores stragglers beyond one full-length response, failures and contention: read it as an order of magnitude and for comparisons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlinf.config.schema import Config
+from rlinf.scheduling.devices import Device
+from rlinf.scheduling.memory import BYTES, EngineMemory, rank_parameters
+from rlinf.weights.architecture import Architecture
+
+MATRIX_SHARE = 0.4  # of the data sheet's operations, in training and prefill
+BANDWIDTH_SHARE = 0.6  # of the memory's bandwidth, in decoding and in the optimizer
+WIRE_SHARE = 0.7  # of a link's or network's bandwidth
+LAUNCH_SECONDS = 0.003  # of one decode step beside its arithmetic: scheduling, sampling, replaying the graph
+MEAN_SHARE = 0.35  # mean response length / max_new_tokens, when none is given
+SQUARE_SHARE = 1.5  # mean of squared lengths / square of the mean length: lengths vary
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one step has to do: samples, prompts, mean tokens of a prompt and of a response."""
+
+    samples: int
+    prompts: int
+    prompt: int
+    response: int
+
+    @property
+    def tokens(self) -> int:
+        """Of training: the samples of a prompt share its copy."""
+        return self.samples * self.response + self.prompts * self.prompt
+
+
+def step_load(config: Config, mean_response: int | None) -> Load:
+    """Prompts are taken as half of data.max_prompt_length."""
+    longest = config.algorithm.sampling_params.max_new_tokens
+    response = mean_response or max(1, int(longest * MEAN_SHARE))
+    prompts = config.data.rollout_batch_size
+    return Load(prompts * config.algorithm.group_size, prompts, max(1, config.data.max_prompt_length // 2), min(response, longest))
+
+
+def decode_seconds(arch: Architecture, config: Config, device: Device, engine: EngineMemory, running: int, context: float) -> float:
+    """One decode step of one engine with `running` samples of `context` tokens: bytes read or operations done, whichever takes longer."""
+    tp = config.rollout.tensor_parallel_size
+    read = (engine.weights + running * context * engine.kv_token) / (device.bandwidth * BANDWIDTH_SHARE)
+    operations = 2 * running * _parameters(arch) / tp / (device.flops * MATRIX_SHARE)
+    exchanged = 2 * arch.n_layers * running * arch.hidden * 2 / (device.link * WIRE_SHARE) if tp > 1 else 0.0
+    return max(read, operations) + exchanged + LAUNCH_SECONDS
+
+
+def rollout_seconds(arch: Architecture, config: Config, device: Device, engine: EngineMemory, engines: int, kv_tokens: int, load: Load) -> float:
+    """All samples over all engines, then the tail: the longest response goes on alone after the mean one has ended."""
+    share = -(-load.samples // engines)
+    running = max(1, min(config.rollout.max_running_requests, kv_tokens // (load.prompt + load.response), share))
+    context = load.prompt + load.response / 2
+    body = share * load.response / running * decode_seconds(arch, config, device, engine, running, context)
+    tail = config.algorithm.sampling_params.max_new_tokens - load.response
+    prefill = 2 * _parameters(arch) * load.prompts * load.prompt / engines / (config.rollout.tensor_parallel_size * device.flops * MATRIX_SHARE)
+    return prefill + body + tail * decode_seconds(arch, config, device, engine, 1, load.prompt + load.response + tail / 2)
+
+
+def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int, load: Load) -> dict[str, float]:
+    """Looking at the old (and reference) policy, forward and backward passes, the optimizer."""
+    model, algorithm = config.actor.model, config.algorithm
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    dp = ranks // (tp * pp)
+    head = arch.vocab * arch.hidden
+    length = load.prompt + load.response
+    attention = 2 * arch.n_layers * arch.n_heads * arch.head_dim * length * SQUARE_SHARE  # a token's, forward, causal
+    forward = load.tokens * (2 * (_parameters(arch) - (0 if arch.tied else head)) + attention)
+    layers = arch.n_layers // pp
+    again = min(model.recompute_num_layers or 0, layers) / layers if model.recompute_granularity == "full" else 0.0
+    if model.recompute_method == "uniform":
+        again = 1.0
+    speed = ranks * device.flops * MATRIX_SHARE * (0.5 if BYTES[model.precision] == 4 else 1.0)
+    micro_batches = max(1.0, load.tokens / (dp * algorithm.n_minibatches * config.runner.max_tokens_per_mbs))
+    bubble = 1 + (pp - 1) / micro_batches
+    passes = (algorithm.n_minibatches - 1) / algorithm.n_minibatches * algorithm.recompute_logprobs + (algorithm.kl_beta > 0)
+    parameters = rank_parameters(arch, tp, pp, 0)
+    wire = device.network if ranks > config.cluster.num_gpus_per_node else device.link
+    exchanged = parameters * (4 + BYTES[model.precision]) * (dp - 1) / dp / (wire * WIRE_SHARE)
+    stepped = 28 * parameters / dp / (device.bandwidth * BANDWIDTH_SHARE)  # three fp32 states and the gradient, read and written
+    return {
+        "log-probabilities": passes * forward / speed * bubble,
+        "forward and backward": (3 + again) * forward / speed * bubble,
+        "optimizer": algorithm.n_minibatches * (exchanged + stepped),
+    }
+
+
+def sync_seconds(arch: Architecture, config: Config, device: Device, moved: int, across_nodes: bool) -> float:
+    """Weights through host memory to every engine, and what is offloaded (`moved` bytes) away and back."""
+    weights = _parameters(arch) * BYTES[config.rollout.precision or config.actor.model.precision]
+    wire = device.network if across_nodes else device.host
+    return 2 * weights / (device.host * WIRE_SHARE) + weights / (wire * WIRE_SHARE) + 2 * moved / (device.host * WIRE_SHARE)
+
+
+def _parameters(arch: Architecture) -> int:
+    return rank_parameters(arch, 1, 1, 0)
