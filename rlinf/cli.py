@@ -145,6 +145,12 @@ def check_layout(args: argparse.Namespace) -> int:
     return check(args.quick, args.json)
 
 
+def check_resume(args: argparse.Namespace) -> int:
+    from rlinf.checks.resume import main as check
+
+    return check(args.quick, args.json, args.seed)
+
+
 def export(args: argparse.Namespace) -> int:
     from rlinf.runners.export import export as write
 
@@ -232,6 +238,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="every layout once")
     p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
     p.set_defaults(run=check_sync)
+
+    p = sub.add_parser("resume", help="kill tiny runs at many instants, go on, and compare with runs that nobody killed")
+    p.add_argument("--quick", action="store_true", help="five kills, all in one process")
+    p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
+    p.add_argument("--seed", type=int, default=0, help="of the instants (default 0)")
+    p.set_defaults(run=check_resume)
 
     p = commands.add_parser("export", help="a checkpoint's weights as a Hugging Face model folder")
     p.add_argument("step_dir", metavar="STEP_DIR", type=Path, help="checkpoints/step_* of a run")

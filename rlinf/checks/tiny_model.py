@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models
 
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.mapping import hf_shapes
@@ -40,4 +42,15 @@ def write_tiny_model(folder: Path, family: str, seed: int = 0, head: str = "lm")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_tiny_tokenizer(folder: Path) -> Path:
+    """A tokenizer of single ASCII characters beside the model; token 0 ends a response, the highest tokens are no text."""
+    vocab = {"<|end|>": 0} | {char: i for i, char in enumerate(string.printable[:95], 1)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}) + "\n")
     return folder

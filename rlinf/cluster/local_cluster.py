@@ -11,7 +11,7 @@ from typing import Any
 from rlinf.cluster.cluster import Cluster, has_gpu
 from rlinf.cluster.group import Ref, WorkerGroup
 from rlinf.cluster.host import Holder, cores, dotted, free_port
-from rlinf.cluster.processes import RUN_ID, end_run
+from rlinf.cluster.processes import RUN_ID, end_run, start_sentinel
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.scheduling.placement import Node, Plan, WorkerAddress
@@ -33,6 +33,7 @@ class LocalCluster(Cluster):
             raise UserError("cluster.device is cuda, but this machine has no visible NVIDIA GPU: set cluster.device to cpu or auto")
         self.device = config.device if config.device != "auto" else "cuda" if has_gpu() else "cpu"
         self.holders: list[Holder] = []
+        self.sentinel = start_sentinel(run_id, os.getpid())
         self.environment = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update({RUN_ID: run_id, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
 
@@ -56,6 +57,7 @@ class LocalCluster(Cluster):
             holder.end()
         self.holders = []
         end_run(self.run_id)
+        self.sentinel.wait()
         for name, value in self.environment.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 

@@ -86,7 +86,7 @@ def install() -> bool:
     version = importlib.metadata.version("megatron-core")
     if version != PINNED:
         raise UserError(f"megatron-core {version} is installed, but running without CUDA needs {PINNED}: pip install megatron-core=={PINNED}")
-    early = [m for m in sys.modules if m.startswith("megatron.core")]
+    early = [m for m in list(sys.modules) if m.startswith("megatron.core")]  # a copy: another thread may be importing
     if early:
         raise RuntimeError(f"megatron.core was imported before the CPU hook was installed ({early[0]})")
     sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,180 @@
+"""A run in a process of its own that is to die at a chosen instant, and what there is to see of it from outside: its folder, its shared memory.
+
+An instant inside a checkpoint write or a weight sync is found by looking, not by waiting: the driver is frozen as soon as the sign shows
+(a `.partial` folder with so many files; a segment of the weights), and killed if the sign still stands then. Otherwise it goes on, and the
+next one is tried.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import rlinf
+from rlinf.cluster.processes import end_run, marked
+from rlinf.errors import RunFailed
+from rlinf.metrics.logger import FILE_NAME, read_metrics
+from rlinf.runners.run_folder import COMPLETE
+
+ROOT = Path(rlinf.__file__).resolve().parents[1]
+LOOK = 0.0003  # seconds between two looks for a sign
+SETTLE = 0.02  # what is still on its way when the driver is frozen has arrived by then
+PATIENCE = 240.0  # for a run to get where it is to die, or to end
+GONE = 40.0  # for every process of a killed run, and its shared memory
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One death. kind: start | random | checkpoint | sync. step: not before this one is reached. spread: where in between, 0 to 1.
+
+    victim: the driver, or a worker such as actor-1.
+    """
+
+    kind: str
+    step: int
+    spread: float
+    victim: str = "driver"
+
+
+@dataclass
+class Life:
+    """One process of a run, from its start to its end. where: what it was doing when it was killed."""
+
+    run_dir: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+    where: str = ""
+    known_as: str | None = None
+
+    @classmethod
+    def start(cls, config: Path, run_dir: Path, words: Sequence[str] = ()) -> Life:
+        log = run_dir.with_name(f"{run_dir.name}.{time.time_ns()}.log")
+        env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, "-m", "rlinf", "train", str(config), *words]
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True)
+        return cls(run_dir, process, log)
+
+    def finish(self) -> None:
+        """Wait for the end. Raises RunFailed unless it is a good one."""
+        try:
+            code = self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+        if code != 0:
+            raise self.failed(f"ended with exit code {code}")
+
+    def die(self, kill: Kill, step_seconds: float, start_seconds: float) -> None:
+        """Bring the run to the instant, kill, and wait until nothing of it is left. Raises RunFailed when that does not come about."""
+        try:
+            if kill.kind == "start":
+                self.wait_for(lambda: self.run_id is not None, "did not start")
+                time.sleep(kill.spread * start_seconds)
+                self.where = "start" if self.last_step() < kill.step else "first steps"
+            elif kill.kind == "random":
+                self.wait_for(lambda: self.last_step() >= kill.step, f"did not reach step {kill.step}")
+                time.sleep(kill.spread * step_seconds)
+                self.where = f"after step {self.last_step()}"
+            else:
+                sign = self.checkpoint_sign if kill.kind == "checkpoint" else self.sync_sign
+                self.freeze_at(lambda: sign(kill))
+            self.strike(kill.victim)
+        finally:
+            self.process.kill()
+            self.process.wait()
+        self.wait_for(lambda: not marked(self.run_id) and not self.segments(), "left processes or shared memory behind", GONE, alive=False)
+
+    def freeze_at(self, sign: Callable[[], str]) -> None:
+        """Return with the driver frozen while the sign stands."""
+        while True:
+            self.wait_for(lambda: bool(sign()), "ended before the instant came", pause=LOOK)
+            self.process.send_signal(signal.SIGSTOP)
+            time.sleep(SETTLE)
+            self.where = sign()
+            if self.where:
+                return
+            self.process.send_signal(signal.SIGCONT)
+
+    def strike(self, victim: str) -> None:
+        if victim == "driver":
+            self.process.kill()
+            return
+        text = (self.run_dir / "workers" / f"{victim}.log").read_text()
+        os.kill(int(re.findall(rf"pid (\d+), run {self.run_id}", text)[-1]), signal.SIGKILL)
+        if self.process.wait(GONE) != 1:
+            raise self.failed(f"ended with exit code {self.process.returncode} after the death of {victim}")
+
+    def checkpoint_sign(self, kill: Kill) -> str:
+        """A checkpoint of the step or a later one that is not complete, with at least spread x 10 files."""
+        for partial in (self.run_dir / "checkpoints").glob("step_*.partial"):
+            files = sum(len(names) for _, _, names in os.walk(partial))  # which does not mind that the folder goes away meanwhile
+            if step_of(partial) >= kill.step and files >= int(kill.spread * 10):
+                return f"checkpoint of step {step_of(partial)}, {files} files written"
+        return ""
+
+    def sync_sign(self, kill: Kill) -> str:
+        """Weights of the step or a later one in shared memory."""
+        versions = [int(re.search(r"-v(\d+)-\d+$", p.name)[1]) for p in self.segments()]  # type: ignore[index]
+        return next((f"weight sync {v}" for v in versions if v >= kill.step), "")
+
+    def segments(self) -> list[Path]:
+        return list(Path("/dev/shm").glob(f"rlinf-{self.run_id}-*")) if self.run_id else []
+
+    @property
+    def run_id(self) -> str | None:
+        if self.known_as is None and (found := re.search(rb"^run (\S+) in ", self.log.read_bytes(), re.M)):
+            self.known_as = found[1].decode()
+        return self.known_as
+
+    def resumed_at(self) -> int:
+        found = re.search(rb"^run .* goes on after step (\d+)", self.log.read_bytes(), re.M)
+        return int(found[1]) if found else 0
+
+    def last_step(self) -> int:
+        """Of metrics.jsonl; 0 before the first."""
+        lines = read_metrics(self.run_dir) if (self.run_dir / FILE_NAME).exists() else []
+        return int(lines[-1]["step"]) if lines else 0
+
+    def wait_for(self, condition: Callable[[], bool], otherwise: str, seconds: float = PATIENCE, pause: float = 0.02, alive: bool = True) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline or (alive and self.process.poll() is not None):
+                raise self.failed(otherwise)
+            time.sleep(pause)
+
+    def failed(self, what: str) -> RunFailed:
+        tail = self.log.read_text(errors="replace")[-2000:]
+        if self.run_id:
+            end_run(self.run_id)
+        return RunFailed(f"the run {self.run_dir} {what}; the end of its output:\n{tail}")
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_").partition(".")[0])
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """The step of the newest complete one; 0 when there is none."""
+    done = [step_of(p) for p in (run_dir / "checkpoints").glob("step_*") if "." not in p.name and (p / COMPLETE).exists()]
+    return max(done, default=0)
+
+
+def plan_kills(kinds: Sequence[str], steps: int, victims: Sequence[str], seed: int) -> list[Kill]:
+    """The kinds in a drawn order, at steps that rise through the run; the driver dies inside checkpoints and syncs, anyone at random."""
+    rng = np.random.default_rng(seed)
+    order = [k for k in kinds if k == "start"] + list(rng.permutation([k for k in kinds if k != "start"]))
+    kills = []
+    for i, kind in enumerate(order):
+        step = 1 if kind == "start" else 1 + int((i + rng.random()) * (steps - 4) / len(order))
+        victim = str(rng.choice(victims)) if kind == "random" else "driver"
+        kills.append(Kill(str(kind), step, float(rng.random()), victim))
+    return kills

@@ -1,0 +1,286 @@
+"""`rlinf check resume`: a run that is killed again and again ends where the run ends that nobody killed.
+
+Tiny models, everything else real. Each run below dies by SIGKILL at drawn instants (checks.killing), goes on with runner.resume_dir=auto,
+and is compared at its end with an uninterrupted one: weights and Adam moments, the id and text of every sample trained on, the curves.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from rlinf.checks.killing import Kill, Life, newest_checkpoint, plan_kills
+from rlinf.checks.tiny_model import write_tiny_model, write_tiny_tokenizer
+from rlinf.metrics.logger import read_metrics
+from rlinf.runners.run_folder import read_checkpoint
+from rlinf.weights.checkpoint_part import KINDS, open_part
+from rlinf.weights.tensor_folder import open_hf_folder
+
+SAVE_INTERVAL = 2
+OTHER_LAYOUT = 1e-6  # largest difference of a weight
+CURVES = ("train/loss", "train/grad_norm", "train/entropy_loss", "rollout/rewards", "rollout/total_tokens")  # what time has no part in
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One run and its deaths. layout: `one process` or `Ray TP2`."""
+
+    name: str
+    layout: str
+    background: bool
+    steps: int
+    kills: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(" ", "-").replace(",", "")
+
+
+CHAINS = (
+    Chain("one process", "one process", False, 20, ("start", *["checkpoint"] * 3, "sync", *["random"] * 3)),
+    Chain("one process, checkpoints in the background", "one process", True, 20, (*["checkpoint"] * 3, "sync", *["random"] * 2)),
+    Chain("Ray, 2 actor ranks", "Ray TP2", False, 20, ("checkpoint", "sync", *["random"] * 4)),
+)
+QUICK = (Chain("one process", "one process", False, 14, ("checkpoint", "checkpoint", "sync", "random", "start")),)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one process": {"cluster.backend": "local", "cluster.num_gpus_per_node": 1, "cluster.component_placement": {"actor,rollout,reward": "0"}},
+    "Ray TP2": {"cluster.backend": "ray", "cluster.num_gpus_per_node": 2, "cluster.component_placement": {"actor": "0-1", "rollout,reward": "0"},
+                "actor.model.tensor_model_parallel_size": 2},
+}  # fmt: skip
+VICTIMS = {"one process": ("driver",), "Ray TP2": ("driver", "actor-0", "actor-1", "rollout-0")}
+
+
+@dataclass(frozen=True)
+class Death:
+    """One kill and what the next life made of it. lost: steps done again; allowed: at most so many."""
+
+    chain: str
+    kill: Kill
+    where: str
+    last_step: int
+    resumed_at: int
+    newest: int
+    allowed: int
+    seconds: float
+
+    @property
+    def lost(self) -> int:
+        return self.last_step - self.resumed_at
+
+    @property
+    def holds(self) -> bool:
+        return self.resumed_at == self.newest and self.lost <= self.allowed
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A finished run beside the uninterrupted one: largest difference of a weight and of a moment, and what is wrong with its record.
+
+    moved: the largest change of a weight by the training; without one, equal ends would say nothing.
+    """
+
+    chain: str
+    tolerance: float
+    moved: float
+    weights: float
+    moments: float
+    wrong: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        same = self.weights <= self.tolerance and (self.moments == 0 or self.tolerance > 0)
+        return same and not self.wrong and self.moved > max(1e-4, 100 * self.tolerance)
+
+
+class Bench:
+    """A folder with a model, data, and the runs of this check."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        (folder / "runs").mkdir()
+        write_tiny_tokenizer(write_tiny_model(folder / "model", "qwen2-tied"))
+        problems = [{"prompt": f"{i}+{i}=", "task": "math", "query_id": str(i), "solutions": [f"\\boxed{{{2 * i}}}"]} for i in range(24)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+
+    def config(self, name: str, layout: str, steps: int, background: bool = False) -> Path:
+        """The YAML of a run."""
+        values: dict[str, Any] = {
+            "cluster.device": "cpu", "cluster.threads_per_worker": 1,
+            "runner.output_dir": str(self.folder / "runs"), "runner.experiment_name": name, "runner.max_steps": steps, "runner.max_epochs": 99,
+            "runner.seq_length": 40, "runner.max_tokens_per_mbs": 64, "runner.val_check_interval": 0, "runner.save_interval": SAVE_INTERVAL,
+            "runner.async_checkpoint": background, "runner.logger.logger_backends": [],
+            "data.train_data_paths": [str(self.folder / "data.jsonl")], "data.max_prompt_length": 16, "data.rollout_batch_size": 4,
+            "algorithm.group_size": 4, "algorithm.n_minibatches": 2, "algorithm.sampling_params.max_new_tokens": 12, "algorithm.shuffle_rollout": True,
+            "rollout.model_dir": str(self.folder / "model"), "rollout.rollout_backend": "embedded", "rollout.max_running_requests": 8,
+            "actor.model.precision": "fp32", "actor.optim.lr": 1e-3, "actor.optim.adam_eps": 1e-3,
+            "reward.format_reward": 1.0, "reward.exploration_penalty": 3.0,
+        } | LAYOUTS[layout]  # fmt: skip
+        tree: dict[str, Any] = {}
+        for key, value in values.items():
+            *sections, last = key.split(".")
+            section = tree
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[last] = value
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def run_dir(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+
+def kill_again_and_again(bench: Bench, chain: Chain, reference: Path, seed: int) -> Iterator[Death]:
+    """Live and die through the chain's kills; the run stands as the last death left it."""
+    config, run_dir = bench.config(chain.folder, chain.layout, chain.steps, chain.background), bench.run_dir(chain.folder)
+    lines = read_metrics(reference)
+    step_seconds = (lines[-1]["time"] - lines[0]["time"]) / (len(lines) - 1)
+    kills = plan_kills(chain.kills, chain.steps, VICTIMS[chain.layout], seed)
+    deaths: list[Death] = []
+    allowed = SAVE_INTERVAL - 1 + (SAVE_INTERVAL if chain.background else 0)
+    for kill in kills:
+        started = time.perf_counter()
+        life = Life.start(config, run_dir, ["runner.resume_dir=auto"])
+        life.die(kill, step_seconds, 1.0)
+        if deaths:
+            yield replace(deaths[-1], resumed_at=life.resumed_at())
+        newest = newest_checkpoint(run_dir)
+        if newest:
+            read_checkpoint((run_dir / "checkpoints" / "latest").resolve())  # whole, whatever was going on
+        deaths.append(Death(chain.name, kill, life.where, life.last_step(), 0, newest, allowed, time.perf_counter() - started))
+    yield deaths[-1]  # the caller learns from the next life where it resumed
+
+
+def finish(config: Path, run_dir: Path) -> Life:
+    life = Life.start(config, run_dir, ["runner.resume_dir=auto"])
+    life.finish()
+    return life
+
+
+def compare(chain: str, run_dir: Path, reference: Path, model: Path, steps: int, tolerance: float) -> Ending:
+    """The finished run beside the uninterrupted one; in another layout texts and curves may differ in the last digit, ids may not."""
+    ours, theirs = (open_part((d / "checkpoints" / "latest").resolve() / "actor") for d in (run_dir, reference))
+    gaps = {kind: max(float((ours[kind][n] - t).abs().max()) for n, t in theirs[kind].items()) for kind in KINDS}
+    start = open_hf_folder(model)
+    moved = max(float((ours["param"][n] - t).abs().max()) for n, t in start.items())
+    wrong = []
+    for step in range(1, steps + 1):
+        wrong += compare_samples(step, *(read_samples(d, step) for d in (run_dir, reference)), texts=tolerance == 0)
+    lines, expected = read_metrics(run_dir), read_metrics(reference)
+    if [line["step"] for line in lines] != list(range(1, steps + 1)):
+        wrong.append(f"metrics.jsonl has the steps {[int(line['step']) for line in lines]}")
+    elif tolerance == 0:
+        wrong += [f"{key} of step {a['step']:.0f}: {a[key]} instead of {b[key]}" for a, b in zip(lines, expected) for key in CURVES if a[key] != b[key]]
+    return Ending(chain, tolerance, moved, gaps["param"], max(gaps["exp_avg"], gaps["exp_avg_sq"]), tuple(wrong))
+
+
+def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    file = run_dir / "samples" / f"step_{step:06d}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def compare_samples(step: int, got: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]], texts: bool) -> list[str]:
+    """What is wrong with the samples of a step: trained twice, skipped, strange, or other than they should be."""
+    count, wanted = Counter(s["sample_id"] for s in got), {s["sample_id"]: s for s in expected}
+    wrong = [f"step {step}: sample {name} {n} times" for name, n in count.items() if n > 1]
+    wrong += [f"step {step}: sample {name} was skipped" for name in wanted.keys() - count.keys()]
+    wrong += [f"step {step}: sample {name} does not belong here" for name in count.keys() - wanted.keys()]
+    if texts:
+        same = ("response", "reward", "versions", "finish")
+        differ = [s["sample_id"] for s in got if s["sample_id"] in wanted and any(s[k] != wanted[s["sample_id"]][k] for k in same)]
+        wrong += [f"step {step}: sample {name} differs" for name in differ]
+    return wrong
+
+
+def check(bench: Bench, chains: Sequence[Chain]) -> Iterator[Death | Ending]:
+    """All chains one after another; a run under Ray also goes on in one process."""
+    references: dict[tuple[str, int], Path] = {}
+    for number, chain in enumerate(chains):
+        key = (chain.layout, chain.steps)
+        if key not in references:
+            name = f"uninterrupted-{chain.layout}".replace(" ", "-")
+            Life.start(bench.config(name, chain.layout, chain.steps), bench.run_dir(name)).finish()
+            references[key] = bench.run_dir(name)
+        reference = references[key]
+        *deaths, last = kill_again_and_again(bench, chain, reference, 1000 * bench.seed + number)
+        yield from deaths
+        run_dir, model = bench.run_dir(chain.folder), bench.folder / "model"
+        if chain.layout != "one process":
+            elsewhere = bench.run_dir(f"{chain.folder}-elsewhere")
+            shutil.copytree(run_dir, elsewhere, symlinks=True)
+            finish(bench.config(elsewhere.name, "one process", chain.steps), elsewhere)
+            yield compare(f"{chain.name}; in one process after the last kill", elsewhere, reference, model, chain.steps, OTHER_LAYOUT)
+        yield replace(last, resumed_at=finish(bench.folder / f"{chain.folder}.yaml", run_dir).resumed_at())
+        yield compare(chain.name, run_dir, reference, model, chain.steps, 0.0)
+
+
+def deaths_table(deaths: Sequence[Death]) -> Table:
+    out = Table(title="SIGKILLs", title_justify="left")
+    for name in ("run", "kind", "killed", "while it was at", "last step", "went on after", "steps again", "s", ""):
+        out.add_column(name, justify="right" if name in ("last step", "went on after", "steps again", "s") else "left", no_wrap=True)
+    for d in deaths:
+        out.add_row(d.chain, d.kill.kind, d.kill.victim, d.where, str(d.last_step), str(d.resumed_at), f"{d.lost} of {d.allowed}",
+                    f"{d.seconds:.1f}", "ok" if d.holds else "[red]FAILS[/]")  # fmt: skip
+    return out
+
+
+def endings_table(endings: Sequence[Ending]) -> Table:
+    out = Table(title="Their ends, beside the runs that nobody killed", title_justify="left")
+    for name in ("run", "training moved a weight by", "weights differ by", "at most", "moments differ by", "samples and curves", ""):
+        out.add_column(name, no_wrap=True)
+    for e in endings:
+        record = f"{len(e.wrong)} wrong" if e.wrong else "each sample once, the same"
+        out.add_row(e.chain, f"{e.moved:.1e}", f"{e.weights:.1e}", f"{e.tolerance:.0e}", f"{e.moments:.1e}", record, "ok" if e.holds else "[red]FAILS[/]")
+    return out
+
+
+def main(quick: bool, json_file: Path | None, seed: int) -> int:
+    """The command. Exit code 0 when everything holds, else 1."""
+    started = time.perf_counter()
+    console = Console(width=None if Console().is_terminal else 160)
+    chains = QUICK if quick else CHAINS
+    deaths: list[Death] = []
+    endings: list[Ending] = []
+    with tempfile.TemporaryDirectory(prefix="rlinf-resume-") as folder, Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("kills", total=sum(len(c.kills) for c in chains))
+        for finding in check(Bench(Path(folder), seed), chains):
+            if isinstance(finding, Death):
+                deaths.append(finding)
+                progress.advance(task)
+            else:
+                endings.append(finding)
+    seconds = time.perf_counter() - started
+    holds = all(f.holds for f in (*deaths, *endings))
+    console.print(deaths_table(deaths))
+    console.print(endings_table(endings))
+    for line in [line for e in endings for line in e.wrong[:5]]:
+        console.print(line, style="red", highlight=False)
+    console.print(f"{len(deaths)} kills, {len(endings)} ends compared: {'everything holds' if holds else 'NOT everything holds'}; {seconds:.0f} s", highlight=False)
+    if json_file:
+        json_file.write_text(json.dumps(report(deaths, endings, seed, seconds), indent=1) + "\n")
+    return 0 if holds else 1
+
+
+def report(deaths: Sequence[Death], endings: Sequence[Ending], seed: int, seconds: float) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "numpy": np.__version__},
+        "seconds": seconds,
+        "holds": all(f.holds for f in (*deaths, *endings)),
+        "kills": [asdict(d) | {"lost": d.lost, "holds": d.holds} for d in deaths],
+        "ends": [asdict(e) | {"holds": e.holds} for e in endings],
+    }
