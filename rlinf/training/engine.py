@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -19,6 +19,7 @@ from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, ResponseTokens, early_stop, policy_objective
 from rlinf.algorithms.values import ValueSettings, ValueTokens, value_objective
 from rlinf.config.schema import ActorModelConfig, OptimConfig
+from rlinf.training.gradients import DataParallel
 from rlinf.training.layout import PackedBatch
 from rlinf.training.model import PackedModel, transformer_config
 from rlinf.training.parallel import Coordinates, merge_over_ranks
@@ -56,7 +57,7 @@ class MegatronEngine:
         self.model = PackedModel(arch, self.config, head).to(device)
         self.state = ModelState(self.model)  # before the optimizer: it marks what is sharded
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-        self.ddp = DistributedDataParallel(self.config, ddp, self.model)
+        self.ddp = DataParallel(self.config, ddp, self.model)
         self.optimizer = get_megatron_optimizer(_optimizer_config(optim, self.config.params_dtype), [self.ddp])
         (self.distributed,) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         for group in self.distributed.optimizer.param_groups:
@@ -203,13 +204,16 @@ class MegatronEngine:
         """(whether it stepped, gradient norm before clipping), the same on every rank. A gradient that is not finite steps nothing."""
         if self.distributed.prepare_grads():  # fp16: an overflow lowers the loss scale instead
             return False, math.nan
-        norm = float(self.distributed.clip_grad_norm(self.distributed.config.clip_grad))
+        norm = float(self.distributed.get_grad_norm())
+        bound = self.distributed.config.clip_grad
+        if bound < norm < math.inf:
+            torch._foreach_mul_([p.grad for p in self.distributed.get_parameters()], bound / (norm + 1e-6))
         return math.isfinite(norm) and self.distributed.step_with_ready_grads(), norm
 
     def _run(self, batches: Sequence[PackedBatch], reduce: Callable[[int, Any], tuple[Tensor, Any]], forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; reduce(i, output) -> (loss to back-propagate, what to keep) on the last stage."""
 
-        def forward_step(iterator: Iterator[tuple[int, PackedBatch]], _model: DistributedDataParallel) -> tuple[Any, Callable[..., Any]]:
+        def forward_step(iterator: Iterator[tuple[int, PackedBatch]], _model: DataParallel) -> tuple[Any, Callable[..., Any]]:
             i, batch = next(iterator)
 
             def loss_function(output: Any) -> tuple[Tensor, Tensor, Any]:

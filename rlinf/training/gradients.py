@@ -1,0 +1,54 @@
+"""Megatron's data parallelism with less traffic through memory, which is what a small model's step on CPU spends its time on.
+
+The first gradient that a parameter gets in a step is stored, not added to zeros that were written before; and a rank that is the only one
+talks to nobody (gloo would copy all gradients and weights through fresh memory).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch.nn import Parameter
+
+
+class DataParallel(DistributedDataParallel):
+    """For dense models and synchronous gradient sums; main_grad is undefined between zero_grad_buffer() and a parameter's first gradient."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.without_gradient: set[Parameter] = set()
+        super().__init__(*args, **kwargs)
+        if self.ddp_config.overlap_grad_reduce or self.expert_parallel_buffers:
+            raise ValueError("DataParallel neither overlaps the sum of gradients nor knows experts")
+
+    def zero_grad_buffer(self) -> None:
+        self.without_gradient = set(self.param_to_bucket_group)
+        for group in self.bucket_groups:
+            group.reset()
+
+    def _make_backward_post_hook(self, param: Parameter) -> Callable[..., None]:
+        def store(*_: Any) -> None:
+            if param.grad is None:
+                return
+            if param in self.without_gradient:
+                param.main_grad.copy_(param.grad)
+                self.without_gradient.discard(param)
+            else:
+                param.main_grad.add_(param.grad)
+            param.grad = None
+
+        return store
+
+    @torch.no_grad()
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        for param in self.without_gradient:
+            param.main_grad.zero_()
+        self.without_gradient = set()
+        if self.dp_group.size() > 1:
+            super().finish_grad_sync(*args, **kwargs)
+
+    def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
+        if self.dp_group.size() > 1:
+            super().start_param_sync(*args, **kwargs)
