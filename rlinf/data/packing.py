@@ -15,15 +15,18 @@ from rlinf.data.records import GroupHeader
 
 ATTENTION_LENGTH = 16384  # context at which attention costs as much as the matrices: 12 x hidden size; only the balance depends on it
 BALANCE_TOLERANCE = 1.01
+PAIRS_PER_ROW = 1024  # attended pairs of a shared group that cost as much as the matrices for one token (SmolLM2-135M on CPU: about 940)
 
 
 @dataclass(frozen=True)
 class SampleRef:
-    """A sample of the batch: index into RankBatch.group_ids, index in the group, and its (final) scalar advantage."""
+    """A sample of the batch: index into RankBatch.group_ids, index in the group, its (final) scalar advantage, and whether it shares its
+    group's prompt in the micro-batch or brings a copy of its own."""
 
     group: int
     index: int
     advantage: float
+    shares: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,13 @@ def build_rank_batches(
 
     Samples go to mini-batches in group order (or shuffled by shuffle_seed), then to ranks so that their costs are even, then to
     micro-batches of at most max_tokens tokens (a longer sample is alone in one). share_prefix: the samples of a group that meet in a
-    micro-batch bring its prompt once; else each brings its own. With fewer samples than mini-batches some of these are empty, and inert.
+    micro-batch bring its prompt once, where that is cheaper; else each brings its own. With fewer samples than mini-batches some of these are empty, and inert.
     Raises ValueError for a repeated group id, or advantages that do not fit the headers or are not finite.
     """
     check_inputs(headers, advantages)
+    shares = [share_prefix and sharing_pays(h.prompt_length, h.response_lengths) for h in headers]
     items = [
-        Item(g, i, g if share_prefix else position, h.prompt_length, h.response_lengths[i])
+        Item(g, i, g if shares[g] else len(headers) + position, h.prompt_length, h.response_lengths[i])
         for position, (g, h, i) in enumerate((g, h, i) for g, h in enumerate(headers) for i in range(len(h.sample_ids)))
         if trained is None or trained[g][i]
     ]
@@ -93,6 +97,18 @@ def build_rank_batches(
     bounds = [len(items) * k // n_minibatches for k in range(n_minibatches + 1)]
     splits = [split_minibatch(sorted(items[a:b]), dp, max_tokens) for a, b in zip(bounds, bounds[1:])]  # [minibatch][rank][micro-batch]
     return [rank_batch([split[rank] for split in splits], splits, headers, advantages) for rank in range(dp)]
+
+
+def sharing_pays(prompt: int, responses: Sequence[int]) -> bool:
+    """Whether one copy of a prompt is cheaper than one for each response, by token counts.
+
+    It saves the copies' rows. It costs attention: all responses attend at once, each padded to the longest, and over the whole rectangle
+    in front of them instead of a causal half. One long response among many short ones makes it a loss.
+    """
+    longest = max(responses, default=0)
+    together = prompt**2 / 2 + len(responses) * longest * (prompt + longest)
+    apart = sum((prompt + r) ** 2 / 2 for r in responses)
+    return (len(responses) - 1) * prompt > (together - apart) / PAIRS_PER_ROW
 
 
 def check_inputs(headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray]) -> None:
@@ -115,7 +131,7 @@ def rank_batch(
     for split, all_ranks in zip(mine, everyone):
         counts = [headers[item.group].loss_tokens[item.index] for rank in all_ranks for micro in rank for item in micro]
         micro_batches = tuple(
-            tuple(SampleRef(number[item.group], item.index, float(advantages[item.group][item.index])) for item in micro) for micro in split
+            tuple(SampleRef(number[i.group], i.index, float(advantages[i.group][i.index]), i.prompt == i.group) for i in micro) for micro in split
         )
         mini_batches.append(MiniBatch(micro_batches, sum(counts), sum(n > 0 for n in counts)))
     return RankBatch(tuple(headers[g].group_id for g in groups), tuple(mini_batches))

@@ -5,7 +5,7 @@ The samples of one prompt may share one copy of the prompt's tokens ("shared pre
     prompt | response 1 | response 2 | ...
 
 where every response attends to the prompt and to itself only, and its positions go on from the prompt's. A group with one sample is a
-plain causal sequence. What the prompts of different groups have in common at their start (a system prompt, worked examples) is packed
+plain causal sequence, and so is each sample of a group for which sharing does not pay (data.packing.sharing_pays). What the prompts of different groups have in common at their start (a system prompt, worked examples) is packed
 once too, in front of everything, and all groups attend to it. The last token of a response predicts nothing that is trained, so it is
 not packed at all.
 
@@ -162,9 +162,7 @@ def _slots(counts: tuple[int, ...], device: torch.device) -> Tensor | None:
 
 
 def _by_prompt(refs: Sequence[SampleRef], share_prefix: bool) -> list[list[SampleRef]]:
-    if not share_prefix:
-        return [[r] for r in refs]
-    members: dict[int, list[SampleRef]] = {}
+    members: dict[tuple[int, ...], list[SampleRef]] = {}
     for r in refs:
-        members.setdefault(r.group, []).append(r)
+        members.setdefault((r.group,) if share_prefix and r.shares else (r.group, r.index), []).append(r)
     return list(members.values())
