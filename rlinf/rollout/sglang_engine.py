@@ -7,6 +7,7 @@ Everything goes through the server's HTTP routes: /generate, /abort_request, /pa
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -232,10 +233,9 @@ class SGLangEngine:
         else:
             folder = self._server.folder / "bucket"
             for bucket in source.buckets:
-                names = await asyncio.to_thread(write_tensors, folder, "model", open_source(SharedMemory((bucket,))), bucket.nbytes)
+                await asyncio.to_thread(write_tensors, folder, "model", open_source(SharedMemory((bucket,))), bucket.nbytes)
                 await self._update(str(folder), version)
-                for file in set(names.values()):
-                    (folder / file).unlink()
+                shutil.rmtree(folder)
         answer = await self._ask("/weights_checker", {"action": "checksum"})
         return answer["per_engine_checksum"]
 
