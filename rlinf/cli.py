@@ -99,6 +99,12 @@ def plan(args: argparse.Namespace) -> int:
     return plan(load(args.config, args.overrides), args.device, args.mean_response, args.json)
 
 
+def watch(args: argparse.Namespace) -> int:
+    from rlinf.report.watch import watch as show
+
+    return show(args.run_dir, args.once)
+
+
 def config_show(args: argparse.Namespace) -> int:
     from rlinf.config.load import load, to_yaml
 
@@ -200,6 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--mean-response", type=int, metavar="TOKENS", help="mean length of a response, for the time of a step")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
     p.set_defaults(run=plan)
+
+    p = commands.add_parser("watch", help="what a run is doing now")
+    p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    p.add_argument("--once", action="store_true", help="show it once and return")
+    p.set_defaults(run=watch)
 
     sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
     p = sub.add_parser("show", help="the resolved configuration, each value with who set it")

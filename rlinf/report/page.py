@@ -91,7 +91,7 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: S
         "title": run.path.name,
         "path": str(run.path),
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "state": status.get("state", "state unknown") + (f": {status['error'].splitlines()[0]}" if status.get("error") else ""),
+        "state": status.get("state", "no status file") + (f": {status['error'].splitlines()[0]}" if status.get("error") else ""),
         "step": int(run.metrics[-1]["step"]) if run.metrics else 0,
         "total": status.get("total_steps"),
         "steps": [int(m["step"]) for m in lines],

@@ -293,12 +293,12 @@ async function showSample(g, x) {
   const chip = byId("s-" + x.line);
   if (chip) chip.setAttribute("aria-pressed", "true");
   const text = await blob(textId(x)), from = file.path;
-  const fact = (name, value) => h("div", null, h("dt", null, name), h("dd", null, value));
+  const fact = (name, value, kind) => h("div" + (kind || ""), null, h("dt", null, name), h("dd", null, value));
   const versions = x.oldest === x.newest ? String(x.newest) : `${x.oldest}–${x.newest}`;
   byId("sample").replaceChildren(
     h("h3", null, h(`span.badge.${SIGN[x.status] ? x.status : "undecided"}`, null, x.status), h("span.mono", null, x.id)),
     h("dl", null, fact("Reward", format(x.reward)), fact("Advantage", format(x.advantage)), fact("Tokens", x.length), fact("Ended by", x.finish), fact("Weight version", versions),
-      fact("Mean ratio π/π_old", format(x.ratio)), fact("Largest log-prob gap", format(x.gap)), fact("File, line", `${from}:${x.line}`)),
+      fact("Mean ratio π/π_old", format(x.ratio)), fact("Largest log-prob gap", format(x.gap)), fact("File, line", `${from}:${x.line}`, ".long")),
     h("div.verdict", null, "Extracted ", h("code", null, x.extracted === null ? "nothing" : x.extracted), " · solution ", h("code", null, g.solutions), " · decided by ", h("code", null, x.route),
       text && text.reason ? [" · ", text.reason] : null),
     ...(text ? textParts(text) : [h("p.muted", null, `The text of this sample is not in this page: line ${x.line} of ${from}.`), h("details", null, h("summary", null, "Prompt, as far as it is here"), h("div.text", null, g.prompt))]));
@@ -335,9 +335,10 @@ function textParts(text) {
     if (i === undefined) return;
     readout.textContent = `token ${i} ${JSON.stringify(text.pieces[i])}: ` + Object.entries(COLOURS).map(([k, c]) => `${c.name} ${c.show(valueOf(codes[k][i]))}`).join(" · ");
   });
+  const start = codes.advantages.some((c) => c !== 0 && c !== -128) ? "advantages" : "gaps"; // a group of equal rewards has no advantage to show
   const choice = (kind, name, checked) => h("label", null, h("input", { type: "radio", name: "colour", checked, onchange: () => paint(kind) }), " ", name);
-  const set = h("fieldset", null, h("legend", null, "Colour by"), Object.entries(COLOURS).map(([k, c], i) => choice(k, c.name, i === 0)), choice(null, "nothing", false), scale);
-  paint("advantages");
+  const set = h("fieldset", null, h("legend", null, "Colour by"), Object.entries(COLOURS).map(([k, c]) => choice(k, c.name, k === start)), choice(null, "nothing", false), scale);
+  paint(start);
   return [...parts, set, body, readout];
 }
 
@@ -374,7 +375,7 @@ function settings() {
   byId("config-set").addEventListener("change", filterSettings);
 }
 function environment() {
-  const text = (v) => (Array.isArray(v) ? v.join(" ") : v && typeof v === "object" ? Object.entries(v).map(([k, x]) => `${k} ${x}`).join(", ") : v === null || v === "" ? "–" : String(v));
+  const text = (v) => (Array.isArray(v) ? v.join(" ") || "–" : v && typeof v === "object" ? Object.entries(v).map(([k, x]) => `${k} ${x}`).join(", ") : v === null || v === "" ? "–" : String(v));
   for (const start of D.environment) byId("environment-body").append(h("div.scroll", { style: "margin-bottom:1rem" }, h("table", null, h("tbody", null, Object.entries(start).map(([k, v]) => h("tr", null, h("th", { scope: "row" }, k.replaceAll("_", " ")), h("td.mono", { style: "overflow-wrap:anywhere" }, text(v))))))));
   if (!D.environment.length) byId("environment-body").append(h("p.muted", null, "The run has not recorded where it ran."));
 }
