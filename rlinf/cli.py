@@ -170,6 +170,12 @@ def check_sync(args: argparse.Namespace) -> int:
     return check(args.quick, args.json)
 
 
+def compare(args: argparse.Namespace) -> int:
+    from rlinf.report.compare import main as compare_runs
+
+    return compare_runs(args.run_a, args.run_b, args.tolerance, args.json)
+
+
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
@@ -262,6 +268,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model")
     p.add_argument("--model-dir", metavar="HF_DIR", type=Path, help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir")
     p.set_defaults(run=export)
+
+
+    p = commands.add_parser("compare", help="where two runs part, and why")
+    p.add_argument("run_a", metavar="RUN_A", type=Path)
+    p.add_argument("run_b", metavar="RUN_B", type=Path)
+    p.add_argument("--tolerance", type=float, default=1e-6, help="relative difference of a metric that counts as rounding (default 1e-6)")
+    p.add_argument("--json", action="store_true", help="print the result as JSON")
+    p.set_defaults(run=compare)
 
     p = commands.add_parser("verify", help="grade a JSONL file of responses")
     p.add_argument("input", metavar="IN", type=Path)

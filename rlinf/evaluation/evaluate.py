@@ -25,7 +25,7 @@ from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
 from rlinf.evaluation.folder import SetFolder, hold, write_whole
-from rlinf.evaluation.models import Model, models_of, parse_words, weights_checksum
+from rlinf.evaluation.models import Model, models_of, parse_words
 from rlinf.evaluation.opencompass import export
 from rlinf.evaluation.problems import ProblemSet, check_context, load_sets
 from rlinf.evaluation.results import SetResult, benchmark_table, compare, read_tally, score, to_json
@@ -35,6 +35,7 @@ from rlinf.rollout.contract import SamplingParams, Stop
 from rlinf.runners.launch import REWARD_WORKER, ROLLOUT_WORKER
 from rlinf.scheduling.placement import build_evaluation_plan
 from rlinf.weights.architecture import read_architecture
+from rlinf.weights.checksum import weights_checksum
 
 WIDTH = 150  # columns of the table where the output is not a terminal
 PACKAGES = ("torch", "transformers", "tokenizers", "math-verify")

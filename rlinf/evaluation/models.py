@@ -1,4 +1,4 @@
-"""The models of an evaluation: Hugging Face folders and checkpoints of runs, their names, their weights' checksum."""
+"""The models of an evaluation: Hugging Face folders and checkpoints of runs, and their names."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from rlinf.config.load import find
 from rlinf.errors import UserError
 
-CHUNK = 16 << 20
 STEP = re.compile(r"step_(\d+)")
 
 
@@ -69,14 +66,3 @@ def models_of(folders: Sequence[str]) -> list[Model]:
                     f"{other.path} and {model.path} would both be named {model.name}; evaluate them into different evaluation.output_dir"
                 )
     return models
-
-
-def weights_checksum(folder: Path) -> str:
-    """xxh3-128 over the names and contents of config.json and all *.safetensors, in the order of their names."""
-    digest = xxhash.xxh3_128()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(file.name.encode())
-        with open(file, "rb") as content:
-            while chunk := content.read(CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()

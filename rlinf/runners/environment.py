@@ -17,13 +17,16 @@ from rlinf.config.load import ROOT
 from rlinf.data.lines import append_lines
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.scheduling.placement import Node
+from rlinf.weights.checksum import STRIDE, weights_checksum
 
 FILE_NAME = "environment.jsonl"
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "sglang", "transformer-engine", "math-verify", "numpy", "rlinf")
 
 
-def record_environment(run_dir: Path, run_id: str, first_step: int, nodes: Sequence[Node], tokenizer: TextTokenizer) -> None:
-    """first_step: the step that this start begins with."""
+def record_environment(
+    run_dir: Path, run_id: str, first_step: int, nodes: Sequence[Node], tokenizer: TextTokenizer, model_dir: str, data_fingerprint: str
+) -> None:
+    """first_step: the step that this start begins with. model_dir: its weights are told apart by a checksum of a part of their bytes."""
     found: dict[str, Any] = {
         "run_id": run_id,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -41,6 +44,8 @@ def record_environment(run_dir: Path, run_id: str, first_step: int, nodes: Seque
         "packages": {name: v for name in PACKAGES if (v := installed(name)) is not None},
         "commit": commit(),
         "chat_markers": tokenizer.chat_markers(),
+        "weights": weights_checksum(model_dir, STRIDE),
+        "data_fingerprint": data_fingerprint,
     }
     append_lines(run_dir / FILE_NAME, [json.dumps(found)])
 

@@ -49,7 +49,8 @@ def train(resolved: Resolved) -> int:
     try:
         usage = Usage(run_id)
         nodes = cluster.inventory()
-        record_environment(folder.path, run_id, (folder.resume.step if folder.resume else 0) + 1, nodes, tokenizer)
+        first_step = (folder.resume.step if folder.resume else 0) + 1
+        record_environment(folder.path, run_id, first_step, nodes, tokenizer, config.rollout.model_dir, report.fingerprint)
         plan = build_plan(config, nodes)
         groups = [
             cluster.launch(plan, component, worker, config)

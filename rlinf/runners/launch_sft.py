@@ -14,6 +14,7 @@ from rlinf.data.records import Group
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.metrics.logger import MetricLogger
+from rlinf.runners.environment import record_environment
 from rlinf.runners.launch import say
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.sft import SftRunner
@@ -41,7 +42,10 @@ def finetune(resolved: Resolved) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
     try:
         usage = Usage(run_id)
-        actor = cluster.launch(build_sft_plan(config, cluster.inventory()), "actor", SFT_WORKER, config)
+        nodes = cluster.inventory()
+        first_step = (folder.resume.step if folder.resume else 0) + 1
+        record_environment(folder.path, run_id, first_step, nodes, tokenizer, config.rollout.model_dir, report.fingerprint)
+        actor = cluster.launch(build_sft_plan(config, nodes), "actor", SFT_WORKER, config)
         runner = SftRunner(config, folder, cluster, actor, examples, val_examples, sampler)
         with usage.sampling(lambda: cluster.phase):
             asyncio.run(cluster.guard(runner.run(logger)))

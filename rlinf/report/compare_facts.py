@@ -1,0 +1,77 @@
+"""What two run folders say about two runs: configuration, starts, metrics, samples, checkpoints. Reads; decides nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlinf.errors import UserError
+from rlinf.metrics.logger import FILE_NAME, read_metrics
+from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
+from rlinf.weights.checksum import weights_checksum
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """config: dotted key -> value. starts: the lines of environment.jsonl, one for each time the run was started. metrics: by step."""
+
+    path: Path
+    config: dict[str, Any]
+    starts: tuple[dict[str, Any], ...]
+    metrics: dict[int, dict[str, float]]
+
+    def environment(self, step: int) -> dict[str, Any]:
+        """Of the start that made this step; empty when none was recorded."""
+        made = [s for s in self.starts if s["first_step"] <= max(step, 1)]
+        return made[-1] if made else {}
+
+    def samples(self, step: int) -> dict[str, Sample]:
+        return _samples(self.path / "samples" / f"step_{step:06d}.jsonl")
+
+    def validation(self, step: int) -> dict[str, Sample]:
+        return _samples(self.path / "samples" / f"validation_{step:06d}.jsonl")
+
+    def checkpoint_weights(self) -> dict[int, str]:
+        """Checksums of the exported weights of every complete checkpoint."""
+        folders = sorted(p.parent for p in (self.path / "checkpoints").glob("step_??????/COMPLETE"))
+        return {int(p.name[5:]): weights_checksum(p / "hf") for p in folders if (p / "hf" / "config.json").is_file()}
+
+
+def read_run(path: Path) -> Run:
+    """Raises UserError when the folder is no run, or a run without a single step."""
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path}: no config.yaml, so no run; give <runner.output_dir>/<runner.experiment_name>")
+    if not (path / FILE_NAME).is_file() or not (lines := read_metrics(path)):
+        raise UserError(f"{path}: no {FILE_NAME} with a step in it: the run ended before its first step, there is nothing to compare")
+    try:
+        config = dict(_flat(yaml.safe_load((path / "config.yaml").read_text()), ""))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path / 'config.yaml'}: not valid YAML ({error}); the file was changed by hand") from error
+    metrics = {int(line["step"]): {k: v for k, v in line.items() if k not in ("step", "time")} for line in lines}
+    return Run(path, config, tuple(_lines(path / ENVIRONMENT)), metrics)
+
+
+def _flat(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Leaves of the YAML tree. The one value that is a mapping of the user's, the placement, is a leaf too."""
+    for name, value in section.items():
+        if isinstance(value, dict) and name != "component_placement":
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _samples(file: Path) -> dict[str, Sample]:
+    return {row["sample_id"]: row for row in _lines(file)}
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSONL file; none when there is no file. Lines end at \\n only: texts may hold other separators."""
+    if file.is_file():
+        yield from (json.loads(line) for line in file.read_bytes().split(b"\n")[:-1])
