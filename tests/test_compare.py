@@ -185,9 +185,9 @@ def test_real_runs_that_differ_in_one_setting(base: Path) -> None:
         "heat": (["algorithm.sampling_params.temperature=0.7"], (1, "generation"), ["algorithm.sampling_params.temperature"]),
         "noise": (["rollout.seed=7"], (1, "generation"), ["rollout.seed"]),
         "reward": (["reward.reward_scale=3.0"], (0, "verdicts"), ["reward.reward_scale"]),
-        "decay": (["actor.optim.weight_decay=5.0"], None, ["actor.optim.weight_decay"]),
+        "decay": (["actor.optim.weight_decay=5.0"], (1, "training"), ["actor.optim.weight_decay"]),
     }
-    for name, (words, where, causes) in planted.items():  # the verdicts of the validation before step 1 differ already
+    for name, (words, where, causes) in planted.items():  # verdicts differ in the validation before step 1 already
         done = run(folder / "base.yaml", f"runner.experiment_name={name}", *words)
         assert done.returncode == 0, done.stderr[-3000:]
         c = of(base, folder / "logs" / name)
@@ -195,7 +195,7 @@ def test_real_runs_that_differ_in_one_setting(base: Path) -> None:
             assert c.divergence is None and c.rounding is None and all(c.weights.values())
             continue
         assert c.divergence is not None and likely(c) == causes, name
-        assert (c.divergence.step, c.divergence.stage) == where if where else c.divergence.step == 2, name
+        assert (c.divergence.step, c.divergence.stage) == where, name
 
     make_tiny_model(folder / "model", "qwen2-tied", seed=1)  # another model under the same path
     done = run(folder / "base.yaml", "runner.experiment_name=weights")
