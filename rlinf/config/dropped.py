@@ -25,7 +25,6 @@ KEYS: dict[str, str] = {
     "runner.task_type": "there is one task type (reasoning); remove it",
     "runner.logger.log_path": "logs are written to runner.output_dir/runner.experiment_name; remove it",
     "runner.logger.experiment_name": "use runner.experiment_name",
-    "runner.logger.project_name": "use runner.experiment_name",
     "runner.enable_dynamic_batch_size": "micro-batches are always packed up to runner.max_tokens_per_mbs tokens; remove it",
     "runner.per_worker_log*": "every worker always writes a log file; remove it",
     # algorithm
@@ -124,8 +123,6 @@ VALUES: dict[tuple[str, str], str] = {
     ("algorithm.kl_penalty_type", "abs"): "use k2, which is symmetric too",
     ("algorithm.adv_type", "reinpp"): "the reference's `reinpp` is `reinforce++` here, and with use_reinpp_baseline `reinforce++-baseline`",
     ("rollout.rollout_backend", "vllm"): "vLLM is not an engine of this project; use sglang",
-    ("runner.logger.logger_backends", "wandb"): "every metric is in metrics.jsonl as well; use tensorboard",
-    ("runner.logger.logger_backends", "swanlab"): "every metric is in metrics.jsonl as well; use tensorboard",
     ("actor.model.precision", "16"): "write fp16",
     ("actor.model.precision", "32"): "write fp32",
     ("actor.model.precision", "bf16-mixed"): "write bf16; master weights are fp32 always",

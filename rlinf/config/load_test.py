@@ -123,7 +123,7 @@ def test_every_example_and_alias_loads_by_name(name: str) -> None:
         ("runner: {max_steps: !!python/name:os.system }", ["runner.max_steps: expected integer, got something nested or tagged"]),
         ("runner: {max_steps: !!int x}", ["got something nested or tagged"]),
         ("algorithm: {adv_type: gpro}", ["gpro is not one of grpo, rloo", "did you mean grpo?"]),
-        ("runner: {logger: {logger_backends: [wandb]}}", ["wandb is not one of tensorboard", "metrics.jsonl"]),
+        ("runner: {logger: {logger_backends: [comet]}}", ["comet is not one of tensorboard, wandb"]),
         ("runner:\n  max_steps: 1\n  max_steps: 2\n", ["run.yaml:4: duplicate key runner.max_steps", "line 3"]),
         ("data: {}\ndata: {}", ["run.yaml:3: duplicate key data", "line 2"]),
         ("cluster: {component_placement: {actor: 0, actor: 1}}", ["cluster.component_placement: duplicate key actor"]),

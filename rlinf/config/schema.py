@@ -40,7 +40,12 @@ class ClusterConfig:
 
 @dataclass
 class LoggerConfig:
-    logger_backends: list[str] = key(["tensorboard"], "metric writers beside metrics.jsonl", ("tensorboard",))
+    logger_backends: list[str] = key(
+        ["tensorboard"],
+        "metric writers beside metrics.jsonl; the others need their package and an account or server of yours",
+        ("tensorboard", "wandb", "swanlab", "mlflow"),
+    )
+    project_name: str = key("rlinf", "project (MLflow: experiment) under which wandb, swanlab and mlflow file the run")
 
 
 @dataclass

@@ -8,12 +8,15 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-BACKENDS = ("tensorboard",)
+from rlinf.metrics.trackers import TRACKERS, Trackers
+
+BACKENDS = ("tensorboard", *TRACKERS)
 FILE_NAME = "metrics.jsonl"
 
 
@@ -22,10 +25,12 @@ class MetricLogger:
 
     resume_step: None starts a new file (it must not exist yet); k goes on after step k, -1 from the start: later lines of an earlier life
     are moved to metrics.jsonl.replaced-N and TensorBoard is told to forget those steps. `last_step`: of the last line that is there, -1 for
-    none. In the file a number that is not finite is null.
+    none. In the file a number that is not finite is null. project and config (by key): for the trackers (metrics.trackers).
     """
 
-    def __init__(self, run_dir: Path, backends: Sequence[str], resume_step: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, backends: Sequence[str], resume_step: int | None = None, project: str = "rlinf", config: Mapping[str, Any] | None = None
+    ) -> None:  # fmt: skip
         unknown = sorted(set(backends) - set(BACKENDS))
         if unknown:
             raise ValueError(f"unknown logger backends {unknown}; there is {list(BACKENDS)}")
@@ -40,6 +45,8 @@ class MetricLogger:
             restart = Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
             self.tensorboard.add_event(restart)
 
+        self.trackers = Trackers(backends, project, run_dir, config or {}, resumed=resume_step is not None)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Every scalar of one step, once. Raises ValueError when the step does not come after the last one."""
         if step <= self.last_step:
@@ -53,12 +60,14 @@ class MetricLogger:
             scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
             self.tensorboard.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
             self.tensorboard.flush()
+        self.trackers.log(step, values)
 
     def close(self) -> None:
         os.fsync(self.file)
         os.close(self.file)
         if self.tensorboard is not None:
             self.tensorboard.close()
+        self.trackers.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

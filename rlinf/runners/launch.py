@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
-from rlinf.config.load import Resolved
+from rlinf.config.load import Resolved, value_of
 from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
+from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.summary import show_summary
+from rlinf.metrics.trackers import missing_packages
 from rlinf.rewards.tasks import check_tasks
 from rlinf.runners.environment import record_environment
 from rlinf.runners.reasoning import ReasoningRunner
@@ -31,6 +34,7 @@ REWARD_WORKER = "rlinf.workers.reward:RewardWorker"
 def train(resolved: Resolved) -> int:
     """Run to the end; 0 when it finished. Everything that was started is ended, however this returns."""
     config = resolved.config
+    check_trackers(config.runner.logger.logger_backends)
     folder = RunFolder(resolved)
     tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
     prompts, report = load_prompts(config.data.train_data_paths, config.data, tokenizer)
@@ -41,7 +45,7 @@ def train(resolved: Resolved) -> int:
         say(f"validation data: {val_report.describe()}")
     check_tasks({p.task for p in (*prompts, *val_prompts)})
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
-    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, folder.resume_step)
+    logger = open_logger(resolved, folder)
     run_id = new_run_id()
     say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
     cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
@@ -69,6 +73,17 @@ def train(resolved: Resolved) -> int:
         first, last = min(runner.scores), max(runner.scores)
         show_summary(runner.scores[first].as_scores(), runner.scores[last].as_scores(), config.runner.output_dir)
     return 0
+
+
+def check_trackers(backends: Sequence[str]) -> None:
+    missing = missing_packages(backends)
+    if missing:
+        raise UserError(f"runner.logger.logger_backends: {', '.join(missing)} is not installed here; pip install {' '.join(missing)}, or leave it out")
+
+
+def open_logger(resolved: Resolved, folder: RunFolder) -> MetricLogger:
+    logger, settings = resolved.config.runner.logger, {name: value_of(resolved.config, name) for name in resolved.provenance}
+    return MetricLogger(folder.path, logger.logger_backends, folder.resume_step, logger.project_name, settings)
 
 
 def say(line: str) -> None:

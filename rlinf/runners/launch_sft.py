@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 
 from rlinf.cluster.cluster import Cluster
-from rlinf.cluster.processes import new_run_id
+from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved
 from rlinf.data.examples import load_examples
 from rlinf.data.records import Group
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
-from rlinf.metrics.logger import MetricLogger
 from rlinf.runners.environment import record_environment
-from rlinf.runners.launch import say
+from rlinf.runners.launch import check_trackers, open_logger, say
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.sft import SftRunner
 from rlinf.scheduling.placement import build_sft_plan
@@ -26,6 +24,7 @@ SFT_WORKER = "rlinf.workers.sft:SftWorker"
 def finetune(resolved: Resolved) -> int:
     """Run to the end; 0 when it finished. Everything that was started is ended, however this returns."""
     config = resolved.config
+    check_trackers(config.runner.logger.logger_backends)
     folder = RunFolder(resolved, "sft")
     tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
     examples, report = load_examples(config.data.train_data_paths, config, tokenizer)
@@ -35,11 +34,11 @@ def finetune(resolved: Resolved) -> int:
         val_examples, val_report = load_examples(config.data.val_data_paths, config, tokenizer)
         say(f"held-out data: {val_report.describe()}")
     sampler = PromptSampler(len(examples), config.sft.batch_size, config.data.shuffle, config.data.seed, report.fingerprint, "sft.batch_size")
-    logger = MetricLogger(folder.path, config.runner.logger.logger_backends, folder.resume_step)
+    logger = open_logger(resolved, folder)
     run_id = new_run_id()
     say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
     cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # a scheduler's notice is a clean stop, as Ctrl-C is
+    terminate_as_interrupt()
     try:
         usage = Usage(run_id)
         nodes = cluster.inventory()
