@@ -79,6 +79,8 @@ def test_a_run_in_one_process_learns_resumes_bit_for_bit_and_opens_in_transforme
     assert lines[-1]["sft/val_loss"] < 0.9 * lines[0]["sft/val_loss"]
     assert [m["sft/lr"] for m in lines[1:]] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3])
     whole = tensors(tmp_path, STEPS)
+    status = json.loads((tmp_path / "logs" / "tiny" / "status.json").read_text())
+    assert (status["state"], status["step"], status["total_steps"]) == ("finished", STEPS, STEPS)
 
     again = run(config, f"runner.resume_dir={tmp_path / 'logs/tiny/checkpoints/step_000002'}")
     assert again.returncode == 0 and "goes on after step 2" in again.stderr, again.stderr[-4000:]
@@ -116,6 +118,16 @@ def test_tensor_parallel_ranks_under_ray_give_the_same_curve(tmp_path: Path, mod
         expected, got = ([m[name] for m in metrics(tmp_path, run) if name in m] for run in ("alone", "ranks"))
         assert len(got) >= 4 and got == pytest.approx(expected, rel=1e-4)
     assert all(abs(m["sft/objective"] - m["sft/loss"]) > 1e-4 for m in metrics(tmp_path, "ranks")[3:])
+
+
+@pytest.mark.slow
+def test_checkpoints_in_the_background_hold_the_same_bits(tmp_path: Path, model: Path) -> None:
+    for config in (write_run(tmp_path, model, "front", **LOCAL), write_run(tmp_path, model, "back", runner__async_checkpoint=True, **LOCAL)):
+        done = run(config)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for step in (2, 4, STEPS):
+        front, back = (tensors(tmp_path, step, name) for name in ("front", "back"))
+        assert front.keys() == back.keys() and all(torch.equal(front[k], back[k]) for k in front)
 
 
 @pytest.mark.slow

@@ -181,6 +181,10 @@ class ReasoningRunner:
         return {"step": self.step, "weight_version": self.step, "sampler": self.sampler.state_dict(), "validation": validation, "metrics": metrics}
 
     @property
+    def engine_load(self) -> Sequence[int]:
+        return self.dispatcher.load
+
+    @property
     def finished(self) -> bool:
         """Whether this was the last step; dynamic sampling uses up the data in fewer steps than total_steps."""
         return self.step >= self.total_steps or self.sampler.exhausted(self.config.runner.max_epochs)

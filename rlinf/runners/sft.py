@@ -26,6 +26,8 @@ WEIGHT = np.ones(1, np.float32)  # packing carries a scalar for each sample; the
 class SftRunner:
     """One run. val_losses: the held-out loss by step."""
 
+    engine_load = engine_stats = ()  # there are no rollout engines
+
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, examples: Sequence[Group], val_examples: Sequence[Group],
         sampler: PromptSampler,

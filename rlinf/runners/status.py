@@ -16,19 +16,20 @@ from typing import Any, Protocol
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.rollout.contract import EngineStats
-from rlinf.scheduling.dispatcher import Dispatcher
 
 FILE_NAME = "status.json"
 PERIOD = 1.0
 
 
 class Loop(Protocol):
-    """What is looked at in a runner. engine_stats: of the last finished step, by engine."""
+    """What is looked at in a runner. engine_load: samples at each engine now. engine_stats: of the last finished step, by engine."""
 
     step: int
     total_steps: int
-    dispatcher: Dispatcher
     engine_stats: Sequence[EngineStats]
+
+    @property
+    def engine_load(self) -> Sequence[int]: ...
 
 
 class Status(threading.Thread):
@@ -101,9 +102,9 @@ class Status(threading.Thread):
 
     def engines(self) -> list[dict[str, float | None]]:
         """Samples at each engine now, and its tokens per busy second in the last finished step."""
-        stats = list(self.loop.engine_stats) or [EngineStats()] * len(self.loop.dispatcher.load)
+        stats = list(self.loop.engine_stats) or [EngineStats()] * len(self.loop.engine_load)
         speeds = [s.decoded_tokens / s.busy_seconds if s.busy_seconds else None for s in stats]
-        return [{"samples": n, "tokens_per_second": speed} for n, speed in zip(self.loop.dispatcher.load, speeds)]
+        return [{"samples": n, "tokens_per_second": speed} for n, speed in zip(self.loop.engine_load, speeds)]
 
 
 def rank_state(group: WorkerGroup, rank: int) -> dict[str, Any]:
