@@ -121,6 +121,12 @@ def test_generation_that_parts_later_points_to_training(base: Path, tmp_path: Pa
     assert likely(c) == ["actor.optim.weight_decay"] and "algorithm.sampling_params.temperature" in describe(c)
 
 
+def test_a_difference_that_should_act_later_is_still_named_when_there_is_no_other(base: Path, tmp_path: Path) -> None:
+    copy = edited(base, tmp_path, "samples/step_000001.jsonl", lambda row: row.update(prompt="another"))
+    set_config(copy, "lr: 0.001", "lr: 0.002")
+    assert likely(of(base, copy)) == ["actor.optim.lr"]
+
+
 def test_versions_weights_and_resumptions_are_causes(base: Path, tmp_path: Path) -> None:
     copy = edited(base, tmp_path, "metrics.jsonl", at_step(1, {"rollout/response_length": 3.0}))
     edit_lines(copy / "environment.jsonl", lambda row: row["packages"].update(torch="1.0"))

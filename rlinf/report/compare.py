@@ -168,16 +168,16 @@ def candidates_for(a: Run, b: Run, at: Difference, steps: list[int]) -> Iterator
     """Recorded differences that can act at or before the stage where the runs part; likely: those that act just there.
 
     After a step of training that showed no difference, generation may differ because of what training did unseen (weight decay, say).
+    When nothing that differs acts there, everything that differs is a candidate.
     """
     trained = at.step > max(min(steps), 1)
     reach = STAGES if trained else STAGES[: STAGES.index(at.stage) + 1]
     likely = {"training"} if trained and at.stage == "generation" else {at.stage}
     found = [*_config_differences(a, b), *_recorded_differences(a, b, at.step)]
-    within_reach = [(name, stage, x, y) for name, stage, x, y in found if stage in (*reach, "rounding", "any")]
-    if not any(stage in likely for _, stage, _, _ in within_reach):
-        likely |= {*reach, "any"}
-    if not any(stage in likely for _, stage, _, _ in within_reach):
-        likely |= {"rounding"}
+    within_reach = [c for c in found if c[1] in (*reach, "rounding", "any")] or found
+    for more in ({*reach, "any"}, {"rounding"}, {*STAGES}):
+        if not any(c[1] in likely for c in within_reach):
+            likely |= more
     order = (*STAGES, "any", "rounding")
     for name, stage, x, y in sorted(within_reach, key=lambda c: (c[1] not in likely, order.index(c[1]), c[0])):
         yield Candidate(name, stage, x, y, stage in likely)
