@@ -86,7 +86,7 @@ def test_the_death_of_a_process_breaks_every_request_at_once(tmp_path: Path, vic
 
 @with_sglang
 def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
-    config = write_run(tmp_path, **BACKEND)  # four actor ranks, TP 2 x PP 2
+    config = write_run(tmp_path, algorithm__sampling_params__top_p=0.9, **BACKEND)  # four actor ranks, TP 2 x PP 2
     done = run(config, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     metrics = lines(tmp_path)
@@ -96,15 +96,19 @@ def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
     assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in metrics[1:])
     assert all(m["sync/probe_gap_max"] <= 1e-4 for m in metrics if "sync/probe_gap_max" in m) and "sync/probe_gap_max" in metrics[2]
     assert all(m["train/first_minibatch_clip_fraction"] == 0 for m in metrics[1:])
-    assert all(m["rollout/reused_tokens"] > 0 for m in metrics[1:])
+    assert all(m["rollout/reused_tokens"] > 0 and m["rollout/truncated_mass"] is None for m in metrics[1:])
 
 
 @with_sglang
-def test_a_killed_scheduler_ends_the_run_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["scheduler", "worker"])
+def test_a_killed_engine_ends_the_run_and_leaves_nothing(tmp_path: Path, victim: str) -> None:
     running = Running(tmp_path, patience=400, **BACKEND)
     scheduler = next(pid for pid in marked(running.run_id) if "sglang::scheduler" in command_of(pid))
-    os.kill(scheduler, signal.SIGKILL)
+    os.kill(scheduler if victim == "scheduler" else running.pid("rollout", 0), signal.SIGKILL)
     code, errors = running.end()
     assert code == 1
-    assert re.search(r"rlinf: rollout rank 0 .*failed in \w+ \(phase: step \d+, .*SGLang engine is dead: its scheduler \(pid", errors)
-    assert str(running.logs / "rollout-0-engine.log") in errors
+    if victim == "scheduler":
+        assert re.search(r"rlinf: rollout rank 0 .*failed in \w+ \(phase: step \d+, .*SGLang engine is dead: its scheduler \(pid", errors)
+        assert str(running.logs / "rollout-0-engine.log") in errors
+    else:
+        assert re.search(r"rlinf: rollout rank 0 .*died \(phase: step \d+, ", errors)

@@ -110,7 +110,7 @@ ROLLOUT = metrics(
     (
         "truncated_mass",
         "probability mass cut off by top-p/top-k, mean over tokens",
-        "0 when both are off",
+        "0 when both are off; NaN with SGLang when one is on: it does not say",
         "log-probabilities are of the whole distribution: keep it below 0.01",
     ),
     (
