@@ -105,6 +105,13 @@ def watch(args: argparse.Namespace) -> int:
     return show(args.run_dir, args.once)
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from rlinf.checks.doctor import main as examine
+    from rlinf.config.load import load
+
+    return examine(load(args.config, args.overrides) if args.config else None, args.json)
+
+
 def config_show(args: argparse.Namespace) -> int:
     from rlinf.config.load import load, to_yaml
 
@@ -217,6 +224,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     p.add_argument("--once", action="store_true", help="show it once and return")
     p.set_defaults(run=watch)
+
+    p = commands.add_parser("doctor", help="is this machine (and the cluster that is up on it) ready; with CONFIG, for that run")
+    _config_arguments(p, optional=True)
+    p.add_argument("--json", action="store_true", help="print the findings as JSON")
+    p.set_defaults(run=doctor)
 
     sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
     p = sub.add_parser("show", help="the resolved configuration, each value with who set it")

@@ -1,0 +1,284 @@
+"""`rlinf doctor`: is this machine, and the cluster that is up on it, ready for a run. One line a finding, with the remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rlinf.cluster.cluster import has_gpu
+from rlinf.cluster.host import PORTS
+from rlinf.cluster.node_probe import NodeView, look_at_nodes
+from rlinf.cluster.ray_node import default_port
+from rlinf.cluster.state import listens, state_folder
+from rlinf.config.load import ROOT, Resolved
+from rlinf.config.model import missing_paths, planned_model_config
+from rlinf.config.schema import Config
+from rlinf.errors import UserError
+from rlinf.scheduling.memory import BYTES, rank_parameters
+from rlinf.weights.architecture import read_architecture
+
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+GIB = 2**30
+OPTIONAL = {"sglang": "the embedded engine does without it", "transformer-engine": "the actor's local layers do without it"}
+EXACT = {"megatron-core": "rlinf/training/cpu.py rewrites this very version where there is no CUDA", "ray": "nodes of one cluster need one version"}
+DRIVER_OF_CUDA = {12: 525, 13: 580}  # the oldest driver branch that runs a CUDA major version
+SKEW_WARN, SKEW_FAIL = 1.0, 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Finding:
+    """status: OK, WARN (a run may work) or FAIL (it will not)."""
+
+    check: str
+    status: str
+    text: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        return f"{self.status:<4}  {self.check:<14} {self.text}" + (f"\n      {'':<14} -> {self.remedy}" if self.remedy else "")
+
+
+def examine(resolved: Resolved | None) -> Iterator[Finding]:
+    """All checks of this machine, then those of the cluster that is up, then those of the configuration."""
+    config = resolved.config if resolved else None
+    cuda = config.cluster.device == "cuda" if config and config.cluster.device != "auto" else has_gpu()
+    output = Path(config.runner.output_dir if config else ".").expanduser().resolve()
+    parameters = _parameters(config) if config else 0
+    size = BYTES[config.actor.model.precision] if config else 2
+    yield python(sys.version_info[:2])
+    yield from packages(pins("base"), installed_version)
+    if cuda:
+        yield from packages(pins("gpu"), installed_version)
+    yield from devices(cuda, has_gpu(), torch.cuda.is_available(), torch.version.cuda, driver_version())
+    if cuda and config:
+        yield enough_gpus(torch.cuda.device_count(), config.cluster.num_gpus_per_node)
+    yield collectives(cuda)
+    yield shared_memory(shutil.disk_usage("/dev/shm").total, parameters * size)
+    yield disk(output, shutil.disk_usage(_existing(output)).free, 14 * parameters * (config.runner.keep_checkpoints + 1 if config else 0))
+    yield writable(output)
+    yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.cluster.num_nodes if config else 1)
+    if Path("/dev/infiniband").exists():
+        yield locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+    yield ephemeral_ports(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text())
+    yield ray_node(state_folder(), listens)
+    yield from cluster(_look(output))
+    if config:
+        yield from files(config)
+
+
+def python(version: tuple[int, int]) -> Finding:
+    text = ".".join(map(str, version))
+    return Finding("python", OK, text) if version >= (3, 10) else Finding("python", FAIL, text, "use Python 3.10 or newer")
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version of requirements/<name>.txt, for this Python."""
+    found = {}
+    for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
+        match = re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;#]+)\s*(?:;\s*python_version\s*(>=|<)\s*\"3\.(\d+)\")?", line)
+        if match and (not match[3] or (sys.version_info[1] >= int(match[4])) == (match[3] == ">=")):
+            found[match[1]] = match[2]
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def packages(wanted: Mapping[str, str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
+    """One line for all that agree, one for each that does not."""
+    good = 0
+    for name, version in wanted.items():
+        have = installed(name)
+        base = have.split("+")[0] if have else None
+        remedy = f"pip install '{name}=={version}', or bash toolkits/setup/venv.sh"
+        if base == version:
+            good += 1
+        elif have is None:
+            yield Finding(name, WARN if name in OPTIONAL else FAIL, f"is not installed; {OPTIONAL.get(name, f'the pin is {version}')}", remedy)
+        else:
+            text = f"{have} is installed, the pin is {version}"
+            yield Finding(name, FAIL if name in EXACT else WARN, f"{text}; {EXACT[name]}" if name in EXACT else text, remedy)
+    yield Finding("packages", OK, f"{good} of {len(wanted)} at their pins")
+
+
+def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver: str | None) -> Iterator[Finding]:
+    """A GPU that is wanted, is there, and can be used by the installed torch."""
+    if not present:
+        text = "no GPU on this machine"
+        yield Finding("gpu", FAIL, text, "set cluster.device: cpu, or start on a machine with a GPU") if wanted else Finding("gpu", OK, f"{text}; CPU it is")
+        return
+    if cuda is None:
+        yield Finding("gpu", FAIL, "there is a GPU, but this torch is a build for CPU", "RLINF_DEVICE=gpu bash toolkits/setup/venv.sh")
+        return
+    needed = DRIVER_OF_CUDA.get(int(cuda.split(".")[0]), 0)
+    if driver and int(driver.split(".")[0]) < needed:
+        yield Finding("driver", FAIL, f"{driver} is too old for CUDA {cuda}", f"install driver {needed} or newer")
+    elif not usable:
+        yield Finding("gpu", FAIL, f"torch (CUDA {cuda}) cannot use the GPU", "does nvidia-smi work here? in a container: --gpus all; CUDA_VISIBLE_DEVICES?")
+    else:
+        yield Finding("gpu", OK, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, driver {driver}, CUDA {cuda}")
+
+
+def driver_version() -> str | None:
+    file = Path("/proc/driver/nvidia/version")
+    match = re.search(r"Kernel Module[^0-9]*(\d+\.[\d.]+)", file.read_text()) if file.exists() else None
+    return match[1] if match else None
+
+
+def enough_gpus(there: int, wanted: int) -> Finding:
+    if there < wanted:
+        return Finding("gpus", FAIL, f"{there} here, cluster.num_gpus_per_node is {wanted}", "lower the key, or look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+    return Finding("gpus", OK, f"{there} here, {wanted} wanted")
+
+
+def collectives(cuda: bool) -> Finding:
+    """Whether the process groups' library is there and sums a number."""
+    backend = "nccl" if cuda and torch.cuda.is_available() else "gloo"
+    available = dist.is_nccl_available() if backend == "nccl" else dist.is_gloo_available()
+    if not available:
+        return Finding(backend, FAIL, "this torch was built without it", "install the pinned torch: bash toolkits/setup/venv.sh")
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    value = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
+    dist.all_reduce(value)
+    dist.destroy_process_group()
+    version = " " + ".".join(map(str, torch.cuda.nccl.version())) if backend == "nccl" else ""
+    return Finding(backend, OK, f"works{version}")
+
+
+def shared_memory(total: int, weights: int) -> Finding:
+    """Weights go to the engines through /dev/shm, twice while a new version replaces the old one; Ray's object store is there too."""
+    needed = max(2 * weights + GIB, GIB)
+    text = f"{total / GIB:.1f} GiB, {needed / GIB:.1f} needed"
+    remedy = "in a container --ipc=host or --shm-size; else: mount -o remount,size=64G /dev/shm"
+    return Finding("/dev/shm", OK, text) if total >= needed else Finding("/dev/shm", FAIL, text, remedy)
+
+
+def disk(output: Path, free: int, checkpoints: int) -> Finding:
+    """14 bytes a parameter in a checkpoint: master weights, two moments, the weights in 16 bits."""
+    text = f"{free / GIB:.0f} GiB free at {output}" + (f", {checkpoints / GIB:.0f} for checkpoints" if checkpoints else "")
+    if free < max(checkpoints, GIB):
+        return Finding("disk", FAIL, text, "free space, set runner.output_dir elsewhere, or lower runner.keep_checkpoints")
+    return Finding("disk", WARN, text, "a run of a 1.5B model writes about 60 GiB") if free < max(2 * checkpoints, 20 * GIB) else Finding("disk", OK, text)
+
+
+def writable(output: Path) -> Finding:
+    folder = _existing(output)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return Finding("output folder", FAIL, f"{folder} cannot be written by user {os.getuid()}", "set runner.output_dir, or change the owner")
+    return Finding("output folder", OK, f"{folder} can be written")
+
+
+def open_files(limit: int, nodes: int) -> Finding:
+    """Ray keeps a connection to every worker, the driver one to every call in flight."""
+    needed = 4096 if nodes == 1 else 65536
+    text = f"{limit} open files allowed"
+    if limit < 1024 or limit < needed:
+        return Finding("ulimit", FAIL if limit < 1024 else WARN, text, f"ulimit -n {needed} (or LimitNOFILE, or docker --ulimit nofile={needed})")
+    return Finding("ulimit", OK, text)
+
+
+def locked_memory(limit: int) -> Finding:
+    if limit != resource.RLIM_INFINITY:
+        return Finding("memlock", WARN, f"{limit // 1024} KiB, and there is InfiniBand: NCCL cannot register its buffers", "ulimit -l unlimited")
+    return Finding("memlock", OK, "unlimited")
+
+
+def ephemeral_ports(text: str) -> Finding:
+    """Rendezvous ports are taken from host.PORTS, which no outgoing connection may use."""
+    first, last = map(int, text.split())
+    if first < PORTS.stop and last >= PORTS.start:
+        return Finding("ports", WARN, f"the kernel gives {first}-{last} to outgoing connections; runs listen on {PORTS.start}-{PORTS.stop - 1}",
+                       "sysctl -w net.ipv4.ip_local_port_range='32768 60999'")  # fmt: skip
+    return Finding("ports", OK, f"{PORTS.start}-{PORTS.stop - 1} are left alone")
+
+
+def ray_node(state: Path, answers: Callable[[str], bool]) -> Finding:
+    """What start_ray.sh left on this node, or whether its port is free."""
+    if (state / "address").exists():
+        address, rank = (state / "address").read_text().strip(), (state / "rank").read_text()
+        if answers(address):
+            return Finding("ray", OK, f"this is node {rank} of the cluster at {address}")
+        return Finding("ray", FAIL, f"this was node {rank} of a cluster at {address}, which does not answer", "ray_utils/start_ray.sh --stop, then start again")
+    if answers(f"127.0.0.1:{default_port()}"):
+        return Finding("ray", WARN, f"something else listens on port {default_port()}", "export RLINF_RAY_PORT=6380 on all nodes before start_ray.sh")
+    return Finding("ray", OK, "no cluster is up here; a run on one node starts its own")
+
+
+def cluster(views: Iterable[NodeView]) -> Iterator[Finding]:
+    """Clocks (logs and time-outs compare them) and the shared folder, of every node."""
+    for view in views:
+        who = f"node {view.rank} ({view.host})"
+        off = max(0.0, abs(view.ahead) - view.within)
+        if off > SKEW_WARN:
+            yield Finding("clock", FAIL if off > SKEW_FAIL else WARN, f"{who} is off by {view.ahead:+.1f} s", "start chrony or systemd-timesyncd on it")
+        else:
+            yield Finding("clock", OK, f"{who} agrees within {view.within + abs(view.ahead):.2f} s")
+        if view.sees:
+            yield Finding("shared folder", OK, f"{who} sees the output folder")
+        else:
+            yield Finding("shared folder", FAIL, f"{who} does not see what this node writes", "put runner.output_dir on a folder that all nodes mount")
+
+
+def files(config: Config) -> Iterator[Finding]:
+    """Model and data of the configuration."""
+    try:
+        _, warnings = planned_model_config(config.rollout.model_dir)
+    except UserError as error:
+        warnings = [str(error)]
+    absent = [*warnings, *missing_paths(config)]
+    for text in absent:
+        yield Finding("files", FAIL, text, "copy it to where every node sees it, or name another path")
+    if not absent:
+        yield Finding("files", OK, "model and data are here")
+
+
+def _look(output: Path) -> list[NodeView]:
+    """With a marker in the output folder while the nodes look."""
+    folder = _existing(output)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return []
+    with tempfile.NamedTemporaryFile(prefix=".rlinf-doctor-", dir=folder) as marker:
+        return look_at_nodes(Path(marker.name))
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _parameters(config: Config) -> int:
+    if not Path(config.rollout.model_dir).is_dir():
+        hf, _ = planned_model_config(config.rollout.model_dir)
+    else:
+        file = Path(config.rollout.model_dir) / "config.json"
+        hf = json.loads(file.read_text()) if file.is_file() else None
+    return rank_parameters(read_architecture(hf), 1, 1, 0) if hf else 0
+
+
+def main(resolved: Resolved | None, as_json: bool) -> int:
+    """Print the findings as they come; 1 when one is FAIL."""
+    findings = []
+    for finding in examine(resolved):
+        findings.append(finding)
+        if not as_json:
+            sys.stdout.write(finding.line() + "\n")
+            sys.stdout.flush()
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(f) for f in findings], indent=1) + "\n")
+    return 1 if any(f.status == FAIL for f in findings) else 0

@@ -1,0 +1,81 @@
+"""Whole runs over nodes that share nothing but a folder: own networks, own process tables, own /dev/shm, own homes."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.namespaces import SUBNET, NamespaceNode, ip, possible
+from tests.test_tiny_run import lines, write_run
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not possible(), reason="network namespaces need root")]
+
+
+@pytest.fixture
+def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[NamespaceNode]]:
+    """As many nodes as asked for, each a member of one Ray cluster."""
+    tag, made, port = f"rl{os.getpid() % 10000}", [], random.randrange(6400, 9900)
+    shutil.copytree(ROOT / "ray_utils", tmp_path / "ray_utils", ignore=shutil.ignore_patterns("ray_*.txt", "ray_token"))
+    for name in ("rlinf", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    try:
+        ip("link", "add", f"{tag}br", "type", "bridge")
+        ip("link", "set", f"{tag}br", "up")
+        made += [NamespaceNode(rank, tmp_path, tag, port) for rank in range(request.param)]
+        starts = [node.popen("bash", "ray_utils/start_ray.sh") for node in made]
+        for start in starts:
+            _, errors = start.communicate(timeout=300)
+            assert start.returncode == 0, errors
+        yield made
+    finally:
+        for node in made:
+            node.close()
+        subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True)
+
+
+def config(folder: Path, nodes: int, actor: str, others: str, pp: int, steps: int) -> Path:
+    return write_run(
+        folder, cluster__num_nodes=nodes, cluster__num_gpus_per_node=1, cluster__component_placement={"actor": actor, "rollout,reward": others},
+        cluster__start_timeout=300, actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=pp,
+        runner__max_steps=steps, runner__val_check_interval=0, runner__save_interval=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", [4], indirect=True)
+def test_four_nodes_train_one_model(nodes: list[NamespaceNode]) -> None:
+    """Pipeline stages on two nodes, engines on two others: tokens, verdicts and weights all cross."""
+    folder = nodes[0].folder
+    run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 4, "0-1", "2-3", pp=2, steps=2)))
+    _, errors = run.communicate(timeout=400)
+    assert run.returncode == 0, errors[-4000:]
+    steps = lines(folder)
+    assert [m["step"] for m in steps] == [1, 2]
+    assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in steps)  # the engines run the actor's weights, after the update too
+    time.sleep(1)
+    assert [p for node in nodes for p in node.processes() if "ray::Worker" in p] == []
+    assert [list(node.home.iterdir()) for node in nodes] == [[], [], [], []]
+
+
+@pytest.mark.parametrize("nodes", [2], indirect=True)
+def test_a_node_that_is_cut_off_ends_the_run_and_is_named(nodes: list[NamespaceNode]) -> None:
+    folder = nodes[0].folder
+    run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 2, "0", "1", pp=1, steps=10_000)))
+    metrics = folder / "logs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1][-4000:]
+        time.sleep(0.5)
+    nodes[1].cut_off()
+    begun = time.monotonic()
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and time.monotonic() - begun < 60
+    assert f"node 1 has not answered at {SUBNET}.2" in errors or "(node 1, pid" in errors, errors[-3000:]
