@@ -39,6 +39,7 @@ class WorkerGroup(ABC):
         self.start_timeout = start_timeout
         self.starts: list[Ref] = []
         self.in_flight: list[Counter[str]] = [Counter() for _ in self.nodes]
+        self.pids: list[int | None] = [None] * self.size  # of the workers that have a process of their own
         self._ready: asyncio.Task[list[Any]] | None = None
 
     @abstractmethod

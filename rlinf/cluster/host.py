@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import random
+import signal
 import socket
 import struct
 import sys
@@ -159,7 +160,7 @@ def process_environment(run_id: str) -> dict[str, str]:
 
 
 def redirect_output(path: Path) -> None:
-    """Everything this process and its children write goes to `path`; a crash leaves the stack of every thread there."""
+    """Everything this process and its children write goes to `path`; a crash, or SIGUSR1, leaves the stack of every thread there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -168,6 +169,7 @@ def redirect_output(path: Path) -> None:
     os.dup2(log, 2)
     os.close(log)
     faulthandler.enable(file=sys.stderr)
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.Formatter.converter = time.gmtime
 

@@ -30,7 +30,6 @@ class RayWorkerGroup(WorkerGroup):
                  phase: Callable[[], str]) -> None:
         super().__init__(component, [seat.node for seat in seats], failure, start_timeout)
         self.seats, self.actors, self.logs, self.phase = seats, actors, logs, phase
-        self.pids: list[int | None] = [None] * self.size
         self.rests = [actor.rest.remote() for actor in actors]
 
     def start(self, class_path: str, args: tuple[Any, ...]) -> None:

@@ -63,6 +63,10 @@ class RunnerConfig:
     )
     keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
     resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
+    phase_timeout: int = key(
+        0, "seconds that a phase of a step may take before the run counts as hanging; 0 = ten times the longest such phase so far, at least 600; -1 = any"
+    )
+    on_hang: str = key("abort", "what a hang does, after the diagnosis: `abort` ends the run, `report` lets it go on", ("abort", "report"))
     seq_length: int = key(2048, "tokens of prompt + response at most")
     max_tokens_per_mbs: int = key(4096, "token budget of a training micro-batch; at least seq_length")
     logger: LoggerConfig = field(default_factory=LoggerConfig)

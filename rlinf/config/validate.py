@@ -20,6 +20,7 @@ AT_LEAST: dict[str, float] = {
     "runner.val_check_interval": -1,
     "runner.save_interval": -1,
     "runner.keep_checkpoints": 0,
+    "runner.phase_timeout": -1,
     "runner.seq_length": 2,
     "data.max_prompt_length": 1,
     "data.rollout_batch_size": 1,

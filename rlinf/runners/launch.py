@@ -24,6 +24,7 @@ from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.status import Status
+from rlinf.runners.watchdog import Watchdog
 from rlinf.scheduling.placement import build_plan
 
 TRAIN_WORKER = "rlinf.workers.train:TrainWorker"
@@ -61,7 +62,8 @@ def train(resolved: Resolved) -> int:
             for component, worker in (("actor", TRAIN_WORKER), ("rollout", ROLLOUT_WORKER), ("reward", REWARD_WORKER))
         ]
         runner = ReasoningRunner(config, folder, cluster, *groups, prompts, val_prompts, sampler, stop_of(config.algorithm, tokenizer))
-        status = Status(folder.path, run_id, cluster, groups, runner)
+        watchdog = Watchdog(folder.path, run_id, config.runner, groups, cluster.failure, lambda: dict(runner.in_flight))
+        status = Status(folder.path, run_id, cluster, groups, runner, watchdog)
         with usage.sampling(lambda: cluster.phase), status.writing():
             asyncio.run(cluster.guard(runner.run(logger)))
         folder.finish()

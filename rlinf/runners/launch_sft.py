@@ -17,6 +17,7 @@ from rlinf.runners.launch import check_trackers, open_logger, say
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.sft import SftRunner
 from rlinf.runners.status import Status
+from rlinf.runners.watchdog import Watchdog
 from rlinf.scheduling.placement import build_sft_plan
 
 SFT_WORKER = "rlinf.workers.sft:SftWorker"
@@ -47,7 +48,8 @@ def finetune(resolved: Resolved) -> int:
         record_environment(folder.path, run_id, first_step, nodes, tokenizer, config.rollout.model_dir, report.fingerprint)
         actor = cluster.launch(build_sft_plan(config, nodes), "actor", SFT_WORKER, config)
         runner = SftRunner(config, folder, cluster, actor, examples, val_examples, sampler)
-        status = Status(folder.path, run_id, cluster, [actor], runner)
+        watchdog = Watchdog(folder.path, run_id, config.runner, [actor], cluster.failure, dict)
+        status = Status(folder.path, run_id, cluster, [actor], runner, watchdog)
         with usage.sampling(lambda: cluster.phase), status.writing():
             asyncio.run(cluster.guard(runner.run(logger)))
         folder.finish()

@@ -47,6 +47,7 @@ class ReasoningRunner:
         self.step = 0
         self.scores: dict[int, ValidationScores] = {}
         self.engine_stats: list[EngineStats] = []
+        self.in_flight: dict[str, str] = {}  # group id -> who has it now
 
     async def run(self, logger: MetricLogger) -> None:
         """All steps from where the run stands to its end."""
@@ -114,9 +115,12 @@ class ReasoningRunner:
         async def one(prompt: Prompt, group_id: str) -> Scored:
             request = GenerateRequest(group_id, prompt.token_ids, n, sampling, self.stop, self.config.algorithm.sampling_params.max_new_tokens)
             async with self.dispatcher.seat(n) as rank:
+                self.in_flight[group_id] = f"rollout rank {rank}"
                 header_ref, group_ref = self.rollout.ref(rank, "generate", request, prompt, returns=2)
                 header = await header_ref
+            self.in_flight[group_id] = f"reward rank {rank % self.reward.size}"
             verdicts = await self.reward.call(rank % self.reward.size, "judge", group_ref, dump)
+            del self.in_flight[group_id]
             return header.with_verdicts(verdicts), group_ref
 
         return await gather_or_cancel([one(p, name) for p, name in zip(prompts, names)])

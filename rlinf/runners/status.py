@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.rollout.contract import EngineStats
+from rlinf.runners.watchdog import Watchdog
 
 FILE_NAME = "status.json"
 PERIOD = 1.0
@@ -35,9 +36,10 @@ class Loop(Protocol):
 class Status(threading.Thread):
     """Looks at the loop from a thread of its own, so that the file is also fresh when the loop is stuck."""
 
-    def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: Loop) -> None:
+    def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: Loop, watchdog: Watchdog) -> None:
         super().__init__(name="rlinf-status", daemon=True)
         self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / FILE_NAME, run_id, cluster, groups, loop
+        self.watchdog = watchdog
         self.started = time.time()
         self.phase, self.phase_since = cluster.phase, self.started
         self.first_step: int | None = None
@@ -62,6 +64,7 @@ class Status(threading.Thread):
     def run(self) -> None:
         self.write("running")
         while not self.closed.wait(PERIOD):
+            self.watchdog.look(self.cluster.phase, self.loop.step, time.time())
             self.write("running")
 
     def write(self, state: str) -> None:

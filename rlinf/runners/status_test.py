@@ -17,7 +17,7 @@ from rlinf.scheduling.dispatcher import Dispatcher
 def make(tmp_path: Path) -> Status:
     group = SimpleNamespace(component="actor", size=1, where=lambda rank: f"actor rank {rank}", in_flight=[Counter(train_step=1, score=0)])
     loop = SimpleNamespace(step=0, total_steps=9, dispatcher=Dispatcher(2, 8, 4), engine_stats=[])
-    return Status(tmp_path, "run", SimpleNamespace(phase="start"), [group], loop)
+    return Status(tmp_path, "run", SimpleNamespace(phase="start"), [group], loop, SimpleNamespace(look=lambda *_: None))
 
 
 def test_phase_step_and_pace_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

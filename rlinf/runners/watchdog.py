@@ -1,0 +1,147 @@
+"""A phase that lasts too long is a hang: say at once who is stuck, keep the stacks of all workers, and end the run or let it go on.
+
+The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks come from faulthandler, which
+also speaks when Python itself is blocked; workers on other machines than the driver's are named, but their stacks are not fetched.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import math
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rlinf.cluster.failure import Failure
+from rlinf.cluster.group import WorkerGroup
+from rlinf.cluster.processes import RUN_ID, carries
+from rlinf.config.schema import RunnerConfig
+from rlinf.errors import RunFailed
+
+LEARNED, AT_LEAST = 10.0, 600.0  # times the longest such phase; seconds
+PATIENCE = 1.5  # seconds for the workers to write their stacks
+LOG_TAIL = 200_000  # bytes of each log in the bundle
+COLLECTIVE = "distributed_c10d"  # the file of torch in which a rank waits for its peers
+SHOWN = 8
+
+
+class Watchdog:
+    """`look` is called about once a second, from a thread that does not depend on the loop. in_flight: group id -> who has it now."""
+
+    def __init__(self, run_dir: Path, run_id: str, runner: RunnerConfig, groups: Sequence[WorkerGroup], failure: Failure, in_flight: Callable[[], Mapping[str, str]]) -> None:
+        self.run_dir, self.run_id, self.runner, self.groups, self.failure, self.in_flight = run_dir, run_id, runner, groups, failure, in_flight
+        self.phase, self.since = "", 0.0
+        self.longest: dict[str, float] = {}
+        self.busy: dict[tuple[str, int, str], float] = {}  # (component, rank, method) -> since when without a pause
+        self.told = False
+
+    def look(self, phase: str, step: int, now: float) -> None:
+        if phase != self.phase:
+            kind = kind_of(self.phase)
+            self.longest[kind] = max(self.longest.get(kind, 0.0), now - self.since)
+            self.phase, self.since, self.told = phase, now, False
+        calls = {(g.component, rank, m) for g in self.groups for rank in range(g.size) for m, n in dict(g.in_flight[rank]).items() if n}
+        self.busy = {call: self.busy.get(call, now) for call in calls}
+        budget = self.budget()
+        if not self.told and now - self.since > budget:
+            self.told = True
+            self.diagnose(step, budget, now)
+
+    def budget(self) -> float:
+        """Seconds; the start has cluster.start_timeout instead."""
+        kind, limit = kind_of(self.phase), self.runner.phase_timeout
+        if kind == "start" or limit < 0 or (limit == 0 and kind not in self.longest):
+            return math.inf
+        return float(limit) if limit else max(AT_LEAST, LEARNED * self.longest[kind])
+
+    def diagnose(self, step: int, budget: float, now: float) -> None:
+        lines = [f"{self.phase} has lasted {now - self.since:.0f} s, more than its budget of {budget:.0f} s", f"stuck: {self.stuck(now)}"]
+        held = self.in_flight()
+        if held:
+            shown = ", ".join(f"{group} at {where}" for group, where in list(held.items())[:SHOWN])
+            lines.append(f"{len(held)} groups in flight: {shown}{', ...' if len(held) > SHOWN else ''}")
+        stacks = self.stacks()
+        lines += who_waits_for_whom({name: text for name, text in stacks.items() if name.startswith("actor-")})
+        bundle = self.run_dir / f"diagnosis-{step:06d}.tar.gz"
+        try:
+            pack(bundle, stacks | {"summary.txt": "\n".join([*lines, *(f"{group} {where}" for group, where in held.items())]) + "\n"})
+            lines.append(f"stacks of all workers: {bundle}")
+        except OSError as error:  # the disk may be what hangs
+            lines.append(f"the bundle could not be written: {error}")
+        message = "\n  ".join(["the run hangs:", *lines])
+        if self.runner.on_hang == "abort":
+            self.failure.report(RunFailed(message))
+        else:
+            sys.stderr.write(f"rlinf: {message}\n")
+
+    def stuck(self, now: float) -> str:
+        """The component whose call has been running longest, with its ranks that have not answered."""
+        if not self.busy:
+            return "the driver: no worker has a call to answer"
+        component, _, method = min(self.busy, key=self.busy.__getitem__)
+        group = next(g for g in self.groups if g.component == component)
+        ranks = sorted((rank, since) for (c, rank, m), since in self.busy.items() if (c, m) == (component, method))
+        shown = ", ".join(f"{group.where(rank)} for {now - since:.0f} s" for rank, since in ranks[:SHOWN])
+        return f"{component} in {method}: {len(ranks)} of {group.size} ranks have not answered: {shown}{', ...' if len(ranks) > SHOWN else ''}"
+
+    def stacks(self) -> dict[str, str]:
+        """File name -> text: the end of every worker's log, with the stacks that it has just written, and the driver's own stacks."""
+        logs = self.run_dir / "workers"
+        before = {path: path.stat().st_size for path in logs.glob("*.log")}
+        for pid in {pid for g in self.groups for pid in g.pids if pid is not None and listens(pid, self.run_id)}:
+            os.kill(pid, signal.SIGUSR1)
+        time.sleep(PATIENCE)
+        found = {path.name: end_of(path, max(size - LOG_TAIL, path.stat().st_size - 2 * LOG_TAIL)) for path, size in before.items()}
+        return found | {"driver.txt": own_stacks()}
+
+
+def kind_of(phase: str) -> str:
+    """'rollout' of 'step 3, rollout'."""
+    return phase.rpartition(", ")[2]
+
+
+def listens(pid: int, run_id: str) -> bool:
+    """Whether it is a process of this run, on this machine, that answers SIGUSR1 with its stacks (without a handler the signal would end it)."""
+    if not carries(pid, f"{RUN_ID}={run_id}".encode()):
+        return False
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def end_of(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, start))
+        return file.read().decode(errors="replace")
+
+
+def own_stacks() -> str:
+    """Every thread of this process; faulthandler writes to a descriptor only."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as text:
+        with os.fdopen(writer, "w") as out:
+            faulthandler.dump_traceback(out, all_threads=True)
+        return text.read()
+
+
+def who_waits_for_whom(stacks: Mapping[str, str]) -> list[str]:
+    """Ranks inside a collective wait for those that are not: the latter are where to look."""
+    inside = sorted(name for name, text in stacks.items() if COLLECTIVE in text)
+    outside = sorted(set(stacks) - set(inside))
+    if not inside:
+        return []
+    others = f"; not in it: {', '.join(outside)}, look there first" if outside else ": all of them, so the network or a peer elsewhere is stuck"
+    return [f"in a collective: {', '.join(inside)}{others}"]
+
+
+def pack(path: Path, files: Mapping[str, str]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            content = text.encode()
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mtime = len(content), time.time()
+            archive.addfile(entry, io.BytesIO(content))
