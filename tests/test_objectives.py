@@ -18,7 +18,7 @@ import pytest
 
 from rlinf.algorithms.importance import CORRECTIONS
 from rlinf.metrics.names import undocumented
-from tests.test_tiny_run import ROOT, write_run
+from tests.test_tiny_run import ROOT, run, write_run
 
 KL = ["kl_beta=0.1"]
 NARROW = ["ratio_clip_eps=1e-4"]
@@ -95,6 +95,23 @@ def launches(name: str) -> list[list[str]]:
     return [[*words, "runner.max_steps=1"], [*words, "runner.resume_dir=auto"]] if name.endswith("resumed") else [words]
 
 
+def write_config(folder: Path, name: str = "tiny", **overrides: object) -> Path:
+    """Two steps, in one process unless the overrides say otherwise, of a task in which random bytes are right now and then."""
+    one_process = dict(
+        cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
+        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1,
+    )  # fmt: skip
+    config = write_run(
+        folder, name, **one_process | overrides, runner__max_steps=2, runner__val_check_interval=0, reward__answer_format="boxed_or_final_number",
+        algorithm__sampling_params={"max_new_tokens": 24, "stop": list("aeimqrtz")}, actor__optim={"lr": 3e-3, "clip_grad": 0.0, "adam_eps": 1.0},
+        runner__save_interval=-1,
+    )  # fmt: skip
+    answers = [f"\\boxed{{{d}}}" for d in range(5)]
+    records = [{"prompt": f"{i}+{i}=", "task": "math", "query_id": str(i), "solutions": answers} for i in range(40)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return config
+
+
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """The metrics of every case that a selected test needs, by step; the last step also has the checksum of the weights and the checkpoint's name."""
@@ -103,15 +120,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         while name := (CASES | SAME)[name][1]:
             wanted.add(name)
     folder = tmp_path_factory.mktemp("objectives")
-    config = write_run(
-        folder, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
-        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, runner__max_steps=2, runner__val_check_interval=0,
-        runner__save_interval=-1, reward__answer_format="boxed_or_final_number",
-        algorithm__sampling_params={"max_new_tokens": 24, "stop": list("aeimqrtz")}, actor__optim={"lr": 3e-3, "clip_grad": 0.0, "adam_eps": 1.0},
-    )  # fmt: skip
-    answers = [f"\\boxed{{{d}}}" for d in range(5)]  # random bytes are right now and then
-    records = [{"prompt": f"{i}+{i}=", "task": "math", "query_id": str(i), "solutions": answers} for i in range(40)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    config = write_config(folder)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(config), json.dumps([words for name in sorted(wanted) for words in launches(name)])],
         capture_output=True, text=True, timeout=580, cwd=folder, env=dict(os.environ, PYTHONPATH=str(ROOT)),
@@ -173,3 +182,30 @@ def test_dynamic_sampling_ends_with_the_data_and_saves(seen: dict[str, list[dict
 def test_bounds_are_met_and_counted(seen: dict[str, list[dict[str, Any]]], name: str) -> None:
     metric = {"dual clip": "train/dual_clip_fraction", "clip": "train/clip_fraction", "clip-higher": "train/clip_fraction"}.get(name, "train/importance_weight_clipped")
     assert all(0 < step[metric] < 1 for step in seen[name])
+
+
+EVERYTHING = [
+    "adv_type=reinforce++", "kl_beta=0.1", "kl_in=reward", "gamma=0.95", "entropy_bonus=0.01", "importance_sampling_fix=true", "importance_sampling_clip=1.001",
+    "importance_sampling_normalize=true", "overlong_filtering=true", "dynamic_sampling=true", "loss_agg_func=seq-mean-token-mean",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 1)], ids=["dp2 pp2", "dp2 tp2"])
+def test_token_level_terms_do_not_depend_on_the_layout(tmp_path: Path, tp: int, pp: int) -> None:
+    """Four ranks under Ray against one process: the same groups, and the same numbers up to rounding."""
+    ranks = dict(
+        cluster__backend="ray", cluster__num_gpus_per_node=4, cluster__component_placement={"actor": "0-3", "rollout,reward": "0"},
+        actor__model__tensor_model_parallel_size=tp, actor__model__pipeline_model_parallel_size=pp,
+    )  # fmt: skip
+    found = []
+    for name, overrides in (("one", {}), ("four", ranks)):
+        config = write_config(tmp_path, name, rollout__precision="bf16", **overrides)
+        done = run(config, *(f"algorithm.{w}" for w in EVERYTHING))
+        assert done.returncode == 0, done.stderr[-4000:]
+        steps = outcome(tmp_path / "logs" / name)
+        found.append([{k: v for k, v in s.items() if k.startswith(("train/", "rollout/")) and "tokens" not in k} for s in steps])
+    one, four = found
+    for a, b in zip(one, four, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    assert 0 < one[1]["train/importance_weight_clipped"] < 1 and one[1]["train/kl_loss"] > 0
