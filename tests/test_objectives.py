@@ -115,7 +115,7 @@ def write_config(folder: Path, name: str = "tiny", **overrides: object) -> Path:
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """The metrics of every case that a selected test needs, by step; the last step also has the checksum of the weights and the checkpoint's name."""
-    wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
+    wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path and "seen" in item.fixturenames}
     for name in list(wanted):
         while name := (CASES | SAME)[name][1]:
             wanted.add(name)
