@@ -76,12 +76,13 @@ class Life:
     def die(self, kill: Kill, step_seconds: float, start_seconds: float) -> None:
         """Bring the run to the instant, kill, and wait until nothing of it is left. Raises RunFailed when that does not come about."""
         try:
+            self.wait_for(lambda: self.run_id is not None, "did not start")  # now its metrics end where it goes on
             if kill.kind == "start":
-                self.wait_for(lambda: self.run_id is not None, "did not start")
                 time.sleep(kill.spread * start_seconds)
                 self.where = "start" if self.last_step() < kill.step else "first steps"
             elif kill.kind == "random":
-                self.wait_for(lambda: self.last_step() >= kill.step, f"did not reach step {kill.step}")
+                step = max(kill.step, self.resumed_at() + 1)
+                self.wait_for(lambda: self.last_step() >= step, f"did not reach step {step}")
                 time.sleep(kill.spread * step_seconds)
                 self.where = f"after step {self.last_step()}"
             else:

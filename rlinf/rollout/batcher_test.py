@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,14 @@ def test_prefix_store_keeps_the_recent_within_its_budget() -> None:
     assert store.longest(contexts[2])[0] == 39  # the last token is always computed: its logits are needed
     store.add(CachedPrompt(np.zeros(500, np.int32), torch.empty(0), torch.empty(0)))
     assert store.whole(np.zeros(500, np.int32)) is not None and store.whole(contexts[2]) is None
+
+
+def test_generation_draws_from_no_global_generator_so_nothing_of_it_needs_to_be_saved(model: EmbeddedModel) -> None:
+    def states() -> list[bytes]:
+        return [torch.get_rng_state().numpy().tobytes(), repr(np.random.get_state()).encode(), repr(random.getstate()).encode()]
+
+    before = states()
+    first = run(model, 4)
+    assert states() == before
+    torch.rand(3), np.random.random(), random.random()
+    assert states() != before and run(model, 4) == first
