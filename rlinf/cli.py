@@ -317,13 +317,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_model(config: Config, dry_run: bool) -> list[str]:
     """Read the model's shape and look for the files; what is missing is an error, or on a dry run a warning."""
-    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model
+    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_critic_model, validate_model
     from rlinf.weights.architecture import read_architecture
 
-    hf, warnings = planned_model_config(config.rollout.model_dir) if dry_run else (load_model_config(config.rollout.model_dir), [])
+    def read(model_dir: str, key: str) -> tuple[dict[str, Any] | None, list[str]]:
+        return planned_model_config(model_dir, key) if dry_run else (load_model_config(model_dir, key), [])
+
+    hf, warnings = read(config.rollout.model_dir, "rollout.model_dir")
     if hf:
         read_architecture(hf)
         validate_model(config, hf)
+    if hf and config.has_critic:
+        critic_hf, more = read(config.critic.model_dir, "critic.model_dir") if config.critic.model_dir else (hf, [])
+        warnings += more
+        if critic_hf:
+            read_architecture(critic_hf)
+            validate_critic_model(config, critic_hf, hf)
     absent = missing_paths(config)
     if absent and not dry_run:
         raise UserError("\n  ".join(["files that the run needs are missing:", *absent]))

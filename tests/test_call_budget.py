@@ -23,8 +23,17 @@ class Counted(launch.ReasoningRunner):
 launch.ReasoningRunner = Counted
 assert launch.train(load(sys.argv[1])) == 0
 runner = Counted.last
-print(json.dumps({g.component: dict(g.calls) for g in (runner.actor, runner.rollout, runner.reward)}))
+print(json.dumps({g.component: dict(g.calls) for g in (runner.actor, runner.rollout, runner.reward, runner.critic) if g}))
 """
+
+
+def calls_of(config: Path, folder: Path) -> dict[str, dict[str, int]]:
+    """Remote calls of a whole run, by component and method."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(config)], capture_output=True, text=True, timeout=120, cwd=folder, env=dict(os.environ, PYTHONPATH=str(ROOT))
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_calls_of_a_run_stay_within_the_budget(tmp_path: Path) -> None:
@@ -33,11 +42,7 @@ def test_calls_of_a_run_stay_within_the_budget(tmp_path: Path) -> None:
         actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, rollout__verify_weights_every=0,
         runner__save_interval=0, runner__val_check_interval=0,
     )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(config)], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT))
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    calls = json.loads(done.stdout.splitlines()[-1])
+    calls = calls_of(config, tmp_path)
     groups = 4 * STEPS
     assert calls["rollout"].pop("generate") == calls["reward"].pop("judge") == groups  # two calls a group
     start = {"actor": 3, "rollout": 2}  # the first weights and their probe: publish, score, release; load_weights, score

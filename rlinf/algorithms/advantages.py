@@ -37,7 +37,7 @@ def centred(rewards_G: np.ndarray) -> np.ndarray:
 
 
 def uncompared(rewards_G: np.ndarray) -> np.ndarray:
-    """R itself (REINFORCE++, arXiv 2501.03262): the baseline is the mean over the batch, taken by the whitening."""
+    """R itself: the baseline is the mean over the batch, taken by the whitening (REINFORCE++, arXiv 2501.03262), or a critic's value (GAE)."""
     return rewards_G
 
 
@@ -47,8 +47,9 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "dr_grpo": centred,
     "reinforce++-baseline": centred,
     "reinforce++": uncompared,
+    "gae": uncompared,
 }
-COMPARING = frozenset(ADVANTAGES) - {"reinforce++"}  # estimators that need at least two responses of a prompt
+COMPARING = frozenset(ADVANTAGES) - {"reinforce++", "gae"}  # estimators that need at least two responses of a prompt
 
 
 def outcome_advantages(

@@ -1,9 +1,16 @@
-"""Advantages that differ from token to token: KL in the reward, discounting, whitening over tokens. They are finished where the tokens are.
+"""Advantages that differ from token to token: KL in the reward, discounting, a critic's values, whitening over tokens. They are finished
+where the tokens are.
 
 What the driver knows is the outcome advantage of a response (advantages.py). It is the reward of the response's last token; every token
 pays its KL to the reference policy; the advantage of a token is the discounted sum of what follows (REINFORCE++, arXiv 2501.03262):
 
     r_t = 1[t = T] A - beta KL_t        A_t = sum over s >= t of gamma^(s - t) r_s
+
+With a critic's values V the driver's number is the reward itself, and the advantage is the generalized estimate (GAE, arXiv 1506.02438):
+
+    delta_t = r_t + gamma V_{t+1} - V_t, V after the last token = 0        A_t = sum over s >= t of (gamma lambda)^(s - t) delta_s
+
+A token that the policy did not sample is no step: what it leads to belongs to the sampled token before it.
 
 Legend: N response tokens of a micro-batch, C those that count (loss mask 1), S samples. A sample's tokens stand together, in order.
 """
@@ -25,20 +32,28 @@ EQUAL = 1e-12  # a standard deviation below this share of the mean is rounding: 
 
 @dataclass(frozen=True)
 class TokenAdvantages:
-    """What is done to the outcome advantages; kl_beta 0 = no KL in the reward, normalize_by None = weights are not normalised."""
+    """What is done to the outcome advantages; kl_beta 0 = no KL in the reward, normalize_by None = weights are not normalised.
+
+    gae_lambda matters only with values.
+    """
 
     gamma: float
     kl_beta: float
     kl_penalty_type: str
     whiten: bool
     normalize_by: Correction | None
+    gae_lambda: float = 1.0
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return self.kl_beta > 0 or self.normalize_by is not None
 
 
 @dataclass(frozen=True)
 class SampledTokens:
     """A micro-batch as it was sampled, [N] each: outcome advantages, log-probabilities of pi_old, engine and reference, loss mask, sample.
 
-    logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
+    values_N: a critic's value of the state before each token; None = there is no critic. logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
     """
 
     outcome_N: Tensor
@@ -48,6 +63,7 @@ class SampledTokens:
     loss_mask_N: Tensor
     sample_N: Tensor
     n_samples: int
+    values_N: Tensor | None = None
 
 
 def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantages, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -56,7 +72,7 @@ def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantages, all
     all_sum adds a float64 vector over all data-parallel ranks; every rank must call this alike. Raises ValueError when the KL term or
     the weights need log-probabilities that are not there.
     """
-    parts = [returns_C(b, how) for b in batches]
+    parts = [estimate_C(b, how) for b in batches]
     if how.whiten:
         parts = whitened(parts, all_sum)
     if how.normalize_by is not None:
@@ -66,8 +82,19 @@ def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantages, all
     return [torch.zeros_like(b.outcome_N).masked_scatter(b.loss_mask_N.bool(), p.to(b.outcome_N.dtype)) for b, p in zip(batches, parts)]
 
 
-def returns_C(batch: SampledTokens, how: TokenAdvantages) -> Tensor:
-    """Discounted return of each token that counts, float64."""
+def value_targets(batches: Sequence[SampledTokens], how: TokenAdvantages) -> list[Tensor]:
+    """TD(lambda) returns [N], what a critic's values are trained towards: the advantage before whitening, plus the value."""
+    out = []
+    for b in batches:
+        assert b.values_N is not None
+        keep_N = b.loss_mask_N.bool()
+        targets_C = estimate_C(b, how) + b.values_N[keep_N].double()
+        out.append(torch.zeros_like(b.values_N).masked_scatter(keep_N, targets_C.to(b.values_N.dtype)))
+    return out
+
+
+def estimate_C(batch: SampledTokens, how: TokenAdvantages) -> Tensor:
+    """Advantage of each token that counts, before whitening, float64: its discounted return, or with a critic the generalized estimate."""
     keep_N = batch.loss_mask_N.bool()
     sample_C, outcome_C = batch.sample_N[keep_N], batch.outcome_N[keep_N].double()
     last_C = torch.ones_like(sample_C, dtype=torch.bool)
@@ -78,7 +105,11 @@ def returns_C(batch: SampledTokens, how: TokenAdvantages) -> Tensor:
             raise ValueError("KL in the reward needs the log-probabilities of the policy and of the reference policy")
         kl_C = kl_estimate_N(how.kl_penalty_type, batch.logprobs_N[keep_N].double(), batch.ref_logprobs_N[keep_N].double())
         reward_C = reward_C - how.kl_beta * kl_C
-    return discounted_sums_N(reward_C, how.gamma, sample_C)
+    if batch.values_N is None:
+        return discounted_sums_N(reward_C, how.gamma, sample_C)
+    values_C = batch.values_N[keep_N].double()
+    following_C = torch.where(last_C, 0.0, values_C.roll(-1))
+    return discounted_sums_N(reward_C + how.gamma * following_C - values_C, how.gamma * how.gae_lambda, sample_C)
 
 
 def discounted_sums_N(values_N: Tensor, discount: float, sample_N: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlinf.algorithms.advantages import whiten
 from rlinf.algorithms.importance import CORRECTIONS, Correction
-from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, discounted_sums_N, token_advantages
+from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, discounted_sums_N, token_advantages, value_targets
 
 PLAIN = TokenAdvantages(gamma=1.0, kl_beta=0.0, kl_penalty_type="k2", whiten=False, normalize_by=None)
 EVERYTHING = TokenAdvantages(gamma=0.9, kl_beta=0.2, kl_penalty_type="k3", whiten=True, normalize_by=Correction("token-truncate", 0.0, 1.2))
@@ -153,3 +153,67 @@ def test_they_do_not_depend_on_the_split(lengths: list[int], data: st.DataObject
     found = on_ranks([[micro[0][0], micro[1][0]], [micro[2][0], micro[3][0]]], how)
     for (_, where_N), advantages in zip(micro, [a for rank in found for a in rank]):
         assert torch.allclose(advantages, whole[where_N], rtol=1e-11, atol=1e-13)
+
+
+# ---- with a critic ------------------------------------------------------------------------------------------------------------------
+
+
+def one_response(values: list[float], reward: float, mask: list[int] | None = None) -> SampledTokens:
+    n = len(values)
+    tensor = lambda numbers: torch.tensor(numbers, dtype=torch.float64)
+    nothing = tensor([torch.nan] * n)
+    return SampledTokens(tensor([reward] * n), None, nothing, None, tensor(mask or [1] * n), torch.zeros(n, dtype=torch.int64), 1, tensor(values))
+
+
+@pytest.mark.parametrize(
+    ("reward", "lam", "expected"),
+    [
+        (1.0, 0.95, [0.74625, 0.5750, 0.5000]),
+        (1.0, 1.0, [0.8, 0.6, 0.5]),
+        (-1.0, 0.95, [-1.05875, -1.3250, -1.5000]),
+        (-1.0, 1.0, [-1.2, -1.4, -1.5]),
+        (0.0, 0.95, [-0.15625, -0.3750, -0.5000]),
+        (0.0, 1.0, [-0.2, -0.4, -0.5]),
+    ],
+)
+def test_generalized_estimate_of_a_finished_response(reward: float, lam: float, expected: list[float]) -> None:
+    batch, how = one_response([0.2, 0.4, 0.5], reward), replace(PLAIN, gae_lambda=lam)
+    assert alone(batch, how).tolist() == pytest.approx(expected)
+    (targets,) = value_targets([batch], how)
+    assert targets.tolist() == pytest.approx([a + v for a, v in zip(expected, [0.2, 0.4, 0.5])])
+
+
+def test_generalized_estimate_with_a_discount_and_kl_in_the_reward() -> None:
+    """gamma 0.9, lambda 0.5, reward 1: delta = [0.16, 0.05, 0.5]; A_2 = 0.5, A_1 = 0.05 + 0.45 * 0.5, A_0 = 0.16 + 0.45 * A_1."""
+    batch, how = one_response([0.2, 0.4, 0.5], 1.0), replace(PLAIN, gamma=0.9, gae_lambda=0.5)
+    assert alone(batch, how).tolist() == pytest.approx([0.28375, 0.275, 0.5])
+    kl = torch.tensor([0.2, -0.4, 0.6], dtype=torch.float64)
+    batch = replace(batch, logprobs_N=kl - 1, ref_logprobs_N=torch.full((3,), -1.0, dtype=torch.float64))
+    paid = alone(batch, replace(how, kl_beta=0.5, kl_penalty_type="k1"))  # delta = [0.06, 0.25, 0.2]
+    assert paid.tolist() == pytest.approx([0.06 + 0.45 * (0.25 + 0.45 * 0.2), 0.25 + 0.45 * 0.2, 0.2])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.floats(0, 1), st.floats(0, 1), st.integers(0, 1000))
+def test_generalized_estimate_is_the_sum_it_is_defined_as(lengths: list[int], gamma: float, lam: float, seed: int) -> None:
+    """Sample by sample over the tokens that count, from the definition."""
+    batch = make(lengths, seed, masked=0.3)
+    batch = replace(batch, values_N=torch.from_numpy(np.random.default_rng(seed).normal(size=sum(lengths))))
+    got, how = alone(batch, replace(PLAIN, gamma=gamma, gae_lambda=lam)), gamma * lam
+    for s in range(len(lengths)):
+        mine = (batch.sample_N == s) & (batch.loss_mask_N == 1)
+        n, values = int(mine.sum()), batch.values_N[mine]
+        rewards = torch.zeros(n, dtype=torch.float64)
+        if n:
+            rewards[-1] = batch.outcome_N[mine][-1]
+        deltas = rewards + gamma * torch.cat([values[1:], torch.zeros(min(n, 1))]) - values
+        expected = [sum(how ** (k - t) * float(deltas[k]) for k in range(t, n)) for t in range(n)]
+        assert got[mine].tolist() == pytest.approx(expected, abs=1e-9)
+    assert not got[batch.loss_mask_N == 0].any()
+
+
+def test_without_discount_the_value_target_is_the_reward_and_zero_values_are_reinforce() -> None:
+    batch = one_response([0.2, 0.4, 0.5, 9.0], 3.0, mask=[1, 1, 1, 0])
+    assert value_targets([batch], PLAIN)[0].tolist() == pytest.approx([3.0, 3.0, 3.0, 0.0])
+    zero = replace(batch, values_N=torch.zeros(4, dtype=torch.float64))
+    assert alone(zero, replace(PLAIN, gamma=0.9)).tolist() == alone(replace(zero, values_N=None), replace(PLAIN, gamma=0.9)).tolist()

@@ -1,78 +1,17 @@
-"""What a critic is for: advantages and value targets for each token (GAE), and the loss that trains the values.
+"""The loss that trains a critic's values towards their targets (token_advantages.value_targets).
 
-Legend: T tokens of one sample, N response tokens of a micro-batch, flat; S its samples; C the tokens of N that count (loss mask 1).
+Legend: N response tokens of a micro-batch, flat; S its samples; C the tokens of N that count (loss mask 1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.algorithms.advantages import WHITEN_EPS
 from rlinf.algorithms.aggregation import Denominators, token_weights_N
 from rlinf.algorithms.objective import MetricSums, largest, total
-
-AllSum = Callable[[np.ndarray], np.ndarray]  # over the ranks that hold the rest of the batch
-
-
-def gae(rewards_T: np.ndarray, values_T: np.ndarray, gamma: float, lam: float) -> np.ndarray:
-    """Generalized advantage estimation (arXiv 1506.02438) of one finished response, float64 [T].
-
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = sum over k >= t of (gamma lambda)^(k-t) delta_k; V after the last token is 0. values_T[t] is
-    the value of the state before token t. A + V are the value targets: TD(lambda) returns.
-    """
-    values = values_T.astype(np.float64)
-    deltas = rewards_T + gamma * np.append(values[1:], 0.0) - values
-    backwards = accumulate(deltas[::-1].tolist(), lambda advantage, delta: delta + gamma * lam * advantage)
-    return np.fromiter(backwards, np.float64, len(deltas))[::-1]
-
-
-def token_advantages(reward: float, values_T: np.ndarray, loss_mask_T: np.ndarray, gamma: float, lam: float) -> np.ndarray:
-    """GAE of one sample [T] that earned `reward` with its last token; 0 where the mask is 0.
-
-    Tokens that the policy did not sample are no steps of its own: what they lead to belongs to the sampled token before them.
-    """
-    counts_T = loss_mask_T.astype(bool)
-    advantages_T = np.zeros(len(values_T))
-    if counts_T.any():
-        rewards_C = np.zeros(counts_T.sum())
-        rewards_C[-1] = reward
-        advantages_T[counts_T] = gae(rewards_C, values_T[counts_T], gamma, lam)
-    return advantages_T
-
-
-def batch_advantages(
-    rewards_N: np.ndarray, values_N: np.ndarray, loss_mask_N: np.ndarray, lengths: Sequence[int], gamma: float, lam: float
-) -> np.ndarray:
-    """token_advantages of samples that lie one behind the other; rewards_N holds a sample's reward at each of its tokens."""
-    borders = np.cumsum(lengths)[:-1]
-    samples = zip(*(np.split(t, borders) for t in (rewards_N, values_N, loss_mask_N)))
-    found = [token_advantages(float(r[0]), v, m, gamma, lam) if len(r) else np.zeros(0) for r, v, m in samples]
-    return np.concatenate([*found, np.zeros(0)])
-
-
-def moments(parts_C: Sequence[np.ndarray], all_sum: AllSum) -> tuple[float, float, float]:
-    """(how many, mean, population variance) of all tokens that count, over all ranks; in two passes."""
-    mine_C = np.concatenate([*parts_C, np.zeros(0)]).astype(np.float64)
-    count, summed = all_sum(np.array([len(mine_C), mine_C.sum()]))
-    mean = summed / max(count, 1.0)
-    (squares,) = all_sum(np.array([np.square(mine_C - mean).sum()]))
-    return float(count), float(mean), float(squares / max(count, 1.0))
-
-
-def whiten_tokens(advantages: Sequence[np.ndarray], masks: Sequence[np.ndarray], all_sum: AllSum) -> list[np.ndarray]:
-    """(A - mean) / (std + 1e-5) over the tokens that count of the whole global batch, population variance; 0 where the mask is 0.
-
-    Collective: every rank that holds a part of the batch, each sample on one of them.
-    """
-    counts = [m.astype(bool) for m in masks]
-    _, mean, variance = moments([a[c] for a, c in zip(advantages, counts)], all_sum)
-    return [np.where(c, (a - mean) / (np.sqrt(variance) + WHITEN_EPS), 0.0) for a, c in zip(advantages, counts)]
 
 
 @dataclass(frozen=True)

@@ -111,9 +111,11 @@ KEYS: dict[str, str] = {
     # reward, critic, inference
     "reward.use_reward_model": "rewards come from the verifier of reward.reward_type; remove it",
     "reward.tokenizer*": "the tokenizer is read from rollout.model_dir; remove it",
-    "critic.use_critic_model": "there is no critic in this configuration; remove it",
+    "critic.use_critic_model": "algorithm.adv_type: gae has a critic, no other has; remove it",
+    "algorithm.value_clip": "use critic.value_clip",
     "inference*": "the actor recomputes log-probabilities itself; remove the section and the component",
 }
+KEYS |= {name.replace("actor.", "critic.", 1): text.replace("actor.", "critic.") for name, text in KEYS.items() if name.startswith("actor.")}
 
 VALUES: dict[tuple[str, str], str] = {
     ("algorithm.loss_type", "actor"): "the reference's `actor` is `ppo` here",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.load import EXAMPLES, show
-from rlinf.config.schema import Config
+from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.errors import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -15,65 +15,51 @@ SHAPES = EXAMPLES / "models"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load_model_config(model_dir: str) -> dict[str, Any]:
-    """config.json of a Hugging Face folder. Raises UserError when the folder cannot be trained from."""
+def load_model_config(model_dir: str, key: str = "rollout.model_dir") -> dict[str, Any]:
+    """config.json of a Hugging Face folder that `key` names. Raises UserError when the folder cannot be trained from."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise UserError(
-            f"rollout.model_dir: {model_dir} does not exist; give a local Hugging Face folder (config.json, *.safetensors, tokenizer)"
+            f"{key}: {model_dir} does not exist; give a local Hugging Face folder (config.json, *.safetensors, tokenizer)"
         )
     config = folder / "config.json"
     if not config.is_file():
-        raise UserError(f"rollout.model_dir: {model_dir} has no config.json; it is not a Hugging Face model folder")
+        raise UserError(f"{key}: {model_dir} has no config.json; it is not a Hugging Face model folder")
     hf = _read_json(config)
     if hf.get("model_type") not in FAMILIES:
         raise UserError(f"{config}: unknown architecture: model_type {hf.get('model_type')!r}; supported are {', '.join(FAMILIES)} (dense)")
     if not any(folder.glob("*.safetensors")):
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
         found = f"; it has {others[0]}: convert it, e.g. AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)" if others else ""
-        raise UserError(f"rollout.model_dir: {model_dir} has no *.safetensors weights{found}")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{key}: {model_dir} has no *.safetensors weights{found}")
+    if key == "rollout.model_dir" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"rollout.model_dir: {model_dir} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's tokenizer files into it"
+            f"{key}: {model_dir} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's tokenizer files into it"
         )
     return hf
 
 
-def planned_model_config(model_dir: str) -> tuple[dict[str, Any] | None, list[str]]:
+def planned_model_config(model_dir: str, key: str = "rollout.model_dir") -> tuple[dict[str, Any] | None, list[str]]:
     """For planning on a machine without the model: (config.json of the folder or of the known model of that name, warnings)."""
     if Path(model_dir).is_dir():
-        return load_model_config(model_dir), []
+        return load_model_config(model_dir, key), []
     known = SHAPES / (Path(model_dir).name + ".json")
     if known.is_file():
-        return _read_json(known), [f"rollout.model_dir: {model_dir} is not on this machine; shapes are taken from {show(known)}"]
+        return _read_json(known), [f"{key}: {model_dir} is not on this machine; shapes are taken from {show(known)}"]
     return None, [
-        f"rollout.model_dir: {model_dir} is not on this machine and its shapes are not known; parallel sizes are not checked against it"
+        f"{key}: {model_dir} is not on this machine and its shapes are not known; parallel sizes are not checked against it"
     ]
 
 
 def validate_model(config: Config, hf: dict[str, Any]) -> None:
-    """Does the shape fit the parallel sizes. Raises one UserError that lists every violation.
+    """Does the shape of actor and engine fit the parallel sizes. Raises one UserError that lists every violation.
 
-    A tensor-parallel rank holds whole key/value heads with their query heads, and a pipeline stage holds equally many layers. The
-    vocabulary needs no rule: it is padded. An engine may replicate key/value heads over its ranks.
+    The vocabulary needs no rule: it is padded. An engine may replicate key/value heads over its ranks.
     """
-    tp, pp, rollout_tp = (
-        config.actor.model.tensor_model_parallel_size,
-        config.actor.model.pipeline_model_parallel_size,
-        config.rollout.tensor_parallel_size,
-    )
-    heads, layers, ffn = hf["num_attention_heads"], hf["num_hidden_layers"], hf["intermediate_size"]
+    rollout_tp = config.rollout.tensor_parallel_size
+    heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
-    found = []
-    for what, count in (("attention heads", heads), ("key/value heads", kv_heads), ("MLP units", ffn)):
-        if count % tp:
-            fitting = _divisors(heads, kv_heads, ffn)
-            found.append(f"actor.model.tensor_model_parallel_size = {tp} does not divide the model's {count} {what}; use one of {fitting}")
-            break
-    if layers % pp:
-        found.append(
-            f"actor.model.pipeline_model_parallel_size = {pp} does not divide the model's {layers} layers; use one of {_divisors(layers)}"
-        )
+    found = _misfits("actor", config.actor.model, hf)
     if heads % rollout_tp or (kv_heads % rollout_tp and rollout_tp % kv_heads):
         found.append(
             f"rollout.tensor_parallel_size = {rollout_tp} does not fit the model's {heads} attention heads and {kv_heads} key/value heads; "
@@ -84,6 +70,36 @@ def validate_model(config: Config, hf: dict[str, Any]) -> None:
         found.append(f"runner.seq_length = {config.runner.seq_length} exceeds the model's max_position_embeddings {positions}; lower it")
     if found:
         raise UserError(f"the model {config.rollout.model_dir} does not fit this configuration:\n" + "\n".join("  " + f for f in found))
+
+
+def validate_critic_model(config: Config, hf: dict[str, Any], actor_hf: dict[str, Any]) -> None:
+    """As validate_model, for the critic's model; it must read the actor's tokens."""
+    found = _misfits("critic", config.critic.model, hf)
+    if hf["vocab_size"] != actor_hf["vocab_size"]:
+        found.append(f"its vocab_size is {hf['vocab_size']}, the actor's {actor_hf['vocab_size']}; take a critic of the actor's family")
+    positions = hf.get("max_position_embeddings")
+    if positions and config.runner.seq_length > positions:
+        found.append(f"runner.seq_length = {config.runner.seq_length} exceeds the model's max_position_embeddings {positions}; lower it")
+    if found:
+        raise UserError(f"the critic's model {config.critic_model_dir} does not fit this configuration:\n" + "\n".join("  " + f for f in found))
+
+
+def _misfits(role: str, model: ActorModelConfig, hf: dict[str, Any]) -> list[str]:
+    """A tensor-parallel rank holds whole key/value heads with their query heads, and a pipeline stage holds equally many layers."""
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    heads, layers, ffn = hf["num_attention_heads"], hf["num_hidden_layers"], hf["intermediate_size"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    found = []
+    for what, count in (("attention heads", heads), ("key/value heads", kv_heads), ("MLP units", ffn)):
+        if count % tp:
+            fitting = _divisors(heads, kv_heads, ffn)
+            found.append(f"{role}.model.tensor_model_parallel_size = {tp} does not divide the model's {count} {what}; use one of {fitting}")
+            break
+    if layers % pp:
+        found.append(
+            f"{role}.model.pipeline_model_parallel_size = {pp} does not divide the model's {layers} layers; use one of {_divisors(layers)}"
+        )
+    return found
 
 
 def missing_paths(config: Config) -> list[str]:

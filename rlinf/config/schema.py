@@ -104,8 +104,9 @@ class SamplingConfig:
 class AlgorithmConfig:
     group_size: int = key(8, "responses per prompt")
     n_minibatches: int = key(1, "optimizer steps per global batch; divides rollout_batch_size * group_size")
-    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++", "reinforce++-baseline"))
+    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++", "reinforce++-baseline", "gae"))
     gamma: float = key(1.0, "discount of a reward for each token between it and the token that is credited; 1 = none")
+    gae_lambda: float = key(1.0, "λ of adv_type gae: 1 = the return minus the value; less trusts the critic more")
     normalize_advantages: bool = key(True, "whiten advantages once over all response tokens of the global batch")
     loss_type: str = key("ppo", "policy loss", ("ppo", "decoupled-ppo", "gspo", "gspo-token", "cispo"))
     loss_agg_func: str = key(
@@ -149,7 +150,7 @@ class AlgorithmConfig:
     @property
     def token_level(self) -> bool:
         """Whether advantages differ from token to token: the driver then knows only the outcome, and the actor finishes (and whitens) them."""
-        return self.kl_in == "reward" or self.gamma != 1
+        return self.kl_in == "reward" or self.gamma != 1 or self.adv_type == "gae"
 
 
 @dataclass
@@ -212,6 +213,18 @@ class ActorConfig:
     offload_weight: bool = key(False, "move weights to host memory while the engine generates on the same GPU")
     offload_grad: bool = key(False, "free gradients while the engine generates on the same GPU")
     offload_optimizer: bool = key(False, "move optimizer state to host memory while the engine generates on the same GPU")
+
+
+@dataclass
+class CriticConfig(ActorConfig):
+    """Used with algorithm.adv_type: gae alone."""
+
+    model_dir: str | None = key(
+        None, "Hugging Face folder that the critic starts from, of a model with the actor's vocabulary; null = rollout.model_dir"
+    )
+    seed: int = key(1234, "seed of the value head's first weights (`score.weight`), where the folder has none")
+    value_clip: float | None = key(0.5, "how far a value may move in one step before its loss stops falling, in units of reward; null = any way")
+    warmup_steps: int = key(0, "first steps of the run in which the critic alone is trained")
 
 
 @dataclass
@@ -318,6 +331,19 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+
+    @property
+    def has_critic(self) -> bool:
+        return self.algorithm.adv_type == "gae"
+
+    @property
+    def critic_model_dir(self) -> str:
+        return self.critic.model_dir or self.rollout.model_dir
+
+    def trains_actor(self, step: int) -> bool:
+        """Whether the policy learns in this step: not while a critic warms up."""
+        return not self.has_critic or step > self.critic.warmup_steps

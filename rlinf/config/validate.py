@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
 from rlinf.config.schema import BENCHMARKS, Config
 from rlinf.config.values import dump
@@ -50,6 +51,8 @@ AT_LEAST: dict[str, float] = {
     "actor.optim.weight_decay": 0,
     "actor.optim.clip_grad": 0,
     "actor.optim.loss_scale_window": 1,
+    "critic.seed": 0,
+    "critic.warmup_steps": 0,
     "reward.num_processes": 1,
     "reward.format_reward": 0,
     "reward.overlong_buffer": 0,
@@ -69,12 +72,14 @@ MORE_THAN: dict[str, float] = {
     "algorithm.importance_sampling_clip": 0,
     "algorithm.behav_imp_weight_cap": 0,
     "algorithm.gamma": 0,
+    "algorithm.gae_lambda": 0,
     "algorithm.sampling_params.temperature": 0,
     "algorithm.sampling_params.top_p": 0,
     "rollout.gpu_memory_utilization": 0,
     "actor.optim.adam_eps": 0,
     "actor.optim.loss_scale": 0,
     "actor.optim.initial_loss_scale": 0,
+    "critic.value_clip": 0,
     "reward.reward_scale": 0,
     "reward.timeout": 0,
     **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},
@@ -94,10 +99,14 @@ SET_BY_US: dict[str, str] = {  # options of the SGLang server
 LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim.adam_beta1": 1, "actor.optim.adam_beta2": 1}
 
 
+for _table in (AT_LEAST, MORE_THAN, LESS_THAN):  # the critic's model and optimizer have the actor's bounds
+    _table |= {f"critic.{name.removeprefix('actor.')}": bound for name, bound in _table.items() if name.startswith("actor.")}
+
+
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
     objective = (_algorithm, _kl, _importance, _selection, _sampling)
-    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, _actor, _reward))
+    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, _actor, _critic, _reward))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
@@ -182,7 +191,7 @@ def _algorithm(c: Config) -> Iterator[Violation]:
     a = c.algorithm
     trained = min(a.group_size, a.num_update_sample_per_prompt or a.group_size)
     batch = c.data.rollout_batch_size * trained
-    if a.group_size == 1 and a.adv_type != "reinforce++":
+    if a.group_size == 1 and a.adv_type not in ("reinforce++", "gae"):
         yield (
             "algorithm.group_size",
             f"adv_type {a.adv_type} compares the responses of one prompt, so every advantage would be 0; use at least 2",
@@ -268,26 +277,49 @@ def _rollout(c: Config) -> Iterator[Violation]:
 
 
 def _actor(c: Config) -> Iterator[Violation]:
-    model, optim = c.actor.model, c.actor.optim
+    yield from _megatron(c, "actor")
+
+
+def _megatron(c: Config, role: str) -> Iterator[Violation]:
+    model, optim = getattr(c, role).model, getattr(c, role).optim
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
-        yield "actor.model.sequence_parallel", "needs actor.model.tensor_model_parallel_size > 1; set it to false"
+        yield f"{role}.model.sequence_parallel", f"needs {role}.model.tensor_model_parallel_size > 1; set it to false"
     if model.recompute_granularity == "full":
         if model.recompute_method is None:
-            yield "actor.model.recompute_method", "recompute_granularity full needs a method: block or uniform"
+            yield f"{role}.model.recompute_method", "recompute_granularity full needs a method: block or uniform"
         if model.recompute_num_layers is None or model.recompute_num_layers < 1:
-            yield "actor.model.recompute_num_layers", "recompute_granularity full needs the number of layers, at least 1"
+            yield f"{role}.model.recompute_num_layers", "recompute_granularity full needs the number of layers, at least 1"
     else:
-        for key in ("actor.model.recompute_method", "actor.model.recompute_num_layers"):
+        for key in (f"{role}.model.recompute_method", f"{role}.model.recompute_num_layers"):
             if value_of(c, key) is not None:
-                yield key, "has a meaning only with actor.model.recompute_granularity: full; set it to null"
+                yield key, f"has a meaning only with {role}.model.recompute_granularity: full; set it to null"
     if optim.lr_decay_style != "constant":
         if optim.lr_decay_steps <= optim.lr_warmup_steps:
             yield (
-                "actor.optim.lr_decay_steps",
+                f"{role}.optim.lr_decay_steps",
                 f"lr_decay_style {optim.lr_decay_style} needs more steps than lr_warmup_steps ({optim.lr_warmup_steps})",
             )
         if optim.min_lr > optim.lr:
-            yield "actor.optim.min_lr", f"must be at most actor.optim.lr ({optim.lr})"
+            yield f"{role}.optim.min_lr", f"must be at most {role}.optim.lr ({optim.lr})"
+
+
+def _critic(c: Config) -> Iterator[Violation]:
+    a, placed = c.algorithm, "critic" in (n.strip() for names in c.cluster.component_placement for n in names.split(","))
+    if a.adv_type != "gae":
+        if placed:
+            yield "cluster.component_placement", f"places a critic, but adv_type {a.adv_type} has none; remove it, or set algorithm.adv_type: gae"
+        for name in (n for n, key in known_keys().items() if n.startswith("critic.") and value_of(c, n) != key.default):
+            yield name, f"there is no critic with adv_type {a.adv_type}; remove it, or set algorithm.adv_type: gae"
+        if a.gae_lambda != 1:
+            yield "algorithm.gae_lambda", "has a meaning only with algorithm.adv_type: gae; set it to 1"
+        return
+    if not placed:
+        yield "algorithm.adv_type", "gae needs a critic; give it devices in cluster.component_placement, such as `actor,critic,rollout,reward: all`"
+    yield from _megatron(c, "critic")
+    if a.gae_lambda > 1:
+        yield "algorithm.gae_lambda", "must be at most 1"
+    if 0 < c.runner.max_steps <= c.critic.warmup_steps:
+        yield "critic.warmup_steps", f"leaves no step for the actor; it must be less than runner.max_steps ({c.runner.max_steps})"
 
 
 def _reward(c: Config) -> Iterator[Violation]:

@@ -13,6 +13,7 @@ from rlinf.config.model import load_model_config, planned_model_config, validate
 from rlinf.config.validate import AT_LEAST, LESS_THAN, MORE_THAN, validate
 from rlinf.errors import UserError
 
+CRITIC = ["algorithm.adv_type=gae", "cluster.component_placement={'actor,critic,rollout,reward': all}"]
 BASE = ["rollout.model_dir=/m", "data.train_data_paths=[a.jsonl]"]
 MASK = ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=token-mask"]
 
@@ -41,6 +42,9 @@ def test_the_examples_are_valid(name: str) -> None:
         ["actor.optim.lr_decay_style=cosine", "actor.optim.lr_decay_steps=10", "actor.optim.lr_warmup_steps=2"],
         ["actor.model.recompute_granularity=selective"],
         ["runner.resume_dir=auto"],
+        [*CRITIC, "algorithm.group_size=1"],
+        [*CRITIC, "algorithm.gae_lambda=0.95", "critic.warmup_steps=4", "runner.max_steps=5", "critic.value_clip=null"],
+        [*CRITIC, "algorithm.kl_beta=0.01", "algorithm.kl_in=reward"],
         ["runner.resume_dir=logs/a/checkpoints/step_000050/"],
         ["algorithm.importance_sampling_fix=true"],
         ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=k3-mask", "algorithm.importance_sampling_clip=0.01"],
@@ -60,6 +64,15 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
     ("words", "expected"),
     [
         (["algorithm.group_size=1"], "algorithm.group_size = 1 (command line): adv_type grpo"),
+        (["algorithm.adv_type=gae"], "algorithm.adv_type = gae (command line): gae needs a critic; give it devices in cluster.component_placement"),
+        (["cluster.component_placement={'actor,critic,rollout,reward': all}"], "places a critic, but adv_type grpo has none; remove it, or set"),
+        (["critic.optim.lr=1e-4"], "critic.optim.lr = 0.0001 (command line): there is no critic with adv_type grpo"),
+        (["critic.warmup_steps=1"], "critic.warmup_steps = 1 (command line): there is no critic with adv_type grpo"),
+        (["algorithm.gae_lambda=0.95"], "algorithm.gae_lambda = 0.95 (command line): has a meaning only with algorithm.adv_type: gae"),
+        ([*CRITIC, "algorithm.gae_lambda=1.5"], "must be at most 1"),
+        ([*CRITIC, "critic.model.sequence_parallel=true"], "needs critic.model.tensor_model_parallel_size > 1"),
+        ([*CRITIC, "critic.optim.lr_decay_style=linear"], "critic.optim.lr_decay_steps = 0 (default): lr_decay_style linear needs more steps"),
+        ([*CRITIC, "critic.warmup_steps=5", "runner.max_steps=5"], "critic.warmup_steps = 5 (command line): leaves no step for the actor"),
         (["algorithm.group_size=1", "algorithm.adv_type=rloo"], "adv_type rloo"),
         (["algorithm.n_minibatches=3"], "algorithm.n_minibatches = 3 (command line): does not divide the global batch of 4096 samples"),
         (["algorithm.n_minibatches=3"], "the nearest that does is 2"),
@@ -115,7 +128,7 @@ def test_numbers_outside_their_bounds_are_refused(tmp_path: Path, table: dict[st
 
 
 def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
-    ruled = {"runner.max_steps", "runner.max_tokens_per_mbs", "actor.model.recompute_num_layers", "reward.undecided_reward"}
+    ruled = {"runner.max_steps", "runner.max_tokens_per_mbs", "actor.model.recompute_num_layers", "critic.model.recompute_num_layers", "reward.undecided_reward"}
     numbers = {k.name for k in known_keys().values() if k.kind in (int, float)}
     assert numbers - ruled == set(AT_LEAST) | set(MORE_THAN) | set(LESS_THAN)
 

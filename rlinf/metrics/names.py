@@ -220,6 +220,30 @@ SFT = metrics(
     ("skipped", "1 when the gradient was not finite and nothing was stepped", "0", "fp16: now and then is harmless; else look at the data"),
 )
 
+CRITIC = metrics(
+    "critic",
+    ("loss", "value loss, half the squared error (with `critic.value_clip`), mean over the step's mini-batches", "falls", "see `explained_variance`"),
+    ("value_mean", "token mean of the values before the step's update, in units of reward", "follows `return_mean`", "far off: raise `critic.optim.lr`"),
+    ("return_mean", "token mean of what the values are trained towards", "rises with `rollout/rewards`", "—"),
+    ("value_error", "root mean square of target minus value", "falls below the spread of the rewards", "as for `explained_variance`"),
+    ("value_error_max", "largest such error", "below the range of the rewards", "—"),
+    (
+        "explained_variance",
+        "share of the targets' variance that the values explain: 1 = all, 0 = none; not finite when all targets are equal",
+        "rises above 0 within tens of steps",
+        "at or below 0 for long: a longer `critic.warmup_steps`, a higher `critic.optim.lr`, a larger `critic.value_clip`",
+    ),
+    (
+        "clip_fraction",
+        "share of tokens whose loss `critic.value_clip` decided",
+        "0 in the first mini-batch, below 0.2",
+        "high: the values cannot follow; a larger `critic.value_clip`, or null",
+    ),
+    ("grad_norm", "as `train/grad_norm`, of the critic", "steady", "as for `train/grad_norm`"),
+    ("lr", "learning rate of the critic's last optimizer step", "follows the schedule", "—"),
+    ("minibatches_skipped", "mini-batches that did not step the critic: no token counted, or the gradient was not finite", "0", "lower `critic.optim.lr`"),
+)
+
 EVAL = metrics(
     "eval",
     (
@@ -282,6 +306,7 @@ SYSTEM = [
             "below the device's",
             "activation recompute, smaller `max_tokens_per_mbs`",
         ),
+        ("critic_memory_gib", "peak memory of a critic rank, GiB", "below the device's", "as for `actor_memory_gib`"),
     ),
     *metrics(
         "sync",
@@ -300,6 +325,7 @@ SYSTEM = [
 SECTIONS = {
     "What the policy writes": ROLLOUT,
     "What training does": TRAIN,
+    "What the critic learns (`adv_type: gae`)": CRITIC,
     "Supervised fine-tuning": SFT,
     "Held-out problems": EVAL,
     "Benchmarks": BENCHMARK,

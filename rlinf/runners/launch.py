@@ -29,6 +29,7 @@ from rlinf.scheduling.placement import build_plan
 
 TRAIN_WORKER = "rlinf.workers.train:TrainWorker"
 ROLLOUT_WORKER = "rlinf.workers.rollout:RolloutWorker"
+CRITIC_WORKER = "rlinf.workers.critic:CriticWorker"
 REWARD_WORKER = "rlinf.workers.reward:RewardWorker"
 
 
@@ -61,7 +62,9 @@ def train(resolved: Resolved) -> int:
             cluster.launch(plan, component, worker, config)
             for component, worker in (("actor", TRAIN_WORKER), ("rollout", ROLLOUT_WORKER), ("reward", REWARD_WORKER))
         ]
-        runner = ReasoningRunner(config, folder, cluster, *groups, prompts, val_prompts, sampler, stop_of(config.algorithm, tokenizer))
+        critic = cluster.launch(plan, "critic", CRITIC_WORKER, config) if config.has_critic else None
+        runner = ReasoningRunner(config, folder, cluster, *groups, prompts, val_prompts, sampler, stop_of(config.algorithm, tokenizer), critic)
+        groups += [critic] if critic else []
         watchdog = Watchdog(folder.path, run_id, config.runner, groups, cluster.failure, lambda: dict(runner.in_flight))
         status = Status(folder.path, run_id, cluster, groups, runner, watchdog)
         with usage.sampling(lambda: cluster.phase), status.writing():

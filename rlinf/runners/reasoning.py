@@ -19,6 +19,7 @@ from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
 from rlinf.runners.requests import sampling_of, validation_sampling
+from rlinf.runners.roles import Role, summary
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.saving import Saving
 from rlinf.runners.selection import Scored, StepBatch, advantages_of, name_groups, next_groups, trained_samples
@@ -27,22 +28,21 @@ from rlinf.runners.weight_sync import WeightSync
 from rlinf.rollout.contract import EngineStats, GenerateRequest, SamplingParams, Stop
 from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.scheduling.rollout_metrics import rollout_metrics
-from rlinf.data.packing import build_rank_batches
 
 class ReasoningRunner:
     """One run. The driver sees headers only; tokens go from rollout workers to reward and train workers."""
 
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, rollout: WorkerGroup, reward: WorkerGroup,
-        prompts: Sequence[Prompt], val_prompts: Sequence[Prompt], sampler: PromptSampler, stop: Stop,
+        prompts: Sequence[Prompt], val_prompts: Sequence[Prompt], sampler: PromptSampler, stop: Stop, critic: WorkerGroup | None = None,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.cluster = config, folder, cluster
-        self.actor, self.rollout, self.reward = actor, rollout, reward
+        self.actor, self.rollout, self.reward, self.critic = actor, rollout, reward, critic
         self.prompts, self.val_prompts, self.sampler, self.stop = prompts, val_prompts, sampler, stop
         self.total_steps = sampler.total_steps(config.runner.max_epochs, config.runner.max_steps)
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
         self.sync = WeightSync(config, actor, rollout, val_prompts or prompts)
-        self.saving = Saving(folder, actor, config.runner.async_checkpoint)
+        self.saving = Saving(folder, actor, config.runner.async_checkpoint, critic)
         self.timers = Timers()
         self.step = 0
         self.scores: dict[int, ValidationScores] = {}
@@ -72,9 +72,12 @@ class ReasoningRunner:
         """Workers up, checkpoint loaded, the first weights in the engines."""
         self.cluster.phase = "start"
         await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
+        if self.critic is not None:
+            await self.critic.ready()
         if self.folder.resume is not None:
             state = self.folder.resume.state
-            await self.actor.call_all("load", str(self.folder.resume.step_dir))
+            for group in self.saving.groups:
+                await group.call_all("load", str(self.folder.resume.step_dir))
             self.sampler.load_state_dict(state["sampler"])
             self.step = state["step"]
             self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
@@ -95,7 +98,8 @@ class ReasoningRunner:
             self.cluster.phase = f"step {self.step}, train"
             metrics = await self.update(batch.scored, advantages, trained)
         await self.publish_weights()
-        return rollout_metrics(batch.generated, advantages) | batch.metrics | metrics | self.sync.metrics | await self.speeds(batch, trained)
+        outcome = () if self.critic is not None else advantages  # a critic's advantages are not the driver's numbers
+        return rollout_metrics(batch.generated, outcome) | batch.metrics | metrics | self.sync.metrics | await self.speeds(batch, trained)
 
     async def roll_out(self) -> StepBatch:
         """The groups of this step: answers to the next prompts, judged and filtered."""
@@ -126,22 +130,24 @@ class ReasoningRunner:
         return await gather_or_cancel([one(p, name) for p, name in zip(prompts, names)])
 
     async def update(self, scored: Sequence[Scored], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> dict[str, float]:
-        """Split the batch over the actor's ranks and train."""
-        a, model = self.config.algorithm, self.config.actor.model
-        tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-        dp = self.actor.size // (tp * pp)
-        headers = [header for header, _ in scored]
-        shares = build_rank_batches(
-            headers, advantages, dp=dp, n_minibatches=a.n_minibatches, max_tokens=self.config.runner.max_tokens_per_mbs, share_prefix=True,
-            shuffle_seed=(self.config.data.seed, self.step) if a.shuffle_rollout else None, trained=trained,
-        )  # fmt: skip
-        payload = {header.group_id: ref for header, ref in scored}
-        share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
+        """Split the batch over the ranks and train: with a critic its values first, and its own update towards what the actor made of them."""
+        headers, payload = [header for header, _ in scored], {header.group_id: ref for header, ref in scored}
+        batch, values, metrics = (self.config, self.step, headers, advantages, trained), [], {}
+        if self.critic is not None:
+            critic = Role(self.critic, self.config.critic.model)
+            critic_shares = critic.split(*batch)
+            reports, values = await critic.work("values", (self.step,), critic_shares, payload)
+            metrics |= summary(reports, "critic")
+        actor = Role(self.actor, self.config.actor.model)
         dump = plan_dump(str(self.folder.tokens(self.step)), headers, advantages, (self.config.data.seed, self.step))
-        reports = await self.actor.call_each("train_step", [(self.step, dump, s, *(payload[g] for g in s.group_ids)) for s in share_of])
+        reports, targets = await actor.work("train_step", (self.step, dump), actor.split(*batch), payload, values)
+        metrics |= summary(reports, "actor")
+        if self.critic is not None:
+            updated = await critic.finish("train_step", (self.step,), critic_shares, targets)
+            metrics |= summary(updated, "critic")
+            reports += updated
         self.saving.written = all(r.checkpoint_written for r in reports)
-        slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
-        return reports[0].metrics | slowest | {"perf/actor_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
+        return metrics
 
     async def speeds(self, batch: StepBatch, trained: Sequence[np.ndarray]) -> dict[str, float]:
         """What the engines counted since the last step, and tokens per second of the two big phases."""

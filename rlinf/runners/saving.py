@@ -10,13 +10,15 @@ from rlinf.runners.run_folder import RunFolder
 
 
 class Saving:
-    """At most one checkpoint is on its way. It counts, and `latest` points to it, when every rank has written and checked its part.
+    """At most one checkpoint is on its way. It counts, and `latest` points to it, when every rank of actor and critic has written and
+    checked its part.
 
     written: whether complete() would find the files of all ranks on disk, as they said in their last report.
     """
 
-    def __init__(self, folder: RunFolder, actor: WorkerGroup, background: bool) -> None:
-        self.folder, self.actor, self.background = folder, actor, background
+    def __init__(self, folder: RunFolder, actor: WorkerGroup, background: bool, critic: WorkerGroup | None = None) -> None:
+        self.folder, self.background = folder, background
+        self.groups = [actor] if critic is None else [actor, critic]
         self.pending: tuple[Path, dict[str, Any]] | None = None
         self.written = False
 
@@ -24,7 +26,8 @@ class Saving:
         """Write the checkpoint of `step`, or begin to; one that is on its way is completed first."""
         await self.complete()
         partial = self.folder.begin_checkpoint(step)
-        await self.actor.call_all("save", str(partial))
+        for group in self.groups:
+            await group.call_all("save", str(partial))
         if self.background:
             self.pending = (partial, state)
         else:
@@ -37,6 +40,7 @@ class Saving:
     async def complete(self) -> None:
         """Wait for the checkpoint that is on its way, if any."""
         if self.pending is not None:
-            await self.actor.call_all("finish_save")
+            for group in self.groups:
+                await group.call_all("finish_save")
             self.folder.finish_checkpoint(*self.pending)
             self.pending, self.written = None, False

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlinf.config.schema import ClusterConfig, Config
+from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
 
 KEY = "cluster.component_placement"
-COMPONENTS = ("actor", "rollout", "reward")
+COMPONENTS = ("actor", "critic", "rollout", "reward")
+NEEDED = ("actor", "rollout", "reward")
 Device = tuple[int, int]  # (node, index on the node)
 
 
@@ -80,14 +81,15 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     devices or not as `cluster.component_placement` says. Actor ranks follow Megatron's order: tensor-parallel index fastest, then
     data-parallel, pipeline stage slowest. Reward has one process a node, on the first of its devices there.
     """
-    devices = _component_devices(config.cluster.component_placement, nodes)
+    devices = _component_devices(config.cluster.component_placement, nodes, COMPONENTS if config.has_critic else NEEDED)
     seats = [
-        *_actor_seats(config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size, devices["actor"]),
+        *_megatron_seats("actor", config.actor.model, devices["actor"]),
+        *(_megatron_seats("critic", config.critic.model, devices["critic"]) if config.has_critic else ()),
         *_rollout_seats(config.rollout.tensor_parallel_size, devices["rollout"]),
         *_reward_seats(devices["reward"]),
     ]
-    if config.cluster.backend == "local" and len(seats) > len(COMPONENTS):
-        counts = ", ".join(f"{c} {sum(s.component == c for s in seats)}" for c in COMPONENTS)
+    if config.cluster.backend == "local" and any(s.rank for s in seats):
+        counts = ", ".join(f"{c} {sum(s.component == c for s in seats)}" for c in COMPONENTS if c in devices)
         raise UserError(
             f"cluster.backend: local runs everything in one process, one rank a component, but the placement has {counts}; "
             "use cluster.backend: ray, or num_nodes: 1, num_gpus_per_node: 1 with tensor and pipeline parallel sizes 1"
@@ -105,23 +107,22 @@ def build_evaluation_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 def build_sft_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     """The actor alone, on its devices of cluster.component_placement."""
-    model, devices = config.actor.model, _component_devices(config.cluster.component_placement, nodes, ("actor",))["actor"]
-    seats = _actor_seats(model.tensor_model_parallel_size, model.pipeline_model_parallel_size, devices)
+    devices = _component_devices(config.cluster.component_placement, nodes, ("actor",))["actor"]
+    seats = _megatron_seats("actor", config.actor.model, devices)
     if config.cluster.backend == "local" and len(seats) > 1:
         raise UserError(f"cluster.backend: local is one process, but the actor has {len(seats)} devices; use cluster.backend: ray")
     return Plan(tuple(seats), "supervised")
 
 
 def describe(plan: Plan, config: Config) -> str:
-    """The plan as text: how components share devices, the actor's layout, and who sits on every node."""
-    model, rollout, actors = config.actor.model, config.rollout, plan.of("actor")
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    crossing = sum(len({s.node for s in actors[i : i + tp]}) > 1 for i in range(0, len(actors), tp))
+    """The plan as text: how components share devices, the layouts of actor and critic, and who sits on every node."""
+    rollout = config.rollout
     lines = [
         f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)",
-        f"  actor    {len(actors)} rank(s) = TP {tp} x DP {len(actors) // (tp * pp)} x PP {pp}"
-        + (f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""),
+        _layout("actor", config.actor.model, plan.of("actor")),
     ]
+    if plan.of("critic"):
+        lines.append(_layout("critic", config.critic.model, plan.of("critic")))
     if plan.of("rollout"):
         lines += [
             f"  rollout  {len(plan.of('rollout'))} {rollout.rollout_backend} engine(s) of {rollout.tensor_parallel_size} device(s)",
@@ -138,7 +139,14 @@ def describe(plan: Plan, config: Config) -> str:
     return "\n".join(lines)
 
 
-def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node], needed: Sequence[str] = COMPONENTS) -> dict[str, list[Device]]:
+def _layout(component: str, model: ActorModelConfig, seats: Sequence[Seat]) -> str:
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    crossing = sum(len({s.node for s in seats[i : i + tp]}) > 1 for i in range(0, len(seats), tp))
+    slow = f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""
+    return f"  {component:<8} {len(seats)} rank(s) = TP {tp} x DP {len(seats) // (tp * pp)} x PP {pp}{slow}"
+
+
+def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node], needed: Sequence[str]) -> dict[str, list[Device]]:
     everything = [(n.rank, i) for n in nodes for i in range(n.devices)]
     devices: dict[str, list[Device]] = {}
     for names, spec in placement.items():
@@ -184,20 +192,21 @@ def _indices(name: str, spec: str, available: int) -> list[int]:
     return sorted(found)
 
 
-def _actor_seats(tp: int, pp: int, devices: Sequence[Device]) -> list[Seat]:
-    sizes = f"actor.model.tensor_model_parallel_size {tp} x actor.model.pipeline_model_parallel_size {pp}"
+def _megatron_seats(component: str, model: ActorModelConfig, devices: Sequence[Device]) -> list[Seat]:
+    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    sizes = f"{component}.model.tensor_model_parallel_size {tp} x {component}.model.pipeline_model_parallel_size {pp}"
     if len(devices) < tp * pp:
         raise UserError(
-            f"{KEY}: the actor needs at least {tp * pp} devices ({sizes}), but it has {len(devices)}; give it more devices "
+            f"{KEY}: the {component} needs at least {tp * pp} devices ({sizes}), but it has {len(devices)}; give it more devices "
             "(on a CPU machine raise cluster.num_gpus_per_node), or lower the parallel sizes"
         )
     if len(devices) % (tp * pp):
         fewer = len(devices) // (tp * pp) * tp * pp
         raise UserError(
-            f"{KEY}: the actor has {len(devices)} devices, which {sizes} = {tp * pp} does not divide; "
+            f"{KEY}: the {component} has {len(devices)} devices, which {sizes} = {tp * pp} does not divide; "
             f"give it {fewer} or {fewer + tp * pp} devices"
         )
-    return [Seat("actor", rank, device[0], (device[1],)) for rank, device in enumerate(d for group in _groups(devices, tp) for d in group)]
+    return [Seat(component, rank, device[0], (device[1],)) for rank, device in enumerate(d for group in _groups(devices, tp) for d in group)]
 
 
 def _rollout_seats(tp: int, devices: Sequence[Device]) -> list[Seat]:

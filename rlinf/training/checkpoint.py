@@ -2,6 +2,7 @@
 
     actor/    what training goes on from; opens in any layout
     hf/       the model in the compute dtype, read back and compared by log-probabilities before the checkpoint counts
+    critic/   the same of the critic, its model in critic/hf/: a sequence classification model with one label, compared by its values
 
 Completeness (write beside, rename, COMPLETE) is the runner's business.
 """
@@ -39,8 +40,9 @@ class Writing:
     parameter, and the model in the compute dtype. The engine may then train on.
     """
 
-    def __init__(self, engine: MegatronEngine, step_dir: Path, model_dir: Path, background: bool = False) -> None:
+    def __init__(self, engine: MegatronEngine, step_dir: Path, model_dir: Path, background: bool = False, role: str = "actor") -> None:
         self.engine, self.step_dir, self.model_dir = engine, step_dir, model_dir
+        self.part, self.hf = step_dir / role, step_dir / "hf" if role == "actor" else step_dir / role / "hf"
         at = engine.at
         self.writer = at.tp_rank == 0 and at.dp_rank == 0
         self.state = {"steps": engine.steps, "adam_steps": engine.optimizer_state.steps(), "loss_scaler": engine.loss_scaler()}
@@ -66,11 +68,12 @@ class Writing:
         dist.all_gather_object(own, self._result())
         stored: list[dict[str, Stored]] = [{}]
         if dist.get_rank() == 0:
-            stored = [finish_hf_folder(self.step_dir / "hf", self.model_dir, {n: s for part in own for n, s in part.items()}, dtype)]
-            write_json(self.step_dir / "actor" / "index-hf.json", stored[0])
-            write_json(self.step_dir / "actor" / "state.json", self.state)
+            written = {n: s for part in own for n, s in part.items()}
+            stored = [finish_hf_folder(self.hf, self.model_dir, written, dtype, self.engine.model.head)]
+            write_json(self.part / "index-hf.json", stored[0])
+            write_json(self.part / "state.json", self.state)
         dist.broadcast_object_list(stored, src=0)  # nobody reads hf/ before it is complete
-        self._compare(TensorFolder.of(self.step_dir / "hf", stored[0]))
+        self._compare(TensorFolder.of(self.hf, stored[0]))
         dist.barrier()
 
     def _own(self, tensors: Iterable[Named]) -> Iterable[Named]:
@@ -85,9 +88,9 @@ class Writing:
         """Everything of this rank, one file after another; where the model's tensors are."""
         if not self.writer:
             return {}
-        actor, stage = self.step_dir / "actor", self.engine.at.pp_rank
-        model = write_tensors(self.step_dir / "hf", f"model-s{stage}", kinds["model"])
-        write_index(actor, stage, {kind: write_tensors(actor, f"{kind}-s{stage}", kinds[kind]) for kind in KINDS})
+        stage = self.engine.at.pp_rank
+        model = write_tensors(self.hf, f"model-s{stage}", kinds["model"])
+        write_index(self.part, stage, {kind: write_tensors(self.part, f"{kind}-s{stage}", kinds[kind]) for kind in KINDS})
         return model
 
     def _result(self) -> dict[str, Stored]:
@@ -116,7 +119,7 @@ class Writing:
         for expected, got in zip(self.probed, read_back):
             gap = float((expected - got).abs().max())
             if not gap <= PROBE_TOLERANCE:
-                raise RunFailed(f"{hf.folder}: its weights give other log-probabilities than the trained model, by {gap:.3g}")
+                raise RunFailed(f"{hf.folder}: its weights give other numbers (log-probabilities, or a critic's values) than the trained model, by {gap:.3g}")
 
 
 def probe(engine: MegatronEngine) -> list[Tensor]:
@@ -126,15 +129,15 @@ def probe(engine: MegatronEngine) -> list[Tensor]:
     return [logprobs for logprobs, _ in engine.logprobs([packed])] if engine.model.head == "lm" else engine.scores([packed])
 
 
-def save(engine: MegatronEngine, step_dir: Path, model_dir: Path) -> None:
-    """Write actor/ and hf/ below step_dir. Collective; returns on all ranks after everything is on disk and hf/ has been compared."""
-    Writing(engine, step_dir, model_dir).finish()
+def save(engine: MegatronEngine, step_dir: Path, model_dir: Path, role: str = "actor") -> None:
+    """Write a role's part and hf/ below step_dir. Collective; returns on all ranks after everything is on disk and hf/ has been compared."""
+    Writing(engine, step_dir, model_dir, role=role).finish()
 
 
-def load(engine: MegatronEngine, step_dir: Path) -> None:
+def load(engine: MegatronEngine, step_dir: Path, role: str = "actor") -> None:
     """Restore weights, moments and step counts, whatever layout they were saved from."""
-    actor = step_dir / "actor"
-    state = read_json(actor / "state.json")
-    engine.load_state(open_part(actor), state["steps"], state["adam_steps"])
+    part = step_dir / role
+    state = read_json(part / "state.json")
+    engine.load_state(open_part(part), state["steps"], state["adam_steps"])
     if state["loss_scaler"] and engine.loss_scaler():  # another precision starts its own
         engine.set_loss_scaler(state["loss_scaler"])

@@ -161,14 +161,14 @@ class MegatronEngine:
         denominators: Denominators,
         settings: ValueSettings,
     ) -> Update:
-        """One optimizer step of the critic on one mini-batch. old_values and returns: [N] of every micro-batch, on the last stage."""
+        """One optimizer step of the critic on one mini-batch, none where no token counts. old_values and returns: [N] of every micro-batch, on the last stage."""
 
         def objective(i: int, values_N: Tensor) -> tuple[Tensor, MetricSums]:
             b = batches[i]
             tokens = ValueTokens(values_N, old_values[i], returns[i], b.loss_mask_N, b.sample_N, b.n_samples)
             return value_objective(tokens, denominators, settings)
 
-        return self.optimize(batches, objective)
+        return self.optimize(batches, objective, lambda metrics: metrics.sums["tokens"].item() == 0)
 
     def optimize(
         self,

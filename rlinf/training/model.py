@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rlinf.config.schema import ActorModelConfig
+from rlinf.errors import UserError
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.layout import PackedBatch
 from rlinf.training.logprobs import target_logprobs
@@ -154,6 +155,8 @@ def with_value_head(tensors: Mapping[str, Tensor], hidden: int, seed: int) -> Ma
     The same on every rank and in every layout.
     """
     if "score.weight" in tensors:
+        if (shape := tuple(tensors["score.weight"].shape)) != (1, hidden):
+            raise UserError(f"critic.model_dir: its score.weight is {shape}; a critic has one number a token, (1, {hidden})")
         return tensors
     weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
     return ChainMap({"score.weight": weight}, tensors)  # type: ignore[arg-type]  (only read)

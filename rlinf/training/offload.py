@@ -1,4 +1,4 @@
-"""What of the actor leaves the device while the engine generates on it: weights and optimizer state to host memory, gradients to nowhere.
+"""What of a role leaves the device while the engine generates on it: weights and optimizer state to host memory, gradients to nowhere.
 
 On CPU host memory is the device, so there only the gradients have an effect: their memory goes back to the system.
 """
@@ -12,7 +12,7 @@ from rlinf.training.engine import MegatronEngine
 
 
 class Offloader:
-    """Does what actor.offload_{weight,grad,optimizer} ask for; everything else stays. Idempotent."""
+    """Does what offload_{weight,grad,optimizer} of the role's section ask for; everything else stays. Idempotent."""
 
     def __init__(self, engine: MegatronEngine, actor: ActorConfig) -> None:
         self.engine, self.cuda = engine, engine.device.type == "cuda"
@@ -32,6 +32,12 @@ class Offloader:
         if self.weights:
             for buffer in self.engine.ddp.buffers:
                 buffer.offload_to_cpu(move_params=True, move_grads=False)
+        self._settle()
+
+    def before_forward(self) -> None:
+        """Bring back what a forward pass needs."""
+        for buffer in self.engine.ddp.buffers:
+            buffer.reload_from_cpu(move_params=self.weights, move_grads=False)
         self._settle()
 
     def before_use(self) -> None:

@@ -34,7 +34,12 @@ class Coordinates:
 
 
 def initialize(tp: int, pp: int, *, rank: int, world_size: int, device: torch.device, address: str, timeout_minutes: int = 30) -> Coordinates:
-    """Join the process groups (rank order: TP fastest, then DP, then PP) and seed Megatron's RNG tracker."""
+    """Join the process groups (rank order: TP fastest, then DP, then PP) and seed Megatron's RNG tracker.
+
+    Two roles in one process (cluster.backend: local) have one rank each and share its groups.
+    """
+    if dist.is_initialized():
+        return coordinates()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes))
     return set_layout(tp, pp)
@@ -46,11 +51,16 @@ def set_layout(tp: int, pp: int) -> Coordinates:
         mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    return coordinates()
+
+
+def coordinates() -> Coordinates:
+    """Where this rank stands in the layout that is in place."""
     return Coordinates(
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        tp=tp,
+        tp=mpu.get_tensor_model_parallel_world_size(),
         pp_rank=mpu.get_pipeline_model_parallel_rank(),
-        pp=pp,
+        pp=mpu.get_pipeline_model_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp=mpu.get_data_parallel_world_size(),
     )

@@ -11,12 +11,13 @@ from rlinf.weights.tensor_folder import Stored, read_json, sync, write_json
 TOKENIZER_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
-def finish_hf_folder(folder: Path, model_dir: Path, stored: Mapping[str, Stored], dtype: str) -> dict[str, Stored]:
+def finish_hf_folder(folder: Path, model_dir: Path, stored: Mapping[str, Stored], dtype: str, head: str = "lm") -> dict[str, Stored]:
     """Make the files of write_tensors in `folder` a model that transformers opens; where each tensor is now.
 
     model_dir: the folder whose configuration and tokenizer are copied. dtype: torch's name of the weights' dtype, such as "bfloat16".
+    head: `scalar` makes it a sequence classification model with one label, whatever model_dir holds.
     """
-    _copy_configuration(model_dir, folder, dtype)
+    _copy_configuration(model_dir, folder, dtype, head)
     files = sorted({s.file for s in stored.values()})
     names = {old: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, old in enumerate(files, 1)}
     if len(files) == 1:
@@ -32,7 +33,7 @@ def finish_hf_folder(folder: Path, model_dir: Path, stored: Mapping[str, Stored]
     return renamed
 
 
-def _copy_configuration(model_dir: Path, folder: Path, dtype: str) -> None:
+def _copy_configuration(model_dir: Path, folder: Path, dtype: str, head: str) -> None:
     for pattern in TOKENIZER_AND_CONFIG:
         for file in model_dir.glob(pattern):
             if "safetensors" not in file.name:
@@ -40,4 +41,7 @@ def _copy_configuration(model_dir: Path, folder: Path, dtype: str) -> None:
                 sync(folder / file.name)
     config = read_json(folder / "config.json")
     config["dtype"] = config["torch_dtype"] = dtype
+    if head == "scalar":
+        config["architectures"] = [name.replace("ForCausalLM", "ForSequenceClassification") for name in config.get("architectures") or ()]
+        config |= {"id2label": {"0": "value"}, "label2id": {"value": 0}}
     write_json(folder / "config.json", config)

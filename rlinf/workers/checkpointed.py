@@ -10,8 +10,12 @@ from rlinf.training.engine import MegatronEngine
 
 
 class Checkpointed:
-    """save, finish_save and load. A worker that shares its device overrides `bring_back` and `hand_over`."""
+    """save, finish_save and load. A worker that shares its device overrides `bring_back` and `hand_over`.
 
+    role: names the part of the checkpoint, and says whose model it is.
+    """
+
+    role = "actor"
     engine: MegatronEngine
     config: Config
     writing: checkpoint.Writing | None = None
@@ -20,7 +24,8 @@ class Checkpointed:
         """Write the checkpoint; with runner.async_checkpoint only begin to, until finish_save()."""
         self.bring_back()
         background = self.config.runner.async_checkpoint
-        self.writing = checkpoint.Writing(self.engine, Path(step_dir), Path(self.config.rollout.model_dir), background)
+        model_dir = self.config.critic_model_dir if self.role == "critic" else self.config.rollout.model_dir
+        self.writing = checkpoint.Writing(self.engine, Path(step_dir), Path(model_dir), background, self.role)
         if background:
             self.hand_over()
         else:
@@ -35,7 +40,7 @@ class Checkpointed:
 
     def load(self, step_dir: str) -> None:
         self.bring_back()
-        checkpoint.load(self.engine, Path(step_dir))
+        checkpoint.load(self.engine, Path(step_dir), self.role)
 
     @property
     def checkpoint_written(self) -> bool:

@@ -5,7 +5,7 @@ Every method is one remote call under Ray. Budget: at most 3 calls a group and 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,12 +29,19 @@ class TrainReport:
     checkpoint_written: bool = False
 
 
-class TrainWorker(Protocol):
-    """One rank of a Megatron role."""
+TokenNumbers = Mapping[str, np.ndarray]  # sample id -> one number for each of its tokens, [T] float32: a payload, never read by the driver
 
-    def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *groups: Group) -> TrainReport:
-        """All optimizer steps of one global batch. `groups` are the payloads named by batch.group_ids, in that order. What training saw
-        of each token is appended to the file of `dump`."""
+
+class TrainWorker(Protocol):
+    """One rank of the actor."""
+
+    def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:
+        """All optimizer steps of one global batch; none while the critic warms up (critic.warmup_steps).
+
+        payloads: the groups named by batch.group_ids, in that order, then what the critic's ranks that hold any of them returned from
+        values(). What training saw of each token is appended to the file of `dump`. The second result, of the first tensor-parallel rank
+        of the last stage: with a critic the targets of the values of this rank's samples, else nothing.
+        """
         ...
 
     def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, SharedMemory], float], tuple[np.ndarray, ...]]:
@@ -77,6 +84,18 @@ class SftWorker(Protocol):
     def finish_save(self) -> None: ...
 
     def load(self, step_dir: str) -> None: ...
+
+
+class CriticWorker(Protocol):
+    """One rank of the critic. Two calls a step: the actor finishes the advantages in between. Checkpoints as for the actor."""
+
+    def values(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenNumbers]:
+        """The value of the state before each token, of the first tensor-parallel rank of the last stage; nothing of others."""
+        ...
+
+    def train_step(self, step: int, *targets: TokenNumbers) -> TrainReport:
+        """All optimizer steps on the batch of the last values(). targets: what the actor's ranks that hold any of its groups returned."""
+        ...
 
 
 class RolloutWorker(Protocol):

@@ -15,7 +15,7 @@ import torch
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
-from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, token_advantages
+from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, token_advantages, value_targets
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
@@ -24,7 +24,8 @@ from rlinf.scheduling.placement import WorkerAddress
 from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine, Update
-from rlinf.training.layout import PackedBatch, pack, pack_sequences
+from rlinf.training.layout import PackedBatch, by_sample, by_token, pack, pack_sequences
+from rlinf.training.model import with_value_head
 from rlinf.training.offload import Offloader
 from rlinf.training.publishing import hand_out, score
 from rlinf.training.reference import ReferencePolicy
@@ -34,7 +35,7 @@ from rlinf.weights.shared_memory import release
 from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
-from rlinf.workers.interfaces import TrainReport
+from rlinf.workers.interfaces import TokenNumbers, TrainReport
 from rlinf.workers.token_dump import write_token_values
 
 
@@ -53,17 +54,27 @@ class TrainWorker(Checkpointed):
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
 
-    def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *groups: Group) -> TrainReport:
-        """Pack once, look at the old policy once, then one optimizer step a mini-batch; what each token had goes where `dump` says."""
+    def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:
+        """Pack once, look at the old policy once, then one optimizer step a mini-batch; what each token had goes where `dump` says.
+
+        payloads: the groups, then with a critic the values of their tokens, whose targets are the second result.
+        """
+        groups, values = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
         started = time.perf_counter()
         self.offloader.before_use()
         minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
         packed = time.perf_counter()
-        old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
-        self._finish_advantages(minibatches, old, ref)
+        trains = self.config.trains_actor(step)
+        old = ref = [None] * len(minibatches)
+        if trains or self.on_tokens.needs_logprobs:
+            old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
+        targets = self._finish_advantages(minibatches, old, ref, merged(values))
         recomputed = time.perf_counter()
+        timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
+        if not trains:
+            return TrainReport({}, timers, peak_memory(self.device), self.checkpoint_written), targets
         updates = [
             self.engine.update(
                 packs,
@@ -77,10 +88,9 @@ class TrainWorker(Checkpointed):
         ]
         if self.at.last_stage and self.at.tp_rank == 0:
             write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates)
-        timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
-        return TrainReport(step_metrics(updates), timers, peak_memory(self.device), self.checkpoint_written)
+        return TrainReport(step_metrics(updates), timers, peak_memory(self.device), self.checkpoint_written), targets
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -93,7 +103,7 @@ class TrainWorker(Checkpointed):
         """pi_old of every mini-batch; of the first one only when the advantages need it, because it is trained with the very weights."""
         if not self.config.algorithm.recompute_logprobs:
             return [[b.rollout_logprobs_N for b in packs] for packs in minibatches]
-        first = self._logprobs(minibatches[0]) if self.on_tokens is not None else None
+        first = self._logprobs(minibatches[0]) if self.on_tokens is not None and self.on_tokens.needs_logprobs else None
         return [first, *(self._logprobs(packs) for packs in minibatches[1:])]
 
     def _reference_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
@@ -103,19 +113,30 @@ class TrainWorker(Checkpointed):
             return [self._logprobs(packs) for packs in minibatches]
 
     def _finish_advantages(
-        self, minibatches: list[list[PackedBatch]], old: list[list[torch.Tensor] | None], ref: list[list[torch.Tensor] | None]
-    ) -> None:
-        """What differs from token to token, once for the whole step; only the last stage, which has the logits, needs advantages."""
+        self,
+        minibatches: list[list[PackedBatch]],
+        old: list[list[torch.Tensor] | None],
+        ref: list[list[torch.Tensor] | None],
+        values: TokenNumbers,
+    ) -> TokenNumbers:
+        """What differs from token to token, once for the whole step; only the last stage, which has the logits, needs advantages.
+
+        With a critic's values of this rank's samples: their targets, from the first tensor-parallel rank.
+        """
         if self.on_tokens is None or not self.at.last_stage:
-            return
+            return {}
         packs = [b for batches in minibatches for b in batches]
-        flat = [[t for part in values for t in part or ()] or [None] * len(packs) for values in (old, ref)]
+        flat = [[t for part, batches in zip(found, minibatches) for t in part or [None] * len(batches)] for found in (old, ref)]
+        of_critic = [by_token(b, values) if self.config.has_critic else None for b in packs]
         tokens = [
-            SampledTokens(b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples)
-            for b, logprobs, reference in zip(packs, *flat, strict=True)
+            SampledTokens(b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples, values_N)
+            for b, logprobs, reference, values_N in zip(packs, *flat, of_critic, strict=True)
         ]
         for b, advantages in zip(packs, token_advantages(tokens, self.on_tokens, parallel.sum_over_data_ranks)):
             b.advantages_N = advantages
+        if not self.config.has_critic or self.at.tp_rank:
+            return {}
+        return merged([by_sample(b, targets) for b, targets in zip(packs, value_targets(tokens, self.on_tokens))])
 
     def _logprobs(self, packs: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
         return [logprobs for logprobs, _ in self.engine.logprobs(packs)] or None
@@ -154,10 +175,11 @@ class TrainWorker(Checkpointed):
         self.offloader.after_publishing()
 
 
-def open_engine(address: WorkerAddress, config: Config) -> MegatronEngine:
-    """Join the ranks of this component and lay the model of rollout.model_dir over them."""
+def open_engine(address: WorkerAddress, config: Config, head: str = "lm") -> MegatronEngine:
+    """Join the ranks of this component and lay its model over them: the actor's, or with head `scalar` the critic's."""
     torch.set_num_threads(address.threads)
-    device, model = _device(config, address), config.actor.model
+    role, folder = (config.actor, config.rollout.model_dir) if head == "lm" else (config.critic, config.critic_model_dir)
+    device, model = _device(config, address), role.model
     at = parallel.initialize(
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
@@ -166,11 +188,16 @@ def open_engine(address: WorkerAddress, config: Config) -> MegatronEngine:
         device=device,
         address=f"{address.master_addr}:{address.master_port}",
     )
-    model_dir = Path(config.rollout.model_dir)
-    arch = read_architecture(json.loads((model_dir / "config.json").read_text()))
-    engine = MegatronEngine(arch, model, config.actor.optim, at, device)
-    engine.load_hf(open_hf_folder(model_dir))
+    arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
+    engine = MegatronEngine(arch, model, role.optim, at, device, head)
+    tensors = open_hf_folder(folder)
+    engine.load_hf(tensors if head == "lm" else with_value_head(tensors, arch.hidden, config.critic.seed))
     return engine
+
+
+def merged(parts: Sequence[TokenNumbers]) -> dict[str, np.ndarray]:
+    """Numbers of the samples of several ranks or micro-batches together."""
+    return {name: numbers for part in parts for name, numbers in part.items()}
 
 
 def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
@@ -200,6 +227,7 @@ def token_level_settings(algorithm: AlgorithmConfig) -> TokenAdvantages | None:
         kl_penalty_type=algorithm.kl_penalty_type,
         whiten=algorithm.token_level and algorithm.normalize_advantages,  # else the driver has done it
         normalize_by=normalize_by,
+        gae_lambda=algorithm.gae_lambda,
     )
 
 

@@ -1,0 +1,76 @@
+"""A step's batch over the ranks of the roles that train on it, and the numbers that go from one role's ranks to another's.
+
+Actor and critic have layouts of their own: a sample's values are made on one rank and needed on another. They travel as payloads beside
+the groups, from the rank that has them to those that ask; the driver sees references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlinf.cluster.group import Ref, WorkerGroup, first_failure_or_all
+from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.data.packing import RankBatch, build_rank_batches
+from rlinf.data.records import GroupHeader
+from rlinf.workers.interfaces import TrainReport
+
+
+class Part(NamedTuple):
+    """Numbers of the samples of one data-parallel rank's share."""
+
+    share: RankBatch
+    numbers: Ref
+
+
+class Role:
+    """The ranks of actor or critic. Rank order: TP fastest, then DP, then PP."""
+
+    def __init__(self, group: WorkerGroup, model: ActorModelConfig) -> None:
+        self.group = group
+        self.tp, self.pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+        self.dp = group.size // (self.tp * self.pp)
+
+    def split(
+        self, config: Config, step: int, headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]
+    ) -> list[RankBatch]:
+        """The share of every data-parallel rank; the mini-batches are the same for every role."""
+        a = config.algorithm
+        return build_rank_batches(
+            headers, advantages, dp=self.dp, n_minibatches=a.n_minibatches, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True,
+            shuffle_seed=(config.data.seed, step) if a.shuffle_rollout else None, trained=trained,
+        )  # fmt: skip
+
+    async def work(
+        self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], groups: Mapping[str, Ref], parts: Sequence[Part] = ()
+    ) -> tuple[list[TrainReport], list[Part]]:
+        """Call method(*args, share, *its groups, *the parts that hold any of them) -> (report, numbers) on every rank.
+
+        Returns when all ranks have reported; the numbers are those of each data-parallel rank's first TP rank on the last stage.
+        """
+        share_of = [shares[rank // self.tp % self.dp] for rank in range(self.group.size)]
+        calls = [
+            self.group.ref(rank, method, *args, share, *(groups[g] for g in share.group_ids), *holding(share, parts), returns=2)
+            for rank, share in enumerate(share_of)
+        ]
+        reports = await first_failure_or_all([report for report, _ in calls])
+        first = [((self.pp - 1) * self.dp + i) * self.tp for i in range(self.dp)]
+        return reports, [Part(share, calls[rank][1]) for share, rank in zip(shares, first)]
+
+    async def finish(self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], parts: Sequence[Part]) -> list[TrainReport]:
+        """Call method(*args, *the parts that hold any group of its share) -> report on every rank."""
+        share_of = [shares[rank // self.tp % self.dp] for rank in range(self.group.size)]
+        return await self.group.call_each(method, [(*args, *holding(share, parts)) for share in share_of])
+
+
+def holding(share: RankBatch, parts: Sequence[Part]) -> list[Ref]:
+    """The numbers of those parts that have a group with this share in common."""
+    return [part.numbers for part in parts if set(part.share.group_ids) & set(share.group_ids)]
+
+
+def summary(reports: Sequence[TrainReport], role: str) -> dict[str, float]:
+    """Metrics, the slowest rank's seconds and the largest memory."""
+    slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
+    return reports[0].metrics | slowest | {f"perf/{role}_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
