@@ -46,7 +46,7 @@ def test_the_table_of_two_models_shows_the_gain_and_its_p_value() -> None:
     rights = {"base": np.zeros((10, 4)), "trained": np.ones((10, 4))}
     results = [SetResult(name, name, 0, "aime24", tally(right), score(tally(right))) for name, right in rights.items()]
     out = io.StringIO()
-    Console(file=out, width=150).print(benchmark_table(results))
+    Console(file=out, width=200).print(benchmark_table(results))
     row = next(line for line in out.getvalue().splitlines() if "trained" in line)
     assert "+100.0 [+100.0, +100.0]" in row and "0.002" in row  # 2 / 2^10
     versus = compare(*results)

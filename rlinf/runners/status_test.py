@@ -11,12 +11,11 @@ import pytest
 
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.status import Status
-from rlinf.scheduling.dispatcher import Dispatcher
 
 
 def make(tmp_path: Path) -> Status:
     group = SimpleNamespace(component="actor", size=1, where=lambda rank: f"actor rank {rank}", in_flight=[Counter(train_step=1, score=0)])
-    loop = SimpleNamespace(step=0, total_steps=9, dispatcher=Dispatcher(2, 8, 4), engine_stats=[])
+    loop = SimpleNamespace(step=0, total_steps=9, engine_load=[0, 0], engine_stats=[])
     return Status(tmp_path, "run", SimpleNamespace(phase="start"), [group], loop, SimpleNamespace(look=lambda *_: None))
 
 
