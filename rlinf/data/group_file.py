@@ -1,0 +1,58 @@
+"""A group on disk: its samples and verdicts in one safetensors file, from which it comes back exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rlinf.data.records import Finish, Group, Prompt, Sample, Status, Verdict
+from rlinf.errors import UserError
+
+ARRAYS = ("token_ids", "rollout_logprobs", "loss_mask")  # of a sample
+
+
+def write_group(path: Path, group: Group) -> None:
+    """Durable when this returns."""
+    arrays = {"prompt": group.prompt.token_ids}
+    arrays |= {f"{k}.{name}": getattr(sample, name) for k, sample in enumerate(group.samples) for name in ARRAYS}
+    prompt, *samples = (_plain(record) for record in (group.prompt, *group.samples))
+    verdicts = [verdict and asdict(verdict) for verdict in group.verdicts]
+    about = {"group_id": group.group_id, "prompt": prompt, "samples": samples, "verdicts": verdicts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, metadata={"group": json.dumps(about)})
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_group(path: Path) -> Group:
+    """Raises UserError that names a file which is missing or damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {})["group"])
+            prompt = Prompt(token_ids=file.get_tensor("prompt"), **about["prompt"] | {"solutions": tuple(about["prompt"]["solutions"])})
+            samples = tuple(_sample(s, {name: file.get_tensor(f"{k}.{name}") for name in ARRAYS}) for k, s in enumerate(about["samples"]))
+            return Group(about["group_id"], prompt, samples, tuple(v and _verdict(v) for v in about["verdicts"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is no group of a run ({error}); the file is missing or damaged") from error
+
+
+def _plain(record: Prompt | Sample) -> dict[str, Any]:
+    return {name: value for name, value in vars(record).items() if not isinstance(value, np.ndarray)}
+
+
+def _sample(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Sample:
+    own = {"finish": Finish(fields["finish"]), "versions": tuple((v, n) for v, n in fields["versions"]), "steps": tuple(fields["steps"])}
+    return Sample(**{**fields, **own, **arrays})
+
+
+def _verdict(fields: Mapping[str, Any]) -> Verdict:
+    parts = tuple((name, value) for name, value in fields["parts"])
+    return Verdict(**{**fields, "status": Status(fields["status"]), "parts": parts})
