@@ -20,6 +20,6 @@ setup(
     package_data={"rlinf": ["**/*.html", "**/*.css", "**/*.js"]},
     python_requires=">=3.10",
     install_requires=requirements("base"),
-    extras_require={name: requirements(name) for name in ("cpu", "gpu", "rg", "dev")},
+    extras_require={name: requirements(name) for name in ("cpu", "gpu", "rg", "docs", "dev")},
     entry_points={"console_scripts": ["rlinf = rlinf.cli:main"]},
 )

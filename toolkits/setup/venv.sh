@@ -93,7 +93,7 @@ install_all() {
   say "installing the $device${dev:+ and $dev} requirements"
   # From the requirement files rather than `-e .[gpu]`: Transformer Engine needs torch to be there and no build isolation.
   local wanted=(-r "$root/requirements/base.txt")
-  if [[ -n "$dev" ]]; then wanted+=(-r "$root/requirements/dev.txt" -r "$root/requirements/rg.txt"); fi
+  if [[ -n "$dev" ]]; then wanted+=(-r "$root/requirements/dev.txt" -r "$root/requirements/rg.txt" -r "$root/requirements/docs.txt"); fi
   if [[ "$device" == gpu ]]; then wanted+=("$(sed -nE 's/^(sglang==[^ ]*).*/\1/p' "$root/requirements/gpu.txt")"); fi
   pip_install "${wanted[@]}" || fail "pip could not install the requirements (its words are above)"
   pip_install --no-deps -e "$root" || fail "pip could not install rlinf itself (its words are above)"
