@@ -62,6 +62,10 @@ class RunnerConfig:
         False, "write checkpoints in the background while training goes on; needs host memory for a copy of weights and optimizer state"
     )
     keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
+    keep_groups: int = key(
+        50, "steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) stay in samples/ for `rlinf replay`, newest first; step 1 "
+        "and the step behind each kept checkpoint stay anyway; -1 = all; 0 = none are written"
+    )
     resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
     phase_timeout: int = key(
         0, "seconds that a phase of a step may take before the run counts as hanging; 0 = ten times the longest such phase so far, at least 600; -1 = any"

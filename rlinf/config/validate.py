@@ -21,6 +21,7 @@ AT_LEAST: dict[str, float] = {
     "runner.val_check_interval": -1,
     "runner.save_interval": -1,
     "runner.keep_checkpoints": 0,
+    "runner.keep_groups": -1,
     "runner.phase_timeout": -1,
     "runner.seq_length": 2,
     "data.max_prompt_length": 1,

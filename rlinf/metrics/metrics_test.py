@@ -131,6 +131,30 @@ def test_timers_add_up_and_start_anew() -> None:
     assert list(timers.collect()) == ["time/step"] and undocumented(metrics) == []
 
 
+def test_phases_that_overlap_are_told_apart_and_add_up_to_the_step() -> None:
+    now = [0.0]
+    timers = Timers(lambda: now[0])
+
+    def after(seconds: float) -> None:
+        now[0] += seconds
+
+    rollout, again = timers.phase("rollout"), timers.phase("rollout")
+    after(1)  # 1 s of nothing
+    with rollout:
+        after(2)  # rollout alone
+        with again:
+            after(3)  # twice at once: 3 s, not 6
+        with timers.phase("train"):
+            after(4)  # both
+            metrics = timers.collect()
+            after(5)  # both, but of the next step
+        later = timers.collect()
+    assert metrics == {"time/rollout": 9, "time/train": 4, "time/step": 10, "time/alone_rollout": 5, "time/alone_train": 0, "time/overlap": 4}
+    assert later == {"time/rollout": 5, "time/train": 5, "time/step": 5, "time/alone_rollout": 0, "time/alone_train": 0, "time/overlap": 5}
+    after(6)
+    assert timers.collect() == {"time/rollout": 0, "time/step": 6} and undocumented(metrics) == []
+
+
 def test_the_progress_line() -> None:
     now = iter([100.0, 110.0, 130.0])
     out = io.StringIO()

@@ -273,9 +273,11 @@ SYSTEM = [
     *metrics(
         "time",
         ("step", "seconds of the whole step", "steady", "compare the phases"),
+        ("overlap", "seconds in which more than one phase ran; absent where none did", "large in a disaggregated run", "—"),
+        ("alone_*", "with `overlap`: seconds in which this phase ran and no other; what a step would gain if it took no time", "small", "mend the largest"),
         (
             "*",
-            "seconds of a phase of the step (rollout, reward, train, publish, validate, save, …); phases may overlap",
+            "seconds in which a phase of the step ran (rollout, train, sync_weights, validate, checkpoint), or of a part of `train`, slowest rank",
             "rollout is usually the largest",
             "the largest phase is where to look",
         ),

@@ -3,31 +3,61 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 class Timers:
-    """Collects `time/<phase>` over one step. A phase that runs several times, or at the same time as another, adds up."""
+    """Where the time of a step goes, by its phases, which may overlap.
 
-    def __init__(self) -> None:
+    seconds: in which a phase ran, once however many times at once. alone: in which it ran and no other did: what the step would gain if the
+    phase took no time. A phase that is running at collect() is divided between the two steps.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.started = self.seen = clock()
+        self.running: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
-        self.started = time.monotonic()
+        self.alone: dict[str, float] = {}
+        self.overlap = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
+        self._settle()
+        self.running[name] += 1
+        self.seconds.setdefault(name, 0.0)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self._settle()
+            self.running -= Counter({name: 1})
 
     def collect(self, tokens: int | None = None) -> dict[str, float]:
-        """time/<phase> and time/step since the last call, and perf/tokens_per_second when the step's tokens are given; starts anew."""
-        now = time.monotonic()
+        """time/<phase> and time/step since the last call, and perf/tokens_per_second when the step's tokens are given; starts anew.
+
+        Where phases overlapped: time/overlap, the seconds in which more than one ran, and time/alone_<phase>; these add up to no more than the step.
+        """
+        now = self._settle()
         step = now - self.started
         metrics = {f"time/{name}": seconds for name, seconds in self.seconds.items()} | {"time/step": step}
+        if self.overlap:
+            metrics |= {f"time/alone_{name}": self.alone.get(name, 0.0) for name in self.seconds} | {"time/overlap": self.overlap}
         if tokens is not None:
             metrics["perf/tokens_per_second"] = tokens / max(step, 1e-9)
-        self.seconds, self.started = {}, now
+        self.started, self.seconds, self.alone, self.overlap = now, dict.fromkeys(self.running, 0.0), {}, 0.0
         return metrics
+
+    def _settle(self) -> float:
+        """Credit the time since the last change to the phases that were running; now."""
+        now = self.clock()
+        elapsed, self.seen = now - self.seen, now
+        for name in self.running:
+            self.seconds[name] += elapsed
+        if len(self.running) == 1:
+            (name,) = self.running
+            self.alone[name] = self.alone.get(name, 0.0) + elapsed
+        elif self.running:
+            self.overlap += elapsed
+        return now

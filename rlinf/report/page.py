@@ -27,7 +27,7 @@ from rlinf.report.run_data import RunData, SampleFile, count_all, open_run
 
 MAX_BYTES = 20_000_000
 MAX_POINTS = 2000  # of a curve
-INSIDE_TRAIN = {"pack", "recompute_logprobs", "forward_backward", "optimizer"}  # parts of the phase `train`, each its slowest rank's
+INSIDE_TRAIN = {"pack", "recompute_logprobs", "forward_backward", "optimizer", "values", "critic_update"}  # parts of the phase `train`, each its slowest rank's
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
@@ -108,12 +108,13 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: S
 
 
 def phases(metrics: dict[str, list[float | None]]) -> list[dict[str, Any]]:
-    """The phases of the loop, largest first, and what is left of the step's time."""
+    """The phases of the loop, largest first, and what is left of the step's time. Where phases overlap, each counts while it runs alone, and
+    the overlap is a part of its own, so that the parts add up to the step."""
     step = metrics.get("time/step")
     if step is None:
         return []
     found = {name.removeprefix("time/"): values for name, values in metrics.items() if name.startswith("time/") and name != "time/step"}
-    top = {name: values for name, values in found.items() if name not in INSIDE_TRAIN}
+    top = {name: found.get(f"alone_{name}", values) for name, values in found.items() if name not in INSIDE_TRAIN and not name.startswith("alone_")}
     sums = [sum(column[i] or 0.0 for column in top.values()) for i in range(len(step))]
     top["other"] = [rounded(max(0.0, (whole or 0.0) - used)) for whole, used in zip(step, sums)]
     order = sorted(top, key=lambda name: -sum(v or 0.0 for v in top[name]))

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import xxhash
 
 from rlinf.config.load import Resolved, to_yaml
 from rlinf.config.schema import RunnerConfig
+from rlinf.data.lines import append_lines
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
 from rlinf.weights.tensor_folder import read_json, sync, write_json
@@ -45,7 +47,7 @@ class RunFolder:
     def __init__(self, resolved: Resolved, command: str = "train") -> None:
         runner, self.command = resolved.config.runner, command
         self.path = run_path(runner)
-        self.keep = runner.keep_checkpoints
+        self.keep, self.keep_groups = runner.keep_checkpoints, runner.keep_groups
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
         self._hold()
@@ -70,6 +72,12 @@ class RunFolder:
     def tokens(self, step: int) -> Path:
         return self.path / "samples" / f"tokens_{step:06d}.jsonl"
 
+    def groups(self, step: int) -> Path:
+        return self.path / "samples" / f"groups_{step:06d}.jsonl"
+
+    def order(self, step: int) -> Path:
+        return self.path / "samples" / f"order_{step:06d}.jsonl"
+
     def validation(self, step: int) -> Path:
         return self.path / "samples" / f"validation_{step:06d}.jsonl"
 
@@ -92,6 +100,18 @@ class RunFolder:
         self._point_latest_to(final)
         self._retire(final)
         return final
+
+    def record_order(self, step: int, group_ids: Sequence[str]) -> None:
+        """Which groups the step trains on, in order; with their journal (samples/groups_*) it can be replayed. Old journals go."""
+        if self.keep_groups == 0:
+            return
+        append_lines(self.order(step), [json.dumps({"groups": list(group_ids)})])
+        stay = {1, *(_step(c) + 1 for c in self._complete())} if self.keep_groups > 0 else None
+        for order in (self.path / "samples").glob("order_*.jsonl"):
+            old = int(order.stem.rpartition("_")[2])
+            if stay is not None and old <= step - self.keep_groups and old not in stay:
+                self.groups(old).unlink(missing_ok=True)
+                order.unlink()
 
     def finish(self) -> None:
         (self.path / FINISHED).touch()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rlinf.config.schema import Config
+from rlinf.data.journal import group_line, journal_of
 from rlinf.data.lines import append_lines
 from rlinf.data.records import Group, Verdict
 from rlinf.data.tokenizer import load_tokenizer
@@ -23,6 +25,7 @@ class RewardWorker:
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         reward = config.reward
         self.address = address
+        self.journals = config.runner.keep_groups != 0
         self.tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
         self.verifier = VERIFIERS[reward.reward_type](
             reward.reward_scale, reward.undecided_reward, reward.answer_format, reward.num_processes, reward.timeout
@@ -37,7 +40,7 @@ class RewardWorker:
         self.verifier.warm_up()
 
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
-        """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample."""
+        """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample, and the group to its step's journal."""
         return await asyncio.to_thread(self._judge, group, dump_path)
 
     def close(self) -> None:
@@ -50,6 +53,9 @@ class RewardWorker:
         verdicts = tuple(self.shaping.apply(v, prompt, text, len(s)) for v, text, s in zip(judged, texts, group.samples, strict=True))
         if dump_path:
             dump(Path(dump_path), group, prompt, texts, verdicts)
+            journal = journal_of(Path(dump_path)) if self.journals else None
+            if journal is not None:
+                append_lines(journal, [group_line(replace(group, verdicts=verdicts))])
         return verdicts
 
 

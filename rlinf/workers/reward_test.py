@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlinf.config.schema import Config
+from rlinf.data.journal import read_groups
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.scheduling.placement import WorkerAddress
@@ -37,8 +38,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def worker(model: Path, **reward: float) -> RewardWorker:
+def worker(model: Path, keep_groups: int = -1, **reward: float) -> RewardWorker:
     config = Config()
+    config.runner.keep_groups = keep_groups
     config.rollout.model_dir = str(model)
     for name, value in reward.items():
         setattr(config.reward, name, value)
@@ -81,3 +83,17 @@ def test_without_a_path_nothing_is_written_and_parts_are_added(model: Path, tmp_
     judge.close()
     assert [v.reward for v in verdicts] == [5.5, -5.0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trained_group_is_journalled_with_its_verdicts_and_a_validation_group_is_not(model: Path, tmp_path: Path) -> None:
+    judge, asked = worker(model), group(model, "Q", ["\\boxed{1}", "1"], ("1",))
+    verdicts = asyncio.run(judge.judge(asked, str(tmp_path / "step_000007.jsonl")))
+    asyncio.run(judge.judge(asked, str(tmp_path / "validation_000007.jsonl")))
+    judge.close()
+    (written,) = read_groups(tmp_path / "groups_000007.jsonl")
+    assert written.header() == asked.header().with_verdicts(verdicts)
+    assert all((a.token_ids == b.token_ids).all() for a, b in zip(written.samples, asked.samples, strict=True))
+    quiet = worker(model, keep_groups=0)
+    asyncio.run(quiet.judge(asked, str(tmp_path / "step_000008.jsonl")))
+    quiet.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["groups_000007.jsonl", "step_000007.jsonl", "step_000008.jsonl", "validation_000007.jsonl"]
