@@ -88,9 +88,12 @@ def make_run(folder: Path, behaviour: Behaviour, steps: int = 30, prompts: int =
     """words: extra words in every response."""
     config = folder / "run.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(f"runner:\n  output_dir: {folder}\n  experiment_name: run\nrollout:\n  model_dir: /models/none\nactor:\n  optim:\n    lr: 1.0e-6\n")
+    config.write_text(f"runner:\n  output_dir: {folder}\n  experiment_name: run\nrollout:\n  model_dir: {folder / 'model'}\nactor:\n  optim:\n    lr: 1.0e-6\n")
     run = RunFolder(load(str(config)))
-    record_environment(run.path, "run-1", 1, [Node(0, 1)], Template())
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    record_environment(run.path, "run-1", 1, [Node(0, 1)], Template(), str(model), "0")
     logger = MetricLogger(run.path, [], None)
     rng = random.Random(seed)
     for step in range(1, steps + 1):
