@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,7 @@ ARRAYS = ("token_ids", "rollout_logprobs", "loss_mask")  # of a sample
 
 def write_group(path: Path, group: Group) -> None:
     """Durable when this returns."""
-    arrays = {"prompt": group.prompt.token_ids}
-    arrays |= {f"{k}.{name}": getattr(sample, name) for k, sample in enumerate(group.samples) for name in ARRAYS}
-    prompt, *samples = (_plain(record) for record in (group.prompt, *group.samples))
-    verdicts = [verdict and asdict(verdict) for verdict in group.verdicts]
-    about = {"group_id": group.group_id, "prompt": prompt, "samples": samples, "verdicts": verdicts}
+    about, arrays = take_apart(group)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, metadata={"group": json.dumps(about)})
     with path.open("rb") as file:
@@ -36,12 +32,25 @@ def read_group(path: Path) -> Group:
     """Raises UserError that names a file which is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {})["group"])
-            prompt = Prompt(token_ids=file.get_tensor("prompt"), **about["prompt"] | {"solutions": tuple(about["prompt"]["solutions"])})
-            samples = tuple(_sample(s, {name: file.get_tensor(f"{k}.{name}") for name in ARRAYS}) for k, s in enumerate(about["samples"]))
-            return Group(about["group_id"], prompt, samples, tuple(v and _verdict(v) for v in about["verdicts"]))
+            return put_together(json.loads((file.metadata() or {})["group"]), file.get_tensor)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is no group of a run ({error}); the file is missing or damaged") from error
+
+
+def take_apart(group: Group) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What JSON can hold of a group, and its arrays by name."""
+    arrays = {"prompt": group.prompt.token_ids}
+    arrays |= {f"{k}.{name}": getattr(sample, name) for k, sample in enumerate(group.samples) for name in ARRAYS}
+    prompt, *samples = (_plain(record) for record in (group.prompt, *group.samples))
+    verdicts = [verdict and asdict(verdict) for verdict in group.verdicts]
+    return {"group_id": group.group_id, "prompt": prompt, "samples": samples, "verdicts": verdicts}, arrays
+
+
+def put_together(about: Mapping[str, Any], array: Callable[[str], np.ndarray]) -> Group:
+    """The group again. Raises KeyError, TypeError or ValueError when the parts are not those of a group."""
+    prompt = Prompt(token_ids=array("prompt"), **about["prompt"] | {"solutions": tuple(about["prompt"]["solutions"])})
+    samples = tuple(_sample(s, {name: array(f"{k}.{name}") for name in ARRAYS}) for k, s in enumerate(about["samples"]))
+    return Group(about["group_id"], prompt, samples, tuple(v and _verdict(v) for v in about["verdicts"]))
 
 
 def _plain(record: Prompt | Sample) -> dict[str, Any]:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from rlinf.data.records import Finish, Group, Prompt, Sample, Status, Verdict
+from rlinf.data.group_file import put_together, take_apart
+from rlinf.data.records import Group
 from rlinf.errors import UserError
 
-TYPES = {"token_ids": "<i4", "rollout_logprobs": "<f4", "loss_mask": "|u1"}
+TYPES = {"prompt": "<i4", "token_ids": "<i4", "rollout_logprobs": "<f4", "loss_mask": "|u1"}  # by the last part of an array's name
 
 
 def journal_of(samples: Path) -> Path | None:
@@ -27,10 +26,9 @@ def journal_of(samples: Path) -> Path | None:
 
 
 def group_line(group: Group) -> str:
-    prompt = vars(group.prompt) | {"token_ids": _pack(group.prompt.token_ids, "token_ids")}
-    samples = [vars(s) | {name: _pack(getattr(s, name), name) for name in TYPES} for s in group.samples]
-    verdicts = [verdict and asdict(verdict) for verdict in group.verdicts]
-    return json.dumps({"group_id": group.group_id, "prompt": prompt, "samples": samples, "verdicts": verdicts}, ensure_ascii=False)
+    about, arrays = take_apart(group)
+    packed = {name: base64.b64encode(np.ascontiguousarray(a, dtype_of(name)).tobytes()).decode() for name, a in arrays.items()}
+    return json.dumps(about | {"arrays": packed}, ensure_ascii=False)
 
 
 def read_groups(path: Path) -> Iterator[Group]:
@@ -44,24 +42,10 @@ def read_groups(path: Path) -> Iterator[Group]:
 def _group(line: str, where: str) -> Group:
     try:
         row = json.loads(line)
-        prompt = Prompt(**_arrays(row["prompt"]) | {"solutions": tuple(row["prompt"]["solutions"])})
-        return Group(row["group_id"], prompt, tuple(_sample(s) for s in row["samples"]), tuple(v and _verdict(v) for v in row["verdicts"]))
+        return put_together(row, lambda name: np.frombuffer(base64.b64decode(row["arrays"][name]), dtype_of(name)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: is no group of a run ({error}); the file is damaged, and its step cannot be replayed") from error
 
 
-def _sample(row: Mapping[str, Any]) -> Sample:
-    versions = tuple((version, n) for version, n in row["versions"])
-    return Sample(**{**_arrays(row), "finish": Finish(row["finish"]), "versions": versions, "steps": tuple(row["steps"])})
-
-
-def _verdict(row: Mapping[str, Any]) -> Verdict:
-    return Verdict(**{**row, "status": Status(row["status"]), "parts": tuple((name, value) for name, value in row["parts"])})
-
-
-def _pack(array: np.ndarray, name: str) -> str:
-    return base64.b64encode(np.ascontiguousarray(array, TYPES[name]).tobytes()).decode()
-
-
-def _arrays(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: np.frombuffer(base64.b64decode(v), TYPES[name]) if name in TYPES else v for name, v in row.items()}
+def dtype_of(array: str) -> str:
+    return TYPES[array.rpartition(".")[2]]
