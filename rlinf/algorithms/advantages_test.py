@@ -99,7 +99,8 @@ def test_outcome_advantages_whiten_once_over_the_whole_batch() -> None:
     assert np.concatenate(white) == pytest.approx(np.concatenate(shuffled))
 
 
-def test_reinforce_pp_baseline_of_one_group_of_equal_lengths_is_grpo_with_the_population_std() -> None:
-    (white,) = outcome_advantages([[5.0, -5, -5, 5, -5]], [[7] * 5], "reinforce++-baseline", True)
+@pytest.mark.parametrize("name", ["reinforce++", "reinforce++-baseline"])
+def test_reinforce_pp_of_one_group_of_equal_lengths_is_grpo_with_the_population_std(name: str) -> None:
+    (white,) = outcome_advantages([[5.0, -5, -5, 5, -5]], [[7] * 5], name, True)
     rewards = np.array([5.0, -5, -5, 5, -5])
     assert white == pytest.approx((rewards - rewards.mean()) / rewards.std(), abs=1e-4)

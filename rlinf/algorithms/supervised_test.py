@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlinf.algorithms.supervised import SHAPES, finalize_supervised, loss_weights_S, sample_losses_S, supervised_objective
+from rlinf.algorithms.supervised import SHAPES, finalize_supervised, lengths_S, loss_weights_S, sample_losses_S, supervised_objective
 
 LOSSES = torch.tensor([1.0, 2.0, 3.0])
 EXAMPLES = [
@@ -77,3 +77,39 @@ def test_the_objective_is_cross_entropy_and_its_shares_add_up() -> None:
 def test_the_loss_of_a_sample_is_the_mean_of_its_tokens() -> None:
     losses = sample_losses_S(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), 2)
     assert losses.tolist() == [2.0, 5.0]
+
+
+def test_at_a_high_temperature_the_weights_are_uniform() -> None:
+    for shape in SHAPES:
+        assert loss_weights_S(LOSSES, shape, 1e9).tolist() == pytest.approx([1 / 3] * 3, abs=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.data(), st.sampled_from([None, *sorted(SHAPES)]))
+def test_loss_gradient_and_metrics_do_not_depend_on_the_split(lengths: list[int], data: st.DataObject, shape: str | None) -> None:
+    """Samples dealt to up to 6 micro-batches in any order, some empty; the weights are made of the losses of all of them."""
+    generator, n = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20))), sum(lengths)
+    logprobs_N, entropy_N = (-torch.rand(n, generator=generator, dtype=torch.float64) * 4 for _ in range(2))
+    sample_N = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    bins = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
+    order = data.draw(st.permutations(range(len(lengths))))
+
+    def run(parts: list[list[int]]) -> tuple[torch.Tensor, dict[str, float]]:
+        leaf, metrics, micro = logprobs_N.clone().requires_grad_(), [], []
+        for samples in parts:
+            where_N = torch.cat([torch.nonzero(sample_N == s).flatten() for s in samples] + [torch.zeros(0, dtype=torch.int64)])
+            own_N = torch.cat([torch.full((lengths[s],), i) for i, s in enumerate(samples)] + [torch.zeros(0, dtype=torch.int64)])
+            micro.append((where_N, own_N, len(samples)))
+        losses_S = torch.cat([sample_losses_S(logprobs_N[where_N], own_N, k) for where_N, own_N, k in micro])
+        weights_S = (loss_weights_S(losses_S, shape, 0.7) if shape else torch.ones(len(losses_S), dtype=torch.float64)).split([k for *_, k in micro])
+        for (where_N, own_N, k), weight_S in zip(micro, weights_S):
+            weights_N = (weight_S / lengths_S(own_N, k))[own_N] if shape else torch.full((len(where_N),), 1 / n, dtype=torch.float64)
+            loss, sums = supervised_objective(leaf[where_N], entropy_N[where_N], weights_N)
+            loss.backward()
+            metrics.append(sums)
+        return leaf.grad, finalize_supervised(sum(metrics[1:], metrics[0]))
+
+    gradient, metrics = run([list(range(len(lengths)))])
+    split_gradient, split_metrics = run([[s for s in order if bins[s] == b] for b in range(6)])
+    assert torch.allclose(split_gradient, gradient, rtol=1e-11, atol=1e-14)
+    assert split_metrics == pytest.approx(metrics, rel=1e-11, abs=1e-13)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.values import ValueSettings, ValueTokens, finalize_value_metrics, value_objective
@@ -75,3 +77,41 @@ def test_metrics_of_a_good_and_a_useless_critic() -> None:
     assert useless["critic/return_mean"] == pytest.approx(1.0) and useless["critic/value_mean"] == pytest.approx(1.0)
     same = finalize_value_metrics(value_objective(tokens([0.0], [0.0], [5.0]), Denominators(1, 1), settings_)[1])
     assert np.isnan(same["critic/explained_variance"])  # returns that are all equal have no variance to explain
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=8), st.data(), st.sampled_from([0.0, 0.3, 0.8]), st.sampled_from([None, 0.2]),
+    st.sampled_from(["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]),
+)  # fmt: skip
+def test_loss_gradient_and_metrics_do_not_depend_on_the_split(
+    lengths: list[int], data: st.DataObject, masked: float, clip: float | None, mode: str
+) -> None:
+    """Samples dealt to up to 6 micro-batches in any order; some empty, some samples fully masked."""
+    rng, n = np.random.default_rng(data.draw(st.integers(0, 2**20))), sum(lengths)
+    numbers = torch.from_numpy(rng.normal(size=(3, n)))
+    mask_N, sample_N = torch.from_numpy(rng.random(n) >= masked), torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    numbers[2] = torch.where(mask_N, numbers[2], torch.nan)  # nothing is known of what does not count
+    counts_S = torch.bincount(sample_N[mask_N], minlength=len(lengths))
+    denominators, how = Denominators(int(counts_S.sum()), int((counts_S > 0).sum())), ValueSettings(mode, clip, 8)
+    bins = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
+    order = data.draw(st.permutations(range(len(lengths))))
+
+    def run(parts: list[list[int]]) -> tuple[float, torch.Tensor, dict[str, float]]:
+        loss, metrics, values_N = 0.0, [], numbers[0].clone().requires_grad_()
+        for samples in parts:
+            where_N = torch.cat([torch.nonzero(sample_N == s).flatten() for s in samples] + [torch.zeros(0, dtype=torch.int64)])
+            own_N = torch.cat([torch.full((lengths[s],), i) for i, s in enumerate(samples)] + [torch.zeros(0, dtype=torch.int64)])
+            part, sums = value_objective(
+                ValueTokens(values_N[where_N], numbers[1][where_N], numbers[2][where_N], mask_N[where_N], own_N, len(samples)), denominators, how
+            )
+            part.backward()
+            loss += part.item()
+            metrics.append(sums)
+        return loss, values_N.grad, finalize_value_metrics(sum(metrics[1:], metrics[0]))
+
+    loss, gradient, metrics = run([list(range(len(lengths)))])
+    split_loss, split_gradient, split_metrics = run([[s for s in order if bins[s] == b] for b in range(6)])
+    assert np.isfinite(loss) and split_loss == pytest.approx(loss, rel=1e-12, abs=1e-14)
+    assert torch.allclose(split_gradient, gradient, rtol=1e-12, atol=1e-15)
+    assert split_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-12, nan_ok=True)

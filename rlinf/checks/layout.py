@@ -3,6 +3,7 @@
 Two optimizer steps on tiny random models of every family, in layouts over TP x PP x DP x sequence parallelism x micro-batch split x shared
 prefix x sample order x number of ranks, of a policy and of a critic, against plain transformers on one sample at a time: loss, metrics,
 values, the gradient of every parameter, its norm, and the weights after the steps. fp32; nothing is normalised away (see layout_reference).
+Activations are kept or recomputed, in turn.
 """
 
 from __future__ import annotations
@@ -54,12 +55,18 @@ LAYOUTS = [  # ranks, TP, PP, sequence parallel
     (4, 1, 1, False), (4, 2, 1, False), (4, 2, 1, True), (4, 1, 2, False), (4, 2, 2, False), (4, 2, 2, True), (4, 1, 4, False),
     (4, 4, 1, False), (4, 4, 1, True),
 ]  # fmt: skip
+RECOMPUTE = {  # keys of actor.model
+    "": {},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
+    "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+}
 SPLITS = [(budget, prefix, order) for budget, order in zip((512, 40, 70, 12), (0, 1, 2, 3)) for prefix in (True, False)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the step. budget: tokens of a micro-batch at most; order: seed of the sample order, 0 = as made."""
+    """One way to compute the step. budget: tokens of a micro-batch at most; order: seed of the sample order, 0 = as made; recompute: of RECOMPUTE."""
 
     ranks: int
     tp: int
@@ -70,6 +77,7 @@ class Case:
     share_prefix: bool
     order: int
     head: str = "lm"
+    recompute: str = ""
 
     @property
     def model(self) -> str:
@@ -80,7 +88,8 @@ class Case:
         return self.ranks // (self.tp * self.pp)
 
     def label(self) -> str:
-        switches = [word for word, on in (("SP", self.sequence_parallel), ("shared prefix", self.share_prefix)) if on]
+        words = (("SP", self.sequence_parallel), ("shared prefix", self.share_prefix), (f"recompute {self.recompute}", self.recompute))
+        switches = [word for word, on in words if on]
         return ", ".join([f"{self.model} TP{self.tp} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"])
 
 
@@ -123,22 +132,23 @@ class Finding:
 
 
 def make_cases(quick: bool = False) -> list[Case]:
-    """Every layout with every family that has enough key/value heads, the splits taken in turn; quick: every layout once."""
-    cases = []
+    """Every layout with every family that has enough key/value heads, the splits and recomputations taken in turn; quick: every layout once."""
+    cases, recompute = [], list(RECOMPUTE)
     for i, layout in enumerate(LAYOUTS):
-        families = [f for f in FAMILIES if layout[1] < 4 or f == "llama"]
+        families = [f for f in FAMILIES if layout[1] < 4 or f.startswith("llama")]
         for j, family in enumerate(families):
             if not quick or j == i % len(families):
-                cases.append(Case(*layout, family, *SPLITS[(5 * i + 3 * j) % len(SPLITS)]))  # every family meets every split
+                split = SPLITS[(5 * i + 3 * j) % len(SPLITS)]  # every family meets every split
+                cases.append(Case(*layout, family, *split, recompute=recompute[(i + j + i // 4) % 4]))
         critic = families[(i + 1) % len(families)]
-        cases.append(Case(*layout, critic, *SPLITS[(5 * i + 7) % len(SPLITS)], head="scalar"))
+        cases.append(Case(*layout, critic, *SPLITS[(5 * i + 7) % len(SPLITS)], head="scalar", recompute=recompute[(i + 1) % 4]))
     return cases
 
 
 def measure(at: Coordinates, case: Case, folder: str, batch: Batch) -> Measured:
     """Runs in every rank: both optimizer steps, the way a train worker makes them."""
     arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
-    model = ActorModelConfig(case.tp, case.pp, case.sequence_parallel, precision="fp32")
+    model = ActorModelConfig(case.tp, case.pp, case.sequence_parallel, precision="fp32", **RECOMPUTE[case.recompute])
     engine = MegatronEngine(arch, model, OPTIM, at, torch.device("cpu"), case.head)
     engine.load_hf(open_hf_folder(folder))
     batch = batch.shuffled(case.order)
@@ -258,16 +268,16 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable
 def table(findings: Sequence[Finding]) -> Table:
     """One line a layout; the figures are the largest deviations in units of their scale."""
     out = Table(title="The same two optimizer steps in every layout, against plain transformers (fp32)", title_justify="left")
-    for name in ("family", "ranks", "TP", "PP", "DP", "SP", "micro-batches", "prefix", "order", "loss", "gradient", "norm", "weights", "metrics", "s", ""):
-        out.add_column(name, justify="left" if name == "family" else "right", no_wrap=True)
+    for name in ("family", "ranks", "TP", "PP", "DP", "SP", "micro-batches", "prefix", "order", "recompute", "loss", "gradient", "norm", "weights", "metrics", "s", ""):
+        out.add_column(name, justify="left" if name in ("family", "recompute") else "right", no_wrap=True)
     for v in findings:
         c = v.case
-        where = [c.model, c.ranks, c.tp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order]
+        where = [c.model, c.ranks, c.tp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order, c.recompute]
         figures = [f"{x:.0e}" for x in (v.loss, v.gradient, v.norm, v.weight, v.metric)]
         out.add_row(*map(str, where), *figures, f"{v.seconds:.1f}", "ok" if v.holds else "[red]FAILS[/]")
     bounds = [f"{x:.0e}" for x in (LOSS_TOLERANCE, GRADIENT_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE, METRIC_TOLERANCE)]
     out.add_section()
-    out.add_row("at most", *[""] * 8, *bounds, "", "")
+    out.add_row("at most", *[""] * 9, *bounds, "", "")
     return out
 
 

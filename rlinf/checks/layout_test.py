@@ -226,6 +226,10 @@ def test_the_cases_cover_every_dimension() -> None:
         assert {(c.ranks, c.tp, c.pp) for c in mine} >= {(1, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (4, 2, 2), (4, 1, 4), (4, 1, 1)}
         assert {(c.budget, c.share_prefix) for c in mine} == {(b, p) for b, p, _ in layout.SPLITS}
         assert {c.order for c in mine} == {o for _, _, o in layout.SPLITS} and {c.sequence_parallel for c in mine} == {True, False}
+        assert {c.recompute for c in mine} == set(layout.RECOMPUTE)
+    for recompute in layout.RECOMPUTE:
+        mine = [c for c in cases if c.recompute == recompute]
+        assert {(c.pp > 1, c.sequence_parallel) for c in mine} == {(a, b) for a in (True, False) for b in (True, False)} and {c.head for c in mine} == {"lm", "scalar"}
     assert {c.dp for c in cases} == {1, 2, 3, 4} and {c.tp for c in cases} == {1, 2, 4}
     assert len(make_cases(quick=True)) == 2 * len(layout.LAYOUTS)
     critics = [c for c in cases if c.head == "scalar"]
@@ -277,12 +281,14 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
     share_prefix=st.booleans(),
     order=st.integers(0, 10_000),
     head=st.sampled_from(["lm", "scalar"]),
+    recompute=st.sampled_from(sorted(layout.RECOMPUTE)),
 )
 def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
-    rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int, head: str
+    rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int, head: str,
+    recompute: str,
 ) -> None:
     where, family = layout_and_family
-    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order, head)], tmp_path_factory.getbasetemp() / "drawn")
+    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order, head, recompute)], tmp_path_factory.getbasetemp() / "drawn")
     assert finding.holds, layout.complaint(finding)
 
 

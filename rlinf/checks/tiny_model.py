@@ -21,10 +21,10 @@ _COMMON = {
 }  # fmt: skip
 FAMILIES = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-    "qwen2-tied": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12},  # not hidden / heads
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4, "rope_theta": 500000.0},
 }
+FAMILIES |= {f"{name}-tied": FAMILIES[name] | {"tie_word_embeddings": True} for name in ("qwen2", "qwen3", "llama")}
 
 
 def write_tiny_model(folder: Path, family: str, seed: int = 0, head: str = "lm") -> Path:

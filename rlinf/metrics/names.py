@@ -193,7 +193,7 @@ TRAIN = metrics(
         "spikes: bad batch or too high a learning rate",
     ),
     ("lr", "learning rate of the step's last optimizer step", "follows the schedule", "—"),
-    ("loss_scale", "fp16 loss scale", "steady", "falls for many steps: overflow; use bf16"),
+    ("loss_scale", "fp16: loss scale of the step's last mini-batch", "steady", "falls for many steps: overflow; use bf16"),
     (
         "minibatches_skipped",
         "mini-batches not stepped: the ratio exceeded `early_stop_imp_ratio` or was NaN, no token counted, or a gradient was not finite",

@@ -32,6 +32,7 @@ from rlinf.weights.architecture import Architecture
 class Update:
     """What one optimizer step did, the same on every rank: metric sums of the mini-batch, pre-clip gradient norm, seconds by part.
 
+    loss_scale: what the losses were multiplied by; None = they were not.
     logprobs: of `update`, on the last pipeline stage: log pi of the response tokens [N] of each micro-batch, before the step.
     """
 
@@ -40,6 +41,7 @@ class Update:
     learning_rate: float
     skipped: bool
     timers: dict[str, float]
+    loss_scale: float | None = None
     logprobs: tuple[Tensor, ...] = ()
 
 
@@ -103,8 +105,13 @@ class MegatronEngine:
         self.optimizer_state.restore_steps(adam_steps)
         self.steps = steps
 
+    @property
+    def loss_scale(self) -> float | None:
+        scaler = self.distributed.grad_scaler
+        return None if scaler is None else float(scaler.scale)
+
     def loss_scaler(self) -> dict[str, float] | None:
-        """fp16 only: the loss scale and the counters that move it."""
+        """The dynamic loss scale and the counters that move it; None or empty when there is none."""
         scaler = self.distributed.grad_scaler
         return scaler and {name: float(value) for name, value in scaler.state_dict().items()}
 
@@ -189,7 +196,7 @@ class MegatronEngine:
         metrics = merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
         computed = time.perf_counter()
         rate = learning_rate(self.optim, self.steps + 1)
-        skipped, grad_norm = stops(metrics), float("nan")
+        skipped, grad_norm, scale = stops(metrics), float("nan"), self.loss_scale
         if not skipped:
             for group in self.distributed.optimizer.param_groups:
                 group["lr"] = rate
@@ -198,7 +205,7 @@ class MegatronEngine:
             self.steps += stepped
         ended = time.perf_counter()
         timers = {"forward_backward": computed - started, "optimizer": ended - computed}
-        return Update(metrics, grad_norm, rate, skipped, timers)
+        return Update(metrics, grad_norm, rate, skipped, timers, scale)
 
     def _step(self) -> tuple[bool, float]:
         """(whether it stepped, gradient norm before clipping), the same on every rank. A gradient that is not finite steps nothing."""

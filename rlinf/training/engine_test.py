@@ -162,7 +162,7 @@ def half_precision(at: Any, folder: Path, scale: float) -> dict[str, Any]:
         done = update(engine, mini)
         now = snapshot(engine)
         changed = sorted(k for k in now if now[k] != before.get(k))
-        history.append((done.skipped, engine.loss_scaler()["scale"], changed, done.grad_norm))
+        history.append((done.skipped, engine.loss_scaler()["scale"], changed, done.grad_norm, done.loss_scale))
         before = now
         if engine.steps == 3:
             break
@@ -175,9 +175,31 @@ def test_fp16_overflow_lowers_the_loss_scale_and_steps_nothing(rank_pool: Any, t
         history = rank["history"]
         overflows = [h for h in history if h[0]]
         assert overflows and rank["steps"] == 3
-        assert all(changed == ["scaler"] for _, _, changed, _ in overflows)
+        assert all(changed == ["scaler"] for _, _, changed, _, _ in overflows)
         assert overflows[-1][1] < 2.0**30 and history[-1][1] >= overflows[-1][1]
-        assert all(np.isfinite(norm) for skipped, _, _, norm in history if not skipped)
+        assert all(np.isfinite(norm) for skipped, _, _, norm, _ in history if not skipped)
+        scales = [2.0**30, *(after for _, after, *_ in history)]
+        assert [used for *_, used in history] == scales[:-1]  # a step reports the scale that it ran with
+
+
+def fixed_scale(at: Any, folder: Path, scale: float) -> tuple[list[bool], list[float], bool]:
+    """Three steps with a static loss scale; whether they end where a dynamic one that starts there and does not move ends."""
+    fixed, dynamic = (build(at, folder, replace(OPTIM, **how), precision="fp16") for how in ({"loss_scale": scale}, {"initial_loss_scale": scale}))
+    minis, skipped, scales = minibatches(fixed), [], []
+    for i in range(3):
+        done = update(fixed, minis[i % 2])
+        update(dynamic, minis[i % 2])
+        skipped.append(done.skipped), scales.append(done.loss_scale)
+    a, b = snapshot(fixed), snapshot(dynamic)
+    fixed.close(), dynamic.close()
+    return skipped, scales, a | {"scaler": b""} == b | {"scaler": b""}
+
+
+def test_a_static_loss_scale_stays_and_an_overflow_steps_nothing(rank_pool: Any, tiny_models: dict[str, Path]) -> None:
+    for skipped, scales, same in rank_pool.run(fixed_scale, tiny_models["llama"], 1024.0, **at_layout(2, 2, 1)):
+        assert skipped == [False] * 3 and scales == [1024.0] * 3 and same
+    for skipped, scales, _ in rank_pool.run(fixed_scale, tiny_models["llama"], 2.0**40, **at_layout(2, 2, 1)):
+        assert skipped == [True] * 3 and scales == [2.0**40] * 3
 
 
 def half_and_single(at: Any, folder: Path) -> list[float]:

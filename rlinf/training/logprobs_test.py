@@ -194,7 +194,7 @@ def model_logits_gap(at: Any, folder: Path) -> float:
     return (got - torch.cat(want)).abs().max().item()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "qwen3-tied", "llama", "llama-tied"])
 def test_logprobs_are_those_of_transformers(rank_pool: Any, tiny_models: dict[str, Path], family: str) -> None:
     (gap,) = rank_pool.run(model_logits_gap, tiny_models[family], ranks=1)
     assert gap < 1e-5

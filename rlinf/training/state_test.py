@@ -24,7 +24,7 @@ def round_trip(at: Any, folder: Path) -> dict[str, Any]:
     return state if at.dp_rank == at.tp_rank == 0 else {kind: {} for kind in state}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "qwen3-tied", "llama", "llama-tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_round_trip_is_exact(rank_pool: Any, tiny_models: dict[str, Path], family: str, layout: tuple[int, int, int]) -> None:
     """The vocabulary of 131 is padded over two ranks: the padding never comes back."""

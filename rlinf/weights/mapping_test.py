@@ -11,7 +11,9 @@ ARCHS = {
     "qwen2": Architecture(family="qwen2", tied=False, qkv_bias=True, qk_norm=False, **SHAPE),
     "qwen2-tied": Architecture(family="qwen2", tied=True, qkv_bias=True, qk_norm=False, **SHAPE),
     "qwen3": Architecture(family="qwen3", tied=False, qkv_bias=False, qk_norm=True, **SHAPE),
-    "llama": Architecture(family="llama", tied=True, qkv_bias=False, qk_norm=False, **SHAPE),
+    "qwen3-tied": Architecture(family="qwen3", tied=True, qkv_bias=False, qk_norm=True, **SHAPE),
+    "llama": Architecture(family="llama", tied=False, qkv_bias=False, qk_norm=False, **SHAPE),
+    "llama-tied": Architecture(family="llama", tied=True, qkv_bias=False, qk_norm=False, **SHAPE),
 }
 
 

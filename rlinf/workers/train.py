@@ -249,6 +249,8 @@ def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
     metrics["train/grad_norm"] = sum(stepped) / len(stepped) if stepped else float("nan")
     metrics["train/lr"] = updates[-1].learning_rate
     metrics["train/minibatches_skipped"] = float(sum(u.skipped for u in updates))
+    if updates[-1].loss_scale is not None:
+        metrics["train/loss_scale"] = updates[-1].loss_scale
     first = finalize_metrics(updates[0].metrics.sums, updates[0].metrics.maxima)
     metrics["train/first_minibatch_ratio"] = first["train/ratio"]
     metrics["train/first_minibatch_clip_fraction"] = first["train/clip_fraction"]
