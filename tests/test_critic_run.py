@@ -40,18 +40,19 @@ def check_metrics(metrics: list[dict], warmup: int = 0) -> None:
 
 @pytest.mark.slow
 def test_actor_and_critic_in_layouts_of_their_own_and_an_exact_resume(tmp_path: Path) -> None:
-    """The actor TP 2 x PP 2, the critic DP 2, on some of the same devices."""
+    """The actor PP 2, the critic DP 2, on some of the same devices. (Every pair of layouts: runners/roles_test.py.)"""
     config = write_run(
         tmp_path, algorithm__adv_type="gae", critic=CRITIC, algorithm__shuffle_rollout=True,
-        cluster__component_placement={"actor": "0-3", "critic": "1-2", "rollout,reward": "0"},
+        cluster__num_gpus_per_node=3, cluster__component_placement={"actor": "0-1", "critic": "1-2", "rollout,reward": "0"},
+        actor__model__tensor_model_parallel_size=1,
     )  # fmt: skip
-    done = run(config, "critic.warmup_steps=1", "algorithm.gae_lambda=0.9")
+    done = run(config, "critic.warmup_steps=1", "algorithm.gae_lambda=0.9", timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     check_metrics(lines(tmp_path), warmup=1)
     checkpoints = tmp_path / "logs" / "tiny" / "checkpoints"
     first = tensors(checkpoints / "step_000003")
     assert {"actor", "critic", "hf"} <= {name.split("/")[0] for name in first}
-    again = run(config, "critic.warmup_steps=1", "algorithm.gae_lambda=0.9", f"runner.resume_dir={checkpoints / 'step_000002'}")
+    again = run(config, "critic.warmup_steps=1", "algorithm.gae_lambda=0.9", f"runner.resume_dir={checkpoints / 'step_000002'}", timeout=240)
     assert again.returncode == 0, again.stderr[-4000:]
     repeated = tensors(checkpoints / "step_000003")
     assert first.keys() == repeated.keys() and all(np.array_equal(first[n], repeated[n]) for n in first)  # bit for bit, actor and critic
