@@ -292,7 +292,7 @@ def complaint(v: Finding) -> str:
 def main(quick: bool, json_file: Path | None) -> int:
     """The command. Exit code 0 when every layout holds, else 1."""
     started = time.perf_counter()
-    console = Console(width=None if Console().is_terminal else 140)
+    console = Console(width=None if Console().is_terminal else 160)
     cases = make_cases(quick)
     with RankPool(RANKS) as pool, tempfile.TemporaryDirectory(prefix="rlinf-layout-") as folder:
         pool.start()  # its imports go on beside the reference computation
