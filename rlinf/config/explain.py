@@ -26,7 +26,8 @@ def explain(resolved: Resolved | None, key: str) -> str:
     known = known_keys().get(key)
     if known:
         lines = [key, f"  meaning  {known.help}", f"  type     {known.type_name}", f"  default  {_default(known)}"]
-        lines += [f"  choices  {', '.join(dump(c) for c in known.choices)}"] if known.choices else []
+        own = ", or path/to/file.py:function" if known.own else ""
+        lines += [f"  choices  {', '.join(dump(c) for c in known.choices)}{own}"] if known.choices else []
         lines += [f"  value    {dump(value_of(resolved.config, key))}", f"  set by   {resolved.provenance[key]}"] if resolved else []
         return "\n".join(lines)
     if key not in known_sections():
@@ -52,6 +53,7 @@ def _default(key: Key) -> str:
 
 def _row(key: Key) -> str:
     kind = " / ".join(f"`{dump(c)}`" for c in key.choices) if key.choices else key.type_name
+    kind += " / [file.py:function](extending.md)" if key.choices and key.own else ""
     default = _default(key) if key.default == REQUIRED else f"`{dump(key.default)}`"
     return f"| `{key.name.rpartition('.')[2]}` | {kind} | {default} | {key.help.replace('<', '&lt;')} |"
 

@@ -16,7 +16,7 @@ REQUIRED = "???"  # OmegaConf's mark of a key without a default
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null."""
+    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null; own: see schema.key."""
 
     name: str
     kind: type
@@ -24,6 +24,7 @@ class Key:
     default: Any
     help: str
     choices: tuple[Any, ...]
+    own: bool
 
     @property
     def type_name(self) -> str:
@@ -63,5 +64,6 @@ def _walk(section: type, prefix: str) -> list[Key]:
         if optional:
             hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        keys.append(Key(name, typing.get_origin(hint) or hint, optional, default, field.metadata["help"], field.metadata["choices"]))
+        meta = field.metadata
+        keys.append(Key(name, typing.get_origin(hint) or hint, optional, default, meta["help"], meta["choices"], meta["own"]))
     return keys

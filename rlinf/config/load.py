@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlinf.config.keys import REQUIRED, known_keys
+from rlinf.config.own_code import absolute
 from rlinf.config.schema import BENCHMARKS, Config
 from rlinf.config.settings import COMMAND_LINE, Setting, parse, read_override, read_section
 from rlinf.config.values import convert, dump
@@ -146,7 +147,8 @@ def _resolve(values: Mapping[str, Any], provenance: Mapping[str, str], problems:
         try:
             value = OmegaConf.select(config, name)
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-            result[name] = _expand(convert(value, key)) if name in PATH_KEYS else convert(value, key)
+            value = convert(value, key)
+            result[name] = _expand(value) if name in PATH_KEYS else absolute(value) if key.own else value
         except OmegaConfBaseException as e:
             problems.append(f"{provenance[name]}: {name}: cannot resolve {values[name]}: {str(e).splitlines()[0]}")
         except ValueError as e:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlinf.config.load import EXAMPLES, show
+from rlinf.config.keys import known_keys
+from rlinf.config.load import EXAMPLES, show, value_of
+from rlinf.config.own_code import file_of, is_own
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.errors import UserError
 
-FAMILIES = ("qwen2", "qwen3", "llama")
 SHAPES = EXAMPLES / "models"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -26,8 +27,6 @@ def load_model_config(model_dir: str, key: str = "rollout.model_dir") -> dict[st
     if not config.is_file():
         raise UserError(f"{key}: {model_dir} has no config.json; it is not a Hugging Face model folder")
     hf = _read_json(config)
-    if hf.get("model_type") not in FAMILIES:
-        raise UserError(f"{config}: unknown architecture: model_type {hf.get('model_type')!r}; supported are {', '.join(FAMILIES)} (dense)")
     if not any(folder.glob("*.safetensors")):
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
         found = f"; it has {others[0]}: convert it, e.g. AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)" if others else ""
@@ -103,13 +102,20 @@ def _misfits(role: str, model: ActorModelConfig, hf: dict[str, Any]) -> list[str
 
 
 def missing_paths(config: Config) -> list[str]:
-    """Data files and checkpoints that are not on this machine, one message each."""
+    """Data files, checkpoints and files of own functions that are not on this machine, one message each."""
     paths = [("data.train_data_paths", p) for p in config.data.train_data_paths] + [
         ("data.val_data_paths", p) for p in config.data.val_data_paths
     ]
     if config.runner.resume_dir not in (None, "auto"):
         paths.append(("runner.resume_dir", str(config.runner.resume_dir)))
+    paths += [(key, str(file_of(reference))) for key, reference in own_functions(config)]
     return [f"{key}: {path} is not on this machine" for key, path in paths if not Path(path).exists()]
+
+
+def own_functions(config: Config) -> list[tuple[str, str]]:
+    """(key, `file.py:function`) of every function of the user's that the configuration names."""
+    values = [(name, value_of(config, name)) for name, key in known_keys().items() if key.own]
+    return [(name, v) for name, value in values for v in (value.values() if isinstance(value, dict) else [value]) if is_own(v)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 from omegaconf import MISSING
 
 
-def key(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
-    """A field with its meaning; mutable defaults are copied."""
-    meta = {"help": help, "choices": choices}
+def key(default: Any, help: str, choices: tuple[Any, ...] = (), own: bool = False) -> Any:
+    """A field with its meaning; mutable defaults are copied. own: a function of the user's, `path/to/file.py:function`, may stand there."""
+    meta = {"help": help, "choices": choices, "own": own}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -108,11 +108,11 @@ class SamplingConfig:
 class AlgorithmConfig:
     group_size: int = key(8, "responses per prompt")
     n_minibatches: int = key(1, "optimizer steps per global batch; divides rollout_batch_size * group_size")
-    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++", "reinforce++-baseline", "gae"))
+    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++", "reinforce++-baseline", "gae"), own=True)
     gamma: float = key(1.0, "discount of a reward for each token between it and the token that is credited; 1 = none")
     gae_lambda: float = key(1.0, "λ of adv_type gae: 1 = the return minus the value; less trusts the critic more")
     normalize_advantages: bool = key(True, "whiten advantages once over all response tokens of the global batch")
-    loss_type: str = key("ppo", "policy loss", ("ppo", "decoupled-ppo", "gspo", "gspo-token", "cispo"))
+    loss_type: str = key("ppo", "policy loss", ("ppo", "decoupled-ppo", "gspo", "gspo-token", "cispo"), own=True)
     loss_agg_func: str = key(
         "token-mean",
         "how token losses become the loss",
@@ -234,6 +234,7 @@ class CriticConfig(ActorConfig):
 @dataclass
 class RewardConfig:
     reward_type: str = key("math", "verifier", ("math",))
+    own_tasks: dict[str, str] = key({}, "tasks that functions of yours judge: name of the task in the data -> `path/to/file.py:function`", own=True)
     reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative")
     undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
     answer_format: str = key(

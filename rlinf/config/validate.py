@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
+from rlinf.config.own_code import is_own
 from rlinf.config.schema import BENCHMARKS, Config
 from rlinf.config.values import dump
 from rlinf.errors import UserError
@@ -112,7 +113,7 @@ def validate(config: Config, provenance: Mapping[str, str] | None = None) -> Non
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """As validate, by the rules that concern an evaluation."""
-    _raise(config, provenance, (_bounds, _cluster, _rollout, _evaluation))
+    _raise(config, provenance, (_bounds, _cluster, _rollout, _reward, _evaluation))
 
 
 def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) -> None:
@@ -192,7 +193,7 @@ def _algorithm(c: Config) -> Iterator[Violation]:
     a = c.algorithm
     trained = min(a.group_size, a.num_update_sample_per_prompt or a.group_size)
     batch = c.data.rollout_batch_size * trained
-    if a.group_size == 1 and a.adv_type not in ("reinforce++", "gae"):
+    if a.group_size == 1 and a.adv_type not in ("reinforce++", "gae") and not is_own(a.adv_type):
         yield (
             "algorithm.group_size",
             f"adv_type {a.adv_type} compares the responses of one prompt, so every advantage would be 0; use at least 2",
@@ -324,6 +325,9 @@ def _critic(c: Config) -> Iterator[Violation]:
 
 
 def _reward(c: Config) -> Iterator[Violation]:
+    for task, function in c.reward.own_tasks.items():
+        if not is_own(function):
+            yield "reward.own_tasks", f"{task}: {function} names no function; write path/to/file.py:function"
     limit = c.algorithm.sampling_params.max_new_tokens
     if c.reward.overlong_buffer > limit:
         yield "reward.overlong_buffer", f"must be at most algorithm.sampling_params.max_new_tokens ({limit})"

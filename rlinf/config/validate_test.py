@@ -185,7 +185,6 @@ def test_engines_may_replicate_key_value_heads(tmp_path: Path) -> None:
         (None, "does not exist; give a local Hugging Face folder"),
         ({}, "has no config.json"),
         ({"config.json": "{oops"}, "config.json:1: not valid JSON"),
-        ({"config.json": '{"model_type": "mamba"}'}, "unknown architecture: model_type 'mamba'; supported are qwen2, qwen3, llama"),
         ({"config.json": json.dumps(SHAPE)}, "has no *.safetensors weights"),
         ({"config.json": json.dumps(SHAPE), "pytorch_model.bin": ""}, "it has pytorch_model.bin: convert it"),
         ({"config.json": json.dumps(SHAPE), "model.safetensors": ""}, "has no tokenizer (tokenizer.json or"),

@@ -11,6 +11,7 @@ import yaml
 
 from rlinf.config.dropped import dropped_value
 from rlinf.config.keys import Key
+from rlinf.config.own_code import is_own
 from rlinf.config.settings import FLOAT, parse, python_value
 
 
@@ -24,8 +25,9 @@ def convert(value: Any, key: Key) -> Any:
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError(f"expected a finite number, got {value}")
     for item in converted if isinstance(converted, list) else [converted]:
-        if key.choices and item not in key.choices:
-            raise ValueError(f"{dump(item)} is not one of {', '.join(dump(c) for c in key.choices)}{_advice(key, item)}")
+        if key.choices and item not in key.choices and not (key.own and is_own(item)):
+            own = ", or path/to/file.py:function" if key.own else ""
+            raise ValueError(f"{dump(item)} is not one of {', '.join(dump(c) for c in key.choices)}{own}{_advice(key, item)}")
     return converted
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib.metadata
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, load
 from rlinf.config.model import load_model_config
+from rlinf.config.own_code import file_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
@@ -108,8 +110,13 @@ def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
             "precision": rollout.precision or task.config.actor.model.precision,
             "seed": rollout.seed,
         },
-        "judge": {"rlinf": rlinf.__version__, "answer_format": task.config.reward.answer_format},
+        "judge": {"rlinf": rlinf.__version__, "answer_format": task.config.reward.answer_format} | own_judges(task.config.reward.own_tasks),
     }
+
+
+def own_judges(own_tasks: Mapping[str, str]) -> dict[str, str]:
+    """What the user's functions are: their names and the sha256 of their files."""
+    return {task: f"{function.rpartition(':')[2]} {hashlib.sha256(file_of(function).read_bytes()).hexdigest()}" for task, function in own_tasks.items()}
 
 
 def open_folders(out: Path, task: Task, identities: Sequence[dict[str, Any]]) -> list[SetFolder]:

@@ -95,7 +95,7 @@ def _load(section: str, config: Config, tokenizer: TextTokenizer) -> ProblemSet:
     name = section if section != "custom" else path.name.removesuffix(".jsonl")
     data = replace(config.data, apply_chat_template=False, tasks=None, max_prompt_length=UNBOUNDED)
     found, _ = load_prompts([str(path)], data, tokenizer)
-    check_tasks({p.task for p in found})
+    check_tasks({p.task for p in found}, config.reward.own_tasks)
     _check_template(section, protocol.template, tokenizer)
     texts = [render(p.text, protocol, tokenizer) for p in found]
     prompts = tuple(

@@ -106,7 +106,7 @@ class Worker:
 
 
 class Pool:
-    """Workers for items of one kind (`math`, or `rg` for reasoning-gym).
+    """Workers for items of one kind: `math`, `rg` for reasoning-gym, or a user's function.
 
     `submit` returns a future of a Reply; it blocks while more than a few items per worker are waiting (back-pressure).
     """

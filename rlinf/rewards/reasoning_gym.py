@@ -21,6 +21,8 @@ REFUSED = {
     "game_of_life_halting": "its scorer gives full marks to any text",
     "composite": "it is a mixture; generate its families one by one",
 }
+# what code that meets a strange text may raise
+SCORER_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, ArithmeticError, AssertionError)
 INSTRUCTION = "Put your final answer within \\boxed{}."
 
 
@@ -53,7 +55,7 @@ def judge(family: str, answer: str, solutions: tuple[str, ...]) -> Decision:
         entry = json.loads(solution)
         try:
             score = float(score_answer(answer.strip(), entry))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, SyntaxError, ArithmeticError, AssertionError) as error:
+        except SCORER_ERRORS as error:
             return Decision("undecided", "rg_scorer_failed", f"{type(error).__name__}: {error}"[:200])
         best = max(best, score)
     return Decision("right" if best == 1.0 else "wrong", "rg", f"score {best:g}")

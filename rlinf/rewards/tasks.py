@@ -4,31 +4,37 @@ math          equivalence of mathematical answers (rewards/math.py)
 choice        the letter of a multiple-choice question; never a guess from prose
 exact         the same text, white space aside
 rg/<family>   reasoning-gym's scorer of that family; only the full score is right
+(others)      functions of the user's (reward.own_tasks), in the cage
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+from rlinf.config.own_code import is_own, load_own
 from rlinf.errors import UserError
 from rlinf.rewards import math, reasoning_gym
 from rlinf.rewards.math import Decision, gold_answer
+from rlinf.rewards.reasoning_gym import SCORER_ERRORS
 from rlinf.rewards.words import choice, untext
 
 TASKS = ("math", "choice", "exact")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 
 
-def check_tasks(tasks: Iterable[str]) -> None:
-    """Raises UserError for a task that nothing here can judge."""
-    for task in sorted(set(tasks)):
+def check_tasks(tasks: Iterable[str], own: Collection[str] = ()) -> None:
+    """Raises UserError for a task that nothing here can judge, and for one of `own` (reward.own_tasks) that has the name of one of ours."""
+    for task in sorted(own):
+        if task in TASKS or task.startswith("rg/"):
+            raise UserError(f"reward.own_tasks: {task} is judged here already; give your task another name, in the data too")
+    for task in sorted(set(tasks) - set(own)):
         if task.startswith("rg/"):
             reasoning_gym.check_family(task[3:])
         elif task not in TASKS:
             raise UserError(
-                f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. "
-                "Leave its prompts out with data.tasks, for example data.tasks=[math]"
+                f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. Name a function of yours in reward.own_tasks, or "
+                "leave its prompts out with data.tasks, for example data.tasks=[math]"
             )
 
 
@@ -46,14 +52,28 @@ def judge_cheap(task: str, answer: str, solutions: tuple[str, ...]) -> Decision 
 
 
 def judge_caged(task: str, answer: str, solutions: tuple[str, ...]) -> Decision:
+    """task: `math`, `rg/<family>`, or a function of the user's."""
+    if is_own(task):
+        return judge_own(task, answer, solutions)
     if task == "math":
         return math.judge_caged(answer, solutions)
     return reasoning_gym.judge(task[3:], answer, solutions)
 
 
+def judge_own(function: str, answer: str, solutions: tuple[str, ...]) -> Decision:
+    """By a function (answer, solutions) -> True, False, or None for undecided."""
+    try:
+        verdict = load_own(function)(answer, solutions)
+    except SCORER_ERRORS as error:
+        return Decision("undecided", "own_failed", f"{type(error).__name__}: {error}"[:200])
+    return Decision("undecided" if verdict is None else "right" if verdict else "wrong", "own")
+
+
 def warm_up(kind: str) -> None:
-    """Load what a worker for `math` or `rg` needs, so that no item pays for it."""
-    if kind == "rg":
+    """Load what a worker for `math`, `rg` or a user's function needs, so that no item pays for it."""
+    if is_own(kind):
+        load_own(kind)
+    elif kind == "rg":
         reasoning_gym.load()
     else:
         math.warm_up()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from rlinf.config.own_code import is_own
 from rlinf.data.records import Status, Verdict
 from rlinf.rewards.extract import extract
 from rlinf.rewards.math import Decision, gold_answer
@@ -34,7 +35,7 @@ class Item(NamedTuple):
 class Verifier:
     """Judges responses. Thread-safe; processes start when the first answer needs them (or at `warm_up`) and end with `close`.
 
-    reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as wrong.
+    reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as wrong. own_tasks: reward.own_tasks.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Verifier:
         answer_format: str = "boxed",
         num_processes: int = 1,
         timeout: float = 1.0,
+        own_tasks: Mapping[str, str] | None = None,
     ) -> None:
+        self.own_tasks = own_tasks or {}
         self.answer_format, self.num_processes, self.timeout = answer_format, num_processes, timeout
         undecided = -reward_scale if undecided_reward is None else undecided_reward
         self._rewards = {Status.RIGHT: reward_scale, Status.WRONG: -reward_scale, Status.UNDECIDED: undecided}
@@ -68,15 +71,16 @@ class Verifier:
             if answer is None:
                 verdicts[i] = self._verdict(Decision("wrong", route), None, item, time.perf_counter() - started)
                 continue
-            key = (item.task, answer, item.solutions)
-            decision = self._decided.get(key) or judge_cheap(*key)
+            own = self.own_tasks.get(item.task)
+            key = (own or item.task, answer, item.solutions)
+            decision = self._decided.get(key) or (None if own else judge_cheap(*key))
             if decision is not None:
                 self._remember(key, decision)
                 verdicts[i] = self._verdict(decision, answer, item, time.perf_counter() - started)
             elif key in waiting:
                 waiting[key][1].append(i)
             else:
-                waiting[key] = (self._pool_for(item.task).submit(key), [i])
+                waiting[key] = (self._pool_for(own or item.task).submit(key), [i])
         for key, (future, places) in waiting.items():
             reply = future.result()
             decision = Decision("undecided", reply.reason) if reply.reason else Decision(**reply.answer)
@@ -87,7 +91,8 @@ class Verifier:
 
     def warm_up(self) -> None:
         """Start the processes now."""
-        self._pool_for("math")
+        for kind in ("math", *self.own_tasks.values()):
+            self._pool_for(kind)
 
     def close(self) -> None:
         with self._lock:
@@ -106,7 +111,7 @@ class Verifier:
             return [pid for pool in self._pools.values() for pid in pool.worker_pids()]
 
     def _pool_for(self, task: str) -> Pool:
-        kind = "rg" if task.startswith("rg/") else "math"
+        kind = "rg" if task.startswith("rg/") else task if is_own(task) else "math"
         with self._lock:
             if kind not in self._pools:
                 self._pools[kind] = Pool(self.num_processes, self.timeout, kind)

@@ -10,6 +10,8 @@ from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, value_of
+from rlinf.config.model import own_functions
+from rlinf.config.own_code import load_own
 from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
@@ -45,7 +47,9 @@ def train(resolved: Resolved) -> int:
     if config.data.val_data_paths:
         val_prompts, val_report = load_prompts(config.data.val_data_paths, config.data, tokenizer)
         say(f"validation data: {val_report.describe()}")
-    check_tasks({p.task for p in (*prompts, *val_prompts)})
+    check_tasks({p.task for p in (*prompts, *val_prompts)}, config.reward.own_tasks)
+    for _, function in own_functions(config):
+        load_own(function)
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
     logger = open_logger(resolved, folder)
     run_id = new_run_id()

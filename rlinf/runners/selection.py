@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlinf.algorithms.advantages import outcome_advantages
+from rlinf.algorithms.advantages import ADVANTAGES, outcome_advantages
 from rlinf.algorithms.filters import has_signal, update_subset
 from rlinf.cluster.group import Ref
+from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import AlgorithmConfig
 from rlinf.data.records import Finish, GroupHeader, Prompt, Status
 from rlinf.data.sampler import PromptSampler
@@ -98,4 +99,6 @@ def advantages_of(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig) ->
     """From the rewards of all responses; whitened here unless the actor does it, token by token."""
     tokens = [counted_tokens(header, algorithm) for header in headers]
     whiten = algorithm.normalize_advantages and not algorithm.token_level
+    if is_own(algorithm.adv_type):
+        ADVANTAGES[algorithm.adv_type] = load_own(algorithm.adv_type)
     return outcome_advantages([h.rewards for h in headers], tokens, algorithm.adv_type, whiten)

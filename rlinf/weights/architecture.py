@@ -7,12 +7,21 @@ from typing import Any
 
 from rlinf.errors import UserError
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+
+@dataclass(frozen=True)
+class Family:
+    """What sets families of dense decoders apart whose tensors have the same names: a bias on q, k and v; a norm of each head of q and k."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+FAMILIES = {"qwen2": Family(qkv_bias=True), "qwen3": Family(qk_norm=True), "llama": Family()}  # by model_type of config.json
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes and switches of a dense decoder. `qkv_bias` and `qk_norm` are what sets the families apart."""
+    """Sizes and switches of a dense decoder."""
 
     family: str
     n_layers: int
@@ -34,13 +43,14 @@ def read_architecture(hf: dict[str, Any]) -> Architecture:
     """Parse a config.json dictionary. Raises UserError for what this platform does not train."""
     family = hf.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"config.json: model_type {family!r} is not supported; supported families: {', '.join(FAMILIES)}")
+        raise UserError(f"config.json: unknown architecture: model_type {family!r}; supported are {', '.join(FAMILIES)} (dense)")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError(f"config.json: rope type {kind!r} is not supported; only 'default' is")
-    if hf.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is true; sliding-window attention is not supported")
+    # without the switch that Qwen has, a window that is given is used
+    if hf.get("use_sliding_window", bool(hf.get("sliding_window")) and family not in ("qwen2", "qwen3")):
+        raise UserError("config.json: use_sliding_window or sliding_window is set; sliding-window attention is not supported")
     if hf.get("mlp_bias") or (family != "qwen2" and hf.get("attention_bias")):
         raise UserError("config.json: mlp_bias / attention_bias are not supported for this family")
     if hf.get("hidden_act", "silu") != "silu":
@@ -59,6 +69,6 @@ def read_architecture(hf: dict[str, Any]) -> Architecture:
         rope_theta=float(hf.get("rope_theta") or rope.get("rope_theta") or 10000.0),
         max_positions=hf.get("max_position_embeddings", 0),
         tied=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qkv_bias=FAMILIES[family].qkv_bias,
+        qk_norm=FAMILIES[family].qk_norm,
     )

@@ -14,8 +14,10 @@ import torch
 
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.importance import Correction
+from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
 from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, token_advantages, value_targets
+from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
@@ -201,6 +203,8 @@ def merged(parts: Sequence[TokenNumbers]) -> dict[str, np.ndarray]:
 
 
 def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
+    if is_own(algorithm.loss_type):
+        LOSSES[algorithm.loss_type] = load_own(algorithm.loss_type)
     eps = algorithm.ratio_clip_eps
     return ObjectiveSettings(
         loss_type=algorithm.loss_type,

@@ -1,0 +1,49 @@
+"""A user's own function, named in the configuration as `path/to/file.py:function`: it is used where a name of ours could stand."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlinf.errors import UserError
+
+MARK = ".py:"
+
+
+def is_own(value: Any) -> bool:
+    return isinstance(value, str) and MARK in value
+
+
+def absolute(value: Any) -> Any:
+    """The same with the whole path: workers run in other folders, on other nodes. Anything else stays as it is."""
+    if isinstance(value, dict):
+        return {name: absolute(v) for name, v in value.items()}
+    if not is_own(value):
+        return value
+    path, _, function = value.rpartition(":")
+    return f"{Path(path).expanduser().resolve()}:{function}"
+
+
+def file_of(reference: str) -> Path:
+    return Path(reference.rpartition(":")[0])
+
+
+@cache
+def load_own(reference: str) -> Callable[..., Any]:
+    """The function; its file is executed once a process. Raises UserError when there is none."""
+    file, name = file_of(reference), reference.rpartition(":")[2]
+    if not file.is_file():
+        raise UserError(f"{reference}: there is no file {file}; on a cluster it must be at the same path on every node")
+    module_name = f"rlinf_own_{file.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{reference}: {file} has no function {name}")
+    return function

@@ -1,0 +1,194 @@
+"""The examples of docs/extending.md, as they stand there: each is used as the page says, and does what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rlinf.algorithms.aggregation import Denominators
+from rlinf.algorithms.objective import ResponseTokens, policy_objective
+from rlinf.config.load import ROOT, load
+from rlinf.config.schema import AlgorithmConfig, Config
+from rlinf.config.validate import validate
+from rlinf.data.records import Status
+from rlinf.errors import UserError
+from rlinf.rewards.tasks import check_tasks
+from rlinf.rewards.verifier import Verifier
+from rlinf.runners.selection import advantages_of
+from rlinf.workers.train import objective_settings
+from tests.test_tiny_run import lines, run, write_run
+
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+PYTHON = {name: code for name, code in re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL)}
+YAML = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's files, from which runs are started."""
+    for name, code in PYTHON.items():
+        if "/" not in name:
+            (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def resolved(folder: Path, *words: str) -> Config:
+    """The page's YAML over a complete configuration."""
+    sections: dict[str, dict] = {}
+    for part in YAML:
+        for section, keys in part.items():
+            sections.setdefault(section, {}).update(keys)
+    (folder / "page.yaml").write_text(yaml.safe_dump({"extends": str(ROOT / "examples/math/config/smollm2-135m-grpo-cpu.yaml"), **sections}))
+    config = load("page.yaml", words).config
+    validate(config)
+    return config
+
+
+def test_the_page_names_its_files_as_its_yaml_does(files: Path) -> None:
+    config = resolved(files)
+    named = [*config.reward.own_tasks.values(), config.algorithm.loss_type, config.algorithm.adv_type]
+    assert [Path(n.rpartition(":")[0]).name for n in named] == ["my_rewards.py", "my_losses.py", "my_advantages.py"]
+    assert all(Path(n.rpartition(":")[0]).is_absolute() for n in named)
+
+
+def test_the_reward(files: Path) -> None:
+    own = resolved(files).reward.own_tasks
+    check_tasks(["interval", "math"], own)
+    with Verifier(own_tasks=own) as verifier:
+        answers = (r"\boxed{from 3 to 5}", r"\boxed{between 5 and 3.0}", r"\boxed{3}", "between 3 and 5", r"\boxed{3 to 6}")
+        found = [verifier.verify(text, [r"\boxed{between 3 and 5}"], "interval") for text in answers]
+        assert [v.status for v in found] == [Status.RIGHT, Status.RIGHT, Status.WRONG, Status.WRONG, Status.WRONG]
+        assert found[0].route == "own" and found[0].reward == 5.0 and found[3].route == "no_box"
+        assert verifier.verify(r"\boxed{7}", [r"\boxed{7}"], "math").status is Status.RIGHT
+
+
+def test_a_function_that_hangs_fails_or_cannot_tell_leaves_the_answer_undecided(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "def judge(answer, solutions):\n    while answer == 'hang': pass\n    return None if answer == 'unsure' else {'right': True}[answer]\n"
+    )
+    with Verifier(own_tasks={"odd": f"{tmp_path}/odd.py:judge"}, timeout=1.0) as verifier:
+        found = {word: verifier.verify(f"\\boxed{{{word}}}", ["x"], "odd") for word in ("right", "unsure", "other", "hang")}
+    assert [v.status for v in found.values()] == [Status.RIGHT, *[Status.UNDECIDED] * 3]
+    assert found["other"].route == "own_failed" and "KeyError" in found["other"].reason and found["hang"].route == "timeout"
+
+
+def test_names_that_lead_nowhere_are_refused(files: Path) -> None:
+    with pytest.raises(UserError, match="math is judged here already"):
+        check_tasks([], {"math": "my_rewards.py:same_interval"})
+    with pytest.raises(UserError, match="interval: same_interval names no function"):
+        validate(load("smollm2-135m-grpo-cpu", ["reward.own_tasks={interval: same_interval}"]).config)
+    with pytest.raises(UserError, match="or path/to/file.py:function"):
+        load("smollm2-135m-grpo-cpu", ["algorithm.loss_type=mine"])
+    for name, expected in (("my_losses.py:hard_clip", "has no function hard_clip"), ("none.py:f", "there is no file")):
+        with pytest.raises(UserError, match=expected):
+            objective_settings(AlgorithmConfig(loss_type=name))
+
+
+def test_the_loss_is_the_formula_and_its_gradient_turns_round(files: Path) -> None:
+    settings = objective_settings(resolved(files).algorithm)
+    ratio = torch.tensor([0.5, 1.0, 1.1, 1.5, 3.0, 0.5])
+    sign = torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0, -1.0])
+    logprobs = ratio.log().requires_grad_()
+    batch = ResponseTokens(logprobs, torch.zeros(6), torch.zeros(6), torch.zeros(6), None, sign, torch.ones(6), torch.zeros(6, dtype=torch.int64), 1)
+    loss, metrics = policy_objective(batch, Denominators(6, 1), settings)
+    beyond = torch.tensor([0.0, 0.0, 0.0, 0.3, 1.8, 0.3])
+    assert loss.item() == pytest.approx(((-ratio * sign + beyond**2).sum() / 6).item(), rel=1e-6)
+    assert metrics.sums["clipped"].item() == 3
+    loss.backward()
+    assert logprobs.grad is not None and (logprobs.grad < 0).tolist() == [True, True, False, True, False, False]
+
+
+def test_the_advantage(files: Path) -> None:
+    config = resolved(files, "algorithm.normalize_advantages=false")
+    group = type("Header", (), {"rewards": [5.0, -5.0, 5.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})
+    (found,) = advantages_of([group], config.algorithm)  # type: ignore[list-item]
+    assert found.tolist() == [0.0, -10.0, 0.0]
+
+
+@pytest.mark.slow
+def test_a_run_with_all_of_them(files: Path) -> None:
+    own = {section: keys for part in YAML for section, keys in part.items() if section == "reward"}
+    config = write_run(
+        files, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
+        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, reward__own_tasks=own["reward"]["own_tasks"],
+        reward__exploration_penalty=1.0, algorithm__loss_type="my_losses.py:soft_clip", algorithm__adv_type="my_advantages.py:behind_the_best",
+    )  # fmt: skip
+    data = files / "data.jsonl"
+    data.write_text(data.read_text().replace('"math"', '"interval"'))
+    done = run(config)
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = lines(files)[1:]
+    assert len(steps) == 3 and any(m["train/grad_norm"] > 0 for m in steps) and all(m["rollout/advantages_max"] < 3 for m in steps)
+    assert {json.loads(line)["task"] for line in (files / "logs/tiny/samples/step_000001.jsonl").open()} == {"interval"}
+
+
+MISTRAL = '''
+import asyncio, json, sys
+import numpy as np, torch
+from pathlib import Path
+from transformers import MistralConfig, MistralForCausalLM
+from rlinf.weights import architecture
+
+exec(sys.argv[2], vars(architecture))
+folder = Path(sys.argv[1])
+shape = dict(vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+torch.manual_seed(0)
+model = MistralForCausalLM(MistralConfig(**shape, sliding_window=None, max_position_embeddings=64, rms_norm_eps=1e-6))
+for p in model.parameters():
+    torch.nn.init.normal_(p, 0.7 if p.ndim == 1 else 0.0, 0.12)
+model.save_pretrained(folder)
+(folder / "tokenizer.json").write_text("{}")
+hf = json.loads((folder / "config.json").read_text())
+
+from rlinf.config.schema import ActorModelConfig, OptimConfig
+from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.training import parallel
+from rlinf.training.engine import MegatronEngine
+from rlinf.training.publishing import score
+from rlinf.weights.source import Disk
+from rlinf.weights.tensor_folder import open_hf_folder
+
+tokens = np.random.default_rng(0).integers(0, 131, 40)
+wanted = model(torch.tensor(tokens)[None]).logits[0].log_softmax(-1)[torch.arange(39), torch.tensor(tokens[1:])].detach().numpy()
+engine = EmbeddedEngine(str(folder), dtype="fp32", slots=1, max_context=64, seed=0, decode=str)
+asyncio.run(engine.load_weights(Disk(str(folder)), 0))
+rollout = asyncio.run(engine.score([tokens], 1.0))[0]
+at = parallel.initialize(1, 1, rank=0, world_size=1, device=torch.device("cpu"), address="127.0.0.1:" + sys.argv[3])
+actor = MegatronEngine(architecture.read_architecture(hf), ActorModelConfig(precision="fp32"), OptimConfig(), at, torch.device("cpu"), "lm")
+actor.load_hf(open_hf_folder(str(folder)))
+trained = score(actor, [tokens], 1.0)[0]
+print(json.dumps([float(abs(rollout - wanted).max()), float(abs(trained - wanted).max()), float(wanted.std())]))
+try:
+    architecture.read_architecture(hf | {"sliding_window": 4096})
+except Exception as error:
+    print(error)
+'''
+
+
+@pytest.mark.slow
+def test_the_family_agrees_with_transformers(tmp_path: Path) -> None:
+    from rlinf.cluster.host import free_port
+
+    code = PYTHON["rlinf/weights/architecture.py"]
+    command = [sys.executable, "-c", MISTRAL, str(tmp_path), code, str(free_port("127.0.0.1"))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    *_, numbers, refusal = done.stdout.splitlines()
+    rollout, trained, spread = json.loads(numbers)
+    assert rollout < 1e-4 and trained < 1e-4 and spread > 0.1
+    assert "sliding-window attention is not supported" in refusal
+
+
+def test_without_the_row_the_family_is_refused() -> None:
+    from rlinf.weights.architecture import read_architecture
+
+    with pytest.raises(UserError, match="'mistral'; supported are qwen2, qwen3, llama"):
+        read_architecture({"model_type": "mistral"})
