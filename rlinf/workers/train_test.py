@@ -1,0 +1,39 @@
+"""What the optimizer steps of one global batch become in the log."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlinf.algorithms.objective import MetricSums
+from rlinf.metrics.names import undocumented
+from rlinf.training.engine import Update
+from rlinf.workers.train import step_metrics
+
+NAMES = ("loss", "tokens", "entropy", "ratio", "clipped", "dual_clipped", "approx_kl", "gap", "gap_tokens")
+
+
+def update(loss: float, tokens: float, ratio: float, gap: float, norm: float, skipped: bool = False, scale: float | None = None) -> Update:
+    """A mini-batch of so many tokens of this ratio."""
+    sums = dict.fromkeys(NAMES, 0.0) | {"loss": loss, "tokens": tokens, "ratio": ratio * tokens, "gap": gap * tokens, "gap_tokens": tokens}
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+    return Update(MetricSums(tensors, {"gap": torch.tensor(2 * gap)}), norm, 1e-3, skipped, {}, scale)
+
+
+def test_means_are_over_the_tokens_of_all_mini_batches_and_the_norm_over_the_steps_that_were_made() -> None:
+    """10 tokens of ratio 1 and 30 of ratio 2: 70 / 40; the third mini-batch, of 10 tokens of ratio 9, was not stepped: 160 / 50."""
+    updates = [update(1.0, 10, 1.0, 0.1, 4.0), update(3.0, 30, 2.0, 0.2, 2.0), update(5.0, 10, 9.0, 0.4, math.nan, skipped=True)]
+    found = step_metrics(updates)
+    assert step_metrics(updates[:2])["train/ratio"] == pytest.approx(1.75) and found["train/ratio"] == pytest.approx(3.2)
+    assert found["train/loss"] == pytest.approx(3.0)  # the mean of the mini-batches' losses
+    assert (found["train/grad_norm"], found["train/minibatches_skipped"], found["train/first_minibatch_ratio"]) == (3.0, 1.0, 1.0)
+    assert found["train/rollout_logprob_gap_mean"] == pytest.approx((1 + 6 + 4) / 50) and found["train/rollout_logprob_gap_max"] == pytest.approx(0.8)
+    assert math.isnan(step_metrics(updates[2:])["train/grad_norm"]) and undocumented(set(found)) == []
+
+
+def test_the_loss_scale_is_logged_where_there_is_one() -> None:
+    scaled = step_metrics([update(1.0, 1, 1.0, 0.0, 1.0, scale=2.0**16), update(1.0, 1, 1.0, 0.0, 1.0, scale=2.0**15)])
+    assert scaled["train/loss_scale"] == 2.0**15 and undocumented(set(scaled)) == []
+    assert "train/loss_scale" not in step_metrics([update(1.0, 1, 1.0, 0.0, 1.0)])
