@@ -19,6 +19,10 @@ from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
+ONE_PROCESS: dict[str, object] = {
+    "cluster__backend": "local", "cluster__num_gpus_per_node": 1, "cluster__component_placement": {"actor,rollout,reward": "0"},
+    "actor__model__tensor_model_parallel_size": 1, "actor__model__pipeline_model_parallel_size": 1,
+}  # fmt: skip
 
 
 def write_run(folder: Path, name: str = "tiny", **overrides: object) -> Path:
@@ -115,10 +119,7 @@ def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, slots: s
 
 
 def test_one_process_without_ray(tmp_path: Path) -> None:
-    config = write_run(
-        tmp_path, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
-        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1,
-    )  # fmt: skip
+    config = write_run(tmp_path, **ONE_PROCESS)
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [m["step"] for m in lines(tmp_path)] == [0, 1, 2, 3]

@@ -16,7 +16,8 @@ REQUIRED = "???"  # OmegaConf's mark of a key without a default
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null; own: see schema.key."""
+    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null; own: see schema.key;
+    item: what a list is of."""
 
     name: str
     kind: type
@@ -25,10 +26,11 @@ class Key:
     help: str
     choices: tuple[Any, ...]
     own: bool
+    item: type = str
 
     @property
     def type_name(self) -> str:
-        names = {str: "text", int: "integer", float: "number", bool: "true or false", list: "list of text", dict: "mapping of text to text"}
+        names = {str: "text", int: "integer", float: "number", bool: "true or false", list: "list of integers" if self.item is int else "list of text", dict: "mapping of text to text"}
         return names[self.kind] + (" or null" if self.optional else "")
 
 
@@ -64,6 +66,6 @@ def _walk(section: type, prefix: str) -> list[Key]:
         if optional:
             hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        meta = field.metadata
-        keys.append(Key(name, typing.get_origin(hint) or hint, optional, default, meta["help"], meta["choices"], meta["own"]))
+        meta, item = field.metadata, next(iter(typing.get_args(hint)), str)
+        keys.append(Key(name, typing.get_origin(hint) or hint, optional, default, meta["help"], meta["choices"], meta["own"], item))
     return keys

@@ -48,6 +48,19 @@ def test_placement_and_lists_are_replaced_as_a_whole(tmp_path: Path) -> None:
     assert config.algorithm.sampling_params.stop == ["\n"]
 
 
+def test_lists_of_integers(tmp_path: Path) -> None:
+    path = write(tmp_path, "runner: {profile_steps: [3, 4]}")
+    resolved = load(str(path), ["runner.profile_ranks=[]"])
+    assert (resolved.config.runner.profile_steps, resolved.config.runner.profile_ranks) == ([3, 4], [])
+    (tmp_path / "again.yaml").write_text(to_yaml(resolved))
+    again = load(str(tmp_path / "again.yaml")).config
+    assert again.runner.profile_steps == [3, 4] and load(None, ["rollout.model_dir=m"]).config.runner.profile_ranks == [0]
+    with pytest.raises(UserError, match="runner.profile_steps: expected list of integers"):
+        load(str(path), ["runner.profile_steps=[3, x]"])
+    with pytest.raises(UserError, match="expected list of integers"):
+        load(str(path), ["runner.profile_steps=3"])
+
+
 def test_a_section_whose_keys_are_all_commented_out_is_empty(tmp_path: Path) -> None:
     assert load(str(write(tmp_path, "runner:\n  # max_steps: 3\ndata:\n  seed: 5\n"))).config.data.seed == 5
 

@@ -71,6 +71,11 @@ class RunnerConfig:
         0, "seconds that a phase of a step may take before the run counts as hanging; 0 = ten times the longest such phase so far, at least 600; -1 = any"
     )
     on_hang: str = key("abort", "what a hang does, after the diagnosis: `abort` ends the run, `report` lets it go on", ("abort", "report"))
+    profile_steps: list[int] = key([], "steps that torch's profiler records, into profile/ of the run's folder; a trace slows its step down")
+    profile_ranks: list[int] = key([0], "ranks of actor and critic that are recorded")
+    peak_tflops: float | None = key(
+        None, "10^12 operations a second that a device is capable of, for the utilisation metrics; null = the data sheet's, on CPU none"
+    )
     seq_length: int = key(2048, "tokens of prompt + response at most")
     max_tokens_per_mbs: int = key(4096, "token budget of a training micro-batch; at least seq_length")
     logger: LoggerConfig = field(default_factory=LoggerConfig)

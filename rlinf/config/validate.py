@@ -82,6 +82,7 @@ MORE_THAN: dict[str, float] = {
     "actor.optim.loss_scale": 0,
     "actor.optim.initial_loss_scale": 0,
     "critic.value_clip": 0,
+    "runner.peak_tflops": 0,
     "reward.reward_scale": 0,
     "reward.timeout": 0,
     **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},

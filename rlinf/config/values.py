@@ -19,7 +19,7 @@ def convert(value: Any, key: Key) -> Any:
     """The value in the type of the key. Raises ValueError that says what was expected."""
     if value is None and key.optional:
         return None
-    converted = _as(key.kind, value)
+    converted = _integers(value) if key.kind is list and key.item is int else _as(key.kind, value)
     if converted is None:
         raise ValueError(f"expected {key.type_name}, got {dump(value)}")
     if isinstance(converted, float) and not math.isfinite(converted):
@@ -37,6 +37,8 @@ def dump(value: Any) -> str:
         return value
     if isinstance(value, float):
         return repr(value)
+    if isinstance(value, list) and all(type(v) is int for v in value):
+        return str(value)
     if isinstance(value, (str, list, dict)):
         return yaml.safe_dump(_escape(value), default_style='"', default_flow_style=True, width=math.inf, allow_unicode=True).strip()
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
@@ -52,6 +54,11 @@ def _advice(key: Key, item: Any) -> str:
     replaced = dropped_value(key.name, item)
     close = difflib.get_close_matches(str(item), [str(c) for c in key.choices], n=1)
     return f"; {replaced}" if replaced else f"; did you mean {close[0]}?" if close else ""
+
+
+def _integers(value: Any) -> list[int] | None:
+    items = [_as(int, v) for v in value] if isinstance(value, list) else [None]
+    return None if None in items else items
 
 
 def _as(kind: type, value: Any) -> Any:

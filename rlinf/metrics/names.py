@@ -20,6 +20,13 @@ class Metric:
     action: str
 
 
+def speeds_of(what: str, when: str, trains: bool = True) -> list[tuple[str, str, str, str]]:
+    """Achieved operations a second of one device, and utilisation (docs/report.md has the formula)."""
+    rows = [(f"{what}_tflops", f"10^12 operations a second and device that the model asks for, in {when}", "steady", "as for `train_tokens_per_second`")]
+    rows.append((f"{what}_mfu", f"`{what}_tflops` as a share of the device's peak, where that is known", "0.3 to 0.5 in training, far less in decoding", "—"))
+    return rows + [(f"{what}_hfu", f"as `{what}_mfu`, with what activation recompute adds", "at least the mfu", "—")] * trains
+
+
 def metrics(section: str, *rows: tuple[str, str, str, str]) -> list[Metric]:
     return [Metric(f"{section}/{name}", *rest) for name, *rest in rows]
 
@@ -309,6 +316,12 @@ SYSTEM = [
             "activation recompute, smaller `max_tokens_per_mbs`",
         ),
         ("critic_memory_gib", "peak memory of a critic rank, GiB", "below the device's", "as for `actor_memory_gib`"),
+        ("rollout_memory_gib", "peak memory of a rollout worker, GiB; of SGLang the worker's without the server", "below the device's", "lower `gpu_memory_utilization`"),
+        *speeds_of("actor", "`time/forward_backward`"),
+        *speeds_of("critic", "`time/critic_update`"),
+        *speeds_of("actor_recompute", "`time/recompute_logprobs`", trains=False),
+        *speeds_of("critic_values", "`time/values`", trains=False),
+        *speeds_of("rollout", "the busiest engine's seconds, for the responses of the step", trains=False),
     ),
     *metrics(
         "sync",

@@ -18,6 +18,10 @@ from rlinf.data.records import GroupHeader
 from rlinf.workers.interfaces import TrainReport
 
 
+PARTS = {"forward_backward": "", "critic_update": "", "recompute_logprobs": "_recompute", "values": "_values"}  # by timer: name in metrics
+TRAINS = ("forward_backward", "critic_update")
+
+
 class Part(NamedTuple):
     """Numbers of the samples of one data-parallel rank's share."""
 
@@ -70,7 +74,29 @@ def holding(share: RankBatch, parts: Sequence[Part]) -> list[Ref]:
     return [part.numbers for part in parts if set(part.share.group_ids) & set(share.group_ids)]
 
 
-def summary(reports: Sequence[TrainReport], role: str) -> dict[str, float]:
-    """Metrics, the slowest rank's seconds and the largest memory."""
+def summary(reports: Sequence[TrainReport], role: str, peak_tflops: float | None = None) -> dict[str, float]:
+    """Metrics, the slowest rank's seconds, the largest memory, and the speeds that follow."""
     slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
-    return reports[0].metrics | slowest | {f"perf/{role}_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
+    memory = {f"perf/{role}_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
+    return reports[0].metrics | slowest | memory | achieved(reports, role, slowest, peak_tflops)
+
+
+def achieved(reports: Sequence[TrainReport], role: str, seconds: Mapping[str, float], peak_tflops: float | None) -> dict[str, float]:
+    """Operations a second of one rank in each part of the step, and their share of what its device is capable of, where that is known.
+
+    mfu counts what the model asks for, hfu also what activation recompute adds. peak_tflops: runner.peak_tflops; null = the data sheet's.
+    """
+    peak = peak_tflops * 1e12 if peak_tflops else reports[0].peak_flops
+    found = {}
+    for part, name in PARTS.items():
+        flops = sum(r.flops.get(part, 0.0) for r in reports) / len(reports)
+        if not flops:
+            continue
+        speed = flops / seconds[f"time/{part}"]
+        found[f"perf/{role}{name}_tflops"] = speed / 1e12
+        if peak:
+            found[f"perf/{role}{name}_mfu"] = speed / peak
+        if peak and part in TRAINS:
+            again = sum(r.flops["again"] for r in reports) / len(reports)
+            found[f"perf/{role}{name}_hfu"] = (flops + again) / seconds[f"time/{part}"] / peak
+    return found

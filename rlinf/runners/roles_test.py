@@ -12,6 +12,7 @@ from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import Ref, WorkerGroup
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.records import Finish, GroupHeader, Status, Verdict
+from rlinf.metrics.names import undocumented
 from rlinf.runners.roles import Part, Role, holding, summary
 from rlinf.workers.interfaces import TrainReport
 
@@ -94,3 +95,28 @@ def test_numbers_of_other_groups_are_not_sent_and_the_slowest_rank_counts() -> N
     assert holding(first, parts) == ["a"] and holding(second, parts) == ["b"]
     reports = [TrainReport({"loss": 1.0}, {"time/x": s}, memory_bytes=m << 30) for s, m in ((2.0, 1), (3.0, 4), (1.0, 2))]
     assert summary(reports, "critic") == {"loss": 1.0, "time/x": 3.0, "perf/critic_memory_gib": 4.0}
+
+
+def report(seconds: float, peak: float = 0.0) -> TrainReport:
+    flops = {"recompute_logprobs": 2e12, "forward_backward": 6e12, "again": 1.5e12}
+    return TrainReport({"train/loss": 1.0}, {"time/recompute_logprobs": 1.0, "time/forward_backward": seconds}, 2**30, False, flops, peak)
+
+
+def test_speeds_are_of_one_device_and_of_the_slowest_ranks_seconds() -> None:
+    found = summary([report(3.0), report(2.0)], "actor")
+    assert found == {
+        "train/loss": 1.0, "time/recompute_logprobs": 1.0, "time/forward_backward": 3.0, "perf/actor_memory_gib": 1.0,
+        "perf/actor_recompute_tflops": 2.0, "perf/actor_tflops": 2.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("data_sheet", "key"), [(8e12, None), (99e12, 8.0)])
+def test_utilisation_where_the_peak_is_known(data_sheet: float, key: float | None) -> None:
+    found = summary([report(3.0, data_sheet)] * 2, "actor", key)
+    assert (found["perf/actor_mfu"], found["perf/actor_hfu"], found["perf/actor_recompute_mfu"]) == (0.25, 0.3125, 0.25)
+    assert undocumented(found) == []
+
+
+def test_a_part_that_was_not_run_has_no_speed() -> None:
+    idle = TrainReport({}, {"time/values": 1.0}, 0, False, {"values": 0.0, "again": 0.0})
+    assert set(summary([idle], "critic")) == {"time/values", "perf/critic_memory_gib"}

@@ -46,6 +46,13 @@ GPUS = {
 }
 
 
+def data_sheet_flops(name: str) -> float:
+    """16-bit operations a second of a device that the driver calls `name` (NVIDIA H100 80GB HBM3); 0 when it is not in the table."""
+    plain = name.lower().replace(" ", "")
+    known = [key for key in GPUS if key.partition("-")[0] in plain]
+    return GPUS[max(known, key=len)].flops if known else 0.0
+
+
 def cpu_device(slots: int) -> Device:
     """A process slot of this machine. 110 GFLOP/s (16 bit; half of it in fp32) and 10 GB/s are what a core with AVX-512 reaches in training."""
     cores = max(1, len(os.sched_getaffinity(0)) // slots)

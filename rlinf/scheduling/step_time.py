@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rlinf.config.schema import Config
 from rlinf.scheduling.devices import Device
+from rlinf.scheduling.flops import recomputed_layers
 from rlinf.scheduling.memory import BYTES, EngineMemory, rank_parameters
 from rlinf.weights.architecture import Architecture
 
@@ -72,10 +73,7 @@ def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int
     length = load.prompt + load.response
     attention = 2 * arch.n_layers * arch.n_heads * arch.head_dim * length * SQUARE_SHARE  # a token's, forward, causal
     forward = load.tokens * (2 * (_parameters(arch) - (0 if arch.tied else head)) + attention)
-    layers = arch.n_layers // pp
-    again = min(model.recompute_num_layers or 0, layers) / layers if model.recompute_granularity == "full" else 0.0
-    if model.recompute_method == "uniform":
-        again = 1.0
+    again = recomputed_layers(model, arch.n_layers)
     speed = ranks * device.flops * MATRIX_SHARE * (0.5 if BYTES[model.precision] == 4 else 1.0)
     micro_batches = max(1.0, load.tokens / (dp * algorithm.n_minibatches * config.runner.max_tokens_per_mbs))
     bubble = 1 + (pp - 1) / micro_batches

@@ -72,6 +72,15 @@ class PackedBatch(PackedSeqParams):
     temperature: float = 1.0
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin [T, 1, D], filled in once by the model
 
+    @property
+    def attended_pairs(self) -> int:
+        """(query, key) pairs that attend to each other; a row attends to itself too."""
+        pairs = 0
+        for i, segment in enumerate(self.segments):
+            before = self.common if i else 0
+            pairs += _causal(segment.prompt, before) + sum(_causal(n, before + segment.prompt) for n in segment.responses)
+        return pairs
+
 
 def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bool, temperature: float, pad_to: int, device: torch.device) -> PackedBatch:
     """Pack the samples named by refs. pad_to: rows are padded to a multiple of it (sequence parallelism); an empty refs gives one inert row."""
@@ -123,6 +132,10 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
         common=common,
         temperature=temperature,
     )
+
+
+def _causal(rows: int, before: int) -> int:
+    return rows * before + rows * (rows + 1) // 2
 
 
 def by_sample(batch: PackedBatch, values_N: Tensor) -> dict[str, np.ndarray]:

@@ -63,6 +63,14 @@ def test_the_rows_of_a_shared_prompt() -> None:
     assert batch.rollout_logprobs_N.tolist() == np.float32([1, 1.1, 1.2, 2, 3, 3.1, 4, 4.1]).tolist()
     assert [(s.prompt, s.responses) for s in batch.segments] == [(3, (2, 0, 1)), (1, (1,))]
     assert batch.segments[0].slots.tolist() == [0, 1, 4] and batch.segments[1].slots is None
+    assert batch.attended_pairs == sum(len(history(batch, row)) for row in range(8))
+
+
+def test_attended_pairs_behind_a_common_start() -> None:
+    start = list(range(100, 100 + COMMON_MIN))
+    groups = [group("a", [*start, 1, 2], [[10, 11, 12], [20, 21]]), group("b", [*start, 7], [[40, 41]])]
+    batch = packed(groups, everything(groups))
+    assert batch.common == COMMON_MIN and batch.attended_pairs == sum(len(history(batch, row)) for row in range(len(batch.token_ids)))
 
 
 def test_the_rows_when_every_sample_has_its_own_prompt() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -11,12 +12,16 @@ from rlinf.algorithms.values import ValueSettings, finalize_value_metrics
 from rlinf.config.schema import Config
 from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group
+from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
 from rlinf.training.offload import Offloader
+from rlinf.training.profiling import profiled
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
-from rlinf.workers.train import merged, open_engine, peak_memory
+from rlinf.workers.memory import peak_memory
+from rlinf.workers.operations import peak_flops, rank_flops, work_of
+from rlinf.workers.train import merged, open_engine
 
 
 class CriticWorker(Checkpointed):
@@ -25,7 +30,7 @@ class CriticWorker(Checkpointed):
     role = "critic"
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        self.config = config
+        self.address, self.config = address, config
         self.engine = open_engine(address, config, head="scalar")
         self.offloader = Offloader(self.engine, config.critic)
         a = config.algorithm
@@ -47,9 +52,15 @@ class CriticWorker(Checkpointed):
         found: TokenNumbers = {}
         if engine.at.tp_rank == 0:  # and on all but the last stage there are no values
             found = merged([by_sample(b, v) for packs, values in zip(self.packs, self.old_values) for b, v in zip(packs, values)])
-        return TrainReport({}, {"time/values": time.perf_counter() - started}, peak_memory(engine.device)), found
+        flops = rank_flops(engine, self.config.critic.model, {"values": self._work()}, {})
+        timers = {"time/values": time.perf_counter() - started}
+        return TrainReport({}, timers, peak_memory(engine.device), flops=flops, peak_flops=peak_flops(engine.device)), found
 
     def train_step(self, step: int, *targets: TokenNumbers) -> TrainReport:
+        with profiled(self.config.runner, step, "critic", self.address.rank):
+            return self._train(targets)
+
+    def _train(self, targets: Sequence[TokenNumbers]) -> TrainReport:
         started = time.perf_counter()
         self.offloader.before_use()
         target_of, last_stage = merged(targets), self.engine.at.last_stage
@@ -70,7 +81,11 @@ class CriticWorker(Checkpointed):
         metrics["critic/lr"] = updates[-1].learning_rate
         metrics["critic/minibatches_skipped"] = float(sum(u.skipped for u in updates))
         timers = {"time/critic_update": time.perf_counter() - started}
-        return TrainReport(metrics, timers, peak_memory(self.engine.device), self.checkpoint_written)
+        flops = rank_flops(self.engine, self.config.critic.model, {}, {"critic_update": self._work()})
+        return TrainReport(metrics, timers, peak_memory(self.engine.device), self.checkpoint_written, flops, peak_flops(self.engine.device))
+
+    def _work(self) -> Work:
+        return work_of(b for packs in self.packs for b in packs)
 
     def bring_back(self) -> None:
         self.offloader.before_use()

@@ -21,12 +21,18 @@ from rlinf.weights.source import Receipt, SharedMemory
 @dataclass(frozen=True)
 class TrainReport:
     """Metrics of one train step on one rank: equal on all ranks; and of this rank what the driver may log, and whether the files of the
-    checkpoint that it writes in the background are on disk."""
+    checkpoint that it writes in the background are on disk.
+
+    flops: operations of this rank by part of the step, as the model asks for them, and under `again` what activation recompute adds.
+    peak_flops: operations a second that the device's data sheet promises; 0 = not known.
+    """
 
     metrics: dict[str, float]
     timers: dict[str, float] = field(default_factory=dict)
     memory_bytes: int = 0
     checkpoint_written: bool = False
+    flops: dict[str, float] = field(default_factory=dict)
+    peak_flops: float = 0.0
 
 
 TokenNumbers = Mapping[str, np.ndarray]  # sample id -> one number for each of its tokens, [T] float32: a payload, never read by the driver

@@ -17,6 +17,7 @@ from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.shared_memory import land, release
 from rlinf.weights.source import Receipt, SharedMemory
+from rlinf.workers.memory import peak_memory
 
 
 class RolloutWorker:
@@ -29,7 +30,8 @@ class RolloutWorker:
         cuda = torch.cuda.is_available() if config.cluster.device == "auto" else config.cluster.device == "cuda"
         logs = Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / "workers"
         log = logs / f"rollout-{address.rank}-engine.log"
-        self.engine = build_engine(config, tokenizer, "cuda" if cuda else "cpu", log.resolve(), address.run_id)
+        self.device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+        self.engine = build_engine(config, tokenizer, self.device.type, log.resolve(), address.run_id)
 
     async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index."""
@@ -52,7 +54,9 @@ class RolloutWorker:
         return await self.engine.score(sequences, temperature)
 
     async def stats(self) -> EngineStats:
-        return self.engine.stats()
+        """The engine's, with the peak memory of this process or device as extra["memory_bytes"]."""
+        stats = self.engine.stats()
+        return replace(stats, extra=stats.extra | {"memory_bytes": float(peak_memory(self.device))})
 
     def close(self) -> None:
         self.engine.close()

@@ -14,16 +14,18 @@ from rlinf.data.records import Group
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.layout import PackedBatch, pack
 from rlinf.training.parallel import gather_over_data_ranks
+from rlinf.training.profiling import profiled
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TrainReport
-from rlinf.workers.train import open_engine, peak_memory
+from rlinf.workers.memory import peak_memory
+from rlinf.workers.train import open_engine
 
 
 class SftWorker(Checkpointed):
     """Implements workers.interfaces.SftWorker."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        self.config = config
+        self.address, self.config = address, config
         self.engine = open_engine(address, config)
 
     def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
@@ -31,7 +33,8 @@ class SftWorker(Checkpointed):
         (mini,) = batch.mini_batches
         packs = self._pack(mini, groups)
         weights = self._weights(step, mini, packs)
-        update = self.engine.optimize(packs, lambda i, output: supervised_objective(*output, weights[i]))
+        with profiled(self.config.runner, step, "actor", self.address.rank):
+            update = self.engine.optimize(packs, lambda i, output: supervised_objective(*output, weights[i]))
         metrics = {f"sft/{name}": value for name, value in finalize_supervised(update.metrics).items()}
         metrics |= {"sft/grad_norm": update.grad_norm, "sft/lr": update.learning_rate, "sft/skipped": float(update.skipped)}
         timers = {f"time/{part}": seconds for part, seconds in update.timers.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,6 +21,7 @@ from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
+from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import parallel
@@ -29,6 +29,7 @@ from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, by_sample, by_token, pack, pack_sequences
 from rlinf.training.model import with_value_head
 from rlinf.training.offload import Offloader
+from rlinf.training.profiling import profiled
 from rlinf.training.publishing import hand_out, score
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
@@ -38,6 +39,8 @@ from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
+from rlinf.workers.memory import peak_memory
+from rlinf.workers.operations import peak_flops, rank_flops, work_of
 from rlinf.workers.token_dump import write_token_values
 
 
@@ -53,6 +56,7 @@ class TrainWorker(Checkpointed):
         self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
         self.offloader = Offloader(self.engine, config.actor)
         self.published: SharedMemory | None = None
+        self.looked_at = Work()  # passes of this step without a gradient
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
 
@@ -64,8 +68,15 @@ class TrainWorker(Checkpointed):
         groups, values = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
+        with profiled(self.config.runner, step, "actor", self.address.rank):
+            return self._train(step, dump, batch, groups, values)
+
+    def _train(
+        self, step: int, dump: DumpPlan, batch: RankBatch, groups: Sequence[Group], values: Sequence[TokenNumbers]
+    ) -> tuple[TrainReport, TokenNumbers]:
         started = time.perf_counter()
         self.offloader.before_use()
+        self.looked_at = Work()
         minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
         packed = time.perf_counter()
         trains = self.config.trains_actor(step)
@@ -76,7 +87,7 @@ class TrainWorker(Checkpointed):
         recomputed = time.perf_counter()
         timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
         if not trains:
-            return TrainReport({}, timers, peak_memory(self.device), self.checkpoint_written), targets
+            return self._report({}, timers, Work()), targets
         updates = [
             self.engine.update(
                 packs,
@@ -92,7 +103,12 @@ class TrainWorker(Checkpointed):
             write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates)
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
-        return TrainReport(step_metrics(updates), timers, peak_memory(self.device), self.checkpoint_written), targets
+        return self._report(step_metrics(updates), timers, work_of(b for packs in minibatches for b in packs)), targets
+
+    def _report(self, metrics: dict[str, float], timers: dict[str, float], trained: Work) -> TrainReport:
+        work = {"recompute_logprobs": self.looked_at}, {"forward_backward": trained}
+        flops = rank_flops(self.engine, self.config.actor.model, *work)
+        return TrainReport(metrics, timers, peak_memory(self.device), self.checkpoint_written, flops, peak_flops(self.device))
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -141,6 +157,7 @@ class TrainWorker(Checkpointed):
         return merged([by_sample(b, targets) for b, targets in zip(packs, value_targets(tokens, self.on_tokens))])
 
     def _logprobs(self, packs: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
+        self.looked_at += work_of(packs)
         return [logprobs for logprobs, _ in self.engine.logprobs(packs)] or None
 
     # ---- weights --------------------------------------------------------------------------------------------------------------
@@ -259,13 +276,6 @@ def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
     metrics["train/first_minibatch_ratio"] = first["train/ratio"]
     metrics["train/first_minibatch_clip_fraction"] = first["train/clip_fraction"]
     return metrics
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on CUDA, of the process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _device(config: Config, address: WorkerAddress) -> torch.device:

@@ -1,0 +1,61 @@
+"""Floating-point operations of a dense decoder, counted from the very tokens: what achieved speeds and utilisation are computed from.
+
+    forward = 2 · (L · W · rows + h · V · heads) + 4 · L · H · D · pairs
+
+L layers with W weights in matrices each, hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the layers;
+heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition are two
+operations; a backward pass is two forward passes; norms, softmax and the optimizer are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlinf.config.schema import ActorModelConfig
+from rlinf.weights.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Work:
+    rows: int = 0
+    heads: int = 0
+    pairs: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.rows + other.rows, self.heads + other.heads, self.pairs + other.pairs)
+
+
+def forward_flops(arch: Architecture, work: Work) -> float:
+    return 2.0 * (_layers(arch) * work.rows + arch.hidden * arch.vocab * work.heads) + _attention(arch, work)
+
+
+def recomputed_flops(arch: Architecture, model: ActorModelConfig, work: Work) -> float:
+    """What activation recompute adds to a forward and backward pass."""
+    if model.recompute_granularity == "selective":
+        return _attention(arch, work)
+    return recomputed_layers(model, arch.n_layers) * (2.0 * _layers(arch) * work.rows + _attention(arch, work))
+
+
+def recomputed_layers(model: ActorModelConfig, n_layers: int) -> float:
+    """The share of the layers that are computed twice."""
+    if model.recompute_granularity != "full":
+        return 0.0
+    layers = n_layers // model.pipeline_model_parallel_size
+    return 1.0 if model.recompute_method == "uniform" else min(model.recompute_num_layers or 0, layers) / layers
+
+
+def generation_work(prompt: int, responses: Sequence[int]) -> Work:
+    """A prompt once, then each response token by token; its last token is not fed back."""
+    fed = [max(0, n - 1) for n in responses]
+    pairs = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in fed)
+    return Work(prompt + sum(fed), sum(responses), pairs)
+
+
+def _layers(arch: Architecture) -> int:
+    q, k = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
+    return arch.n_layers * arch.hidden * (2 * q + 2 * k + 3 * arch.ffn)
+
+
+def _attention(arch: Architecture, work: Work) -> float:
+    return 4.0 * arch.n_layers * arch.n_heads * arch.head_dim * work.pairs

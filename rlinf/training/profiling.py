@@ -1,0 +1,26 @@
+"""Windows of torch's profiler: a trace file for a rank and a step, to be opened in Perfetto or chrome://tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rlinf.config.schema import RunnerConfig
+
+
+@contextmanager
+def profiled(runner: RunnerConfig, step: int, component: str, rank: int) -> Iterator[None]:
+    """Record the block when runner.profile_steps and runner.profile_ranks name it: profile/step_000003-actor-0.json.gz in the run's folder."""
+    if step not in runner.profile_steps or rank not in runner.profile_ranks:
+        yield
+        return
+    folder = Path(runner.output_dir).expanduser() / runner.experiment_name / "profile"
+    folder.mkdir(parents=True, exist_ok=True)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as recorded:
+        yield
+    recorded.export_chrome_trace(str(folder / f"step_{step:06d}-{component}-{rank}.json.gz"))

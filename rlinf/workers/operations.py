@@ -1,0 +1,34 @@
+"""What a rank's passes over its micro-batches cost, in floating-point operations (rlinf.scheduling.flops)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from rlinf.config.schema import ActorModelConfig
+from rlinf.scheduling.devices import data_sheet_flops
+from rlinf.scheduling.flops import Work, forward_flops, recomputed_flops
+from rlinf.training.engine import MegatronEngine
+from rlinf.training.layout import PackedBatch
+
+
+def work_of(packs: Iterable[PackedBatch]) -> Work:
+    return sum((Work(len(b.token_ids), len(b.predict_rows), b.attended_pairs) for b in packs), Work())
+
+
+def rank_flops(engine: MegatronEngine, model: ActorModelConfig, looked_at: Mapping[str, Work], trained: Mapping[str, Work]) -> dict[str, float]:
+    """Operations of one rank, an even part of those of its model copy, by the timer of the part of the step: of passes without a gradient, of
+    passes forward and backward, and what activation recompute adds to the latter (`again`). A head with one output is not counted."""
+
+    def pass_over(work: Work) -> float:
+        return forward_flops(engine.arch, work if engine.model.head == "lm" else Work(work.rows, 0, work.pairs)) / (engine.at.tp * engine.at.pp)
+
+    again = sum(recomputed_flops(engine.arch, model, work) for work in trained.values()) / (engine.at.tp * engine.at.pp)
+    found = {part: pass_over(work) for part, work in looked_at.items()} | {part: 3 * pass_over(work) for part, work in trained.items()}
+    return found | {"again": again}
+
+
+def peak_flops(device: torch.device) -> float:
+    """By the device's data sheet; 0 on CPU."""
+    return data_sheet_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
