@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from rlinf.config.schema import RunnerConfig
 
 
 @contextmanager
-def profiled(runner: RunnerConfig, step: int, component: str, rank: int) -> Iterator[None]:
-    """Record the block when runner.profile_steps and runner.profile_ranks name it: profile/step_000003-actor-0.json.gz in the run's folder."""
+def profiled(runner: RunnerConfig, step: int, component: str) -> Iterator[None]:
+    """Record the block on this rank when runner.profile_steps and runner.profile_ranks name it: profile/step_000003-actor-0.json.gz in the run's folder."""
+    rank = dist.get_rank()
     if step not in runner.profile_steps or rank not in runner.profile_ranks:
         yield
         return

@@ -30,7 +30,7 @@ class CriticWorker(Checkpointed):
     role = "critic"
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        self.address, self.config = address, config
+        self.config = config
         self.engine = open_engine(address, config, head="scalar")
         self.offloader = Offloader(self.engine, config.critic)
         a = config.algorithm
@@ -57,7 +57,7 @@ class CriticWorker(Checkpointed):
         return TrainReport({}, timers, peak_memory(engine.device), flops=flops, peak_flops=peak_flops(engine.device)), found
 
     def train_step(self, step: int, *targets: TokenNumbers) -> TrainReport:
-        with profiled(self.config.runner, step, "critic", self.address.rank):
+        with profiled(self.config.runner, step, "critic"):
             return self._train(targets)
 
     def _train(self, targets: Sequence[TokenNumbers]) -> TrainReport:

@@ -25,7 +25,7 @@ class SftWorker(Checkpointed):
     """Implements workers.interfaces.SftWorker."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        self.address, self.config = address, config
+        self.config = config
         self.engine = open_engine(address, config)
 
     def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
@@ -33,7 +33,7 @@ class SftWorker(Checkpointed):
         (mini,) = batch.mini_batches
         packs = self._pack(mini, groups)
         weights = self._weights(step, mini, packs)
-        with profiled(self.config.runner, step, "actor", self.address.rank):
+        with profiled(self.config.runner, step, "actor"):
             update = self.engine.optimize(packs, lambda i, output: supervised_objective(*output, weights[i]))
         metrics = {f"sft/{name}": value for name, value in finalize_supervised(update.metrics).items()}
         metrics |= {"sft/grad_norm": update.grad_norm, "sft/lr": update.learning_rate, "sft/skipped": float(update.skipped)}

@@ -68,7 +68,7 @@ class TrainWorker(Checkpointed):
         groups, values = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
-        with profiled(self.config.runner, step, "actor", self.address.rank):
+        with profiled(self.config.runner, step, "actor"):
             return self._train(step, dump, batch, groups, values)
 
     def _train(
