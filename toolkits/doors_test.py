@@ -1,0 +1,36 @@
+"""The doors of data and analysis do what the commands do, from any folder, and pass their exit codes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.run_folders import BEHAVIOURS, HEALTHY, make_run
+
+HERE = Path(__file__).parent
+
+
+def run(folder: Path, door: str, *words: object) -> subprocess.CompletedProcess[str]:
+    env = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    return subprocess.run(["bash", str(HERE / door / "run.sh"), *map(str, words)], capture_output=True, text=True, timeout=120, cwd=folder, env=env)
+
+
+def test_data_makes_and_checks_problems(tmp_path: Path) -> None:
+    made = run(tmp_path, "data", "generate", "sums", "--train", 12, "--val", 4)
+    assert made.returncode == 0 and len((tmp_path / "sums" / "train.jsonl").read_text().splitlines()) == 12, made.stderr
+    checked = run(tmp_path, "data", "check", "sums/val.jsonl")
+    assert checked.returncode == 0 and "4" in checked.stdout, checked.stderr
+    refused = run(tmp_path, "data", "check", "none.jsonl")
+    assert refused.returncode == 2 and "none.jsonl" in refused.stderr
+
+
+def test_analysis_reports_and_compares(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, behaviour, steps=10) for name, behaviour in (("a", HEALTHY), ("b", BEHAVIOURS["entropy-collapse"]))]
+    reported = run(tmp_path, "analysis", "report", runs[0], "--output", "page.html")
+    assert reported.returncode == 0 and "</html>" in (tmp_path / "page.html").read_text(), reported.stderr
+    compared = run(tmp_path, "analysis", "compare", *runs)
+    assert compared.returncode == 0 and "part at step 1" in compared.stdout, compared.stdout + compared.stderr
+    refused = run(tmp_path, "analysis", "delete", runs[0])
+    assert refused.returncode == 2 and "report RUN_DIR" in refused.stderr
