@@ -16,8 +16,8 @@ from rlinf.config.load import load
 from rlinf.runners import launch
 
 class Counted(launch.ReasoningRunner):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         Counted.last = self
 
 launch.ReasoningRunner = Counted

@@ -81,9 +81,9 @@ def prompt(length: int, seed: int = 0) -> np.ndarray:
 
 def ask(
     name: str, ids: np.ndarray, n: int = 1, *, sampling: SamplingParams = SamplingParams(), stop: Stop = NEVER, new: int = 12,
-    prefixes: tuple[np.ndarray, ...] = (),
+    prefixes: tuple[np.ndarray, ...] = (), indices: tuple[int, ...] = (),
 ) -> GenerateRequest:  # fmt: skip
-    return GenerateRequest(name, ids, n, sampling, stop, new, prefixes)
+    return GenerateRequest(name, ids, n, sampling, stop, new, prefixes, indices)
 
 
 async def collect(engine: RolloutEngine, request: GenerateRequest) -> list[Sample]:
@@ -261,10 +261,13 @@ def test_continuing_from_prefixes_equals_never_stopping(engine: RolloutEngine) -
     cuts = (0, 7, 19)
     prefixes = tuple(s.token_ids[:cut] for s, cut in zip(whole, cuts))
     rest = run(engine, ask("r", prompt(8), 3, sampling=again, new=20, prefixes=prefixes))[0]
-    for w, r, cut in zip(whole, rest, cuts):
-        assert r.token_ids[: 20 - cut].tolist() == w.token_ids[cut:].tolist()
-        np.testing.assert_allclose(r.rollout_logprobs[: 20 - cut], w.rollout_logprobs[cut:], atol=1e-5)
-        assert len(r) == 20  # max_new_tokens counts the tokens of this request
+    alone = run(engine, ask("r", prompt(8), 1, sampling=again, new=20, prefixes=prefixes[1:2], indices=(1,)))[0]
+    assert [s.sample_id for s in alone] == ["r/1"] and alone[0].token_ids.tolist() == rest[1].token_ids.tolist()
+    for w, r, cut in zip(whole, rest, cuts):  # max_new_tokens counts the tokens of the prefix too
+        assert r.token_ids.tolist() == w.token_ids[cut:].tolist() and r.finish is Finish.LENGTH
+        np.testing.assert_allclose(r.rollout_logprobs, w.rollout_logprobs[cut:], atol=1e-5)
+    with pytest.raises(ValueError, match="no room in 7 new tokens"):
+        ask("r", prompt(8), 3, new=7, prefixes=prefixes)
 
 
 def test_closing_an_iterator_frees_its_slots(engine: RolloutEngine) -> None:

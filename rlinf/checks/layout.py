@@ -177,7 +177,6 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch) -> Measured:
             grads, weights = {}, {}
         steps.append(Step(metrics, update.grad_norm, grads, weights))
     replicas = checksums(engine)
-    engine.close()
     outputs = {k: v for batches, values in zip(packs, before) for b, v in zip(batches, values) for k, v in by_sample(b, v).items()}
     return Measured(steps, outputs, replicas, sum(len(mini.micro_batches) for mini in plan.mini_batches))
 

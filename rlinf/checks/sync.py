@@ -107,9 +107,7 @@ def hand_out_weights(at: Coordinates, folder: str, run_id: str, transports: tupl
     engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision="fp32"), OptimConfig(), at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(folder))
     sources, arrays = hand_out(engine, run_id, VERSION, transports, BUCKET_BYTES)
-    scores = score(engine, probes, 1.0)
-    engine.close()
-    return Handed(sources, arrays, scores)
+    return Handed(sources, arrays, score(engine, probes, 1.0))
 
 
 def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine: Callable[[Path], EmbeddedEngine]) -> Iterable[Finding]:

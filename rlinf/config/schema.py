@@ -153,6 +153,14 @@ class AlgorithmConfig:
     dynamic_sampling: bool = key(False, "train on groups with both right and wrong answers only, generating until rollout_batch_size are there")
     dynamic_sampling_batch_size: int | None = key(None, "prompts generated at a time with dynamic_sampling; null = data.rollout_batch_size")
     dynamic_sampling_max_batches: int = key(10, "with dynamic_sampling: such batches a step may take at most; needing more is an error")
+    max_staleness: int = key(
+        0, "how many versions of the weights generation may run ahead of training (η); 0 = each step waits for its own groups"
+    )
+    schedule: str = key(
+        "logical",
+        "`logical`: reproducible, a batch is generated under one version; `wallclock`: groups begin and are trained on as soon as max_staleness allows",
+        ("logical", "wallclock"),
+    )
     shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -180,6 +188,12 @@ class RolloutConfig:
         None, "dtype of the engine's weights and KV cache: fp32, bf16, fp16; null = the actor's", (None, "fp32", "bf16", "fp16")
     )
     seed: int = key(1234, "seed of the sampling noise")
+    partial: bool = key(
+        False, "with schedule wallclock: engines stop while the actor trains, and unfinished groups are carried over with their tokens"
+    )
+    over_provisioning: float = key(
+        0.0, "with schedule wallclock: groups that are begun and not yet trained on at most, in batches; 0 = as many as max_staleness allows"
+    )
     verify_weights_every: int = key(
         50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first"
     )

@@ -34,6 +34,8 @@ AT_LEAST: dict[str, float] = {
     "algorithm.entropy_bonus": 0,
     "algorithm.importance_sampling_low": 0,
     "algorithm.num_update_sample_per_prompt": 1,
+    "algorithm.max_staleness": 0,
+    "rollout.over_provisioning": 0,
     "algorithm.dynamic_sampling_batch_size": 1,
     "algorithm.dynamic_sampling_max_batches": 1,
     "algorithm.sampling_params.top_k": 0,
@@ -248,7 +250,14 @@ def _importance(c: Config) -> Iterator[Violation]:
 
 
 def _selection(c: Config) -> Iterator[Violation]:
-    a = c.algorithm
+    a, rollout = c.algorithm, c.rollout
+    for name, value in (("rollout.partial", rollout.partial), ("rollout.over_provisioning", rollout.over_provisioning)):
+        if value and a.schedule != "wallclock":
+            yield name, "has a meaning only with algorithm.schedule: wallclock"
+    if 0 < rollout.over_provisioning < 1:
+        yield "rollout.over_provisioning", f"{rollout.over_provisioning:g} batches are less than a step needs; use 1 or more, or 0"
+    if rollout.partial and a.max_staleness == 0:
+        yield "rollout.partial", "carries nothing over while algorithm.max_staleness is 0; use 1 or more"
     if a.dynamic_sampling and a.group_size == 1:
         yield "algorithm.dynamic_sampling", "a group of one response is never both right and wrong; use algorithm.group_size of at least 2"
     if a.dynamic_sampling_batch_size is not None and not a.dynamic_sampling:

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from rlinf.data.records import Finish, Group, Prompt, Sample, Status, Verdict
+from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample, Status, Verdict
 from rlinf.errors import UserError
 
 ARRAYS = ("token_ids", "rollout_logprobs", "loss_mask")  # of a sample
@@ -51,6 +51,20 @@ def put_together(about: Mapping[str, Any], array: Callable[[str], np.ndarray]) -
     prompt = Prompt(token_ids=array("prompt"), **about["prompt"] | {"solutions": tuple(about["prompt"]["solutions"])})
     samples = tuple(_sample(s, {name: array(f"{k}.{name}") for name in ARRAYS}) for k, s in enumerate(about["samples"]))
     return Group(about["group_id"], prompt, samples, tuple(v and _verdict(v) for v in about["verdicts"]))
+
+
+def header_to_json(header: GroupHeader) -> dict[str, Any]:
+    return asdict(header)
+
+
+def header_from_json(fields: Mapping[str, Any]) -> GroupHeader:
+    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    own = {
+        "finishes": tuple(map(Finish, fields["finishes"])),
+        "versions": tuple(tuple((v, n) for v, n in sample) for sample in fields["versions"]),
+        "verdicts": tuple(v and _verdict(v) for v in fields["verdicts"]),
+    }
+    return GroupHeader(**plain | own)
 
 
 def _plain(record: Prompt | Sample) -> dict[str, Any]:

@@ -82,6 +82,26 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def continued_by(self, rest: Sample) -> Sample:
+        """This sample and what was generated behind it, as one; every token keeps its version and its log-probability."""
+        if rest.sample_id != self.sample_id:
+            raise ValueError(f"sample {self.sample_id} is not continued by {rest.sample_id}")
+        versions = list(self.versions)
+        for version, n in rest.versions:
+            if versions and versions[-1][0] == version:
+                versions[-1] = (version, versions[-1][1] + n)
+            else:
+                versions.append((version, n))
+        return replace(
+            self,
+            token_ids=np.concatenate([self.token_ids, rest.token_ids]),
+            rollout_logprobs=np.concatenate([self.rollout_logprobs, rest.rollout_logprobs]),
+            loss_mask=np.concatenate([self.loss_mask, rest.loss_mask]),
+            versions=tuple(versions),
+            finish=rest.finish,
+            steps=(len(self) + len(rest),),
+        )
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -18,7 +18,7 @@ from rlinf.evaluation.folder import SetFolder
 from rlinf.evaluation.problems import SHARE, Unit
 from rlinf.metrics.progress import duration
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
-from rlinf.runners.reasoning import gather_or_cancel
+from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.scheduling.dispatcher import Dispatcher
 
 EVERY_SECONDS = 10.0

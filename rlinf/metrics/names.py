@@ -71,6 +71,20 @@ ROLLOUT = metrics(
         "below 0.1",
         "raise `max_new_tokens`, or shorten answers; a cut response is usually graded wrong",
     ),
+    (
+        "staleness_mean",
+        "versions of the weights between those that decoded a token and those that are trained, mean over tokens",
+        "0 when `algorithm.max_staleness` is 0, else at most that",
+        "above 2 or so learning suffers: use `decoupled-ppo` or a lower `max_staleness`",
+    ),
+    ("staleness_max", "the same, of the oldest token", "at most `algorithm.max_staleness`", "—"),
+    ("carried_over", "groups that were begun and go on beyond this step (`algorithm.schedule: wallclock`)", "less than the groups of a batch", "—"),
+    (
+        "length_bias",
+        "mean response length of what was trained on so far against what was begun, as a share (`algorithm.schedule: wallclock`)",
+        "near 0",
+        "far below 0: long answers are always late; lower `max_staleness` or `rollout.over_provisioning`",
+    ),
     ("aborted", "share of responses that were aborted", "0 in synchronous runs", "look for engine errors in the rollout logs"),
     (
         "no_box",

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rlinf.data.records import Sample
+from rlinf.data.records import Sample, sample_id
 from rlinf.weights.source import Receipt, WeightSource
 
 
@@ -44,7 +44,8 @@ class GenerateRequest:
     request_id names the request and, with the index k of the sample, the sample: `f"{request_id}/{k}"`. On a seeded engine the
     sampling noise of a token is a function of (engine seed, sample id, position) only: not of batching, order or other requests.
     prefixes: for samples that continue, the tokens generated so far, one array for each of the n samples (empty: from the start).
-    The Sample then holds the tokens that follow, and max_new_tokens counts those.
+    The Sample then holds the tokens that follow; max_new_tokens counts those of the prefix too.
+    indices: which samples of the group these are, when not the first n.
     """
 
     request_id: str
@@ -54,12 +55,25 @@ class GenerateRequest:
     stop: Stop
     max_new_tokens: int
     prefixes: tuple[np.ndarray, ...] = ()
+    indices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:
             raise ValueError(f"request {self.request_id}: n and max_new_tokens must be >= 1, got {self.n} and {self.max_new_tokens}")
         if self.prefixes and len(self.prefixes) != self.n:
             raise ValueError(f"request {self.request_id}: {len(self.prefixes)} prefixes for n={self.n}")
+        if self.indices and len(set(self.indices)) != self.n:
+            raise ValueError(f"request {self.request_id}: indices {self.indices} for n={self.n}")
+        if max(self.prefix_lengths) >= self.max_new_tokens:
+            raise ValueError(f"request {self.request_id}: a prefix leaves no room in {self.max_new_tokens} new tokens")
+
+    @property
+    def prefix_lengths(self) -> tuple[int, ...]:
+        return tuple(map(len, self.prefixes)) or (0,) * self.n
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        return tuple(sample_id(self.request_id, k) for k in self.indices or range(self.n))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlinf.data.records import Finish, Sample, sample_id
+from rlinf.data.records import Finish, Sample
 from rlinf.rollout.contract import GenerateRequest
 
 Decode = Callable[[list[int]], str]
@@ -61,7 +61,7 @@ class Sequence:
         request = self.job.request
         if self.context[-1] in request.stop.token_ids or (request.stop.strings and self._completes_string(decode)):
             return Finish.STOP
-        if len(self.logprobs) >= request.max_new_tokens:
+        if self.generated >= request.max_new_tokens:
             return Finish.LENGTH
         return Finish.WINDOW if len(self.context) >= max_context else None
 
@@ -92,7 +92,4 @@ def sequences_of(job: Job) -> list[Sequence]:
     request = job.request
     prompt = request.prompt_ids.tolist()
     prefixes = [p.tolist() for p in request.prefixes] or [[]] * request.n
-    return [
-        Sequence(job, sample_id(request.request_id, k), prompt + prefix, len(prompt) + len(prefix), len(prompt))
-        for k, prefix in enumerate(prefixes)
-    ]
+    return [Sequence(job, name, prompt + p, len(prompt) + len(p), len(prompt)) for name, p in zip(request.sample_ids, prefixes, strict=True)]

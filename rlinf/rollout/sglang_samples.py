@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.data.records import Finish, Sample, sample_id
+from rlinf.data.records import Finish, Sample
 from rlinf.rollout.contract import GenerateRequest
 
 STREAM_INTERVAL = 16  # tokens of a sample in one event: what is lost when the server dies, against work for every event
@@ -65,10 +65,10 @@ def arriving(request: GenerateRequest, max_context: int) -> list[Arriving]:
     """The n samples of a request, nothing of them there yet."""
     prompt = request.prompt_ids.tolist()
     samples = []
-    for k in range(request.n):
-        ids = prompt + (request.prefixes[k].tolist() if request.prefixes else [])
-        window = max_context - len(ids)
-        samples.append(Arriving(sample_id(request.request_id, k), ids, min(request.max_new_tokens, window), window < request.max_new_tokens))
+    for k, name in enumerate(request.sample_ids):
+        prefix = request.prefixes[k].tolist() if request.prefixes else []
+        window, room = max_context - len(prompt) - len(prefix), request.max_new_tokens - len(prefix)
+        samples.append(Arriving(name, prompt + prefix, min(room, window), window < room))
     return samples
 
 

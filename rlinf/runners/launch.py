@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import Sequence
-
-from rlinf.cluster.cluster import Cluster
-from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
-from rlinf.cluster.usage import Usage
-from rlinf.config.load import Resolved, value_of
+from rlinf.config.load import Resolved
 from rlinf.config.model import own_functions
 from rlinf.config.own_code import load_own
 from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
-from rlinf.errors import UserError
-from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.summary import show_summary
-from rlinf.metrics.trackers import missing_packages
 from rlinf.rewards.tasks import check_tasks
-from rlinf.runners.environment import record_environment
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.status import Status
-from rlinf.runners.watchdog import Watchdog
+from rlinf.runners.session import check_trackers, open_session, say
 from rlinf.scheduling.placement import build_plan
 
-TRAIN_WORKER = "rlinf.workers.train:TrainWorker"
-ROLLOUT_WORKER = "rlinf.workers.rollout:RolloutWorker"
-CRITIC_WORKER = "rlinf.workers.critic:CriticWorker"
-REWARD_WORKER = "rlinf.workers.reward:RewardWorker"
+WORKERS = {
+    "actor": "rlinf.workers.train:TrainWorker",
+    "rollout": "rlinf.workers.rollout:RolloutWorker",
+    "reward": "rlinf.workers.reward:RewardWorker",
+    "critic": "rlinf.workers.critic:CriticWorker",
+}
 
 
 def train(resolved: Resolved) -> int:
@@ -51,50 +41,14 @@ def train(resolved: Resolved) -> int:
     for _, function in own_functions(config):
         load_own(function)
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
-    logger = open_logger(resolved, folder)
-    run_id = new_run_id()
-    say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
-    cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
-    terminate_as_interrupt()
-    try:
-        usage = Usage(run_id)
-        nodes = cluster.inventory()
-        first_step = (folder.resume.step if folder.resume else 0) + 1
-        record_environment(folder.path, run_id, first_step, nodes, tokenizer, config.rollout.model_dir, report.fingerprint)
-        plan = build_plan(config, nodes)
-        groups = [
-            cluster.launch(plan, component, worker, config)
-            for component, worker in (("actor", TRAIN_WORKER), ("rollout", ROLLOUT_WORKER), ("reward", REWARD_WORKER))
-        ]
-        critic = cluster.launch(plan, "critic", CRITIC_WORKER, config) if config.has_critic else None
-        runner = ReasoningRunner(config, folder, cluster, *groups, prompts, val_prompts, sampler, stop_of(config.algorithm, tokenizer), critic)
-        groups += [critic] if critic else []
-        watchdog = Watchdog(folder.path, run_id, config.runner, groups, cluster.failure, lambda: dict(runner.in_flight))
-        status = Status(folder.path, run_id, cluster, groups, runner, watchdog)
-        with usage.sampling(lambda: cluster.phase), status.writing():
-            asyncio.run(cluster.guard(runner.run(logger)))
-        folder.finish()
-    finally:
-        logger.close()
-        cluster.close()
-    say(usage.describe())
+    with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
+        plan = build_plan(config, session.nodes)
+        components = [name for name in WORKERS if name != "critic" or config.has_critic]
+        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in components}
+        stop = stop_of(config.algorithm, tokenizer)
+        runner = ReasoningRunner(config, folder, session.cluster, prompts=prompts, val_prompts=val_prompts, sampler=sampler, stop=stop, **groups)
+        session.complete(runner, list(groups.values()))
     if len(runner.scores) > 1:
         first, last = min(runner.scores), max(runner.scores)
         show_summary(runner.scores[first].as_scores(), runner.scores[last].as_scores(), config.runner.output_dir)
     return 0
-
-
-def check_trackers(backends: Sequence[str]) -> None:
-    missing = missing_packages(backends)
-    if missing:
-        raise UserError(f"runner.logger.logger_backends: {', '.join(missing)} is not installed here; pip install {' '.join(missing)}, or leave it out")
-
-
-def open_logger(resolved: Resolved, folder: RunFolder) -> MetricLogger:
-    logger, settings = resolved.config.runner.logger, {name: value_of(resolved.config, name) for name in resolved.provenance}
-    return MetricLogger(folder.path, logger.logger_backends, folder.resume_step, logger.project_name, settings)
-
-
-def say(line: str) -> None:
-    """One line to the screen of the driver."""
-    sys.stderr.write(line + "\n")

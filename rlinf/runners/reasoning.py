@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,122 +13,67 @@ import numpy as np
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.config.schema import Config
-from rlinf.data.records import GroupHeader, Prompt
+from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.token_values import plan_dump
-from rlinf.metrics.logger import MetricLogger
-from rlinf.metrics.progress import Progress
-from rlinf.metrics.timers import Timers
+from rlinf.rollout.contract import Stop
 from rlinf.runners.requests import sampling_of, validation_sampling
 from rlinf.runners.roles import Role, summary
+from rlinf.runners.rollouts import Order, Rollouts, Scored
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.saving import Saving
-from rlinf.runners.selection import Scored, StepBatch, advantages_of, name_groups, next_groups, trained_samples
+from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
+from rlinf.runners.selection import StepBatch, advantages_of, name_groups, trained_samples
+from rlinf.runners.training_loop import TrainingLoop
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 from rlinf.runners.weight_sync import WeightSync
-from rlinf.rollout.contract import EngineStats, GenerateRequest, SamplingParams, Stop
-from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.scheduling.rollout_metrics import rollout_metrics
+from rlinf.scheduling.staleness import staleness
 
-class ReasoningRunner:
-    """One run. The driver sees headers only; tokens go from rollout workers to reward and train workers."""
+SCHEDULES = {"logical": Logical, "wallclock": Wallclock}
+
+
+class ReasoningRunner(TrainingLoop):
+    """The driver sees headers only; tokens go from rollout workers to reward and train workers."""
 
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, rollout: WorkerGroup, reward: WorkerGroup,
         prompts: Sequence[Prompt], val_prompts: Sequence[Prompt], sampler: PromptSampler, stop: Stop, critic: WorkerGroup | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.folder, self.cluster = config, folder, cluster
+        super().__init__(config, folder, cluster, sampler, [actor] if critic is None else [actor, critic])
         self.actor, self.rollout, self.reward, self.critic = actor, rollout, reward, critic
-        self.prompts, self.val_prompts, self.sampler, self.stop = prompts, val_prompts, sampler, stop
-        self.total_steps = sampler.total_steps(config.runner.max_epochs, config.runner.max_steps)
-        self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
+        self.prompts, self.val_prompts = prompts, val_prompts
+        self.rollouts = Rollouts(config, rollout, reward, stop)
+        self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
+        self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
+            config, sampler, self.rollouts, Shelf(reward), self.orders, self.total_steps
+        )
         self.sync = WeightSync(config, actor, rollout, val_prompts or prompts)
-        self.saving = Saving(folder, actor, config.runner.async_checkpoint, critic)
-        self.timers = Timers()
-        self.step = 0
         self.scores: dict[int, ValidationScores] = {}
-        self.engine_stats: list[EngineStats] = []
-        self.in_flight: dict[str, str] = {}  # group id -> who has it now
-
-    async def run(self, logger: MetricLogger) -> None:
-        """All steps from where the run stands to its end."""
-        await self.start(logger)
-        progress = Progress(self.total_steps, self.step + 1)
-        if self.step == 0 and self.val_prompts and self.config.runner.val_check_interval != 0:
-            logger.log(0, await self.validate() | self.timers.collect())
-        while not self.finished:
-            self.step += 1
-            metrics = await self.train_step()
-            if self.due(self.config.runner.val_check_interval) and self.val_prompts:
-                metrics |= await self.validate()
-            if self.due(self.config.runner.save_interval):
-                await self.save(metrics)
-            if self.saving.ready(self.finished):
-                await self.complete_checkpoint()
-            metrics |= self.timers.collect(tokens=int(metrics["rollout/total_tokens"]))
-            logger.log(self.step, metrics)
-            progress.step(self.step, metrics)
-
-    async def start(self, logger: MetricLogger) -> None:
-        """Workers up, checkpoint loaded, the first weights in the engines."""
-        self.cluster.phase = "start"
-        await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
-        if self.critic is not None:
-            await self.critic.ready()
-        if self.folder.resume is not None:
-            state = self.folder.resume.state
-            for group in self.saving.groups:
-                await group.call_all("load", str(self.folder.resume.step_dir))
-            self.sampler.load_state_dict(state["sampler"])
-            self.step = state["step"]
-            self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
-            if logger.last_step < self.step:  # the run died between the checkpoint and the line of its step
-                logger.log(self.step, state["metrics"])
-        await self.publish_weights()
 
     async def train_step(self) -> dict[str, float]:
         """One step of the algorithm."""
         a = self.config.algorithm
-        with self.timers.phase("rollout"):
-            self.cluster.phase = f"step {self.step}, rollout"
-            batch = await self.roll_out()
+        with self.phase("rollout"):
+            batch = await self.schedule.take(self.step)
+            await self.schedule.clear()
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
         advantages, trained = advantages_of(headers, a), trained_samples(headers, a, self.config.data.seed)
-        with self.timers.phase("train"):
-            self.cluster.phase = f"step {self.step}, train"
+        with self.phase("train"):
             metrics = await self.update(batch.scored, advantages, trained)
+        with self.phase("rollout"):
+            await self.schedule.settle()
         await self.publish_weights()
         outcome = () if self.critic is not None else advantages  # a critic's advantages are not the driver's numbers
-        return rollout_metrics(batch.generated, outcome) | batch.metrics | metrics | self.sync.metrics | await self.speeds(batch, trained)
+        metrics |= rollout_metrics(batch.generated, outcome) | staleness(headers, self.step - 1) | batch.metrics
+        self.step_tokens = int(metrics["rollout/total_tokens"])
+        return metrics | self.sync.metrics | await self.speeds(batch, trained)
 
-    async def roll_out(self) -> StepBatch:
-        """The groups of this step: answers to the next prompts, judged and filtered."""
-        a, dump, taken = self.config.algorithm, str(self.folder.samples(self.step)), Counter[str]()
-
-        async def generate(indices: list[int]) -> list[Scored]:
-            prompts = [self.prompts[i] for i in indices]
-            return await self.generate(prompts, name_groups(self.step, prompts, taken), a.group_size, sampling_of(a), dump)
-
-        return await next_groups(self.sampler, a, generate)
-
-    async def generate(
-        self, prompts: Sequence[Prompt], names: Sequence[str], n: int, sampling: SamplingParams, dump: str
-    ) -> list[Scored]:
-        """Groups in the order of the prompts, each judged as soon as it is complete."""
-
-        async def one(prompt: Prompt, group_id: str) -> Scored:
-            request = GenerateRequest(group_id, prompt.token_ids, n, sampling, self.stop, self.config.algorithm.sampling_params.max_new_tokens)
-            async with self.dispatcher.seat(n) as rank:
-                self.in_flight[group_id] = f"rollout rank {rank}"
-                header_ref, group_ref = self.rollout.ref(rank, "generate", request, prompt, returns=2)
-                header = await header_ref
-            self.in_flight[group_id] = f"reward rank {rank % self.reward.size}"
-            verdicts = await self.reward.call(rank % self.reward.size, "judge", group_ref, dump)
-            del self.in_flight[group_id]
-            return header.with_verdicts(verdicts), group_ref
-
-        return await gather_or_cancel([one(p, name) for p, name in zip(prompts, names)])
+    def orders(self, step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
+        """What is asked of the engines for these training prompts; met: how often the step has met each of them."""
+        a, prompts = self.config.algorithm, [self.prompts[i] for i in indices]
+        dump = str(self.folder.samples(step))
+        return [Order(name, prompt, a.group_size, sampling_of(a), dump) for name, prompt in zip(name_groups(step, prompts, met), prompts)]
 
     async def update(self, scored: Sequence[Scored], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> dict[str, float]:
         """Split the batch over the ranks and train: with a critic its values first, and its own update towards what the actor made of them."""
@@ -152,63 +98,48 @@ class ReasoningRunner:
     async def speeds(self, batch: StepBatch, trained: Sequence[np.ndarray]) -> dict[str, float]:
         """What the engines counted since the last step, and tokens per second of the two big phases."""
         self.engine_stats = stats = await self.rollout.call_all("stats")
-        decoded = max(1, sum(s.decoded_tokens for s in stats))
+        decoded, busy = sum(s.decoded_tokens for s in stats), max(s.busy_seconds for s in stats)
         learned = sum(int(((h.prompt_length + np.array(h.response_lengths)) * t).sum()) for (h, _), t in zip(batch.scored, trained))
         return {
             "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
-            "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / decoded,
-            "perf/rollout_tokens_per_second": sum(sum(h.response_lengths) for h in batch.generated) / self.timers.seconds["rollout"],
+            "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / max(1, decoded),
+            "perf/rollout_tokens_per_second": decoded / busy if busy else 0.0,
             "perf/train_tokens_per_second": learned / self.timers.seconds["train"],
             "train/samples": float(sum(t.sum() for t in trained)),
         }
 
     async def publish_weights(self) -> None:
-        with self.timers.phase("sync_weights"):
-            self.cluster.phase = f"step {self.step}, weight sync"
+        with self.phase("sync_weights", "weight sync"):
             await self.sync.publish(self.step)
 
     async def validate(self) -> dict[str, float]:
-        with self.timers.phase("validate"):
-            self.cluster.phase = f"step {self.step}, validation"
-            dump = str(self.folder.validation(self.step))
-            names = name_groups(self.step, self.val_prompts, Counter())
-            scored = await self.generate(self.val_prompts, names, 1, validation_sampling(), dump)
+        if not self.val_prompts:
+            return {}
+        with self.phase("validate", "validation"):
+            dump, names = str(self.folder.validation(self.step)), name_groups(self.step, self.val_prompts, Counter())
+            orders = [Order(name, prompt, 1, validation_sampling(), dump) for name, prompt in zip(names, self.val_prompts)]
+            scored = await self.rollouts.all(orders)
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])
 
-    async def save(self, metrics: dict[str, float]) -> None:
-        with self.timers.phase("checkpoint"):
-            self.cluster.phase = f"step {self.step}, checkpoint"
-            await self.saving.save(self.step, self.state(metrics))
+    async def ready(self) -> None:
+        groups = (self.actor, self.rollout, self.reward, self.critic)
+        await asyncio.gather(*(group.ready() for group in groups if group is not None))
 
-    async def complete_checkpoint(self) -> None:
-        with self.timers.phase("checkpoint"):
-            await self.saving.complete()
+    async def begin(self) -> None:
+        await self.publish_weights()
 
-    def state(self, metrics: dict[str, float]) -> dict[str, Any]:
-        """What a resumed run needs beside the weights. `metrics` of the step: its line is written only after the checkpoint."""
+    async def state(self, folder: Path) -> dict[str, Any]:
         validation = {step: scores.to_json() for step, scores in self.scores.items()}
-        return {"step": self.step, "weight_version": self.step, "sampler": self.sampler.state_dict(), "validation": validation, "metrics": metrics}
+        kept = await self.schedule.keep(folder / "waiting")
+        return {"weight_version": self.step, "validation": validation, "response_lengths": self.rollouts.lengths, "schedule": kept}
 
-    @property
-    def engine_load(self) -> Sequence[int]:
-        return self.dispatcher.load
+    async def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
+        self.rollouts.lengths.update(state["response_lengths"])
+        await self.schedule.restore(folder / "waiting", state["schedule"])
 
     @property
     def finished(self) -> bool:
-        """Whether this was the last step; dynamic sampling uses up the data in fewer steps than total_steps."""
-        return self.step >= self.total_steps or self.sampler.exhausted(self.config.runner.max_epochs)
-
-    def due(self, interval: int) -> bool:
-        """Every `interval` steps and after the last one; -1 = after the last one alone; 0 = never."""
-        return interval != 0 and (self.finished or (interval > 0 and self.step % interval == 0))
-
-
-async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, Scored]]) -> list[Scored]:
-    """Results in order; the first failure is raised and the rest is cancelled."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+        """Dynamic sampling uses up the data in fewer steps than total_steps."""
+        return super().finished or self.schedule.exhausted

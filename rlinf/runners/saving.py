@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,25 @@ from rlinf.runners.run_folder import RunFolder
 
 
 class Saving:
-    """At most one checkpoint is on its way. It counts, and `latest` points to it, when every rank of actor and critic has written and
-    checked its part.
+    """At most one checkpoint is on its way. It counts, and `latest` points to it, when every rank of `groups` (the actor, the critic) has written
+    and checked its part.
 
     written: whether complete() would find the files of all ranks on disk, as they said in their last report.
     """
 
-    def __init__(self, folder: RunFolder, actor: WorkerGroup, background: bool, critic: WorkerGroup | None = None) -> None:
-        self.folder, self.background = folder, background
-        self.groups = [actor] if critic is None else [actor, critic]
+    def __init__(self, folder: RunFolder, groups: Sequence[WorkerGroup], background: bool) -> None:
+        self.folder, self.groups, self.background = folder, groups, background
         self.pending: tuple[Path, dict[str, Any]] | None = None
         self.written = False
 
-    async def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint of `step`, or begin to; one that is on its way is completed first."""
+    async def save(self, step: int, describe: Callable[[Path], Awaitable[dict[str, Any]]]) -> None:
+        """Write the checkpoint of `step`, or begin to; one that is on its way is completed first.
+
+        describe: gives the run's state, and may write files of its own into the folder.
+        """
         await self.complete()
         partial = self.folder.begin_checkpoint(step)
+        state = await describe(partial)
         for group in self.groups:
             await group.call_all("save", str(partial))
         if self.background:

@@ -10,14 +10,13 @@ import numpy as np
 
 from rlinf.algorithms.advantages import ADVANTAGES, outcome_advantages
 from rlinf.algorithms.filters import has_signal, update_subset
-from rlinf.cluster.group import Ref
 from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import AlgorithmConfig
 from rlinf.data.records import Finish, GroupHeader, Prompt, Status
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
+from rlinf.runners.rollouts import Scored
 
-Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where its tokens are
 TRUNCATED = (Finish.LENGTH, Finish.WINDOW)
 
 
@@ -53,9 +52,14 @@ async def next_groups(sampler: PromptSampler, algorithm: AlgorithmConfig, genera
             sampler.give_back(len(generated) - used)
             metrics = {"prompts_generated": len(generated), "prompts_used": used, "prompts_filtered": used - len(kept)}
             return StepBatch(kept, generated, {f"rollout/{name}": float(value) for name, value in metrics.items()})
-    raise UserError(
-        f"algorithm.dynamic_sampling: {algorithm.dynamic_sampling_max_batches} batches of {size} prompts gave only {len(kept)} of "
-        f"{sampler.batch_size} groups with both right and wrong answers ({sum(all(right(h)) for h in generated)} were all right, "
+    raise no_signal(algorithm, size, sampler.batch_size, len(kept), generated)
+
+
+def no_signal(algorithm: AlgorithmConfig, size: int, wanted: int, kept: int, generated: Sequence[GroupHeader]) -> UserError:
+    """Too many of the generated groups teach nothing."""
+    return UserError(
+        f"algorithm.dynamic_sampling: {algorithm.dynamic_sampling_max_batches} batches of {size} prompts gave only {kept} of "
+        f"{wanted} groups with both right and wrong answers ({sum(all(right(h)) for h in generated)} were all right, "
         f"{sum(not any(right(h)) for h in generated)} all wrong): change the data or algorithm.group_size, raise "
         "algorithm.dynamic_sampling_max_batches, or set algorithm.dynamic_sampling to false; the run goes on with runner.resume_dir=auto"
     )

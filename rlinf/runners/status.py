@@ -11,32 +11,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.rollout.contract import EngineStats
+from rlinf.runners.training_loop import TrainingLoop
 from rlinf.runners.watchdog import Watchdog
 
 FILE_NAME = "status.json"
 PERIOD = 1.0
 
 
-class Loop(Protocol):
-    """What is looked at in a runner. engine_load: samples at each engine now. engine_stats: of the last finished step, by engine."""
-
-    step: int
-    total_steps: int
-    engine_stats: Sequence[EngineStats]
-
-    @property
-    def engine_load(self) -> Sequence[int]: ...
-
-
 class Status(threading.Thread):
     """Looks at the loop from a thread of its own, so that the file is also fresh when the loop is stuck."""
 
-    def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: Loop, watchdog: Watchdog) -> None:
+    def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: TrainingLoop, watchdog: Watchdog) -> None:
         super().__init__(name="rlinf-status", daemon=True)
         self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / FILE_NAME, run_id, cluster, groups, loop
         self.watchdog = watchdog

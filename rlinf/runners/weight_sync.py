@@ -62,8 +62,14 @@ class WeightSync:
         return check_probes(version, precision, trainer[0], engines)
 
     def refuse_foreign_versions(self, headers: Sequence[GroupHeader]) -> None:
-        """Every token must come from the weights of the last publish()."""
+        """Every token must come from the weights of the last publish(), or of one of the algorithm.max_staleness before it."""
+        if self.version is None:
+            raise RunFailed("the engines were given no weights yet")
+        known = range(max(0, self.version - self.config.algorithm.max_staleness), self.version + 1)
         for header in headers:
-            unknown = {version for sample in header.versions for version, _ in sample} - {self.version}
+            unknown = {version for sample in header.versions for version, _ in sample} - {*known}
             if unknown:
-                raise RunFailed(f"group {header.group_id}: tokens of weight version {sorted(unknown)}, but the engines were given {self.version}")
+                raise RunFailed(
+                    f"group {header.group_id}: tokens of weight version {sorted(unknown)}, but the engines were given {self.version}"
+                    + (f" and may be behind by {len(known) - 1}" if len(known) > 1 else "")
+                )

@@ -1,10 +1,22 @@
-"""Which engine takes the next group: the one with most room; nobody is split statically over engines."""
+"""Which engine takes the next group: the one with most room; which group goes next: the longest expected. Nobody is split statically."""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass(order=True)
+class _Waiting:
+    """A group that has no engine yet; the smallest goes next."""
+
+    shortness: float
+    order: int
+    samples: int = field(compare=False)
+    rank: asyncio.Future[int] = field(compare=False)
 
 
 class Dispatcher:
@@ -13,18 +25,36 @@ class Dispatcher:
     def __init__(self, engines: int, running_requests: int, group_size: int) -> None:
         self.capacity = running_requests + group_size
         self.load = [0] * engines
-        self._changed = asyncio.Condition()
+        self._queue: list[_Waiting] = []
+        self._asked = 0
 
     @asynccontextmanager
-    async def seat(self, samples: int) -> AsyncIterator[int]:
-        """Wait until an engine has room for the group (an empty engine always has) and hold it; yields the engine's rank."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: min(self.load) == 0 or min(self.load) + samples <= self.capacity)
-            rank = self.load.index(min(self.load))
-            self.load[rank] += samples
+    async def seat(self, samples: int, expected_length: float = 0.0) -> AsyncIterator[int]:
+        """Wait until an engine has room for the group (an empty engine always has) and hold it; yields the engine's rank.
+
+        Among those that wait the group with the largest expected_length goes first, then the one that asked first: a long group that
+        starts late is what everybody waits for at the end.
+        """
+        self._asked += 1
+        mine = _Waiting(-expected_length, self._asked, samples, asyncio.get_running_loop().create_future())
+        heapq.heappush(self._queue, mine)
+        self._grant()
         try:
-            yield rank
+            yield await mine.rank
         finally:
-            async with self._changed:
-                self.load[rank] -= samples
-                self._changed.notify_all()
+            if not mine.rank.cancelled():
+                self.load[mine.rank.result()] -= samples
+            self._grant()
+
+    def _grant(self) -> None:
+        while self._queue:
+            first, least = self._queue[0], min(self.load)
+            if first.rank.cancelled():
+                heapq.heappop(self._queue)
+                continue
+            if least and least + first.samples > self.capacity:
+                return
+            rank = self.load.index(least)
+            self.load[rank] += first.samples
+            heapq.heappop(self._queue)
+            first.rank.set_result(rank)

@@ -14,13 +14,12 @@ def test_the_emptiest_engine_is_taken_and_capacity_is_kept() -> None:
 
         async def group(samples: int) -> None:
             async with dispatcher.seat(samples) as rank:
-                assert dispatcher.load[rank] - samples == min(load - (samples if i == rank else 0) for i, load in enumerate(dispatcher.load))
                 taken.append(rank)
                 most[rank] = max(most[rank], dispatcher.load[rank])
                 await asyncio.sleep(rng.random() / 1000)
 
         await asyncio.gather(*(group(4) for _ in range(60)))
-        assert dispatcher.load == [0, 0, 0] and most == [12, 12, 12] and len(taken) == 60
+        assert dispatcher.load == [0, 0, 0] and most == [12, 12, 12] and len(taken) == 60 and taken[:9] == [0, 1, 2] * 3
 
     asyncio.run(run())
 
@@ -30,6 +29,24 @@ def test_a_group_larger_than_an_engine_runs_when_one_is_empty() -> None:
         dispatcher = Dispatcher(engines=1, running_requests=2, group_size=2)
         async with dispatcher.seat(100) as rank:
             assert rank == 0
+
+    asyncio.run(run())
+
+
+def test_the_longest_expected_goes_first_and_who_gave_up_is_passed_over() -> None:
+    async def run() -> None:
+        dispatcher, order = Dispatcher(engines=1, running_requests=1, group_size=1), []
+
+        async def group(name: str, expected: float) -> None:
+            async with dispatcher.seat(2, expected):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.ensure_future(group(n, e)) for n, e in (("first", 0), ("short", 1), ("long", 9), ("gone", 8), ("later", 1))]
+        await asyncio.sleep(0)
+        tasks[3].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == ["first", "long", "short", "later"] and dispatcher.load == [0]
 
     asyncio.run(run())
 

@@ -96,6 +96,12 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
         )
     actor, rollout = set(devices["actor"]), set(devices["rollout"])
     mode = "collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated"
+    if mode != "disaggregated" and config.algorithm.max_staleness and not config.rollout.partial and config.cluster.device != "cpu":
+        raise UserError(
+            f"algorithm.max_staleness: {config.algorithm.max_staleness} lets engines generate while the actor trains, but they share devices: give them "
+            "devices of their own in cluster.component_placement, or set algorithm.schedule: wallclock and rollout.partial: true "
+            "(slots of a CPU machine may be shared: cluster.device: cpu)"
+        )
     return Plan(tuple(seats), mode)
 
 

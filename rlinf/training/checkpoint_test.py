@@ -47,7 +47,6 @@ def train_and_save(at: Any, model: Path, step_dir: Path, precision: str) -> dict
     checkpoint.save(engine, step_dir, model)
     saved = {"state": whole_state(engine), "bits": snapshot(engine), "steps": (engine.steps, engine.optimizer_state.steps())}
     after = next_step(engine, bits=True)
-    engine.close()
     return {"saved": saved, "next": after}
 
 
@@ -57,7 +56,6 @@ def load_and_go_on(at: Any, model: Path, step_dir: Path, precision: str) -> dict
     checkpoint.load(engine, step_dir)
     loaded = {"state": whole_state(engine), "bits": snapshot(engine), "steps": (engine.steps, engine.optimizer_state.steps())}
     after = next_step(engine, bits=True)
-    engine.close()
     return {"saved": loaded, "next": after}
 
 
@@ -119,7 +117,6 @@ def logprobs_of(at: Any, model: Path, step_dir: Path) -> list[np.ndarray] | None
     checkpoint.load(engine, step_dir)
     packs, _ = minibatches(engine, n=1, budget=10_000)[0]
     values = logprobs(engine, packs)
-    engine.close()
     return values and [v.numpy() for v in values]
 
 
@@ -157,7 +154,6 @@ def refusal(at: Any, model: Path, step_dir: Path) -> str:
     engine = build(at, model, OPTIM)
     with pytest.raises(UserError) as caught:
         checkpoint.load(engine, step_dir)
-    engine.close()
     return str(caught.value)
 
 
@@ -221,7 +217,6 @@ def bad_hf(at: Any, model: Path, step_dir: Path, fault: str) -> str:
         writing.finish()
     checkpoint.finish_hf_folder = finish
     assert fault != "weights" or snapshot(engine) == before  # the comparison leaves the engine as it was
-    engine.close()
     return str(caught.value)
 
 
@@ -247,7 +242,6 @@ def in_the_background(at: Any, model: Path, step_dir: Path) -> dict[str, Any]:
     other = build(at, model, OPTIM)
     checkpoint.load(other, step_dir)
     same = snapshot(other) == begun
-    engine.close(), other.close()
     return same
 
 
@@ -271,7 +265,6 @@ def failing_writer(at: Any, model: Path, step_dir: Path) -> list[str]:
             messages.append(str(error))
     with pytest.raises(RunFailed) as caught:
         writing.finish()
-    engine.close()
     return [*messages, str(caught.value)]
 
 
@@ -301,7 +294,6 @@ def random_states(at: Any, model: Path, step_dir: Path) -> bool:
     same = look() == before
     torch.rand(1)
     assert look() != before  # the look sees a draw
-    engine.close()
     return same
 
 
@@ -319,7 +311,6 @@ def before_any_step(at: Any, model: Path, step_dir: Path) -> bool:
     for mini in minibatches(engine):
         update(engine, mini), update(other, mini)
     same = same and snapshot(engine) == snapshot(other)
-    engine.close(), other.close()
     return same
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,16 +66,14 @@ class MegatronEngine:
         for group in self.distributed.optimizer.param_groups:
             group["fused"], group["foreach"] = True, False  # one pass over the state; on CPU several times faster than the default
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # 0 for norms and biases; Megatron leaves it to its scheduler
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        # A strong reference would close a cycle (configuration, optimizer, gradient hooks, model) that runs through autograd's nodes, where
+        # Python's collector does not see it: a dropped engine would keep its process groups, and gloo's 50 threads for them.
+        scale = weakref.WeakMethod(self.optimizer.scale_loss)
+        self.config.grad_scale_func = lambda loss: scale()(loss)
         self.config.finalize_model_grads_func = lambda chunks, _tokens, **kw: finalize_model_grads(chunks, None, **kw)
         self.optimizer_state = OptimizerState(self.distributed)
         self.pad_to = at.tp if model.sequence_parallel else 1  # rows of a micro-batch are a multiple of it
         self.steps = 0
-
-    def close(self) -> None:
-        """Let go of the optimizer: configuration -> optimizer -> gradient hooks -> model is a cycle through autograd's nodes, where Python's
-        collector does not see it; a dropped engine would keep its process groups and their threads."""
-        self.config.grad_scale_func = None
 
     @torch.no_grad()
     def load_hf(self, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,6 @@ def stopped_step(at: Any, folder: Path, precision: str, how: str) -> dict[str, A
         "skipped": stopped.skipped, "grad_norm": stopped.grad_norm, "untouched": untouched, "ratio": finalize_metrics(stopped.metrics.sums, stopped.metrics.maxima)["train/ratio"],
         "same as twin": snapshot(engine) == snapshot(twin) and again[0].learning_rate == again[1].learning_rate, "steps": engine.steps, "again": again[0].skipped,
     }  # fmt: skip
-    engine.close(), twin.close()
     return out
 
 
@@ -98,7 +98,6 @@ def gradient_of_nan(at: Any, folder: Path, precision: str) -> tuple[bool, bool, 
     for e in (engine, twin):
         update(e, first), update(e, second)
     same = snapshot(engine) == snapshot(twin)
-    engine.close(), twin.close()
     return done.skipped, untouched, same, done.grad_norm
 
 
@@ -114,7 +113,6 @@ def limits(at: Any, folder: Path) -> list[bool]:
     (mini,) = minibatches(engine, n=1)
     old = [o - 1.0 for o in logprobs(engine, mini[0])]  # ratio e
     skipped = [update(engine, mini, old, limit).skipped for limit in (2.7, 2.8, None)]
-    engine.close()
     return skipped
 
 
@@ -136,7 +134,6 @@ def tiny_rate(at: Any, folder: Path, steps: int) -> dict[str, Any]:
         assert not update(engine, minis[i % 2]).skipped
         state = whole_state(engine)
         rounding.append(all(np.array_equal(torch.from_numpy(m).bfloat16().float().numpy(), state["model"][n]) for n, m in state["param"].items()))
-    engine.close()
     return {"start": start, "end": whole_state(engine), "rounding": all(rounding)}
 
 
@@ -166,7 +163,6 @@ def half_precision(at: Any, folder: Path, scale: float) -> dict[str, Any]:
         before = now
         if engine.steps == 3:
             break
-    engine.close()
     return {"history": history, "steps": engine.steps}
 
 
@@ -208,7 +204,6 @@ def half_and_single(at: Any, folder: Path) -> list[float]:
         engine = build(at, folder, replace(OPTIM, initial_loss_scale=1024.0), precision=precision)
         (mini,) = minibatches(engine, n=1)
         norms.append(update(engine, mini).grad_norm)
-        engine.close()
     return norms
 
 
@@ -225,7 +220,6 @@ def decay_only(at: Any, folder: Path) -> dict[str, np.ndarray]:
     batch = make_batch(VOCAB)
     (packs, denominators), *_ = minibatches(engine, n=1, batch=replace(batch, advantages=tuple(np.zeros_like(a) for a in batch.advantages)))
     engine.update(packs, None, None, denominators, replace(PLAIN, entropy_bonus=0.0), None)
-    engine.close()
     return numpy_dict(engine.export())
 
 
@@ -246,7 +240,6 @@ def clipped(at: Any, folder: Path, bound: float) -> tuple[float, float]:
     (mini,) = minibatches(engine, n=1)
     norm = update(engine, mini).grad_norm
     used = numpy_dict(engine.export("exp_avg"))  # beta1 is 0: the gradient as the optimizer saw it
-    engine.close()
     return norm, float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in used.values())))
 
 
@@ -262,7 +255,6 @@ def schedule(at: Any, folder: Path) -> list[float]:
     first, second = minibatches(engine)
     old = [o - 9.0 for o in logprobs(engine, first[0])]
     rates = [update(engine, first).learning_rate, update(engine, first, old).learning_rate, update(engine, second).learning_rate]
-    engine.close()
     return rates
 
 
@@ -279,7 +271,6 @@ def on_policy(at: Any, folder: Path, precision: str, recomputed: bool, model: di
     update(engine, first)
     old = logprobs(engine, second[0]) if recomputed else None
     metrics = update(engine, second, old).metrics
-    engine.close()
     return finalize_metrics(metrics.sums, metrics.maxima)
 
 
@@ -303,7 +294,6 @@ def agreement(at: Any, folder: Path, shift: int) -> float:
     for batch, values in zip(packs, logprobs(engine, packs)):
         batch.rollout_logprobs_N = values.roll(shift)
     gap = update(engine, (packs, denominators)).metrics.maxima["gap"].item()
-    engine.close()
     return gap
 
 
@@ -319,7 +309,6 @@ def gradients(at: Any, folder: Path, model: dict[str, Any]) -> tuple[dict[str, n
     engine = build(at, folder, replace(OPTIM, adam_beta1=0.0, clip_grad=0.0), **model)
     norms = [update(engine, mini).grad_norm for mini in minibatches(engine)]
     grads = numpy_dict(engine.export("exp_avg"))
-    engine.close()
     return grads, sum(norms)
 
 
@@ -350,7 +339,6 @@ def after_steps(at: Any, folder: Path, precision: str) -> dict[str, str]:
     for _ in range(3):
         for mini in minibatches(engine):
             update(engine, mini)
-    engine.close()
     return checksums(engine)
 
 
@@ -363,3 +351,16 @@ def test_tied_embeddings_and_replicas_stay_equal(rank_pool: Any, tiny_models: di
     for rank in ranks:
         for name, value in rank.items():
             assert seen.setdefault(name, value) == value, name
+
+
+def threads_of_a_dropped_engine(at: Any, folder: Path) -> int:
+    engine = build(at, folder)
+    assert not update(engine, minibatches(engine)[0]).skipped
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_dropped_engine_leaves_no_process_groups(rank_pool: Any, tiny_models: dict[str, Path]) -> None:
+    """Each group of gloo has a thread that wakes up a hundred times a second."""
+    layouts = [(2, 2, 1), (2, 1, 2), (2, 1, 1)]
+    rounds = [[rank_pool.run(threads_of_a_dropped_engine, tiny_models["qwen2"], **at_layout(*layout)) for layout in layouts] for _ in range(2)]
+    assert rounds[0] == rounds[1]

@@ -181,7 +181,6 @@ def model_logits_gap(at: Any, folder: Path) -> float:
     engine = build(at, folder)
     packs, _ = minibatches(engine, n=1, share_prefix=False, budget=1000)[0]
     got = torch.cat(logprobs(engine, packs))
-    engine.close()
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     (batch,) = packs
     want, row = [], 0

@@ -20,7 +20,6 @@ LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (4, 2, 2), (4, 1, 4)]
 def round_trip(at: Any, folder: Path) -> dict[str, Any]:
     engine = build(at, folder)
     state = {"model": numpy_dict(engine.export()), "param": numpy_dict(engine.export("param")), "again": numpy_dict(engine.export())}
-    engine.close()
     return state if at.dp_rank == at.tp_rank == 0 else {kind: {} for kind in state}
 
 
@@ -50,7 +49,6 @@ def refill(at: Any, folder: Path) -> bool:
     other = build(at, folder, precision="bf16")
     other.load_state({kind: {n: t for stage in stages for n, t in stage[kind].items()} for kind in kinds}, engine.steps, engine.optimizer_state.steps())
     same = snapshot(other) == snapshot(engine)
-    engine.close(), other.close()
     return same
 
 
@@ -68,7 +66,6 @@ def state_before_a_step(at: Any, folder: Path) -> dict[str, Any]:
     twin = build(at, folder)
     update(twin, mini)
     same = snapshot(engine) == snapshot(twin)
-    engine.close(), twin.close()
     return {"moments": {k: float(sum(np.abs(v).sum() for v in state[k].values())) for k in ("exp_avg", "exp_avg_sq")}, "steps": steps, "same": same}
 
 
@@ -85,7 +82,6 @@ def adam_steps(at: Any, folder: Path) -> list[float]:
     engine.optimizer_state.restore_steps(7)
     update(engine, minis[1])
     counts = [s["step"].item() for s in engine.distributed.optimizer.state.values()]
-    engine.close()
     return counts
 
 
@@ -115,7 +111,6 @@ def gathered_in_pieces(at: Any, folder: Path) -> bool:
     default, state.GATHER_BYTES = state.GATHER_BYTES, 3000
     pieces = dict(engine.export())
     state.GATHER_BYTES = default
-    engine.close()
     return whole.keys() == pieces.keys() and all(torch.equal(whole[n], pieces[n]) for n in whole)
 
 

@@ -105,7 +105,13 @@ class CriticWorker(Protocol):
 
 
 class RolloutWorker(Protocol):
-    async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]: ...
+    async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
+        """The group of a prompt; of one that an engine let go of (`before`), the rest."""
+        ...
+
+    async def abort(self) -> None:
+        """End every running generate() with what it has; the finish of what is not complete is ABORT."""
+        ...
 
     async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
         """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage."""
@@ -119,4 +125,12 @@ class RolloutWorker(Protocol):
 class RewardWorker(Protocol):
     async def judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
         """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample (prompt, response, verdict, versions)."""
+        ...
+
+    def keep(self, path: str, group: Group, verdicts: tuple[Verdict | None, ...]) -> None:
+        """Write the group to a file of a checkpoint."""
+        ...
+
+    def fetch(self, path: str) -> tuple[GroupHeader, Group]:
+        """What keep() wrote."""
         ...

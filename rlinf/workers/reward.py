@@ -10,7 +10,8 @@ from pathlib import Path
 from rlinf.config.schema import Config
 from rlinf.data.journal import group_line, journal_of
 from rlinf.data.lines import append_lines
-from rlinf.data.records import Group, Verdict
+from rlinf.data.group_file import read_group, write_group
+from rlinf.data.records import Group, GroupHeader, Verdict
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.rewards.shaping import Shaping
 from rlinf.rewards.verifier import Item, Verifier
@@ -42,6 +43,13 @@ class RewardWorker:
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
         """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample, and the group to its step's journal."""
         return await asyncio.to_thread(self._judge, group, dump_path)
+
+    def keep(self, path: str, group: Group, verdicts: tuple[Verdict | None, ...]) -> None:
+        write_group(Path(path), replace(group, verdicts=verdicts))
+
+    def fetch(self, path: str) -> tuple[GroupHeader, Group]:
+        group = read_group(Path(path))
+        return group.header(), group
 
     def close(self) -> None:
         self.verifier.close()

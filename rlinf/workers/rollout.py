@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlinf.config.schema import Config
-from rlinf.data.records import Group, GroupHeader, Prompt, Sample
+from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest
@@ -33,11 +33,18 @@ class RolloutWorker:
         self.device = torch.device("cuda", 0) if cuda else torch.device("cpu")
         self.engine = build_engine(config, tokenizer, self.device.type, log.resolve(), address.run_id)
 
-    async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]:
-        """The group of a prompt, samples in the order of their index."""
-        samples: dict[str, Sample] = {sample.sample_id: sample async for sample in self.engine.generate(request)}
-        group = Group(request.request_id, prompt, tuple(samples[f"{request.request_id}/{k}"] for k in range(request.n)))
+    async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
+        """The group of a prompt, samples in the order of their index. before: the group as an engine let go of it; it goes on from there."""
+        samples: dict[str, Sample] = {s.sample_id: s for s in before.samples} if before else {}
+        async for sample in self.engine.generate(unfinished(request, before) if before else request):
+            name = sample.sample_id
+            samples[name] = samples[name].continued_by(sample) if name in samples else sample
+        group = Group(request.request_id, prompt, tuple(samples[name] for name in request.sample_ids))
         return group.header(), group
+
+    async def abort(self) -> None:
+        """Every group that is being generated ends with what it has."""
+        await self.engine.abort()
 
     async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
         """Arrays that came from another node are landed in this one's shared memory first: engines read nothing else."""
@@ -60,3 +67,9 @@ class RolloutWorker:
 
     def close(self) -> None:
         self.engine.close()
+
+
+def unfinished(request: GenerateRequest, before: Group) -> GenerateRequest:
+    """What is left to do of a request."""
+    left = [(k, s.token_ids) for k, s in enumerate(before.samples) if s.finish is Finish.ABORT]
+    return replace(request, n=len(left), indices=tuple(k for k, _ in left), prefixes=tuple(ids for _, ids in left))

@@ -71,7 +71,6 @@ def step(at: Any, folder: Path, groups: list[Group], layout: tuple[Any, ...], bu
     before = worker.validate(share, *mine)
     report = worker.train_step(1, share, *mine)
     grads = {name: t.numpy().copy() for name, t in engine.export("exp_avg")}  # beta1 is 0: the first moment is the gradient
-    engine.close()
     return {"before": before, "metrics": report.metrics, "grads": {} if at.tp_rank or at.dp_rank else grads}
 
 
@@ -124,7 +123,6 @@ def weights_by_step(at: Any, folder: Path, groups: list[Group]) -> list[list[flo
         share = build_rank_batches([g.header() for g in groups], [np.ones(1)] * len(groups), dp=1, n_minibatches=1, max_tokens=512, share_prefix=True)[0]
         for number in (1, 2, 3):
             worker.train_step(number, share, *groups)
-    engine.close()
     return seen
 
 

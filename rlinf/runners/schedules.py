@@ -1,0 +1,247 @@
+"""When the groups of a step are generated: with the weights before it, or, with algorithm.max_staleness > 0, ahead of it.
+
+Version i is the weights after step i; eta is algorithm.max_staleness. Each step the loop asks in the same order: take, clear (before the
+actor trains), settle (before it publishes) and, at a checkpoint, keep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlinf.algorithms.filters import has_signal
+from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.config.schema import Config
+from rlinf.data.group_file import header_from_json, header_to_json
+from rlinf.data.records import GroupHeader, Verdict
+from rlinf.data.sampler import PromptSampler
+from rlinf.runners.rollouts import Order, Rollouts, Scored, mean_length
+from rlinf.runners.selection import StepBatch, next_groups, no_signal, right
+from rlinf.scheduling.staleness import Ledger, LengthBias
+
+Orders = Callable[[int, Sequence[int], Counter[str]], list[Order]]  # (step, prompts, how often the step has met each) -> what is wanted
+
+
+class Schedule(Protocol):
+    """exhausted: whether the data hold no further batch."""
+
+    @property
+    def exhausted(self) -> bool: ...
+
+    async def take(self, step: int) -> StepBatch:
+        """The groups of `step`; the engines hold the weights of step - 1."""
+        ...
+
+    async def clear(self) -> None:
+        """Return when the actor may have the devices."""
+        ...
+
+    async def settle(self) -> None:
+        """Return when the engines may be given the next weights."""
+        ...
+
+    async def keep(self, folder: Path) -> dict[str, Any]:
+        """Write the groups that wait into `folder`; what restore() needs beside them, as JSON values."""
+        ...
+
+    async def restore(self, folder: Path, state: dict[str, Any]) -> None: ...
+
+
+class Shelf:
+    """Groups that wait in a checkpoint, a file each; reward workers write and read them."""
+
+    def __init__(self, reward: WorkerGroup) -> None:
+        self.reward, self.turn = reward, 0
+
+    async def put(self, folder: Path, name: str, tokens: Ref, verdicts: tuple[Verdict | None, ...] = ()) -> None:
+        await self.reward.call(self._next(), "keep", str(folder / f"{name}.safetensors"), tokens, verdicts)
+
+    async def get(self, folder: Path, name: str) -> Scored:
+        header, tokens = self.reward.ref(self._next(), "fetch", str(folder / f"{name}.safetensors"), returns=2)
+        return await header, tokens
+
+    def _next(self) -> int:
+        self.turn += 1
+        return self.turn % self.reward.size
+
+
+class Logical:
+    """Reproducible: the batch of step s is generated under version max(0, s - 1 - eta), and no weights change inside a request.
+
+    With eta = 0 this is the synchronous loop. With more, the engines generate a later batch while the actor trains, and the order in which
+    things happen to be done has no say in what is done.
+    """
+
+    def __init__(self, config: Config, sampler: PromptSampler, rollouts: Rollouts, shelf: Shelf, orders: Orders, total_steps: int) -> None:
+        self.algorithm, self.max_epochs = config.algorithm, config.runner.max_epochs
+        self.sampler, self.rollouts, self.shelf, self.orders, self.total_steps = sampler, rollouts, shelf, orders, total_steps
+        self.batches: deque[asyncio.Future[StepBatch | None]] = deque()  # of the steps to come; None: the data were used up
+        self.begun = 0  # the last step whose batch is begun
+
+    @property
+    def exhausted(self) -> bool:
+        return not any(batch.done() and batch.result() for batch in self.batches) and self.sampler.exhausted(self.max_epochs)
+
+    async def take(self, step: int) -> StepBatch:
+        self.begun = max(self.begun, step - 1)
+        while self.begun < min(step + self.algorithm.max_staleness, self.total_steps):
+            self.begun += 1
+            self.batches.append(asyncio.ensure_future(self.produce(self.begun, self.batches[-1] if self.batches else None)))
+        batch = await self.batches.popleft()
+        assert batch is not None, "a step was begun without data"
+        return batch
+
+    async def produce(self, step: int, before: asyncio.Future[StepBatch | None] | None) -> StepBatch | None:
+        """One batch after the other: what dynamic sampling takes from the data is known when a batch is complete."""
+        if before is not None:
+            await before
+            if self.sampler.exhausted(self.max_epochs):
+                return None
+        met = Counter[str]()
+        return await next_groups(self.sampler, self.algorithm, lambda indices: self.rollouts.all(self.orders(step, indices, met)))
+
+    async def clear(self) -> None: ...
+
+    async def settle(self) -> None:
+        for batch in self.batches:
+            await batch
+
+    async def keep(self, folder: Path) -> dict[str, Any]:
+        waiting = []
+        for batch in (b for future in self.batches if (b := future.result())):
+            names = {header.group_id: f"{len(waiting):02d}-{i:05d}" for i, (header, _) in enumerate(batch.scored)}
+            await asyncio.gather(*(self.shelf.put(folder, names[h.group_id], ref, h.verdicts) for h, ref in batch.scored))
+            generated = [names.get(h.group_id) or header_to_json(h) for h in batch.generated]
+            waiting.append({"scored": list(names.values()), "generated": generated, "metrics": batch.metrics})
+        return {"begun": self.begun, "waiting": waiting}
+
+    async def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        self.begun = state["begun"]
+        for kept in state["waiting"]:
+            scored = dict(zip(kept["scored"], await asyncio.gather(*(self.shelf.get(folder, name) for name in kept["scored"]))))
+            generated = [scored[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
+            ready: asyncio.Future[StepBatch | None] = asyncio.get_running_loop().create_future()
+            ready.set_result(StepBatch(list(scored.values()), generated, kept["metrics"]))
+            self.batches.append(ready)
+
+
+class Wallclock:
+    """As fast as may be, not reproducible: groups are begun as soon as staleness allows, and trained on as they are done.
+
+    New weights reach running groups in the middle; every token keeps the version that decoded it. With rollout.partial the engines stand
+    still while the actor trains, as they must on shared devices, and groups that are not done are carried over with their tokens.
+    """
+
+    def __init__(self, config: Config, sampler: PromptSampler, rollouts: Rollouts, shelf: Shelf, orders: Orders, total_steps: int) -> None:
+        self.algorithm, self.rollout, self.max_epochs = config.algorithm, config.rollout, config.runner.max_epochs
+        self.sampler, self.rollouts, self.shelf, self.orders, self.total_steps = sampler, rollouts, shelf, orders, total_steps
+        self.ledger, self.bias = Ledger(sampler.batch_size, config.algorithm.max_staleness), LengthBias()
+        self.wanted: dict[str, tuple[int, int]] = {}  # group on its way -> (prompt, the step that it was begun for)
+        self.tasks: dict[str, asyncio.Task[Scored]] = {}
+        self.done: dict[str, Scored] = {}
+        self.met: tuple[int, Counter[str]] = 0, Counter()
+        self.dropped: list[GroupHeader] = []  # groups that teach nothing, since the last batch
+        self.begun = 0
+
+    @property
+    def exhausted(self) -> bool:
+        return self.sampler.exhausted(self.max_epochs) and len(self.ledger.groups) < self.sampler.batch_size
+
+    async def take(self, step: int) -> StepBatch:
+        version = step - 1
+        self.rollouts.resume()
+        self.begin(version)
+        while (names := self.ledger.take(version)) is None:
+            await asyncio.wait(self.tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+            self.collect()
+            self.begin(version)
+        scored = [self.done.pop(name) for name in names]
+        for name in names:
+            del self.wanted[name]
+        metrics = {"carried_over": len(self.tasks), "length_bias": self.bias.train([mean_length(h) for h, _ in scored])}
+        if self.algorithm.dynamic_sampling:
+            metrics |= {"prompts_generated": len(scored) + len(self.dropped), "prompts_used": len(scored) + len(self.dropped), "prompts_filtered": len(self.dropped)}
+        generated, self.dropped = [*(h for h, _ in scored), *self.dropped], []
+        return StepBatch(scored, generated, {f"rollout/{name}": float(value) for name, value in metrics.items()})
+
+    def begin(self, version: int) -> None:
+        """Everything that may be begun, those first that an earlier process had begun."""
+        waiting = [name for name in self.wanted if name not in self.tasks and name not in self.done]
+        size, most = self.sampler.batch_size, self.rollout.over_provisioning
+        room = min(self.ledger.room(version), self.total_steps * size - self.ledger.begun)
+        if most:
+            room = min(room, int(most * size) - len(self.ledger.groups))
+        if not self.algorithm.dynamic_sampling:
+            room = min(room, self.sampler.n * self.max_epochs - self.sampler.handed_out)
+        for prompt in self.sampler.next_batch(max(0, room)):
+            step = self.begun // size + 1
+            self.met = self.met if self.met[0] == step else (step, Counter())
+            (order,) = self.orders(step, [prompt], self.met[1])
+            self.begun += 1
+            self.wanted[order.name] = prompt, step
+            self.ledger.begin(order.name, version)
+            self.bias.begin(order.name)
+            self._start(order)
+        for name in waiting:
+            prompt, step = self.wanted[name]
+            (order,) = self.orders(step, [prompt], Counter())
+            self._start(Order(name, order.prompt, order.n, order.sampling, order.dump))
+
+    def _start(self, order: Order) -> None:
+        self.tasks[order.name] = asyncio.ensure_future(self.rollouts.one(order, pausable=self.rollout.partial))
+
+    def collect(self) -> None:
+        """What has been done since the last look; a group that teaches nothing makes room for another."""
+        for name in [name for name, task in self.tasks.items() if task.done()]:
+            header, tokens = self.tasks.pop(name).result()
+            if self.algorithm.dynamic_sampling and not has_signal(right(header)):
+                self.dropped.append(header)
+                self.ledger.drop(name)
+                self.bias.drop(name)
+                del self.wanted[name]
+                if len(self.dropped) > self.algorithm.dynamic_sampling_max_batches * self.sampler.batch_size:
+                    raise no_signal(self.algorithm, self.sampler.batch_size, self.sampler.batch_size, len(self.done), self.dropped)
+            else:
+                self.done[name] = header, tokens
+                self.ledger.finish(name)
+                self.bias.finish(name, mean_length(header))
+
+    async def clear(self) -> None:
+        if self.rollout.partial:
+            await self.rollouts.pause()
+            self.collect()
+
+    async def settle(self) -> None: ...
+
+    async def keep(self, folder: Path) -> dict[str, Any]:
+        """What is done, and what is carried over, is kept with its tokens; what an engine is at is begun again after a resumption."""
+        self.collect()
+        files = {name: f"{i:05d}" for i, name in enumerate(n for n in self.wanted if n in self.done or n in self.rollouts.unfinished)}
+        for name, file in files.items():
+            header, tokens = self.done[name] if name in self.done else (None, self.rollouts.unfinished[name])
+            await self.shelf.put(folder, file, tokens, header.verdicts if header else ())
+        return {
+            "ledger": self.ledger.state(),
+            "wanted": [[name, prompt, step] for name, (prompt, step) in self.wanted.items()],
+            "files": files,
+            "begun": self.begun,
+            "met": [self.met[0], dict(self.met[1])],
+        }
+
+    async def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        self.ledger.restore(state["ledger"])
+        self.wanted = {name: (prompt, step) for name, prompt, step in state["wanted"]}
+        self.begun, self.met = state["begun"], (state["met"][0], Counter(state["met"][1]))
+        for name, file in state["files"].items():
+            header, tokens = await self.shelf.get(folder, file)
+            if self.ledger.groups[name].done:
+                self.done[name] = header, tokens
+            else:
+                self.rollouts.unfinished[name] = tokens
+        for name in self.wanted:
+            self.bias.begin(name)
+            if name in self.done:
+                self.bias.finish(name, mean_length(self.done[name][0]))

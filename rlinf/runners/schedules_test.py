@@ -1,0 +1,155 @@
+"""What running ahead is worth and what it must never do, with simulated engines on a clock that jumps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlinf.config.schema import Config
+from rlinf.data.sampler import PromptSampler
+from rlinf.errors import UserError
+from rlinf.rollout.contract import SamplingParams, Stop
+from rlinf.runners.rollouts import Order, Rollouts
+from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
+from rlinf.scheduling.staleness import staleness
+from tests.simulated_engines import LONGEST, Engines, Judges
+from tests.virtual_time import run_virtually
+
+GROUPS, SAMPLES, PROMPTS = 16, 4, 4000
+UPDATE = 300.0  # seconds that the actor trains
+
+
+@dataclass
+class Outcome:
+    """steps: the groups of each step. ages: for each group, its step minus the step in which it was begun."""
+
+    seconds: float = 0.0
+    steps: list[list[str]] = field(default_factory=list)
+    stale: list[float] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    engines: Engines | None = None
+
+
+def config_of(schedule: str, eta: int, **rollout: Any) -> Config:
+    config = Config()
+    config.algorithm.schedule, config.algorithm.max_staleness, config.algorithm.group_size = schedule, eta, SAMPLES
+    config.rollout.max_running_requests = 2 * GROUPS * SAMPLES
+    config.runner.max_epochs = 10
+    for name, value in rollout.items():
+        setattr(config.algorithm if hasattr(config.algorithm, name) else config.rollout, name, value)
+    return config
+
+
+def make(config: Config, steps: int, seed: int, right: float = 0.5) -> tuple[Schedule, Engines, Rollouts, Judges]:
+    engines, judges = Engines(2, 2 * GROUPS * SAMPLES, seed), Judges(right)
+    rollouts = Rollouts(config, engines, judges, Stop())
+    sampler = PromptSampler(PROMPTS, GROUPS, True, seed)
+
+    def orders(step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
+        prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
+        names = [f"{step}.{p.prompt_id}" + "+" * met[p.prompt_id] for p in prompts]
+        met.update(p.prompt_id for p in prompts)
+        return [Order(name, p, SAMPLES, SamplingParams(), f"{name}") for name, p in zip(names, prompts)]
+
+    kind = {"logical": Logical, "wallclock": Wallclock}[config.algorithm.schedule]
+    return kind(config, sampler, rollouts, Shelf(judges), orders, steps), engines, rollouts, judges
+
+
+async def loop(config: Config, steps: int, seed: int, right: float, look: Callable[[Schedule, Engines], None] = lambda *_: None) -> Outcome:
+    schedule, engines, rollouts, _ = make(config, steps, seed, right)
+    found, clock = Outcome(engines=engines), asyncio.get_running_loop()
+    for step in range(1, steps + 1):
+        batch = await schedule.take(step)
+        await schedule.clear()
+        before = engines.tokens
+        found.steps.append([h.group_id for h, _ in batch.scored])
+        found.stale.append(staleness([h for h, _ in batch.scored], step - 1)["rollout/staleness_max"])
+        found.metrics.append(batch.metrics)
+        await asyncio.sleep(UPDATE)
+        if config.rollout.partial:
+            assert engines.tokens == before, "the engines were to stand still"
+        await schedule.settle()
+        engines.version = step
+        look(schedule, engines)
+    found.seconds, found.lengths = clock.time(), engines.lengths
+    return found
+
+
+def play(schedule: str, eta: int, steps: int, seed: int = 0, right: float = 0.5, **rollout: Any) -> Outcome:
+    return run_virtually(loop(config_of(schedule, eta, **rollout), steps, seed, right))
+
+
+def check(found: Outcome, eta: int, steps: int) -> None:
+    taken = [name for step in found.steps for name in step]
+    assert [len(step) for step in found.steps] == [GROUPS] * steps and len(set(taken)) == len(taken)
+    assert max(found.stale) <= eta
+
+
+@pytest.mark.parametrize(("eta", "gain"), [(1, 1.8), (4, 2.3)])
+def test_running_ahead_hides_the_long_tail(eta: int, gain: float) -> None:
+    steps = 60
+    waiting, ahead = play("logical", 0, steps), play("wallclock", eta, steps)
+    lengths = np.array(waiting.lengths)
+    assert lengths.max() >= 20 * np.median(lengths)
+    check(waiting, 0, steps)
+    check(ahead, eta, steps)
+    assert waiting.seconds / ahead.seconds >= gain
+    assert abs(ahead.metrics[-1]["rollout/length_bias"]) < 0.1
+
+
+@pytest.mark.slow
+def test_five_hundred_steps_starve_nobody() -> None:
+    """Every group is trained on within eta + 1 steps of being begun, the longest ones too; all but the last few that were begun."""
+    steps, eta = 500, 2
+    found = play("wallclock", eta, steps, seed=1)
+    check(found, eta, steps)
+    begun = Counter(int(name.split(".")[0]) for step in found.steps for name in step)
+    assert all(begun[step] == GROUPS for step in range(1, steps - eta))
+    lengths = np.array(found.lengths)
+    assert (lengths == LONGEST).sum() > 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_logical_batches_do_not_depend_on_how_long_anything_takes(seed: int) -> None:
+    """The groups of a step are those of the synchronous loop, each decoded under one version: max(0, step - 1 - eta)."""
+    steps = 12
+    base = play("logical", 0, steps, seed)
+    for eta in (1, 3):
+        found = play("logical", eta, steps, seed)
+        assert found.steps == base.steps and found.stale == [min(step, eta) for step in range(steps)]
+        assert found.seconds < base.seconds
+
+
+def test_engines_stand_still_while_the_actor_trains_and_nothing_is_lost() -> None:
+    steps = 40
+    found = play("wallclock", 1, steps, partial=True)
+    check(found, 1, steps)
+    assert max(m["rollout/carried_over"] for m in found.metrics) > 0
+    assert sum(found.lengths) == found.engines.tokens  # not one token was decoded twice
+    assert found.seconds < play("logical", 0, steps).seconds
+
+
+def test_over_provisioning_bounds_what_is_on_its_way() -> None:
+    config, most = config_of("wallclock", 4, over_provisioning=1.5), []
+    run_virtually(loop(config, 30, 0, 0.5, lambda schedule, _: most.append(len(schedule.ledger.groups))))
+    assert max(most) <= int(1.5 * GROUPS)
+    free = config_of("wallclock", 4)
+    run_virtually(loop(free, 30, 0, 0.5, lambda schedule, _: most.append(len(schedule.ledger.groups))))
+    assert max(most) > 1.5 * GROUPS
+
+
+def test_groups_that_teach_nothing_make_room_and_too_many_are_an_error() -> None:
+    found = play("wallclock", 1, 30, right=0.2, dynamic_sampling=True)
+    check(found, 1, 30)
+    filtered = sum(m["rollout/prompts_filtered"] for m in found.metrics)
+    assert 0.25 < filtered / (filtered + 30 * GROUPS) < 0.6  # (1 - 0.2)^4 = 0.41 are all wrong
+    with pytest.raises(UserError, match="dynamic_sampling"):
+        play("wallclock", 1, 30, right=0.0, dynamic_sampling=True, dynamic_sampling_max_batches=2)

@@ -1,0 +1,122 @@
+"""What every training run does around a step: start or go on, validate, save, log, until the last step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.group import WorkerGroup
+from rlinf.config.schema import Config
+from rlinf.data.sampler import PromptSampler
+from rlinf.metrics.logger import MetricLogger
+from rlinf.metrics.progress import Progress
+from rlinf.metrics.timers import Timers
+from rlinf.rollout.contract import EngineStats
+from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.saving import Saving
+
+
+class TrainingLoop(ABC):
+    """One run. What it learns from, and how, is in the subclass; status.py looks at it from another thread.
+
+    in_flight: group -> who has it now. engine_load: samples at each engine now. engine_stats: of the last finished step, by engine.
+    """
+
+    in_flight: dict[str, str] = {}
+    engine_load: Sequence[int] = ()
+    engine_stats: Sequence[EngineStats] = ()
+
+    def __init__(self, config: Config, folder: RunFolder, cluster: Cluster, sampler: PromptSampler, trained: Sequence[WorkerGroup]) -> None:
+        self.config, self.folder, self.cluster, self.sampler = config, folder, cluster, sampler
+        self.total_steps = sampler.total_steps(config.runner.max_epochs, config.runner.max_steps)
+        self.saving = Saving(folder, trained, config.runner.async_checkpoint)
+        self.timers = Timers()
+        self.step = 0
+        self.step_tokens = 0  # of the last step, prompts included
+
+    @abstractmethod
+    async def ready(self) -> None:
+        """Return when all workers are up."""
+
+    @abstractmethod
+    async def begin(self) -> None:
+        """What comes between the checkpoint, if there was one, and the first step."""
+
+    @abstractmethod
+    async def train_step(self) -> dict[str, float]:
+        """Step self.step; its metrics."""
+
+    @abstractmethod
+    async def validate(self) -> dict[str, float]:
+        """Metrics of the held-out data; none where there are none."""
+
+    @abstractmethod
+    async def state(self, folder: Path) -> dict[str, Any]:
+        """What a resumed run needs beside weights, step and sampler; files may go into `folder`."""
+
+    @abstractmethod
+    async def restore(self, folder: Path, state: dict[str, Any]) -> None: ...
+
+    async def run(self, logger: MetricLogger) -> None:
+        """All steps from where the run stands to its end."""
+        await self.start(logger)
+        progress, runner = Progress(self.total_steps, self.step + 1), self.config.runner
+        if self.step == 0 and runner.val_check_interval != 0 and (scores := await self.validate()):
+            logger.log(0, scores | self.timers.collect())
+        while not self.finished:
+            self.step += 1
+            metrics = await self.train_step()
+            if self.due(runner.val_check_interval):
+                metrics |= await self.validate()
+            if self.due(runner.save_interval):
+                await self.save(metrics)
+            if self.saving.ready(self.finished):
+                with self.phase("checkpoint"):
+                    await self.saving.complete()
+            metrics |= self.timers.collect(tokens=self.step_tokens)
+            logger.log(self.step, metrics)
+            progress.step(self.step, metrics)
+
+    async def start(self, logger: MetricLogger) -> None:
+        """Workers up, checkpoint loaded."""
+        self.cluster.phase = "start"
+        await self.ready()
+        if self.folder.resume is not None:
+            folder, state = self.folder.resume.step_dir, self.folder.resume.state
+            for group in self.saving.groups:
+                await group.call_all("load", str(folder))
+            self.sampler.load_state_dict(state["sampler"])
+            self.step = state["step"]
+            await self.restore(folder, state)
+            if logger.last_step < self.step:  # the run died between the checkpoint and the line of its step
+                logger.log(self.step, state["metrics"])
+        await self.begin()
+
+    async def save(self, metrics: dict[str, float]) -> None:
+        """`metrics` of the step: its line is written only after the checkpoint."""
+
+        async def describe(folder: Path) -> dict[str, Any]:
+            return {"step": self.step, "sampler": self.sampler.state_dict(), "metrics": metrics} | await self.state(folder)
+
+        with self.phase("checkpoint"):
+            await self.saving.save(self.step, describe)
+
+    @property
+    def finished(self) -> bool:
+        """Whether this was the last step."""
+        return self.step >= self.total_steps
+
+    def due(self, interval: int) -> bool:
+        """Every `interval` steps and after the last one; -1 = after the last one alone; 0 = never."""
+        return interval != 0 and (self.finished or (interval > 0 and self.step % interval == 0))
+
+    @contextmanager
+    def phase(self, timer: str, name: str = "") -> Iterator[None]:
+        """Time it as time/<timer>, and say what the run is doing now."""
+        self.cluster.phase = f"step {self.step}, {name or timer}"
+        with self.timers.phase(timer):
+            yield

@@ -1,0 +1,118 @@
+"""Which groups may be begun and which are trained on when the engines run ahead of the actor (AReaL, arXiv 2505.24298, section 4.1).
+
+Pure bookkeeping. Version i is the weights after step i; B groups make a batch; eta bounds the staleness.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlinf.data.records import GroupHeader
+
+
+@dataclass
+class Begun:
+    """born: the version of the weights when the group was begun."""
+
+    born: int
+    done: bool = False
+
+
+class Ledger:
+    """Every group that was begun and not yet trained on, oldest first.
+
+    A group begun under version v is trained on when the weights are of version v + eta at most. So a later group may overtake an earlier one
+    only while those that are left can still all be in time: `take` waits for the earlier one if it must. That is always possible, since at
+    most (i + eta + 1) B groups are begun under versions up to i.
+    """
+
+    def __init__(self, batch_size: int, max_staleness: int) -> None:
+        self.batch_size, self.eta = batch_size, max_staleness
+        self.begun = 0  # groups since the start of the run, without those that were dropped
+        self.groups: dict[str, Begun] = {}
+
+    def room(self, version: int) -> int:
+        """How many more groups may be begun now: N_r such that floor((N_r - 1) / B) <= version + eta."""
+        return (version + self.eta + 1) * self.batch_size - self.begun
+
+    def begin(self, name: str, version: int) -> None:
+        if name in self.groups:
+            raise ValueError(f"group {name} is already on its way")
+        self.groups[name] = Begun(version)
+        self.begun += 1
+
+    def finish(self, name: str) -> None:
+        self.groups[name].done = True
+
+    def drop(self, name: str) -> None:
+        """It will not be trained on, and counts as never begun: without that its place would be lost, and in the end the run would stand."""
+        del self.groups[name]
+        self.begun -= 1
+
+    def take(self, version: int) -> list[str] | None:
+        """The groups of the step that starts from `version`, in the order they were begun; None while they are not there.
+
+        The oldest that are done, if the others can then be in time.
+        """
+        chosen = [name for name, g in self.groups.items() if g.done][: self.batch_size]
+        if len(chosen) < self.batch_size:
+            return None
+        left = Counter(g.born for g in self.groups.values())
+        left.subtract(self.groups[name].born for name in chosen)
+        waiting = 0
+        for born in sorted(left):  # what was begun by then has eta - (version - born) more steps of B groups
+            waiting += left[born]
+            if waiting > max(0, self.eta - (version - born)) * self.batch_size:
+                return None
+        for name in chosen:
+            del self.groups[name]
+        return chosen
+
+    def state(self) -> dict[str, Any]:
+        return {"begun": self.begun, "groups": [[name, g.born, g.done] for name, g in self.groups.items()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.begun, self.groups = state["begun"], {name: Begun(born, done) for name, born, done in state["groups"]}
+
+
+class LengthBias:
+    """Whether training first on what is done first favours short answers: mean response length of what was trained on, against what was begun.
+
+    Over the first k groups, for the largest k for which all lengths are known; 0 when groups are trained on in the order they were begun.
+    """
+
+    def __init__(self) -> None:
+        self.begun: deque[str] = deque()  # behind the first k
+        self.trained: deque[float] = deque()
+        self.lengths: dict[str, float] = {}
+        self.sum_begun = self.sum_trained = 0.0
+
+    def begin(self, name: str) -> None:
+        self.begun.append(name)
+
+    def drop(self, name: str) -> None:
+        self.begun.remove(name)
+
+    def finish(self, name: str, length: float) -> None:
+        self.lengths[name] = length
+
+    def train(self, lengths: Sequence[float]) -> float:
+        """(trained - begun) / begun, of mean response lengths."""
+        self.trained += lengths
+        while self.begun and self.trained and self.begun[0] in self.lengths:
+            self.sum_begun += self.lengths.pop(self.begun.popleft())
+            self.sum_trained += self.trained.popleft()
+        return (self.sum_trained - self.sum_begun) / self.sum_begun if self.sum_begun else 0.0
+
+
+def staleness(headers: Sequence[GroupHeader], version: int) -> dict[str, float]:
+    """Versions between the weights that decoded a token and those that are trained: mean over tokens, and the largest."""
+    pairs = np.array([(version - v, n) for h in headers for sample in h.versions for v, n in sample], dtype=np.float64).reshape(-1, 2)
+    tokens = pairs[:, 1].sum()
+    mean = float((pairs[:, 0] * pairs[:, 1]).sum() / tokens) if tokens else 0.0
+    return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(pairs[:, 0].max(initial=0.0))}

@@ -1,0 +1,84 @@
+"""Engines and verifier of a simulation: they take the time that answers of given lengths take, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from rlinf.data.records import Finish, GroupHeader, Status, Verdict, sample_id
+
+MEDIAN, SPREAD, LONGEST = 100.0, 1.25, 3000  # tokens: log-normal, and where it is cut off
+
+
+def length_of(seed: int, sample: str) -> int:
+    """Long-tailed: the longest of a few hundred samples is more than 20 times the median."""
+    rng = np.random.default_rng([seed, *sample.encode()])
+    return int(min(LONGEST, max(1.0, rng.lognormal(np.log(MEDIAN), SPREAD))))
+
+
+class Engines:
+    """The rollout group: `size` engines with `slots` each; a token takes a second. version: of the weights that they hold."""
+
+    def __init__(self, size: int, slots: int, seed: int) -> None:
+        self.size, self.seed, self.version = size, seed, 0
+        self.slots = [asyncio.Semaphore(slots) for _ in range(size)]
+        self.stopped = asyncio.Event()
+        self.lengths: list[int] = []
+        self.tokens = 0
+
+    def ref(self, rank: int, method: str, request: Any, prompt: Any, *before: Any, returns: int) -> tuple[asyncio.Future[GroupHeader], Any]:
+        assert (method, returns) == ("generate", 2)
+        payload = SimpleNamespace(versions=[Counter(v) for v in before[0].versions] if before else [Counter() for _ in range(request.n)])
+        return asyncio.ensure_future(self.generate(rank, request, prompt, payload)), payload
+
+    async def generate(self, rank: int, request: Any, prompt: Any, payload: Any) -> GroupHeader:
+        stopped = self.stopped
+        finishes = await asyncio.gather(*(self.sample(rank, request.request_id, k, payload.versions[k], stopped) for k in range(request.n)))
+        lengths = tuple(sum(v.values()) for v in payload.versions)
+        if Finish.ABORT not in finishes:
+            self.lengths += lengths
+        versions = tuple(tuple(sorted(v.items())) for v in payload.versions)
+        names = tuple(sample_id(request.request_id, k) for k in range(request.n))
+        return GroupHeader(request.request_id, prompt.prompt_id, "math", 1, names, lengths, lengths, tuple(finishes), versions, (None,) * request.n)
+
+    async def sample(self, rank: int, name: str, k: int, versions: Counter[int], stopped: asyncio.Event) -> Finish:
+        """Ten tokens at a time, under whatever weights are there."""
+        wanted = length_of(self.seed, f"{name}/{k}")
+        async with self.slots[rank]:
+            while (left := wanted - sum(versions.values())) and not stopped.is_set():
+                await asyncio.sleep(min(10, left))
+                versions[self.version] += min(10, left)
+                self.tokens += min(10, left)
+        return Finish.STOP if left == 0 else Finish.ABORT
+
+    async def call_all(self, method: str) -> None:
+        assert method == "abort"
+        self.stopped.set()
+        self.stopped = asyncio.Event()
+
+
+class Judges:
+    """The reward group. right: the share of right answers, by the hash of the sample's name."""
+
+    def __init__(self, right: float = 0.5) -> None:
+        self.size, self.right = 1, right
+        self.files: dict[str, tuple[GroupHeader, Any]] = {}
+
+    async def call(self, rank: int, method: str, *args: Any) -> Any:
+        if method == "keep":
+            path, payload, verdicts = args
+            self.files[path] = payload, verdicts
+            return None
+        assert method == "judge"
+        await asyncio.sleep(1)
+        payload, name = args
+        chance = np.random.default_rng([len(payload.versions), *name.encode()])
+        return tuple(verdict(chance.random() < self.right) for _ in payload.versions)
+
+
+def verdict(right: bool) -> Verdict:
+    return Verdict(1.0 if right else -1.0, Status.RIGHT if right else Status.WRONG, "1", "exact", 0.0)
