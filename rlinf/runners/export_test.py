@@ -29,7 +29,6 @@ def train_and_save(at: Any, model: Path, step_dir: Path, precision: str) -> None
     engine = build(at, model, precision=precision)
     update(engine, minibatches(engine)[0])
     checkpoint.save(engine, step_dir, model)
-    engine.close()
 
 
 @pytest.fixture(scope="module")

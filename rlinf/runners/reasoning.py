@@ -123,8 +123,9 @@ class ReasoningRunner(TrainingLoop):
         return validation_metrics(self.scores[self.step])
 
     async def ready(self) -> None:
-        groups = (self.actor, self.rollout, self.reward, self.critic)
-        await asyncio.gather(*(group.ready() for group in groups if group is not None))
+        await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
+        if self.critic is not None:  # in one process it joins the groups that the actor has made
+            await self.critic.ready()
 
     async def begin(self) -> None:
         await self.publish_weights()
