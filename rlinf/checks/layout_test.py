@@ -276,7 +276,8 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    layout_and_family=st.sampled_from([((1, 1, 1, False), "qwen2-tied"), ((2, 1, 1, False), "qwen3"), ((2, 2, 1, True), "llama"), ((3, 1, 1, False), "qwen2")]),
+    layout_and_family=st.sampled_from([((1, 1, 1, False), "qwen2-tied"), ((2, 1, 1, False), "qwen3"), ((2, 2, 1, True), "llama"), ((3, 1, 1, False), "qwen2"),
+                                       ((2, 1, 2, False), "llama-tied"), ((4, 2, 2, True), "qwen3-tied")]),
     budget=st.integers(1, 120),
     share_prefix=st.booleans(),
     order=st.integers(0, 10_000),
