@@ -7,6 +7,7 @@ paragraph above it; its commands are looked at all the same.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from rlinf.cli import _parse, _parser, main
 from rlinf.config.dropped import dropped_key
 from rlinf.config.keys import known_keys, known_sections
 from rlinf.config.load import ROOT, find, load
-from rlinf.config.validate import validate_evaluation
+from rlinf.config.validate import validate, validate_evaluation
 from rlinf.data.arithmetic import generate
 from rlinf.evaluation.convert import READERS
 from rlinf.evaluation.models import parse_words
@@ -103,6 +104,12 @@ def ray_script(words: list[str], here: Path) -> None:
     assert done.returncode == 0 and all(w in done.stdout for w in words[2:] if w.startswith("--")), done.stderr
 
 
+def described(words: list[str], here: Path) -> None:
+    """The program's own parser takes the words; --help ends it before it does anything."""
+    done = subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:], "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and all(w in done.stdout for w in words[2:] if w.startswith("--")), done.stderr
+
+
 def installed(words: list[str], here: Path) -> None:
     assert shutil.which(words[0], path=f"{Path(sys.executable).parent}:/usr/bin:/bin"), words
 
@@ -140,6 +147,9 @@ CLASSES: dict[tuple[str, ...], Callable[[list[str], Path], None]] = {
     ("bash", "toolkits/setup/venv.sh"): nothing,
     ("bash", "toolkits/setup/sglang_cpu.sh"): nothing,
     ("source", ".venv/bin/activate"): nothing,
+    ("python", "benchmarks/quickstart.py"): described,
+    ("python", "benchmarks/sampling.py"): described,
+    ("python", "benchmarks/verifier.py"): described,
     ("tensorboard", "--logdir"): installed,
     ("mkdocs", "build"): installed,
     **{(name,): installed for name in ("tail", "head", "ls")},
@@ -241,3 +251,33 @@ def test_metrics_in_the_text_exist(page: Path) -> None:
 def test_files_in_the_text_exist(page: Path) -> None:
     files = [s for s in spans(page) if re.fullmatch(r"(?:rlinf|tests|toolkits|examples|requirements|benchmarks|docs|docker|ray_utils)/[\w./-]+", s)]
     assert [f for f in files if not (ROOT / f).exists()] == []
+
+
+RECIPES = re.findall(r"^\| ([\w+.]+(?: as published)?) \| (`\w+: .*`) \|$", (ROOT / "docs" / "algorithms.md").read_text().split("## Recipes")[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize(("method", "cells"), RECIPES, ids=[m for m, _ in RECIPES])
+def test_a_recipe_can_be_run(method: str, cells: str) -> None:
+    keys = dict(span.split(": ") for span in re.findall(r"`([^`]+)`", cells) if ": " in span)
+    assert len(keys) > 1
+    base = "smollm2-135m-ppo-cpu" if keys.get("adv_type") == "gae" else "smollm2-135m-grpo-cpu"  # a critic needs devices
+    validate(load(base, [f"algorithm.{key}={value}" for key, value in keys.items()]).config)
+
+# ---- form ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / name / "README.md" for name in ("docker", "toolkits", "toolkits/ckpt_convertor"))], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """To files of the checkout; between the pages of the site the build looks at anchors too."""
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL))
+    assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_are_whole(page: Path) -> None:
+    """Every row has as many cells as the head, and none stands apart from its table."""
+    lines = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).splitlines()
+    cells = [len(re.sub(r"`[^`]*`|\\\|", "", line).strip().strip("|").split("|")) if line.startswith("|") else 0 for line in lines]
+    tables = [i for i, line in enumerate(lines) if re.fullmatch(r"[|:-]+", line) and cells[i]]
+    rows = {j: i for i in tables for j in range(i - 1, next((k for k in range(i, len(lines)) if not cells[k]), len(lines)))}
+    assert [lines[j] for j, i in rows.items() if cells[j] != cells[i]] + [lines[j] for j, n in enumerate(cells) if n and j not in rows] == []

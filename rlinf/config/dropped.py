@@ -10,7 +10,7 @@ from typing import Any
 
 _FROM_HF = "the architecture is read from config.json in rollout.model_dir; remove it"
 _FIXED = "it is chosen by the code; remove it"
-_DISTCKPT = "checkpoints are always Megatron distributed checkpoints in <run>/checkpoints; remove it"
+_DISTCKPT = "checkpoints in <run>/checkpoints always open in every layout (docs/checkpoints.md); remove it"
 _NO_EFFECT = "it had no effect in the reference either; remove it"
 
 KEYS: dict[str, str] = {

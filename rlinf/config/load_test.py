@@ -213,7 +213,7 @@ def test_an_unknown_configuration_lists_what_there_is() -> None:
         ("actor.optim.fp16", "actor.model.precision: fp16"),
         ("actor.lr_sched.lr_decay_iters", "actor.optim.lr_decay_steps"),
         ("actor.megatron.ckpt_convertor.hf_model_path", "loaded directly from rollout.model_dir"),
-        ("actor.megatron.use_dist_ckpt", "distributed checkpoints"),
+        ("actor.megatron.use_dist_ckpt", "always open in every layout"),
         ("actor.group_name", "named after their component"),
         ("hydra.run.dir", "without hydra"),
         ("runner.task_type", "remove it"),

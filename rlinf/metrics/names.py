@@ -185,7 +185,7 @@ TRAIN = metrics(
     ("approx_kl", "k3 estimate of KL(π_old‖π) per token", "below 0.02", "as for `ratio`"),
     (
         "rollout_logprob_gap_mean",
-        "mean |actor − rollout engine| log-probability of the sampled tokens, same weights",
+        "mean distance between the log-probabilities that actor and rollout engine give the sampled tokens, same weights",
         "fp32 below 1e-5; bf16 below 0.02",
         "a step change after a weight sync: wrong weights; constantly high: different precision, temperature or template",
     ),

@@ -1,0 +1,76 @@
+"""The tables of docs/results.md, made from benchmarks/results/*.json: `python benchmarks/tables.py` writes them anew into the page.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; a test compares the page with the files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def quickstart(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "| run | steps | reward, first 3 → last 5 steps | greedy right before → after | gain, points | boxed before, after | CPU seconds | peak memory (PSS) | wall |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in result["runs"].items():
+        gain = interval(r["greedy_gain"], r["greedy_gain_low"], r["greedy_gain_high"], "+.1f")
+        lines.append(
+            f"| {title(name)} | {r['steps']} | {r['reward_first_3']:+.1f} → {r['reward_last_5']:+.1f} | {percent(r['greedy_before'])} → {percent(r['greedy_after'])} | "
+            f"{gain} | {percent(r['boxed_before'])}, {percent(r['boxed_after'])} | {r['cpu_seconds']:.0f} | {r['peak_pss_gib']:.2f} GiB | {r['wall_seconds']:.0f} s |"
+        )
+    return lines
+
+
+def sampling(result: dict[str, Any]) -> list[str]:
+    lines = ["| seed | avg@4, % | pass@4, % | maj@4, % | mg-pass@2, % | tokens | truncated | no box |", "|---|---|---|---|---|---|---|---|"]
+    for name, scores in result["runs"].items():
+        shares = [interval(*(scores[s][k] for k in ("value", "low", "high")), ".1f") for s in ("avg@4", "pass@4", "maj@4", "mg-pass@2")]
+        rest = [f"{scores['response_length']['value']:.1f}", *(percent(scores[s]["value"]) for s in ("truncated", "no_box"))]
+        lines.append(f"| {name.removeprefix('seed-')} | {' | '.join([*shares, *rest])} |")
+    return lines
+
+
+def verifier(result: dict[str, Any]) -> list[str]:
+    lines = ["| judge | agrees with the label | right ones accepted | wrong ones refused | undecided | pairs a second |", "|---|---|---|---|---|---|"]
+    for name, r in (("ours", result), ("math-verify 0.9.0", result["math_verify"])):
+        shares = [percent(r[s]) for s in ("agreement", "true_accepted", "specificity", "undecided")]
+        lines.append(f"| {name} | {' | '.join(shares)} | {r['pairs_per_second']:,.0f} |")
+    return lines
+
+
+def title(run: str) -> str:
+    return run.replace("seed-", "seed ").replace("control-lr-0", "control, learning rate 0")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def interval(value: float, low: float, high: float, form: str) -> str:
+    return f"{100 * value:{form}} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"quickstart": quickstart, "sampling": sampling, "verifier": verifier}
+
+
+def filled(page: str) -> str:
+    """The page with every table made anew."""
+
+    def table(place: re.Match[str]) -> str:
+        lines = TABLES[place[2]](json.loads((RESULTS / f"{place[2]}.json").read_text()))
+        return place[1] + "\n" + "\n".join(lines) + "\n\n" + place[3]
+
+    return PLACE.sub(table, page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))
