@@ -41,7 +41,7 @@ def sampling(result: dict[str, Any]) -> list[str]:
 
 def verifier(result: dict[str, Any]) -> list[str]:
     lines = ["| judge | agrees with the label | right ones accepted | wrong ones refused | undecided | pairs a second |", "|---|---|---|---|---|---|"]
-    for name, r in (("ours", result), ("math-verify 0.9.0", result["math_verify"])):
+    for name, r in ((f"ours, {result['processes']} processes", result), ("math-verify 0.9.0, 1 process", result["math_verify"])):
         shares = [percent(r[s]) for s in ("agreement", "true_accepted", "specificity", "undecided")]
         lines.append(f"| {name} | {' | '.join(shares)} | {r['pairs_per_second']:,.0f} |")
     return lines
