@@ -15,30 +15,36 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from rlinf.cli import _parse, _parser, main
 from rlinf.config.dropped import dropped_key
 from rlinf.config.keys import known_keys, known_sections
-from rlinf.config.load import ROOT, find, load
+from rlinf.config.load import ALIASES, EXAMPLES, ROOT, find, load
+from rlinf.config.schema import Config
 from rlinf.config.validate import validate, validate_evaluation
 from rlinf.data.arithmetic import generate
+from rlinf.data.records import Status
 from rlinf.evaluation.convert import READERS
 from rlinf.evaluation.models import parse_words
 from rlinf.metrics.names import METRICS, undocumented
 from tests.run_folders import HEALTHY, make_run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = re.compile(r"\(needs a (?:cluster|GPU)\):$")
+ELSEWHERE = re.compile(r"\(needs a (?:cluster|GPU)\):$")  # of the paragraph above a block
 SHELL = re.compile(r"\s#\s.*|^#.*|\d?>\S+")  # comments and redirections
 OURS = re.compile(r"(?:^|[;&\s\"'])((?:rlinf|bash (?:/shared/rlinf/)?\S+\.sh)(?: [^;&|'\"]*)?)")
 
 
 class Command(NamedTuple):
+    """elsewhere: the page says that this one needs more than the machine of a newcomer has."""
+
     page: str
     words: tuple[str, ...]
+    elsewhere: bool
 
     def __str__(self) -> str:
         return f"{self.page}: {' '.join(self.words)}"
@@ -52,7 +58,8 @@ def commands(text: str, page: str) -> Iterator[Command]:
     for above, block in re.findall(r"([^\n]*)\n+```bash\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             found = OURS.findall(re.sub(r"\$\(\(.*?\)\)", "16", SHELL.sub("", line))) if ELSEWHERE.search(above) else [line]
-            yield from (Command(page, words) for each in found if (words := tuple(shlex.split(each, comments=True))))
+            marked = bool(ELSEWHERE.search(above)) or line.endswith("# needs a GPU")
+            yield from (Command(page, words, marked) for each in found if (words := tuple(shlex.split(each, comments=True))))
 
 
 def dry_run(words: list[str], here: Path) -> None:
@@ -182,6 +189,23 @@ def test_a_documented_command_works(command: Command, here: Path, monkeypatch: p
     check_of(command)(list(command.words), here)
 
 
+def test_what_needs_a_gpu_says_so() -> None:
+    """A command that would start work by its configuration runs on two CPU cores, or is marked."""
+    starting = {dry_run, evaluated, trained_by_script, evaluated_by_script}
+    found = [c for page in PAGES for c in commands(page.read_text(), page.name) if check_of(c) in starting and "--dry-run" not in c.words]
+    here = {c: configuration(c).cluster for c in found if not c.elsewhere}
+    assert len(here) > 5 and [c for c, cluster in here.items() if cluster.device != "cpu" or cluster.num_gpus_per_node > 2] == []
+    assert any(c.elsewhere and configuration(c).cluster.device == "auto" for c in found)
+
+
+def configuration(command: Command) -> Config:
+    settings = [w for w in command.words if "=" in w]
+    names = [w for w in command.words if (EXAMPLES / f"{ALIASES.get(w, w)}.yaml").is_file()]
+    if command.words[1].endswith("quickstart.sh"):
+        names = ["smollm2-135m-grpo-cpu"]
+    return load(names[0], settings).config if names else load(None, [*settings, "rollout.model_dir=model"]).config
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_stand_in_fenced_blocks(page: Path) -> None:
     assert re.findall(r"^ {4}(?:rlinf|bash|python|pip) .*", page.read_text(), re.MULTILINE) == []
@@ -202,6 +226,30 @@ def test_commands_in_the_text_exist(page: Path) -> None:
         for word in words[:1]:
             if re.fullmatch(r"[a-z0-9.]+(-[a-z0-9.]+)+", word):
                 find(word)
+
+
+def test_examples_in_python_run(here: Path) -> None:
+    """Those of docs/extending.md have a test of their own."""
+    blocks = [b for page in PAGES if page.name != "extending.md" for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    spaces: list[dict[str, Any]] = [{} for _ in blocks]
+    for block, space in zip(blocks, spaces):
+        exec(block, space)
+    assert [space["verdict"].status for space in spaces if "verdict" in space] == [Status.RIGHT]
+
+
+def test_the_example_of_a_record_is_fit_for_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (record,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    (here / "record.jsonl").write_text(record)
+    assert main(["data", "check", str(here / "record.jsonl")]) == 0, capsys.readouterr()
+
+
+def test_examples_in_yaml_are_yaml_and_their_commands_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here)
+    found = [yaml.safe_load(block) for page in PAGES for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)]
+    commands = [b["spec"]["entrypoint"] for b in found if "spec" in b]
+    assert commands
+    for command in commands:
+        dry_run(command.split(), here)
 
 
 def test_a_command_of_no_class_and_a_wrong_word_are_found(here: Path) -> None:
