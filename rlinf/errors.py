@@ -1,4 +1,4 @@
-"""The two errors that every room may raise and that the command line turns into exit codes."""
+"""The errors that every room may raise and that the command line turns into exit codes."""
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run ended for a reason outside the user's input (a worker died, a check failed): one message, exit code 1."""
+
+
+class Hang(RunFailed):
+    """A phase took longer than its budget, and nothing is known to have died: started anew, the run may well go on."""

@@ -70,7 +70,11 @@ class RunnerConfig:
     phase_timeout: int = key(
         0, "seconds that a phase of a step may take before the run counts as hanging; 0 = ten times the longest such phase so far, at least 600; -1 = any"
     )
-    on_hang: str = key("abort", "what a hang does, after the diagnosis: `abort` ends the run, `report` lets it go on", ("abort", "report"))
+    on_hang: str = key(
+        "abort", "what a hang does, after the diagnosis: `abort` ends the run, `restart` ends the workers and goes on from the latest complete "
+        "checkpoint (without one it is an abort), `report` lets it go on", ("abort", "restart", "report")
+    )
+    max_restarts: int = key(3, "with on_hang restart: times that one command starts the run anew at most")
     profile_steps: list[int] = key([], "steps that torch's profiler records, into profile/ of the run's folder; a trace slows its step down")
     profile_ranks: list[int] = key([0], "ranks of actor and critic that are recorded")
     peak_tflops: float | None = key(

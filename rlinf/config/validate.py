@@ -24,6 +24,7 @@ AT_LEAST: dict[str, float] = {
     "runner.keep_checkpoints": 0,
     "runner.keep_groups": -1,
     "runner.phase_timeout": -1,
+    "runner.max_restarts": 1,
     "runner.seq_length": 2,
     "data.max_prompt_length": 1,
     "data.rollout_batch_size": 1,
@@ -161,6 +162,8 @@ def _runner(c: Config) -> Iterator[Violation]:
         yield "runner.max_steps", "must be at least 1, or -1 for no limit but max_epochs"
     if resume is not None and resume != "auto" and not resume.rstrip("/").rsplit("/", 1)[-1].startswith("step_"):
         yield "runner.resume_dir", "must be null, auto, or the path of a step_* folder, such as logs/my-run/checkpoints/step_000050"
+    if c.runner.on_hang == "restart" and c.cluster.backend == "local":
+        yield "runner.on_hang", "restart ends the workers' processes, and cluster.backend local has none; use abort, or cluster.backend ray"
     if c.runner.max_tokens_per_mbs < c.runner.seq_length:
         yield (
             "runner.max_tokens_per_mbs",

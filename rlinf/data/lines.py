@@ -13,5 +13,7 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(fd, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    except OSError as error:  # a descriptor has no name: say which file the full disk is about
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)

@@ -58,9 +58,13 @@ class Status(threading.Thread):
             self.write("running")
 
     def write(self, state: str) -> None:
+        """A full disk must not end the thread that watches for hangs, nor hide why a run ended: the picture is then not renewed."""
         fresh = self.path.with_suffix(".new")
-        fresh.write_text(json.dumps(self.snapshot(state)))
-        fresh.replace(self.path)
+        try:
+            fresh.write_text(json.dumps(self.snapshot(state)))
+            fresh.replace(self.path)
+        except OSError as error:
+            sys.stderr.write(f"rlinf: {self.path} could not be written: {error}\n")
 
     def snapshot(self, state: str) -> dict[str, Any]:
         now, step = time.time(), self.loop.step

@@ -1,4 +1,5 @@
-"""A phase that lasts too long is a hang: say at once who is stuck, keep the stacks of all workers, and end the run or let it go on.
+"""A phase that lasts too long is a hang: say at once who is stuck, keep the stacks of all workers, and end the run, start it anew from its
+last checkpoint, or let it go on.
 
 The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks come from faulthandler, which
 also speaks when Python itself is blocked; workers on other machines than the driver's are named, but their stacks are not fetched.
@@ -21,7 +22,7 @@ from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import WorkerGroup
 from rlinf.cluster.processes import RUN_ID, carries
 from rlinf.config.schema import RunnerConfig
-from rlinf.errors import RunFailed
+from rlinf.errors import Hang
 
 LEARNED, AT_LEAST = 10.0, 600.0  # times the longest such phase; seconds
 PATIENCE = 1.5  # seconds for the workers to write their stacks
@@ -74,10 +75,10 @@ class Watchdog:
         except OSError as error:  # the disk may be what hangs
             lines.append(f"the bundle could not be written: {error}")
         message = "\n  ".join(["the run hangs:", *lines])
-        if self.runner.on_hang == "abort":
-            self.failure.report(RunFailed(message))
-        else:
+        if self.runner.on_hang == "report":
             sys.stderr.write(f"rlinf: {message}\n")
+        else:  # runners.launch decides what follows
+            self.failure.report(Hang(message))
 
     def stuck(self, now: float) -> str:
         """The component whose call has been running longest, with its ranks that have not answered."""
