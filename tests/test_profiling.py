@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rlinf.config.load import load
+from rlinf.metrics.names import undocumented
 from rlinf.runners.launch import train
-from tests.test_tiny_run import ONE_PROCESS, write_run
+from tests.test_tiny_run import ONE_PROCESS, lines, write_run
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +27,15 @@ def test_the_trace_of_a_step_is_there_and_no_other(run_dir: Path) -> None:
     assert trace.name == "step_000002-actor-0.json.gz"
     names = {event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert {"aten::mm", "aten::embedding"} <= names
+
+
+def test_speed_and_memory_are_metrics(run_dir: Path) -> None:
+    for m in lines(run_dir.parent.parent):
+        assert m["perf/actor_tflops"] > 0 and m["perf/actor_recompute_tflops"] > 0 and m["perf/rollout_tflops"] > 0
+        assert m["perf/actor_mfu"] == pytest.approx(m["perf/actor_tflops"] / 0.5) and m["perf/actor_hfu"] == pytest.approx(m["perf/actor_mfu"])
+        assert m["perf/rollout_mfu"] == pytest.approx(m["perf/rollout_tflops"] / 0.5)
+        assert 0.05 < m["perf/actor_memory_gib"] < 20 and 0.05 < m["perf/rollout_memory_gib"] < 20
+        assert undocumented(set(m) - {"step", "time"}) == []
+    status = json.loads((run_dir / "status.json").read_text())
+    (actor,), (engine,) = status["components"]["actor"], status["components"]["rollout"]
+    assert actor["memory_gib"] > 0.05 and engine["memory_gib"] > 0.05

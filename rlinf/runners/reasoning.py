@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.config.schema import Config
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
-from rlinf.data.token_values import plan_dump
 from rlinf.rollout.contract import Stop
-from rlinf.runners.requests import sampling_of, validation_sampling
-from rlinf.runners.roles import Role, summary
-from rlinf.runners.rollouts import Order, Rollouts, Scored
+from rlinf.runners.learner import Learner
+from rlinf.runners.requests import validation_sampling
+from rlinf.runners.rollouts import Order, Rollouts
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
-from rlinf.runners.selection import StepBatch, advantages_of, name_groups, trained_samples
+from rlinf.runners.selection import name_groups, training_orders
 from rlinf.runners.training_loop import TrainingLoop
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 from rlinf.runners.weight_sync import WeightSync
@@ -42,71 +39,39 @@ class ReasoningRunner(TrainingLoop):
         super().__init__(config, folder, cluster, sampler, [actor] if critic is None else [actor, critic])
         self.actor, self.rollout, self.reward, self.critic = actor, rollout, reward, critic
         self.prompts, self.val_prompts = prompts, val_prompts
-        self.rollouts = Rollouts(config, rollout, reward, stop)
+        self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
             config, sampler, self.rollouts, Shelf(reward), self.orders, self.total_steps
         )
+        self.learner = Learner(config, actor, critic)
         self.sync = WeightSync(config, actor, rollout, val_prompts or prompts)
         self.scores: dict[int, ValidationScores] = {}
 
     async def train_step(self) -> dict[str, float]:
         """One step of the algorithm."""
-        a = self.config.algorithm
         with self.phase("rollout"):
             batch = await self.schedule.take(self.step)
             await self.schedule.clear()
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
-        advantages, trained = advantages_of(headers, a), trained_samples(headers, a, self.config.data.seed)
+        self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         with self.phase("train"):
-            metrics = await self.update(batch.scored, advantages, trained)
+            learned = await self.learner.learn(self.step, batch.scored, str(self.folder.tokens(self.step)))
+        self.saving.written = self.learner.written
         with self.phase("rollout"):
             await self.schedule.settle()
         await self.publish_weights()
-        outcome = () if self.critic is not None else advantages  # a critic's advantages are not the driver's numbers
-        metrics |= rollout_metrics(batch.generated, outcome) | staleness(headers, self.step - 1) | batch.metrics
-        self.step_tokens = int(metrics["rollout/total_tokens"])
-        return metrics | self.sync.metrics | await self.speeds(batch, trained)
-
-    def orders(self, step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
-        """What is asked of the engines for these training prompts; met: how often the step has met each of them."""
-        a, prompts = self.config.algorithm, [self.prompts[i] for i in indices]
-        dump = str(self.folder.samples(step))
-        return [Order(name, prompt, a.group_size, sampling_of(a), dump) for name, prompt in zip(name_groups(step, prompts, met), prompts)]
-
-    async def update(self, scored: Sequence[Scored], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]) -> dict[str, float]:
-        """Split the batch over the ranks and train: with a critic its values first, and its own update towards what the actor made of them."""
-        headers, payload = [header for header, _ in scored], {header.group_id: ref for header, ref in scored}
-        batch, values, metrics = (self.config, self.step, headers, advantages, trained), [], {}
-        if self.critic is not None:
-            critic = Role(self.critic, self.config.critic.model)
-            critic_shares = critic.split(*batch)
-            reports, values = await critic.work("values", (self.step,), critic_shares, payload)
-            metrics |= summary(reports, "critic")
-        actor = Role(self.actor, self.config.actor.model)
-        dump = plan_dump(str(self.folder.tokens(self.step)), headers, advantages, (self.config.data.seed, self.step))
-        reports, targets = await actor.work("train_step", (self.step, dump), actor.split(*batch), payload, values)
-        metrics |= summary(reports, "actor")
-        if self.critic is not None:
-            updated = await critic.finish("train_step", (self.step,), critic_shares, targets)
-            metrics |= summary(updated, "critic")
-            reports += updated
-        self.saving.written = all(r.checkpoint_written for r in reports)
+        outcome = () if self.critic is not None else learned.advantages  # a critic's advantages are not the driver's numbers
+        metrics = rollout_metrics(batch.generated, outcome) | staleness(headers, self.step - 1) | batch.metrics | learned.metrics
+        metrics |= self.sync.metrics | await self.rollouts.measure(batch.generated)
+        metrics["perf/train_tokens_per_second"] = learned.tokens / self.timers.seconds["train"]
+        self.engine_stats, self.step_tokens = self.rollouts.stats, int(metrics["rollout/total_tokens"])
+        self.memory = self.learner.memory | {"rollout": self.rollouts.memory}
         return metrics
 
-    async def speeds(self, batch: StepBatch, trained: Sequence[np.ndarray]) -> dict[str, float]:
-        """What the engines counted since the last step, and tokens per second of the two big phases."""
-        self.engine_stats = stats = await self.rollout.call_all("stats")
-        decoded, busy = sum(s.decoded_tokens for s in stats), max(s.busy_seconds for s in stats)
-        learned = sum(int(((h.prompt_length + np.array(h.response_lengths)) * t).sum()) for (h, _), t in zip(batch.scored, trained))
-        return {
-            "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
-            "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / max(1, decoded),
-            "perf/rollout_tokens_per_second": decoded / busy if busy else 0.0,
-            "perf/train_tokens_per_second": learned / self.timers.seconds["train"],
-            "train/samples": float(sum(t.sum() for t in trained)),
-        }
+    def orders(self, step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
+        return training_orders(self.config, self.folder, self.prompts, step, indices, met)
 
     async def publish_weights(self) -> None:
         with self.phase("sync_weights", "weight sync"):
@@ -117,7 +82,7 @@ class ReasoningRunner(TrainingLoop):
             return {}
         with self.phase("validate", "validation"):
             dump, names = str(self.folder.validation(self.step)), name_groups(self.step, self.val_prompts, Counter())
-            orders = [Order(name, prompt, 1, validation_sampling(), dump) for name, prompt in zip(names, self.val_prompts)]
+            orders = [Order(name, prompt, 1, validation_sampling(), dump, "validate") for name, prompt in zip(names, self.val_prompts)]
             scored = await self.rollouts.all(orders)
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from rlinf.cluster.group import Ref, WorkerGroup
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, GroupHeader, Prompt
-from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
+from rlinf.metrics.timers import Timers
+from rlinf.rollout.contract import EngineStats, GenerateRequest, SamplingParams, Stop
 from rlinf.scheduling.dispatcher import Dispatcher
+from rlinf.scheduling.flops import Work, forward_flops, generation_work
+from rlinf.weights.architecture import Architecture, read_architecture
 
 Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where its tokens are
 
 
 @dataclass(frozen=True)
 class Order:
-    """A group that is wanted: n samples of a prompt. dump: the file that its samples are written to, for people to read."""
+    """A group that is wanted: n samples of a prompt. dump: the file that its samples are written to, for people to read. timer: the phase of
+    the loop that its seconds belong to."""
 
     name: str
     prompt: Prompt
     n: int
     sampling: SamplingParams
     dump: str
+    timer: str = "rollout"
 
 
 class Rollouts:
-    """in_flight: group -> who has it now. Seen from the driver a group is two remote calls; its tokens never pass here."""
+    """Seen from the driver a group is two remote calls; its tokens never pass here.
 
-    def __init__(self, config: Config, rollout: WorkerGroup, reward: WorkerGroup, stop: Stop) -> None:
-        self.rollout, self.reward, self.stop = rollout, reward, stop
+    in_flight: group -> who has it now. stats: what each engine counted in the last step. timers: where the seconds of groups go.
+    """
+
+    def __init__(self, config: Config, rollout: WorkerGroup, reward: WorkerGroup, stop: Stop, timers: Timers | None = None) -> None:
+        self.rollout, self.reward, self.stop, self.timers = rollout, reward, stop, timers or Timers()
+        self.stats: list[EngineStats] = []
+        self.config = config
         self.max_new_tokens = config.algorithm.sampling_params.max_new_tokens
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
         self.in_flight: dict[str, str] = {}
@@ -48,7 +61,8 @@ class Rollouts:
         """One group. pausable: it stops while the engines are paused, and goes on where it was."""
         header, tokens, rank = await self._generated(order, pausable)
         self.in_flight[order.name] = f"reward rank {rank % self.reward.size}"
-        verdicts = await self.reward.call(rank % self.reward.size, "judge", tokens, order.dump)
+        with self.timers.phase(order.timer):
+            verdicts = await self.reward.call(rank % self.reward.size, "judge", tokens, order.dump)
         del self.in_flight[order.name]
         self.lengths[order.prompt.prompt_id] = mean_length(header)
         return header.with_verdicts(verdicts), tokens
@@ -64,11 +78,41 @@ class Rollouts:
                 self.in_flight[order.name] = f"rollout rank {rank}"
                 before = (self.unfinished[order.name],) if order.name in self.unfinished else ()
                 header_ref, tokens = self.rollout.ref(rank, "generate", request, order.prompt, *before, returns=2)
-                header = await header_ref
+                with self.timers.phase(order.timer):
+                    header = await header_ref
             if Finish.ABORT not in header.finishes:
                 self.unfinished.pop(order.name, None)
                 return header, tokens, rank
             self.unfinished[order.name] = tokens
+
+    async def measure(self, generated: Sequence[GroupHeader]) -> dict[str, float]:
+        """What the engines counted since the last call, and how fast they were; `generated` is what the step got from them."""
+        self.stats = stats = await self.rollout.call_all("stats")
+        decoded, busy = sum(s.decoded_tokens for s in stats), max(s.busy_seconds for s in stats)
+        metrics = {
+            "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
+            "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / max(1, decoded),
+            "perf/rollout_tokens_per_second": decoded / busy if busy else 0.0,
+            "perf/rollout_memory_gib": max(self.memory) / 2**30,
+        }
+        if busy:
+            work = sum((generation_work(h.prompt_length, h.response_lengths) for h in generated), Work())
+            devices = self.rollout.size * self.config.rollout.tensor_parallel_size
+            speed = forward_flops(self.arch, work) / devices / busy
+            metrics["perf/rollout_tflops"] = speed / 1e12
+            peak = self.config.runner.peak_tflops
+            if peak := peak * 1e12 if peak else stats[0].extra["peak_flops"]:
+                metrics["perf/rollout_mfu"] = speed / peak
+        return metrics
+
+    @property
+    def memory(self) -> list[int]:
+        """Peak bytes of each rank."""
+        return [int(s.extra["memory_bytes"]) for s in self.stats]
+
+    @cached_property
+    def arch(self) -> Architecture:
+        return read_architecture(json.loads(Path(self.config.rollout.model_dir, "config.json").read_text()))
 
     async def pause(self) -> None:
         """The engines let go of every pausable group that is not finished; their tokens are kept."""

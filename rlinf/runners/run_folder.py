@@ -47,7 +47,7 @@ class RunFolder:
     def __init__(self, resolved: Resolved, command: str = "train") -> None:
         runner, self.command = resolved.config.runner, command
         self.path = run_path(runner)
-        self.keep, self.keep_groups = runner.keep_checkpoints, runner.keep_groups
+        self.keep, self.keep_groups, self.ahead = runner.keep_checkpoints, runner.keep_groups, resolved.config.algorithm.max_staleness
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
         self._hold()
@@ -101,17 +101,23 @@ class RunFolder:
         self._retire(final)
         return final
 
-    def record_order(self, step: int, group_ids: Sequence[str]) -> None:
-        """Which groups the step trains on, in order; with their journal (samples/groups_*) it can be replayed. Old journals go."""
+    def record_order(self, step: int, trained: Sequence[str], generated: Sequence[str]) -> None:
+        """Which groups the step trains on, in order, and which were generated for it; with their journal (samples/groups_*) it can be replayed.
+        Old journals go."""
         if self.keep_groups == 0:
             return
-        append_lines(self.order(step), [json.dumps({"groups": list(group_ids)})])
-        stay = {1, *(_step(c) + 1 for c in self._complete())} if self.keep_groups > 0 else None
+        append_lines(self.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
+        pinned = {1, *(_step(c) + 1 for c in self._complete())} if self.keep_groups > 0 else None
+        stay = pinned and {s - k for s in pinned for k in range(self.ahead + 1)}  # a group is journalled with the step that it was begun for
         for order in (self.path / "samples").glob("order_*.jsonl"):
             old = int(order.stem.rpartition("_")[2])
             if stay is not None and old <= step - self.keep_groups and old not in stay:
                 self.groups(old).unlink(missing_ok=True)
                 order.unlink()
+
+    def release(self) -> None:
+        """Another driver may have the folder."""
+        self._lock.close()
 
     def finish(self) -> None:
         (self.path / FINISHED).touch()

@@ -258,15 +258,15 @@ def test_samples_of_repeated_steps_are_set_aside_not_lost_nor_mixed(tmp_path: Pa
     assert (folder.samples(2).parent / "step_000002.jsonl.replaced-1").read_text() == "old 2"
 
 
-@pytest.mark.parametrize(("keep", "kept"), [(2, [1, 4, 6, 7]), (0, []), (-1, [1, 2, 3, 4, 5, 6, 7])])
-def test_journals_of_the_last_steps_and_of_those_behind_a_checkpoint_stay(tmp_path: Path, keep: int, kept: list[int]) -> None:
-    folder = open_folder(tmp_path, f"runner.keep_groups={keep}")
+@pytest.mark.parametrize(("keep", "ahead", "kept"), [(2, 0, [1, 4, 6, 7]), (2, 1, [1, 3, 4, 6, 7]), (0, 0, []), (-1, 0, [1, 2, 3, 4, 5, 6, 7])])
+def test_journals_of_the_last_steps_and_of_those_behind_a_checkpoint_stay(tmp_path: Path, keep: int, ahead: int, kept: list[int]) -> None:
+    folder = open_folder(tmp_path, f"runner.keep_groups={keep}", f"algorithm.max_staleness={ahead}")
     (folder.path / "samples").mkdir()
     for step in range(1, 8):
         if keep:
             folder.groups(step).write_text("{}\n")
-        folder.record_order(step, [f"{step}.b", f"{step}.a"])
+        folder.record_order(step, [f"{step}.b", f"{step}.a"], [f"{step}.a", f"{step}.b"])
         if step == 3:
             checkpoint(folder, 3)
     assert sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/groups_*")) == kept == sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/order_*"))
-    assert all(json.loads(folder.order(step).read_text()) == {"groups": [f"{step}.b", f"{step}.a"]} for step in kept)
+    assert all(json.loads(folder.order(step).read_text()) ["groups"] == [f"{step}.b", f"{step}.a"] for step in kept)

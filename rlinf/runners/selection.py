@@ -11,11 +11,13 @@ import numpy as np
 from rlinf.algorithms.advantages import ADVANTAGES, outcome_advantages
 from rlinf.algorithms.filters import has_signal, update_subset
 from rlinf.config.own_code import is_own, load_own
-from rlinf.config.schema import AlgorithmConfig
+from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.records import Finish, GroupHeader, Prompt, Status
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
-from rlinf.runners.rollouts import Scored
+from rlinf.runners.requests import sampling_of
+from rlinf.runners.rollouts import Order, Scored
+from rlinf.runners.run_folder import RunFolder
 
 TRUNCATED = (Finish.LENGTH, Finish.WINDOW)
 
@@ -81,6 +83,15 @@ def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> li
         names.append(f"{step}.{prompt.prompt_id}" + (f".{again}" if again else ""))
         taken[prompt.prompt_id] += 1
     return names
+
+
+def training_orders(
+    config: Config, folder: RunFolder, prompts: Sequence[Prompt], step: int, indices: Sequence[int], met: Counter[str]
+) -> list[Order]:
+    """What is asked of the engines for these training prompts; met: how often the step has met each of them."""
+    a, chosen = config.algorithm, [prompts[i] for i in indices]
+    dump = str(folder.samples(step))
+    return [Order(name, prompt, a.group_size, sampling_of(a), dump) for name, prompt in zip(name_groups(step, chosen, met), chosen)]
 
 
 def counted_tokens(header: GroupHeader, algorithm: AlgorithmConfig) -> list[int]:

@@ -88,7 +88,7 @@ class Status(threading.Thread):
             "seconds_per_step": self.seconds_per_step(),
             "phase": self.phase,
             "phase_since": self.phase_since,
-            "components": {g.component: [rank_state(g, rank) for rank in range(g.size)] for g in self.groups},
+            "components": {g.component: [rank_state(g, rank, self.loop.memory.get(g.component)) for rank in range(g.size)] for g in self.groups},
             "engines": self.engines(),
         }
 
@@ -104,6 +104,6 @@ class Status(threading.Thread):
         return [{"samples": n, "tokens_per_second": speed} for n, speed in zip(self.loop.engine_load, speeds)]
 
 
-def rank_state(group: WorkerGroup, rank: int) -> dict[str, Any]:
+def rank_state(group: WorkerGroup, rank: int, memory: Sequence[int] | None) -> dict[str, Any]:
     running = {method: n for method, n in dict(group.in_flight[rank]).items() if n}
-    return {"where": group.where(rank), "running": running}
+    return {"where": group.where(rank), "running": running, "memory_gib": memory and round(memory[rank] / 2**30, 2)}

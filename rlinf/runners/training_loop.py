@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ class TrainingLoop(ABC):
     """One run. What it learns from, and how, is in the subclass; status.py looks at it from another thread.
 
     in_flight: group -> who has it now. engine_load: samples at each engine now. engine_stats: of the last finished step, by engine.
+    memory: component -> peak bytes of its ranks, as they last said.
     """
 
     in_flight: dict[str, str] = {}
+    memory: Mapping[str, Sequence[int]] = {}
     engine_load: Sequence[int] = ()
     engine_stats: Sequence[EngineStats] = ()
 

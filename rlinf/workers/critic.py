@@ -18,9 +18,9 @@ from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
 from rlinf.workers.checkpointed import Checkpointed
+from rlinf.workers.device import peak_flops, peak_memory
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
-from rlinf.workers.memory import peak_memory
-from rlinf.workers.operations import peak_flops, rank_flops, work_of
+from rlinf.workers.operations import rank_flops, work_of
 from rlinf.workers.train import merged, open_engine
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from rlinf.config.schema import ActorModelConfig
-from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.scheduling.flops import Work, forward_flops, recomputed_flops
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import PackedBatch
@@ -27,8 +24,3 @@ def rank_flops(engine: MegatronEngine, model: ActorModelConfig, looked_at: Mappi
     again = sum(recomputed_flops(engine.arch, model, work) for work in trained.values()) / (engine.at.tp * engine.at.pp)
     found = {part: pass_over(work) for part, work in looked_at.items()} | {part: 3 * pass_over(work) for part, work in trained.items()}
     return found | {"again": again}
-
-
-def peak_flops(device: torch.device) -> float:
-    """By the device's data sheet; 0 on CPU."""
-    return data_sheet_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0

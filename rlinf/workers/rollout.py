@@ -17,7 +17,7 @@ from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.shared_memory import land, release
 from rlinf.weights.source import Receipt, SharedMemory
-from rlinf.workers.memory import peak_memory
+from rlinf.workers.device import peak_flops, peak_memory
 
 
 class RolloutWorker:
@@ -61,9 +61,9 @@ class RolloutWorker:
         return await self.engine.score(sequences, temperature)
 
     async def stats(self) -> EngineStats:
-        """The engine's, with the peak memory of this process or device as extra["memory_bytes"]."""
-        stats = self.engine.stats()
-        return replace(stats, extra=stats.extra | {"memory_bytes": float(peak_memory(self.device))})
+        """The engine's, with extra["memory_bytes"]: the peak of this process or device, and extra["peak_flops"]: of one device."""
+        stats, device = self.engine.stats(), self.device
+        return replace(stats, extra=stats.extra | {"memory_bytes": float(peak_memory(device)), "peak_flops": peak_flops(device)})
 
     def close(self) -> None:
         self.engine.close()

@@ -17,7 +17,7 @@ from rlinf.training.parallel import gather_over_data_ranks
 from rlinf.training.profiling import profiled
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TrainReport
-from rlinf.workers.memory import peak_memory
+from rlinf.workers.device import peak_memory
 from rlinf.workers.train import open_engine
 
 

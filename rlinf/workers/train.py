@@ -38,9 +38,9 @@ from rlinf.weights.shared_memory import release
 from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
+from rlinf.workers.device import peak_flops, peak_memory
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
-from rlinf.workers.memory import peak_memory
-from rlinf.workers.operations import peak_flops, rank_flops, work_of
+from rlinf.workers.operations import rank_flops, work_of
 from rlinf.workers.token_dump import write_token_values
 
 

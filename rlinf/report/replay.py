@@ -1,0 +1,132 @@
+"""`rlinf replay RUN_DIR --step N`: a journalled step runs again from disk, and its metrics are laid beside the recorded ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlinf.config.load import load
+from rlinf.config.schema import Config
+from rlinf.config.validate import validate
+from rlinf.errors import UserError
+from rlinf.metrics.logger import FILE_NAME, read_metrics
+from rlinf.report.compare import NOT_COMPARED
+from rlinf.runners.launch import train
+from rlinf.runners.launch_debug import train_only
+from rlinf.runners.recorded import RecordedSteps, ranges
+from rlinf.runners.run_folder import COMPLETE, run_path
+
+FP32, HALF = 1e-5, 0.02  # difference that counts as rounding: another layout sums in another order
+SMALLEST = 1e-3  # differences are relative to no less: what is zero but for rounding has no relative difference
+IGNORED = (*NOT_COMPARED, "eval/*")
+QUIET = (
+    "runner.save_interval=0", "runner.val_check_interval=0", "runner.on_hang=abort", "runner.logger.logger_backends=[]", "runner.keep_groups=0",
+    "runner.profile_steps=[]",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A metric of the step: as it was recorded, and when the step ran again."""
+
+    name: str
+    recorded: float
+    replayed: float
+
+    @property
+    def difference(self) -> float:
+        if math.isnan(self.recorded) and math.isnan(self.replayed):
+            return 0.0
+        return abs(self.recorded - self.replayed) / max(abs(self.recorded), abs(self.replayed), SMALLEST)
+
+
+def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_start: bool, tolerance: float | None) -> int:
+    """Print the comparison; 0 when every metric is within the tolerance, else 1.
+
+    rollout: its samples are generated and judged again; otherwise it trains on the recorded ones. from_start: from the start model, whatever
+    the step, instead of the checkpoint before it.
+    """
+    recorded = recorded_metrics(run_dir, step)
+    if from_start and rollout and step > 1:
+        raise UserError("--from-start with --rollout: the prompts of a later step are found from the checkpoint before it; leave one of the two out")
+    before = None if from_start or step == 1 else checkpoint_before(run_dir, step)
+    resolved = load(str(run_dir / "config.yaml"), [*settings(run_dir, step, before), *words])
+    validate(resolved.config, resolved.provenance)
+    if rollout:
+        train(resolved)
+    else:
+        RecordedSteps(run_dir).order(step)
+        train_only(resolved, run_dir, step)
+    folder = run_path(resolved.config.runner)
+    lines = compare_step(recorded, recorded_metrics(folder, step))
+    bound = default_tolerance(resolved.config) if tolerance is None else tolerance
+    start = f"checkpoint {before.name}" if before else "the start model"
+    samples = "samples generated again" if rollout else "the recorded samples"
+    Console().print(table(lines, bound, f"step {step} again, from {start}, with {samples}"))
+    beyond = [line for line in lines if not line.difference <= bound]
+    Console().print(
+        f"{len(lines) - len(beyond)} of {len(lines)} metrics are within {bound:g}"
+        + (f"; beyond it: {', '.join(line.name for line in beyond)}" if beyond else "")
+        + f"\nthe replay's own folder: {folder}",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+    return 1 if beyond else 0
+
+
+def recorded_metrics(run_dir: Path, step: int) -> Mapping[str, float]:
+    """Raises UserError when the folder holds no run, or no such step."""
+    if not (run_dir / FILE_NAME).is_file() or not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: no run here ({FILE_NAME} and config.yaml); give <runner.output_dir>/<runner.experiment_name>")
+    steps = {int(line["step"]): line for line in read_metrics(run_dir)}
+    if step < 1 or step not in steps:
+        known = ranges(sorted(s for s in steps if s > 0))
+        raise UserError(f"--step {step}: {run_dir / FILE_NAME} has no such step" + (f"; it has {known}" if known else ""))
+    return {name: value for name, value in steps[step].items() if name not in ("step", "time")}
+
+
+def checkpoint_before(run_dir: Path, step: int) -> Path:
+    """Raises UserError that names the steps which have one."""
+    before = run_dir / "checkpoints" / f"step_{step - 1:06d}"
+    if (before / COMPLETE).exists():
+        return before.resolve()
+    behind = {1} | {int(p.parent.name[5:]) + 1 for p in (run_dir / "checkpoints").glob(f"step_??????/{COMPLETE}")}
+    can = ranges(sorted(behind & {*RecordedSteps(run_dir).steps}))
+    raise UserError(
+        f"--step {step}: there is no complete checkpoint of step {step - 1} ({before}). Steps that can be replayed: {can or 'none'}; "
+        "any journalled step with --from-start, from the start model (runner.save_interval and runner.keep_checkpoints decide what is kept)"
+    )
+
+
+def settings(run_dir: Path, step: int, before: Path | None) -> list[str]:
+    """One step, in a folder of its own below the run's."""
+    replays, number = run_dir.resolve() / "replays", 1
+    while (replays / (name := f"step_{step:06d}" + (f"-{number}" if number > 1 else ""))).exists():
+        number += 1
+    place = [f"runner.output_dir={replays}", f"runner.experiment_name={name}", f"runner.resume_dir={before or 'null'}"]
+    return [*place, f"runner.max_steps={step}", *QUIET]
+
+
+def default_tolerance(config: Config) -> float:
+    return FP32 if config.actor.model.precision == "fp32" else HALF
+
+
+def compare_step(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> list[Line]:
+    """Metrics that both have, but for times, speeds and held-out problems."""
+    names = [n for n in recorded if n in replayed and not any(fnmatchcase(n, pattern) for pattern in IGNORED)]
+    return [Line(n, recorded[n], replayed[n]) for n in names]
+
+
+def table(lines: Sequence[Line], tolerance: float, title: str) -> Table:
+    shown = Table(title=title)
+    for column in ("metric", "recorded", "replayed", f"difference (tolerance {tolerance:g})"):
+        shown.add_column(column, justify="left" if column == "metric" else "right")
+    for line in lines:
+        numbers = (f"{line.recorded:.9g}", f"{line.replayed:.9g}", f"{line.difference:.2g}" if line.difference else "")
+        shown.add_row(line.name, *numbers, style=None if line.difference <= tolerance else "bold red")
+    return shown

@@ -1,0 +1,69 @@
+"""Steps of an earlier run, as its folder has them: which groups each trained on, in order, and where their journals are.
+
+    samples/order_000012.jsonl    the groups of step 12 in the order of training, and all that were generated for it
+    samples/groups_000012.jsonl   the groups that were begun for step 12: data/journal.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+from rlinf.cluster.group import WorkerGroup
+from rlinf.errors import UserError
+from rlinf.runners.rollouts import Scored
+from rlinf.runners.selection import StepBatch
+
+
+class RecordedSteps:
+    """In place of a sampler, whose part of a training loop it plays: the steps are given, and there is nothing to remember."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.samples = run_dir / "samples"
+        self.steps = sorted(int(p.stem.rpartition("_")[2]) for p in self.samples.glob("order_??????.jsonl"))
+        if not self.steps:
+            raise UserError(
+                f"{run_dir}: no step of this run is journalled (samples/order_*.jsonl); runs keep them unless runner.keep_groups is 0"
+            )
+
+    def total_steps(self, max_epochs: int, max_steps: int) -> int:
+        """The last step; earlier when max_steps says so."""
+        return self.steps[-1] if max_steps == -1 else min(self.steps[-1], max_steps)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+    def order(self, step: int) -> tuple[list[str], list[str]]:
+        """(groups to train on, all that were generated). Raises UserError that names the steps that there are."""
+        if step not in self.steps:
+            raise UserError(f"step {step} is not journalled in {self.samples}; there are steps {ranges(self.steps)} (runner.keep_groups)")
+        row = json.loads((self.samples / f"order_{step:06d}.jsonl").read_text().splitlines()[-1])
+        return row["groups"], row["generated"]
+
+    def files(self, group_id: str) -> list[str]:
+        """Where a group may be: the journal of the step that it was begun for, or of an earlier life of the run that began it."""
+        name = f"groups_{int(group_id.partition('.')[0]):06d}.jsonl"
+        older = sorted(self.samples.glob(f"{name}.replaced-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+        return [str(p) for p in (self.samples / name, *older) if p.exists()]
+
+    async def take(self, step: int, reader: WorkerGroup) -> StepBatch:
+        """The groups of a step, read by the ranks of `reader` (workers.journal)."""
+        trained, generated = self.order(step)
+
+        async def fetch(group_id: str) -> Scored:
+            rank = int(group_id.partition(".")[0]) % reader.size  # one rank reads a file
+            header, tokens = reader.ref(rank, "fetch", self.files(group_id), group_id, returns=2)
+            return await header, tokens
+
+        found = dict(zip(generated, await asyncio.gather(*map(fetch, generated))))
+        return StepBatch([found[name] for name in trained], [header for header, _ in found.values()], {})
+
+
+def ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends))

@@ -1,0 +1,29 @@
+"""Groups that an earlier run generated and judged, from its journal: what stands in for engines and verdicts when a step runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlinf.config.schema import Config
+from rlinf.data.journal import read_groups
+from rlinf.data.records import Group, GroupHeader
+from rlinf.errors import UserError
+from rlinf.scheduling.placement import WorkerAddress
+
+
+class JournalWorker:
+    """Reads each file once; a group is handed out once and then forgotten."""
+
+    def __init__(self, address: WorkerAddress, config: Config) -> None:
+        self.groups: dict[str, dict[str, Group]] = {}  # by file, by group id
+
+    def fetch(self, files: Sequence[str], group_id: str) -> tuple[GroupHeader, Group]:
+        """The group, from the first of `files` that has it. Raises UserError when none has."""
+        for file in files:
+            if file not in self.groups:
+                self.groups[file] = {group.group_id: group for group in read_groups(Path(file))}
+            if group_id in self.groups[file]:
+                group = self.groups[file].pop(group_id)
+                return group.header(), group
+        raise UserError(f"group {group_id} is not in the journal of its run ({', '.join(files) or 'no samples/groups_* file'}): the step cannot be replayed")
