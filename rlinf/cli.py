@@ -53,11 +53,23 @@ def train(args: argparse.Namespace) -> int:
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report
     from rlinf.runners.launch import train as launch
+    from rlinf.runners.launch_debug import rollout_only, train_only
     from rlinf.runners.run_folder import run_path
 
-    code = launch(resolved)
+    if args.debug_rollout_only:
+        code = rollout_only(resolved)
+    elif args.debug_train_only:
+        code = train_only(resolved, args.debug_train_only)
+    else:
+        code = launch(resolved)
     sys.stderr.write(f"report: {write_report(run_path(config.runner))}\n")
     return code
+
+
+def replay(args: argparse.Namespace) -> int:
+    from rlinf.report.replay import replay as run_again
+
+    return run_again(args.run_dir, args.step, args.overrides, args.rollout, args.from_start, args.tolerance)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -197,6 +209,9 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("train", help="train a model")
     _config_arguments(p)
     p.add_argument("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
+    half = p.add_mutually_exclusive_group()
+    half.add_argument("--debug-rollout-only", action="store_true", help="generate and judge the steps with the start model; no actor")
+    half.add_argument("--debug-train-only", metavar="RUN_DIR", type=Path, help="train on the journalled groups of another run; no engines")
     p.set_defaults(run=train)
 
     p = commands.add_parser("eval", help="score models on benchmarks")
@@ -212,6 +227,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     p.add_argument("--output", metavar="FILE", type=Path, help="where to write it (default: RUN_DIR/report.html)")
     p.set_defaults(run=report)
+
+    p = commands.add_parser("replay", help="a journalled step again from disk, its metrics beside the recorded ones")
+    p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    p.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="another layout, say: cluster.num_gpus_per_node=2")
+    p.add_argument("--step", metavar="N", type=int, required=True)
+    p.add_argument("--rollout", action="store_true", help="generate and judge its samples again too")
+    p.add_argument("--from-start", action="store_true", help="from the start model instead of the checkpoint before the step")
+    p.add_argument("--tolerance", type=float, help="relative difference that counts as rounding (default 1e-5 in fp32, 0.02 in 16 bit)")
+    p.set_defaults(run=replay)
 
     p = commands.add_parser("plan", help="placement, memory of every rank, expected time of a step; what to change when it does not fit")
     _config_arguments(p)

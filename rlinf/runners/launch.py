@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rlinf.config.load import Resolved
 from rlinf.config.model import own_functions
 from rlinf.config.own_code import load_own
@@ -9,11 +11,12 @@ from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
+from rlinf.errors import Hang
 from rlinf.metrics.summary import show_summary
 from rlinf.rewards.tasks import check_tasks
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
-from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.run_folder import RunFolder, run_path
 from rlinf.runners.session import check_trackers, open_session, say
 from rlinf.scheduling.placement import build_plan
 
@@ -26,7 +29,29 @@ WORKERS = {
 
 
 def train(resolved: Resolved) -> int:
-    """Run to the end; 0 when it finished. Everything that was started is ended, however this returns."""
+    """Run to the end; 0 when it finished. Everything that was started is ended, however this returns.
+
+    With runner.on_hang restart a run that hangs is started anew from its latest checkpoint, runner.max_restarts times at most.
+    """
+    restarts, runner = 0, resolved.config.runner
+    while True:
+        try:
+            return train_once(resolved)
+        except Hang as hang:
+            if runner.on_hang != "restart" or restarts == runner.max_restarts or not (run_path(runner) / "checkpoints" / "latest").exists():
+                raise
+            restarts += 1
+            say(f"rlinf: {hang}\nrlinf: restart {restarts} of at most {runner.max_restarts}, from the latest checkpoint")
+            resolved = going_on(resolved)
+
+
+def going_on(resolved: Resolved) -> Resolved:
+    """The same run from its latest checkpoint."""
+    config = replace(resolved.config, runner=replace(resolved.config.runner, resume_dir="auto"))
+    return replace(resolved, config=config, provenance=resolved.provenance | {"runner.resume_dir": "restart after a hang"})
+
+
+def train_once(resolved: Resolved) -> int:
     config = resolved.config
     check_trackers(config.runner.logger.logger_backends)
     folder = RunFolder(resolved)

@@ -57,6 +57,7 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
     finally:
         logger.close()
         cluster.close()
+        folder.release()
     say(session.usage.describe())
 
 
