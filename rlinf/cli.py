@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlinf.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    from rlinf.config.load import Resolved
     from rlinf.config.schema import Config
 
 
@@ -52,18 +53,26 @@ def train(args: argparse.Namespace) -> int:
              f"{config.algorithm.n_minibatches} optimizer step(s) of {batch // config.algorithm.n_minibatches}")  # fmt: skip
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report
-    from rlinf.runners.launch import train as launch
-    from rlinf.runners.launch_debug import rollout_only, train_only
     from rlinf.runners.run_folder import run_path
 
-    if args.debug_rollout_only:
-        code = rollout_only(resolved)
-    elif args.debug_train_only:
-        code = train_only(resolved, args.debug_train_only)
-    else:
-        code = launch(resolved)
+    code = _launch(args, resolved)
     sys.stderr.write(f"report: {write_report(run_path(config.runner))}\n")
     return code
+
+
+def _launch(args: argparse.Namespace, resolved: Resolved) -> int:
+    """The whole run, or the half of it that was asked for."""
+    if args.debug_rollout_only:
+        from rlinf.runners.launch_debug import rollout_only
+
+        return rollout_only(resolved)
+    if args.debug_train_only:
+        from rlinf.runners.launch_debug import train_only
+
+        return train_only(resolved, args.debug_train_only)
+    from rlinf.runners.launch import train as whole
+
+    return whole(resolved)
 
 
 def replay(args: argparse.Namespace) -> int:

@@ -186,7 +186,10 @@ def candidates_for(a: Run, b: Run, at: Difference, steps: list[int]) -> Iterator
 def _config_differences(a: Run, b: Run) -> Iterator[tuple[str, str, Any, Any]]:
     same_weights = a.environment(0).get("weights") == b.environment(0).get("weights") is not None
     same_data = a.environment(0).get("data_fingerprint") == b.environment(0).get("data_fingerprint") is not None
+    critic = "gae" in (a.config.get("algorithm.adv_type"), b.config.get("algorithm.adv_type"))
     for key in [*a.config, *(k for k in b.config if k not in a.config)]:
+        if key.startswith("critic.") and not critic:
+            continue  # nothing reads it
         if (key == "rollout.model_dir" and same_weights) or (key == "data.train_data_paths" and same_data):
             continue  # another path to the same thing
         stage = next(stage for pattern, stage in STAGE_OF_KEY if fnmatchcase(key, pattern))
