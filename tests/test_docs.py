@@ -211,7 +211,7 @@ def test_commands_stand_in_fenced_blocks(page: Path) -> None:
     assert re.findall(r"^ {4}(?:rlinf|bash|python|pip) .*", page.read_text(), re.MULTILINE) == []
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "config.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_in_the_text_exist(page: Path) -> None:
     """`rlinf data check FILE`, `rlinf check layout`, ...: the subcommand, its options, and the configuration when one is named."""
     for span in re.findall(r"`rlinf ([a-z][^`]*)`", page.read_text()):
