@@ -47,6 +47,23 @@ def verifier(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def trainer(result: dict[str, Any]) -> list[str]:
+    lines = ["| case | ratio of CPU seconds | 5 %, 95 % | aim | ratio of the tokens | a step, CPU seconds |", "|---|---|---|---|---|---|"]
+    for name, c in result["cases"].items():
+        what = "engine / transformers + torch" if name == "plain" else "a copy for each sample / shared, prompt-response-samples " + name
+        aim = "95 % at most 1.20" if name == "plain" else f"at least {c['aim']:.2f}"
+        tokens = "—" if name == "plain" else f"{c['token_ratio']:.2f}"
+        seconds = " / ".join(f"{sum(s) / len(s):.2f}" for s in c["cpu_seconds"].values())
+        lines.append(f"| {what} | {c['ratio']:.2f} | {c['p5']:.2f}, {c['p95']:.2f} | {aim} | {tokens} | {seconds} |")
+    return lines
+
+
+def ppo(result: dict[str, Any]) -> list[str]:
+    names = ("rollout/rewards", "critic/return_mean", "critic/value_mean", "critic/value_error", "critic/explained_variance", "train/entropy_loss", "train/clip_fraction")
+    lines = [f"| step | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
+    return lines + [f"| {s['step']:.0f} | " + " | ".join(f"{s[n]:.2f}" if n in s else "—" for n in names) + " |" for s in result["steps"]]
+
+
 def title(run: str) -> str:
     return run.replace("seed-", "seed ").replace("control-lr-0", "control, learning rate 0")
 
@@ -59,7 +76,9 @@ def interval(value: float, low: float, high: float, form: str) -> str:
     return f"{100 * value:{form}} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"quickstart": quickstart, "sampling": sampling, "verifier": verifier}
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "quickstart": quickstart, "ppo": ppo, "sampling": sampling, "verifier": verifier, "trainer": trainer,
+}  # fmt: skip
 
 
 def filled(page: str) -> str:

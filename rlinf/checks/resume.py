@@ -251,7 +251,7 @@ def endings_table(endings: Sequence[Ending]) -> Table:
 def main(quick: bool, json_file: Path | None, seed: int) -> int:
     """The command. Exit code 0 when everything holds, else 1."""
     started = time.perf_counter()
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 190)
     chains = QUICK if quick else CHAINS
     deaths: list[Death] = []
     endings: list[Ending] = []
