@@ -156,6 +156,7 @@ CLASSES: dict[tuple[str, ...], Callable[[list[str], Path], None]] = {
     ("source", ".venv/bin/activate"): nothing,
     ("python", "benchmarks/quickstart.py"): described,
     ("python", "benchmarks/sampling.py"): described,
+    ("python", "benchmarks/trainer.py"): described,
     ("python", "benchmarks/verifier.py"): described,
     ("tensorboard", "--logdir"): installed,
     ("mkdocs", "build"): installed,
