@@ -14,3 +14,7 @@ class RunFailed(Exception):
 
 class Hang(RunFailed):
     """A phase took longer than its budget, and nothing is known to have died: started anew, the run may well go on."""
+
+
+class WorkerLost(RunFailed):
+    """A worker died whose place may be filled again (WorkerGroup.restarts); its calls are to be made anew once it has been."""

@@ -26,7 +26,7 @@ class Engines:
     def __init__(self, size: int, slots: int, seed: int) -> None:
         self.size, self.seed, self.version = size, seed, 0
         self.slots = [asyncio.Semaphore(slots) for _ in range(size)]
-        self.stopped = asyncio.Event()
+        self.stopped = [asyncio.Event() for _ in range(size)]
         self.lengths: list[int] = []
         self.tokens = 0
 
@@ -36,7 +36,7 @@ class Engines:
         return asyncio.ensure_future(self.generate(rank, request, prompt, payload)), payload
 
     async def generate(self, rank: int, request: Any, prompt: Any, payload: Any) -> GroupHeader:
-        stopped = self.stopped
+        stopped = self.stopped[rank]
         finishes = await asyncio.gather(*(self.sample(rank, request.request_id, k, payload.versions[k], stopped) for k in range(request.n)))
         lengths = tuple(sum(v.values()) for v in payload.versions)
         if Finish.ABORT not in finishes:
@@ -46,19 +46,19 @@ class Engines:
         return GroupHeader(request.request_id, prompt.prompt_id, "math", 1, names, lengths, lengths, tuple(finishes), versions, (None,) * request.n)
 
     async def sample(self, rank: int, name: str, k: int, versions: Counter[int], stopped: asyncio.Event) -> Finish:
-        """Ten tokens at a time, under whatever weights are there."""
+        """Forty tokens at a time, under whatever weights are there."""
         wanted = length_of(self.seed, f"{name}/{k}")
         async with self.slots[rank]:
             while (left := wanted - sum(versions.values())) and not stopped.is_set():
-                await asyncio.sleep(min(10, left))
-                versions[self.version] += min(10, left)
-                self.tokens += min(10, left)
+                await asyncio.sleep(min(40, left))
+                versions[self.version] += min(40, left)
+                self.tokens += min(40, left)
         return Finish.STOP if left == 0 else Finish.ABORT
 
-    async def call_all(self, method: str) -> None:
+    async def call(self, rank: int, method: str) -> None:
         assert method == "abort"
-        self.stopped.set()
-        self.stopped = asyncio.Event()
+        self.stopped[rank].set()
+        self.stopped[rank] = asyncio.Event()
 
 
 class Judges:

@@ -23,10 +23,11 @@ class Running:
 
     def __init__(self, folder: Path, patience: float = 90, **overrides: object) -> None:
         self.folder = folder
-        self.config = write_run(
-            folder, cluster__component_placement={"actor": "0-1", "rollout,reward": "0"}, actor__model__pipeline_model_parallel_size=1,
-            runner__max_steps=100_000, runner__max_epochs=100_000, runner__save_interval=2, **overrides,
+        endless = dict(
+            cluster__component_placement={"actor": "0-1", "rollout,reward": "0"}, actor__model__pipeline_model_parallel_size=1,
+            runner__max_steps=100_000, runner__max_epochs=100_000, runner__save_interval=2, rollout__max_engine_restarts=0,
         )  # fmt: skip
+        self.config = write_run(folder, **endless | overrides)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "rlinf", "train", str(self.config)], stderr=subprocess.PIPE, text=True, cwd=folder, env=dict(os.environ, PYTHONPATH=str(ROOT))
         )

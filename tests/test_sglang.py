@@ -112,3 +112,21 @@ def test_a_killed_engine_ends_the_run_and_leaves_nothing(tmp_path: Path, victim:
         assert str(running.logs / "rollout-0-engine.log") in errors
     else:
         assert re.search(r"rlinf: rollout rank 0 .*died \(phase: step \d+, ", errors)
+
+
+@with_sglang
+def test_a_killed_scheduler_is_started_anew_and_its_tokens_are_kept(tmp_path: Path) -> None:
+    running = Running(tmp_path, patience=400, rollout__max_engine_restarts=1, **BACKEND)
+    scheduler = next(pid for pid in marked(running.run_id) if "sglang::scheduler" in command_of(pid))
+    os.kill(scheduler, signal.SIGKILL)
+    deadline = time.monotonic() + 300
+    while not any(m.get("rollout/engine_restarts") for m in (steps := lines(tmp_path))):
+        assert running.process.poll() is None and time.monotonic() < deadline, running.process.communicate()[1][-3000:]
+        time.sleep(0.5)
+    running.process.send_signal(signal.SIGINT)
+    code, _ = running.end()
+    assert code == 130
+    for m in steps[1:]:
+        assert m["rollout/samples"] == 16 and m["train/rollout_logprob_gap_max"] <= 1e-4
+        names = [json.loads(line)["sample_id"] for line in (tmp_path / f"logs/tiny/samples/step_{m['step']:06d}.jsonl").open()]
+        assert len(names) == 16 == len(set(names))

@@ -30,8 +30,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtually(work: Coroutine[Any, Any, Any]) -> Any:
+    """As asyncio.run."""
+
+    async def alone() -> Any:
+        try:
+            return await work
+        finally:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
     loop = VirtualLoop()
     try:
-        return loop.run_until_complete(work)
+        return loop.run_until_complete(alone())
     finally:
         loop.close()

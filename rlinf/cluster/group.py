@@ -40,6 +40,7 @@ class WorkerGroup(ABC):
         self.starts: list[Ref] = []
         self.in_flight: list[Counter[str]] = [Counter() for _ in self.nodes]
         self.pids: list[int | None] = [None] * self.size  # of the workers that have a process of their own
+        self.restarts = 0  # how many deaths of a rank do not end the run: its calls raise WorkerLost, and restart() fills its place
         self._ready: asyncio.Task[list[Any]] | None = None
 
     @abstractmethod
@@ -84,6 +85,14 @@ class WorkerGroup(ABC):
         if self._ready is None:
             self._ready = asyncio.ensure_future(self.started())
         await asyncio.shield(self._ready)
+
+    async def restart(self, rank: int) -> None:
+        """Return when a new worker stands in the place of a rank that was lost. Raises RunFailed where that cannot be."""
+        raise RunFailed(f"{self.where(rank)} cannot be restarted")
+
+    def kill(self, rank: int) -> None:
+        """End the process of a rank that does not answer."""
+        raise RunFailed(f"{self.where(rank)} has no process of its own to be ended")
 
     async def started(self) -> list[Any]:
         """Wait for the constructors; what each of `starts` returned."""

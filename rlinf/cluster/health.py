@@ -69,10 +69,18 @@ class Door:
         return None
 
 
+@dataclass(frozen=True)
+class Death:
+    """A worker's. forgive: the run may go on; called once, when nothing larger explains the death. False: it may not."""
+
+    obituary: str
+    forgive: Callable[[], bool]
+
+
 class Health(threading.Thread):
     """`deaths` blocks for at most PERIOD seconds and says which worker died, if one did."""
 
-    def __init__(self, doors: list[Door], deaths: Callable[[], str | None], failure: Failure, phase: Callable[[], str]) -> None:
+    def __init__(self, doors: list[Door], deaths: Callable[[], Death | None], failure: Failure, phase: Callable[[], str]) -> None:
         super().__init__(name="rlinf-health", daemon=True)
         self.doors, self.deaths, self.failure, self.phase = doors, deaths, failure, phase
         self.closed = threading.Event()
@@ -84,8 +92,12 @@ class Health(threading.Thread):
             if death and not cause:
                 self.closed.wait(PERIOD)  # a worker dies with its raylet: ask again whether that is the reason
                 cause = self.knock()
-            if (death or cause) and not self.closed.is_set():
-                self.failure.report(RunFailed(cause and f"{cause} (phase: {self.phase()})" or death))
+            if self.closed.is_set():
+                break
+            if cause:
+                self.failure.report(RunFailed(f"{cause} (phase: {self.phase()})"))
+            elif death and not death.forgive():
+                self.failure.report(RunFailed(death.obituary))
         if not self.closed.wait(PATIENCE):
             give_up(f"{self.failure.error}\nThe loop did not end within {PATIENCE:.0f} s of this failure; ending the process.")
 

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlinf.cluster.cluster import Cluster, has_gpu
 from rlinf.cluster.group import WorkerGroup
-from rlinf.cluster.health import PATIENCE, PERIOD, Door, Health, at_most
+from rlinf.cluster.health import PATIENCE, PERIOD, Death, Door, Health, at_most
 from rlinf.cluster.host import Setup, WorkerProcess, dotted, process_environment
 from rlinf.cluster.machines import Machine, alive_nodes, wait_for_machines
 from rlinf.cluster.processes import end_run, start_sentinel
@@ -86,8 +86,8 @@ class RayCluster(Cluster):
             raise ValueError(f"the plan has no seat for {component}")
         if self.bundles is None:
             self._reserve(plan)
-        actors, logs = [self._actor(plan, seat) for seat in seats], [self.log_file(seat) for seat in seats]
-        group = RayWorkerGroup(component, seats, actors, logs, self.failure, self.config.start_timeout, lambda: self.phase)
+        logs = [self.log_file(seat) for seat in seats]
+        group = RayWorkerGroup(component, seats, lambda seat: self._actor(plan, seat), logs, self.failure, self.config.start_timeout, lambda: self.phase)
         group.start(dotted(worker_class), args)
         self.groups.append(group)
         return group
@@ -130,8 +130,8 @@ class RayCluster(Cluster):
     def log_file(self, seat: Seat) -> Path:
         return self.log_dir / f"{seat.component}-{seat.rank}.log"
 
-    def _deaths(self) -> str | None:
-        watched = {rest: (group, rank) for group in list(self.groups) for rank, rest in enumerate(group.rests)}
+    def _deaths(self) -> Death | None:
+        watched = {rest: (group, rank) for group in list(self.groups) for rank, rest in enumerate(group.rests) if rank not in group.lost}
         if not watched:
             time.sleep(PERIOD)
             return None
@@ -142,7 +142,8 @@ class RayCluster(Cluster):
         try:
             ray.get(gone[0])
         except ray.exceptions.RayError as error:
-            return group.obituary(rank, error)
+            obituary = group.obituary(rank, error)
+            return Death(obituary, lambda: group.lose(rank, obituary))
         raise RuntimeError(f"{group.where(rank)} stopped resting")
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import Ref, WorkerGroup
-from rlinf.errors import RunFailed, UserError
+from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Seat
 
 BLAME = 2.0  # seconds to wait, after an error, for the report of a death that explains it
@@ -24,19 +25,40 @@ KILLED = "the process was killed (SIGKILL; perhaps by the kernel's out-of-memory
 
 
 class RayWorkerGroup(WorkerGroup):
-    """rests: for each rank, a call that never returns; its failure is the rank's death."""
+    """rests: for each rank, a call that never returns; its failure is the rank's death. process: makes the process of a seat."""
 
-    def __init__(self, component: str, seats: Sequence[Seat], actors: list[Any], logs: list[Path], failure: Failure, start_timeout: float,
-                 phase: Callable[[], str]) -> None:
+    def __init__(self, component: str, seats: Sequence[Seat], process: Callable[[Seat], Any], logs: list[Path], failure: Failure,
+                 start_timeout: float, phase: Callable[[], str]) -> None:
         super().__init__(component, [seat.node for seat in seats], failure, start_timeout)
-        self.seats, self.actors, self.logs, self.phase = seats, actors, logs, phase
-        self.rests = [actor.rest.remote() for actor in actors]
+        self.seats, self.process, self.logs, self.phase = seats, process, logs, phase
+        self.actors = [process(seat) for seat in seats]
+        self.rests = [actor.rest.remote() for actor in self.actors]
+        self.lost: dict[int, WorkerLost] = {}
 
     def start(self, class_path: str, args: tuple[Any, ...]) -> None:
         """Have every rank construct its worker, with a port that rank 0 found free."""
         port = self.actors[0].free_port.remote()
-        values = [a.handle if isinstance(a, Ref) else a for a in args]
-        self.starts = [Ref(self, rank, "__init__", actor.start.remote(port, class_path, *values)) for rank, actor in enumerate(self.actors)]
+        self.made_from = (class_path, *(a.handle if isinstance(a, Ref) else a for a in args))
+        self.starts = [Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)) for rank, actor in enumerate(self.actors)]
+
+    def lose(self, rank: int, obituary: str) -> bool:
+        """Whether the run goes on without the rank until restart(); called once for a death, from any thread."""
+        if self.restarts == 0:
+            return False
+        self.restarts -= 1
+        self.lost[rank] = WorkerLost(obituary)
+        return True
+
+    async def restart(self, rank: int) -> None:
+        self.in_flight[rank].clear()
+        self.actors[rank] = actor = self.process(self.seats[rank])
+        self.rests[rank] = actor.rest.remote()
+        del self.lost[rank]
+        port = actor.free_port.remote()
+        self.pids[rank] = await self._value(Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)))
+
+    def kill(self, rank: int) -> None:
+        ray.kill(self.actors[rank])
 
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
         handles = self.actors[rank].call.options(num_returns=returns).remote(method, *args)
@@ -50,7 +72,12 @@ class RayWorkerGroup(WorkerGroup):
             return UserError(str(error.cause) if isinstance(error, RayTaskError) else str(error))
         if not isinstance(error, ray.exceptions.RayError):
             return error
-        await asyncio.wait({self.failure.future()}, timeout=BLAME)
+        deadline = time.monotonic() + BLAME
+        while self.restarts and rank not in self.lost and self.failure.error is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)  # the health thread is about to say what it was
+        if rank in self.lost:
+            return self.lost[rank]
+        await asyncio.wait({self.failure.future()}, timeout=max(0.0, deadline - time.monotonic()))
         if self.failure.error is not None:  # a peer's error is often only the echo of a death
             return self.failure.error
         if not isinstance(error, RayTaskError):

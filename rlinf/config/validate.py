@@ -37,6 +37,8 @@ AT_LEAST: dict[str, float] = {
     "algorithm.num_update_sample_per_prompt": 1,
     "algorithm.max_staleness": 0,
     "rollout.over_provisioning": 0,
+    "rollout.max_engine_restarts": 0,
+    "rollout.stall_timeout": 0,
     "algorithm.dynamic_sampling_batch_size": 1,
     "algorithm.dynamic_sampling_max_batches": 1,
     "algorithm.sampling_params.top_k": 0,

@@ -78,6 +78,7 @@ ROLLOUT = metrics(
         "above 2 or so learning suffers: use `decoupled-ppo` or a lower `max_staleness`",
     ),
     ("staleness_max", "the same, of the oldest token", "at most `algorithm.max_staleness`", "—"),
+    ("engine_restarts", "engines that died and were started anew since the run began", "0", "look for the reason in the log of the rollout worker"),
     ("carried_over", "groups that were begun and go on beyond this step (`algorithm.schedule: wallclock`)", "less than the groups of a batch", "—"),
     (
         "length_bias",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,10 +20,12 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-def build_engine(config: Config, tokenizer: Tokenizer, device: str, log: Path, run_id: str) -> RolloutEngine:
+def build_engine(
+    config: Config, tokenizer: Tokenizer, device: str, log: Path, run_id: str, on_death: Callable[[], None] | None = None
+) -> RolloutEngine:
     """The engine of rollout.rollout_backend with the weights of rollout.model_dir (version 0) on `device`.
 
-    log: where a server of its own writes; run_id: the mark of what it leaves in shared memory.
+    log: where a server of its own writes; run_id: the mark of what it leaves in shared memory; on_death: called when that server dies.
     """
     rollout = config.rollout
     if rollout.rollout_backend == "sglang":
@@ -41,6 +44,7 @@ def build_engine(config: Config, tokenizer: Tokenizer, device: str, log: Path, r
             python=rollout.sglang_python,
             trust_remote_code=rollout.trust_remote_code,
             start_timeout=config.cluster.start_timeout,
+            on_death=on_death,
         )
     if device != "cpu":
         torch.cuda.set_per_process_memory_fraction(rollout.gpu_memory_utilization)  # beyond its share the engine fails, not its neighbour

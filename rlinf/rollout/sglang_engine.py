@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +47,8 @@ class SGLangEngine:
     A Sample holds the tokens decoded by its request (not those of its prefix). load_weights while requests run: their samples go on
     under the new weights, their keys and values are computed anew; the server says which version decoded which token.
     dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. native: rollout.sglang.
+    on_death: called from another thread when the server dies; running requests then end with what has arrived (finish ABORT) instead of
+    raising, because somebody goes on with them.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class SGLangEngine:
         python: str | None = None,
         trust_remote_code: bool = False,
         start_timeout: float = 600.0,
+        on_death: Callable[[], None] | None = None,
     ) -> None:
         self._arch = architecture_for(model_dir, max_context)
         options: dict[str, Any] = {
@@ -78,7 +81,7 @@ class SGLangEngine:
         else:
             options |= {"mem_fraction_static": memory_fraction}
         given = {name: yaml.safe_load(value) for name, value in (native or {}).items()}
-        self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout)
+        self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death)
         self._http = SGLangHttp(self._server.port, self._server.key)
         info = self._server.info
         self.capabilities = Capabilities(
@@ -88,6 +91,7 @@ class SGLangEngine:
             max_context=max_context,
             scores_at_any_temperature=False,
         )
+        self._version = 0
         self._seed = seed if self.capabilities.seeded else None
         self._running: dict[str, list[Arriving]] = {}
         self._totals = EngineStats()
@@ -156,7 +160,9 @@ class SGLangEngine:
     async def _feed(
         self, request: GenerateRequest, samples: list[Arriving], outbox: asyncio.Queue[Arriving | BaseException], started: asyncio.Event
     ) -> None:
-        """Hand out the samples of one call of /generate."""
+        """Hand out the samples of one call of /generate. When the server dies, those that are not finished end with what has arrived."""
+        for sample in samples:
+            sample.version = self._version
         try:
             with self._speaking():
                 async for event in self._http.stream("/generate", body_of(request, samples, self._seed)):
@@ -168,6 +174,12 @@ class SGLangEngine:
                     if sample.finish is not None:
                         self._finished(request, sample)
                         outbox.put_nowait(sample)
+        except RuntimeError:
+            if self._server.death is None or self._closed or self._server.on_death is None:
+                raise
+            for sample in (s for s in samples if s.finish is None):
+                sample.cut_short()
+                outbox.put_nowait(sample)
         finally:
             started.set()
 
@@ -175,9 +187,9 @@ class SGLangEngine:
         self, started: asyncio.Event, request: GenerateRequest, samples: list[Arriving], outbox: asyncio.Queue[Arriving | BaseException]
     ) -> None:
         await started.wait()
-        wanted = [a for a in samples if not a.unwanted]
+        wanted = [a for a in samples if not (a.unwanted or self._server.death)]
         for sample in samples:
-            if sample.unwanted:  # aborted before it began
+            if sample not in wanted:  # aborted before it began
                 sample.finish = Finish.ABORT
                 outbox.put_nowait(sample)
         if wanted:
@@ -205,7 +217,10 @@ class SGLangEngine:
                 self._asleep -= {"weights"}
             await self._ask("/pause_generation", {"mode": "retract"})
             try:
+                for sample in (s for samples in self._running.values() for s in samples):
+                    sample.version = None
                 checksum = await self._take(source, version)
+                self._version = version
                 if not self._proved:
                     await self._prove(source, version, checksum)
             finally:

@@ -30,6 +30,14 @@ class Arriving:
     cached_tokens: int = 0
     finish: Finish | None = None
     unwanted: bool = False  # aborted, perhaps before it began
+    version: int | None = None  # of the weights when it was sent; None when others have come since
+
+    def cut_short(self) -> None:
+        """The server is dead. Its tokens are kept where it is known which weights decoded them: the server says so only with the last one."""
+        self.finish = Finish.ABORT
+        if self.version is None:
+            self.token_ids, self.logprobs = [], []
+        self.spans = [{"version": self.version, "start": 0, "end": len(self.token_ids)}]
 
     def take(self, event: dict[str, Any]) -> int:
         """The tokens of one event; how many are new. An event of an aborted sample repeats tokens: the count tells.

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,19 @@ class SGLangServer:
     """Starts in the constructor and returns when requests are served. `info` is what the server says of itself.
 
     options: SGLang's own, in the spelling of its command line with underscores. native: those of them that the user wrote.
+    on_death: called from another thread when the server has died by itself.
     Call from a thread that lives as long as the server should: the kernel ends the server with the thread that started it.
     """
 
-    def __init__(self, python: str, options: dict[str, Any], native: dict[str, Any], log: Path, run_id: str, start_timeout: float) -> None:
+    def __init__(
+        self, python: str, options: dict[str, Any], native: dict[str, Any], log: Path, run_id: str, start_timeout: float,
+        on_death: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self.port = free_port()
         self.key = secrets.token_urlsafe(24)
         self.log = log
         self.death: str | None = None
+        self.on_death = on_death
         self._closing = False
         self._watcher: threading.Thread | None = None
         self.folder = Path(f"/dev/shm/rlinf-{run_id}-sglang-{secrets.token_hex(4)}")  # ends with the run, like all its shared memory
@@ -179,6 +185,8 @@ class SGLangServer:
             self._kill()
             for fd in names:
                 os.close(fd)
+            if self.death is not None and self.on_death is not None:
+                self.on_death()
 
         self._watcher = threading.Thread(target=wait, name="sglang-watcher", daemon=True)
         self._watcher.start()

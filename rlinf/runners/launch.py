@@ -70,6 +70,8 @@ def train_once(resolved: Resolved) -> int:
         plan = build_plan(config, session.nodes)
         components = [name for name in WORKERS if name != "critic" or config.has_critic]
         groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in components}
+        if config.cluster.backend == "ray":
+            groups["rollout"].restarts = config.rollout.max_engine_restarts
         stop = stop_of(config.algorithm, tokenizer)
         runner = ReasoningRunner(config, folder, session.cluster, prompts=prompts, val_prompts=val_prompts, sampler=sampler, stop=stop, **groups)
         session.complete(runner, list(groups.values()))

@@ -45,7 +45,7 @@ class ReasoningRunner(TrainingLoop):
             config, sampler, self.rollouts, Shelf(reward), self.orders, self.total_steps
         )
         self.learner = Learner(config, actor, critic)
-        self.sync = WeightSync(config, actor, rollout, val_prompts or prompts)
+        self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
         self.scores: dict[int, ValidationScores] = {}
 
     async def train_step(self) -> dict[str, float]:
@@ -56,6 +56,8 @@ class ReasoningRunner(TrainingLoop):
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
+        if not self.config.algorithm.max_staleness:
+            self.sync.let_go()
         with self.phase("train"):
             learned = await self.learner.learn(self.step, batch.scored, str(self.folder.tokens(self.step)))
         self.saving.written = self.learner.written

@@ -13,8 +13,10 @@ from typing import Any
 from rlinf.cluster.group import Ref, WorkerGroup
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, GroupHeader, Prompt
+from rlinf.errors import WorkerLost
 from rlinf.metrics.timers import Timers
 from rlinf.rollout.contract import EngineStats, GenerateRequest, SamplingParams, Stop
+from rlinf.runners.engines import Engines
 from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.scheduling.flops import Work, forward_flops, generation_work
 from rlinf.weights.architecture import Architecture, read_architecture
@@ -47,6 +49,9 @@ class Rollouts:
         self.config = config
         self.max_new_tokens = config.algorithm.sampling_params.max_new_tokens
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
+        self.engines = Engines(rollout, self.dispatcher)
+        self.stall_timeout = config.rollout.stall_timeout
+        self._answered = [0.0] * rollout.size  # when each engine was last done with a group
         self.in_flight: dict[str, str] = {}
         self.lengths: dict[str, float] = {}  # prompt -> mean length of its last responses
         self.unfinished: dict[str, Ref] = {}  # group -> its tokens so far, where an engine let go of it
@@ -79,17 +84,38 @@ class Rollouts:
                 before = (self.unfinished[order.name],) if order.name in self.unfinished else ()
                 header_ref, tokens = self.rollout.ref(rank, "generate", request, order.prompt, *before, returns=2)
                 with self.timers.phase(order.timer):
-                    header = await header_ref
+                    header, loss = await self._answer(rank, header_ref)
+            if header is None:
+                await self.engines.revive(rank, loss)
+                continue
             if Finish.ABORT not in header.finishes:
                 self.unfinished.pop(order.name, None)
                 return header, tokens, rank
             self.unfinished[order.name] = tokens
 
+    async def _answer(self, rank: int, header: Ref) -> tuple[GroupHeader, None] | tuple[None, WorkerLost]:
+        """What the engine says; or its loss. One that is done with nothing for rollout.stall_timeout is ended, and so lost."""
+        loop, asked = asyncio.get_running_loop(), asyncio.ensure_future(fetched(header))
+        begun = loop.time()
+        try:
+            while not (await asyncio.wait({asked}, timeout=self.stall_timeout or None))[0]:
+                if loop.time() - max(begun, self._answered[rank]) >= self.stall_timeout:
+                    self.rollout.kill(rank)
+                    begun = loop.time()
+            self._answered[rank] = loop.time()
+            return asked.result(), None
+        except WorkerLost as loss:
+            self.dispatcher.close(rank)
+            return None, loss
+        finally:
+            asked.cancel()
+
     async def measure(self, generated: Sequence[GroupHeader]) -> dict[str, float]:
         """What the engines counted since the last call, and how fast they were; `generated` is what the step got from them."""
-        self.stats = stats = await self.rollout.call_all("stats")
+        self.stats = stats = await self.engines.ask_all("stats")
         decoded, busy = sum(s.decoded_tokens for s in stats), max(s.busy_seconds for s in stats)
         metrics = {
+            "rollout/engine_restarts": float(self.engines.restarted),
             "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
             "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / max(1, decoded),
             "perf/rollout_tokens_per_second": decoded / busy if busy else 0.0,
@@ -118,11 +144,15 @@ class Rollouts:
         """The engines let go of every pausable group that is not finished; their tokens are kept."""
         self._going.clear()
         while any(self.dispatcher.load):  # a call may have been on its way when the engine was asked
-            await self.rollout.call_all("abort")
+            await self.engines.ask_all("abort")
             await asyncio.sleep(0.01)
 
     def resume(self) -> None:
         self._going.set()
+
+
+async def fetched(ref: Ref) -> GroupHeader:
+    return await ref
 
 
 def mean_length(header: GroupHeader) -> float:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlinf.cluster.group import WorkerGroup, first_failure_or_all
+from rlinf.cluster.group import Ref, WorkerGroup, first_failure_or_all
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.errors import RunFailed
+from rlinf.runners.engines import Engines
+from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
 from rlinf.weights.routes import OBJECT_STORE, plan_feeds, publisher
+from rlinf.weights.source import SharedMemory
 
 PROBES = 4
 
@@ -17,8 +20,11 @@ PROBES = 4
 class WeightSync:
     """`metrics` are those of the last publish()."""
 
-    def __init__(self, config: Config, actor: WorkerGroup, rollout: WorkerGroup, prompts: Sequence[Prompt]) -> None:
-        self.config, self.actor, self.rollout = config, actor, rollout
+    def __init__(self, config: Config, actor: WorkerGroup, engines: Engines, prompts: Sequence[Prompt]) -> None:
+        self.config, self.actor, self.engines = config, actor, engines
+        rollout, engines.load = engines.group, self.load_again
+        self.keep = rollout.restarts > 0
+        self.held: list[tuple[SharedMemory, list[Ref]]] = []  # by engine: where the current weights still are
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
         self.version: int | None = None
         self.syncs = 0
@@ -32,18 +38,18 @@ class WeightSync:
 
     async def publish(self, version: int) -> None:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
+        self.held = []
         published = [self.actor.ref(rank, "publish", version, transports, returns=2) for rank, transports in enumerate(self.transports)]
         parts = await first_failure_or_all([written for written, _ in published])
-        sources, loads = [], []
-        for engine, feed in enumerate(self.feeds):
+        for feed in self.feeds:
             stages = self.publishers[feed.replica]
             source = merge_sources([parts[rank][0][feed.transport] for rank in stages])
             payload = [published[rank][1] for rank in stages] if feed.transport == OBJECT_STORE else []
-            sources.append(source)
-            loads.append(self.rollout.ref(engine, "load_weights", source, version, *payload))
-        receipts = await first_failure_or_all(loads)
+            self.held.append((source, payload))
+        self.version, sources = version, [source for source, _ in self.held]
+        loads = [self.engines.ask(engine, "load_weights", source, version, *payload) for engine, (source, payload) in enumerate(self.held)]
+        receipts = await gather_or_cancel(loads)
         check_receipts(sources, version, receipts)
-        self.version = version
         self.metrics = {
             "sync/gather_seconds": max(seconds for _, seconds in parts),
             "sync/load_seconds": max(r.seconds for r in receipts),
@@ -52,12 +58,24 @@ class WeightSync:
         every = self.config.rollout.verify_weights_every
         if self.syncs == 0 or (every and self.syncs % every == 0):
             self.metrics["sync/probe_gap_max"] = await self.probe(version)
-        await self.actor.call_all("release")
+        await self.actor.call_all("release", self.keep)
+        if not self.keep:
+            self.held = []
         self.syncs += 1
+
+    def let_go(self) -> None:
+        """The actor is about to free the weights that it published."""
+        self.held = []
+
+    async def load_again(self, engine: int) -> None:
+        """The current weights for an engine that was restarted; it has to wait for the next publish() when the actor is already past them."""
+        if self.held:
+            source, payload = self.held[engine]
+            check_receipts([source], self.version, [await self.engines.group.call(engine, "load_weights", source, self.version, *payload)])
 
     async def probe(self, version: int) -> float:
         trainer = [scores for scores in await self.actor.call_all("score", self.probes, 1.0) if scores]
-        engines = await self.rollout.call_all("score", self.probes, 1.0)
+        engines = await self.engines.ask_all("score", self.probes, 1.0)
         precision = self.config.rollout.precision or self.config.actor.model.precision
         return check_probes(version, precision, trainer[0], engines)
 

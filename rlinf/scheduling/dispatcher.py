@@ -25,6 +25,7 @@ class Dispatcher:
     def __init__(self, engines: int, running_requests: int, group_size: int) -> None:
         self.capacity = running_requests + group_size
         self.load = [0] * engines
+        self._closed: set[int] = set()
         self._queue: list[_Waiting] = []
         self._asked = 0
 
@@ -46,15 +47,26 @@ class Dispatcher:
                 self.load[mine.rank.result()] -= samples
             self._grant()
 
+    def close(self, rank: int) -> None:
+        """Seat nobody at this engine until it is open again."""
+        self._closed.add(rank)
+
+    def open(self, rank: int) -> None:
+        self._closed.discard(rank)
+        self._grant()
+
     def _grant(self) -> None:
         while self._queue:
-            first, least = self._queue[0], min(self.load)
+            room = {load: rank for rank, load in reversed([*enumerate(self.load)]) if rank not in self._closed}
+            if not room:
+                return
+            first, least = self._queue[0], min(room)
             if first.rank.cancelled():
                 heapq.heappop(self._queue)
                 continue
             if least and least + first.samples > self.capacity:
                 return
-            rank = self.load.index(least)
+            rank = room[least]
             self.load[rank] += first.samples
             heapq.heappop(self._queue)
             first.rank.set_result(rank)

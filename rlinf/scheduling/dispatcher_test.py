@@ -51,6 +51,28 @@ def test_the_longest_expected_goes_first_and_who_gave_up_is_passed_over() -> Non
     asyncio.run(run())
 
 
+def test_a_closed_engine_is_left_alone_until_it_opens() -> None:
+    async def run() -> None:
+        dispatcher, taken = Dispatcher(engines=2, running_requests=1, group_size=1), []
+        dispatcher.close(0)
+
+        async def group() -> None:
+            async with dispatcher.seat(2) as rank:
+                taken.append(rank)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(group(), group())
+        dispatcher.close(1)
+        waiting = asyncio.ensure_future(group())
+        await asyncio.sleep(0.01)
+        assert taken == [1, 1]
+        dispatcher.open(0)
+        await waiting
+        assert taken == [1, 1, 0]
+
+    asyncio.run(run())
+
+
 def test_an_engine_is_freed_when_its_group_fails() -> None:
     async def run() -> None:
         dispatcher = Dispatcher(engines=1, running_requests=2, group_size=2)

@@ -59,8 +59,9 @@ class TrainWorker(Protocol):
         """The trainer's side of a receipt: log-probability of each token given those before it (rollout.contract.RolloutEngine.score)."""
         ...
 
-    def release(self) -> None:
-        """The engines have the weights: free what the last publish() wrote and hand a shared device over (actor.offload_*)."""
+    def release(self, keep: bool = False) -> None:
+        """The engines have the weights: hand a shared device over (actor.offload_*) and free what the last publish() wrote, or with `keep`
+        leave that until the weights are out of use."""
         ...
 
     def save(self, step_dir: str) -> None:

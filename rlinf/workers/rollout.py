@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from rlinf.weights.shared_memory import land, release
 from rlinf.weights.source import Receipt, SharedMemory
 from rlinf.workers.device import peak_flops, peak_memory
 
+FAREWELL = 1.0  # seconds that answers have to reach the driver
+
 
 class RolloutWorker:
     """Implements workers.interfaces.RolloutWorker; `generate` may run many times at once in one event loop."""
@@ -31,7 +35,8 @@ class RolloutWorker:
         logs = Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / "workers"
         log = logs / f"rollout-{address.rank}-engine.log"
         self.device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-        self.engine = build_engine(config, tokenizer, self.device.type, log.resolve(), address.run_id)
+        replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
+        self.engine = build_engine(config, tokenizer, self.device.type, log.resolve(), address.run_id, self._leave if replaceable else None)
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index. before: the group as an engine let go of it; it goes on from there."""
@@ -67,6 +72,10 @@ class RolloutWorker:
 
     def close(self) -> None:
         self.engine.close()
+
+    def _leave(self) -> None:
+        """The engine's server has died. What it had decoded is handed over; then this process ends, and the driver starts both anew."""
+        threading.Timer(FAREWELL, os._exit, (1,)).start()
 
 
 def unfinished(request: GenerateRequest, before: Group) -> GenerateRequest:

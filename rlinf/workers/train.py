@@ -68,6 +68,8 @@ class TrainWorker(Checkpointed):
         groups, values = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
+        if not self.config.algorithm.max_staleness:  # no engine is at work that could need them again
+            self._unlink()
         with profiled(self.config.runner, step, "actor"):
             return self._train(step, dump, batch, groups, values)
 
@@ -168,14 +170,22 @@ class TrainWorker(Checkpointed):
         Returns what was written by transport (on the first TP rank) with the seconds it took, and the arrays for the object store.
         """
         started = time.perf_counter()
+        self._unlink()
         self.offloader.after_training()
         sources, arrays = hand_out(self.engine, self.address.run_id, version, transports)
         self.published = sources.get(SHARED_MEMORY)
         return (sources, time.perf_counter() - started), arrays
 
-    def release(self) -> None:
-        """The engines have the weights: free what publish() wrote, and hand the device over."""
+    def release(self, keep: bool = False) -> None:
+        """The engines have the weights: hand the device over, and free what publish() wrote, unless a restarted engine may need it again."""
         self.offloader.after_publishing()
+        if not keep:
+            self._unlink()
+
+    def close(self) -> None:
+        self._unlink()
+
+    def _unlink(self) -> None:
         if self.published is not None:
             release(self.published)
             self.published = None
