@@ -36,6 +36,10 @@ class Order:
     dump: str
     timer: str = "rollout"
 
+    @property
+    def samples(self) -> str:
+        return f"samples {self.name}/0 to {self.n - 1}"
+
 
 class Rollouts:
     """Seen from the driver a group is two remote calls; its tokens never pass here.
@@ -65,7 +69,7 @@ class Rollouts:
     async def one(self, order: Order, pausable: bool = False) -> Scored:
         """One group. pausable: it stops while the engines are paused, and goes on where it was."""
         header, tokens, rank = await self._generated(order, pausable)
-        self.in_flight[order.name] = f"reward rank {rank % self.reward.size}"
+        self.in_flight[order.name] = f"reward rank {rank % self.reward.size} ({order.samples})"
         with self.timers.phase(order.timer):
             verdicts = await self.reward.call(rank % self.reward.size, "judge", tokens, order.dump)
         del self.in_flight[order.name]
@@ -80,7 +84,7 @@ class Rollouts:
             async with self.dispatcher.seat(order.n, self.lengths.get(order.prompt.prompt_id, 0.0)) as rank:
                 if pausable and not self._going.is_set():
                     continue
-                self.in_flight[order.name] = f"rollout rank {rank}"
+                self.in_flight[order.name] = f"rollout rank {rank} ({order.samples})"
                 before = (self.unfinished[order.name],) if order.name in self.unfinished else ()
                 header_ref, tokens = self.rollout.ref(rank, "generate", request, order.prompt, *before, returns=2)
                 with self.timers.phase(order.timer):

@@ -75,9 +75,9 @@ class Watchdog:
         except OSError as error:  # the disk may be what hangs
             lines.append(f"the bundle could not be written: {error}")
         message = "\n  ".join(["the run hangs:", *lines])
-        if self.runner.on_hang == "report":
+        if self.runner.on_hang == "report" or not self.busy:  # a driver that is stuck can tell nothing itself
             sys.stderr.write(f"rlinf: {message}\n")
-        else:  # runners.launch decides what follows
+        if self.runner.on_hang != "report":  # runners.launch decides what follows
             self.failure.report(Hang(message))
 
     def stuck(self, now: float) -> str:

@@ -19,7 +19,7 @@ from rlinf.cluster.failure import Failure
 from rlinf.cluster.processes import RUN_ID
 from rlinf.config.load import load
 from rlinf.config.schema import RunnerConfig
-from rlinf.errors import RunFailed
+from rlinf.errors import Hang, RunFailed
 from rlinf.rewards.verifier import Verifier
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.runners import watchdog as module
@@ -85,6 +85,15 @@ def test_without_a_call_it_is_the_driver_and_report_lets_the_run_go_on(tmp_path:
         watchdog.look("step 1, train", 1, now)
     err = capsys.readouterr().err
     assert watchdog.failure.error is None and err.count("the run hangs") == 1 and "stuck: the driver" in err
+
+
+def test_a_stuck_driver_is_told_at_once_although_it_cannot_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watchdog = make(tmp_path, group("actor", ""))
+    for now in (0.0, 11.0):
+        watchdog.look("step 1, train", 1, now)
+    assert isinstance(watchdog.failure.error, Hang) and "stuck: the driver" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "diagnosis-000001.tar.gz") as bundle:
+        assert "test_a_stuck_driver" in bundle.extractfile("driver.txt").read().decode()
 
 
 def test_budgets_are_learned_by_phase(tmp_path: Path) -> None:
