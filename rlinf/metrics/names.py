@@ -21,7 +21,7 @@ class Metric:
 
 
 def speeds_of(what: str, when: str, trains: bool = True) -> list[tuple[str, str, str, str]]:
-    """Achieved operations a second of one device, and utilisation (docs/report.md has the formula)."""
+    """Achieved operations a second of one device, and utilisation (docs/debugging.md has the formula)."""
     rows = [(f"{what}_tflops", f"10^12 operations a second and device that the model asks for, in {when}", "steady", "as for `train_tokens_per_second`")]
     rows.append((f"{what}_mfu", f"`{what}_tflops` as a share of the device's peak, where that is known", "0.3 to 0.5 in training, far less in decoding", "—"))
     return rows + [(f"{what}_hfu", f"as `{what}_mfu`, with what activation recompute adds", "at least the mfu", "—")] * trains
