@@ -131,6 +131,8 @@ def test_versions_weights_and_resumptions_are_causes(base: Path, tmp_path: Path)
     copy = edited(base, tmp_path, "metrics.jsonl", at_step(1, {"rollout/response_length": 3.0}))
     edit_lines(copy / "environment.jsonl", lambda row: row["packages"].update(torch="1.0"))
     assert likely(of(base, copy)) == ["version of torch"]
+    edit_lines(copy / "environment.jsonl", lambda row: row.update(own_code={"algorithm.loss_type mine.py:loss": "00ff"}))
+    assert likely(of(base, copy)) == ["own_code", "version of torch"]
     edit_lines(copy / "environment.jsonl", lambda row: row.update(weights="00ff"))
     set_config(copy, "experiment_name: base", "experiment_name: other")
     assert likely(of(base, copy)) == ["weights at the start"] and "experiment_name" not in describe(of(base, copy))

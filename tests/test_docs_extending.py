@@ -127,6 +127,8 @@ def test_a_run_with_all_of_them(files: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     steps = lines(files)[1:]
     assert len(steps) == 3 and any(m["train/grad_norm"] > 0 for m in steps) and all(m["rollout/advantages_max"] < 3 for m in steps)
+    (environment,) = [json.loads(line) for line in (files / "logs/tiny/environment.jsonl").open()]
+    assert [name.rpartition(" ")[2] for name in environment["own_code"]] == ["my_advantages.py:behind_the_best", "my_losses.py:soft_clip", "my_rewards.py:same_interval"]
     assert {json.loads(line)["task"] for line in (files / "logs/tiny/samples/step_000001.jsonl").open()} == {"interval"}
 
 

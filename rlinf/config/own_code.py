@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -30,6 +31,11 @@ def absolute(value: Any) -> Any:
 
 def file_of(reference: str) -> Path:
     return Path(reference.rpartition(":")[0])
+
+
+def checksum_of(reference: str) -> str:
+    """sha256 of the function's file."""
+    return hashlib.sha256(file_of(reference).read_bytes()).hexdigest()
 
 
 @cache

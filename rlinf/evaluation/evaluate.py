@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -22,7 +21,7 @@ from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, load
 from rlinf.config.model import load_model_config
-from rlinf.config.own_code import file_of
+from rlinf.config.own_code import checksum_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
@@ -116,7 +115,7 @@ def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
 
 def own_judges(own_tasks: Mapping[str, str]) -> dict[str, str]:
     """What the user's functions are: their names and the sha256 of their files."""
-    return {task: f"{function.rpartition(':')[2]} {hashlib.sha256(file_of(function).read_bytes()).hexdigest()}" for task, function in own_tasks.items()}
+    return {task: f"{function.rpartition(':')[2]} {checksum_of(function)}" for task, function in own_tasks.items()}
 
 
 def open_folders(out: Path, task: Task, identities: Sequence[dict[str, Any]]) -> list[SetFolder]:

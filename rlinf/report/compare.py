@@ -40,7 +40,7 @@ STAGE_OF_KEY = (  # the first pattern that matches: where a key acts first; "" =
     ("actor.model.recompute_*", "rounding"),
     ("*", "training"),
 )
-RECORDED = ("weights", "data_fingerprint", "packages", "python", "commit", "gpus", "cpu", "devices_by_node", "chat_markers")
+RECORDED = ("weights", "data_fingerprint", "packages", "python", "commit", "gpus", "cpu", "devices_by_node", "chat_markers", "own_code")
 STAGE_OF_RECORD = {"weights": "generation", "data_fingerprint": "data", "chat_markers": "data"}  # the rest: any stage
 
 

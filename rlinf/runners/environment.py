@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.load import ROOT
+from rlinf.config.own_code import checksum_of
 from rlinf.data.lines import append_lines
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.scheduling.placement import Node
@@ -24,9 +25,13 @@ PACKAGES = ("torch", "megatron-core", "ray", "transformers", "sglang", "transfor
 
 
 def record_environment(
-    run_dir: Path, run_id: str, first_step: int, nodes: Sequence[Node], tokenizer: TextTokenizer, model_dir: str, data_fingerprint: str
+    run_dir: Path, run_id: str, first_step: int, nodes: Sequence[Node], tokenizer: TextTokenizer, model_dir: str, data_fingerprint: str,
+    own_functions: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """first_step: the step that this start begins with. model_dir: its weights are told apart by a checksum of a part of their bytes."""
+    """first_step: the step that this start begins with. model_dir: its weights are told apart by a checksum of a part of their bytes.
+
+    own_functions: (key, `file.py:function`) of the user's code; its files are told apart by their sha256.
+    """
     found: dict[str, Any] = {
         "run_id": run_id,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -46,6 +51,7 @@ def record_environment(
         "chat_markers": tokenizer.chat_markers(),
         "weights": weights_checksum(model_dir, STRIDE),
         "data_fingerprint": data_fingerprint,
+        "own_code": {f"{key} {function.rpartition('/')[2]}": checksum_of(function) for key, function in own_functions},
     }
     append_lines(run_dir / FILE_NAME, [json.dumps(found)])
 

@@ -12,6 +12,7 @@ from rlinf.cluster.group import WorkerGroup
 from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, value_of
+from rlinf.config.model import own_functions
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
@@ -52,7 +53,8 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
     try:
         session = Session(resolved, folder, logger, cluster, run_id)
         first_step = (folder.resume.step if folder.resume else 0) + 1
-        record_environment(folder.path, run_id, first_step, session.nodes, tokenizer, config.rollout.model_dir, data_fingerprint)
+        model, own = config.rollout.model_dir, own_functions(config)
+        record_environment(folder.path, run_id, first_step, session.nodes, tokenizer, model, data_fingerprint, own)
         yield session
     finally:
         logger.close()
