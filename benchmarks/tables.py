@@ -64,6 +64,13 @@ def ppo(result: dict[str, Any]) -> list[str]:
     return lines + [f"| {s['step']:.0f} | " + " | ".join(f"{s[n]:.2f}" if n in s else "—" for n in names) + " |" for s in result["steps"]]
 
 
+def asynchrony(result: dict[str, Any]) -> list[str]:
+    lines = ["| schedule | seconds a step, simulated | faster | oldest token, versions | length bias |", "|---|---|---|---|---|"]
+    for name, r in result["medians"].items():
+        lines.append(f"| {name} | {r['seconds_per_step']:,.0f} | {r['speedup']:.2f} × | {r['staleness_max']:.0f} | {100 * r['length_bias']:+.1f} % |")
+    return lines
+
+
 def title(run: str) -> str:
     return run.replace("seed-", "seed ").replace("control-lr-0", "control, learning rate 0")
 
@@ -77,7 +84,7 @@ def interval(value: float, low: float, high: float, form: str) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "quickstart": quickstart, "ppo": ppo, "sampling": sampling, "verifier": verifier, "trainer": trainer,
+    "quickstart": quickstart, "ppo": ppo, "sampling": sampling, "verifier": verifier, "trainer": trainer, "asynchrony": asynchrony,
 }  # fmt: skip
 
 
