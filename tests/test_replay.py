@@ -13,13 +13,18 @@ from tests.test_tiny_run import ONE_PROCESS, lines, write_run
 
 LAYOUT = ["cluster.backend=ray", "cluster.num_gpus_per_node=2", "cluster.component_placement={actor: 0-1, 'rollout,reward': 0}", "actor.model.tensor_model_parallel_size=2"]
 
+VARIED: dict[str, object] = {  # every answer is wrong, but they end at chance, and short ones cost
+    "reward__exploration_penalty": 1.0, "algorithm__sampling_params": {"max_new_tokens": 16, "stop": list("abcdefghijklmnop")},
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps; of the checkpoints only that of step 2 is left, for step 3."""
     folder = tmp_path_factory.mktemp("replay")
-    config = write_run(folder, runner__max_steps=4, runner__val_check_interval=0, runner__save_interval=2, runner__keep_checkpoints=0, **ONE_PROCESS)
+    config = write_run(folder, runner__max_steps=4, runner__val_check_interval=0, runner__save_interval=2, runner__keep_checkpoints=0, **VARIED, **ONE_PROCESS)
     assert main(["train", str(config)]) == 0
+    assert all(m["train/grad_norm"] > 0 for m in lines(folder))
     return folder
 
 
@@ -60,7 +65,7 @@ def test_without_the_checkpoint_the_steps_that_can_be_replayed_are_named(run_dir
 
 
 def test_only_the_rollout_half(folder: Path) -> None:
-    config = write_run(folder, "half", runner__max_steps=2, **ONE_PROCESS)
+    config = write_run(folder, "half", runner__max_steps=2, **VARIED, **ONE_PROCESS)
     assert main(["train", str(config), "--debug-rollout-only"]) == 0
     run_dir = folder / "logs" / "half"
     metrics = lines(folder, "half")
@@ -71,7 +76,7 @@ def test_only_the_rollout_half(folder: Path) -> None:
 
 
 def test_only_the_training_half(folder: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_run(folder, "trained", runner__max_steps=-1, runner__save_interval=3, **ONE_PROCESS)
+    config = write_run(folder, "trained", runner__max_steps=-1, runner__save_interval=3, **VARIED, **ONE_PROCESS)
     assert main(["train", str(config), "--debug-train-only", str(run_dir)]) == 0
     whole, half = lines(folder), lines(folder, "trained")
     assert [m["step"] for m in half] == [1, 2, 3, 4]
