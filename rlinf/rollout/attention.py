@@ -49,26 +49,24 @@ def decode_attention(cache: SlotCache, arch: Architecture, positions_R: Tensor) 
 
 
 def prefill_attention(cache: SlotCache, spans: Sequence[Span], device: torch.device) -> Attend:
-    """The packed tokens of several spans, each seeing its slot up to itself."""
-    lengths = [s.end - s.start for s in spans]
+    """The packed tokens of several spans, each seeing its slot up to itself.
+
+    Span by span: what a context comes to does not depend, to the last bit, on those that are computed with it.
+    """
     rows_N = torch.tensor([s.row for s in spans for _ in range(s.end - s.start)], device=device)
     positions_N = torch.tensor([p for s in spans for p in range(s.start, s.end)], device=device)
-    batch_N, offset_N = _padded_places(lengths, device)
     addresses = cache.addresses(rows_N, positions_N)
-    rows_R = torch.tensor([s.row for s in spans], device=device)
-    longest, last = max(lengths), max(s.end for s in spans)
-    fresh = all(s.start == 0 for s in spans)
-    starts_R = torch.tensor([s.start for s in spans], device=device)
-    visible_R1ST = torch.arange(last, device=device) <= (starts_R[:, None] + torch.arange(longest, device=device))[:, None, :, None]
+    visible = [torch.arange(s.end, device=device) <= torch.arange(s.start, s.end, device=device)[:, None] for s in spans]
 
     def attend(layer: int, queries_NAD: Tensor, keys_NKD: Tensor, values_NKD: Tensor) -> Tensor:
         cache.write(layer, addresses, keys_NKD, values_NKD)
-        keys, values = cache.gather(layer, rows_R, last)
-        queries = queries_NAD.new_zeros(len(spans), longest, *queries_NAD.shape[1:])
-        queries[batch_N, offset_N] = queries_NAD
-        mask = None if fresh else visible_R1ST
-        out = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask, is_causal=fresh, enable_gqa=True)
-        return out.transpose(1, 2)[batch_N, offset_N].flatten(1)
+        parts, begin = [], 0
+        for span, visible_ST in zip(spans, visible):
+            queries_AND = queries_NAD[begin : (begin := begin + span.end - span.start)].transpose(0, 1)
+            keys, values = cache.gather(layer, torch.tensor([span.row], device=device), span.end)
+            out = F.scaled_dot_product_attention(queries_AND[None], keys, values, attn_mask=visible_ST, enable_gqa=True)
+            parts.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(parts)
 
     return attend
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlinf.data.records import Finish, Sample
 from rlinf.rollout.attention import Span, causal_attention, decode_attention, prefill_attention
 from rlinf.rollout.contract import EngineStats
-from rlinf.rollout.embedded_model import EmbeddedModel
+from rlinf.rollout.embedded_model import LEAST_ROWS, EmbeddedModel
 from rlinf.rollout.sampling import draw, uniform
 from rlinf.rollout.sequence import Decode, Job, Sequence, sequences_of
 from rlinf.rollout.slot_cache import MINIMUM_REUSE, CachedPrompt, PrefixCache, SlotCache, common_prefix
@@ -134,6 +134,7 @@ class Batcher:
                 hits.setdefault(id(entry), (entry, []))[1].append(sequence)
                 continue
             shared, entry = self._prefixes.longest(tokens)
+            shared = min(shared, max(0, len(tokens) - LEAST_ROWS))
             if tokens.tobytes() in in_flight or any(common_prefix(tokens, leader) >= shared + MINIMUM_REUSE for leader in leaders):
                 passed.append(sequence)
                 continue
@@ -161,7 +162,7 @@ class Batcher:
         spans: list[Span] = []
         for sequence in pending:
             left = len(sequence.context) - sequence.filled
-            take = left if left <= PREFILL_CHUNK + 1 else PREFILL_CHUNK
+            take = left if left <= PREFILL_CHUNK + LEAST_ROWS else PREFILL_CHUNK
             if batch and (len(batch) + 1) * take > PREFILL_TOKENS:
                 break
             batch.append(sequence)
@@ -259,5 +260,5 @@ class Batcher:
 
 
 def _round_rows(rows: int) -> int:
-    """Decode batches of 1, 2, 4 and then multiples of 8: few shapes, at most 7 idle rows."""
-    return next((n for n in (1, 2, 4) if rows <= n), -(-rows // 8) * 8)
+    """Decode batches of 4 and then multiples of 8: few shapes, at most 7 idle rows."""
+    return LEAST_ROWS if rows <= LEAST_ROWS else -(-rows // 8) * 8

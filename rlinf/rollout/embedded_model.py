@@ -18,6 +18,8 @@ from rlinf.weights.complete import check_tensors
 # attend(layer, queries [N, A, D], keys [N, K, D], values [N, K, D]) -> [N, A * D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
+LEAST_ROWS = 4  # of a forward pass: with fewer, matrix products on CPU take another path, and round differently
+
 
 class Linear:
     """x @ weight.T + bias. On CPU the weight is reordered once for oneDNN instead of at every call (benchmarks/rollout_engine.py)."""
@@ -103,7 +105,8 @@ class EmbeddedModel:
         """Logits [N, V] in float32, accumulated and stored in float32 also for bf16 weights."""
         if self.device.type == "cuda" and self.dtype != torch.float32:
             return torch.mm(hidden_NH, self._head_VH.t(), out_dtype=torch.float32)
-        return self._head(hidden_NH.float())
+        n = len(hidden_NH)
+        return self._head(F.pad(hidden_NH.float(), (0, 0, 0, max(0, LEAST_ROWS - n))))[:n]
 
     def _make_head(self, head_VH: Tensor) -> Linear | None:
         if self.device.type == "cuda" and self.dtype != torch.float32:
