@@ -30,6 +30,10 @@ class Failure:
     def error(self) -> RunFailed | None:
         return self._first.result() if self._first.done() else None
 
+    def wait(self) -> RunFailed:
+        """Block until there is a report."""
+        return self._first.result()
+
     def check(self) -> None:
         if self.error is not None:
             raise self.error

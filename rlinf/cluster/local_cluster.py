@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
 
 from rlinf.cluster.cluster import Cluster, has_gpu
 from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.health import PATIENCE, give_up
 from rlinf.cluster.host import Holder, cores, dotted, free_port
 from rlinf.cluster.processes import RUN_ID, end_run, start_sentinel
 from rlinf.config.schema import ClusterConfig
@@ -33,6 +35,8 @@ class LocalCluster(Cluster):
             raise UserError("cluster.device is cuda, but this machine has no visible NVIDIA GPU: set cluster.device to cpu or auto")
         self.device = config.device if config.device != "auto" else "cuda" if has_gpu() else "cpu"
         self.holders: list[Holder] = []
+        self.closed = threading.Event()
+        threading.Thread(target=self._end_when_stuck, name="rlinf-last-resort", daemon=True).start()
         self.sentinel = start_sentinel(run_id, os.getpid())
         self.environment = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update({RUN_ID: run_id, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
@@ -52,6 +56,12 @@ class LocalCluster(Cluster):
         self.holders += holders
         return LocalWorkerGroup(self, component, holders, dotted(worker_class), args)
 
+    def _end_when_stuck(self) -> None:
+        """A thread that hangs cannot be ended, and Python waits for it: so the process is, when a failure does not end the run."""
+        error = self.failure.wait()
+        if not self.closed.wait(PATIENCE):
+            give_up(f"rlinf: {error}\nThe run did not end within {PATIENCE:.0f} s of this failure; ending the process.")
+
     def close(self) -> None:
         for holder in self.holders:
             holder.end()
@@ -60,6 +70,7 @@ class LocalCluster(Cluster):
         self.sentinel.wait()
         for name, value in self.environment.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        self.closed.set()
 
 
 class LocalWorkerGroup(WorkerGroup):

@@ -147,7 +147,8 @@ def test_the_rank_outside_a_collective_is_where_to_look() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("owner", "method", "name"), [(Verifier, "verify_many", "reward in judge"), (MegatronEngine, "update", "actor in train_step"), (EmbeddedEngine, "load_weights", "rollout in load_weights")])
 def test_a_hang_in_a_real_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, name: str) -> None:
-    released = threading.Event()
+    released, report = threading.Event(), Failure.report
+    monkeypatch.setattr(Failure, "report", lambda self, error: (report(self, error), released.set()))
 
     async def stuck(*_: object) -> None:
         await asyncio.to_thread(released.wait, 120)
@@ -157,9 +158,19 @@ def test_a_hang_in_a_real_run_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         tmp_path, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
         actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, runner__phase_timeout=5, runner__val_check_interval=0,
     )  # fmt: skip
-    threading.Timer(60, released.set).start()
     started = time.monotonic()
     with pytest.raises(RunFailed, match=name):
         train(load(str(config)))
-    released.set()
     assert time.monotonic() - started < 60
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    """In one process nobody else could end it."""
+    code = (
+        "import threading\nfrom pathlib import Path\nfrom rlinf.cluster import local_cluster\nfrom rlinf.config.schema import ClusterConfig\n"
+        "from rlinf.errors import RunFailed\nlocal_cluster.PATIENCE = 1.0\n"
+        "cluster = local_cluster.LocalCluster(ClusterConfig(num_nodes=1, num_gpus_per_node=1, device='cpu'), 'stuck', Path('.'))\n"
+        "threading.Thread(target=threading.Event().wait).start()\ncluster.failure.report(RunFailed('it hangs'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 1 and "it hangs\nThe run did not end within 1 s" in done.stderr
