@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
 
 STEPS = 5
-AHEAD: dict[str, object] = ONE_PROCESS | {"runner__max_steps": STEPS, "runner__val_check_interval": 0, "cluster__device": "cpu"}
+AHEAD: dict[str, object] = ONE_PROCESS | {"runner__max_steps": STEPS, "runner__val_check_interval": 0, "runner__keep_checkpoints": 0, "cluster__device": "cpu"}
 
 
 def weights(folder: Path, name: str, step: int) -> dict[str, bytes]:

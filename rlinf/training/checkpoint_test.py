@@ -220,7 +220,7 @@ def bad_hf(at: Any, model: Path, step_dir: Path, fault: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("fault", "words"), [("config", "describes another model"), ("byte", "is damaged"), ("weights", "other log-probabilities")])
+@pytest.mark.parametrize(("fault", "words"), [("config", "describes another model"), ("byte", "is damaged"), ("weights", "other numbers")])
 def test_an_hf_folder_that_is_not_the_model_is_not_called_saved(
     rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path, fault: str, words: str
 ) -> None:

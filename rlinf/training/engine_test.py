@@ -187,7 +187,6 @@ def fixed_scale(at: Any, folder: Path, scale: float) -> tuple[list[bool], list[f
         update(dynamic, minis[i % 2])
         skipped.append(done.skipped), scales.append(done.loss_scale)
     a, b = snapshot(fixed), snapshot(dynamic)
-    fixed.close(), dynamic.close()
     return skipped, scales, a | {"scaler": b""} == b | {"scaler": b""}
 
 
