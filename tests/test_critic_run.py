@@ -98,7 +98,7 @@ def test_every_key_of_the_critic_changes_what_is_trained(tmp_path: Path) -> None
     for name, word, changes in [
         ("lambda", "algorithm.gae_lambda=0.5", {score, actor}),
         ("gamma", "algorithm.gamma=0.9", {score, actor}),
-        ("clip", "critic.value_clip=0.001", {score}),
+        ("clip", "critic.value_clip=null", {score}),
         ("lr", "critic.optim.lr=0.02", {score}),
         ("seed", "critic.seed=7", {score, actor}),
         ("white", "algorithm.normalize_advantages=false", {actor}),

@@ -113,8 +113,9 @@ def ray_script(words: list[str], here: Path) -> None:
 
 def described(words: list[str], here: Path) -> None:
     """The program's own parser takes the words; --help ends it before it does anything."""
-    done = subprocess.run([sys.executable, str(ROOT / words[1]), *words[2:], "--help"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and all(w in done.stdout for w in words[2:] if w.startswith("--")), done.stderr
+    program, rest = (words[1:3], words[3:]) if words[1] == "-m" else (words[1:2], words[2:])
+    done = subprocess.run([sys.executable, *program, *rest, "--help"], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and all(w in done.stdout for w in rest if w.startswith("--")), done.stderr
 
 
 def installed(words: list[str], here: Path) -> None:
@@ -154,6 +155,7 @@ CLASSES: dict[tuple[str, ...], Callable[[list[str], Path], None]] = {
     ("bash", "toolkits/setup/venv.sh"): nothing,
     ("bash", "toolkits/setup/sglang_cpu.sh"): nothing,
     ("source", ".venv/bin/activate"): nothing,
+    ("python", "-m", "benchmarks.asynchrony"): described,
     ("python", "benchmarks/quickstart.py"): described,
     ("python", "benchmarks/sampling.py"): described,
     ("python", "benchmarks/trainer.py"): described,
