@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,8 +51,7 @@ class RankBatch:
     mini_batches: tuple[MiniBatch, ...]
 
 
-@dataclass(frozen=True, order=True)
-class Item:
+class Item(NamedTuple):
     """A sample while it is being placed. prompt: key of the prompt copy it needs; equal keys in one micro-batch share one copy."""
 
     group: int
@@ -96,7 +96,8 @@ def build_rank_batches(
         items = [items[k] for k in np.random.default_rng(shuffle_seed).permutation(len(items))]
     bounds = [len(items) * k // n_minibatches for k in range(n_minibatches + 1)]
     splits = [split_minibatch(sorted(items[a:b]), dp, max_tokens) for a, b in zip(bounds, bounds[1:])]  # [minibatch][rank][micro-batch]
-    return [rank_batch([split[rank] for split in splits], splits, headers, advantages) for rank in range(dp)]
+    counted = [denominators(split, headers) for split in splits]
+    return [rank_batch([split[rank] for split in splits], counted, headers, advantages) for rank in range(dp)]
 
 
 def sharing_pays(prompt: int, responses: Sequence[int]) -> bool:
@@ -121,19 +122,24 @@ def check_inputs(headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray
             raise ValueError(f"group {header.group_id}: {len(header.sample_ids)} samples, advantages {np.asarray(group).tolist()}")
 
 
+def denominators(split: list[list[Items]], headers: Sequence[GroupHeader]) -> tuple[int, int]:
+    """Loss tokens of a mini-batch over all ranks, and samples that have any."""
+    counts = [headers[item.group].loss_tokens[item.index] for rank in split for micro in rank for item in micro]
+    return sum(counts), sum(n > 0 for n in counts)
+
+
 def rank_batch(
-    mine: list[list[Items]], everyone: list[list[list[Items]]], headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray]
+    mine: list[list[Items]], counted: Sequence[tuple[int, int]], headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray]
 ) -> RankBatch:
-    """The public form of one rank's share, with groups renumbered to those that the rank needs."""
+    """The public form of one rank's share, with groups renumbered to those that the rank needs. counted: denominators by mini-batch."""
     groups = sorted({item.group for split in mine for micro in split for item in micro})
     number = {g: k for k, g in enumerate(groups)}
     mini_batches = []
-    for split, all_ranks in zip(mine, everyone):
-        counts = [headers[item.group].loss_tokens[item.index] for rank in all_ranks for micro in rank for item in micro]
+    for split, (tokens, samples) in zip(mine, counted):
         micro_batches = tuple(
             tuple(SampleRef(number[i.group], i.index, float(advantages[i.group][i.index]), i.prompt == i.group) for i in micro) for micro in split
         )
-        mini_batches.append(MiniBatch(micro_batches, sum(counts), sum(n > 0 for n in counts)))
+        mini_batches.append(MiniBatch(micro_batches, tokens, samples))
     return RankBatch(tuple(headers[g].group_id for g in groups), tuple(mini_batches))
 
 
@@ -164,17 +170,18 @@ def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
     """
     pieces = [(split_cost(p), p) for p in by_prompt(items)]
     even = sum(cost for cost, _ in pieces) / dp
-    best_load, best = load, shares = longest_first(pieces, dp)
+    load, fullest, shares = longest_first(pieces, dp)
+    best_load, best = load, shares
     misses = 0  # shares may be equally full: as many partings as there are shares can be needed before the fullest one shrinks
     while load > BALANCE_TOLERANCE * even and misses <= dp:
-        partable = [piece for piece in max(shares, key=share_cost) if len(piece[1]) > 1]
+        partable = [piece for piece in shares[fullest] if len(piece[1]) > 1]
         if not partable:
             break
         largest = max(partable)
         by_length = sorted(largest[1], key=lambda i: (-i.response_length, i))
         halves = [(split_cost(half), tuple(half)) for half in (by_length[::2], by_length[1::2])]
         pieces = [p for p in pieces if p is not largest] + halves
-        load, shares = longest_first(pieces, dp)
+        load, fullest, shares = longest_first(pieces, dp)
         misses += 1
         if load < best_load:
             best_load, best, misses = load, shares, 0
@@ -189,19 +196,16 @@ def by_prompt(items: Sequence[Item]) -> list[Items]:
     return [tuple(piece) for piece in pieces.values()]
 
 
-def share_cost(share: Sequence[Piece]) -> float:
-    return sum(cost for cost, _ in share)
-
-
-def longest_first(pieces: Sequence[Piece], dp: int) -> tuple[float, list[list[Piece]]]:
-    """Longest-processing-time rule: the costliest piece next, to the share with the least cost. With the cost of the fullest share."""
+def longest_first(pieces: Sequence[Piece], dp: int) -> tuple[float, int, list[list[Piece]]]:
+    """Longest-processing-time rule: the costliest piece next, to the share with the least cost. With the cost of the fullest share and its index."""
     shares: list[list[Piece]] = [[] for _ in range(dp)]
     heap = [(0.0, rank) for rank in range(dp)]
     for piece in sorted(pieces, key=lambda p: (-p[0], p[1])):
         load, rank = heap[0]
         shares[rank].append(piece)
         heapq.heapreplace(heap, (load + piece[0], rank))
-    return max(load for load, _ in heap), shares
+    load, rank = max(heap, key=lambda entry: (entry[0], -entry[1]))
+    return load, rank, shares
 
 
 def pack(items: Sequence[Item], max_tokens: int) -> list[Items]:

@@ -1,0 +1,252 @@
+"""What the driver costs: its CPU seconds a step at 16 to 1,024 devices, and its memory over many steps.
+
+    python -m benchmarks.driver_scale [--steps 3] [--memory-steps 200]
+
+The driver is the real one: runner, dispatcher, worker groups, Ray, advantages, packing, weight sync, metrics. 32 Ray actors stand in for
+its workers (benchmarks/light_workers.py): they take and return the real payload types, with arrays of realistic sizes, and compute
+nothing. For more devices than processes a group is widened: rank r of `devices` ranks is actor r mod n, so that every call of a large
+run is made, with its own arguments, and only the far end is shared. The configuration is qwen2.5-1.5b-grpo-megatron: with N devices
+N actor ranks (TP 2), N engines, N / 8 reward workers.
+
+Model: CPU seconds of a step = fixed + groups x per_group + devices x per_device, fitted to the smaller runs (FITTED) by least squares and
+compared with what the larger ones took. Calls are counted. Writes benchmarks/results/driver_scale.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from benchmarks.light_workers import Light
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.processes import new_run_id
+from rlinf.cluster.ray_group import RayWorkerGroup
+from rlinf.config.load import Resolved, load
+from rlinf.data.records import Prompt
+from rlinf.data.sampler import PromptSampler
+from rlinf.metrics.logger import MetricLogger
+from rlinf.metrics.names import METRICS
+from rlinf.rollout.contract import Stop
+from rlinf.runners.reasoning import ReasoningRunner
+from rlinf.runners.run_folder import RunFolder
+from rlinf.scheduling.placement import build_plan
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.buckets import group_into_buckets, layout
+from rlinf.weights.mapping import hf_shapes
+from rlinf.weights.source import BucketSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results" / "driver_scale.json"
+RECIPE, MODEL = "qwen2.5-1.5b-grpo-megatron", ROOT / "examples/math/config/models/DeepSeek-R1-Distill-Qwen-1.5B.json"
+SEATS = {"actor": "0-15", "rollout": "16-27", "reward": "28-31"}
+WORKERS = {"actor": "LightActor", "rollout": "LightRollout", "reward": "LightReward"}
+GROUP_SIZE, MEAN_TOKENS = 16, 2000
+STEP_SECONDS = 100.0
+AIMS = {128: 0.02, 1024: 0.05}  # share of a step of STEP_SECONDS
+FITTED = [(16, 8192), (16, 16384), (128, 8192)]  # devices, samples a step
+MEASURED = [*FITTED, (128, 16384), (1024, 8192), (1024, 16384)]
+MEMORY_SAMPLES = 1024
+
+
+class Meter(MetricLogger):
+    """A MetricLogger that reads the clocks of this process at the end of every step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(run_dir, ["tensorboard"])
+        self.cpu, self.wall, self.rss = [time.process_time()], [time.perf_counter()], [resident_bytes()]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().log(step, metrics)
+        self.cpu.append(time.process_time())
+        self.wall.append(time.perf_counter())
+        self.rss.append(resident_bytes())
+
+
+@dataclass(frozen=True)
+class Load:
+    """CPU and wall seconds of the driver in each step, resident bytes after it, and the calls of one step by component and method."""
+
+    devices: int
+    samples: int
+    cpu: list[float]
+    wall: list[float]
+    rss: list[int]
+    calls: dict[str, dict[str, int]]
+
+    @property
+    def groups(self) -> int:
+        return self.samples // GROUP_SIZE
+
+    @property
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu)
+
+
+@dataclass(frozen=True)
+class Model:
+    """CPU seconds of the driver: of a step whatever its size, of a group, of a device."""
+
+    fixed: float
+    per_group: float
+    per_device: float
+
+    def seconds(self, devices: int, samples: int) -> float:
+        return self.fixed + self.per_group * samples / GROUP_SIZE + self.per_device * devices
+
+
+def fit(loads: Sequence[Load]) -> Model:
+    """The model through the medians: exact for three loads, least squares for more."""
+    rows = np.array([[1.0, load.groups, load.devices] for load in loads])
+    found, *_ = np.linalg.lstsq(rows, np.array([load.cpu_median for load in loads]), rcond=None)
+    return Model(*map(float, found))
+
+
+@contextmanager
+def light_cluster(folder: Path, processes: Mapping[str, str] = SEATS) -> Iterator[tuple[Cluster, dict[str, RayWorkerGroup]]]:
+    """A private Ray with one process for each slot of `processes`."""
+    resolved = recipe(folder, "seats", 1, 8192, processes)
+    cluster = Cluster.connect(resolved.config.cluster, new_run_id(), folder / "workers")
+    try:
+        plan = build_plan(resolved.config, cluster.inventory())
+        light = Light(MEAN_TOKENS, tuple(name for name in METRICS if name.startswith("train/")), weight_buckets())
+        yield cluster, {
+            name: cluster.launch(plan, name, f"benchmarks.light_workers:{worker}", *([] if name == "reward" else [light])) for name, worker in WORKERS.items()
+        }  # type: ignore[misc]
+    finally:
+        cluster.close()
+
+
+def recipe(folder: Path, name: str, steps: int, samples: int, processes: Mapping[str, str]) -> Resolved:
+    slots = 1 + max(int(seats.rpartition("-")[2]) for seats in processes.values())
+    return load(RECIPE, [
+        "cluster.num_nodes=1", f"cluster.num_gpus_per_node={slots}", "cluster.device=cpu", "cluster.threads_per_worker=1",
+        f"cluster.component_placement={json.dumps(dict(processes))}", f"runner.output_dir={folder}", f"runner.experiment_name={name}",
+        f"runner.max_steps={steps}", "runner.max_epochs=1000", "runner.save_interval=0", f"data.rollout_batch_size={samples // GROUP_SIZE}",
+        f"algorithm.group_size={GROUP_SIZE}",
+    ])  # fmt: skip
+
+
+def weight_buckets() -> tuple[BucketSpec, ...]:
+    """What a sync of the 1.5B model describes to every engine."""
+    arch = read_architecture(json.loads(MODEL.read_text()))
+    tensors = [(name, torch.empty(shape, dtype=torch.float16, device="meta")) for name, shape in hf_shapes(arch).items()]
+    described = [layout(bucket) for bucket in group_into_buckets(tensors)]
+    return tuple(BucketSpec(f"/dev/shm/rlinf-light-{i}", nbytes, specs, i) for i, (specs, nbytes) in enumerate(described))
+
+
+def widened(group: RayWorkerGroup, size: int) -> RayWorkerGroup:
+    """A group of `size` ranks, eight a node, behind which the actors of `group` take turns."""
+    turns = [rank % group.size for rank in range(size)]
+    seats = [replace(group.seats[k], rank=rank, node=rank // 8) for rank, k in enumerate(turns)]
+    wide = RayWorkerGroup(
+        group.component, seats, [group.actors[k] for k in turns], [group.logs[k] for k in turns], group.failure, group.start_timeout, group.phase
+    )
+    wide.starts = group.starts
+    return wide
+
+
+def prompts(count: int) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [Prompt(f"q{i:06d}", rng.integers(0, 150_000, int(rng.integers(60, 200)), dtype=np.int32), "math", ("1",)) for i in range(count)]
+
+
+def measure(cluster: Cluster, workers: Mapping[str, RayWorkerGroup], folder: Path, devices: int, samples: int, steps: int) -> Load:
+    """`steps` steps after one to warm up."""
+    resolved = recipe(folder, f"{devices}-{samples}-{steps}", steps + 1, samples, SEATS)
+    run_folder = RunFolder(resolved)
+    groups = {name: widened(group, max(1, devices // 8) if name == "reward" else devices) for name, group in workers.items()}
+    data = prompts(2 * samples // GROUP_SIZE)
+    sampler = PromptSampler(len(data), samples // GROUP_SIZE, True, 0)
+    runner = ReasoningRunner(resolved.config, run_folder, cluster, groups["actor"], groups["rollout"], groups["reward"], data, [], sampler, Stop())
+    meter = Meter(run_folder.path)
+    try:
+        asyncio.run(cluster.guard(runner.run(meter)))
+    finally:
+        meter.close()
+    calls = {name: {method: count / (steps + 1) for method, count in group.calls.items()} for name, group in groups.items()}
+    cpu, wall = (np.diff(clock)[1:].tolist() for clock in (meter.cpu, meter.wall))
+    return Load(devices, samples, cpu, wall, meter.rss[2:], calls)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def growth(rss: Sequence[int]) -> float:
+    """Bytes a step by which memory grows over the second half: the slope of a straight line through it."""
+    half = rss[len(rss) // 2 :]
+    return float(np.polyfit(range(len(half)), half, 1)[0])
+
+
+def judge(model: Model, loads: Sequence[Load]) -> list[dict[str, Any]]:
+    """Share of a step, by the model and as measured, where there is an aim."""
+    found = []
+    for load in loads:
+        if load.devices in AIMS:
+            predicted = model.seconds(load.devices, load.samples)
+            found.append({
+                "devices": load.devices, "samples": load.samples, "model_seconds": predicted, "measured_seconds": load.cpu_median,
+                "model_share": predicted / STEP_SECONDS, "measured_share": load.cpu_median / STEP_SECONDS, "aim": AIMS[load.devices],
+                "reached": max(predicted, load.cpu_median) <= AIMS[load.devices] * STEP_SECONDS,
+            })  # fmt: skip
+    return found
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {"cpu": cpu, "cores": os.cpu_count(), "load_average": os.getloadavg(), "python": platform.python_version(), "ray": ray.__version__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--memory-steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rlinf-driver-scale-") as name, light_cluster(Path(name)) as (cluster, workers):
+        loads = []
+        for devices, samples in MEASURED:
+            loads.append(measure(cluster, workers, Path(name), devices, samples, args.steps))
+            sys.stdout.write(f"{devices} devices, {samples} samples: {loads[-1].cpu_median:.2f} CPU seconds a step\n")
+        memory = measure(cluster, workers, Path(name), 128, MEMORY_SAMPLES, args.memory_steps)
+    model = fit([load for load in loads if (load.devices, load.samples) in FITTED])
+    verdicts = judge(model, loads)
+    result = {
+        "machine": machine(),
+        "step_seconds": STEP_SECONDS,
+        "group_size": GROUP_SIZE,
+        "mean_response_tokens": MEAN_TOKENS,
+        "processes": SEATS,
+        "model": asdict(model),
+        "verdicts": verdicts,
+        "memory": {
+            "steps": args.memory_steps, "samples": MEMORY_SAMPLES, "bytes_a_step": growth(memory.rss), "mib_first": memory.rss[0] / 2**20,
+            "mib_middle": memory.rss[len(memory.rss) // 2] / 2**20, "mib_last": memory.rss[-1] / 2**20,
+        },
+        "loads": [asdict(load) for load in loads],
+    }  # fmt: skip
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for v in verdicts:
+        sys.stdout.write("{devices} devices, {samples} samples: model {model_share:.2%}, measured {measured_share:.2%}, aim {aim:.0%}\n".format(**v))
+    sys.stdout.write(f"memory: {growth(memory.rss) / 1024:.1f} KiB a step over the second half of {args.memory_steps} steps\n")
+
+
+if __name__ == "__main__":
+    main()
