@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from rlinf.cluster.failure import Failure
@@ -22,6 +24,20 @@ class Ref:
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self.group.fetch(self).__await__()
+
+
+class Shared:
+    """An argument that many calls have in common: serialized once, not for each of them. The worker gets the value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @cached_property
+    def data(self) -> bytes:
+        return pickle.dumps(self.value, pickle.HIGHEST_PROTOCOL)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pickle.loads, (self.data,)
 
 
 class WorkerGroup(ABC):
@@ -74,7 +90,7 @@ class WorkerGroup(ABC):
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """The same call on every rank; results by rank. The first failure is raised at once."""
-        return await self.call_each(method, [args] * self.size)
+        return await self.call_each(method, [[Shared(a) for a in args]] * self.size)
 
     async def call_each(self, method: str, per_rank_args: Iterable[Sequence[Any]]) -> list[Any]:
         """One call a rank, with its own arguments; results by rank. The first failure is raised at once."""
@@ -84,7 +100,9 @@ class WorkerGroup(ABC):
         """Return when every constructor has returned; raises what the first failing one raised."""
         if self._ready is None:
             self._ready = asyncio.ensure_future(self.started())
-        await asyncio.shield(self._ready)
+        if not self._ready.done():
+            await asyncio.shield(self._ready)
+        self._ready.result()
 
     async def restart(self, rank: int) -> None:
         """Return when a new worker stands in the place of a rank that was lost. Raises RunFailed where that cannot be."""

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import logging
 import os
+import pickle
 import random
 import signal
 import socket
@@ -21,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,12 @@ class Holder:
             self.thread.submit(self.worker.close).result()
 
 
+class Fetched(Enum):
+    """Stands in a packed list of arguments for one that Ray fetched."""
+
+    HERE = 0
+
+
 @dataclass(frozen=True)
 class Setup:
     """How a seat's process is prepared: its log, the driver's folder, its rank and the number of device slots on its node, whether it
@@ -134,6 +142,11 @@ class WorkerProcess(Holder):
         os.environ["MASTER_PORT"] = str(master_port)
         await self.build(class_path, *args)
         return os.getpid()
+
+    async def call_packed(self, method: str, plain: bytes, *fetched: Any) -> Any:
+        """call(), with the arguments that Ray did not fetch in one pickle of the driver's."""
+        rest = iter(fetched)
+        return await self.call(method, *[next(rest) if a is Fetched.HERE else a for a in pickle.loads(plain)])
 
     async def rest(self) -> None:
         """Never returns: a caller learns of this process's death by the failure of the call."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.cluster.cluster import Cluster, has_gpu
-from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.cluster.health import PATIENCE, give_up
 from rlinf.cluster.host import Holder, cores, dotted, free_port
 from rlinf.cluster.processes import RUN_ID, end_run, start_sentinel
@@ -91,7 +91,7 @@ class LocalWorkerGroup(WorkerGroup):
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[asyncio.Future[Any]]:
         async def run() -> Any:
             await self.ready()
-            values = [await a if isinstance(a, asyncio.Future) else a for a in args]
+            values = [await a if isinstance(a, asyncio.Future) else a.value if isinstance(a, Shared) else a for a in args]
             return await self.holders[rank].call(method, *values)
 
         async def item(index: int) -> Any:

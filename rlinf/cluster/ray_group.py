@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from ray.exceptions import RayTaskError
 
 from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.host import Fetched
 from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Seat
 
@@ -61,7 +63,10 @@ class RayWorkerGroup(WorkerGroup):
         ray.kill(self.actors[rank])
 
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
-        handles = self.actors[rank].call.options(num_returns=returns).remote(method, *args)
+        fetched = [a for a in args if isinstance(a, ray.ObjectRef)]  # Ray fetches what is an argument of its own
+        plain = [Fetched.HERE if isinstance(a, ray.ObjectRef) else a for a in args]  # here pickled: several times faster than Ray's way
+        packed = pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
+        handles = self.actors[rank].call_packed.options(num_returns=returns).remote(method, packed, *fetched)
         return [handles] if returns == 1 else handles
 
     async def resolve(self, handle: Any) -> Any:

@@ -6,7 +6,7 @@ The driver knows every length, so it decides the whole split; ranks need no coll
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,11 +164,11 @@ def micro_batch_tokens(items: Sequence[Item]) -> int:
 
 
 def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
-    """Shares of even cost: longest processing time first, on whole prompts; a prompt's samples are parted only where that evens the shares.
+    """Shares of even cost: longest processing time first, on whole groups; a group's samples are parted only where that evens the shares.
 
-    Parting costs another copy of the prompt: it stops when the fullest share is within 1 % of the mean, or does not get smaller.
+    Parting costs another copy of the prompt and another rank that fetches the group: it stops when the fullest share is within 1 % of the mean, or does not get smaller.
     """
-    pieces = [(split_cost(p), p) for p in by_prompt(items)]
+    pieces = [(split_cost(p), p) for p in together(items, lambda i: i.group)]
     even = sum(cost for cost, _ in pieces) / dp
     load, fullest, shares = longest_first(pieces, dp)
     best_load, best = load, shares
@@ -190,9 +190,13 @@ def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
 
 def by_prompt(items: Sequence[Item]) -> list[Items]:
     """Items that need the same prompt copy, together."""
+    return together(items, lambda i: i.prompt)
+
+
+def together(items: Sequence[Item], key: Callable[[Item], int]) -> list[Items]:
     pieces: dict[int, list[Item]] = {}
     for item in items:
-        pieces.setdefault(item.prompt, []).append(item)
+        pieces.setdefault(key(item), []).append(item)
     return [tuple(piece) for piece in pieces.values()]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlinf.cluster.group import Ref, WorkerGroup, first_failure_or_all
+from rlinf.cluster.group import Ref, Shared, WorkerGroup, first_failure_or_all
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.packing import RankBatch, build_rank_batches
 from rlinf.data.records import GroupHeader
@@ -54,11 +54,10 @@ class Role:
 
         Returns when all ranks have reported; the numbers are those of each data-parallel rank's first TP rank on the last stage.
         """
-        share_of = [shares[rank // self.tp % self.dp] for rank in range(self.group.size)]
-        calls = [
-            self.group.ref(rank, method, *args, share, *(groups[g] for g in share.group_ids), *holding(share, parts), returns=2)
-            for rank, share in enumerate(share_of)
-        ]
+        common, sent = [Shared(a) for a in args], [Shared(share) for share in shares]
+        payloads = [[*(groups[g] for g in share.group_ids), *holding(share, parts)] for share in shares]
+        share_of = [rank // self.tp % self.dp for rank in range(self.group.size)]
+        calls = [self.group.ref(rank, method, *common, sent[i], *payloads[i], returns=2) for rank, i in enumerate(share_of)]
         reports = await first_failure_or_all([report for report, _ in calls])
         first = [((self.pp - 1) * self.dp + i) * self.tp for i in range(self.dp)]
         return reports, [Part(share, calls[rank][1]) for share, rank in zip(shares, first)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlinf.cluster.group import Ref, WorkerGroup, first_failure_or_all
+from rlinf.cluster.group import Ref, Shared, WorkerGroup, first_failure_or_all
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.errors import RunFailed
@@ -41,13 +41,14 @@ class WeightSync:
         self.held = []
         published = [self.actor.ref(rank, "publish", version, transports, returns=2) for rank, transports in enumerate(self.transports)]
         parts = await first_failure_or_all([written for written, _ in published])
+        offers = {
+            feed: Shared(merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]])) for feed in set(self.feeds)
+        }
         for feed in self.feeds:
-            stages = self.publishers[feed.replica]
-            source = merge_sources([parts[rank][0][feed.transport] for rank in stages])
-            payload = [published[rank][1] for rank in stages] if feed.transport == OBJECT_STORE else []
-            self.held.append((source, payload))
-        self.version, sources = version, [source for source, _ in self.held]
-        loads = [self.engines.ask(engine, "load_weights", source, version, *payload) for engine, (source, payload) in enumerate(self.held)]
+            payload = [published[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
+            self.held.append((offers[feed], payload))
+        self.version, sources = version, [offer.value for offer, _ in self.held]
+        loads = [self.engines.ask(engine, "load_weights", offer, version, *payload) for engine, (offer, payload) in enumerate(self.held)]
         receipts = await gather_or_cancel(loads)
         check_receipts(sources, version, receipts)
         self.metrics = {
