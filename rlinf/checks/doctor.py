@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rlinf import device
 from rlinf.cluster.cluster import has_gpu
 from rlinf.cluster.host import PORTS
 from rlinf.cluster.node_probe import NodeView, look_at_nodes
@@ -61,9 +62,9 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     yield from packages(pins("base"), installed_version)
     if cuda:
         yield from packages(pins("gpu"), installed_version)
-    yield from devices(cuda, has_gpu(), torch.cuda.is_available(), torch.version.cuda, driver_version())
+    yield from devices(cuda, has_gpu(), device.usable(), torch.version.cuda, driver_version())
     if cuda and config:
-        yield enough_gpus(torch.cuda.device_count(), config.cluster.num_gpus_per_node)
+        yield enough_gpus(device.gpu_count(), config.cluster.num_gpus_per_node)
     yield collectives(cuda)
     yield shared_memory(shutil.disk_usage("/dev/shm").total, parameters * size)
     yield disk(output, shutil.disk_usage(_existing(output)).free, 14 * parameters * (config.runner.keep_checkpoints + 1 if config else 0))
@@ -132,7 +133,7 @@ def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver:
     elif not usable:
         yield Finding("gpu", FAIL, f"torch (CUDA {cuda}) cannot use the GPU", "does nvidia-smi work here? in a container: --gpus all; CUDA_VISIBLE_DEVICES?")
     else:
-        yield Finding("gpu", OK, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, driver {driver}, CUDA {cuda}")
+        yield Finding("gpu", OK, f"{device.gpu_count()} x {device.gpu_name()}, driver {driver}, CUDA {cuda}")
 
 
 def driver_version() -> str | None:
@@ -149,7 +150,7 @@ def enough_gpus(there: int, wanted: int) -> Finding:
 
 def collectives(cuda: bool) -> Finding:
     """Whether the process groups' library is there and sums a number."""
-    backend = "nccl" if cuda and torch.cuda.is_available() else "gloo"
+    backend = "nccl" if cuda and device.usable() else "gloo"
     available = dist.is_nccl_available() if backend == "nccl" else dist.is_gloo_available()
     if not available:
         return Finding(backend, FAIL, "this torch was built without it", "install the pinned torch: bash toolkits/setup/venv.sh")
@@ -157,7 +158,7 @@ def collectives(cuda: bool) -> Finding:
     value = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
     dist.all_reduce(value)
     dist.destroy_process_group()
-    version = " " + ".".join(map(str, torch.cuda.nccl.version())) if backend == "nccl" else ""
+    version = " " + ".".join(map(str, device.nccl_version())) if backend == "nccl" else ""
     return Finding(backend, OK, f"works{version}")
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from rlinf.config.schema import Config
+from rlinf.device import limit_memory
 from rlinf.rollout.contract import RolloutEngine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.rollout.sglang_engine import SGLangEngine
@@ -46,8 +47,7 @@ def build_engine(
             start_timeout=config.cluster.start_timeout,
             on_death=on_death,
         )
-    if device != "cpu":
-        torch.cuda.set_per_process_memory_fraction(rollout.gpu_memory_utilization)  # beyond its share the engine fails, not its neighbour
+    limit_memory(torch.device(device), rollout.gpu_memory_utilization)
     return EmbeddedEngine(
         rollout.model_dir,
         dtype=rollout.precision or config.actor.model.precision,

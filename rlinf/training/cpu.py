@@ -17,8 +17,7 @@ import warnings
 from collections.abc import Sequence
 from types import CodeType, ModuleType
 
-import torch
-
+from rlinf.device import usable
 from rlinf.errors import UserError
 
 PINNED = "0.16.1"
@@ -79,7 +78,7 @@ def install() -> bool:
 
     Raises UserError when the installed megatron-core is not the pinned one, RuntimeError when it was imported before.
     """
-    if torch.cuda.is_available():
+    if usable():
         return False
     if any(isinstance(f, _Finder) for f in sys.meta_path):
         return True

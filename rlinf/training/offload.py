@@ -5,9 +5,8 @@ On CPU host memory is the device, so there only the gradients have an effect: th
 
 from __future__ import annotations
 
-import torch
-
 from rlinf.config.schema import ActorConfig
+from rlinf.device import give_back_free_memory
 from rlinf.training.engine import MegatronEngine
 
 
@@ -15,9 +14,9 @@ class Offloader:
     """Does what offload_{weight,grad,optimizer} of the role's section ask for; everything else stays. Idempotent."""
 
     def __init__(self, engine: MegatronEngine, actor: ActorConfig) -> None:
-        self.engine, self.cuda = engine, engine.device.type == "cuda"
-        self.grads = actor.offload_grad
-        self.weights, self.optimizer = actor.offload_weight and self.cuda, actor.offload_optimizer and self.cuda
+        self.engine, self.grads = engine, actor.offload_grad
+        on_gpu = engine.device.type == "cuda"
+        self.weights, self.optimizer = actor.offload_weight and on_gpu, actor.offload_optimizer and on_gpu
 
     def after_training(self) -> None:
         """Gradients and optimizer state are not needed until the next training; the weights still are, to be published."""
@@ -49,6 +48,4 @@ class Offloader:
         self._settle()
 
     def _settle(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        give_back_free_memory(self.engine.device)

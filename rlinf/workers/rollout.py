@@ -14,6 +14,7 @@ import torch
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample
 from rlinf.data.tokenizer import load_tokenizer
+from rlinf.device import choose
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
@@ -31,10 +32,9 @@ class RolloutWorker:
         self.address = address
         torch.set_num_threads(address.threads)
         tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
-        cuda = torch.cuda.is_available() if config.cluster.device == "auto" else config.cluster.device == "cuda"
         logs = Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / "workers"
         log = logs / f"rollout-{address.rank}-engine.log"
-        self.device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+        self.device = choose(config.cluster.device)
         replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
         self.engine = build_engine(config, tokenizer, self.device.type, log.resolve(), address.run_id, self._leave if replaceable else None)
 
