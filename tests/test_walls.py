@@ -20,6 +20,7 @@ LAYERS = [  # from the roof down; rooms of one line may not import each other un
     {"weights"},
     {"data"},
     {"algorithms", "config", "metrics"},
+    {"device"},
     {"errors"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
@@ -62,6 +63,29 @@ def test_imports_respect_the_walls(path: Path) -> None:
             assert LEVEL[other] > LEVEL[room], f"{path} imports {name}, which stands above or beside it"
             if room in PURE:
                 assert other == "errors", f"{path} imports {name}; {room} imports nothing of ours"
+
+
+def cuda_lines(path: Path) -> list[int]:
+    """Lines that use torch.cuda or .cuda(), in whatever form they are imported."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        attribute = isinstance(node, ast.Attribute) and node.attr == "cuda" and ast.unparse(node.value) != "torch.version"
+        named = isinstance(node, ast.ImportFrom) and (node.module == "torch.cuda" or (node.module == "torch" and any(a.name == "cuda" for a in node.names)))
+        imported = isinstance(node, ast.Import) and any(a.name.startswith("torch.cuda") for a in node.names)
+        if (attribute and ast.unparse(node.value) not in ("self", "setup")) or named or imported:  # fields of that name are no calls
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f != ROOT / "rlinf" / "device.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_device_module_names_cuda(path: Path) -> None:
+    assert cuda_lines(path) == []
+
+
+def test_the_look_for_cuda_finds_it(tmp_path: Path) -> None:
+    file = tmp_path / "one.py"
+    file.write_text("import torch.cuda\nfrom torch import cuda\nx.cuda()\ntorch.cuda.synchronize()\ntorch.version.cuda\nself.cuda\n")
+    assert cuda_lines(file) == [1, 2, 3, 4]
 
 
 def test_only_the_sglang_engine_knows_sglang() -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from rlinf.training.layout import PackedBatch, Segment
 
@@ -80,7 +81,12 @@ class PackedAttention(MegatronModule):
             return torch.bmm(weights, v).view(b, heads, length, dim).transpose(1, 2)
         if heads > groups:  # on CPU faster in training than enable_gqa
             k, v = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
-        mask = None if length == size else torch.ones(length, size, dtype=torch.bool, device=q.device).tril(size - length)
+        if length == size:
+            mask = None
+        elif q.is_cuda:
+            mask = causal_lower_right(length, size)  # a name for flash attention, not a matrix of length x size
+        else:
+            mask = torch.ones(length, size, dtype=torch.bool).tril(size - length)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale).transpose(1, 2)
 
 

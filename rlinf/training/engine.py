@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -61,6 +62,7 @@ class MegatronEngine:
         self.state = ModelState(self.model)  # before the optimizer: it marks what is sharded
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
         self.ddp = DataParallel(self.config, ddp, self.model)
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = True  # where Transformer Engine is installed too: its Adam counts steps elsewhere
         self.optimizer = get_megatron_optimizer(_optimizer_config(optim, self.config.params_dtype), [self.ddp])
         (self.distributed,) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         for group in self.distributed.optimizer.param_groups:

@@ -1,12 +1,17 @@
-"""What of a role leaves the device while the engine generates on it: weights and optimizer state to host memory, gradients to nowhere.
+"""What of a role leaves the device while the engine generates on it: weights and optimizer state to pinned host memory, gradients to nowhere.
 
 On CPU host memory is the device, so there only the gradients have an effect: their memory goes back to the system.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
 from rlinf.config.schema import ActorConfig
-from rlinf.device import give_back_free_memory
+from rlinf.device import give_back_free_memory, host_copy
 from rlinf.training.engine import MegatronEngine
 
 
@@ -17,6 +22,7 @@ class Offloader:
         self.engine, self.grads = engine, actor.offload_grad
         on_gpu = engine.device.type == "cuda"
         self.weights, self.optimizer = actor.offload_weight and on_gpu, actor.offload_optimizer and on_gpu
+        self.parked = Parked()
 
     def after_training(self) -> None:
         """Gradients and optimizer state are not needed until the next training; the weights still are, to be published."""
@@ -24,28 +30,57 @@ class Offloader:
             for buffer in self.engine.ddp.buffers:
                 buffer.offload_to_cpu(move_params=False, move_grads=True)
         if self.optimizer:
-            self.engine.optimizer.offload_to_cpu()
-        self._settle()
+            self.parked.park(optimizer_tensors(self.engine))
+        give_back_free_memory(self.engine.device)
 
     def after_publishing(self) -> None:
         if self.weights:
             for buffer in self.engine.ddp.buffers:
                 buffer.offload_to_cpu(move_params=True, move_grads=False)
-        self._settle()
+        give_back_free_memory(self.engine.device)
 
     def before_forward(self) -> None:
         """Bring back what a forward pass needs."""
         for buffer in self.engine.ddp.buffers:
             buffer.reload_from_cpu(move_params=self.weights, move_grads=False)
-        self._settle()
+        give_back_free_memory(self.engine.device)
 
     def before_use(self) -> None:
         """Bring back everything that is away."""
         for buffer in self.engine.ddp.buffers:
             buffer.reload_from_cpu(move_params=self.weights, move_grads=self.grads)
-        if self.optimizer:
-            self.engine.optimizer.restore_from_cpu()
-        self._settle()
-
-    def _settle(self) -> None:
+        self.parked.bring_back()
         give_back_free_memory(self.engine.device)
+
+
+class Parked:
+    """Tensors whose memory is given away and brought back, bit for bit; they stay the same objects. Host memory is kept for the next time."""
+
+    def __init__(self) -> None:
+        self._host: dict[Tensor, Tensor] = {}  # by identity: tensors hash by it
+
+    @torch.no_grad()
+    def park(self, tensors: Iterator[Tensor]) -> None:
+        """Each of them owns its storage alone. One that is away already stays there."""
+        for tensor in tensors:
+            if tensor.untyped_storage().size() > 0:
+                self._host[tensor] = host_copy(tensor, into=self._host.get(tensor))
+                tensor.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def bring_back(self) -> None:
+        for tensor, host in self._host.items():
+            if tensor.untyped_storage().size() == 0:
+                tensor.untyped_storage().resize_(tensor.nbytes)
+                tensor.copy_(host, non_blocking=True)
+
+
+def optimizer_tensors(engine: MegatronEngine) -> Iterator[Tensor]:
+    """Adam's moments, and the master weights where they are not the model's own (as they are in fp32)."""
+    own = {buffer.param_data.untyped_storage().data_ptr() for buffer in engine.ddp.buffers if buffer.param_data is not None}
+    for group in engine.distributed.optimizer.param_groups:
+        for param in group["params"]:
+            if param.data.untyped_storage().data_ptr() not in own:
+                yield param
+            state = engine.distributed.optimizer.state[param]
+            yield from (state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)

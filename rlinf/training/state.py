@@ -108,7 +108,8 @@ class OptimizerState:
 
     def restore_steps(self, steps: int) -> None:
         for state in self.optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(steps))  # one tensor a parameter: an aliased one would be counted once per parameter
+            # one tensor a parameter: an aliased one would be counted once per parameter; beside the moments, where fused Adam reads it
+            state["step"] = torch.tensor(float(steps), device=state["exp_avg"].device)
 
     def allocate(self) -> None:
         """Give every parameter its Adam state, so that a checkpoint can be filled in before the first step."""
@@ -116,7 +117,7 @@ class OptimizerState:
             for p in group["params"]:
                 state = self.optimizer.optimizer.state[p]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0, device=p.device)
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
 
     def _tensors(self, param: Parameter) -> dict[str, Tensor]:

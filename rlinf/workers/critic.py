@@ -12,13 +12,14 @@ from rlinf.algorithms.values import ValueSettings, finalize_value_metrics
 from rlinf.config.schema import Config
 from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group
+from rlinf.device import peak_memory
 from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
 from rlinf.workers.checkpointed import Checkpointed
-from rlinf.workers.device import peak_flops, peak_memory
+from rlinf.workers.device import peak_flops
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
 from rlinf.workers.operations import rank_flops, work_of
 from rlinf.workers.train import merged, open_engine

@@ -14,13 +14,13 @@ import torch
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample
 from rlinf.data.tokenizer import load_tokenizer
-from rlinf.device import choose
+from rlinf.device import choose, peak_memory
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.shared_memory import land, release
 from rlinf.weights.source import Receipt, SharedMemory
-from rlinf.workers.device import peak_flops, peak_memory
+from rlinf.workers.device import peak_flops
 
 FAREWELL = 1.0  # seconds that answers have to reach the driver
 

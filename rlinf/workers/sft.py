@@ -11,13 +11,13 @@ from rlinf.algorithms.supervised import finalize_supervised, lengths_S, loss_wei
 from rlinf.config.schema import Config
 from rlinf.data.packing import MiniBatch, RankBatch
 from rlinf.data.records import Group
+from rlinf.device import peak_memory
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.layout import PackedBatch, pack
 from rlinf.training.parallel import gather_over_data_ranks
 from rlinf.training.profiling import profiled
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TrainReport
-from rlinf.workers.device import peak_memory
 from rlinf.workers.train import open_engine
 
 

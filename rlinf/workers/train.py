@@ -21,6 +21,7 @@ from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
+from rlinf.device import choose, peak_memory
 from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.data.packing import RankBatch, SampleRef
@@ -38,7 +39,7 @@ from rlinf.weights.shared_memory import release
 from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
-from rlinf.workers.device import peak_flops, peak_memory
+from rlinf.workers.device import peak_flops
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
 from rlinf.workers.operations import rank_flops, work_of
 from rlinf.workers.token_dump import write_token_values
@@ -208,7 +209,7 @@ def open_engine(address: WorkerAddress, config: Config, head: str = "lm") -> Meg
     """Join the ranks of this component and lay its model over them: the actor's, or with head `scalar` the critic's."""
     torch.set_num_threads(address.threads)
     role, folder = (config.actor, config.rollout.model_dir) if head == "lm" else (config.critic, config.critic_model_dir)
-    device, model = _device(config, address), role.model
+    device, model = choose(config.cluster.device), role.model
     at = parallel.initialize(
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
@@ -286,8 +287,3 @@ def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
     metrics["train/first_minibatch_ratio"] = first["train/ratio"]
     metrics["train/first_minibatch_clip_fraction"] = first["train/clip_fraction"]
     return metrics
-
-
-def _device(config: Config, address: WorkerAddress) -> torch.device:
-    cuda = torch.cuda.is_available() if config.cluster.device == "auto" else config.cluster.device == "cuda"
-    return torch.device("cuda", 0) if cuda else torch.device("cpu")  # the cluster shows each worker its own devices only
