@@ -85,5 +85,10 @@ def gpu_memory() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
+def free_gpu_memory() -> int:
+    """Bytes of the first GPU that no process holds."""
+    return torch.cuda.mem_get_info(0)[0]
+
+
 def nccl_version() -> Sequence[int]:
     return torch.cuda.nccl.version()

@@ -28,10 +28,10 @@ PLAIN = replace(SETTINGS, kl_beta=0.0, correction=None)  # no reference policy
 MiniBatch = tuple[list[PackedBatch], Denominators]
 
 
-def build(at: Coordinates, folder: Path, optim: OptimConfig = OPTIM, precision: str = "fp32", **model: Any) -> MegatronEngine:
+def build(at: Coordinates, folder: Path, optim: OptimConfig = OPTIM, precision: str = "fp32", device: str = "cpu", **model: Any) -> MegatronEngine:
     """An engine with the folder's weights, laid out as the pool is."""
     arch = read_architecture(json.loads((folder / "config.json").read_text()))
-    engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision=precision, **model), optim, at, torch.device("cpu"))
+    engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision=precision, **model), optim, at, torch.device(device))
     engine.load_hf(open_hf_folder(folder))
     return engine
 
@@ -58,7 +58,7 @@ def update(engine: MegatronEngine, mini: MiniBatch, old: list[torch.Tensor] | No
 
 
 def numpy_dict(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
-    return {name: tensor.float().numpy().copy() for name, tensor in tensors}
+    return {name: tensor.float().cpu().numpy().copy() for name, tensor in tensors}
 
 
 def snapshot(engine: MegatronEngine) -> dict[str, bytes]:
@@ -76,7 +76,7 @@ def snapshot(engine: MegatronEngine) -> dict[str, bytes]:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def whole_state(engine: MegatronEngine) -> dict[str, dict[str, np.ndarray]]:

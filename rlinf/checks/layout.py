@@ -126,9 +126,13 @@ class Finding:
 
     @property
     def holds(self) -> bool:
+        return self.within(1.0)
+
+    def within(self, slack: float) -> bool:
+        """Whether every deviation is at most `slack` times its tolerance."""
         pairs = [(self.loss, LOSS_TOLERANCE), (self.gradient, GRADIENT_TOLERANCE), (self.norm, NORM_TOLERANCE),
                  (self.metric, METRIC_TOLERANCE), (self.weight, WEIGHT_TOLERANCE)]  # fmt: skip
-        return self.replicas_equal and all(value <= bound for value, bound in pairs)
+        return self.replicas_equal and all(value <= slack * bound for value, bound in pairs)
 
 
 def make_cases(quick: bool = False) -> list[Case]:
@@ -145,11 +149,11 @@ def make_cases(quick: bool = False) -> list[Case]:
     return cases
 
 
-def measure(at: Coordinates, case: Case, folder: str, batch: Batch) -> Measured:
+def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str = "cpu") -> Measured:
     """Runs in every rank: both optimizer steps, the way a train worker makes them."""
     arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
     model = ActorModelConfig(case.tp, case.pp, case.sequence_parallel, precision="fp32", **RECOMPUTE[case.recompute])
-    engine = MegatronEngine(arch, model, OPTIM, at, torch.device("cpu"), case.head)
+    engine = MegatronEngine(arch, model, OPTIM, at, torch.device(device), case.head)
     engine.load_hf(open_hf_folder(folder))
     batch = batch.shuffled(case.order)
     headers = [g.header() for g in batch.groups]
@@ -182,7 +186,7 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch) -> Measured:
 
 
 def to_numpy(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for name, tensor in tensors}
+    return {name: tensor.cpu().numpy().copy() for name, tensor in tensors}
 
 
 def checksums(engine: MegatronEngine) -> dict[str, str]:
@@ -190,7 +194,7 @@ def checksums(engine: MegatronEngine) -> dict[str, str]:
     found = {}
     for rule, param in engine.state.params:
         shard = "" if rule.layout == "replicated" else f"#{engine.at.tp_rank}"
-        found["+".join(rule.hf) + shard] = hashlib.sha256(param.detach().view(torch.uint8).numpy().tobytes()).hexdigest()
+        found["+".join(rule.hf) + shard] = hashlib.sha256(param.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
     return found
 
 

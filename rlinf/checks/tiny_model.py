@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,7 +30,11 @@ FAMILIES |= {f"{name}-tied": FAMILIES[name] | {"tie_word_embeddings": True} for 
 
 def write_tiny_model(folder: Path, family: str, seed: int = 0, head: str = "lm") -> Path:
     """config.json and model.safetensors of a random model; every weight is large enough to matter."""
-    config = _COMMON | FAMILIES[family]
+    return write_model(folder, _COMMON | FAMILIES[family], seed, head)
+
+
+def write_model(folder: Path, config: dict[str, Any], seed: int = 0, head: str = "lm") -> Path:
+    """A random model of the shape that a config.json describes."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in hf_shapes(read_architecture(config), head).items():

@@ -123,7 +123,6 @@ class RayCluster(Cluster):
             **options,
             max_restarts=0,
             max_concurrency=CONCURRENCY,
-            enable_task_events=False,  # Ray's history of every call costs the driver a tenth of its time and its memory; ours is in the run folder
             runtime_env={"env_vars": process_environment(self.run_id)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.bundles, self.bundle_of[(seat.node, seat.devices[0])]),
         ).remote(address, setup)

@@ -1,0 +1,95 @@
+"""The device module, the collectives' library, and the clusters that hand devices out."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlinf import device as devices
+from rlinf.checks.doctor import OK, collectives
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.ray_check import devices_of
+from rlinf.config.schema import ClusterConfig
+from rlinf.scheduling.placement import Plan, Seat
+
+MIB = 2**20
+
+
+def test_auto_is_the_device_of_this_machine(device: torch.device) -> None:
+    assert devices.choose("auto") == devices.choose(device.type) == device
+    assert devices.usable() == (device.type == "cuda")
+
+
+def test_memory_of_a_tensor_is_seen_and_given_back(device: torch.device) -> None:
+    devices.give_back_free_memory(device)
+    devices.forget_peak(device)
+    before = devices.memory_in_use(device)
+    tensor = torch.ones(64 * MIB, dtype=torch.uint8, device=device)
+    devices.synchronize(device)
+    assert 60 * MIB <= devices.memory_in_use(device) - before <= 80 * MIB
+    del tensor
+    devices.give_back_free_memory(device)
+    assert devices.memory_in_use(device) - before <= 16 * MIB
+    assert devices.peak_memory(device) >= before + 60 * MIB - (0 if device.type == "cuda" else 60 * MIB)
+
+
+def test_a_host_copy_is_complete_and_pinned_where_a_gpu_writes_it(device: torch.device) -> None:
+    tensor = torch.arange(1 << 16, device=device)
+    copy = devices.host_copy(tensor)
+    assert copy.device.type == "cpu" and copy.is_pinned() == (device.type == "cuda")
+    assert torch.equal(copy, torch.arange(1 << 16))
+    tensor += 1
+    assert devices.host_copy(tensor, into=copy) is copy and copy[0] == 1
+
+
+@pytest.mark.gpu
+def test_beyond_its_share_a_process_fails() -> None:
+    device = devices.choose("cuda")
+    devices.limit_memory(device, 0.05)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(devices.gpu_memory() // 10, dtype=torch.uint8, device=device)
+    finally:
+        devices.limit_memory(device, 1.0)
+
+
+@pytest.mark.gpu
+def test_the_gpu_says_who_it_is() -> None:
+    assert devices.gpu_count() >= 1 and devices.gpu_name()
+    assert 0 < devices.free_gpu_memory() <= devices.gpu_memory()
+    assert len(devices.nccl_version()) == 3
+
+
+def test_the_collectives_library_sums(device: torch.device) -> None:
+    found = collectives(device.type == "cuda")
+    assert (found.check, found.status) == ("nccl" if device.type == "cuda" else "gloo", OK)
+
+
+def test_one_process_takes_the_device_that_is_there(device: torch.device, tmp_path: Path) -> None:
+    config = ClusterConfig(backend="local", component_placement={"actor,rollout,reward": "0"})
+    cluster = Cluster.connect(config, "gpu-test", tmp_path)
+    try:
+        assert cluster.device == device.type
+    finally:
+        cluster.close()
+
+
+@pytest.mark.gpu
+def test_a_ray_worker_sees_its_own_gpu_alone(tmp_path: Path) -> None:
+    config = ClusterConfig(num_gpus_per_node=1, device="cuda", threads_per_worker=1, start_timeout=120)
+    cluster = Cluster.connect(config, "gpu-ray-test", tmp_path)
+    try:
+        group = cluster.launch(Plan((Seat("actor", 0, 0, (0,)),), "collocated"), "actor", "tests.cluster_workers:Plain")
+        (told,) = asyncio.run(group.call_all("describe"))
+        assert told["env"]["CUDA_VISIBLE_DEVICES"] == "0"
+        assert cluster.device == "cuda" and [node.devices for node in cluster.inventory()] == [1]
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize(("resources", "count"), [({"GPU": 8.0, "CPU": 96.0}, 8), ({"CPU": 4.0}, 4), ({}, 0)])
+def test_devices_are_gpus_where_a_node_has_any(resources: dict[str, float], count: int) -> None:
+    assert devices_of({"Resources": resources}) == count

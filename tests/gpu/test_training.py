@@ -1,0 +1,118 @@
+"""The actor on a GPU: attention, optimizer steps in every precision, offload, checkpoints, the reference policy, weights to an engine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlinf import device as devices
+from rlinf.config.schema import ActorConfig
+from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.training.engine import MegatronEngine
+from rlinf.training.offload import Offloader
+from rlinf.training.publishing import hand_out, score
+from rlinf.training.reference import ReferencePolicy
+from rlinf.weights.receipts import check_probes
+from rlinf.weights.routes import SHARED_MEMORY
+from rlinf.weights.shared_memory import release
+from tests.training_ranks import build, logprobs, minibatches, snapshot, update
+
+PROBES = [np.random.default_rng(i).integers(1, 130, 20 + i).astype(np.int32) for i in range(3)]
+
+
+def engine_on(device: torch.device, at: Any, folder: Path, precision: str = "fp32", **model: Any) -> MegatronEngine:
+    return build(at, folder, precision=precision, device=device.type, **model)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1)])
+def test_a_shared_prompt_gives_what_copies_give(device: torch.device, at: Any, models: dict[str, Path], precision: str, tolerance: float) -> None:
+    """Responses attend to keys that are longer than their queries: on a GPU that is a path of its own (causal, aligned to the end)."""
+    engine = engine_on(device, at, models["qwen3"], precision)
+    shared, apart = ({}, {})
+    for found, share in ((shared, True), (apart, False)):
+        for packs, _ in minibatches(engine, n=1, budget=512, share_prefix=share):
+            for batch, values in zip(packs, logprobs(engine, packs)):
+                lengths = torch.bincount(batch.sample_N, minlength=batch.n_samples).tolist()
+                found |= dict(zip(batch.sample_ids, (v.float().cpu() for v in values.split(lengths))))
+    assert shared.keys() == apart.keys() and len(shared) > 10
+    assert max(float((shared[k] - apart[k]).abs().max()) for k in shared) <= tolerance
+    engine.close()
+
+
+@pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_in_16_bits_is_close_to_the_one_in_fp32(device: torch.device, at: Any, models: dict[str, Path], precision: str, recompute: dict[str, Any]) -> None:
+    norms = {}
+    for name in ("fp32", precision):
+        engine = engine_on(device, at, models["qwen2-tied"], name, **recompute)
+        before = snapshot(engine)
+        done = update(engine, minibatches(engine, n=1, budget=512)[0])
+        assert not done.skipped and snapshot(engine) != before
+        norms[name] = done.grad_norm
+        engine.close()
+    assert norms[precision] == pytest.approx(norms["fp32"], rel=0.05)
+
+
+def test_offloading_frees_the_device_and_training_does_not_notice(device: torch.device, at: Any, models: dict[str, Path]) -> None:
+    engine, twin = (engine_on(device, at, models["llama"], "bf16") for _ in range(2))
+    offloader = Offloader(engine, ActorConfig(offload_weight=True, offload_grad=True, offload_optimizer=True))
+    for mini in minibatches(engine, n=2):
+        offloader.before_use()
+        update(engine, mini)
+        update(twin, mini)
+        full = devices.memory_in_use(device)
+        offloader.after_training()
+        offloader.after_publishing()
+        if device.type == "cuda":
+            parameters = sum(p.numel() for _, p in engine.state.params)
+            assert full - devices.memory_in_use(device) >= 16 * parameters  # weights 2, gradients 4, master weights and moments 12 bytes
+    offloader.before_use()
+    assert snapshot(engine) == snapshot(twin)
+    for e in (engine, twin):
+        e.close()
+
+
+def test_training_goes_on_from_saved_state(device: torch.device, at: Any, models: dict[str, Path]) -> None:
+    """Adam's step counts are where the fused kernel reads them."""
+    engine, twin = (engine_on(device, at, models["qwen2"], "bf16") for _ in range(2))
+    first, second = minibatches(engine)
+    update(engine, first)
+    kinds = {kind: {name: t.clone() for name, t in engine.export(kind)} for kind in ("param", "exp_avg", "exp_avg_sq")}
+    twin.load_state(kinds, engine.steps, engine.optimizer_state.steps())
+    for e in (engine, twin):
+        assert not update(e, second).skipped
+    assert snapshot(engine) == snapshot(twin) and engine.optimizer_state.steps() == 2
+    for e in (engine, twin):
+        e.close()
+
+
+def test_the_reference_policy_is_swapped_in_and_out(device: torch.device, at: Any, models: dict[str, Path]) -> None:
+    engine = engine_on(device, at, models["qwen2"])
+    reference = ReferencePolicy(engine)
+    before = score(engine, PROBES, 1.0)
+    update(engine, minibatches(engine)[0])
+    after = score(engine, PROBES, 1.0)
+    with reference.swapped_in():
+        assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(score(engine, PROBES, 1.0), before))
+    assert all(np.array_equal(a, b) for a, b in zip(score(engine, PROBES, 1.0), after)) and not np.allclose(after[0], before[0])
+    engine.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_on_the_same_device_runs_the_actors_weights(device: torch.device, at: Any, models: dict[str, Path], precision: str) -> None:
+    actor = engine_on(device, at, models["qwen2-tied"], precision)
+    update(actor, minibatches(actor)[0])
+    engine = EmbeddedEngine(str(models["qwen2-tied"]), dtype=precision, slots=4, max_context=64, seed=0, device=device.type)
+    sources, _ = hand_out(actor, f"gpu-test-{precision}", 1, [SHARED_MEMORY])
+    try:
+        asyncio.run(engine.load_weights(sources[SHARED_MEMORY], 1))
+        check_probes(1, precision, score(actor, PROBES, 1.0), [asyncio.run(engine.score(PROBES, 1.0))])
+    finally:
+        release(sources[SHARED_MEMORY])
+        engine.close()
+        actor.close()
