@@ -15,8 +15,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.errors import RunFailed
 from rlinf.metrics.logger import read_metrics
 from rlinf.rollout.embedded_engine import EmbeddedEngine
-from rlinf.scheduling.devices import GPUS, Device
-from rlinf.scheduling.memory import rank_parameters
+from rlinf.scheduling.flops import forward_flops
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import PackedBatch, pack
@@ -48,6 +46,7 @@ from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import SHARED_MEMORY
 from rlinf.weights.shared_memory import release
+from rlinf.workers.operations import peak_flops, work_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_SLACK = 10.0  # other kernels sum in another order: of the layout check's tolerances, which are CPU's
@@ -142,16 +141,18 @@ def part_trainer(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     rows = []
     for name, hf in shapes.items():
         arch = read_architecture(hf)
-        with random_engine(arch, at, cpu) as engine:
-            for tokens in (64, 128) if cpu else (4096, 16384, 32768):
-                try:
-                    rows.append({"shape": name, "tokens": tokens} | time_steps(engine, tokens))
-                except torch.OutOfMemoryError:
-                    rows.append({"shape": name, "tokens": tokens, "error": "out of memory"})
-                    devices.give_back_free_memory(engine.device)
-                sys.stdout.write(f"{rows[-1]}\n")
+        engine = random_engine(arch, at, cpu)
+        for tokens in (64, 128) if cpu else (4096, 16384, 32768):
+            try:
+                rows.append({"shape": name, "tokens": tokens} | time_steps(engine, tokens))
+            except torch.OutOfMemoryError:
+                rows.append({"shape": name, "tokens": tokens, "error": "out of memory"})
+            devices.give_back_free_memory(engine.device)
+            sys.stdout.write(f"{rows[-1]}\n")
+        precision = str(engine.config.params_dtype)
+        del engine  # the next one needs its memory
     problem = {} if any("error" not in row for row in rows) else {"problem": "no shape fits this device"}
-    return {"rows": rows, "micro_batches": MICRO_BATCHES, "precision": engine.config.params_dtype.__str__()} | problem
+    return {"rows": rows, "micro_batches": MICRO_BATCHES, "precision": precision} | problem
 
 
 def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
@@ -166,21 +167,21 @@ def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     precision = "fp32" if cpu else "bf16"
     engine = EmbeddedEngine(str(weights), dtype=precision, slots=4, max_context=128, seed=0, device=kind(cpu).type, load_weights=False)
     published, loaded, gaps, nbytes = [], [], [], 0
-    with random_engine(arch, at, cpu) as actor:
-        for version in range(1, STEPS + 2):
-            started = time.perf_counter()
-            sources, _ = hand_out(actor, f"acceptance-{free_port('127.0.0.1')}", version, [SHARED_MEMORY])
-            published.append(time.perf_counter() - started)
-            try:
-                receipt = asyncio.run(engine.load_weights(sources[SHARED_MEMORY], version))
-                loaded.append(receipt.seconds)
-                nbytes = receipt.nbytes
-                engine_scores = asyncio.run(engine.score(probes, 1.0))
-                gaps.append(check_probes(version, precision, score(actor, probes, 1.0), [engine_scores]))
-            except RunFailed as error:
-                return {"problem": str(error)}
-            finally:
-                release(sources[SHARED_MEMORY])
+    actor = random_engine(arch, at, cpu)
+    for version in range(1, STEPS + 2):
+        started = time.perf_counter()
+        sources, _ = hand_out(actor, f"acceptance-{free_port('127.0.0.1')}", version, [SHARED_MEMORY])
+        published.append(time.perf_counter() - started)
+        try:
+            receipt = asyncio.run(engine.load_weights(sources[SHARED_MEMORY], version))
+            loaded.append(receipt.seconds)
+            nbytes = receipt.nbytes
+            engine_scores = asyncio.run(engine.score(probes, 1.0))
+            gaps.append(check_probes(version, precision, score(actor, probes, 1.0), [engine_scores]))
+        except RunFailed as error:
+            return {"problem": str(error)}
+        finally:
+            release(sources[SHARED_MEMORY])
     engine.close()
     rate = lambda seconds: nbytes / statistics.median(seconds[1:]) / 1e9  # the first one also makes the buffers
     whole = [a + b for a, b in zip(published, loaded)]
@@ -218,11 +219,10 @@ def time_steps(engine: MegatronEngine, tokens: int) -> dict[str, Any]:
         devices.synchronize(engine.device)
         seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[1:])
-    flops = MICRO_BATCHES * step_flops(engine.arch, tokens)
-    known = known_gpu(devices.gpu_name()) if engine.device.type == "cuda" else None
+    flops, peak = 3 * forward_flops(engine.arch, work_of(packs)), peak_flops(engine.device)  # without what is computed again
     return {
         "tokens_per_second": MICRO_BATCHES * tokens / step, "seconds": step, "tflops": flops / step / 1e12,
-        "mfu": flops / step / known.flops if known else None, "peak_gib": devices.peak_memory(engine.device) / 2**30,
+        "mfu": flops / step / peak if peak else None, "peak_gib": devices.peak_memory(engine.device) / 2**30,
     }  # fmt: skip
 
 
@@ -239,20 +239,6 @@ def long_batch(engine: MegatronEngine, tokens: int) -> tuple[list[PackedBatch], 
     return packs, Denominators(MICRO_BATCHES * length, MICRO_BATCHES)
 
 
-def step_flops(arch: Architecture, tokens: int) -> float:
-    """Forward and backward operations of one sequence, without what is computed again: 6 a parameter and token, and causal attention."""
-    parameters = rank_parameters(arch, 1, 1, 0) - (0 if arch.tied else arch.vocab * arch.hidden)  # a look-up multiplies nothing
-    attention = 2 * arch.n_layers * arch.n_heads * arch.head_dim * tokens
-    return 3 * tokens * (2 * parameters + attention)
-
-
-def known_gpu(name: str) -> Device | None:
-    """The data sheet of a GPU by the driver's name for it, such as `NVIDIA A100-SXM4-40GB`."""
-    plain = name.lower().replace(" ", "")
-    fits = [key for key in GPUS if all(word in plain for word in key.split("-"))]
-    return GPUS[max(fits, key=len)] if fits else None
-
-
 def kind(cpu: bool) -> torch.device:
     return devices.choose("cpu" if cpu else "cuda")
 
@@ -262,8 +248,7 @@ def join(cpu: bool) -> parallel.Coordinates:
     return parallel.initialize(1, 1, rank=0, world_size=1, device=kind(cpu), address=f"127.0.0.1:{free_port('127.0.0.1')}")
 
 
-@contextmanager
-def random_engine(arch: Architecture, at: parallel.Coordinates, cpu: bool) -> Iterator[MegatronEngine]:
+def random_engine(arch: Architecture, at: parallel.Coordinates, cpu: bool) -> MegatronEngine:
     """An actor with random weights; every layer is computed again in the backward pass."""
     model = ActorModelConfig(precision="fp32" if cpu else "bf16", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     engine = MegatronEngine(arch, model, OptimConfig(lr=1e-6), at, kind(cpu))
@@ -271,8 +256,7 @@ def random_engine(arch: Architecture, at: parallel.Coordinates, cpu: bool) -> It
         for _, param in engine.state.params:
             param.normal_(0, 0.02) if param.ndim > 1 else param.fill_(1.0)
     engine.optimizer.reload_model_params()
-    yield engine
-    engine.close()
+    return engine
 
 
 PARTS: dict[str, Callable[[Path, bool, Path | None], dict[str, Any]]] = {

@@ -62,7 +62,7 @@ class Item(NamedTuple):
 
 
 Items = tuple[Item, ...]
-Piece = tuple[float, Items]  # with its cost
+Piece = tuple[float, Items]  # with its cost, negative: the costliest sorts first
 
 
 def build_rank_batches(
@@ -160,6 +160,8 @@ def split_cost(items: Sequence[Item]) -> float:
 
 def micro_batch_tokens(items: Sequence[Item]) -> int:
     """Tokens of a micro-batch: each prompt copy once, and every response."""
+    if len(items) == 1:  # most are asked about one sample
+        return items[0].prompt_length + items[0].response_length
     return sum({i.prompt: i.prompt_length for i in items}.values()) + sum(i.response_length for i in items)
 
 
@@ -168,8 +170,8 @@ def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
 
     Parting costs another copy of the prompt and another rank that fetches the group: it stops when the fullest share is within 1 % of the mean, or does not get smaller.
     """
-    pieces = [(split_cost(p), p) for p in together(items, lambda i: i.group)]
-    even = sum(cost for cost, _ in pieces) / dp
+    pieces = [(-split_cost(p), p) for p in together(items, lambda i: i.group)]
+    even = -sum(cost for cost, _ in pieces) / dp
     load, fullest, shares = longest_first(pieces, dp)
     best_load, best = load, shares
     misses = 0  # shares may be equally full: as many partings as there are shares can be needed before the fullest one shrinks
@@ -177,9 +179,9 @@ def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
         partable = [piece for piece in shares[fullest] if len(piece[1]) > 1]
         if not partable:
             break
-        largest = max(partable)
+        largest = min(partable)
         by_length = sorted(largest[1], key=lambda i: (-i.response_length, i))
-        halves = [(split_cost(half), tuple(half)) for half in (by_length[::2], by_length[1::2])]
+        halves = [(-split_cost(half), tuple(half)) for half in (by_length[::2], by_length[1::2])]
         pieces = [p for p in pieces if p is not largest] + halves
         load, fullest, shares = longest_first(pieces, dp)
         misses += 1
@@ -204,10 +206,10 @@ def longest_first(pieces: Sequence[Piece], dp: int) -> tuple[float, int, list[li
     """Longest-processing-time rule: the costliest piece next, to the share with the least cost. With the cost of the fullest share and its index."""
     shares: list[list[Piece]] = [[] for _ in range(dp)]
     heap = [(0.0, rank) for rank in range(dp)]
-    for piece in sorted(pieces, key=lambda p: (-p[0], p[1])):
+    for piece in sorted(pieces):
         load, rank = heap[0]
         shares[rank].append(piece)
-        heapq.heapreplace(heap, (load + piece[0], rank))
+        heapq.heapreplace(heap, (load - piece[0], rank))
     load, rank = max(heap, key=lambda entry: (entry[0], -entry[1]))
     return load, rank, shares
 
@@ -218,7 +220,7 @@ def pack(items: Sequence[Item], max_tokens: int) -> list[Items]:
     """
     single = [(item,) for item in items]
     whole = [unit for p in by_prompt(items) for unit in ([p] if micro_batch_tokens(p) <= max_tokens else [(i,) for i in p])]
-    candidates = [best_fit(whole, max_tokens), best_fit(single, max_tokens)]
+    candidates = [best_fit(units, max_tokens) for units in ((whole, single) if len(whole) < len(single) else (single,))]
     return min(candidates, key=lambda bins: (len(bins), sum(micro_batch_tokens(b) for b in bins)))
 
 

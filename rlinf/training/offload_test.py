@@ -43,8 +43,6 @@ def steps_with_and_without(at: Any, folder: Path, precision: str) -> dict[str, A
     offloader.before_use()
     masters = sum(any(t is p for g in engine.distributed.optimizer.param_groups for p in g["params"]) for t in optimizer_tensors(engine))
     same = snapshot(engine) == snapshot(twin)
-    for e in (engine, twin):
-        e.close()
     return {"same": same, "freed": freed, "masters": masters}
 
 
@@ -67,7 +65,6 @@ def adam_of(at: Any, folder: Path) -> tuple[str, list[str]]:
     engine.optimizer_state.restore_steps(3)
     kind = type(engine.distributed.optimizer).__name__
     devices = [str(s["step"].device) for s in engine.distributed.optimizer.state.values()]
-    engine.close()
     return kind, devices
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_FILE = {  # file of rlinf/ -> function -> test
-    "checks/acceptance_parts.py": {"kind": "toolkits/gpu_acceptance.sh", "time_steps": "toolkits/gpu_acceptance.sh"},
+    "checks/acceptance_parts.py": {"kind": "toolkits/gpu_acceptance.sh"},
     "checks/doctor.py": {"collectives": "test_the_collectives_library_sums", "examine": "toolkits/gpu_acceptance.sh"},
     "cluster/local_cluster.py": {"LocalCluster.__init__": "test_one_process_takes_the_device_that_is_there"},
     "cluster/machines.py": {"wait_for_machines": "test_a_ray_worker_sees_its_own_gpu_alone"},
@@ -35,6 +35,8 @@ BY_FILE = {  # file of rlinf/ -> function -> test
     "rollout/embedded_model.py": dict.fromkeys(("EmbeddedModel._make_head", "EmbeddedModel.logits"), "test_an_engine_on_the_same_device_runs_the_actors_weights"),
     "training/attention.py": {"PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give"},
     "training/offload.py": {"Offloader.__init__": "test_offloading_frees_the_device_and_training_does_not_notice"},
+    "training/profiling.py": {"profiled": "test_a_profile_has_the_kernels_of_the_device"},
+    "workers/operations.py": {"peak_flops": "test_peak_operations_are_those_of_the_data_sheet"},
     "training/parallel.py": {"initialize": "test_a_step_in_16_bits_is_close_to_the_one_in_fp32"},
 }
 
@@ -47,7 +49,7 @@ def places(file: Path) -> set[str]:
         for child in ast.iter_child_nodes(node):
             here = f"{name}.{child.name}".lstrip(".") if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else name
             word = isinstance(child, ast.Constant) and child.value in ("cuda", "nccl", "GPU")
-            if word or (isinstance(child, ast.Attribute) and (child.attr == "is_cuda" or ast.unparse(child) == "torch.cuda")):
+            if word or (isinstance(child, ast.Attribute) and (child.attr in ("is_cuda", "CUDA") or ast.unparse(child) == "torch.cuda")):
                 found.add(here)
             walk(child, here)
 

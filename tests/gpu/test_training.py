@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import pytest
 import torch
 
 from rlinf import device as devices
-from rlinf.config.schema import ActorConfig
+from rlinf.config.schema import ActorConfig, RunnerConfig
 from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
 from rlinf.training.publishing import hand_out, score
+from rlinf.training.profiling import profiled
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import SHARED_MEMORY
 from rlinf.weights.shared_memory import release
+from rlinf.workers.operations import peak_flops
 from tests.training_ranks import build, logprobs, minibatches, snapshot, update
 
 PROBES = [np.random.default_rng(i).integers(1, 130, 20 + i).astype(np.int32) for i in range(3)]
@@ -41,7 +45,6 @@ def test_a_shared_prompt_gives_what_copies_give(device: torch.device, at: Any, m
                 found |= dict(zip(batch.sample_ids, (v.float().cpu() for v in values.split(lengths))))
     assert shared.keys() == apart.keys() and len(shared) > 10
     assert max(float((shared[k] - apart[k]).abs().max()) for k in shared) <= tolerance
-    engine.close()
 
 
 @pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}], ids=["kept", "recomputed"])
@@ -54,7 +57,6 @@ def test_a_step_in_16_bits_is_close_to_the_one_in_fp32(device: torch.device, at:
         done = update(engine, minibatches(engine, n=1, budget=512)[0])
         assert not done.skipped and snapshot(engine) != before
         norms[name] = done.grad_norm
-        engine.close()
     assert norms[precision] == pytest.approx(norms["fp32"], rel=0.05)
 
 
@@ -73,8 +75,6 @@ def test_offloading_frees_the_device_and_training_does_not_notice(device: torch.
             assert full - devices.memory_in_use(device) >= 16 * parameters  # weights 2, gradients 4, master weights and moments 12 bytes
     offloader.before_use()
     assert snapshot(engine) == snapshot(twin)
-    for e in (engine, twin):
-        e.close()
 
 
 def test_training_goes_on_from_saved_state(device: torch.device, at: Any, models: dict[str, Path]) -> None:
@@ -87,8 +87,6 @@ def test_training_goes_on_from_saved_state(device: torch.device, at: Any, models
     for e in (engine, twin):
         assert not update(e, second).skipped
     assert snapshot(engine) == snapshot(twin) and engine.optimizer_state.steps() == 2
-    for e in (engine, twin):
-        e.close()
 
 
 def test_the_reference_policy_is_swapped_in_and_out(device: torch.device, at: Any, models: dict[str, Path]) -> None:
@@ -100,7 +98,6 @@ def test_the_reference_policy_is_swapped_in_and_out(device: torch.device, at: An
     with reference.swapped_in():
         assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(score(engine, PROBES, 1.0), before))
     assert all(np.array_equal(a, b) for a, b in zip(score(engine, PROBES, 1.0), after)) and not np.allclose(after[0], before[0])
-    engine.close()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -115,4 +112,19 @@ def test_an_engine_on_the_same_device_runs_the_actors_weights(device: torch.devi
     finally:
         release(sources[SHARED_MEMORY])
         engine.close()
-        actor.close()
+
+
+def test_a_profile_has_the_kernels_of_the_device(device: torch.device, at: Any, tmp_path: Path) -> None:
+    runner = RunnerConfig(output_dir=str(tmp_path), experiment_name="run", profile_steps=[3], profile_ranks=[0])
+    for step in (2, 3):
+        with profiled(runner, step, "actor"):
+            a = torch.ones(64, 64, device=device)
+            (a @ a).sum().item()
+    (file,) = (tmp_path / "run" / "profile").iterdir()
+    trace = gzip.decompress(file.read_bytes()).decode()
+    assert file.name == "step_000003-actor-0.json.gz" and "aten::mm" in trace
+    assert ('"cat": "kernel"' in trace) == (device.type == "cuda")
+
+
+def test_peak_operations_are_those_of_the_data_sheet(device: torch.device) -> None:
+    assert peak_flops(device) == (data_sheet_flops(devices.gpu_name()) if device.type == "cuda" else 0.0)
