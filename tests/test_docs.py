@@ -152,6 +152,7 @@ CLASSES: dict[tuple[str, ...], Callable[[list[str], Path], None]] = {
     ("bash", "/shared/rlinf/ray_utils/start_ray.sh"): ray_script,
     ("bash", "check_ray.sh"): ray_script,
     ("bash", "tests/run.sh"): nothing,
+    ("bash", "toolkits/gpu_acceptance.sh"): nothing,  # toolkits/gpu_acceptance_test.py
     ("bash", "toolkits/setup/venv.sh"): nothing,
     ("bash", "toolkits/setup/sglang_cpu.sh"): nothing,
     ("source", ".venv/bin/activate"): nothing,

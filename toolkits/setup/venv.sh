@@ -76,11 +76,11 @@ install_cpu_torch() { # PyPI's Linux build drags several GB of CUDA along
     fail "pip could not install $build (its words are above)"
 }
 
-install_transformer_engine() { # builds against the torch that is there; the actor's local layers do without it
+install_transformer_engine() { # builds against the torch that is there; the actor's layers do without it
   local engine
   engine="$(sed -nE 's/^(transformer-engine[^ ]*).*/\1/p' "$root/requirements/gpu.txt")"
   if ! command -v nvcc >/dev/null; then
-    say "no nvcc here: Transformer Engine is left out, the actor uses Megatron's local layers (slower)"
+    say "no nvcc here: Transformer Engine is left out; the actor does without it"
     return
   fi
   say "building $engine (this takes minutes)"
