@@ -61,7 +61,7 @@ STEP_SECONDS = 100.0
 AIMS = {128: 0.02, 1024: 0.05}  # share of a step of STEP_SECONDS
 FITTED = [(16, 8192), (16, 16384), (128, 8192)]  # devices, samples a step
 MEASURED = [*FITTED, (128, 16384), (1024, 8192), (1024, 16384)]
-MEMORY_SAMPLES = 1024
+MEMORY_DEVICES, MEMORY_SAMPLES = 16, 1024
 
 
 class Meter(MetricLogger):
@@ -224,7 +224,7 @@ def main() -> None:
         for devices, samples in MEASURED:
             loads.append(measure(cluster, workers, Path(name), devices, samples, args.steps))
             sys.stdout.write(f"{devices} devices, {samples} samples: {loads[-1].cpu_median:.2f} CPU seconds a step\n")
-        memory = measure(cluster, workers, Path(name), 128, MEMORY_SAMPLES, args.memory_steps)
+        memory = measure(cluster, workers, Path(name), MEMORY_DEVICES, MEMORY_SAMPLES, args.memory_steps)
     model = fit([load for load in loads if (load.devices, load.samples) in FITTED])
     verdicts = judge(model, loads)
     result = {
@@ -236,7 +236,7 @@ def main() -> None:
         "model": asdict(model),
         "verdicts": verdicts,
         "memory": {
-            "steps": args.memory_steps, "samples": MEMORY_SAMPLES, "bytes_a_step": growth(memory.rss), "mib_first": memory.rss[0] / 2**20,
+            "steps": args.memory_steps, "devices": MEMORY_DEVICES, "samples": MEMORY_SAMPLES, "bytes_a_step": growth(memory.rss), "mib_first": memory.rss[0] / 2**20,
             "mib_middle": memory.rss[len(memory.rss) // 2] / 2**20, "mib_last": memory.rss[-1] / 2**20,
         },
         "loads": [asdict(load) for load in loads],
