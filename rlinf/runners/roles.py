@@ -70,7 +70,8 @@ class Role:
 
 def holding(share: RankBatch, parts: Sequence[Part]) -> list[Ref]:
     """The numbers of those parts that have a group with this share in common."""
-    return [part.numbers for part in parts if set(part.share.group_ids) & set(share.group_ids)]
+    mine = set(share.group_ids)
+    return [part.numbers for part in parts if not mine.isdisjoint(part.share.group_ids)]
 
 
 def summary(reports: Sequence[TrainReport], role: str, peak_tflops: float | None = None) -> dict[str, float]:
