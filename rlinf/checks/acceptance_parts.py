@@ -162,7 +162,8 @@ def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     arch, weights = read_architecture(hf), folder / "models" / "sync"
     weights.mkdir(parents=True, exist_ok=True)
     (weights / "config.json").write_text(json.dumps(hf))
-    (weights / "tokenizer.json").write_text("{}")  # an engine asks that there is one; nothing here reads it
+    for name, text in (("tokenizer.json", "{}"), ("model.safetensors", "")):  # an engine asks that they are there; nothing here reads them
+        (weights / name).write_text(text)
     probes = [np.random.default_rng(i).integers(1, arch.vocab, 24 + i).astype(np.int32) for i in range(4)]
     precision = "fp32" if cpu else "bf16"
     engine = EmbeddedEngine(str(weights), dtype=precision, slots=4, max_context=128, seed=0, device=kind(cpu).type, load_weights=False)

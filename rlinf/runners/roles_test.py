@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlinf.cluster.failure import Failure
-from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.records import Finish, GroupHeader, Status, Verdict
 from rlinf.metrics.names import undocumented
@@ -30,7 +30,7 @@ class Recorded(WorkerGroup):
         """They are from the start."""
 
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
-        self.seen[rank] = args
+        self.seen[rank] = tuple(a.value if isinstance(a, Shared) else a for a in args)
         report = TrainReport({"loss": 1.0}, {"time/x": float(rank)}, memory_bytes=(rank + 1) << 30)
         return [report, f"{self.component} {rank}"][:returns]
 
