@@ -36,7 +36,7 @@ BY_FILE = {  # file of rlinf/ -> function -> test
     "training/attention.py": {"PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give"},
     "training/offload.py": {"Offloader.__init__": "test_offloading_frees_the_device_and_training_does_not_notice"},
     "training/profiling.py": {"profiled": "test_a_profile_has_the_kernels_of_the_device"},
-    "workers/operations.py": {"peak_flops": "test_peak_operations_are_those_of_the_data_sheet"},
+    "workers/device.py": {"peak_flops": "test_peak_operations_are_those_of_the_data_sheet"},
     "training/parallel.py": {"initialize": "test_a_step_in_16_bits_is_close_to_the_one_in_fp32"},
 }
 

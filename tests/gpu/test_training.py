@@ -23,7 +23,7 @@ from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import SHARED_MEMORY
 from rlinf.weights.shared_memory import release
-from rlinf.workers.operations import peak_flops
+from rlinf.workers.device import peak_flops
 from tests.training_ranks import build, logprobs, minibatches, snapshot, update
 
 PROBES = [np.random.default_rng(i).integers(1, 130, 20 + i).astype(np.int32) for i in range(3)]
