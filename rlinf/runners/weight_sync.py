@@ -12,7 +12,6 @@ from rlinf.runners.engines import Engines
 from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
 from rlinf.weights.routes import OBJECT_STORE, plan_feeds, publisher
-from rlinf.weights.source import SharedMemory
 
 PROBES = 4
 
@@ -24,7 +23,7 @@ class WeightSync:
         self.config, self.actor, self.engines = config, actor, engines
         rollout, engines.load = engines.group, self.load_again
         self.keep = rollout.restarts > 0
-        self.held: list[tuple[SharedMemory, list[Ref]]] = []  # by engine: where the current weights still are
+        self.held: list[tuple[Shared, list[Ref]]] = []  # by engine: where the current weights still are
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
         self.version: int | None = None
         self.syncs = 0
@@ -71,8 +70,8 @@ class WeightSync:
     async def load_again(self, engine: int) -> None:
         """The current weights for an engine that was restarted; it has to wait for the next publish() when the actor is already past them."""
         if self.held:
-            source, payload = self.held[engine]
-            check_receipts([source], self.version, [await self.engines.group.call(engine, "load_weights", source, self.version, *payload)])
+            offer, payload = self.held[engine]
+            check_receipts([offer.value], self.version, [await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)])
 
     async def probe(self, version: int) -> float:
         trainer = [scores for scores in await self.actor.call_all("score", self.probes, 1.0) if scores]
