@@ -168,7 +168,8 @@ def micro_batch_tokens(items: Sequence[Item]) -> int:
 def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
     """Shares of even cost: longest processing time first, on whole groups; a group's samples are parted only where that evens the shares.
 
-    Parting costs another copy of the prompt and another rank that fetches the group: it stops when the fullest share is within 1 % of the mean, or does not get smaller.
+    Parting costs another copy of the prompt and another rank that fetches the group: it stops when the fullest share is within 1 % of the
+    mean, or does not get smaller.
     """
     pieces = [(-split_cost(p), p) for p in together(items, lambda i: i.group)]
     even = -sum(cost for cost, _ in pieces) / dp

@@ -27,7 +27,7 @@ from rlinf.scheduling.placement import WorkerAddress
 from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine, Update
-from rlinf.training.layout import PackedBatch, by_sample, by_token, pack, pack_sequences
+from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
 from rlinf.training.model import with_value_head
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
