@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlinf.runners.launch import WORKERS
 from rlinf.cli import main
 from rlinf.metrics.names import undocumented
 from tests.eval_workers import SCRIPT
@@ -78,7 +79,7 @@ def results(folder: Path, model: str = "tiny", name: str = "set") -> dict:
 def answer_with(monkeypatch: pytest.MonkeyPatch, folder: Path, answers: dict[str, list[str]]) -> None:
     (folder / "answers.json").write_text(json.dumps(answers))
     monkeypatch.setenv(SCRIPT, str(folder / "answers.json"))
-    monkeypatch.setattr("rlinf.evaluation.evaluate.ROLLOUT_WORKER", "tests.eval_workers:ScriptedRollout")
+    monkeypatch.setitem(WORKERS, "rollout", "tests.eval_workers:ScriptedRollout")
 
 
 @pytest.mark.parametrize(
