@@ -90,7 +90,7 @@ class WorkerGroup(ABC):
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """The same call on every rank; results by rank. The first failure is raised at once."""
-        return await self.call_each(method, [[Shared(a) for a in args]] * self.size)
+        return await self.call_each(method, [[a if isinstance(a, Ref) else Shared(a) for a in args]] * self.size)
 
     async def call_each(self, method: str, per_rank_args: Iterable[Sequence[Any]]) -> list[Any]:
         """One call a rank, with its own arguments; results by rank. The first failure is raised at once."""
