@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlinf.errors import UserError
 
-FILE_BYTES = 256 << 20  # what is held in memory while a file is written
+FILE_BYTES = 128 << 20  # what is held in memory, twice, while a file is written
 
 
 class Stored(NamedTuple):
