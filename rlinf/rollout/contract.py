@@ -106,6 +106,11 @@ class RolloutEngine(Protocol):
 
     capabilities: Capabilities
 
+    @property
+    def dead(self) -> bool:
+        """Whether a process that it needs has died; nothing but close() works then."""
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:
         """Yield the n samples as they finish. Raises ValueError for an empty or over-long prompt, RuntimeError when the engine is broken."""
         ...

@@ -37,6 +37,8 @@ class EmbeddedEngine:
     dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens of a sample.
     """
 
+    dead = False  # it lives and dies with its process
+
     def __init__(
         self,
         model_dir: str,

@@ -102,6 +102,10 @@ class SGLangEngine:
         self._proved = False
         self._closed = False
 
+    @property
+    def dead(self) -> bool:
+        return self._server.death is not None
+
     # ---- samples --------------------------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Sequence
@@ -35,15 +36,20 @@ class RolloutWorker:
         logs = Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / "workers"
         log = logs / f"rollout-{address.rank}-engine.log"
         self.device = choose(config.cluster.device)
-        replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
+        self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
         self.engine = build_engine(config, tokenizer, self.device.type, log.resolve(), address.run_id, self._leave if replaceable else None)
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index. before: the group as an engine let go of it; it goes on from there."""
         samples: dict[str, Sample] = {s.sample_id: s for s in before.samples} if before else {}
-        async for sample in self.engine.generate(unfinished(request, before) if before else request):
-            name = sample.sample_id
-            samples[name] = samples[name].continued_by(sample) if name in samples else sample
+        try:
+            async for sample in self.engine.generate(unfinished(request, before) if before else request):
+                name = sample.sample_id
+                samples[name] = samples[name].continued_by(sample) if name in samples else sample
+        except RuntimeError:
+            if not (self.replaceable and self.engine.dead):
+                raise
+            await asyncio.Event().wait()  # this process is about to end, and that is what the driver is to hear
         group = Group(request.request_id, prompt, tuple(samples[name] for name in request.sample_ids))
         return group.header(), group
 
