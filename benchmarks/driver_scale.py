@@ -155,8 +155,9 @@ def widened(group: RayWorkerGroup, size: int) -> RayWorkerGroup:
     turns = [rank % group.size for rank in range(size)]
     seats = [replace(group.seats[k], rank=rank, node=rank // 8) for rank, k in enumerate(turns)]
     wide = RayWorkerGroup(
-        group.component, seats, [group.actors[k] for k in turns], [group.logs[k] for k in turns], group.failure, group.start_timeout, group.phase
-    )
+        group.component, seats, lambda seat: group.actors[turns[seat.rank]], [group.logs[k] for k in turns], group.failure, group.start_timeout,
+        group.phase,
+    )  # fmt: skip
     wide.starts = group.starts
     return wide
 

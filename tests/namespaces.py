@@ -74,5 +74,7 @@ class NamespaceNode:
     def close(self) -> None:
         self.init.kill()  # and with it everything inside
         self.init.wait()
+        # The kernel takes a namespace down when its last process is gone, some time from now; the name of its link is free at once.
+        subprocess.run(["ip", "link", "del", f"{self.name}h"], capture_output=True)
         subprocess.run(["ip", "netns", "del", self.name], capture_output=True)
         shutil.rmtree(f"/tmp/rlinf-{self.name}", ignore_errors=True)
