@@ -44,7 +44,7 @@ class LightActor:
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         return [np.zeros(len(s) - 1, np.float32) for s in sequences]
 
-    def release(self) -> None:
+    def release(self, keep: bool = False) -> None:
         pass
 
 
@@ -52,7 +52,7 @@ class LightRollout:
     def __init__(self, address: WorkerAddress, light: Light) -> None:
         self.random, self.mean_tokens, self.version = np.random.default_rng(address.rank), light.mean_tokens, 0
 
-    async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]:
+    async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         sigma = 0.8
         lengths = np.exp(self.random.normal(np.log(self.mean_tokens) - sigma**2 / 2, sigma, request.n)).astype(int).clip(1, request.max_new_tokens)
         samples = tuple(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import driver_scale as scale
+from benchmarks import light_workers
 from benchmarks.driver_scale import FITTED, ROOT, Load, Model, fit, growth, judge
+from rlinf.workers import interfaces
 
 
 def load(devices: int, samples: int, cpu: float) -> Load:
@@ -36,6 +39,15 @@ def test_the_worse_of_model_and_measurement_decides() -> None:
 def test_growth_is_the_slope_of_the_second_half() -> None:
     assert growth([0, 10**9, 7, 7, 7, 7]) == pytest.approx(0)
     assert growth([5, 5, 5, 100, 200, 300]) == pytest.approx(100)
+
+
+@pytest.mark.parametrize(("light", "real"), [("LightActor", "TrainWorker"), ("LightRollout", "RolloutWorker"), ("LightReward", "RewardWorker")])
+def test_the_stand_ins_are_called_as_the_workers_are(light: str, real: str) -> None:
+    stand_in, contract = getattr(light_workers, light), getattr(interfaces, real)
+    for name, method in inspect.getmembers(stand_in, inspect.isfunction):
+        if not name.startswith("_"):
+            promised = [(p.name, p.kind, p.default) for p in inspect.signature(getattr(contract, name)).parameters.values()]
+            assert [(p.name, p.kind, p.default) for p in inspect.signature(method).parameters.values()] == promised, name
 
 
 @pytest.mark.slow

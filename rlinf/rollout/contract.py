@@ -7,7 +7,7 @@ top-p / top-k; an engine that truncates logs the truncated mass.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -90,7 +90,8 @@ class Capabilities:
 @dataclass(frozen=True)
 class EngineStats:
     """Counters since the last call of stats(): decoded tokens, prefilled tokens, prompt tokens served from shared KV, seconds busy,
-    and the probability mass that top-p / top-k cut off, summed over the decoded tokens.
+    and the probability mass that top-p / top-k cut off, summed over the decoded tokens. Of the engine's process, filled in by its worker:
+    memory at its peak, and operations a second that the device's data sheet promises (0 = not known).
     """
 
     decoded_tokens: int = 0
@@ -98,7 +99,8 @@ class EngineStats:
     reused_tokens: int = 0
     busy_seconds: float = 0.0
     truncated_mass: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)
+    memory_bytes: int = 0
+    peak_flops: float = 0.0
 
 
 class RolloutEngine(Protocol):

@@ -131,14 +131,14 @@ class Rollouts:
             speed = forward_flops(self.arch, work) / devices / busy
             metrics["perf/rollout_tflops"] = speed / 1e12
             peak = self.config.runner.peak_tflops
-            if peak := peak * 1e12 if peak else stats[0].extra["peak_flops"]:
+            if peak := peak * 1e12 if peak else stats[0].peak_flops:
                 metrics["perf/rollout_mfu"] = speed / peak
         return metrics
 
     @property
     def memory(self) -> list[int]:
         """Peak bytes of each rank."""
-        return [int(s.extra["memory_bytes"]) for s in self.stats]
+        return [s.memory_bytes for s in self.stats]
 
     @cached_property
     def arch(self) -> Architecture:

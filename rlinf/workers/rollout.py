@@ -72,9 +72,8 @@ class RolloutWorker:
         return await self.engine.score(sequences, temperature)
 
     async def stats(self) -> EngineStats:
-        """The engine's, with extra["memory_bytes"]: the peak of this process or device, and extra["peak_flops"]: of one device."""
-        stats, device = self.engine.stats(), self.device
-        return replace(stats, extra=stats.extra | {"memory_bytes": float(peak_memory(device)), "peak_flops": peak_flops(device)})
+        """The engine's, with the peak of this process's or device's memory and what one device promises."""
+        return replace(self.engine.stats(), memory_bytes=peak_memory(self.device), peak_flops=peak_flops(self.device))
 
     def close(self) -> None:
         self.engine.close()
