@@ -74,11 +74,11 @@ def main() -> None:
     extra = [f"runner.max_steps={args.steps}"] if args.steps else []
     runs = {f"seed-{seed}": [f"data.seed={seed}", f"rollout.seed={seed}"] for seed in args.seeds}
     if not args.no_control:
-        runs["control-lr-0"] = ["actor.optim.lr=0.0", "runner.max_steps=8"]
+        runs["control-lr-0"] = ["actor.optim.lr=0.0"]
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, words in runs.items():
-            results[name] = run(Path(folder), name, *words, *(extra if name.startswith("seed") else []))
+            results[name] = run(Path(folder), name, *words, *extra)
             sys.stdout.write(f"{name}: {json.dumps(results[name])}\n")
             sys.stdout.flush()
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
