@@ -93,7 +93,7 @@ def worker_config(config: Config, model_dir: Path, context: int, max_tokens: int
         runner=replace(config.runner, seq_length=context),
         algorithm=replace(config.algorithm, sampling_params=sampling),
         rollout=replace(config.rollout, model_dir=str(model_dir)),
-        reward=replace(config.reward, format_reward=0.0, overlong_buffer=0, exploration_penalty=0.0),
+        reward=replace(config.reward, format_reward=0.0, four_levels=False, overlong_buffer=0, exploration_penalty=0.0),
     )
 
 

@@ -106,6 +106,7 @@ ROLLOUT = metrics(
         "raise `reward.timeout`; look at those answers in samples/",
     ),
     ("reward_format", "mean of the format part of the reward (`reward.format_reward`)", "rises to `reward.format_reward`", "—"),
+    ("reward_four_levels", "mean of what the four levels change in the reward of correctness alone (`reward.four_levels`)", "—", "—"),
     ("reward_overlong", "mean of the length penalty near the limit (`reward.overlong_buffer`)", "near 0", "as for `truncated`"),
     ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),
     ("groups_all_right", "share of prompts whose responses are all right: no learning signal", "below 0.5", "harder data"),

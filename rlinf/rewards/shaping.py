@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
-from rlinf.data.records import Verdict
+from rlinf.data.records import Status, Verdict
 from rlinf.rewards.extract import counted_text, ends_inside_thinking, last_box
+
+FOUR_LEVELS = {(True, True): 1.0, (False, True): 0.0, (True, False): -0.5, (False, False): -1.0}  # (right, concluded): share of the scale
+CONCLUSION = re.compile(r"\s*<think>(.*)</think>\s*<conclusion>(.*)</conclusion>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Shaping:
     """format_reward: added to a well-formed response. overlong_buffer (tokens) and overlong_penalty: soft_overlong.
 
-    exploration_penalty: exploration.
+    exploration_penalty: exploration. four_levels: a reward scale by which FOUR_LEVELS replace what correctness alone earned; None = off.
 
     max_new_tokens: the hard limit of a response that overlong_buffer counts back from.
     """
@@ -22,6 +26,7 @@ class Shaping:
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
     exploration_penalty: float = 0.0
+    four_levels: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlong_buffer <= self.max_new_tokens:
@@ -32,6 +37,9 @@ class Shaping:
     def apply(self, verdict: Verdict, prompt: str, response: str, length: int) -> Verdict:
         """The verdict with its parts; status and correctness stay as they are."""
         parts: list[tuple[str, float]] = []
+        if self.four_levels is not None:
+            level = FOUR_LEVELS[verdict.status is Status.RIGHT, concluded(prompt, response)]
+            parts.append(("four_levels", self.four_levels * level - verdict.reward))
         if self.format_reward:
             parts.append(("format", self.format_reward * well_formed(prompt, response)))
         if self.overlong_buffer:
@@ -58,3 +66,12 @@ def well_formed(prompt: str, response: str) -> bool:
         return False
     text = counted_text(response, prompt)
     return text is not None and text.count("\\boxed") == 1 and bool((last_box(text) or "").strip())
+
+
+def concluded(prompt: str, response: str) -> bool:
+    r"""`<think>…</think><conclusion>…\boxed{}…</conclusion>`, each mark once, something in the box (RaML, arXiv 2505.19815); the prompt may open
+    the thinking."""
+    match = CONCLUSION.fullmatch(("<think>" if ends_inside_thinking(prompt) else "") + response)
+    if match is None or any(mark in part for part in match.groups() for mark in ("<think>", "</think>", "<conclusion>", "</conclusion>")):
+        return False
+    return bool((last_box(match[2]) or "").strip())

@@ -11,7 +11,7 @@ import pytest
 from rlinf.data.records import Status, Verdict
 from rlinf.errors import UserError
 from rlinf.rewards.math_test import labelled_pairs
-from rlinf.rewards.shaping import Shaping, exploration, soft_overlong, well_formed
+from rlinf.rewards.shaping import Shaping, concluded, exploration, soft_overlong, well_formed
 from rlinf.rewards.tasks import check_tasks, letter_of
 from rlinf.rewards.verifier import Item, Verifier
 from rlinf.rewards.verify_file import verify_file
@@ -188,6 +188,34 @@ def test_format_is_one_closed_thinking_section_and_one_box() -> None:
         ("", "</think> \\boxed{1}"),
     ]:
         assert not well_formed(prompt, response)
+
+
+def test_four_levels_of_correctness_and_format() -> None:
+    """RaML, arXiv 2505.19815: 1, 0, -0.5, -1; an undecided answer counts as wrong."""
+    shaping = Shaping(max_new_tokens=10, four_levels=2.0)
+    good, bad = "<think>a</think>\n<conclusion>so \\boxed{1}.</conclusion>\n", "<think>a</think> \\boxed{1}"
+    for status, base, levels in ((Status.RIGHT, 2.0, (2, -1)), (Status.WRONG, -2.0, (0, -2)), (Status.UNDECIDED, -2.0, (0, -2))):
+        verdict = Verdict(base, status, "1", "number", 0.0)
+        shaped = [shaping.apply(verdict, "", text, 8) for text in (good, bad)]
+        assert [v.reward for v in shaped] == list(levels) and all(v.status is status for v in shaped)
+        assert [dict(v.parts)["four_levels"] for v in shaped] == [level - base for level in levels]
+
+
+@pytest.mark.parametrize(
+    "prompt, response, expected",
+    [
+        ("Q <think>\n", "a</think><conclusion>\\boxed{1}</conclusion>", True),
+        ("Q <think>\n", "<think>a</think><conclusion>\\boxed{1}</conclusion>", False),
+        ("", "<think>a</think><conclusion>\\boxed{ }</conclusion>", False),
+        ("", "<think>\\boxed{1}</think><conclusion>1</conclusion>", False),
+        ("", "<think>a</think>b<conclusion>\\boxed{1}</conclusion>", False),
+        ("", "<think>a</think><conclusion>\\boxed{1}</conclusion><conclusion>\\boxed{1}</conclusion>", False),
+        ("", "<conclusion>\\boxed{1}</conclusion>", False),
+        ("", "<think>a</think><conclusion>\\boxed{1}", False),
+    ],
+)
+def test_a_conclusion_stands_behind_the_thinking_once(prompt: str, response: str, expected: bool) -> None:
+    assert concluded(prompt, response) == expected
 
 
 def test_parts_are_added_and_named_and_leave_the_status_alone() -> None:

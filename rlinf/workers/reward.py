@@ -37,6 +37,7 @@ class RewardWorker:
             overlong_buffer=reward.overlong_buffer,
             overlong_penalty=reward.overlong_penalty,
             exploration_penalty=reward.exploration_penalty,
+            four_levels=reward.reward_scale if reward.four_levels else None,
         )
         self.verifier.warm_up()
 
