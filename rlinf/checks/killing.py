@@ -3,12 +3,17 @@
 An instant inside a checkpoint write or a weight sync is found by looking, not by waiting: the driver is frozen as soon as the sign shows
 (a `.partial` folder with so many files; a segment of the weights), and killed if the sign still stands then. Otherwise it goes on, and the
 next one is tried.
+
+Most of a tiny run is the imports at its start. So a run may also be forked from a process that has done them and nothing else
+(`FORKS`, multiprocessing's fork server): a process of its own session, with the same command line to obey, killed by the same signal.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,6 +31,11 @@ from rlinf.metrics.logger import FILE_NAME, read_metrics
 from rlinf.runners.run_folder import COMPLETE
 
 ROOT = Path(rlinf.__file__).resolve().parents[1]
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTS = (  # what a run in one process comes to import
+    "rlinf.cli", "rlinf.config.validate", "rlinf.config.model", "rlinf.runners.launch", "rlinf.cluster.local_cluster", "rlinf.workers.train",
+    "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward", "rlinf.report.page", "transformers.AutoTokenizer",
+)  # fmt: skip
 LOOK = 0.0003  # seconds between two looks for a sign
 SETTLE = 0.02  # what is still on its way when the driver is frozen has arrived by then
 PATIENCE = 240.0  # for a run to get where it is to die, or to end
@@ -45,23 +55,72 @@ class Kill:
     victim: str = "driver"
 
 
+class Forked:
+    """`rlinf WORDS` in a process of the fork server, with those verbs of subprocess.Popen that a Life needs."""
+
+    def __init__(self, words: Sequence[str], log: Path) -> None:
+        FORKS.set_forkserver_preload(list(IMPORTS))
+        self.process = FORKS.Process(target=obey, args=(list(words), log))
+        self.process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if (code := self.process.exitcode) is None:
+            raise subprocess.TimeoutExpired("rlinf", timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def obey(words: list[str], log: Path) -> None:
+    """In a process that the fork server has made: become `python -m rlinf WORDS`, with its output in `log`."""
+    os.setsid()
+    with log.open("wb") as file, open(os.devnull, "rb") as nothing:
+        for number, stream in ((0, nothing), (1, file), (2, file)):
+            os.dup2(stream.fileno(), number)
+    os.environ["PYTHONPATH"] = search_path()
+    sys.argv = ["rlinf", *words]
+    runpy.run_module("rlinf", run_name="__main__")
+
+
+def search_path() -> str:
+    return f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+
+
 @dataclass
 class Life:
     """One process of a run, from its start to its end. where: what it was doing when it was killed."""
 
     run_dir: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
     where: str = ""
     known_as: str | None = None
 
     @classmethod
-    def start(cls, config: Path, run_dir: Path, words: Sequence[str] = ()) -> Life:
+    def start(cls, config: Path, run_dir: Path, words: Sequence[str] = (), fork: bool = False) -> Life:
+        """fork: from a process that has the imports behind it; else from nothing."""
         log = run_dir.with_name(f"{run_dir.name}.{time.time_ns()}.log")
-        env = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        command = [sys.executable, "-m", "rlinf", "train", str(config), *words]
+        command = ["train", str(config), *words]
+        if fork:
+            return cls(run_dir, Forked(command, log), log)
+        env = os.environ | {"PYTHONPATH": search_path()}
         with log.open("wb") as file:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlinf", *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
+            )
         return cls(run_dir, process, log)
 
     def finish(self) -> None:

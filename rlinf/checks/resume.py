@@ -31,6 +31,7 @@ from rlinf.weights.checkpoint_part import KINDS, open_part
 from rlinf.weights.tensor_folder import open_hf_folder
 
 SAVE_INTERVAL = 2
+RESUME = ("runner.resume_dir=auto",)
 OTHER_LAYOUT = 1e-6  # largest difference of a weight
 CURVES = ("train/loss", "train/grad_norm", "train/entropy_loss", "rollout/rewards", "rollout/total_tokens")  # what time has no part in
 
@@ -44,6 +45,10 @@ class Chain:
     background: bool
     steps: int
     kills: tuple[str, ...]
+
+    @property
+    def alone(self) -> bool:
+        return self.layout == "one process"
 
     @property
     def folder(self) -> str:
@@ -154,7 +159,7 @@ def kill_again_and_again(bench: Bench, chain: Chain, reference: Path, seed: int)
     allowed = SAVE_INTERVAL - 1 + (SAVE_INTERVAL if chain.background else 0)
     for kill in kills:
         started = time.perf_counter()
-        life = Life.start(config, run_dir, ["runner.resume_dir=auto"])
+        life = Life.start(config, run_dir, RESUME, fork=chain.alone)
         life.die(kill, step_seconds, 1.0)
         if deaths:
             yield replace(deaths[-1], resumed_at=life.resumed_at())
@@ -165,8 +170,8 @@ def kill_again_and_again(bench: Bench, chain: Chain, reference: Path, seed: int)
     yield deaths[-1]  # the caller learns from the next life where it resumed
 
 
-def finish(config: Path, run_dir: Path) -> Life:
-    life = Life.start(config, run_dir, ["runner.resume_dir=auto"])
+def finish(config: Path, run_dir: Path, alone: bool) -> Life:
+    life = Life.start(config, run_dir, RESUME, fork=alone)
     life.finish()
     return life
 
@@ -219,12 +224,12 @@ def check(bench: Bench, chains: Sequence[Chain]) -> Iterator[Death | Ending]:
         *deaths, last = kill_again_and_again(bench, chain, reference, 1000 * bench.seed + number)
         yield from deaths
         run_dir, model = bench.run_dir(chain.folder), bench.folder / "model"
-        if chain.layout != "one process":
+        if not chain.alone:
             elsewhere = bench.run_dir(f"{chain.folder}-elsewhere")
             shutil.copytree(run_dir, elsewhere, symlinks=True)
-            finish(bench.config(elsewhere.name, "one process", chain.steps), elsewhere)
+            finish(bench.config(elsewhere.name, "one process", chain.steps), elsewhere, alone=True)
             yield compare(f"{chain.name}; in one process after the last kill", elsewhere, reference, model, chain.steps, OTHER_LAYOUT)
-        yield replace(last, resumed_at=finish(bench.folder / f"{chain.folder}.yaml", run_dir).resumed_at())
+        yield replace(last, resumed_at=finish(bench.folder / f"{chain.folder}.yaml", run_dir, chain.alone).resumed_at())
         yield compare(chain.name, run_dir, reference, model, chain.steps, 0.0)
 
 
