@@ -62,6 +62,7 @@ CASES: dict[str, Case] = {
 SAME: dict[str, Case] = {  # words, the case with the same weights
     "again": ([], "base"),
     "all of the group": (["num_update_sample_per_prompt=4"], "base"),
+    "fresh tokens need no interpolation": ([*BF16, "loss_type=decoupled-ppo", "recompute_logprobs=false"], "engine's logprobs"),
     "equal weights cancel": (["importance_sampling_fix=true", "importance_sampling_clip=0.5", "importance_sampling_normalize=true"], "base"),
     "dynamic sampling, one prompt at a time": ([*DYNAMIC, "dynamic_sampling_batch_size=1", "dynamic_sampling_max_batches=40"], "dynamic sampling"),
     "dynamic sampling, many at a time": ([*DYNAMIC, "dynamic_sampling_batch_size=13"], "dynamic sampling"),

@@ -80,5 +80,16 @@ def statistic_N(name: str, log_rho_N: Tensor, sample_N: Tensor, n_samples: int) 
     return sequence_mean_S((torch.expm1(clamped_N) - clamped_N).clamp(0.0, K3_LIMIT), sample_N, n_samples)[sample_N]
 
 
+def proximal_logprobs_N(logprobs_N: Tensor, rollout_logprobs_N: Tensor, age_N: Tensor) -> Tensor:
+    """log pi_prox of decoupled PPO without a forward pass of its own (RLinf): between the policy that sampled a token and the present one,
+
+        log pi_prox = log mu + sg[alpha (log pi - log mu)]        alpha = (age - 1) / age
+
+    age_N: the version that this step makes minus the one that sampled the token, at least 1. At 1 pi_prox is mu; the older, the nearer to pi.
+    """
+    alpha_N = (age_N - 1) / age_N
+    return rollout_logprobs_N + alpha_N * (logprobs_N.detach() - rollout_logprobs_N)
+
+
 def rho(log_rho: Tensor) -> Tensor:
     return log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlinf.algorithms.aggregation import Denominators, token_weights_N
-from rlinf.algorithms.importance import Correction, importance_weights
+from rlinf.algorithms.importance import Correction, importance_weights, proximal_logprobs_N
 from rlinf.algorithms.kl import kl_estimate_N
 from rlinf.algorithms.losses import LOSSES, Clip, importance_ratio_N, ppo
 
@@ -25,7 +25,8 @@ from rlinf.algorithms.losses import LOSSES, Clip, importance_ratio_N, ppo
 class ObjectiveSettings:
     """The part of the `algorithm` section that the loss needs. correction None = the rollout engine's probabilities are taken for the actor's.
 
-    decoupled-ppo is ppo with the correction `token-mask` up to its cap: pi_old is then pi_prox, the engine's policy pi_behaviour.
+    decoupled-ppo is ppo with the correction `token-mask` up to its cap: pi_old is then pi_prox, the engine's policy pi_behaviour. Where tokens
+    have an age, pi_prox is interpolated (importance.proximal_logprobs_N).
     """
 
     loss_type: str
@@ -59,6 +60,7 @@ class ResponseTokens:
     ref_logprobs_N       the reference policy; None = there is none
     loss_mask_N          1 = counts; where it is 0 the other arrays may hold anything
     sample_N             int64, the sample 0..n_samples-1 of each token; a sample is never cut over micro-batches
+    age_N                how many versions old the policy was that sampled the token, at least 1; None = pi_old is what old_logprobs_N says
     """
 
     logprobs_N: Tensor
@@ -70,6 +72,7 @@ class ResponseTokens:
     loss_mask_N: Tensor
     sample_N: Tensor
     n_samples: int
+    age_N: Tensor | None = None
 
     def counted(self) -> ResponseTokens:
         """Only the tokens that count: [C] instead of [N]."""
@@ -83,6 +86,7 @@ class ResponseTokens:
             "advantages_N",
             "loss_mask_N",
             "sample_N",
+            "age_N",
         )
         return replace(self, **{n: value[keep_N] for n in names if (value := getattr(self, n)) is not None})
 
@@ -115,6 +119,8 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
     tokens = batch.counted()
     logprobs_C, sample_C = tokens.logprobs_N, tokens.sample_N
     old_logprobs_C = logprobs_C.detach() if tokens.old_logprobs_N is None else tokens.old_logprobs_N
+    if tokens.age_N is not None:
+        old_logprobs_C = proximal_logprobs_N(logprobs_C, tokens.rollout_logprobs_N, tokens.age_N)
     advantages_C = tokens.advantages_N.to(logprobs_C.dtype)
     weights_C = token_weights_N(settings.loss_agg_func, sample_C, tokens.n_samples, denominators, settings.max_new_tokens)
 

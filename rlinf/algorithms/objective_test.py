@@ -273,6 +273,30 @@ def test_decoupled_ppo_limits() -> None:
     assert first[2]["train/clip_fraction"] == 0
 
 
+@pytest.mark.parametrize(
+    ("age", "weight", "ratio", "objective", "flows"),
+    [(1, 1.0, 1.75, 1.2, False), (2, 1.3229, 1.3229, 1.5875, False), (3, 1.4522, 1.2051, 1.7426, False), (4, 1.5215, 1.1502, 1.75, True)],
+)
+def test_an_interpolated_proximal_policy(age: int, weight: float, ratio: float, objective: float, flows: bool) -> None:
+    """mu = 0.20, pi = 0.35, A = 1, epsilon 0.2. alpha = (age - 1) / age: w = 1.75^alpha, r = 1.75^(1 - alpha); a fresh token has pi_prox = mu."""
+    logs = {name: torch.tensor([p], dtype=torch.float64).log() for name, p in (("mu", 0.2), ("pi", 0.35))}
+    batch = replace(constant([-1.0], [1]), logprobs_N=logs["pi"], old_logprobs_N=logs["mu"], rollout_logprobs_N=logs["mu"])
+    loss, gradient, metrics = run(replace(batch, age_N=torch.tensor([float(age)])), DECOUPLED)
+    assert -loss == pytest.approx(objective, abs=1e-4) and bool(gradient[0].item() != 0) == flows
+    assert (metrics["train/importance_weight_mean"], metrics["train/ratio"]) == pytest.approx((weight, ratio), abs=1e-4)
+    if age == 1:
+        assert run(batch, replace(PPO, clip_high=0.2))[0] == loss
+    assert run(replace(batch, age_N=torch.tensor([4.0])), replace(DECOUPLED, correction=Correction("token-mask", 0.0, 1.5)))[0] == 0  # beyond the cap
+
+
+def test_interpolation_with_ages_that_differ_does_not_depend_on_the_split() -> None:
+    batch = make_batch([3, 5, 2, 4], seed=5)
+    batch = replace(batch, age_N=torch.arange(14) % 4 + 1.0)
+    loss, gradient, metrics = run(batch, DECOUPLED)
+    split_loss, split_gradient, split_metrics = run(batch, DECOUPLED, [[2], [3, 0], [], [1]])
+    assert split_loss == pytest.approx(loss, rel=1e-12) and torch.allclose(split_gradient, gradient) and split_metrics == pytest.approx(metrics)
+
+
 def test_importance_sampling_with_equal_engines_is_no_correction() -> None:
     batch = make_batch([3, 5])
     batch = replace(batch, rollout_logprobs_N=batch.old_logprobs_N)

@@ -138,7 +138,9 @@ class AlgorithmConfig:
     early_stop_imp_ratio: float | None = key(
         5.0, "skip the optimizer step of a mini-batch whose token-mean importance ratio exceeds this or is NaN; null = off"
     )
-    recompute_logprobs: bool = key(True, "old log-probabilities from the actor (true) or as reported by the rollout engine (false)")
+    recompute_logprobs: bool = key(
+        True, "old log-probabilities from the actor (true) or as reported by the rollout engine (false; decoupled-ppo then interpolates π_prox)"
+    )
     importance_sampling_fix: bool = key(False, "truncated importance sampling between rollout engine and actor; needs recompute_logprobs")
     importance_sampling_type: str = key(
         "token-truncate",
@@ -167,6 +169,11 @@ class AlgorithmConfig:
     )
     shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def interpolates_proximal(self) -> bool:
+        """Whether π_prox comes from the versions of the weights and not from a forward pass."""
+        return self.loss_type == "decoupled-ppo" and not self.recompute_logprobs
 
     @property
     def token_level(self) -> bool:
@@ -270,6 +277,10 @@ class RewardConfig:
     num_processes: int = key(1, "verifier processes of one reward worker for the answers that need symbolic work")
     timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided")
     format_reward: float = key(0.0, "added when the response closes its thinking once and boxes an answer after it; 0 = off")
+    four_levels: bool = key(
+        False, r"RaML's reward, times reward_scale: 1 right and well-formed, 0 wrong and well-formed, −0.5 right, −1 neither; well-formed is "
+        r"`<think>…</think><conclusion>…\boxed{}…</conclusion>`"
+    )
     overlong_buffer: int = key(0, "tokens before max_new_tokens in which a length penalty grows linearly (DAPO soft overlong); 0 = off")
     overlong_penalty: float = key(1.0, "length penalty of a response of max_new_tokens, with overlong_buffer > 0")
     exploration_penalty: float = key(0.0, "c: subtract min(1, c / response tokens), which vanishes for long responses (RLSP); 0 = off")

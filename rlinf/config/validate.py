@@ -238,8 +238,6 @@ def _importance(c: Config) -> Iterator[Violation]:
     if fix and not a.recompute_logprobs:
         yield "algorithm.importance_sampling_fix", "needs the actor's log-probabilities; set algorithm.recompute_logprobs: true"
     if a.loss_type == "decoupled-ppo":
-        if not a.recompute_logprobs:
-            yield "algorithm.loss_type", "decoupled-ppo needs the actor's log-probabilities as π_prox; set algorithm.recompute_logprobs: true"
         if fix:
             yield "algorithm.importance_sampling_fix", "decoupled-ppo weighs actor over engine already, and twice is wrong; set it to false"
     elif not fix:
@@ -343,6 +341,10 @@ def _reward(c: Config) -> Iterator[Violation]:
     for task, function in c.reward.own_tasks.items():
         if not is_own(function):
             yield "reward.own_tasks", f"{task}: {function} names no function; write path/to/file.py:function"
+    if c.reward.four_levels and c.reward.format_reward:
+        yield "reward.format_reward", "reward.four_levels pays for the format already; set one of the two to 0 or false"
+    if c.reward.four_levels and c.reward.undecided_reward is not None:
+        yield "reward.undecided_reward", "reward.four_levels has no level of its own for an undecided answer, it counts as wrong; set it to null"
     limit = c.algorithm.sampling_params.max_new_tokens
     if c.reward.overlong_buffer > limit:
         yield "reward.overlong_buffer", f"must be at most algorithm.sampling_params.max_new_tokens ({limit})"

@@ -82,6 +82,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def token_versions(self) -> np.ndarray:
+        """[T] int64: the version of the weights that generated each token."""
+        return np.repeat([v for v, _ in self.versions], [n for _, n in self.versions]).astype(np.int64)
+
     def continued_by(self, rest: Sample) -> Sample:
         """This sample and what was generated behind it, as one; every token keeps its version and its log-probability."""
         if rest.sample_id != self.sample_id:

@@ -252,6 +252,7 @@ def response_tokens(batch: PackedBatch, output: tuple[Tensor, Tensor], old: Tens
         loss_mask_N=batch.loss_mask_N,
         sample_N=batch.sample_N,
         n_samples=batch.n_samples,
+        age_N=batch.age_N,
     )
 
 

@@ -66,6 +66,7 @@ class PackedBatch(PackedSeqParams):
     advantages_N: Tensor | None = None  # [N] float32
     loss_mask_N: Tensor | None = None  # [N] float32
     rollout_logprobs_N: Tensor | None = None  # [N] float32
+    age_N: Tensor | None = None  # [N] float32, for an interpolated pi_prox (algorithms.importance)
     n_samples: int = 0
     sample_ids: tuple[str, ...] = ()  # of the S samples, in the order of their tokens
     common: int = 0  # rows of the start that all prompts share: the first segment, if any

@@ -81,6 +81,10 @@ class TrainWorker(Checkpointed):
         self.offloader.before_use()
         self.looked_at = Work()
         minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
+        if self.config.algorithm.interpolates_proximal:
+            ages = {s.sample_id: step - s.token_versions for g in groups for s in g.samples}
+            for b in (b for packs in minibatches for b in packs):
+                b.age_N = by_token(b, ages)
         packed = time.perf_counter()
         trains = self.config.trains_actor(step)
         old = ref = [None] * len(minibatches)
