@@ -350,7 +350,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_model(config: Config, dry_run: bool) -> list[str]:
     """Read the model's shape and look for the files; what is missing is an error, or on a dry run a warning."""
-    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_critic_model, validate_model
+    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model, validate_scorer
     from rlinf.weights.architecture import read_architecture
 
     def read(model_dir: str, key: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -360,12 +360,13 @@ def _check_model(config: Config, dry_run: bool) -> list[str]:
     if hf:
         read_architecture(hf)
         validate_model(config, hf)
-    if hf and config.has_critic:
-        critic_hf, more = read(config.critic.model_dir, "critic.model_dir") if config.critic.model_dir else (hf, [])
+    for role in ("critic", "token_reward"):
+        folder = getattr(config, role).model_dir
+        other, more = read(folder, f"{role}.model_dir") if folder and config.has(role) else (hf, [])
         warnings += more
-        if critic_hf:
-            read_architecture(critic_hf)
-            validate_critic_model(config, critic_hf, hf)
+        if hf and other and config.has(role):
+            read_architecture(other)
+            validate_scorer(config, role, other, hf)
     absent = missing_paths(config)
     if absent and not dry_run:
         raise UserError("\n  ".join(["files that the run needs are missing:", *absent]))

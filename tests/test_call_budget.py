@@ -23,7 +23,7 @@ class Counted(launch.ReasoningRunner):
 launch.ReasoningRunner = Counted
 assert launch.train(load(sys.argv[1])) == 0
 runner = Counted.last
-print(json.dumps({g.component: dict(g.calls) for g in (runner.actor, runner.rollout, runner.reward, runner.critic) if g}))
+print(json.dumps({g.component: dict(g.calls) for g in (runner.actor, runner.rollout, runner.reward, runner.critic, runner.token_reward) if g}))
 """
 
 

@@ -4,9 +4,9 @@ where the tokens are.
 What the driver knows is the outcome advantage of a response (advantages.py). It is the reward of the response's last token; every token
 pays its KL to the reference policy; the advantage of a token is the discounted sum of what follows (REINFORCE++, arXiv 2501.03262):
 
-    r_t = 1[t = T] A - beta KL_t        A_t = sum over s >= t of gamma^(s - t) r_s
+    r_t = 1[t = T] A - beta KL_t + d_t        A_t = sum over s >= t of gamma^(s - t) r_s
 
-With a critic's values V the driver's number is the reward itself, and the advantage is the generalized estimate (GAE, arXiv 1506.02438):
+where d_t is the token's own (dense) reward, if there are such. With a critic's values V the driver's number is the reward itself, and the advantage is the generalized estimate (GAE, arXiv 1506.02438):
 
     delta_t = r_t + gamma V_{t+1} - V_t, V after the last token = 0        A_t = sum over s >= t of (gamma lambda)^(s - t) delta_s
 
@@ -53,7 +53,7 @@ class TokenAdvantages:
 class SampledTokens:
     """A micro-batch as it was sampled, [N] each: outcome advantages, log-probabilities of pi_old, engine and reference, loss mask, sample.
 
-    values_N: a critic's value of the state before each token; None = there is no critic. logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
+    values_N: a critic's value of the state before each token; None = there is no critic. rewards_N: what each token is paid for itself. logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
     """
 
     outcome_N: Tensor
@@ -64,6 +64,7 @@ class SampledTokens:
     sample_N: Tensor
     n_samples: int
     values_N: Tensor | None = None
+    rewards_N: Tensor | None = None
 
 
 def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantages, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -105,6 +106,8 @@ def estimate_C(batch: SampledTokens, how: TokenAdvantages) -> Tensor:
             raise ValueError("KL in the reward needs the log-probabilities of the policy and of the reference policy")
         kl_C = kl_estimate_N(how.kl_penalty_type, batch.logprobs_N[keep_N].double(), batch.ref_logprobs_N[keep_N].double())
         reward_C = reward_C - how.kl_beta * kl_C
+    if batch.rewards_N is not None:
+        reward_C = reward_C + batch.rewards_N[keep_N].double()
     if batch.values_N is None:
         return discounted_sums_N(reward_C, how.gamma, sample_C)
     values_C = batch.values_N[keep_N].double()

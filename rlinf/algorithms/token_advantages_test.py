@@ -22,7 +22,7 @@ PLAIN = TokenAdvantages(gamma=1.0, kl_beta=0.0, kl_penalty_type="k2", whiten=Fal
 EVERYTHING = TokenAdvantages(gamma=0.9, kl_beta=0.2, kl_penalty_type="k3", whiten=True, normalize_by=Correction("token-truncate", 0.0, 1.2))
 
 
-def make(lengths: list[int], seed: int = 0, masked: float = 0.0) -> SampledTokens:
+def make(lengths: list[int], seed: int = 0, masked: float = 0.0, dense: bool = False) -> SampledTokens:
     """Random numbers; what does not count holds NaN."""
     rng = np.random.default_rng(seed)
     n = sum(lengths)
@@ -32,7 +32,7 @@ def make(lengths: list[int], seed: int = 0, masked: float = 0.0) -> SampledToken
     tensor = lambda values: torch.from_numpy(np.asarray(values, dtype=np.float64))
     return SampledTokens(
         tensor(rng.normal(size=len(lengths))[sample]), tensor(-rng.random(n)), tensor(-rng.random(n) + hole), tensor(-rng.random(n) + hole),
-        tensor(mask), torch.from_numpy(sample), len(lengths),
+        tensor(mask), torch.from_numpy(sample), len(lengths), rewards_N=tensor(rng.normal(size=n)) if dense else None,
     )  # fmt: skip
 
 
@@ -92,6 +92,17 @@ def test_equal_advantages_whiten_to_exactly_zero() -> None:
     assert (alone(make([4], masked=1.0), EVERYTHING) == 0).all()
 
 
+def test_dense_rewards_by_hand() -> None:
+    """Outcome 3, token rewards (0.5, -1, 2), gamma 0.5: r = (0.5, -1, 5)."""
+    batch = replace(make([3]), outcome_N=torch.full((3,), 3.0, dtype=torch.float64), rewards_N=torch.tensor([0.5, -1.0, 2.0]))
+    assert alone(batch, PLAIN).tolist() == [4.5, 4.0, 5.0]
+    assert alone(batch, replace(PLAIN, gamma=0.5)).tolist() == [0.5 + 0.5 * 1.5, -1 + 0.5 * 5.0, 5.0]
+    with_critic = replace(batch, values_N=torch.tensor([0.2, 0.4, 0.5], dtype=torch.float64))
+    assert alone(with_critic, PLAIN).tolist() == pytest.approx([4.3, 3.6, 4.5]) and value_targets([with_critic], PLAIN)[0].tolist() == pytest.approx([4.5, 4.0, 5.0])
+    gap = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)  # a token that does not count is not paid either
+    assert alone(replace(batch, loss_mask_N=gap), PLAIN).tolist() == [5.5, 0.0, 5.0]
+
+
 def test_tokens_that_do_not_count_are_skipped() -> None:
     """A tool's tokens neither earn, nor pay, nor discount: the others' advantages are as if they were not there."""
     batch = make([9], seed=3, masked=0.4)
@@ -144,7 +155,7 @@ def on_ranks(shares: list[list[SampledTokens]], how: TokenAdvantages) -> list[li
 )  # fmt: skip
 def test_they_do_not_depend_on_the_split(lengths: list[int], data: st.DataObject, masked: float, gamma: float, white: bool, kind: str | None) -> None:
     """Samples dealt to 2 ranks x 2 micro-batches in any order; some empty."""
-    batch = make(lengths, data.draw(st.integers(0, 999)), masked)
+    batch = make(lengths, data.draw(st.integers(0, 999)), masked, dense=data.draw(st.booleans()))
     how = replace(EVERYTHING, gamma=gamma, whiten=white, normalize_by=kind and Correction(kind, 0.5, 1.3))
     whole = alone(batch, how)
     bins = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))

@@ -31,6 +31,7 @@ EXAMPLES = ROOT / "examples" / "math" / "config"
 ALIASES = {"grpo-1.5b-megatron": "qwen2.5-1.5b-grpo-megatron", "grpo-7b-megatron": "qwen2.5-7b-grpo-megatron"}
 PATH_KEYS = (
     "runner.output_dir", "runner.resume_dir", "rollout.model_dir", "rollout.sglang_python", "critic.model_dir",
+    "token_reward.model_dir",
     "data.train_data_paths", "data.val_data_paths",
     "evaluation.output_dir", "evaluation.opencompass_dir", *(f"evaluation.{name}.path" for name in BENCHMARKS),
 )  # fmt: skip

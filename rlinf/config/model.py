@@ -71,16 +71,17 @@ def validate_model(config: Config, hf: dict[str, Any]) -> None:
         raise UserError(f"the model {config.rollout.model_dir} does not fit this configuration:\n" + "\n".join("  " + f for f in found))
 
 
-def validate_critic_model(config: Config, hf: dict[str, Any], actor_hf: dict[str, Any]) -> None:
-    """As validate_model, for the critic's model; it must read the actor's tokens."""
-    found = _misfits("critic", config.critic.model, hf)
+def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dict[str, Any]) -> None:
+    """As validate_model, for the model of `critic` or `token_reward`; it must read the actor's tokens."""
+    found = _misfits(role, getattr(config, role).model, hf)
+    folder = config.critic_model_dir if role == "critic" else config.token_reward.model_dir
     if hf["vocab_size"] != actor_hf["vocab_size"]:
-        found.append(f"its vocab_size is {hf['vocab_size']}, the actor's {actor_hf['vocab_size']}; take a critic of the actor's family")
+        found.append(f"its vocab_size is {hf['vocab_size']}, the actor's {actor_hf['vocab_size']}; take one of the actor's family")
     positions = hf.get("max_position_embeddings")
     if positions and config.runner.seq_length > positions:
         found.append(f"runner.seq_length = {config.runner.seq_length} exceeds the model's max_position_embeddings {positions}; lower it")
     if found:
-        raise UserError(f"the critic's model {config.critic_model_dir} does not fit this configuration:\n" + "\n".join("  " + f for f in found))
+        raise UserError(f"the {role}'s model {folder} does not fit this configuration:\n" + "\n".join("  " + f for f in found))
 
 
 def _misfits(role: str, model: ActorModelConfig, hf: dict[str, Any]) -> list[str]:

@@ -167,6 +167,9 @@ class AlgorithmConfig:
         "`logical`: reproducible, a batch is generated under one version; `wallclock`: groups begin and are trained on as soon as max_staleness allows",
         ("logical", "wallclock"),
     )
+    dense_rewards: bool = key(
+        False, "each token is paid its own score of the token reward model (adv_type gae or reinforce++); false = a response is paid token_reward.reduce"
+    )
     shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -178,7 +181,7 @@ class AlgorithmConfig:
     @property
     def token_level(self) -> bool:
         """Whether advantages differ from token to token: the driver then knows only the outcome, and the actor finishes (and whitens) them."""
-        return self.kl_in == "reward" or self.gamma != 1 or self.adv_type == "gae"
+        return self.kl_in == "reward" or self.gamma != 1 or self.adv_type == "gae" or self.dense_rewards
 
 
 @dataclass
@@ -263,6 +266,21 @@ class CriticConfig(ActorConfig):
     seed: int = key(1234, "seed of the value head's first weights (`score.weight`), where the folder has none")
     value_clip: float | None = key(0.5, "how far a value may move in one step before its loss stops falling, in units of reward; null = any way")
     warmup_steps: int = key(0, "first steps of the run in which the critic alone is trained")
+
+
+@dataclass
+class TokenRewardConfig:
+    """A frozen model that scores every token of a response, such as a process reward model; there is one where model_dir is set."""
+
+    model_dir: str | None = key(
+        None, "Hugging Face folder of a token (or sequence) classification model with the actor's vocabulary and one label, or two (wrong, right); "
+        "null = there is none"
+    )
+    output: str = key("logit", "score of a token: the logit (of two labels their difference), or its sigmoid", ("logit", "probability"))
+    reduce: str = key("mean", "what a response's score is made of: the scores of its tokens that count", ("mean", "sum", "last", "min"))
+    weight: float = key(1.0, "what a score is multiplied by before it joins the reward")
+    model: ActorModelConfig = field(default_factory=ActorModelConfig)
+    offload_weight: bool = key(False, "keep its weights in host memory while it does not score")
 
 
 @dataclass
@@ -375,6 +393,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    token_reward: TokenRewardConfig = field(default_factory=TokenRewardConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sft: SftConfig = field(default_factory=SftConfig)
@@ -382,6 +401,14 @@ class Config:
     @property
     def has_critic(self) -> bool:
         return self.algorithm.adv_type == "gae"
+
+    @property
+    def has_token_reward(self) -> bool:
+        return self.token_reward.model_dir is not None
+
+    def has(self, component: str) -> bool:
+        """Whether the run has the component: all but two are always there."""
+        return {"critic": self.has_critic, "token_reward": self.has_token_reward}.get(component, True)
 
     @property
     def critic_model_dir(self) -> str:

@@ -88,6 +88,7 @@ MORE_THAN: dict[str, float] = {
     "actor.optim.initial_loss_scale": 0,
     "critic.value_clip": 0,
     "runner.peak_tflops": 0,
+    "token_reward.weight": 0,
     "reward.reward_scale": 0,
     "reward.timeout": 0,
     **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},
@@ -107,14 +108,15 @@ SET_BY_US: dict[str, str] = {  # options of the SGLang server
 LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim.adam_beta1": 1, "actor.optim.adam_beta2": 1}
 
 
-for _table in (AT_LEAST, MORE_THAN, LESS_THAN):  # the critic's model and optimizer have the actor's bounds
+for _table in (AT_LEAST, MORE_THAN, LESS_THAN):  # what the critic and the token reward model share with the actor has the actor's bounds
     _table |= {f"critic.{name.removeprefix('actor.')}": bound for name, bound in _table.items() if name.startswith("actor.")}
+    _table |= {f"token_reward.{name.removeprefix('actor.')}": bound for name, bound in _table.items() if name.startswith("actor.model.")}
 
 
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
     objective = (_algorithm, _kl, _importance, _selection, _sampling)
-    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, _actor, _critic, _reward))
+    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, _actor, _critic, _token_reward, _reward))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
@@ -296,7 +298,20 @@ def _actor(c: Config) -> Iterator[Violation]:
 
 
 def _megatron(c: Config, role: str) -> Iterator[Violation]:
-    model, optim = getattr(c, role).model, getattr(c, role).optim
+    yield from _layout(c, role)
+    optim = getattr(c, role).optim
+    if optim.lr_decay_style != "constant":
+        if optim.lr_decay_steps <= optim.lr_warmup_steps:
+            yield (
+                f"{role}.optim.lr_decay_steps",
+                f"lr_decay_style {optim.lr_decay_style} needs more steps than lr_warmup_steps ({optim.lr_warmup_steps})",
+            )
+        if optim.min_lr > optim.lr:
+            yield f"{role}.optim.min_lr", f"must be at most {role}.optim.lr ({optim.lr})"
+
+
+def _layout(c: Config, role: str) -> Iterator[Violation]:
+    model = getattr(c, role).model
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         yield f"{role}.model.sequence_parallel", f"needs {role}.model.tensor_model_parallel_size > 1; set it to false"
     if model.recompute_granularity == "full":
@@ -308,18 +323,10 @@ def _megatron(c: Config, role: str) -> Iterator[Violation]:
         for key in (f"{role}.model.recompute_method", f"{role}.model.recompute_num_layers"):
             if value_of(c, key) is not None:
                 yield key, f"has a meaning only with {role}.model.recompute_granularity: full; set it to null"
-    if optim.lr_decay_style != "constant":
-        if optim.lr_decay_steps <= optim.lr_warmup_steps:
-            yield (
-                f"{role}.optim.lr_decay_steps",
-                f"lr_decay_style {optim.lr_decay_style} needs more steps than lr_warmup_steps ({optim.lr_warmup_steps})",
-            )
-        if optim.min_lr > optim.lr:
-            yield f"{role}.optim.min_lr", f"must be at most {role}.optim.lr ({optim.lr})"
 
 
 def _critic(c: Config) -> Iterator[Violation]:
-    a, placed = c.algorithm, "critic" in (n.strip() for names in c.cluster.component_placement for n in names.split(","))
+    a, placed = c.algorithm, _placed(c, "critic")
     if a.adv_type != "gae":
         if placed:
             yield "cluster.component_placement", f"places a critic, but adv_type {a.adv_type} has none; remove it, or set algorithm.adv_type: gae"
@@ -335,6 +342,29 @@ def _critic(c: Config) -> Iterator[Violation]:
         yield "algorithm.gae_lambda", "must be at most 1"
     if 0 < c.runner.max_steps <= c.critic.warmup_steps:
         yield "critic.warmup_steps", f"leaves no step for the actor; it must be less than runner.max_steps ({c.runner.max_steps})"
+
+
+def _token_reward(c: Config) -> Iterator[Violation]:
+    a, placed = c.algorithm, _placed(c, "token_reward")
+    if not c.has_token_reward:
+        if placed:
+            yield "cluster.component_placement", "places a token_reward, but token_reward.model_dir names no model; set it, or remove the component"
+        for name in (n for n, key in known_keys().items() if n.startswith("token_reward.") and value_of(c, n) != key.default):
+            yield name, "there is no token reward model; set token_reward.model_dir, or remove this"
+        if a.dense_rewards:
+            yield "algorithm.dense_rewards", "needs the scores of a token reward model; set token_reward.model_dir, or this to false"
+        return
+    if not placed:
+        yield "token_reward.model_dir", "the model has no devices; give it some in cluster.component_placement, such as `actor,token_reward,rollout,reward: all`"
+    yield from _layout(c, "token_reward")
+    if c.token_reward.model.recompute_granularity is not None:
+        yield "token_reward.model.recompute_granularity", "a frozen model keeps no activations to recompute; set it to null"
+    if a.dense_rewards and a.adv_type not in ("gae", "reinforce++"):
+        yield "algorithm.dense_rewards", f"adv_type {a.adv_type} compares whole responses; use gae or reinforce++, or set it to false"
+
+
+def _placed(c: Config, component: str) -> bool:
+    return component in (n.strip() for names in c.cluster.component_placement for n in names.split(","))
 
 
 def _reward(c: Config) -> Iterator[Violation]:

@@ -9,11 +9,12 @@ import pytest
 
 from rlinf.config.keys import known_keys
 from rlinf.config.load import EXAMPLES, load
-from rlinf.config.model import load_model_config, planned_model_config, validate_model
+from rlinf.config.model import load_model_config, planned_model_config, validate_model, validate_scorer
 from rlinf.config.validate import AT_LEAST, LESS_THAN, MORE_THAN, validate
 from rlinf.errors import UserError
 
 CRITIC = ["algorithm.adv_type=gae", "cluster.component_placement={'actor,critic,rollout,reward': all}"]
+SCORER = ["token_reward.model_dir=/m", "cluster.component_placement={'actor,token_reward,rollout,reward': all}"]
 BASE = ["rollout.model_dir=/m", "data.train_data_paths=[a.jsonl]"]
 MASK = ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=token-mask"]
 
@@ -45,6 +46,8 @@ def test_the_examples_are_valid(name: str) -> None:
         [*CRITIC, "algorithm.group_size=1"],
         [*CRITIC, "algorithm.gae_lambda=0.95", "critic.warmup_steps=4", "runner.max_steps=5", "critic.value_clip=null"],
         [*CRITIC, "algorithm.kl_beta=0.01", "algorithm.kl_in=reward"],
+        [*SCORER, "token_reward.reduce=last", "token_reward.weight=0.5", "token_reward.output=probability"],
+        [*SCORER, "algorithm.dense_rewards=true", "algorithm.adv_type=reinforce++"],
         ["runner.resume_dir=logs/a/checkpoints/step_000050/"],
         ["algorithm.importance_sampling_fix=true"],
         ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=k3-mask", "algorithm.importance_sampling_clip=0.01"],
@@ -71,6 +74,13 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["critic.warmup_steps=1"], "critic.warmup_steps = 1 (command line): there is no critic with adv_type grpo"),
         (["algorithm.gae_lambda=0.95"], "algorithm.gae_lambda = 0.95 (command line): has a meaning only with algorithm.adv_type: gae"),
         ([*CRITIC, "algorithm.gae_lambda=1.5"], "must be at most 1"),
+        (["token_reward.model_dir=/m"], "the model has no devices; give it some in cluster.component_placement, such as `actor,token_reward"),
+        (["cluster.component_placement={'actor,token_reward,rollout,reward': all}"], "token_reward.model_dir names no model; set it, or remove the component"),
+        (["token_reward.reduce=last"], "token_reward.reduce = last (command line): there is no token reward model"),
+        (["algorithm.dense_rewards=true"], "needs the scores of a token reward model"),
+        ([*SCORER, "algorithm.dense_rewards=true"], "adv_type grpo compares whole responses; use gae or reinforce++"),
+        ([*SCORER, "token_reward.model.recompute_granularity=selective"], "a frozen model keeps no activations"),
+        ([*SCORER, "token_reward.model.sequence_parallel=true"], "needs token_reward.model.tensor_model_parallel_size > 1"),
         ([*CRITIC, "critic.model.sequence_parallel=true"], "needs critic.model.tensor_model_parallel_size > 1"),
         ([*CRITIC, "critic.optim.lr_decay_style=linear"], "critic.optim.lr_decay_steps = 0 (default): lr_decay_style linear needs more steps"),
         ([*CRITIC, "critic.warmup_steps=5", "runner.max_steps=5"], "critic.warmup_steps = 5 (command line): leaves no step for the actor"),
@@ -131,6 +141,7 @@ def test_numbers_outside_their_bounds_are_refused(tmp_path: Path, table: dict[st
 
 def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
     ruled = {"runner.max_steps", "runner.max_tokens_per_mbs", "actor.model.recompute_num_layers", "critic.model.recompute_num_layers", "reward.undecided_reward"}
+    ruled.add("token_reward.model.recompute_num_layers")
     numbers = {k.name for k in known_keys().values() if k.kind in (int, float)}
     assert numbers - ruled == set(AT_LEAST) | set(MORE_THAN) | set(LESS_THAN)
 
@@ -174,6 +185,15 @@ def test_shapes_that_do_not_fit_the_parallel_sizes_are_named(tmp_path: Path, wor
     with pytest.raises(UserError) as error:
         validate_model(config, SHAPE | shape)
     assert expected in str(error.value) and "/m" in str(error.value)
+
+
+def test_a_model_that_scores_must_read_the_actors_tokens_and_fit_its_own_layout(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    config = load(str(tmp_path / "a.yaml"), [*BASE, *SCORER, "token_reward.model.tensor_model_parallel_size=3"]).config
+    with pytest.raises(UserError) as error:
+        validate_scorer(config, "token_reward", SHAPE | {"vocab_size": 9}, SHAPE | {"vocab_size": 10})
+    for words in ("the token_reward's model /m", "token_reward.model.tensor_model_parallel_size = 3", "its vocab_size is 9, the actor's 10"):
+        assert words in str(error.value)
 
 
 def test_engines_may_replicate_key_value_heads(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ STAGE_OF_KEY = (  # the first pattern that matches: where a key acts first; "" =
     ("actor.offload_*", ""),
     ("actor.model.*_parallel*", "rounding"),
     ("actor.model.recompute_*", "rounding"),
+    ("token_reward.offload_weight", ""),
+    ("token_reward.model.*_parallel*", "rounding"),
     ("*", "training"),
 )
 RECORDED = ("weights", "data_fingerprint", "packages", "python", "commit", "gpus", "cpu", "devices_by_node", "chat_markers", "own_code")

@@ -27,7 +27,7 @@ from rlinf.report.run_data import RunData, SampleFile, count_all, open_run
 
 MAX_BYTES = 20_000_000
 MAX_POINTS = 2000  # of a curve
-INSIDE_TRAIN = {"pack", "recompute_logprobs", "forward_backward", "optimizer", "values", "critic_update"}  # parts of the phase `train`, each its slowest rank's
+INSIDE_TRAIN = {"pack", "recompute_logprobs", "forward_backward", "optimizer", "values", "critic_update", "token_rewards"}  # parts of the phase `train`, each its slowest rank's
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:

@@ -76,14 +76,16 @@ class TrainOnly(Half):
 
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, reader: WorkerGroup, steps: RecordedSteps, first: int,
-        critic: WorkerGroup | None = None,
+        critic: WorkerGroup | None = None, token_reward: WorkerGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, folder, cluster, steps, [actor] if critic is None else [actor, critic])
         self.reader, self.steps, self.first = reader, steps, first
-        self.learner = Learner(config, actor, critic)
+        self.learner = Learner(config, actor, critic, token_reward)
 
     async def ready(self) -> None:
         await asyncio.gather(self.reader.ready(), *(group.ready() for group in self.saving.groups))
+        if self.learner.token_reward is not None:
+            await self.learner.token_reward.ready()
 
     async def begin(self) -> None:
         self.step = self.first - 1

@@ -25,6 +25,7 @@ WORKERS = {
     "rollout": "rlinf.workers.rollout:RolloutWorker",
     "reward": "rlinf.workers.reward:RewardWorker",
     "critic": "rlinf.workers.critic:CriticWorker",
+    "token_reward": "rlinf.workers.token_reward:TokenRewardWorker",
 }
 
 
@@ -68,8 +69,7 @@ def train_once(resolved: Resolved) -> int:
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         plan = build_plan(config, session.nodes)
-        components = [name for name in WORKERS if name != "critic" or config.has_critic]
-        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in components}
+        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in WORKERS if config.has(name)}
         if config.cluster.backend == "ray":
             groups["rollout"].restarts = config.rollout.max_engine_restarts
         stop = stop_of(config.algorithm, tokenizer)

@@ -60,8 +60,8 @@ def train_only(resolved: Resolved, source: Path, first: int = 1) -> int:
     tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
     with open_session(resolved, folder, tokenizer, "") as session:
         plan = build_plan(config, session.nodes)
-        trained = [name for name in ("actor", "critic") if name != "critic" or config.has_critic]
-        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in trained}
+        learn = [name for name in ("actor", "critic", "token_reward") if config.has(name)]
+        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in learn}
         groups["reader"] = session.cluster.launch(plan, "reward", JOURNAL_WORKER, config)
         loop = TrainOnly(config, folder, session.cluster, steps=steps, first=first, **groups)
         session.complete(loop, list(groups.values()))

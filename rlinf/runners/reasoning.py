@@ -35,16 +35,17 @@ class ReasoningRunner(TrainingLoop):
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, rollout: WorkerGroup, reward: WorkerGroup,
         prompts: Sequence[Prompt], val_prompts: Sequence[Prompt], sampler: PromptSampler, stop: Stop, critic: WorkerGroup | None = None,
+        token_reward: WorkerGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, folder, cluster, sampler, [actor] if critic is None else [actor, critic])
-        self.actor, self.rollout, self.reward, self.critic = actor, rollout, reward, critic
+        self.actor, self.rollout, self.reward, self.critic, self.token_reward = actor, rollout, reward, critic, token_reward
         self.prompts, self.val_prompts = prompts, val_prompts
         self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
             config, sampler, self.rollouts, Shelf(reward), self.orders, self.total_steps
         )
-        self.learner = Learner(config, actor, critic)
+        self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
         self.scores: dict[int, ValidationScores] = {}
 
@@ -91,8 +92,9 @@ class ReasoningRunner(TrainingLoop):
 
     async def ready(self) -> None:
         await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
-        if self.critic is not None:  # in one process it joins the groups that the actor has made
-            await self.critic.ready()
+        for group in (self.critic, self.token_reward):  # in one process they join the process groups that the actor has made
+            if group is not None:
+                await group.ready()
 
     async def begin(self) -> None:
         await self.publish_weights()

@@ -18,7 +18,7 @@ from rlinf.data.records import GroupHeader
 from rlinf.workers.interfaces import TrainReport
 
 
-PARTS = {"forward_backward": "", "critic_update": "", "recompute_logprobs": "_recompute", "values": "_values"}  # by timer: name in metrics
+PARTS = {"forward_backward": "", "critic_update": "", "recompute_logprobs": "_recompute", "values": "_values", "token_rewards": ""}  # by timer: name in metrics
 TRAINS = ("forward_backward", "critic_update")
 
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 class Role:
-    """The ranks of actor or critic. Rank order: TP fastest, then DP, then PP."""
+    """The ranks of actor, critic or token reward model. Rank order: TP fastest, then DP, then PP."""
 
     def __init__(self, group: WorkerGroup, model: ActorModelConfig) -> None:
         self.group = group
@@ -46,6 +46,11 @@ class Role:
             headers, advantages, dp=self.dp, n_minibatches=a.n_minibatches, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True,
             shuffle_seed=(config.data.seed, step) if a.shuffle_rollout else None, trained=trained,
         )  # fmt: skip
+
+    def look(self, config: Config, headers: Sequence[GroupHeader]) -> list[RankBatch]:
+        """The share of every data-parallel rank of all samples, for a pass that trains nothing."""
+        nothing = [np.zeros(len(header.sample_ids)) for header in headers]
+        return build_rank_batches(headers, nothing, dp=self.dp, n_minibatches=1, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True)
 
     async def work(
         self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], groups: Mapping[str, Ref], parts: Sequence[Part] = ()

@@ -13,8 +13,8 @@ from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
 
 KEY = "cluster.component_placement"
-COMPONENTS = ("actor", "critic", "rollout", "reward")
-NEEDED = ("actor", "rollout", "reward")
+COMPONENTS = ("actor", "critic", "token_reward", "rollout", "reward")
+TRAINING = ("actor", "critic", "token_reward")  # those whose ranks are Megatron's
 Device = tuple[int, int]  # (node, index on the node)
 
 
@@ -81,10 +81,9 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     devices or not as `cluster.component_placement` says. Actor ranks follow Megatron's order: tensor-parallel index fastest, then
     data-parallel, pipeline stage slowest. Reward has one process a node, on the first of its devices there.
     """
-    devices = _component_devices(config.cluster.component_placement, nodes, COMPONENTS if config.has_critic else NEEDED)
+    devices = _component_devices(config.cluster.component_placement, nodes, [c for c in COMPONENTS if config.has(c)])
     seats = [
-        *_megatron_seats("actor", config.actor.model, devices["actor"]),
-        *(_megatron_seats("critic", config.critic.model, devices["critic"]) if config.has_critic else ()),
+        *(seat for c in TRAINING if config.has(c) for seat in _megatron_seats(c, getattr(config, c).model, devices[c])),
         *_rollout_seats(config.rollout.tensor_parallel_size, devices["rollout"]),
         *_reward_seats(devices["reward"]),
     ]
@@ -121,14 +120,10 @@ def build_sft_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def describe(plan: Plan, config: Config) -> str:
-    """The plan as text: how components share devices, the layouts of actor and critic, and who sits on every node."""
+    """The plan as text: how components share devices, the layouts of those that are Megatron's, and who sits on every node."""
     rollout = config.rollout
-    lines = [
-        f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)",
-        _layout("actor", config.actor.model, plan.of("actor")),
-    ]
-    if plan.of("critic"):
-        lines.append(_layout("critic", config.critic.model, plan.of("critic")))
+    lines = [f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)"]
+    lines += [_layout(c, getattr(config, c).model, plan.of(c)) for c in TRAINING if plan.of(c)]
     if plan.of("rollout"):
         lines += [
             f"  rollout  {len(plan.of('rollout'))} {rollout.rollout_backend} engine(s) of {rollout.tensor_parallel_size} device(s)",

@@ -48,18 +48,28 @@ class Update:
 
 
 class MegatronEngine:
-    """Model, gradients and optimizer of this rank; head `lm` for a policy, `scalar` for one number a token.
+    """Model, gradients and optimizer of this rank; head `lm` for a policy, `scalar` for one number a token. optim None: a frozen model, which
+    has neither gradients nor an optimizer.
 
     All public methods are collective over the role's ranks.
     """
 
     def __init__(
-        self, arch: Architecture, model: ActorModelConfig, optim: OptimConfig, at: Coordinates, device: torch.device, head: str = "lm"
+        self, arch: Architecture, model: ActorModelConfig, optim: OptimConfig | None, at: Coordinates, device: torch.device, head: str = "lm"
     ) -> None:
-        self.arch, self.optim, self.at, self.device = arch, optim, at, device
+        self.arch, self.at, self.device = arch, at, device
         self.config = transformer_config(arch, model, at.tp, at.pp)
         self.model = PackedModel(arch, self.config, head).to(device)
         self.state = ModelState(self.model)  # before the optimizer: it marks what is sharded
+        self.pad_to = at.tp if model.sequence_parallel else 1  # rows of a micro-batch are a multiple of it
+        self.frozen = optim is None
+        if optim is None:
+            self.model.requires_grad_(False)
+        else:
+            self._train_with(optim)
+
+    def _train_with(self, optim: OptimConfig) -> None:
+        self.optim = optim
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
         self.ddp = DataParallel(self.config, ddp, self.model)
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = True  # where Transformer Engine is installed too: its Adam counts steps elsewhere
@@ -74,13 +84,14 @@ class MegatronEngine:
         self.config.grad_scale_func = lambda loss: scale()(loss)
         self.config.finalize_model_grads_func = lambda chunks, _tokens, **kw: finalize_model_grads(chunks, None, **kw)
         self.optimizer_state = OptimizerState(self.distributed)
-        self.pad_to = at.tp if model.sequence_parallel else 1  # rows of a micro-batch are a multiple of it
         self.steps = 0
 
     @torch.no_grad()
     def load_hf(self, tensors: Mapping[str, Tensor]) -> None:
         """Weights from whole HF tensors; fp32 master weights start from the full-precision values, not from the rounded model's."""
         self.state.fill(tensors, lambda param, shard: param.copy_(shard))
+        if self.frozen:
+            return
         self.optimizer.reload_model_params()
         self.state.fill(tensors, lambda param, shard: self.optimizer_state.set(param, "param", shard.float()))
 
@@ -221,7 +232,7 @@ class MegatronEngine:
     def _run(self, batches: Sequence[PackedBatch], reduce: Callable[[int, Any], tuple[Tensor, Any]], forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches; reduce(i, output) -> (loss to back-propagate, what to keep) on the last stage."""
 
-        def forward_step(iterator: Iterator[tuple[int, PackedBatch]], _model: DataParallel) -> tuple[Any, Callable[..., Any]]:
+        def forward_step(iterator: Iterator[tuple[int, PackedBatch]], _model: DataParallel | PackedModel) -> tuple[Any, Callable[..., Any]]:
             i, batch = next(iterator)
 
             def loss_function(output: Any) -> tuple[Tensor, Tensor, Any]:
@@ -233,7 +244,7 @@ class MegatronEngine:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(list(enumerate(batches))),
-            model=[self.ddp],
+            model=[self.model if self.frozen else self.ddp],
             num_microbatches=len(batches),
             seq_length=1,  # unused: variable_seq_lengths exchanges the shapes
             micro_batch_size=1,

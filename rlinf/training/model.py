@@ -1,5 +1,5 @@
 """The decoder as a megatron-core GPTModel: configuration from the architecture, the local layer spec, and two heads: `lm` returns
-log-probabilities of response tokens instead of logits, `scalar` one number for each of them (the critic's values).
+log-probabilities of response tokens instead of logits, `scalar` one number for each of them (the critic's values, token rewards).
 """
 
 from __future__ import annotations
@@ -160,3 +160,19 @@ def with_value_head(tensors: Mapping[str, Tensor], hidden: int, seed: int) -> Ma
         return tensors
     weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
     return ChainMap({"score.weight": weight}, tensors)  # type: ignore[arg-type]  (only read)
+
+
+def with_scoring_head(tensors: Mapping[str, Tensor], hidden: int) -> tuple[Mapping[str, Tensor], float]:
+    """`tensors` of a classification model with its head as one row, and the bias of that row.
+
+    With one label a token's score is its logit; with two (wrong, right) it is their difference, whose sigmoid is the probability of the second.
+    """
+    if "score.weight" not in tensors:
+        raise UserError("token_reward.model_dir: the model has no score.weight; it must be a …ForTokenClassification or …ForSequenceClassification")
+    weight = tensors["score.weight"].float()
+    bias = tensors["score.bias"].float() if "score.bias" in tensors else torch.zeros(len(weight))
+    if tuple(weight.shape) not in ((1, hidden), (2, hidden)):
+        raise UserError(f"token_reward.model_dir: its score.weight is {tuple(weight.shape)}; a token reward model has one label or two, of {hidden} numbers")
+    if len(weight) == 2:
+        weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+    return ChainMap({"score.weight": weight}, tensors), float(bias[0])  # type: ignore[arg-type]  (only read)

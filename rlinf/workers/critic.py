@@ -32,7 +32,7 @@ class CriticWorker(Checkpointed):
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         self.config = config
-        self.engine = open_engine(address, config, head="scalar")
+        self.engine = open_engine(address, config, "critic")
         self.offloader = Offloader(self.engine, config.critic)
         a = config.algorithm
         self.settings = ValueSettings(a.loss_agg_func, config.critic.value_clip, a.sampling_params.max_new_tokens)

@@ -25,6 +25,7 @@ class TrainReport:
 
     flops: operations of this rank by part of the step, as the model asks for them, and under `again` what activation recompute adds.
     peak_flops: operations a second that the device's data sheet promises; 0 = not known.
+    scores: of a token reward model, on the first tensor-parallel rank of the last stage: sample id -> the score of that response.
     """
 
     metrics: dict[str, float]
@@ -33,9 +34,14 @@ class TrainReport:
     checkpoint_written: bool = False
     flops: dict[str, float] = field(default_factory=dict)
     peak_flops: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 TokenNumbers = Mapping[str, np.ndarray]  # sample id -> one number for each of its tokens, [T] float32: a payload, never read by the driver
+
+
+class TokenRewards(dict[str, np.ndarray]):
+    """TokenNumbers that tokens are paid: a type of its own, so that the actor tells them from a critic's values."""
 
 
 class TrainWorker(Protocol):
@@ -45,7 +51,7 @@ class TrainWorker(Protocol):
         """All optimizer steps of one global batch; none while the critic warms up (critic.warmup_steps).
 
         payloads: the groups named by batch.group_ids, in that order, then what the critic's ranks that hold any of them returned from
-        values(). What training saw of each token is appended to the file of `dump`. The second result, of the first tensor-parallel rank
+        values(), and the token reward model's from scores(). What training saw of each token is appended to the file of `dump`. The second result, of the first tensor-parallel rank
         of the last stage: with a critic the targets of the values of this rank's samples, else nothing.
         """
         ...
@@ -102,6 +108,14 @@ class CriticWorker(Protocol):
 
     def train_step(self, step: int, *targets: TokenNumbers) -> TrainReport:
         """All optimizer steps on the batch of the last values(). targets: what the actor's ranks that hold any of its groups returned."""
+        ...
+
+
+class TokenRewardWorker(Protocol):
+    """One rank of the token reward model, which is frozen."""
+
+    def scores(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
+        """A score for each response, in the report; with algorithm.dense_rewards also what each token is paid."""
         ...
 
 

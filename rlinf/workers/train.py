@@ -28,7 +28,7 @@ from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
-from rlinf.training.model import with_value_head
+from rlinf.training.model import with_scoring_head, with_value_head
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
 from rlinf.training.publishing import hand_out, score
@@ -40,7 +40,7 @@ from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.device import peak_flops
-from rlinf.workers.interfaces import TokenNumbers, TrainReport
+from rlinf.workers.interfaces import TokenNumbers, TokenRewards, TrainReport
 from rlinf.workers.operations import rank_flops, work_of
 from rlinf.workers.token_dump import write_token_values
 
@@ -64,18 +64,18 @@ class TrainWorker(Checkpointed):
     def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:
         """Pack once, look at the old policy once, then one optimizer step a mini-batch; what each token had goes where `dump` says.
 
-        payloads: the groups, then with a critic the values of their tokens, whose targets are the second result.
+        payloads: the groups, then with a critic the values of their tokens, whose targets are the second result, and with dense rewards those.
         """
-        groups, values = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
+        groups, numbers = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
         if not self.config.algorithm.max_staleness:  # no engine is at work that could need them again
             self._unlink()
         with profiled(self.config.runner, step, "actor"):
-            return self._train(step, dump, batch, groups, values)
+            return self._train(step, dump, batch, groups, numbers)
 
     def _train(
-        self, step: int, dump: DumpPlan, batch: RankBatch, groups: Sequence[Group], values: Sequence[TokenNumbers]
+        self, step: int, dump: DumpPlan, batch: RankBatch, groups: Sequence[Group], numbers: Sequence[TokenNumbers]
     ) -> tuple[TrainReport, TokenNumbers]:
         started = time.perf_counter()
         self.offloader.before_use()
@@ -90,7 +90,9 @@ class TrainWorker(Checkpointed):
         old = ref = [None] * len(minibatches)
         if trains or self.on_tokens.needs_logprobs:
             old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
-        targets = self._finish_advantages(minibatches, old, ref, merged(values))
+        rewards = merged([part for part in numbers if isinstance(part, TokenRewards)])
+        values = merged([part for part in numbers if not isinstance(part, TokenRewards)])
+        targets = self._finish_advantages(minibatches, old, ref, values, rewards)
         recomputed = time.perf_counter()
         timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
         if not trains:
@@ -143,6 +145,7 @@ class TrainWorker(Checkpointed):
         old: list[list[torch.Tensor] | None],
         ref: list[list[torch.Tensor] | None],
         values: TokenNumbers,
+        rewards: TokenNumbers,
     ) -> TokenNumbers:
         """What differs from token to token, once for the whole step; only the last stage, which has the logits, needs advantages.
 
@@ -153,9 +156,10 @@ class TrainWorker(Checkpointed):
         packs = [b for batches in minibatches for b in batches]
         flat = [[t for part, batches in zip(found, minibatches) for t in part or [None] * len(batches)] for found in (old, ref)]
         of_critic = [by_token(b, values) if self.config.has_critic else None for b in packs]
+        of_scorer = [by_token(b, rewards) if self.config.algorithm.dense_rewards else None for b in packs]
         tokens = [
-            SampledTokens(b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples, values_N)
-            for b, logprobs, reference, values_N in zip(packs, *flat, of_critic, strict=True)
+            SampledTokens(b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples, values_N, rewards_N)
+            for b, logprobs, reference, values_N, rewards_N in zip(packs, *flat, of_critic, of_scorer, strict=True)
         ]
         for b, advantages in zip(packs, token_advantages(tokens, self.on_tokens, parallel.sum_over_data_ranks)):
             b.advantages_N = advantages
@@ -209,11 +213,11 @@ class TrainWorker(Checkpointed):
         self.offloader.after_publishing()
 
 
-def open_engine(address: WorkerAddress, config: Config, head: str = "lm") -> MegatronEngine:
-    """Join the ranks of this component and lay its model over them: the actor's, or with head `scalar` the critic's."""
+def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> MegatronEngine:
+    """Join the ranks of this component and lay the model of `actor`, `critic` or `token_reward` over them."""
     torch.set_num_threads(address.threads)
-    role, folder = (config.actor, config.rollout.model_dir) if head == "lm" else (config.critic, config.critic_model_dir)
-    device, model = choose(config.cluster.device), role.model
+    folder = {"actor": config.rollout.model_dir, "critic": config.critic_model_dir, "token_reward": config.token_reward.model_dir}[role]
+    device, model = choose(config.cluster.device), getattr(config, role).model
     at = parallel.initialize(
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
@@ -223,9 +227,14 @@ def open_engine(address: WorkerAddress, config: Config, head: str = "lm") -> Meg
         address=f"{address.master_addr}:{address.master_port}",
     )
     arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
-    engine = MegatronEngine(arch, model, role.optim, at, device, head)
+    optim = None if role == "token_reward" else getattr(config, role).optim
+    engine = MegatronEngine(arch, model, optim, at, device, "lm" if role == "actor" else "scalar")
     tensors = open_hf_folder(folder)
-    engine.load_hf(tensors if head == "lm" else with_value_head(tensors, arch.hidden, config.critic.seed))
+    if role == "critic":
+        tensors = with_value_head(tensors, arch.hidden, config.critic.seed)
+    elif role == "token_reward":
+        tensors, _ = with_scoring_head(tensors, arch.hidden)
+    engine.load_hf(tensors)
     return engine
 
 
