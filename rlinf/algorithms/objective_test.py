@@ -262,6 +262,13 @@ def test_decoupled_ppo_published_table(
     assert -run(replace(batch, old_logprobs_N=logs["mu"]), replace(PPO, clip_high=0.2))[0] == pytest.approx(plain)
 
 
+def test_a_token_beyond_the_cap_stays_in_the_denominator() -> None:
+    """w = 8 > 5 beside w = 1, both of loss -1 before the weight: the mean is over two tokens."""
+    batch = constant([-1.0, -1.0], [2])
+    batch = replace(batch, rollout_logprobs_N=-torch.tensor([8.0, 1.0], dtype=torch.float64).log())
+    assert run(batch, DECOUPLED)[0] == pytest.approx(-0.5)
+
+
 def test_decoupled_ppo_limits() -> None:
     """pi_prox = pi_behaviour: PPO. pi = pi_prox: an importance-weighted policy gradient, never clipped."""
     batch = make_batch([5, 3], masked=0.0)

@@ -172,10 +172,14 @@ def test_the_default_chunk_is_small_beside_the_logits_of_a_long_context() -> Non
     assert CHUNK_BYTES <= 1 << 28 < 28_672 * 151_936 * 4 / 60
 
 
-def model_logits_gap(at: Any, folder: Path) -> float:
-    """The head against plain transformers on one sequence, through the whole model."""
+def model_logits_gap(at: Any, folder: Path) -> tuple[float, float]:
+    """The whole model against plain transformers: on the tokens of some responses; on every token of the vocabulary behind one prompt, which is
+    all that softmax sees of the logits there."""
     from transformers import AutoModelForCausalLM
 
+    from rlinf.data.packing import SampleRef
+    from rlinf.data.records import Finish, Group, Prompt, Sample
+    from rlinf.training.layout import pack
     from tests.training_ranks import build, logprobs, minibatches
 
     engine = build(at, folder)
@@ -190,10 +194,17 @@ def model_logits_gap(at: Any, folder: Path) -> float:
         logits = model(tokens[None]).logits[0, segment.prompt - 1 :]
         want.append((logits / batch.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0].detach())
         row += len(tokens)
-    return (got - torch.cat(want)).abs().max().item()
+    of_responses = (got - torch.cat(want)).abs().max().item()
+    prompt = np.arange(3, 60, 5, dtype=np.int32)
+    one = lambda v: Sample(f"p/{v}", np.array([v], np.int32), np.zeros(1, np.float32), np.ones(1, np.uint8), ((0, 1),), Finish.STOP)
+    group = Group("p", Prompt("p", prompt, "math", ("",)), tuple(one(v) for v in range(engine.arch.vocab)))
+    refs = [SampleRef(0, v, 0.0) for v in range(engine.arch.vocab)]
+    whole = pack([group], refs, share_prefix=True, temperature=1.0, pad_to=1, device=torch.device("cpu"))
+    expected = model(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1].log_softmax(-1)
+    return of_responses, (logprobs(engine, [whole])[0] - expected).abs().max().item()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "qwen3-tied", "llama", "llama-tied"])
 def test_logprobs_are_those_of_transformers(rank_pool: Any, tiny_models: dict[str, Path], family: str) -> None:
-    (gap,) = rank_pool.run(model_logits_gap, tiny_models[family], ranks=1)
-    assert gap < 1e-5
+    (gaps,) = rank_pool.run(model_logits_gap, tiny_models[family], ranks=1)
+    assert max(gaps) < 1e-5
