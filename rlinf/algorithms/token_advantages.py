@@ -6,7 +6,8 @@ pays its KL to the reference policy; the advantage of a token is the discounted 
 
     r_t = 1[t = T] A - beta KL_t + d_t        A_t = sum over s >= t of gamma^(s - t) r_s
 
-where d_t is the token's own (dense) reward, if there are such. With a critic's values V the driver's number is the reward itself, and the advantage is the generalized estimate (GAE, arXiv 1506.02438):
+where d_t is the token's own (dense) reward, if there are such. With a critic's values V the driver's number is the reward itself, and the
+advantage is the generalized estimate (GAE, arXiv 1506.02438):
 
     delta_t = r_t + gamma V_{t+1} - V_t, V after the last token = 0        A_t = sum over s >= t of (gamma lambda)^(s - t) delta_s
 
@@ -53,7 +54,8 @@ class TokenAdvantages:
 class SampledTokens:
     """A micro-batch as it was sampled, [N] each: outcome advantages, log-probabilities of pi_old, engine and reference, loss mask, sample.
 
-    values_N: a critic's value of the state before each token; None = there is no critic. rewards_N: what each token is paid for itself. logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
+    values_N: a critic's value of the state before each token; None = there is no critic. rewards_N: what each token is paid for itself.
+    logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
     """
 
     outcome_N: Tensor

@@ -34,7 +34,7 @@ ROOT = Path(rlinf.__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTS = (  # what a run in one process comes to import
     "rlinf.cli", "rlinf.config.validate", "rlinf.config.model", "rlinf.runners.launch", "rlinf.cluster.local_cluster", "rlinf.workers.train",
-    "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward", "rlinf.report.page", "transformers.AutoTokenizer",
+    "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward", "rlinf.report.page",
 )  # fmt: skip
 LOOK = 0.0003  # seconds between two looks for a sign
 SETTLE = 0.02  # what is still on its way when the driver is frozen has arrived by then
