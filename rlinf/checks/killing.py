@@ -60,6 +60,7 @@ class Forked:
 
     def __init__(self, words: Sequence[str], log: Path) -> None:
         FORKS.set_forkserver_preload(list(IMPORTS))
+        log.touch()  # for those who look before the process has opened it
         self.process = FORKS.Process(target=obey, args=(list(words), log))
         self.process.start()
 
