@@ -16,7 +16,7 @@ from rlinf.errors import RunFailed
 from rlinf.rollout.contract import GenerateRequest, RolloutEngine, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.rollout.sglang_engine import SGLangEngine
-from rlinf.weights.shared_memory import publish, release
+from rlinf.weights.shared_memory import Segments
 from rlinf.weights.source import Disk
 from rlinf.weights.tensor_folder import open_hf_folder
 from tests.sglang_here import needs_sglang, small_server
@@ -286,9 +286,11 @@ def test_loaded_weights_are_the_policy_at_once_and_exactly(engine: RolloutEngine
     old = tokens(run(engine, ask("r", ids, 2, sampling=GREEDY))[0])  # fills the prefix store with keys of the old weights
     expected = Reference(models["other"]).greedy(ids, 12)
     assert old[0] != expected
-    source = Disk(str(models["other"])) if way == "disk" else publish(open_hf_folder(models["other"]).items(), "contract", 3, 50_000)
+    segments = Segments("contract")
+    source = Disk(str(models["other"])) if way == "disk" else segments.publish(open_hf_folder(models["other"]).items(), 3, 50_000)
     receipt = asyncio.run(engine.load_weights(source, 3))
-    release(source)
+    segments.publish([(name, torch.zeros_like(t)) for name, t in open_hf_folder(models["other"]).items()], 4, 50_000)  # over what was loaded
+    segments.close()
     assert receipt.version == 3 and receipt.n_tensors == len(open_hf_folder(models["other"]))
     assert way == "disk" or receipt.checksums == {b.key: b.checksum for b in source.buckets}
     new = run(engine, ask("r", ids, 2, sampling=GREEDY))[0]
@@ -333,10 +335,11 @@ def test_faulty_weights_are_refused_by_name_and_the_old_ones_stay(
         tensors[name] = tensors[name].t().contiguous()
     else:
         tensors["extra.weight"] = torch.ones(1)
-    source = publish(tensors.items(), "contract-faulty", 1)
+    segments = Segments("contract-faulty")
+    source = segments.publish(tensors.items(), 1)
     with pytest.raises(RunFailed, match=message):
         asyncio.run(engine.load_weights(source, 1))
-    release(source)
+    segments.close()
     assert tokens(run(engine, ask("r", prompt(9), 2, sampling=repeatable(engine)))[0]) == before
 
 

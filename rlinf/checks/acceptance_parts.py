@@ -41,11 +41,10 @@ from rlinf.scheduling.flops import forward_flops
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import PackedBatch, pack
-from rlinf.training.publishing import hand_out, score
+from rlinf.training.publishing import hand_out, score, segments_of
 from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import SHARED_MEMORY
-from rlinf.weights.shared_memory import release
 from rlinf.workers.device import peak_flops
 from rlinf.workers.operations import work_of
 
@@ -170,9 +169,10 @@ def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     engine = EmbeddedEngine(str(weights), dtype=precision, slots=4, max_context=128, seed=0, device=kind(cpu).type, load_weights=False)
     published, loaded, gaps, nbytes = [], [], [], 0
     actor = random_engine(arch, at, cpu)
+    segments = segments_of(actor, f"acceptance-{os.getpid()}")
     for version in range(1, STEPS + 2):
         started = time.perf_counter()
-        sources, _ = hand_out(actor, f"acceptance-{free_port('127.0.0.1')}", version, [SHARED_MEMORY])
+        sources, _ = hand_out(actor, segments, version, [SHARED_MEMORY])
         published.append(time.perf_counter() - started)
         try:
             receipt = asyncio.run(engine.load_weights(sources[SHARED_MEMORY], version))
@@ -181,9 +181,9 @@ def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
             engine_scores = asyncio.run(engine.score(probes, 1.0))
             gaps.append(check_probes(version, precision, score(actor, probes, 1.0), [engine_scores]))
         except RunFailed as error:
+            segments.close()
             return {"problem": str(error)}
-        finally:
-            release(sources[SHARED_MEMORY])
+    segments.close()
     engine.close()
     rate = lambda seconds: nbytes / statistics.median(seconds[1:]) / 1e9  # the first one also makes the buffers
     whole = [a + b for a, b in zip(published, loaded)]

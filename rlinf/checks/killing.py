@@ -184,8 +184,8 @@ class Life:
 
     def sync_sign(self, kill: Kill) -> str:
         """Weights of the step or a later one in shared memory."""
-        versions = [int(re.search(r"-v(\d+)-\d+$", p.name)[1]) for p in self.segments()]  # type: ignore[index]
-        return next((f"weight sync {v}" for v in versions if v >= kill.step), "")
+        found = [re.search(r"-v(\d+)-\d+$", p.name) for p in self.segments()]  # spare ones have no version
+        return next((f"weight sync {f[1]}" for f in found if f and int(f[1]) >= kill.step), "")
 
     def segments(self) -> list[Path]:
         return list(Path("/dev/shm").glob(f"rlinf-{self.run_id}-*")) if self.run_id else []

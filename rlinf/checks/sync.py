@@ -34,7 +34,7 @@ from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.parallel import Coordinates
-from rlinf.training.publishing import hand_out, score
+from rlinf.training.publishing import hand_out, score, segments_of
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
 from rlinf.weights.routes import OBJECT_STORE, SHARED_MEMORY, plan_feeds, publisher
@@ -106,7 +106,7 @@ def hand_out_weights(at: Coordinates, folder: str, run_id: str, transports: tupl
     arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
     engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision="fp32"), OptimConfig(), at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(folder))
-    sources, arrays = hand_out(engine, run_id, VERSION, transports, BUCKET_BYTES)
+    sources, arrays = hand_out(engine, segments_of(engine, run_id), VERSION, transports, BUCKET_BYTES)
     return Handed(sources, arrays, score(engine, probes, 1.0))
 
 

@@ -5,7 +5,7 @@ Legend: N packed tokens, H hidden, A attention heads, K key-value heads, D head 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,17 @@ LEAST_ROWS = 4  # of a forward pass: with fewer, matrix products on CPU take ano
 
 
 class Linear:
-    """x @ weight.T + bias. On CPU the weight is reordered once for oneDNN instead of at every call (benchmarks/rollout_engine.py)."""
+    """x @ weight.T + bias. On CPU the weight is reordered once for oneDNN instead of at every call (benchmarks/rollout_engine.py).
+
+    What it keeps of a weight on CPU is a copy in any case.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self._packed else weight
+        on_cpu = weight.device.type == "cpu"
+        self._packed = on_cpu and torch.backends.mkldnn.is_available()
+        if self._packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self._weight = weight.clone() if on_cpu and not self._packed else weight
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -68,6 +74,7 @@ class EmbeddedModel:
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         """Take every weight, or raise ValueError that names the first tensor at fault and change nothing. Returns (tensors, bytes)."""
         arrived = check_tensors(self.arch, tensors)
+        self._head = self._head_VH = self._embedding_VH = None  # the new ones go where they were
         self._embedding_VH = self._place(arrived["model.embed_tokens.weight"])
         self._final_norm_H = self._place(arrived["model.norm.weight"])
         head_VH = arrived["model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"]
@@ -112,22 +119,26 @@ class EmbeddedModel:
         if self.device.type == "cuda" and self.dtype != torch.float32:
             self._head_VH = self._embedding_VH if self.arch.tied else self._place(head_VH)
             return None
-        return Linear(self._place(head_VH).float())  # rounding logits to bf16 would cost 0.06 nats at a logit of 20
+        return Linear(head_VH.to(self.device, self.dtype).float())  # rounding logits to bf16 would cost 0.06 nats at a logit of 20
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.arch.norm_eps)
 
     def _place(self, *parts: Tensor) -> Tensor:
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.to(self.device, self.dtype, copy=len(parts) == 1)  # never keep a view of the sender's memory
+        return joined(parts).to(self.device, self.dtype, copy=True)  # never keep a view of the sender's memory
 
     def _make_layer(self, index: int, arrived: dict[str, Tensor]) -> Layer:
-        def get(*names: str) -> Tensor | None:
+        def parts(*names: str) -> list[Tensor]:
             keys = [f"model.layers.{index}.{name}" for name in names]
-            return self._place(*(arrived[key] for key in keys)) if keys[0] in arrived else None
+            return [arrived[key] for key in keys if key in arrived]
+
+        def get(*names: str) -> Tensor | None:
+            found = parts(*names)
+            return self._place(*found) if found else None
 
         def linear(block: str, *names: str) -> Linear:
-            return Linear(get(*(f"{block}.{n}_proj.weight" for n in names)), get(*(f"{block}.{n}_proj.bias" for n in names)))
+            weight = joined(parts(*(f"{block}.{n}_proj.weight" for n in names)))
+            return Linear(weight.to(self.device, self.dtype), get(*(f"{block}.{n}_proj.bias" for n in names)))
 
         return Layer(
             input_norm=get("input_layernorm.weight"),
@@ -139,3 +150,13 @@ class EmbeddedModel:
             gate_up=linear("mlp", "gate", "up"),
             down=linear("mlp", "down"),
         )
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; without a copy where they already lie one after another, as the tensors of a bucket do."""
+    first = parts[0]
+    storage = first.untyped_storage().data_ptr()
+    ends = [p.data_ptr() + p.nbytes for p in parts]
+    if all(p.is_contiguous() and p.untyped_storage().data_ptr() == storage for p in parts) and ends[:-1] == [p.data_ptr() for p in parts[1:]]:
+        return first.as_strided((sum(len(p) for p in parts), *first.shape[1:]), first.stride())
+    return torch.cat(list(parts))

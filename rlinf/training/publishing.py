@@ -10,16 +10,20 @@ from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
 from rlinf.weights.buckets import BUCKET_BYTES
 from rlinf.weights.routes import SHARED_MEMORY
-from rlinf.weights.shared_memory import collect, publish
+from rlinf.weights.shared_memory import Segments, collect
 from rlinf.weights.source import SharedMemory
 
 
+def segments_of(engine: MegatronEngine, run_id: str) -> Segments:
+    """Where this rank publishes."""
+    return Segments(f"{run_id}-d{engine.at.dp_rank}-s{engine.at.pp_rank}")
+
+
 def hand_out(
-    engine: MegatronEngine, run_id: str, version: int, transports: Sequence[str], bucket_bytes: int = BUCKET_BYTES
+    engine: MegatronEngine, segments: Segments, version: int, transports: Sequence[str], bucket_bytes: int = BUCKET_BYTES
 ) -> tuple[dict[str, SharedMemory], tuple[np.ndarray, ...]]:
     """Gather this stage's weights once for each transport: what was written, by transport (on the first TP rank), and the arrays that
     the object store carries. Collective over the TP group."""
-    name = f"{run_id}-d{engine.at.dp_rank}-s{engine.at.pp_rank}"
     sources: dict[str, SharedMemory] = {}
     arrays: tuple[np.ndarray, ...] = ()
     for transport in transports:
@@ -28,9 +32,9 @@ def hand_out(
             for _ in tensors:  # the gather is collective
                 pass
         elif transport == SHARED_MEMORY:
-            sources[transport] = publish(tensors, name, version, bucket_bytes)
+            sources[transport] = segments.publish(tensors, version, bucket_bytes)
         else:
-            sources[transport], arrays = collect(tensors, name, bucket_bytes)
+            sources[transport], arrays = collect(tensors, segments.name, bucket_bytes)
     return sources, arrays
 
 

@@ -102,7 +102,7 @@ def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> list[tupl
         return [(rule.hf[0], torch.cat(list(shards), 1) if len(shards) > 1 else shards[0])]
     if rule.layout == "gate_up":
         halves = [s.chunk(2, 0) for s in shards]
-        return [(name, torch.cat([h[i] for h in halves])) for i, name in enumerate(rule.hf)]
+        return [(name, torch.cat([h[i] for h in halves]) if len(shards) > 1 else halves[0][i]) for i, name in enumerate(rule.hf)]
     whole = torch.cat(list(shards)) if len(shards) > 1 else shards[0]
     if rule.layout == "vocab":
         return [(rule.hf[0], whole[: arch.vocab])]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,18 +22,88 @@ from rlinf.weights.tensor_folder import open_hf_folder
 FOLDER = "/dev/shm"
 
 
-def publish(tensors: Iterable[Named], run_id: str, version: int, bucket_bytes: int = BUCKET_BYTES) -> SharedMemory:
-    """Write the tensors into segments `/dev/shm/rlinf-<run_id>-v<version>-<i>` (mode 600). A failure leaves no segment behind."""
-    buckets = []
-    with ExitStack() as undo:
-        for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
-            specs, nbytes = layout(bucket)
-            path = f"{FOLDER}/rlinf-{run_id}-v{version}-{i}"
-            buffer = _create(path, nbytes, undo)
-            fill(buffer, specs, bucket)
-            buckets.append(BucketSpec(path, nbytes, specs, checksum(buffer)))
-        undo.pop_all()
-    return SharedMemory(tuple(buckets))
+@dataclass(eq=False)
+class Segment:
+    """One file in shared memory, mapped for writing."""
+
+    path: str
+    buffer: Tensor
+
+    def rename(self, path: str) -> None:
+        if os.path.exists(path):
+            raise FileExistsError(f"{path} belongs to another publisher")
+        os.rename(self.path, path)
+        self.path = path
+
+    def in_use(self) -> bool:
+        """Whether anyone has a view of it: open_source holds a lock as long."""
+        with open(self.path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def remove(self) -> None:
+        """Who has it mapped keeps the view. Already gone is no error."""
+        if os.path.exists(self.path):
+            os.unlink(self.path)
+
+
+class Segments:
+    """The shared memory of one publisher, `/dev/shm/rlinf-<name>-v<version>-<i>` (mode 600), at most one version at a time.
+
+    The memory is written again for every version: fresh pages cost several times the copy. A segment that somebody still looks at is left
+    to them, and another takes its place.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._offered: list[Segment] = []
+        self._spare: list[Segment] = []
+
+    def publish(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> SharedMemory:
+        """Write the tensors in the place of the version before. A failure leaves no segment behind."""
+        self.withdraw()
+        written = []
+        with ExitStack() as undo, ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            undo.callback(self.close)
+            for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
+                specs, nbytes = layout(bucket)
+                segment = self._take(f"{FOLDER}/rlinf-{self.name}-v{version}-{i}", nbytes)
+                fill(segment.buffer, specs, bucket)
+                written.append((segment, specs, pool.submit(checksum, segment.buffer)))  # while the next bucket is filled
+            buckets = tuple(BucketSpec(s.path, len(s.buffer), specs, digest.result()) for s, specs, digest in written)
+            undo.pop_all()
+        self._drop_spare()
+        return SharedMemory(buckets)
+
+    def withdraw(self) -> None:
+        """What was published is not to be had any more; its memory waits for the next version."""
+        for i, segment in enumerate(self._offered):
+            segment.rename(f"{FOLDER}/rlinf-{self.name}-spare-{i}")
+        self._spare += self._offered
+        self._offered = []
+
+    def close(self) -> None:
+        self._spare += self._offered
+        self._offered = []
+        self._drop_spare()
+
+    def _take(self, path: str, nbytes: int) -> Segment:
+        segment = next((s for s in self._spare if len(s.buffer) == nbytes and not s.in_use()), None)
+        if segment is None:
+            segment = Segment(path, _create(path, nbytes))
+        else:
+            self._spare.remove(segment)
+            segment.rename(path)
+        self._offered.append(segment)
+        return segment
+
+    def _drop_spare(self) -> None:
+        for segment in self._spare:
+            segment.remove()
+        self._spare = []
 
 
 def collect(tensors: Iterable[Named], name: str, bucket_bytes: int = BUCKET_BYTES) -> tuple[SharedMemory, tuple[np.ndarray, ...]]:
@@ -52,7 +124,8 @@ def land(source: SharedMemory, arrays: Sequence[np.ndarray], run_id: str, versio
     with ExitStack() as undo:
         for i, (bucket, array) in enumerate(zip(source.buckets, arrays, strict=True)):
             path = f"{FOLDER}/rlinf-{run_id}-v{version}-{i}"
-            buffer = _create(path, bucket.nbytes, undo)
+            buffer = _create(path, bucket.nbytes)
+            undo.callback(os.unlink, path)
             buffer.numpy()[:] = array
             buckets.append(replace(bucket, key=path))
         undo.pop_all()
@@ -68,16 +141,13 @@ def open_source(source: WeightSource) -> Iterator[Named]:
         yield from open_hf_folder(source.path).items()
         return
     seen: set[str] = set()
-    for bucket in source.buckets:
-        buffer = _open(bucket)
-        received = checksum(buffer)
-        if received != bucket.checksum:
-            raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
-        for name, tensor in views(buffer, bucket.tensors):
-            if name in seen:
-                raise RunFailed(f"weight bucket {bucket.key}: tensor {name} was already in an earlier place of this source")
-            seen.add(name)
-            yield name, tensor
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for bucket, buffer in zip(source.buckets, pool.map(_verified, source.buckets)):
+            for name, tensor in views(buffer, bucket.tensors):
+                if name in seen:
+                    raise RunFailed(f"weight bucket {bucket.key}: tensor {name} was already in an earlier place of this source")
+                seen.add(name)
+                yield name, tensor
 
 
 def release(source: WeightSource) -> None:
@@ -88,12 +158,22 @@ def release(source: WeightSource) -> None:
                 os.unlink(bucket.key)
 
 
-def _create(path: str, nbytes: int, undo: ExitStack) -> Tensor:
+def _create(path: str, nbytes: int) -> Tensor:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    undo.callback(os.unlink, path)
-    with open(descriptor, "r+b") as file:
+    with ExitStack() as undo, open(descriptor, "r+b"):
+        undo.callback(os.unlink, path)
         os.posix_fallocate(descriptor, 0, nbytes)  # a full /dev/shm is an OSError here, a SIGBUS at the first write otherwise
-        return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
+        buffer = torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)
+        undo.pop_all()
+        return buffer
+
+
+def _verified(bucket: BucketSpec) -> Tensor:
+    buffer = _open(bucket)
+    received = checksum(buffer)
+    if received != bucket.checksum:
+        raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
+    return buffer
 
 
 def _open(bucket: BucketSpec) -> Tensor:
@@ -103,5 +183,6 @@ def _open(bucket: BucketSpec) -> Tensor:
         size = os.fstat(file.fileno()).st_size
         if size != bucket.nbytes:
             raise RunFailed(f"weight bucket {bucket.key}: {size} bytes, expected {bucket.nbytes}")
+        fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, which has the file open too: Segment.in_use
         # a private mapping: the reader cannot change what other readers see
         return torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)

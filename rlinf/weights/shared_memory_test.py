@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlinf.errors import RunFailed, UserError
-from rlinf.weights.shared_memory import collect, land, open_source, publish, release
+from rlinf.weights.shared_memory import Segments, collect, land, open_source, release
 from rlinf.weights.source import Disk, SharedMemory
 
 TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]
@@ -24,9 +24,9 @@ def run_id() -> str:
 
 @pytest.fixture
 def source(run_id: str) -> Iterator[SharedMemory]:
-    published = publish(iter(TENSORS), run_id, 5, bucket_bytes=2048)
-    yield published
-    release(published)
+    segments = Segments(run_id)
+    yield segments.publish(iter(TENSORS), 5, bucket_bytes=2048)
+    segments.close()
 
 
 def test_what_was_published_arrives(source: SharedMemory, run_id: str) -> None:
@@ -78,14 +78,48 @@ def test_a_failing_publisher_leaves_no_segment(run_id: str) -> None:
         raise ArithmeticError("gather failed")
 
     with pytest.raises(ArithmeticError):
-        publish(broken(), run_id, 0, bucket_bytes=512)
+        Segments(run_id).publish(broken(), 0, bucket_bytes=512)
     assert not list(Path("/dev/shm").glob(f"rlinf-{run_id}-*"))
 
 
 def test_the_segments_of_a_living_version_are_not_overwritten(source: SharedMemory, run_id: str) -> None:
     with pytest.raises(FileExistsError):
-        publish(iter(TENSORS), run_id, 5)
+        Segments(run_id).publish(iter(TENSORS), 5)
     assert torch.equal(dict(open_source(source))["a"], TENSORS[0][1])
+
+
+def files(run_id: str) -> dict[str, int]:
+    return {path.name.removeprefix(f"rlinf-{run_id}-"): path.stat().st_ino for path in Path("/dev/shm").glob(f"rlinf-{run_id}-*")}
+
+
+def test_the_next_version_goes_where_the_last_one_was(run_id: str) -> None:
+    segments = Segments(run_id)
+    first = segments.publish(iter(TENSORS), 1, bucket_bytes=2048)
+    before = files(run_id)
+    segments.withdraw()
+    assert set(files(run_id)) == {"spare-0", "spare-1"}
+    with pytest.raises(RunFailed, match="v1-0: the segment does not exist"):
+        list(open_source(first))
+    second = segments.publish(((name, t + 1) for name, t in TENSORS), 2, bucket_bytes=2048)
+    assert set(files(run_id)) == {"v2-0", "v2-1"} and set(files(run_id).values()) == set(before.values())
+    assert all(torch.equal(a, b + 1) for (_, a), (_, b) in zip(open_source(second), TENSORS, strict=True))
+    segments.publish([("other", torch.ones(5))], 3)
+    assert set(files(run_id)) == {"v3-0"}
+    segments.close()
+    assert not files(run_id)
+
+
+def test_a_segment_that_is_looked_at_is_not_written(run_id: str) -> None:
+    segments = Segments(run_id)
+    seen = dict(open_source(segments.publish(iter(TENSORS), 1, bucket_bytes=2048)))
+    view = seen.pop("big")
+    seen.clear()
+    before = files(run_id)
+    again = segments.publish(((name, t + 1) for name, t in TENSORS), 2, bucket_bytes=2048)
+    assert torch.equal(view, TENSORS[3][1])
+    assert files(run_id)["v2-0"] == before["v1-0"] and files(run_id)["v2-1"] != before["v1-1"]
+    assert torch.equal(dict(open_source(again))["big"], TENSORS[3][1] + 1)
+    segments.close()
 
 
 def test_a_folder_without_weights_is_the_users_mistake(tmp_path: Path) -> None:

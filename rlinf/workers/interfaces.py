@@ -66,7 +66,7 @@ class TrainWorker(Protocol):
         ...
 
     def release(self, keep: bool = False) -> None:
-        """The engines have the weights: hand a shared device over (actor.offload_*) and free what the last publish() wrote, or with `keep`
+        """The engines have the weights: hand a shared device over (actor.offload_*) and withdraw what the last publish() wrote, or with `keep`
         leave that until the weights are out of use."""
         ...
 

@@ -31,11 +31,9 @@ from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
 from rlinf.training.model import with_scoring_head, with_value_head
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
-from rlinf.training.publishing import hand_out, score
+from rlinf.training.publishing import hand_out, score, segments_of
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
-from rlinf.weights.routes import SHARED_MEMORY
-from rlinf.weights.shared_memory import release
 from rlinf.weights.source import SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
@@ -56,7 +54,7 @@ class TrainWorker(Checkpointed):
         self.settings, self.on_tokens = objective_settings(config.algorithm), token_level_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
         self.offloader = Offloader(self.engine, config.actor)
-        self.published: SharedMemory | None = None
+        self.segments = segments_of(self.engine, address.run_id)
         self.looked_at = Work()  # passes of this step without a gradient
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
@@ -70,7 +68,7 @@ class TrainWorker(Checkpointed):
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
         if not self.config.algorithm.max_staleness:  # no engine is at work that could need them again
-            self._unlink()
+            self.segments.withdraw()
         with profiled(self.config.runner, step, "actor"):
             return self._train(step, dump, batch, groups, numbers)
 
@@ -179,25 +177,18 @@ class TrainWorker(Checkpointed):
         Returns what was written by transport (on the first TP rank) with the seconds it took, and the arrays for the object store.
         """
         started = time.perf_counter()
-        self._unlink()
         self.offloader.after_training()
-        sources, arrays = hand_out(self.engine, self.address.run_id, version, transports)
-        self.published = sources.get(SHARED_MEMORY)
+        sources, arrays = hand_out(self.engine, self.segments, version, transports)
         return (sources, time.perf_counter() - started), arrays
 
     def release(self, keep: bool = False) -> None:
-        """The engines have the weights: hand the device over, and free what publish() wrote, unless a restarted engine may need it again."""
+        """The engines have the weights: hand the device over, and withdraw what publish() wrote, unless a restarted engine may need it again."""
         self.offloader.after_publishing()
         if not keep:
-            self._unlink()
+            self.segments.withdraw()
 
     def close(self) -> None:
-        self._unlink()
-
-    def _unlink(self) -> None:
-        if self.published is not None:
-            release(self.published)
-            self.published = None
+        self.segments.close()
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""

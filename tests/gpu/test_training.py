@@ -17,12 +17,11 @@ from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
-from rlinf.training.publishing import hand_out, score
+from rlinf.training.publishing import hand_out, score, segments_of
 from rlinf.training.profiling import profiled
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import SHARED_MEMORY
-from rlinf.weights.shared_memory import release
 from rlinf.workers.device import peak_flops
 from tests.training_ranks import build, logprobs, minibatches, snapshot, update
 
@@ -105,12 +104,13 @@ def test_an_engine_on_the_same_device_runs_the_actors_weights(device: torch.devi
     actor = engine_on(device, at, models["qwen2-tied"], precision)
     update(actor, minibatches(actor)[0])
     engine = EmbeddedEngine(str(models["qwen2-tied"]), dtype=precision, slots=4, max_context=64, seed=0, device=device.type)
-    sources, _ = hand_out(actor, f"gpu-test-{precision}", 1, [SHARED_MEMORY])
+    segments = segments_of(actor, f"gpu-test-{precision}")
+    sources, _ = hand_out(actor, segments, 1, [SHARED_MEMORY])
     try:
         asyncio.run(engine.load_weights(sources[SHARED_MEMORY], 1))
         check_probes(1, precision, score(actor, PROBES, 1.0), [asyncio.run(engine.score(PROBES, 1.0))])
     finally:
-        release(sources[SHARED_MEMORY])
+        segments.close()
         engine.close()
 
 
