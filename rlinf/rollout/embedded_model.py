@@ -155,6 +155,8 @@ class EmbeddedModel:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """The rows of all parts; without a copy where they already lie one after another, as the tensors of a bucket do."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     storage = first.untyped_storage().data_ptr()
     ends = [p.data_ptr() + p.nbytes for p in parts]
     if all(p.is_contiguous() and p.untyped_storage().data_ptr() == storage for p in parts) and ends[:-1] == [p.data_ptr() for p in parts[1:]]:

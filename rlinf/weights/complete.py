@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -42,4 +43,4 @@ def check_tensors(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> 
 
 def finite(tensor: Tensor) -> bool:
     """Whether every value is. The sum is the fastest to take, and says so unless it overflows."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
