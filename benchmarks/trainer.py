@@ -25,9 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ALLOCATOR = {  # keep large buffers instead of giving them back to the kernel after each use
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
-}  # fmt: skip
+from rlinf.cluster.host import ALLOCATOR
+
 if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
 

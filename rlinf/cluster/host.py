@@ -30,6 +30,13 @@ from rlinf.cluster.processes import RUN_ID, die_with_parent, start_sentinel
 from rlinf.scheduling.placement import WorkerAddress
 
 SIOCGIFADDR = 0x8915
+# Blocks of activations stay mapped (no page faults a step), on huge pages where the kernel has them. The few that are as large as an
+# embedding do not: between them lie small long-lived ones, and each time that a hole has become too small for its block the process grows,
+# by 70 MB a step of a 135M model. Of compiled kernels, one for each number of tokens that came, the last ones are kept.
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+}  # fmt: skip
 PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
 
 
@@ -154,17 +161,12 @@ class WorkerProcess(Holder):
 
 
 def process_environment(run_id: str) -> dict[str, str]:
-    """What must be set before the process exists: its mark, and what the C library reads at its start.
-
-    Large blocks stay mapped (no page faults a step), on huge pages where the kernel has them; nothing is looked up on the internet.
-    """
+    """What must be set before the process exists: its mark, and what the C library reads at its start. Nothing is looked up on the internet."""
     return {
         RUN_ID: run_id,
         "OMP_WAIT_POLICY": "PASSIVE",  # components that share cores take turns: a waiting thread must not burn them,
         "GOMP_SPINCOUNT": "3000",  # beyond the few microseconds between two operations of one step
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
+        **ALLOCATOR,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

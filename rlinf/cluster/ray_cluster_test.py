@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.host import ALLOCATOR
 from rlinf.cluster.processes import marked, new_run_id
 from rlinf.cluster.ray_group import RayWorkerGroup
 from rlinf.config.schema import ClusterConfig
@@ -49,8 +50,7 @@ def test_a_worker_knows_its_seat_before_anything_is_imported(shared: Cluster, pl
         assert env["MASTER_PORT"] == str(told[0]["address"].master_port) and env["MASTER_ADDR"] == "127.0.0.1"
         assert env["GLOO_SOCKET_IFNAME"] == "lo" and env["OMP_NUM_THREADS"] == str(d["address"].threads) and d["address"].threads >= 1
         assert at_start["RLINF_RUN_ID"] == shared.run_id
-        assert at_start["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1" and at_start["MALLOC_MMAP_THRESHOLD_"] == "8589934592"
-        assert at_start["MALLOC_TRIM_THRESHOLD_"] == "34359738368" and at_start["HF_HUB_OFFLINE"] == "1"
+        assert at_start.items() >= ALLOCATOR.items() and at_start["HF_HUB_OFFLINE"] == "1"
         assert "CUDA_VISIBLE_DEVICES" in env and env["CUDA_VISIBLE_DEVICES"] == ""
 
 
