@@ -1,15 +1,17 @@
 """What is wrong with a run, by rules: each looks for one cause, names it with its evidence, and is silent on a healthy run.
 
-A rule returns a Finding or None. Windows are in steps; a metric that the run does not have leaves its rule silent.
+A rule returns a Finding or None. Windows are in steps; a metric that the run does not have leaves its rule silent. What another finding
+brings about is told as part of that one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean, median
 
+from rlinf.algorithms.advantages import COMPARING
 from rlinf.report.run_data import RunData
 from rlinf.report.task_counts import TaskCounts, totals
 
@@ -20,7 +22,7 @@ MIN_SAMPLES = 40  # of a task, before anything is said about its verifier
 
 @dataclass(frozen=True)
 class Finding:
-    """cause: what is probably wrong. advice: what to do, in order. metrics, keys: where to look in the report. steps: the ones to look at."""
+    """cause: what is probably wrong. advice: what to do, in order. metrics, keys: where to look in the report. steps: those to look at."""
 
     rule: str
     title: str
@@ -33,7 +35,15 @@ class Finding:
 
 
 def find_problems(run: RunData) -> list[Finding]:
-    return [finding for rule in RULES for finding in [rule(run)] if finding is not None]
+    """Causes in the order of RULES; what a cause explains is no finding beside it."""
+    found = {finding.rule: finding for rule in RULES for finding in [rule(run)] if finding is not None}
+    explained = {effect for cause in found for effect in EXPLAINS.get(cause, ())}
+    return [with_effects(f, [found[e] for e in EXPLAINS.get(f.rule, ()) if e in found]) for f in found.values() if f.rule not in explained]
+
+
+def with_effects(cause: Finding, effects: Sequence[Finding]) -> Finding:
+    more = tuple(f"it may well be why: {effect.title} ({effect.evidence[0]})" for effect in effects)
+    return replace(cause, evidence=cause.evidence + more)
 
 
 def entropy_collapse(run: RunData) -> Finding | None:
@@ -42,7 +52,7 @@ def entropy_collapse(run: RunData) -> Finding | None:
     accuracy = dict(zip(*run.series("rollout/accuracy")))
     if len(steps) < 5 or not all(s in accuracy for s in steps):
         return None
-    entropy, right = smooth(raw), smooth([accuracy[s] for s in steps])
+    entropy, right = smooth(raw), level([accuracy[s] for s in steps])
     falls = [
         (i, j)
         for j in range(len(steps))
@@ -54,17 +64,21 @@ def entropy_collapse(run: RunData) -> Finding | None:
     if not falls and not sunk:
         return None
     i, j = min(falls, key=lambda ends: entropy[ends[1]] / entropy[ends[0]]) if falls else (0, len(steps) - 1)
-    fell = f"entropy fell by {1 - entropy[j] / entropy[i]:.0%} in {steps[j] - steps[i]} steps ({entropy[i]:.3g} at step {steps[i]}, {entropy[j]:.3g} at step {steps[j]})"
+    levels = f"({entropy[i]:.3g} at step {steps[i]}, {entropy[j]:.3g} at step {steps[j]})"
+    fell = f"entropy fell by {1 - entropy[j] / entropy[i]:.0%} in {steps[j] - steps[i]} steps {levels}"
     evidence = [fell, f"accuracy over the same steps: {right[i]:.1%} to {right[j]:.1%}: the certainty was not earned"]
     if (counts := run.counts.get(steps[-1])) is not None and counts.identical_groups:
         evidence.append(f"in step {steps[-1]} {counts.identical_groups} of {counts.groups} prompts got the same response from every sample")
     return Finding(
         "entropy-collapse", "Entropy collapse: the policy has stopped exploring", tuple(evidence),
-        "The policy became nearly deterministic before it was right. The samples of a group are then alike, their advantages vanish, and nothing more is learned.",
-        ("Go back to a checkpoint before the fall.", "Raise the upper clip range (clip-higher, e.g. 0.28), or add a small entropy bonus (0.001 to 0.01).",
+        "The policy became nearly deterministic before it was right. The samples of a group are then alike, their advantages vanish, and "
+        "nothing more is learned.",
+        ("Go back to a checkpoint before the fall.",
+         "Raise the upper clip range (clip-higher, e.g. 0.28), or add a small entropy bonus (0.001 to 0.01).",
          "Lower the learning rate, or take fewer optimizer steps a batch.", "Check that rollouts sample at temperature 1."),
         (steps[i], steps[j], steps[-1]), ("train/entropy_loss", "rollout/advantages_zero", "train/clip_fraction"),
-        ("algorithm.clip_ratio_high", "algorithm.entropy_bonus", "actor.optim.lr", "algorithm.n_minibatches", "algorithm.sampling_params.temperature"),
+        ("algorithm.clip_ratio_high", "algorithm.entropy_bonus", "actor.optim.lr", "algorithm.n_minibatches",
+         "algorithm.sampling_params.temperature"),
     )  # fmt: skip
 
 
@@ -81,7 +95,8 @@ def broken_verifier(run: RunData) -> Finding | None:
         tuple(f"{name}: {sign}" for name, signs in suspects.items() for sign in signs),
         "The rewards of this task do not say whether an answer is right, so the policy is trained on noise or taught to fail. "
         "Usually the task's solutions are in another form than the verifier expects, or the task goes to the wrong verifier.",
-        ("Open the samples of the steps named here and compare “extracted” with the solution: the verdict's reason tells how they were compared.",
+        ("Open the samples of the steps named here and compare “extracted” with the solution: the verdict's reason tells how they were "
+         "compared.",
          "Check the data file's solutions: rlinf data check FILE; and grade the samples again: rlinf verify IN OUT.",
          "Leave the task out until it is mended (data.tasks)."),
         tuple(recent[-1:]), ("rollout/verdict_undecided", "rollout/accuracy"), ("data.tasks", "reward.timeout", "reward.answer_format"),
@@ -100,44 +115,69 @@ def verifier_signs(c: TaskCounts, others: Sequence[TaskCounts]) -> list[str]:
         signs.append(f"{c.undecided} of {c.samples} verdicts were undecided")
     learn = [o for o in others if o.right > 0.2 * o.samples]
     if learn and len(learn) == len(others) and c.right == 0 and c.samples >= 100 and c.unanswered < 0.5 * c.samples:
-        signs.append(f"none of {c.samples} responses was graded right, though most have an answer, while the other tasks are learned (or this one is far too hard)")
+        signs.append(f"none of {c.samples} responses was graded right, though most have an answer, while the other tasks are learned (or "
+                     "this one is far too hard)")
     return signs
 
 
 def wrong_template(run: RunData) -> Finding | None:
-    """Responses have no answer and do not end; or the answer format was there and is lost."""
+    """From the start responses have no answer, and do not end or answer prompts without the template's markers."""
     steps, unboxed = run.series("rollout/no_box")
     cut = dict(zip(*run.series("rollout/truncated")))
-    if len(steps) < 3:
+    if len(steps) < 3 or lost_at(unboxed) is not None:
         return None
     tail = steps[-5:]
     missing, endless = mean(unboxed[-5:]), mean(cut.get(s, 0.0) for s in tail)
     unmarked = [s for s in tail if s in run.counts and run.counts[s].groups and run.counts[s].unmarked > 0.5 * run.counts[s].groups]
-    level = smooth(unboxed, 5)
-    lost_at = next((j for j in range(len(steps)) if level[j] > 0.5 and level[j] - min(level[: j + 1]) > 0.3), None)
-    if missing > 0.7 and (endless > 0.7 or unmarked):
-        title = "Responses have no answer and do not end: the prompt's chat template is wrong" if endless > 0.7 else "No answers, and prompts without the chat template"
-    elif lost_at is not None and missing > 0.5:
-        title = f"The answer format was lost around step {steps[lost_at]}"
-    else:
+    if missing <= 0.7 or (endless <= 0.7 and not unmarked):
         return None
-    evidence = [f"steps {tail[0]} to {tail[-1]}: no answer was found in {missing:.0%} of the responses, and {endless:.0%} were cut before they ended"]
+    title = "Responses have no answer and do not end: the chat template is wrong, or the model cannot answer yet"
+    evidence = [f"steps {tail[0]} to {tail[-1]}: no answer was found in {missing:.0%} of the responses, and {endless:.0%} were cut before "
+                "they ended"]
     if unmarked:
+        title = f"The prompts lack the model's chat template: responses have no answer{' and do not end' if endless > 0.7 else ''}"
         markers = " ".join(run.environment[-1]["chat_markers"][:4])
         evidence.append(f"the model's chat template writes {markers}, but the prompts contain none of it")
-    if lost_at is not None:
-        evidence.append(f"before, responses without an answer were as few as {min(level[: lost_at + 1]):.0%}")
     return Finding(
         "wrong-template", title, tuple(evidence),
         "The prompt does not look like what the model was tuned on, so it neither answers in the expected form nor writes its end token. "
         "Rewards are then the same for nearly all samples.",
         ("Read one prompt below to its end: does it close the user's turn and open the assistant's, once?",
-         "If the data file has bare questions, set data.apply_chat_template: true; if its prompts carry the markers already, set it to false.",
+         "If the data file has bare questions, set data.apply_chat_template: true; if its prompts carry the markers already, set it to "
+         "false.",
          "Ask for \\boxed{} in the prompt.",
-         "If the template is right, the responses may need more room, or the start model cannot do the format yet: raise max_new_tokens, or fine-tune first."),
-        (tail[-1],) if lost_at is None else (steps[lost_at], tail[-1]), ("rollout/no_box", "rollout/truncated", "rollout/response_length"),
+         "If the template is right, the responses may need more room, or the start model cannot do the format yet: raise max_new_tokens, "
+         "or fine-tune first."),
+        (tail[-1],), ("rollout/no_box", "rollout/truncated", "rollout/response_length"),
         ("data.apply_chat_template", "algorithm.sampling_params.max_new_tokens", "algorithm.sampling_params.stop", "reward.answer_format"),
     )  # fmt: skip
+
+
+def lost_format(run: RunData) -> Finding | None:
+    """Responses had answers, and have none any more."""
+    steps, unboxed = run.series("rollout/no_box")
+    at = lost_at(unboxed)
+    if at is None or mean(unboxed[-5:]) <= 0.5:
+        return None
+    fewest = min(smooth(unboxed, 5)[: at + 1])
+    return Finding(
+        "lost-format", f"The answer format was lost around step {steps[at]}",
+        (f"before, responses without an answer were as few as {fewest:.0%}",
+         f"in the last {len(unboxed[-5:])} steps no answer was found in {mean(unboxed[-5:]):.0%} of the responses"),
+        "Updates pushed the policy away from a form that it had: they were too large, or the reward can be had without an answer. Once nearly "
+        "no response has an answer, rewards are all the same, and nothing leads back.",
+        ("Go back to a checkpoint before that step.", "Lower the learning rate, or take fewer optimizer steps a batch.",
+         "Look at the gradient norm, the ratio and the response length in the steps before.",
+         "If responses end before they answer, or go on behind it, raise max_new_tokens or weigh the form with reward.format_reward."),
+        (steps[max(0, at - 1)], steps[at], steps[-1]), ("rollout/no_box", "train/grad_norm", "train/entropy_loss", "rollout/response_length"),
+        ("actor.optim.lr", "algorithm.n_minibatches", "algorithm.sampling_params.max_new_tokens", "reward.format_reward"),
+    )  # fmt: skip
+
+
+def lost_at(unboxed: Sequence[float]) -> int | None:
+    """Where more than half of the responses have no answer any more, after it had been far fewer."""
+    usual = smooth(unboxed, 5)
+    return next((j for j in range(len(usual)) if usual[j] > 0.5 and usual[j] - min(usual[: j + 1]) > 0.3), None)
 
 
 def stale_weights(run: RunData) -> Finding | None:
@@ -152,16 +192,20 @@ def stale_weights(run: RunData) -> Finding | None:
     if not grown and not late:
         return None
     evidence = [] if not grown else [
-        f"the log-probability gap between actor and engine grew from {median(gap[:k]):.2g} to {median(gap[-k:]):.2g} (mean over tokens; healthy: below {floor:g})"
+        f"the log-probability gap between actor and engine grew from {median(gap[:k]):.2g} to {median(gap[-k:]):.2g} (mean over tokens; "
+        f"healthy: below {floor:g})"
     ]  # fmt: skip
     if late:
         worst = max(late, key=late.__getitem__)
-        evidence.append(f"in {len(late)} steps tokens came from weights older than allowed; in step {worst} from version {worst - 1 - late[worst]}, {late[worst]} behind")
+        evidence.append(f"in {len(late)} steps tokens came from weights older than allowed; in step {worst} from version "
+                        f"{worst - 1 - late[worst]}, {late[worst]} behind")
     elif grown and run.counts:
-        evidence.append("the engines say that they have the newest version: they took the version's number, but not, or not all of, its weights")
+        evidence.append("the engines say that they have the newest version: they took the version's number, but not, or not all of, its "
+                        "weights")
     return Finding(
         "stale-weights", "Stale weights: the engine does not sample from the policy that is trained", tuple(evidence),
-        "Updates do not reach the rollout engine (or only some tensors do), so training is more off-policy at every step, and the run slowly goes wrong.",
+        "Updates do not reach the rollout engine (or only some tensors do), so training is more off-policy at every step, and the run "
+        "slowly goes wrong.",
         ("Compare engine and actor at every sync: rollout.verify_weights_every: 1 stops the run at the first sync that fails.",
          "Look at sync/probe_gap_max, and at the engine's log in workers/ for weights that it skipped.",
          "Until it is mended, importance_sampling_fix bounds the harm."),
@@ -171,7 +215,9 @@ def stale_weights(run: RunData) -> Finding | None:
 
 
 def no_signal(run: RunData) -> Finding | None:
-    """Hardly a group has both right and wrong answers."""
+    """Hardly a group has both right and wrong answers, and the advantages compare the samples of a group."""
+    if run.values.get("algorithm.adv_type", "grpo") not in COMPARING:
+        return None
     steps, none_right = run.series("rollout/groups_all_wrong")
     all_right = dict(zip(*run.series("rollout/groups_all_right")))
     if len(steps) < 5:
@@ -209,33 +255,52 @@ def undecided_verdicts(run: RunData) -> Finding | None:
     if len(steps) < 3 or mean(share[-5:]) < 0.05:
         return None
     return Finding(
-        "undecided-verdicts", "Many verdicts are undecided", (f"{mean(share[-5:]):.1%} of the verdicts in the last {len(share[-5:])} steps",),
-        "Comparisons time out or answers cannot be parsed; such answers get the reward of a wrong one unless reward.undecided_reward says otherwise.",
+        "undecided-verdicts", "Many verdicts are undecided",
+        (f"{mean(share[-5:]):.1%} of the verdicts in the last {len(share[-5:])} steps",),
+        "Comparisons time out or answers cannot be parsed; such answers get the reward of a wrong one unless reward.undecided_reward says "
+        "otherwise.",
         ("Look at the undecided samples: the reason is with each.", "Raise reward.timeout or reward.num_processes."),
         tuple(steps[-1:]), ("rollout/verdict_undecided",), ("reward.timeout", "reward.num_processes", "reward.undecided_reward"),
     )  # fmt: skip
 
 
 def not_finite(run: RunData) -> Finding | None:
-    bad = {name: int(m["step"]) for m in reversed(run.metrics) for name in ("train/loss", "train/entropy_loss", "rollout/rewards") if math.isnan(m.get(name, 0.0))}
+    names = ("train/loss", "train/entropy_loss", "rollout/rewards")
+    bad = {name: int(m["step"]) for m in reversed(run.metrics) for name in names if math.isnan(m.get(name, 0.0))}
     if not bad:
         return None
     first = min(bad.values())
     return Finding(
         "not-finite", "A loss is not a number", tuple(f"{name} at step {step}" for name, step in sorted(bad.items())),
         "An overflow, or a batch without a token that counts.",
-        ("Look at the gradient norm and the ratio in the steps before.", "Go back to a checkpoint before the first such step and lower the learning rate."),
+        ("Look at the gradient norm and the ratio in the steps before.",
+         "Go back to a checkpoint before the first such step and lower the learning rate."),
         (first,), ("train/loss", "train/grad_norm", "train/ratio"), ("actor.optim.lr", "actor.model.precision"),
     )  # fmt: skip
 
 
-RULES = (entropy_collapse, broken_verifier, wrong_template, stale_weights, no_signal, skipped_updates, undecided_verdicts, not_finite)
+RULES = (
+    stale_weights, broken_verifier, entropy_collapse, lost_format, wrong_template, no_signal, skipped_updates, undecided_verdicts, not_finite
+)  # fmt: skip
+EXPLAINS = {
+    "stale-weights": ("entropy-collapse",),  # the actor's entropy on samples of an older policy: accuracy cannot follow
+    "broken-verifier": ("undecided-verdicts", "no-signal"),
+    "entropy-collapse": ("lost-format", "no-signal"),  # what it is certain of need not be an answer
+    "lost-format": ("no-signal",),
+    "wrong-template": ("no-signal",),
+}
 
 
 def smooth(values: Sequence[float], width: int = 3) -> list[float]:
     """Running median: a single odd step is no trend."""
     half = width // 2
     return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def level(values: Sequence[float], width: int = 5) -> list[float]:
+    """Running mean: of an accuracy, which is a count of few prompts."""
+    half = width // 2
+    return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def rises(values: Sequence[float]) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlinf.report.rules import Finding, broken_verifier, entropy_collapse, find_problems, not_finite, skipped_updates
-from rlinf.report.run_data import RunData, count_all, open_run
+from rlinf.report.rules import Finding, broken_verifier, entropy_collapse, find_problems, not_finite, skipped_updates, with_effects
+from rlinf.report.run_data import RunData, Setting, count_all, open_run
 from rlinf.report.task_counts import StepCounts, TaskCounts, count_samples, number, plain
 from tests.run_folders import BEHAVIOURS, HEALTHY, Behaviour, make_run, solve
 
@@ -33,13 +33,34 @@ def test_the_cause_of_a_bad_run_comes_first(tmp_path: Path, name: str) -> None:
 
 def test_the_evidence_is_in_numbers(tmp_path: Path) -> None:
     collapse = problems(make_run(tmp_path / "a", BEHAVIOURS["entropy-collapse"]))[0]
-    assert "entropy fell by 9" in collapse.evidence[0] and "8 of 8 prompts got the same response" in collapse.evidence[-1]
+    assert "entropy fell by 9" in collapse.evidence[0] and "8 of 8 prompts got the same response" in collapse.evidence[2]
     (verifier,) = problems(make_run(tmp_path / "b", BEHAVIOURS["broken-verifier"]))
     assert "“counting”" in verifier.title and "math" not in verifier.title and "written exactly like the solution" in verifier.evidence[0]
     template = problems(make_run(tmp_path / "c", BEHAVIOURS["wrong-template"]))[0]
     assert "<|im_start|>" in template.evidence[1] and "none of it" in template.evidence[1]
     (stale,) = problems(make_run(tmp_path / "d", BEHAVIOURS["stale-weights"]))
     assert "took the version's number" in stale.evidence[1]
+
+
+def test_what_a_cause_brings_about_is_told_with_it() -> None:
+    stale = Finding("stale-weights", "Stale", ("the gap grew",), "", (), ())
+    collapse = Finding("entropy-collapse", "Collapse", ("entropy fell",), "", (), ())
+    assert with_effects(stale, [collapse]).evidence == ("the gap grew", "it may well be why: Collapse (entropy fell)")
+    steps = 12
+    run = run_of(
+        train__entropy_loss=[0.5 * 0.6**i for i in range(steps)], rollout__accuracy=[0.3] * steps,
+        train__rollout_logprob_gap_mean=[0.01 * i * i for i in range(steps)],
+    )  # fmt: skip
+    (found,) = find_problems(run)
+    assert found.rule == "stale-weights" and "Entropy collapse" in found.evidence[-1]
+
+
+def test_groups_of_one_kind_are_no_news_to_estimators_that_compare_across_prompts() -> None:
+    run = run_of(rollout__groups_all_wrong=[0.6] * 6, rollout__groups_all_right=[0.4] * 6)
+    assert [f.rule for f in find_problems(run)] == ["no-signal"]
+    run.settings = [Setting("algorithm.adv_type", "gae", "run.yaml")]
+    del run.values
+    assert find_problems(run) == []
 
 
 def test_versions_that_fall_behind_are_stale_weights(tmp_path: Path) -> None:
@@ -56,7 +77,7 @@ def test_entropy_that_falls_because_the_policy_learned_is_no_collapse(tmp_path: 
 def test_format_that_is_lost_on_the_way(tmp_path: Path) -> None:
     lost = Behaviour(lambda *args: (HEALTHY if args[0] < 15 else BEHAVIOURS["wrong-template"]).answer(*args))
     first = problems(make_run(tmp_path, lost))[0]
-    assert first.rule == "wrong-template" and any("as few as 0%" in line for line in first.evidence) and first.steps[0] in range(13, 18)
+    assert first.rule == "lost-format" and "as few as 0%" in first.evidence[0] and first.steps[1] in range(13, 18)
 
 
 def run_of(**columns: list[float]) -> RunData:
