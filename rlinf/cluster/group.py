@@ -112,6 +112,10 @@ class WorkerGroup(ABC):
         """End the process of a rank that does not answer."""
         raise RunFailed(f"{self.where(rank)} has no process of its own to be ended")
 
+    def stacks(self, ranks: Sequence[int], seconds: float) -> dict[int, str]:
+        """The Python stacks of those ranks that have a process of their own and answer in time; from any thread."""
+        return {}
+
     async def started(self) -> list[Any]:
         """Wait for the constructors; what each of `starts` returned."""
         waiting = {ref.rank: asyncio.ensure_future(self._value(ref)) for ref in self.starts}

@@ -104,6 +104,15 @@ class Holder:
             self.thread.submit(self.worker.close).result()
 
 
+def own_stacks() -> str:
+    """Every thread of this process; faulthandler writes to a descriptor only."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as text:
+        with os.fdopen(writer, "w") as out:
+            faulthandler.dump_traceback(out, all_threads=True)
+        return text.read()
+
+
 class Fetched(Enum):
     """Stands in a packed list of arguments for one that Ray fetched."""
 
@@ -154,6 +163,10 @@ class WorkerProcess(Holder):
         """call(), with the arguments that Ray did not fetch in one pickle of the driver's."""
         rest = iter(fetched)
         return await self.call(method, *[next(rest) if a is Fetched.HERE else a for a in pickle.loads(plain)])
+
+    async def stacks(self) -> str:
+        """What every thread is at; a worker that computes in its own thread can be asked while it does."""
+        return own_stacks()
 
     async def rest(self) -> None:
         """Never returns: a caller learns of this process's death by the failure of the call."""

@@ -98,6 +98,19 @@ def test_what_a_worker_and_its_children_write_is_in_its_log(shared: Cluster, pla
     assert "hello\n" in text and "child of hello\n" in text
 
 
+def test_a_worker_that_computes_can_be_asked_for_its_stacks(plain: RayWorkerGroup) -> None:
+    async def main() -> dict[int, str]:
+        asleep = asyncio.ensure_future(plain.call(1, "sleep", 2.0))
+        told: dict[int, str] = {}
+        while "in sleep" not in told.get(1, "") and not asleep.done():
+            told = await asyncio.to_thread(plain.stacks, [0, 1], 30.0)
+        await asleep
+        return told
+
+    told = asyncio.run(main())
+    assert 'cluster_workers.py"' in told[1] and "in sleep" in told[1] and "in sleep" not in told[0]
+
+
 def test_a_failing_constructor_is_reported_without_waiting_for_its_peers(shared: Cluster) -> None:
     group = shared.launch(PLAN, "c", workers.Broken, 2)
     started = time.monotonic()

@@ -7,6 +7,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ class RayWorkerGroup(WorkerGroup):
 
     def kill(self, rank: int) -> None:
         ray.kill(self.actors[rank])
+
+    def stacks(self, ranks: Sequence[int], seconds: float) -> dict[int, str]:
+        asked = {self.actors[rank].stacks.remote(): rank for rank in ranks}
+        told, _ = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+        found = {}
+        for handle in told:
+            with suppress(ray.exceptions.RayError):  # it has died meanwhile
+                found[asked[handle]] = ray.get(handle)
+        return found
 
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
         fetched = [a for a in args if isinstance(a, ray.ObjectRef)]  # Ray fetches what is an argument of its own

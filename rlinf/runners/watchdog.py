@@ -1,13 +1,13 @@
 """A phase that lasts too long is a hang: say at once who is stuck, keep the stacks of all workers, and end the run, start it anew from its
 last checkpoint, or let it go on.
 
-The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks come from faulthandler, which
-also speaks when Python itself is blocked; workers on other machines than the driver's are named, but their stacks are not fetched.
+The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks of workers on the driver's machine
+come from a signal to faulthandler, which also speaks when Python itself is blocked; on other machines the worker's own loop is asked.
 """
 
 from __future__ import annotations
 
-import faulthandler
+import asyncio
 import io
 import math
 import os
@@ -20,12 +20,15 @@ from pathlib import Path
 
 from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import WorkerGroup
+from rlinf.cluster.host import own_stacks
 from rlinf.cluster.processes import RUN_ID, carries
 from rlinf.config.schema import RunnerConfig
 from rlinf.errors import Hang
 
 LEARNED, AT_LEAST = 10.0, 600.0  # times the longest such phase; seconds
 PATIENCE = 1.5  # seconds for the workers to write their stacks
+FAR = 3.0  # seconds for those of other machines to send them
+DEAF = 5.0  # seconds without a turn of the driver's loop after which it is the driver that is stuck: it hears no answer
 LOG_TAIL = 200_000  # bytes of each log in the bundle
 COLLECTIVE = "distributed_c10d"  # the file of torch in which a rank waits for its peers
 SHOWN = 8
@@ -40,6 +43,13 @@ class Watchdog:
         self.longest: dict[str, float] = {}
         self.busy: dict[tuple[str, int, str], float] = {}  # (component, rank, method) -> since when without a pause
         self.told = False
+        self.heard = math.inf  # when the driver's loop last turned
+
+    async def listen(self) -> None:
+        """Runs in the driver's loop for as long as that turns."""
+        while True:
+            self.heard = time.time()
+            await asyncio.sleep(1.0)
 
     def look(self, phase: str, step: int, now: float) -> None:
         if phase != self.phase:
@@ -75,15 +85,20 @@ class Watchdog:
         except OSError as error:  # the disk may be what hangs
             lines.append(f"the bundle could not be written: {error}")
         message = "\n  ".join(["the run hangs:", *lines])
-        if self.runner.on_hang == "report" or not self.busy:  # a driver that is stuck can tell nothing itself
+        if self.runner.on_hang == "report" or self.is_driver(now):  # a driver that is stuck can tell nothing itself
             sys.stderr.write(f"rlinf: {message}\n")
         if self.runner.on_hang != "report":  # runners.launch decides what follows
             self.failure.report(Hang(message))
 
+    def is_driver(self, now: float) -> bool:
+        return not self.busy or now - self.heard > DEAF
+
     def stuck(self, now: float) -> str:
-        """The component whose call has been running longest, with its ranks that have not answered."""
+        """The component whose call has been running longest, with its ranks that have not answered; or the driver, which hears no answers."""
         if not self.busy:
             return "the driver: no worker has a call to answer"
+        if self.is_driver(now):
+            return f"the driver: its loop has not turned for {now - self.heard:.0f} s (driver.txt has its stacks), and answers of workers wait for it"
         component, _, method = min(self.busy, key=self.busy.__getitem__)
         group = next(g for g in self.groups if g.component == component)
         ranks = sorted((rank, since) for (c, rank, m), since in self.busy.items() if (c, m) == (component, method))
@@ -94,10 +109,16 @@ class Watchdog:
         """File name -> text: the end of every worker's log, with the stacks that it has just written, and the driver's own stacks."""
         logs = self.run_dir / "workers"
         before = {path: path.stat().st_size for path in logs.glob("*.log")}
-        for pid in {pid for g in self.groups for pid in g.pids if pid is not None and listens(pid, self.run_id)}:
+        here = {pid for g in self.groups for pid in g.pids if pid is not None and listens(pid, self.run_id)}
+        for pid in here:
             os.kill(pid, signal.SIGUSR1)
         time.sleep(PATIENCE)
         found = {path.name: end_of(path, max(size - LOG_TAIL, path.stat().st_size - 2 * LOG_TAIL)) for path, size in before.items()}
+        for group in self.groups:
+            far = [rank for rank, pid in enumerate(group.pids) if pid is not None and pid not in here]
+            for rank, text in group.stacks(far, FAR).items() if far else ():
+                name = f"{group.component}-{rank}.log"
+                found[name] = found.get(name, "") + text
         return found | {"driver.txt": own_stacks()}
 
 
@@ -118,15 +139,6 @@ def end_of(path: Path, start: int) -> str:
     with path.open("rb") as file:
         file.seek(max(0, start))
         return file.read().decode(errors="replace")
-
-
-def own_stacks() -> str:
-    """Every thread of this process; faulthandler writes to a descriptor only."""
-    reader, writer = os.pipe()
-    with os.fdopen(reader) as text:
-        with os.fdopen(writer, "w") as out:
-            faulthandler.dump_traceback(out, all_threads=True)
-        return text.read()
 
 
 def who_waits_for_whom(stacks: Mapping[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,14 +20,16 @@ from rlinf.cluster.failure import Failure
 from rlinf.cluster.processes import RUN_ID
 from rlinf.config.load import load
 from rlinf.config.schema import RunnerConfig
-from rlinf.errors import Hang, RunFailed
+from rlinf.data.records import GroupHeader
+from rlinf.errors import Hang
 from rlinf.rewards.verifier import Verifier
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.runners import watchdog as module
 from rlinf.runners.launch import train
+from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.watchdog import Watchdog, listens, who_waits_for_whom
 from rlinf.training.engine import MegatronEngine
-from tests.test_tiny_run import write_run
+from tests.test_tiny_run import ONE_PROCESS, write_run
 
 STUCK = """
 import sys, time
@@ -41,7 +44,11 @@ the_stuck_function()
 
 def group(component: str, *running: str, pids: tuple[int, ...] = ()) -> SimpleNamespace:
     in_flight = [Counter({method: 1} if method else {}) for method in running]
-    return SimpleNamespace(component=component, size=len(running), in_flight=in_flight, pids=list(pids), where=lambda rank: f"{component} rank {rank}")
+    told = {0: 'File "torch/distributed/distributed_c10d.py", line 1 in all_reduce'}
+    return SimpleNamespace(
+        component=component, size=len(running), in_flight=in_flight, pids=list(pids), where=lambda rank: f"{component} rank {rank}",
+        stacks=lambda ranks, seconds: {rank: told[rank] for rank in ranks if rank in told},
+    )  # fmt: skip
 
 
 def make(tmp_path: Path, *groups: SimpleNamespace, **settings: object) -> Watchdog:
@@ -96,6 +103,14 @@ def test_a_stuck_driver_is_told_at_once_although_it_cannot_raise(tmp_path: Path,
         assert "test_a_stuck_driver" in bundle.extractfile("driver.txt").read().decode()
 
 
+def test_a_driver_that_hears_no_answers_is_blamed_and_not_who_gave_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watchdog = make(tmp_path, group("rollout", "generate"))
+    watchdog.heard = 1.0
+    for now in (0.0, 11.0):
+        watchdog.look("step 1, rollout", 1, now)
+    assert "stuck: the driver: its loop has not turned for 10 s" in capsys.readouterr().err
+
+
 def test_budgets_are_learned_by_phase(tmp_path: Path) -> None:
     watchdog = make(tmp_path, phase_timeout=0)
     now = 0.0
@@ -138,30 +153,50 @@ def test_a_worker_writes_its_stacks_and_others_are_not_signalled(tmp_path: Path)
         assert "the_stuck_function" in bundle.extractfile("actor-0.log").read().decode()
 
 
+def test_workers_of_other_machines_are_asked(tmp_path: Path) -> None:
+    watchdog = make(tmp_path, group("actor", "train_step", "train_step", pids=(1, 1)))  # a process that is none of ours here
+    for now in (0.0, 11.0):
+        watchdog.look("step 1, train", 1, now)
+    assert "in a collective: actor-0.log" in str(watchdog.failure.error)
+    with tarfile.open(tmp_path / "diagnosis-000001.tar.gz") as bundle:
+        assert sorted(bundle.getnames()) == ["actor-0.log", "driver.txt", "summary.txt"]
+
+
 def test_the_rank_outside_a_collective_is_where_to_look() -> None:
     waiting = 'File "torch/distributed/distributed_c10d.py", line 1 in all_reduce'
     assert who_waits_for_whom({"actor-0.log": waiting, "actor-1.log": "File x"}) == ["in a collective: actor-0.log; not in it: actor-1.log, look there first"]
     assert who_waits_for_whom({"actor-0.log": "File x"}) == [] and "all of them" in who_waits_for_whom({"actor-0.log": waiting})[0]
 
 
+PLANTED = [  # where it hangs, and what is to be named
+    (Verifier, "verify_many", "reward in judge"),
+    (MegatronEngine, "update", "actor in train_step"),
+    (EmbeddedEngine, "_work", "rollout in generate"),
+    (EmbeddedEngine, "load_weights", "rollout in load_weights"),
+    (RunFolder, "record_order", "the driver: no worker has a call to answer"),
+    (GroupHeader, "with_verdicts", "the driver: its loop has not turned"),  # while engines are at work
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("owner", "method", "name"), [(Verifier, "verify_many", "reward in judge"), (MegatronEngine, "update", "actor in train_step"), (EmbeddedEngine, "load_weights", "rollout in load_weights")])
+@pytest.mark.parametrize(("owner", "method", "name"), PLANTED, ids=[f"{owner.__name__}.{method}" for owner, method, _ in PLANTED])
 def test_a_hang_in_a_real_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, name: str) -> None:
-    released, report = threading.Event(), Failure.report
+    released, report, original = threading.Event(), Failure.report, getattr(owner, method)
     monkeypatch.setattr(Failure, "report", lambda self, error: (report(self, error), released.set()))
 
-    async def stuck(*_: object) -> None:
-        await asyncio.to_thread(released.wait, 120)
+    def stuck(*args: object) -> object:
+        released.wait(120)
+        return original(*args)
 
-    monkeypatch.setattr(owner, method, stuck if asyncio.iscoroutinefunction(getattr(owner, method)) else lambda *_: released.wait(120))
-    config = write_run(
-        tmp_path, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
-        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, runner__phase_timeout=5, runner__val_check_interval=0,
-    )  # fmt: skip
-    started = time.monotonic()
-    with pytest.raises(RunFailed, match=name):
+    async def stuck_beside_the_loop(*args: object) -> object:
+        await asyncio.to_thread(released.wait, 120)
+        return await original(*args)
+
+    monkeypatch.setattr(owner, method, stuck_beside_the_loop if asyncio.iscoroutinefunction(original) else stuck)
+    config = write_run(tmp_path, runner__phase_timeout=5, runner__val_check_interval=0, **ONE_PROCESS)
+    with pytest.raises(Hang, match=f"stuck: {name}") as raised:
         train(load(str(config)))
-    assert time.monotonic() - started < 60
+    assert int(re.search(r"has lasted (\d+) s, more than its budget of 5 s", str(raised.value))[1]) <= 5 + 15
 
 
 def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
