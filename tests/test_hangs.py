@@ -1,9 +1,14 @@
-"""Hangs planted in real runs: in a collective between ranks, in a verdict, on a full disk. Each is named, and a run may go on behind it."""
+"""Hangs planted in real runs of several processes, in a collective and in a verdict, and disks that are full: each is named, and a run may go
+on behind it. Hangs in a run of one process are in rlinf/runners/watchdog_test.py."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,8 @@ import pytest
 from rlinf.config.load import load
 from rlinf.errors import Hang, RunFailed
 from rlinf.runners import launch
-from rlinf.runners.run_folder import RunFolder
-from tests.test_tiny_run import ONE_PROCESS, lines, write_run
+from rlinf.runners.run_folder import RunFolder, read_checkpoint
+from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
 
 BUDGET = 20  # seconds; of phases that take well under one on an idle machine
 TWO_RANKS: dict[str, object] = {
@@ -64,3 +69,37 @@ def test_a_full_disk_is_no_hang_and_the_file_is_named(tmp_path: Path, monkeypatc
     with pytest.raises(RunFailed, match=r"reward rank 0 .* failed in judge .*No space left on device: '/dev/full'") as raised:
         launch.train(load(str(config)))
     assert not isinstance(raised.value, Hang)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB, in memory: two checkpoints of the tiny model and no third."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.getuid() != 0 or mount(folder, "size=8m") != 0:
+        pytest.skip("to mount a small disk takes root, and a kernel that lets it")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def mount(folder: Path, options: str) -> int:
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(tmp_path: Path, small_disk: Path) -> None:
+    endless = {"runner__max_steps": 9, "runner__save_interval": 1, "runner__keep_checkpoints": 0, "runner__val_check_interval": 0}
+    config = write_run(tmp_path, runner__output_dir=str(small_disk), **endless, **ONE_PROCESS)
+    ended = run(config)
+    run_dir = small_disk / "tiny"
+    assert ended.returncode == 1, ended.stderr[-4000:]
+    told = re.search(rf"rlinf: the disk of {run_dir} is full \((\d\.\d) MiB are left at {small_disk}\).*runner.resume_dir=auto", ended.stderr)
+    assert told is not None and float(told[1]) < 4 and "Traceback" not in ended.stderr.partition("rlinf: the disk")[0]
+    latest = (run_dir / "checkpoints" / "latest").resolve()
+    step = read_checkpoint(latest).step
+    assert 1 <= step < 9
+    assert mount(small_disk, "remount,size=64m") == 0
+    again = run(config, "runner.resume_dir=auto", f"runner.max_steps={step + 2}")
+    assert again.returncode == 0, again.stderr[-4000:]
+    metrics = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == list(range(1, step + 3))

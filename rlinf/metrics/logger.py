@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -55,7 +56,9 @@ class MetricLogger:
         now = time.time()
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": step, "time": now} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        os.write(self.file, (json.dumps(line, allow_nan=False) + "\n").encode())  # one write: a line is whole or absent
+        text = (json.dumps(line, allow_nan=False) + "\n").encode()
+        if os.write(self.file, text) < len(text):  # one write: a line is whole, or torn because nothing more fits
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), FILE_NAME)
         if self.tensorboard is not None:
             scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
             self.tensorboard.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
@@ -36,8 +36,15 @@ class Session:
         watchdog = Watchdog(self.folder.path, self.run_id, self.config.runner, groups, self.cluster.failure, lambda: dict(loop.in_flight))
         status = Status(self.folder.path, self.run_id, self.cluster, groups, loop, watchdog)
         with self.usage.sampling(lambda: self.cluster.phase), status.writing():
-            asyncio.run(self.cluster.guard(loop.run(self.logger)))
+            asyncio.run(self._watched(loop, watchdog))
         self.folder.finish()
+
+    async def _watched(self, loop: TrainingLoop, watchdog: Watchdog) -> None:
+        listening = asyncio.create_task(watchdog.listen())
+        try:
+            await self.cluster.guard(loop.run(self.logger))
+        finally:
+            listening.cancel()
 
 
 @contextmanager
@@ -45,21 +52,20 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
     """Everything that was started is ended, however the block is left."""
     config, runner = resolved.config, resolved.config.runner
     settings = {name: value_of(config, name) for name in resolved.provenance}
-    logger = MetricLogger(folder.path, runner.logger.logger_backends, folder.resume_step, runner.logger.project_name, settings)
-    run_id = new_run_id()
-    say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
-    cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
-    terminate_as_interrupt()
-    try:
+    with ExitStack() as ends:  # in reverse order, each whatever the others raise
+        ends.callback(folder.release)
+        logger = MetricLogger(folder.path, runner.logger.logger_backends, folder.resume_step, runner.logger.project_name, settings)
+        run_id = new_run_id()
+        say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
+        cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
+        terminate_as_interrupt()
+        ends.callback(cluster.close)
+        ends.callback(logger.close)
         session = Session(resolved, folder, logger, cluster, run_id)
         first_step = (folder.resume.step if folder.resume else 0) + 1
         model, own = config.rollout.model_dir, own_functions(config)
         record_environment(folder.path, run_id, first_step, session.nodes, tokenizer, model, data_fingerprint, own)
         yield session
-    finally:
-        logger.close()
-        cluster.close()
-        folder.release()
     say(session.usage.describe())
 
 

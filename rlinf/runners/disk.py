@@ -1,0 +1,37 @@
+"""A full disk, told as one: whose folder, which disk, what to do. Otherwise it looks like the fault of whoever wrote last."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlinf.errors import Hang, RunFailed
+
+FULL = os.strerror(errno.ENOSPC)  # every library that writes passes the kernel's words on
+LITTLE = 16 << 20  # bytes: a disk that refuses a write has hardly more
+
+
+@contextmanager
+def told_when_full(folder: Path) -> Iterator[None]:
+    """An error of the block that comes from the full disk of a run's folder becomes a RunFailed that says so; any other passes."""
+    try:
+        yield
+    except Hang:
+        raise
+    except (OSError, RunFailed) as error:
+        if FULL not in str(error) or not folder.exists() or (free := shutil.disk_usage(folder).free) > LITTLE:
+            raise
+        raise RunFailed(
+            f"the disk of {folder} is full ({free / 2**20:.1f} MiB are left at {mount_of(folder)}). Make room there, then go on from the latest complete "
+            f"checkpoint with runner.resume_dir=auto. Less is kept with runner.keep_checkpoints and runner.keep_groups; runner.output_dir is another "
+            f"place for another run.\nWhat could not be written: {error}"
+        ) from error
+
+
+def mount_of(folder: Path) -> Path:
+    """The mount point of the disk that the folder is on."""
+    return next(path for path in (folder, *folder.parents) if path.is_mount())
