@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 
 def usable() -> bool:
@@ -70,6 +71,11 @@ def host_copy(tensor: Tensor, into: Tensor | None = None) -> Tensor:
     into.copy_(tensor, non_blocking=True)
     synchronize(tensor.device)
     return into
+
+
+def recorder() -> profile:
+    """Torch's profiler, of what the thread that starts it does and of this process's GPU; a process has one at a time."""
+    return profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * usable())
 
 
 def gpu_count() -> int:

@@ -22,11 +22,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "logs" / "tiny"
 
 
-def test_the_trace_of_a_step_is_there_and_no_other(run_dir: Path) -> None:
-    (trace,) = (run_dir / "profile").iterdir()
-    assert trace.name == "step_000002-actor-0.json.gz"
-    names = {event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert {"aten::mm", "aten::embedding"} <= names
+def test_the_traces_of_a_step_are_there_and_no_others(run_dir: Path) -> None:
+    assert sorted(p.name for p in (run_dir / "profile").iterdir()) == ["step_000002-actor-0.json.gz", "step_000002-rollout-0.json.gz"]
+    found = {}
+    for role in ("actor", "rollout"):
+        trace = json.loads(gzip.decompress((run_dir / "profile" / f"step_000002-{role}-0.json.gz").read_bytes()))
+        found[role] = {event.get("name", "") for event in trace["traceEvents"]}
+        assert "aten::embedding" in found[role]
+    assert "aten::mm" in found["actor"] and any("Backward" in name for name in found["actor"]) and not any("Backward" in name for name in found["rollout"])
 
 
 def test_speed_and_memory_are_metrics(run_dir: Path) -> None:

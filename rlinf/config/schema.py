@@ -76,7 +76,7 @@ class RunnerConfig:
     )
     max_restarts: int = key(3, "with on_hang restart: times that one command starts the run anew at most")
     profile_steps: list[int] = key([], "steps that torch's profiler records, into profile/ of the run's folder; a trace slows its step down")
-    profile_ranks: list[int] = key([0], "ranks of actor and critic that are recorded")
+    profile_ranks: list[int] = key([0], "ranks of actor, critic and rollout that are recorded")
     peak_tflops: float | None = key(
         None, "10^12 operations a second that a device is capable of, for the utilisation metrics; null = the data sheet's, on CPU none"
     )

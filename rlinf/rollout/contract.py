@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -134,5 +135,13 @@ class RolloutEngine(Protocol):
     async def wake(self, tags: frozenset[str]) -> None: ...
 
     def stats(self) -> EngineStats: ...
+
+    async def start_trace(self, folder: Path, name: str) -> None:
+        """Torch's profiler records the engine from now on."""
+        ...
+
+    async def stop_trace(self) -> None:
+        """Write <folder>/<name>*.gz, for Perfetto or chrome://tracing; nothing where nothing was started."""
+        ...
 
     def close(self) -> None: ...

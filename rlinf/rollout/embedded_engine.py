@@ -10,12 +10,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import profile
 
 from rlinf.data.records import Sample
+from rlinf.device import recorder
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.batcher import Batcher, Outcome
 from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
@@ -61,6 +64,7 @@ class EmbeddedEngine:
         self._abandoned: deque[Job] = deque()
         self._outboxes: dict[Job, asyncio.Queue[Sample | BaseException]] = {}
         self._reported = EngineStats()
+        self._trace: tuple[profile, Path] | None = None
         self._driver: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
         self._asleep: frozenset[str] = frozenset() if load_weights else frozenset({"weights"})
@@ -123,6 +127,12 @@ class EmbeddedEngine:
         before, self._reported = self._reported, self._batcher.totals
         counters = ("decoded_tokens", "prefilled_tokens", "reused_tokens", "busy_seconds", "truncated_mass")
         return EngineStats(**{name: getattr(self._reported, name) - getattr(before, name) for name in counters})
+
+    async def start_trace(self, folder: Path, name: str) -> None:
+        await self._call(self._start_trace, folder / f"{name}.json.gz")
+
+    async def stop_trace(self) -> None:
+        await self._call(self._stop_trace)
 
     def close(self) -> None:
         """End the engine thread; pending iterators raise RuntimeError."""
@@ -192,6 +202,18 @@ class EmbeddedEngine:
             raise RunFailed(f"weights of version {version} were refused: {error}") from error
         checksums = {b.key: b.checksum for b in source.buckets} if isinstance(source, SharedMemory) else {}  # verified by open_source
         return Receipt(version, checksums, n_tensors, nbytes, time.perf_counter() - start)
+
+    def _start_trace(self, file: Path) -> None:
+        """On the engine thread: the profiler records the thread that starts it."""
+        self._trace = recorder(), file
+        self._trace[0].start()
+
+    def _stop_trace(self) -> None:
+        if self._trace is not None:
+            (recorded, file), self._trace = self._trace, None
+            recorded.stop()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            recorded.export_chrome_trace(str(file))
 
     def _check_awake(self) -> None:
         if self._asleep:

@@ -1,7 +1,8 @@
 """The SGLang rollout engine: the server as a child process behind the asynchronous contract of rollout engines.
 
 Everything goes through the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation,
-/update_weights_from_disk, /weights_checker, /release_memory_occupation and /resume_memory_occupation (docs/sglang.md).
+/update_weights_from_disk, /weights_checker, /release_memory_occupation and /resume_memory_occupation, /start_profile and /stop_profile
+(docs/sglang.md).
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class SGLangEngine:
         self._asleep: frozenset[str] = frozenset()
         self._loading = False
         self._proved = False
+        self._device = device
+        self._tracing = False
         self._closed = False
 
     @property
@@ -307,6 +310,17 @@ class SGLangEngine:
         self._reported = replace(self._reported, truncated_mass=0.0)
         return stats
 
+    async def start_trace(self, folder: Path, name: str) -> None:
+        """Each process of the engine records what it does; its file's name ends in its tensor-parallel rank."""
+        body = {"output_dir": str(folder), "profile_id": name, "activities": ["CPU"] + ["GPU"] * (self._device != "cpu"), "with_stack": False}
+        await self._ask("/start_profile", body, words=True)
+        self._tracing = True
+
+    async def stop_trace(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            await self._ask("/stop_profile", {}, words=True)
+
     def close(self) -> None:
         """End the server; pending iterators raise RuntimeError."""
         self._closed = True
@@ -335,11 +349,11 @@ class SGLangEngine:
     def _count(self, **increments: float) -> None:
         self._totals = replace(self._totals, **{name: getattr(self._totals, name) + value for name, value in increments.items()})
 
-    async def _ask(self, path: str, body: dict[str, Any]) -> Any:
+    async def _ask(self, path: str, body: dict[str, Any], words: bool = False) -> Any:
         """An answer that must be good."""
         with self._speaking():
             try:
-                return await self._http.post(path, body)
+                return await self._http.post(path, body, words)
             except Refused as error:
                 raise RunFailed(f"SGLang refuses {path}: {error}; its log: {self._server.log}") from error
 

@@ -31,11 +31,11 @@ class SGLangHttp:
         async with self._call("GET", path, None) as lines:
             return json.loads("".join([line async for line in lines]))
 
-    async def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The answer; None when it is empty."""
+    async def post(self, path: str, body: dict[str, Any], words: bool = False) -> Any:
+        """The answer; None when it is empty. words: the route answers in words, not in JSON."""
         async with self._call("POST", path, body) as lines:
             text = "".join([line async for line in lines])
-            return json.loads(text) if text else None
+            return text if words else json.loads(text) if text else None
 
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Server-sent events as they come."""

@@ -56,8 +56,10 @@ class RolloutOnly(Half):
     async def train_step(self) -> dict[str, float]:
         met = Counter[str]()
         orders = lambda indices: training_orders(self.config, self.folder, self.prompts, self.step, indices, met)
+        await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):
             batch = await next_groups(self.sampler, self.config.algorithm, lambda indices: self.rollouts.all(orders(indices)))
+        await self.rollouts.end_trace()
         headers = [header for header, _ in batch.scored]
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         outcome = () if self.config.has_critic else advantages_of(headers, self.config.algorithm)

@@ -51,9 +51,12 @@ class ReasoningRunner(TrainingLoop):
 
     async def train_step(self) -> dict[str, float]:
         """One step of the algorithm."""
+        await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):
             batch = await self.schedule.take(self.step)
             await self.schedule.clear()
+        if self.config.cluster.backend == "local":  # a process has one profiler, and the actor is next
+            await self.rollouts.end_trace()
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
@@ -64,6 +67,7 @@ class ReasoningRunner(TrainingLoop):
         self.saving.written = self.learner.written
         with self.phase("rollout"):
             await self.schedule.settle()
+        await self.rollouts.end_trace()
         await self.publish_weights()
         outcome = () if self.critic is not None else learned.advantages  # a critic's advantages are not the driver's numbers
         metrics = rollout_metrics(batch.generated, outcome) | staleness(headers, self.step - 1) | batch.metrics | learned.metrics

@@ -50,6 +50,7 @@ class Rollouts:
     def __init__(self, config: Config, rollout: WorkerGroup, reward: WorkerGroup, stop: Stop, timers: Timers | None = None) -> None:
         self.rollout, self.reward, self.stop, self.timers = rollout, reward, stop, timers or Timers()
         self.stats: list[EngineStats] = []
+        self.tracing = False
         self.config = config
         self.max_new_tokens = config.algorithm.sampling_params.max_new_tokens
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
@@ -134,6 +135,17 @@ class Rollouts:
             if peak := peak * 1e12 if peak else stats[0].peak_flops:
                 metrics["perf/rollout_mfu"] = speed / peak
         return metrics
+
+    async def begin_trace(self, step: int) -> None:
+        """The engines are recorded in the steps of runner.profile_steps."""
+        self.tracing = step in self.config.runner.profile_steps
+        if self.tracing:
+            await self.engines.ask_all("start_trace", step)
+
+    async def end_trace(self) -> None:
+        if self.tracing:
+            await self.engines.ask_all("stop_trace")
+        self.tracing = False
 
     @property
     def memory(self) -> list[int]:

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from rlinf.config.schema import RunnerConfig
-from rlinf.device import usable
+from rlinf.device import recorder
 
 
 @contextmanager
@@ -22,7 +21,6 @@ def profiled(runner: RunnerConfig, step: int, component: str) -> Iterator[None]:
         return
     folder = Path(runner.output_dir).expanduser() / runner.experiment_name / "profile"
     folder.mkdir(parents=True, exist_ok=True)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * usable()
-    with profile(activities=activities) as recorded:
+    with recorder() as recorded:
         yield
     recorded.export_chrome_trace(str(folder / f"step_{step:06d}-{component}-{rank}.json.gz"))

@@ -136,6 +136,14 @@ class RolloutWorker(Protocol):
 
     async def stats(self) -> EngineStats: ...
 
+    async def start_trace(self, step: int) -> None:
+        """Have torch's profiler record the engine, on the ranks of runner.profile_ranks."""
+        ...
+
+    async def stop_trace(self) -> None:
+        """Write what was recorded, if anything, to profile/ of the run's folder."""
+        ...
+
 
 class RewardWorker(Protocol):
     async def judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:

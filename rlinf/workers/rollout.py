@@ -33,11 +33,12 @@ class RolloutWorker:
         self.address = address
         torch.set_num_threads(address.threads)
         tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
-        logs = Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / "workers"
-        log = logs / f"rollout-{address.rank}-engine.log"
+        self.folder = (Path(config.runner.output_dir).expanduser() / config.runner.experiment_name).resolve()
+        self.traced = address.rank in config.runner.profile_ranks
+        log = self.folder / "workers" / f"rollout-{address.rank}-engine.log"
         self.device = choose(config.cluster.device)
         self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
-        self.engine = build_engine(config, tokenizer, self.device.type, log.resolve(), address.run_id, self._leave if replaceable else None)
+        self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None)
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index. before: the group as an engine let go of it; it goes on from there."""
@@ -74,6 +75,13 @@ class RolloutWorker:
     async def stats(self) -> EngineStats:
         """The engine's, with the peak of this process's or device's memory and what one device promises."""
         return replace(self.engine.stats(), memory_bytes=peak_memory(self.device), peak_flops=peak_flops(self.device))
+
+    async def start_trace(self, step: int) -> None:
+        if self.traced:
+            await self.engine.start_trace(self.folder / "profile", f"step_{step:06d}-rollout-{self.address.rank}")
+
+    async def stop_trace(self) -> None:
+        await self.engine.stop_trace()
 
     def close(self) -> None:
         self.engine.close()
