@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,59 @@ from rlinf.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from rlinf.config.load import Resolved
-    from rlinf.config.schema import Config
+    from rlinf.config.schema import Config, RewardConfig
+
+Run = Callable[[argparse.Namespace], int]
+Argument = Callable[[Any], Any]  # adds itself to a parser
+
+GROUPS = {
+    "config": "show a configuration, explain a key",
+    "data": "generate, convert or check data files",
+    "check": "proofs of this platform, on this machine",
+}
+COMMANDS: list[tuple[str, str, tuple[Argument, ...], Run]] = []  # name, help, arguments, function; in the order of --help
+
+
+def arg(*names: str, **options: Any) -> Argument:
+    return lambda parser: parser.add_argument(*names, **options)
+
+
+def one_of(*arguments: Argument) -> Argument:
+    """At most one of them."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for argument in arguments:
+            argument(group)
+
+    return add
+
+
+def command(name: str, help: str, *arguments: Argument) -> Callable[[Run], Run]:
+    """Declare a command: `report`, or `data check` of a group."""
+
+    def declare(run: Run) -> Run:
+        COMMANDS.append((name, help, arguments, run))
+        return run
+
+    return declare
+
+
+def config_argument(parser: argparse.ArgumentParser, **how: Any) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the stem of one in examples/math/config", **how)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="set a key, e.g. runner.max_steps=10")
+
+
+def optional_config(parser: argparse.ArgumentParser) -> None:
+    config_argument(parser, nargs="?")
+
+
+RUN_DIR = arg("run_dir", metavar="RUN_DIR", type=Path)
+DRY_RUN = arg("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
+AS_JSON = arg("--json", action="store_true", help="print the result as JSON")
+JSON_FILE = arg("--json", metavar="FILE", type=Path, help="write the figures")
+EVERY_LAYOUT_ONCE = arg("--quick", action="store_true", help="every layout once")
+JUDGED_AS_IN = arg("--config", metavar="CONFIG", help="judge as its section `reward` says: own tasks, answer format, time-out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+@command(
+    "train",
+    "train a model",
+    config_argument,
+    DRY_RUN,
+    one_of(
+        arg("--debug-rollout-only", action="store_true", help="generate and judge the steps with the start model; no actor"),
+        arg("--debug-train-only", metavar="RUN_DIR", type=Path, help="train on the journalled groups of another run; no engines"),
+    ),
+)
 def train(args: argparse.Namespace) -> int:
     from rlinf.config.load import load
     from rlinf.config.validate import validate
@@ -53,10 +115,12 @@ def train(args: argparse.Namespace) -> int:
              f"{config.algorithm.n_minibatches} optimizer step(s) of {batch // config.algorithm.n_minibatches}")  # fmt: skip
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report
+    from rlinf.runners.disk import told_when_full
     from rlinf.runners.run_folder import run_path
 
-    code = _launch(args, resolved)
-    sys.stderr.write(f"report: {write_report(run_path(config.runner))}\n")
+    with told_when_full(run_path(config.runner)):
+        code = _launch(args, resolved)
+        sys.stderr.write(f"report: {write_report(run_path(config.runner))}\n")
     return code
 
 
@@ -75,25 +139,18 @@ def _launch(args: argparse.Namespace, resolved: Resolved) -> int:
     return whole(resolved)
 
 
-def replay(args: argparse.Namespace) -> int:
-    from rlinf.report.replay import replay as run_again
-
-    return run_again(args.run_dir, args.step, args.overrides, args.rollout, args.from_start, args.tolerance)
-
-
-def report(args: argparse.Namespace) -> int:
-    from rlinf.report.page import write_report
-
-    _say(str(write_report(args.run_dir, args.output)))
-    return 0
-
-
+@command(
+    "eval",
+    "score models on benchmarks",
+    arg("words", metavar="CONFIG|HF_DIR|key=value", nargs="+", help="a configuration, model folders or checkpoints, settings"),
+)
 def evaluate(args: argparse.Namespace) -> int:
     from rlinf.evaluation.evaluate import main as evaluation
 
     return evaluation(args.words)
 
 
+@command("sft", "fine-tune a model on prompts and responses", config_argument, DRY_RUN)
 def sft(args: argparse.Namespace) -> int:
     from rlinf.config.load import load
     from rlinf.config.validate import validate_sft
@@ -108,11 +165,51 @@ def sft(args: argparse.Namespace) -> int:
         _say(f"config: {resolved.source}")
         _say(f"step: {config.sft.batch_size} examples, 1 optimizer step")
         return _end_dry_run(describe(plan, config), warnings)
+    from rlinf.runners.disk import told_when_full
     from rlinf.runners.launch_sft import finetune
+    from rlinf.runners.run_folder import run_path
 
-    return finetune(resolved)
+    with told_when_full(run_path(config.runner)):
+        return finetune(resolved)
 
 
+@command(
+    "report",
+    "one offline page of a run: curves, findings, samples, configuration",
+    RUN_DIR,
+    arg("--output", metavar="FILE", type=Path, help="where to write it (default: RUN_DIR/report.html)"),
+)
+def report(args: argparse.Namespace) -> int:
+    from rlinf.report.page import write_report
+
+    _say(str(write_report(args.run_dir, args.output)))
+    return 0
+
+
+@command(
+    "replay",
+    "a journalled step again from disk, its metrics beside the recorded ones",
+    RUN_DIR,
+    arg("overrides", metavar="key=value", nargs="*", default=[], help="another layout, say: cluster.num_gpus_per_node=2"),
+    arg("--step", metavar="N", type=int, required=True),
+    arg("--rollout", action="store_true", help="generate and judge its samples again too"),
+    arg("--from-start", action="store_true", help="from the start model instead of the checkpoint before the step"),
+    arg("--tolerance", type=float, help="relative difference that counts as rounding (default 1e-5 in fp32, 0.02 in 16 bit)"),
+)
+def replay(args: argparse.Namespace) -> int:
+    from rlinf.report.replay import replay as run_again
+
+    return run_again(args.run_dir, args.step, args.overrides, args.rollout, args.from_start, args.tolerance)
+
+
+@command(
+    "plan",
+    "placement, memory of every rank, expected time of a step; what to change when it does not fit",
+    config_argument,
+    arg("--device", metavar="NAME", help="h100 (default), h200, h800, h20, a100, a100-40g, l40s, rtx4090 or cpu"),
+    arg("--mean-response", type=int, metavar="TOKENS", help="mean length of a response, for the time of a step"),
+    AS_JSON,
+)
 def plan(args: argparse.Namespace) -> int:
     from rlinf.checks.plan import main as plan
     from rlinf.config.load import load
@@ -120,12 +217,14 @@ def plan(args: argparse.Namespace) -> int:
     return plan(load(args.config, args.overrides), args.device, args.mean_response, args.json)
 
 
+@command("watch", "what a run is doing now", RUN_DIR, arg("--once", action="store_true", help="show it once and return"))
 def watch(args: argparse.Namespace) -> int:
     from rlinf.report.watch import watch as show
 
     return show(args.run_dir, args.once)
 
 
+@command("doctor", "is this machine (and the cluster that is up on it) ready; with CONFIG, for that run", optional_config, AS_JSON)
 def doctor(args: argparse.Namespace) -> int:
     from rlinf.checks.doctor import main as examine
     from rlinf.config.load import load
@@ -133,6 +232,7 @@ def doctor(args: argparse.Namespace) -> int:
     return examine(load(args.config, args.overrides) if args.config else None, args.json)
 
 
+@command("config show", "the resolved configuration, each value with who set it", config_argument)
 def config_show(args: argparse.Namespace) -> int:
     from rlinf.config.load import load, to_yaml
 
@@ -140,6 +240,12 @@ def config_show(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "config explain",
+    "meaning, type, default and choices of a key or a section; with CONFIG its value and who set it",
+    arg("key", metavar="KEY"),
+    optional_config,
+)
 def config_explain(args: argparse.Namespace) -> int:
     from rlinf.config.explain import explain
     from rlinf.config.load import load
@@ -148,6 +254,15 @@ def config_explain(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "data generate",
+    "problems for training: train.jsonl and a held-out val.jsonl",
+    arg("out_dir", metavar="OUT_DIR", type=Path),
+    arg("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas"),
+    arg("--train", type=int, default=1300, help="training problems of each task (default 1300)"),
+    arg("--val", type=int, default=256, help="held-out problems of each task (default 256)"),
+    arg("--seed", type=int, default=1234),
+)
 def data_generate(args: argparse.Namespace) -> int:
     if args.task == "arithmetic":
         from rlinf.data.arithmetic import generate
@@ -160,6 +275,14 @@ def data_generate(args: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "data convert",
+    "a benchmark's public file to the AReaL-boba format",
+    arg("benchmark", metavar="BENCHMARK", help="aime24, aime25, gpqa_diamond, math500 or gsm8k"),
+    arg("source", metavar="FILE", type=Path, help=".jsonl, .json, .csv or .parquet"),
+    arg("out", metavar="OUT", type=Path),
+    arg("--seed", type=int, default=1234, help="of the order of GPQA's options"),
+)
 def data_convert(args: argparse.Namespace) -> int:
     from rlinf.evaluation.convert import convert
 
@@ -167,24 +290,53 @@ def data_convert(args: argparse.Namespace) -> int:
     return 0
 
 
+@command("data check", "check a JSONL file in the AReaL-boba format", arg("file", metavar="FILE", type=Path), JUDGED_AS_IN, AS_JSON)
 def data_check(args: argparse.Namespace) -> int:
     from rlinf.checks.data_check import main as check
 
-    return check(args.file, args.json)
+    return check(args.file, args.json, _reward_of(args.config))
 
 
+@command(
+    "check layout",
+    "the same step in every parallel layout, packing and order, against plain transformers",
+    EVERY_LAYOUT_ONCE,
+    JSON_FILE,
+)
 def check_layout(args: argparse.Namespace) -> int:
     from rlinf.checks.layout import main as check
 
     return check(args.quick, args.json)
 
 
+@command("check sync", "the actor's weights in the engines, from every layout by every transport", EVERY_LAYOUT_ONCE, JSON_FILE)
+def check_sync(args: argparse.Namespace) -> int:
+    from rlinf.checks.sync import main as check
+
+    return check(args.quick, args.json)
+
+
+@command(
+    "check resume",
+    "kill tiny runs at many instants, go on, and compare with runs that nobody killed",
+    arg("--quick", action="store_true", help="five kills, all in one process"),
+    JSON_FILE,
+    arg("--seed", type=int, default=0, help="of the instants (default 0)"),
+)
 def check_resume(args: argparse.Namespace) -> int:
     from rlinf.checks.resume import main as check
 
     return check(args.quick, args.json, args.seed)
 
 
+@command(
+    "export",
+    "a checkpoint's weights as a Hugging Face model folder",
+    arg("step_dir", metavar="STEP_DIR", type=Path, help="checkpoints/step_* of a run"),
+    arg("out", metavar="OUT_HF_DIR", type=Path, help="a folder that does not exist yet"),
+    arg("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model"),
+    arg("--model-dir", metavar="HF_DIR", type=Path, help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir"),
+)
 def export(args: argparse.Namespace) -> int:
     from rlinf.runners.export import export as write
 
@@ -192,149 +344,54 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_sync(args: argparse.Namespace) -> int:
-    from rlinf.checks.sync import main as check
-
-    return check(args.quick, args.json)
-
-
+@command(
+    "compare",
+    "where two runs part, and why",
+    arg("run_a", metavar="RUN_A", type=Path),
+    arg("run_b", metavar="RUN_B", type=Path),
+    arg("--tolerance", type=float, default=1e-6, help="relative difference of a metric that counts as rounding (default 1e-6)"),
+    AS_JSON,
+)
 def compare(args: argparse.Namespace) -> int:
     from rlinf.report.compare import main as compare_runs
 
     return compare_runs(args.run_a, args.run_b, args.tolerance, args.json)
 
 
+@command(
+    "verify",
+    "grade a JSONL file of responses",
+    arg("input", metavar="IN", type=Path),
+    arg("output", metavar="OUT", type=Path),
+    JUDGED_AS_IN,
+    arg("--processes", type=int, default=os.cpu_count() or 1, help="verifier processes (default: one a core)"),
+)
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
-    _report(verify_file(args.input, args.output, args.processes))
+    _report(verify_file(args.input, args.output, args.processes, _reward_of(args.config)))
     return 0
+
+
+def _reward_of(config: str | None) -> RewardConfig:
+    """The section `reward` of a configuration, or its defaults; no model is needed to judge."""
+    from rlinf.config.load import load
+
+    return load(config, ["rollout.model_dir=none"]).config.reward
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rlinf", description="Reinforcement learning for reasoning models.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    p = commands.add_parser("train", help="train a model")
-    _config_arguments(p)
-    p.add_argument("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
-    half = p.add_mutually_exclusive_group()
-    half.add_argument("--debug-rollout-only", action="store_true", help="generate and judge the steps with the start model; no actor")
-    half.add_argument("--debug-train-only", metavar="RUN_DIR", type=Path, help="train on the journalled groups of another run; no engines")
-    p.set_defaults(run=train)
-
-    p = commands.add_parser("eval", help="score models on benchmarks")
-    p.add_argument("words", metavar="CONFIG|HF_DIR|key=value", nargs="+", help="a configuration, model folders or checkpoints, settings")
-    p.set_defaults(run=evaluate)
-
-    p = commands.add_parser("sft", help="fine-tune a model on prompts and responses")
-    _config_arguments(p)
-    p.add_argument("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
-    p.set_defaults(run=sft)
-
-    p = commands.add_parser("report", help="one offline page of a run: curves, findings, samples, configuration")
-    p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    p.add_argument("--output", metavar="FILE", type=Path, help="where to write it (default: RUN_DIR/report.html)")
-    p.set_defaults(run=report)
-
-    p = commands.add_parser("replay", help="a journalled step again from disk, its metrics beside the recorded ones")
-    p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    p.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="another layout, say: cluster.num_gpus_per_node=2")
-    p.add_argument("--step", metavar="N", type=int, required=True)
-    p.add_argument("--rollout", action="store_true", help="generate and judge its samples again too")
-    p.add_argument("--from-start", action="store_true", help="from the start model instead of the checkpoint before the step")
-    p.add_argument("--tolerance", type=float, help="relative difference that counts as rounding (default 1e-5 in fp32, 0.02 in 16 bit)")
-    p.set_defaults(run=replay)
-
-    p = commands.add_parser("plan", help="placement, memory of every rank, expected time of a step; what to change when it does not fit")
-    _config_arguments(p)
-    p.add_argument("--device", metavar="NAME", help="h100 (default), h200, h800, h20, a100, a100-40g, l40s, rtx4090 or cpu")
-    p.add_argument("--mean-response", type=int, metavar="TOKENS", help="mean length of a response, for the time of a step")
-    p.add_argument("--json", action="store_true", help="print the figures as JSON")
-    p.set_defaults(run=plan)
-
-    p = commands.add_parser("watch", help="what a run is doing now")
-    p.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    p.add_argument("--once", action="store_true", help="show it once and return")
-    p.set_defaults(run=watch)
-
-    p = commands.add_parser("doctor", help="is this machine (and the cluster that is up on it) ready; with CONFIG, for that run")
-    _config_arguments(p, optional=True)
-    p.add_argument("--json", action="store_true", help="print the findings as JSON")
-    p.set_defaults(run=doctor)
-
-    sub = commands.add_parser("config", help="show a configuration, explain a key").add_subparsers(required=True, metavar="COMMAND")
-    p = sub.add_parser("show", help="the resolved configuration, each value with who set it")
-    _config_arguments(p)
-    p.set_defaults(run=config_show)
-    p = sub.add_parser("explain", help="meaning, type, default and choices of a key or a section; with CONFIG its value and who set it")
-    p.add_argument("key", metavar="KEY")
-    _config_arguments(p, optional=True)
-    p.set_defaults(run=config_explain)
-
-    sub = commands.add_parser("data", help="generate, convert or check data files").add_subparsers(required=True, metavar="COMMAND")
-    p = sub.add_parser("generate", help="problems for training: train.jsonl and a held-out val.jsonl")
-    p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
-    p.add_argument("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas")
-    p.add_argument("--train", type=int, default=1300, help="training problems of each task (default 1300)")
-    p.add_argument("--val", type=int, default=256, help="held-out problems of each task (default 256)")
-    p.add_argument("--seed", type=int, default=1234)
-    p.set_defaults(run=data_generate)
-    p = sub.add_parser("convert", help="a benchmark's public file to the AReaL-boba format")
-    p.add_argument("benchmark", metavar="BENCHMARK", help="aime24, aime25, gpqa_diamond, math500 or gsm8k")
-    p.add_argument("source", metavar="FILE", type=Path, help=".jsonl, .json, .csv or .parquet")
-    p.add_argument("out", metavar="OUT", type=Path)
-    p.add_argument("--seed", type=int, default=1234, help="of the order of GPQA's options")
-    p.set_defaults(run=data_convert)
-    p = sub.add_parser("check", help="check a JSONL file in the AReaL-boba format")
-    p.add_argument("file", metavar="FILE", type=Path)
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
-    p.set_defaults(run=data_check)
-
-    sub = commands.add_parser("check", help="proofs of this platform, on this machine").add_subparsers(required=True, metavar="COMMAND")
-    p = sub.add_parser("layout", help="the same step in every parallel layout, packing and order, against plain transformers")
-    p.add_argument("--quick", action="store_true", help="every layout once")
-    p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
-    p.set_defaults(run=check_layout)
-    p = sub.add_parser("sync", help="the actor's weights in the engines, from every layout by every transport")
-    p.add_argument("--quick", action="store_true", help="every layout once")
-    p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
-    p.set_defaults(run=check_sync)
-
-    p = sub.add_parser("resume", help="kill tiny runs at many instants, go on, and compare with runs that nobody killed")
-    p.add_argument("--quick", action="store_true", help="five kills, all in one process")
-    p.add_argument("--json", metavar="FILE", type=Path, help="write the figures")
-    p.add_argument("--seed", type=int, default=0, help="of the instants (default 0)")
-    p.set_defaults(run=check_resume)
-
-    p = commands.add_parser("export", help="a checkpoint's weights as a Hugging Face model folder")
-    p.add_argument("step_dir", metavar="STEP_DIR", type=Path, help="checkpoints/step_* of a run")
-    p.add_argument("out", metavar="OUT_HF_DIR", type=Path, help="a folder that does not exist yet")
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model")
-    p.add_argument("--model-dir", metavar="HF_DIR", type=Path, help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir")
-    p.set_defaults(run=export)
-
-
-    p = commands.add_parser("compare", help="where two runs part, and why")
-    p.add_argument("run_a", metavar="RUN_A", type=Path)
-    p.add_argument("run_b", metavar="RUN_B", type=Path)
-    p.add_argument("--tolerance", type=float, default=1e-6, help="relative difference of a metric that counts as rounding (default 1e-6)")
-    p.add_argument("--json", action="store_true", help="print the result as JSON")
-    p.set_defaults(run=compare)
-
-    p = commands.add_parser("verify", help="grade a JSONL file of responses")
-    p.add_argument("input", metavar="IN", type=Path)
-    p.add_argument("output", metavar="OUT", type=Path)
-    p.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="verifier processes (default: one a core)")
-    p.set_defaults(run=verify)
+    commands = {"": parser.add_subparsers(required=True, metavar="COMMAND")}
+    for name, help, arguments, run in COMMANDS:
+        group, _, last = name.rpartition(" ")
+        if group not in commands:
+            commands[group] = commands[""].add_parser(group, help=GROUPS[group]).add_subparsers(required=True, metavar="COMMAND")
+        one = commands[group].add_parser(last, help=help)
+        for argument in arguments:
+            argument(one)
+        one.set_defaults(run=run)
     return parser
-
-
-def _config_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    parser.add_argument(
-        "config", metavar="CONFIG", nargs="?" if optional else None, help="a YAML file, or the stem of one in examples/math/config"
-    )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="set a key, e.g. runner.max_steps=10")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

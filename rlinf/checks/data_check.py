@@ -10,11 +10,12 @@ import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlinf.config.schema import RewardConfig
 from rlinf.errors import UserError
 from rlinf.rewards.math import gold_answer, gold_reading, simple_number
 from rlinf.rewards.tasks import check_tasks, letter_of
@@ -23,7 +24,7 @@ from rlinf.rewards.verifier import Item, Verifier
 SHOWN = 10  # lines named for each kind of finding
 FAULTS = {
     "bad_line": "not a record: JSON with `prompt`, `query_id` and a list `solutions`",
-    "unknown_task": "no verifier for the task (leave it out with data.tasks)",
+    "unknown_task": "no verifier for the task (name the run's --config if it has reward.own_tasks, or leave the task out with data.tasks)",
     "gold_unreadable": "a solution that cannot be read; only the same characters would match it",
     "gold_not_right": "a solution that is not judged right against itself",
     "near_miss_right": "a near-miss of the solution that is judged right",
@@ -54,21 +55,21 @@ class Findings:
         self.lines[kind].append((line, text))
 
 
-def main(path: str | Path, as_json: bool = False) -> int:
-    """Print the report; 0 when there is no fault, 2 when there is one."""
-    report = check(Path(path))
+def main(path: str | Path, as_json: bool = False, reward: RewardConfig | None = None) -> int:
+    """Print the report; 0 when there is no fault, 2 when there is one. reward: the section of a run's configuration; None = its defaults."""
+    report = check(Path(path), reward=reward)
     sys.stdout.write(json.dumps(report, indent=1) + "\n" if as_json else describe(report))
     return 2 if report["faults"] else 0
 
 
-def check(path: Path, processes: int = 1) -> dict[str, Any]:
+def check(path: Path, processes: int = 1, reward: RewardConfig | None = None) -> dict[str, Any]:
     """The report as plain data. Raises UserError when the file cannot be read at all."""
     findings = Findings()
     rows = list(_rows(path, findings))
-    known = _known_tasks(rows, findings)
     _check_repetition(rows, findings)
-    judged = [r for r in rows if r.task in known]
-    with Verifier(num_processes=processes) as verifier:
+    with Verifier.of(reward or RewardConfig(), processes) as verifier:
+        known = _known_tasks(rows, verifier.own_tasks, findings)
+        judged = [r for r in rows if r.task in known]
         _check_golds(judged, verifier, findings)
     lengths = [len(r.prompt) for r in rows]
     shown = {kind: [{"line": n, "text": text[:200]} for n, text in found[:SHOWN]] for kind, found in findings.lines.items()}
@@ -142,11 +143,11 @@ def _row(number: int, row: Any) -> Row:
     return Row(number, prompt, task, str(row.get("query_id", f"line {number}")), tuple(solutions))
 
 
-def _known_tasks(rows: list[Row], findings: Findings) -> set[str]:
+def _known_tasks(rows: list[Row], own: Collection[str], findings: Findings) -> set[str]:
     known = set()
     for task in {r.task for r in rows}:
         try:
-            check_tasks([task])
+            check_tasks([task], own if task in own else ())
             known.add(task)
         except UserError as error:
             for row in (r for r in rows if r.task == task):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlinf import cli
 from rlinf.checks.data_check import check, main, near_misses
 from rlinf.errors import UserError
 from rlinf.rewards.math_test import labelled_pairs, status
@@ -60,6 +61,23 @@ def test_every_kind_of_finding_is_found_and_named_by_line(tmp_path: Path, capsys
     )
     main(path)
     assert "mend the faults first" in capsys.readouterr().out
+
+
+def test_tasks_of_ones_own_are_judged_as_the_configuration_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text("def same_length(answer, solutions):\n    return len(answer) == len(solutions[0])\n")
+    config = tmp_path / "run.yaml"
+    config.write_text(f"reward:\n  own_tasks: {{lengths: '{tmp_path}/own.py:same_length'}}\n")
+    data = write(tmp_path / "data.jsonl", record(1, "5"), record(2, "7", task="lengths", solutions=["xyz"]))
+    assert cli.main(["data", "check", str(data), "--config", str(config)]) == 0
+    assert "lengths 1" in capsys.readouterr().out
+    assert cli.main(["data", "check", str(data)]) == 2 and "1 x unknown_task" in capsys.readouterr().out
+    answers = write(tmp_path / "in.jsonl", *({"response": f"\\boxed{{{a}}}", "solutions": ["xyz"], "task": "lengths"} for a in ("abc", "ab")))
+    out = tmp_path / "out.jsonl"
+    assert cli.main(["verify", str(answers), str(out), "--config", str(config)]) == 0
+    assert [json.loads(line)["status"] for line in out.open()] == ["right", "wrong"]
+    assert cli.main(["verify", str(answers), str(out)]) == 2 and "task 'lengths': no verifier" in capsys.readouterr().err
+    config.write_text(f"reward:\n  own_tasks: {{lengths: '{tmp_path}/own.py:none'}}\n")
+    assert cli.main(["data", "check", str(data), "--config", str(config)]) == 2 and "has no function none" in capsys.readouterr().err
 
 
 def test_near_misses_are_wrong() -> None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from rlinf.config.own_code import is_own
+from rlinf.config.own_code import is_own, load_own
+from rlinf.config.schema import RewardConfig
 from rlinf.data.records import Status, Verdict
 from rlinf.rewards.extract import extract
 from rlinf.rewards.math import Decision, gold_answer
@@ -54,6 +55,13 @@ class Verifier:
         self._pools: dict[str, Pool] = {}
         self._lock = threading.Lock()
         self._decided: dict[tuple, Decision] = {}
+
+    @classmethod
+    def of(cls, reward: RewardConfig, num_processes: int) -> Verifier:
+        """As the section `reward` of a configuration says. Raises UserError when a function of reward.own_tasks is not there."""
+        for function in reward.own_tasks.values():
+            load_own(function)
+        return cls(reward.reward_scale, reward.undecided_reward, reward.answer_format, num_processes, reward.timeout, reward.own_tasks)
 
     def verify(self, text: str, solutions: Sequence[str], task: str = "math", prompt: str = "") -> Verdict:
         return self.verify_many([Item(text, tuple(solutions), task, prompt)])[0]

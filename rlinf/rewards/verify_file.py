@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from rlinf.config.schema import RewardConfig
+from rlinf.data.records import Verdict
 from rlinf.errors import UserError
 from rlinf.rewards.tasks import check_tasks
 from rlinf.rewards.verifier import Item, Verifier
@@ -18,10 +19,10 @@ from rlinf.rewards.verifier import Item, Verifier
 LINES_AT_ONCE = 4096
 
 
-def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1) -> dict[str, Any]:
+def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, reward: RewardConfig | None = None) -> dict[str, Any]:
     """Write every line of in_path to out_path with `reward`, `status`, `route`, `extracted`, `seconds` and `reason`; return the counts.
 
-    A line may also hold `prompt`. The file appears whole or not at all. Raises UserError naming the line that cannot be graded.
+    A line may also hold `prompt`. reward: the section of a run's configuration; None = its defaults. The file appears whole or not at all. Raises UserError naming the line that cannot be graded.
     """
     source, target = Path(in_path), Path(out_path)
     if not source.is_file():
@@ -32,23 +33,18 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1) -
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     statuses: Counter[str] = Counter()
     routes: Counter[str] = Counter()
-    with Verifier(num_processes=processes) as verifier, removed_on_error(scratch) as out:
-        rows = _rows(source)
-        while chunk := list(islice(rows, LINES_AT_ONCE)):
-            verdicts = verifier.verify_many([item for _, item in chunk])
-            for (row, _), verdict in zip(chunk, verdicts):
-                row |= {
-                    "reward": verdict.reward,
-                    "status": verdict.status.value,
-                    "route": verdict.route,
-                    "extracted": verdict.extracted,
-                    "seconds": round(verdict.seconds, 6),
-                    "reason": verdict.reason,
-                }
-                out.write(json.dumps(row) + "\n")
-                statuses[verdict.status.value] += 1
-                routes[verdict.route] += 1
-    os.replace(scratch, target)
+    try:
+        with Verifier.of(reward or RewardConfig(), processes) as verifier, open(scratch, "w", encoding="utf-8") as out:
+            rows = _rows(source, verifier.own_tasks)
+            while chunk := list(islice(rows, LINES_AT_ONCE)):
+                verdicts = verifier.verify_many([item for _, item in chunk])
+                for (row, _), verdict in zip(chunk, verdicts):
+                    out.write(json.dumps(row | judged(verdict)) + "\n")
+                    statuses[verdict.status.value] += 1
+                    routes[verdict.route] += 1
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
     return {
         "lines": sum(statuses.values()),
         **{s: statuses[s] for s in ("right", "wrong", "undecided")},
@@ -56,17 +52,18 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1) -
     }
 
 
-@contextmanager
-def removed_on_error(path: Path) -> Iterator[TextIO]:
-    try:
-        with open(path, "w", encoding="utf-8") as out:
-            yield out
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+def judged(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "reward": verdict.reward,
+        "status": verdict.status.value,
+        "route": verdict.route,
+        "extracted": verdict.extracted,
+        "seconds": round(verdict.seconds, 6),
+        "reason": verdict.reason,
+    }
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], Item]]:
+def _rows(path: Path, own_tasks: Collection[str]) -> Iterator[tuple[dict[str, Any], Item]]:
     known: set[str] = set()
     with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
@@ -74,7 +71,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], Item]]:
                 continue
             row, item = _row(f"{path}:{number}", line)
             if item.task not in known:
-                check_tasks([item.task])
+                check_tasks([item.task], own_tasks)
                 known.add(item.task)
             yield row, item
 

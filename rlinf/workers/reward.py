@@ -28,9 +28,7 @@ class RewardWorker:
         self.address = address
         self.journals = config.runner.keep_groups != 0
         self.tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
-        self.verifier = VERIFIERS[reward.reward_type](
-            reward.reward_scale, reward.undecided_reward, reward.answer_format, reward.num_processes, reward.timeout, reward.own_tasks
-        )
+        self.verifier = VERIFIERS[reward.reward_type].of(reward, reward.num_processes)
         self.shaping = Shaping(
             max_new_tokens=config.algorithm.sampling_params.max_new_tokens,
             format_reward=reward.format_reward,
