@@ -99,3 +99,35 @@ def test_importing_rlinf_loads_nothing_heavy() -> None:
     code = "import sys, rlinf, rlinf.cli; print([m for m in ('torch', 'ray', 'megatron', 'sglang', 'transformers', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def bad_habits(path: Path) -> list[str]:
+    """Functions that are long or not annotated, excepts that catch anything, prints."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            a = node.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *(v for v in (a.vararg, a.kwarg) if v)]
+            if node.returns is None or any(p.annotation is None and p.arg not in ("self", "cls") for p in given):
+                found.append(f"line {node.lineno}: {node.name} is not annotated")
+            if node.end_lineno - node.lineno >= 60:
+                found.append(f"line {node.lineno}: {node.name} has more than 60 lines")
+        elif isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            if any(c is None or ast.unparse(c) in ("Exception", "BaseException") for c in caught):
+                found.append(f"line {node.lineno}: an except that catches anything")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+            found.append(f"line {node.lineno}: a print")
+    return found
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if not f.name.endswith("_test.py")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_habits_of_the_house(path: Path) -> None:
+    assert bad_habits(path) == []
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_the_look_for_habits_finds_them(tmp_path: Path) -> None:
+    file = tmp_path / "one.py"
+    file.write_text("def f(x) -> int:\n" + "    x\n" * 60 + "try:\n    print(1)\nexcept (ValueError, Exception):\n    pass\n")
+    assert [line.partition(": ")[2] for line in sorted(bad_habits(file))] == ["f has more than 60 lines", "f is not annotated", "a print", "an except that catches anything"]

@@ -122,8 +122,8 @@ def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> TextToken
 
 def _read_backend(file: Path) -> Tokenizer:
     try:
-        backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises plain Exception for every fault of the file
+        backend = Tokenizer.from_buffer(file.read_bytes())
+    except ValueError as error:
         raise UserError(f"{file}: not a readable tokenizer file ({error}); fetch it again") from error
     backend.no_padding()  # a file saved after training may carry either; prompts are never cut or padded
     backend.no_truncation()

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,14 @@ class SGLangServer:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(options), start_new_session=True
             )
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
             self._wait_until_ready(start_timeout)
             self.info: dict[str, Any] = self._ask("/server_info")
             unknown = sorted(name for name in native if name not in self.info)
             if unknown:  # argparse takes the beginning of a name for the name
                 raise UserError(f"{KEY}.{unknown[0]}: sglang {self.info['version']} has no such option; write its full name")
-        except BaseException:
-            self.close()
-            raise
+            on_failure.pop_all()
         self._watch(self._tree())
 
     def close(self) -> None:
