@@ -22,9 +22,39 @@ class Metric:
 
 def speeds_of(what: str, when: str, trains: bool = True) -> list[tuple[str, str, str, str]]:
     """Achieved operations a second of one device, and utilisation (docs/debugging.md has the formula)."""
-    rows = [(f"{what}_tflops", f"10^12 operations a second and device that the model asks for, in {when}", "steady", "as for `train_tokens_per_second`")]
-    rows.append((f"{what}_mfu", f"`{what}_tflops` as a share of the device's peak, where that is known", "0.3 to 0.5 in training, far less in decoding", "—"))
+    rows = [
+        (
+            f"{what}_tflops",
+            f"10^12 operations a second and device that the model asks for, in {when}",
+            "steady",
+            "as for `train_tokens_per_second`",
+        )
+    ]
+    rows.append(
+        (
+            f"{what}_mfu",
+            f"`{what}_tflops` as a share of the device's peak, where that is known",
+            "0.3 to 0.5 in training, far less in decoding",
+            "—",
+        )
+    )
     return rows + [(f"{what}_hfu", f"as `{what}_mfu`, with what activation recompute adds", "at least the mfu", "—")] * trains
+
+
+def optimizer_of(what: str) -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            "grad_norm",
+            f"global gradient norm of the {what} before clipping, mean over the step's optimizer steps",
+            "steady, same order as `clip_grad`",
+            "spikes: a bad batch, or too high a learning rate",
+        ),
+        ("lr", f"learning rate of the {what}'s last optimizer step of the step", "follows the schedule", "—"),
+    ]
+
+
+def memory_of(what: str, of: str, action: str) -> tuple[str, str, str, str]:
+    return f"{what}_memory_gib", f"peak memory of {of}, GiB", "below the device's", action
 
 
 def metrics(section: str, *rows: tuple[str, str, str, str]) -> list[Metric]:
@@ -56,7 +86,12 @@ ROLLOUT = metrics(
         "rollout_batch_size × group_size, more with `dynamic_sampling`",
         "fewer: groups came back incomplete",
     ),
-    ("prompts_generated", "with `dynamic_sampling`: prompts answered in the step", "—", "far above `prompts_used`: smaller `dynamic_sampling_batch_size`"),
+    (
+        "prompts_generated",
+        "with `dynamic_sampling`: prompts answered in the step",
+        "—",
+        "far above `prompts_used`: smaller `dynamic_sampling_batch_size`",
+    ),
     ("prompts_used", "with `dynamic_sampling`: prompts that the step took from the data; the others come again in the next step", "—", "—"),
     (
         "prompts_filtered",
@@ -78,8 +113,18 @@ ROLLOUT = metrics(
         "above 2 or so learning suffers: use `decoupled-ppo` or a lower `max_staleness`",
     ),
     ("staleness_max", "the same, of the oldest token", "at most `algorithm.max_staleness`", "—"),
-    ("engine_restarts", "engines that died and were started anew since the run began", "0", "look for the reason in the log of the rollout worker"),
-    ("carried_over", "groups that were begun and go on beyond this step (`algorithm.schedule: wallclock`)", "less than the groups of a batch", "—"),
+    (
+        "engine_restarts",
+        "engines that died and were started anew since the run began",
+        "0",
+        "look for the reason in the log of the rollout worker",
+    ),
+    (
+        "carried_over",
+        "groups that were begun and go on beyond this step (`algorithm.schedule: wallclock`)",
+        "less than the groups of a batch",
+        "—",
+    ),
     (
         "length_bias",
         "mean response length of what was trained on so far against what was begun, as a share (`algorithm.schedule: wallclock`)",
@@ -206,7 +251,12 @@ TRAIN = metrics(
     ),
     ("importance_weight_max", "largest π_old/μ", "below 10", "as for the mean"),
     ("importance_weight_min", "smallest π_old/μ", "above 0.1", "as for the mean"),
-    ("importance_weight_clipped", "share of tokens whose weight was cut off at the bound, or set to 0 outside the bounds", "below 0.01", "as for the mean"),
+    (
+        "importance_weight_clipped",
+        "share of tokens whose weight was cut off at the bound, or set to 0 outside the bounds",
+        "below 0.01",
+        "as for the mean",
+    ),
     ("rollout_kl", "k3 estimate of KL(engine‖actor) per token", "below 0.001", "as for the mean"),
     ("tokens", "response tokens that counted in the loss", "—", "—"),
     (
@@ -215,13 +265,7 @@ TRAIN = metrics(
         "the step's; fewer with `overlong_filtering` or `num_update_sample_per_prompt`",
         "0: all responses were cut off; raise `max_new_tokens`",
     ),
-    (
-        "grad_norm",
-        "global gradient norm before clipping, mean over the step's optimizer steps",
-        "steady, same order as `clip_grad`",
-        "spikes: bad batch or too high a learning rate",
-    ),
-    ("lr", "learning rate of the step's last optimizer step", "follows the schedule", "—"),
+    *optimizer_of("policy"),
     ("loss_scale", "fp16: loss scale of the step's last mini-batch", "steady", "falls for many steps: overflow; use bf16"),
     (
         "minibatches_skipped",
@@ -233,26 +277,45 @@ TRAIN = metrics(
 
 SFT = metrics(
     "sft",
-    ("loss", "mean negative log-likelihood of the step's response tokens, before the step", "falls", "flat: raise the learning rate; a jump: see `grad_norm`"),
+    (
+        "loss",
+        "mean negative log-likelihood of the step's response tokens, before the step",
+        "falls",
+        "flat: raise the learning rate; a jump: see `grad_norm`",
+    ),
     (
         "objective",
         "what was minimised: `loss`, or with `sft.reweighting` the weighted mean of the examples' losses",
         "as `loss`; with `lin_upper` above the mean of the examples",
         "as for `loss`",
     ),
-    ("val_loss", "`loss` on the held-out examples", "falls with `loss`", "rises while `loss` falls: overfitting; fewer epochs, or more data"),
+    (
+        "val_loss",
+        "`loss` on the held-out examples",
+        "falls with `loss`",
+        "rises while `loss` falls: overfitting; fewer epochs, or more data",
+    ),
     ("entropy", "mean token entropy (nats) on the response tokens", "falls slowly", "near 0: the data is memorised"),
     ("val_entropy", "`entropy` on the held-out examples", "as `entropy`", "—"),
     ("tokens", "response tokens of the step", "—", "—"),
-    ("grad_norm", "global gradient norm before clipping", "steady", "spikes: bad batch or too high a learning rate"),
-    ("lr", "learning rate of the step", "follows the schedule", "—"),
+    *optimizer_of("model"),
     ("skipped", "1 when the gradient was not finite and nothing was stepped", "0", "fp16: now and then is harmless; else look at the data"),
 )
 
 CRITIC = metrics(
     "critic",
-    ("loss", "value loss, half the squared error (with `critic.value_clip`), mean over the step's mini-batches", "falls", "see `explained_variance`"),
-    ("value_mean", "token mean of the values before the step's update, in units of reward", "follows `return_mean`", "far off: raise `critic.optim.lr`"),
+    (
+        "loss",
+        "value loss, half the squared error (with `critic.value_clip`), mean over the step's mini-batches",
+        "falls",
+        "see `explained_variance`",
+    ),
+    (
+        "value_mean",
+        "token mean of the values before the step's update, in units of reward",
+        "follows `return_mean`",
+        "far off: raise `critic.optim.lr`",
+    ),
     ("return_mean", "token mean of what the values are trained towards", "rises with `rollout/rewards`", "—"),
     ("value_error", "root mean square of target minus value", "falls below the spread of the rewards", "as for `explained_variance`"),
     ("value_error_max", "largest such error", "below the range of the rewards", "—"),
@@ -268,9 +331,13 @@ CRITIC = metrics(
         "0 in the first mini-batch, below 0.2",
         "high: the values cannot follow; a larger `critic.value_clip`, or null",
     ),
-    ("grad_norm", "as `train/grad_norm`, of the critic", "steady", "as for `train/grad_norm`"),
-    ("lr", "learning rate of the critic's last optimizer step", "follows the schedule", "—"),
-    ("minibatches_skipped", "mini-batches that did not step the critic: no token counted, or the gradient was not finite", "0", "lower `critic.optim.lr`"),
+    *optimizer_of("critic"),
+    (
+        "minibatches_skipped",
+        "mini-batches that did not step the critic: no token counted, or the gradient was not finite",
+        "0",
+        "lower `critic.optim.lr`",
+    ),
 )
 
 EVAL = metrics(
@@ -303,7 +370,12 @@ SYSTEM = [
         "time",
         ("step", "seconds of the whole step", "steady", "compare the phases"),
         ("overlap", "seconds in which more than one phase ran; absent where none did", "large in a disaggregated run", "—"),
-        ("alone_*", "with `overlap`: seconds in which this phase ran and no other; what a step would gain if it took no time", "small", "mend the largest"),
+        (
+            "alone_*",
+            "with `overlap`: seconds in which this phase ran and no other; what a step would gain if it took no time",
+            "small",
+            "mend the largest",
+        ),
         (
             "*",
             "seconds in which a phase of the step ran (rollout, train, sync_weights, validate, checkpoint), or of a part of `train`, slowest rank",
@@ -331,15 +403,10 @@ SYSTEM = [
             "steady",
             "many small micro-batches: raise `max_tokens_per_mbs`",
         ),
-        (
-            "actor_memory_gib",
-            "peak memory of an actor rank, GiB",
-            "below the device's",
-            "activation recompute, smaller `max_tokens_per_mbs`",
-        ),
-        ("token_reward_memory_gib", "peak memory of a rank of the token reward model, GiB", "below the device's", "as for `actor_memory_gib`"),
-        ("critic_memory_gib", "peak memory of a critic rank, GiB", "below the device's", "as for `actor_memory_gib`"),
-        ("rollout_memory_gib", "peak memory of a rollout worker, GiB; of SGLang the worker's without the server", "below the device's", "lower `gpu_memory_utilization`"),
+        memory_of("actor", "an actor rank", "activation recompute, smaller `max_tokens_per_mbs`"),
+        memory_of("token_reward", "a rank of the token reward model", "as for `actor_memory_gib`"),
+        memory_of("critic", "a critic rank", "as for `actor_memory_gib`"),
+        memory_of("rollout", "a rollout worker (of SGLang without the server)", "lower `gpu_memory_utilization`"),
         *speeds_of("actor", "`time/forward_backward`"),
         *speeds_of("critic", "`time/critic_update`"),
         *speeds_of("actor_recompute", "`time/recompute_logprobs`", trains=False),
@@ -349,7 +416,12 @@ SYSTEM = [
     ),
     *metrics(
         "sync",
-        ("gather_seconds", "seconds in which the actor gathered and wrote its weights, slowest rank", "steady", "the network between the ranks"),
+        (
+            "gather_seconds",
+            "seconds in which the actor gathered and wrote its weights, slowest rank",
+            "steady",
+            "the network between the ranks",
+        ),
         ("load_seconds", "seconds in which an engine read and took them, slowest engine", "steady", "the memory or network between them"),
         ("gib", "GiB of weights moved", "constant", "—"),
         (
