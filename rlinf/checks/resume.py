@@ -64,7 +64,7 @@ QUICK = (Chain("one process", "one process", False, 14, ("checkpoint", "checkpoi
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {"cluster.backend": "local", "cluster.num_gpus_per_node": 1, "cluster.component_placement": {"actor,rollout,reward": "0"}},
     "Ray TP2": {"cluster.backend": "ray", "cluster.num_gpus_per_node": 2, "cluster.component_placement": {"actor": "0-1", "rollout,reward": "0"},
-                "actor.model.tensor_model_parallel_size": 2},
+                "actor.model.tensor_model_parallel_size": 2, "rollout.max_engine_restarts": 0},  # here the death of an engine is to end the run too
 }  # fmt: skip
 VICTIMS = {"one process": ("driver",), "Ray TP2": ("driver", "actor-0", "actor-1", "rollout-0")}
 
