@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from rlinf.cli import main
 from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
 
 STEPS = 5
@@ -48,6 +49,12 @@ def test_logical_runs_are_equal_to_the_bit_also_after_a_resumption(tmp_path: Pat
     check_complete(tmp_path, "whole")
 
 
+def check_replays(run_dir: Path, steps: list[int]) -> None:
+    """What the clock decided is in the journal: trained on again, a step has the recorded numbers to the last bit."""
+    for step in steps:
+        assert main(["replay", str(run_dir), "--step", str(step), "--tolerance", "0"]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("partial", [False, True], ids=["interrupted", "carried over"])
 def test_wallclock_runs_lose_and_double_nothing(tmp_path: Path, partial: bool) -> None:
@@ -55,6 +62,7 @@ def test_wallclock_runs_lose_and_double_nothing(tmp_path: Path, partial: bool) -
     config = write_run(tmp_path, "wall", algorithm__loss_type="decoupled-ppo", **words, **AHEAD)
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
+    check_replays(tmp_path / "logs" / "wall", [3, 5])
     steps = lines(tmp_path, "wall")
     assert all(0 <= m["rollout/staleness_max"] <= 1 for m in steps) and steps[-1]["rollout/staleness_max"] == 1
     check_complete(tmp_path, "wall")
@@ -64,6 +72,7 @@ def test_wallclock_runs_lose_and_double_nothing(tmp_path: Path, partial: bool) -
     again = run(config, f"runner.resume_dir={step_dir}")
     assert again.returncode == 0, again.stderr[-4000:]
     check_complete(tmp_path, "wall")
+    check_replays(tmp_path / "logs" / "wall", [3])
     prompts = Counter(name.split(".")[1].split("/")[0] for step in trained(tmp_path, "wall") for name in step)
     assert set(prompts.values()) == {4}  # 20 of 24 prompts, each with all its samples
     assert {f"{name}/0" for name, _, _ in state["wanted"]}.isdisjoint(before)

@@ -60,6 +60,11 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
     before = None if from_start or step == 1 else checkpoint_before(run_dir, step)
     resolved = load(str(run_dir / "config.yaml"), [*settings(run_dir, step, before), *words])
     validate(resolved.config, resolved.provenance)
+    if rollout and resolved.config.algorithm.schedule == "wallclock":
+        raise UserError(
+            "--rollout: with algorithm.schedule wallclock the clock decided what was sampled under which weights, and that does not happen again; "
+            "leave --rollout out to train on the recorded samples"
+        )
     if rollout:
         train(resolved)
     else:
