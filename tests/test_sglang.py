@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from rlinf.cli import main
 from rlinf.cluster.processes import marked
 from rlinf.errors import UserError
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.sglang_server import command_of, find_interpreter, session_members
+from tests.planted import write_data, write_tuned_model
 from tests.sglang_here import needs_sglang, small_server
 from tests.test_engine_contract import prompt
+from tests.test_eval import results, samples, words
 from tests.test_run_ends import Running
 from tests.test_tiny_run import lines, run, write_run
 from tests.tiny import make_tiny_model
@@ -87,7 +90,7 @@ def test_the_death_of_a_process_breaks_every_request_at_once(tmp_path: Path, vic
 
 @with_sglang
 def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
-    config = write_run(tmp_path, algorithm__sampling_params__top_p=0.9, **BACKEND)  # four actor ranks, TP 2 x PP 2
+    config = write_run(tmp_path, algorithm__sampling_params__top_p=0.9, runner__profile_steps=[2], **BACKEND)  # four actor ranks, TP 2 x PP 2
     done = run(config, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     metrics = lines(tmp_path)
@@ -98,6 +101,8 @@ def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
     assert all(m["sync/probe_gap_max"] <= 1e-4 for m in metrics if "sync/probe_gap_max" in m) and "sync/probe_gap_max" in metrics[2]
     assert all(m["train/first_minibatch_clip_fraction"] == 0 for m in metrics[1:])
     assert all(m["rollout/reused_tokens"] > 0 and m["rollout/truncated_mass"] is None for m in metrics[1:])
+    traces = sorted(p.name.partition(".")[0] for p in (tmp_path / "logs" / "tiny" / "profile").iterdir())
+    assert traces == ["step_000002-actor-0", "step_000002-rollout-0-TP-0"]
 
 
 @with_sglang
@@ -131,3 +136,20 @@ def test_a_killed_scheduler_is_started_anew_and_its_tokens_are_kept(tmp_path: Pa
         assert m["rollout/samples"] == 16 and m["train/rollout_logprob_gap_max"] <= 1e-4
         names = [json.loads(line)["sample_id"] for line in (tmp_path / f"logs/tiny/samples/step_{m['step']:06d}.jsonl").open()]
         assert len(names) == 16 == len(set(names))
+
+
+@with_sglang
+def test_an_evaluation_with_sglang_is_that_of_the_embedded_engine(tmp_path: Path) -> None:
+    """Greedy and in fp32: the same responses, judged the same, with the same scores; a model that is right now and then."""
+    model = write_tuned_model(tmp_path / "tuned")
+    found = {}
+    for backend in ("embedded", "sglang"):
+        folder = tmp_path / backend
+        folder.mkdir()
+        write_data(folder / "set.jsonl", ("math", "exact"))
+        custom = {"n": 1, "temperature": 0.0, "max_tokens": 12, "template": "chat", "instruction": "''"}
+        assert main(["eval", *words(folder, model, **custom), f"rollout.rollout_backend={backend}"]) == 0
+        found[backend] = samples(folder, "tuned"), results(folder, "tuned")["scores"]
+    assert found["sglang"] == found["embedded"]
+    rows, scores = found["sglang"]
+    assert len(rows) == 16 and 0 < scores["avg@1"]["value"] and len({row["response"] for row in rows}) > 1
