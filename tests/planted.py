@@ -15,10 +15,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from rlinf.checks.tiny_model import write_model
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz }?.\n"
-TEMPLATE = "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 SHAPE = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 48, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "rope_theta": 10000.0,
     "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "dtype": "float32",
 }  # fmt: skip
 DIGITS = "2357"
@@ -81,6 +85,8 @@ def write_data(file: Path, tasks: tuple[str, ...] = ("math",), shift: int = 0) -
     rows = []
     for i, (word, digit) in enumerate((w, d) for w in WORDS for d in DIGITS):
         gold = DIGITS[(DIGITS.index(digit) + shift) % len(DIGITS)]
-        rows.append({"prompt": question(word, digit), "task": tasks[i % len(tasks)], "query_id": str(i), "solutions": [f"\\boxed{{{gold}}}"]})
+        rows.append(
+            {"prompt": question(word, digit), "task": tasks[i % len(tasks)], "query_id": str(i), "solutions": [f"\\boxed{{{gold}}}"]}
+        )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

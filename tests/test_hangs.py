@@ -32,7 +32,9 @@ def check_lateness(message: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_hang_in_a_collective_is_named_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hang_in_a_collective_is_named_and_the_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(launch.WORKERS, "actor", "tests.hanging_workers:HangingActor")
     config = write_run(tmp_path, runner__save_interval=1, runner__on_hang="restart", **TWO_RANKS)
     (tmp_path / "logs").mkdir()

@@ -37,8 +37,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_of(folder: Path, model: Path, data: Path, **overrides: object) -> RunData:
     """A whole run in this process, read as the report reads it. Every step takes all sixteen prompts: curves are of one set."""
     config = {
-        "cluster": {"backend": "local", "num_gpus_per_node": 1, "device": "cpu", "threads_per_worker": 1, "component_placement": {"actor,rollout,reward": "0"}},
-        "runner": {"output_dir": str(folder), "experiment_name": "run", "max_steps": STEPS, "max_epochs": STEPS, "seq_length": 48, "max_tokens_per_mbs": 2048,
+        "cluster": {"backend": "local", "num_gpus_per_node": 1, "device": "cpu", "threads_per_worker": 1,
+                    "component_placement": {"actor,rollout,reward": "0"}},
+        "runner": {"output_dir": str(folder), "experiment_name": "run", "max_steps": STEPS, "max_epochs": STEPS, "seq_length": 48,
+                   "max_tokens_per_mbs": 2048,
                    "val_check_interval": 0, "save_interval": 0, "keep_groups": 0, "logger": {"logger_backends": []}},
         "data": {"train_data_paths": [str(data)], "max_prompt_length": 32, "rollout_batch_size": 16, "apply_chat_template": True},
         "algorithm": {"group_size": 8, "sampling_params": {"max_new_tokens": 12}},
@@ -70,7 +72,7 @@ def test_a_run_that_goes_well_has_no_finding(tmp_path: Path, model: Path) -> Non
 
 
 def test_an_entropy_bonus_of_the_wrong_sign(tmp_path: Path, model: Path) -> None:
-    """What the model holds likely is wrong, and the objective makes it certain of that. (`rlinf train` refuses the value; a bug would not.)"""
+    """What the model holds likely is wrong, and the objective makes it certain of that. (`rlinf train` refuses the value.)"""
     run = run_of(tmp_path, model, write_data(tmp_path / "data.jsonl", shift=1), algorithm__entropy_bonus=-2.0)
     found = only_finding(run)
     assert found.rule == "entropy-collapse" and "algorithm.entropy_bonus" in found.keys
@@ -89,7 +91,9 @@ def test_judges_that_are_broken_for_two_of_three_tasks(tmp_path: Path, model: Pa
     data = write_data(tmp_path / "data.jsonl", ("math", "counting", "spelling"))
     found = only_finding(run_of(tmp_path, model, data, reward__own_tasks={"counting": f"{judges}:never", "spelling": f"{judges}:fails"}))
     assert found.rule == "broken-verifier" and "“counting”" in found.title and "“spelling”" in found.title and "math" not in found.title
-    assert any(line.startswith("counting: ") and "written exactly like the solution were not graded right" in line for line in found.evidence)
+    assert any(
+        line.startswith("counting: ") and "written exactly like the solution were not graded right" in line for line in found.evidence
+    )
     assert any(line.startswith("spelling: ") and "verdicts were undecided" in line for line in found.evidence)
 
 

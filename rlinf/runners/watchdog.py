@@ -1,8 +1,8 @@
 """A phase that lasts too long is a hang: say at once who is stuck, keep the stacks of all workers, and end the run, start it anew from its
 last checkpoint, or let it go on.
 
-The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks of workers on the driver's machine
-come from a signal to faulthandler, which also speaks when Python itself is blocked; on other machines the worker's own loop is asked.
+The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks of workers on the driver's
+machine come from a signal to faulthandler, which also speaks when Python itself is blocked; on other machines the worker's own loop is asked.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ SHOWN = 8
 class Watchdog:
     """`look` is called about once a second, from a thread that does not depend on the loop. in_flight: group id -> who has it now."""
 
-    def __init__(self, run_dir: Path, run_id: str, runner: RunnerConfig, groups: Sequence[WorkerGroup], failure: Failure, in_flight: Callable[[], Mapping[str, str]]) -> None:
-        self.run_dir, self.run_id, self.runner, self.groups, self.failure, self.in_flight = run_dir, run_id, runner, groups, failure, in_flight
+    def __init__(
+        self, run_dir: Path, run_id: str, runner: RunnerConfig, groups: Sequence[WorkerGroup], failure: Failure,
+        in_flight: Callable[[], Mapping[str, str]],
+    ) -> None:  # fmt: skip
+        self.run_dir, self.run_id, self.runner = run_dir, run_id, runner
+        self.groups, self.failure, self.in_flight = groups, failure, in_flight
         self.phase, self.since = "", 0.0
         self.longest: dict[str, float] = {}
         self.busy: dict[tuple[str, int, str], float] = {}  # (component, rank, method) -> since when without a pause
@@ -94,16 +98,18 @@ class Watchdog:
         return not self.busy or now - self.heard > DEAF
 
     def stuck(self, now: float) -> str:
-        """The component whose call has been running longest, with its ranks that have not answered; or the driver, which hears no answers."""
+        """The component whose call has been running longest, with its ranks that have not answered; or a driver that hears no answers."""
         if not self.busy:
             return "the driver: no worker has a call to answer"
         if self.is_driver(now):
-            return f"the driver: its loop has not turned for {now - self.heard:.0f} s (driver.txt has its stacks), and answers of workers wait for it"
+            deaf = f"its loop has not turned for {now - self.heard:.0f} s"
+            return f"the driver: {deaf} (driver.txt has its stacks), and answers of workers wait for it"
         component, _, method = min(self.busy, key=self.busy.__getitem__)
         group = next(g for g in self.groups if g.component == component)
         ranks = sorted((rank, since) for (c, rank, m), since in self.busy.items() if (c, m) == (component, method))
         shown = ", ".join(f"{group.where(rank)} for {now - since:.0f} s" for rank, since in ranks[:SHOWN])
-        return f"{component} in {method}: {len(ranks)} of {group.size} ranks have not answered: {shown}{', ...' if len(ranks) > SHOWN else ''}"
+        more = ", ..." if len(ranks) > SHOWN else ""
+        return f"{component} in {method}: {len(ranks)} of {group.size} ranks have not answered: {shown}{more}"
 
     def stacks(self) -> dict[str, str]:
         """File name -> text: the end of every worker's log, with the stacks that it has just written, and the driver's own stacks."""
@@ -128,7 +134,7 @@ def kind_of(phase: str) -> str:
 
 
 def listens(pid: int, run_id: str) -> bool:
-    """Whether it is a process of this run, on this machine, that answers SIGUSR1 with its stacks (without a handler the signal would end it)."""
+    """Whether it is a process of this run, on this machine, that answers SIGUSR1 with its stacks; without a handler the signal would end it."""
     if not carries(pid, f"{RUN_ID}={run_id}".encode()):
         return False
     caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
@@ -147,8 +153,9 @@ def who_waits_for_whom(stacks: Mapping[str, str]) -> list[str]:
     outside = sorted(set(stacks) - set(inside))
     if not inside:
         return []
-    others = f"; not in it: {', '.join(outside)}, look there first" if outside else ": all of them, so the network or a peer elsewhere is stuck"
-    return [f"in a collective: {', '.join(inside)}{others}"]
+    if not outside:
+        return [f"in a collective: {', '.join(inside)}: all of them, so the network or a peer elsewhere is stuck"]
+    return [f"in a collective: {', '.join(inside)}; not in it: {', '.join(outside)}, look there first"]
 
 
 def pack(path: Path, files: Mapping[str, str]) -> None:

@@ -225,7 +225,7 @@ function curves() {
     { title: "Learning rate", zero: true, series: [one("train/lr", "rate")] },
     { title: "Time of a step, by phase", unit: "seconds, stacked", stacked: true, wide: true, series: D.phases.map((p) => ({ metric: p.metric, name: p.name, values: p.values })) },
     { title: "Tokens a second", zero: true, series: [one("perf/tokens_per_second", "whole step"), one("perf/rollout_tokens_per_second", "rollout"), one("perf/train_tokens_per_second", "training")] },
-    { title: "Memory, largest rank", unit: "GiB", zero: true, series: [one("perf/actor_memory_gib", "actor"), one("perf/critic_memory_gib", "critic"), one("perf/rollout_memory_gib", "rollout")] },
+    { title: "Memory, largest rank", unit: "GiB", zero: true, series: [one("perf/actor_memory_gib", "actor"), one("perf/critic_memory_gib", "critic"), one("perf/token_reward_memory_gib", "token reward"), one("perf/rollout_memory_gib", "rollout")] },
   ];
   specs.forEach((spec) => new Chart(spec));
 }
