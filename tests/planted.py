@@ -37,7 +37,8 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
     tokenizer.add_tokens([AddedToken("\\boxed{", normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": TEMPLATE}) + "\n")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
     return tokenizer
 
 

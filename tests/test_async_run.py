@@ -53,6 +53,7 @@ def check_replays(run_dir: Path, steps: list[int]) -> None:
     """What the clock decided is in the journal: trained on again, a step has the recorded numbers to the last bit."""
     for step in steps:
         assert main(["replay", str(run_dir), "--step", str(step), "--tolerance", "0"]) == 0
+    assert main(["replay", str(run_dir), "--step", str(steps[0]), "--rollout"]) == 2  # the clock does not run twice
 
 
 @pytest.mark.slow
