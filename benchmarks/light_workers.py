@@ -15,6 +15,7 @@ from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample, Statu
 from rlinf.data.token_values import DumpPlan
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
+from rlinf.weights.routes import SHARED_MEMORY
 from rlinf.weights.source import BucketSpec, Receipt, SharedMemory
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
 
@@ -31,7 +32,7 @@ class Light:
 class LightActor:
     def __init__(self, address: WorkerAddress, light: Light) -> None:
         self.report = TrainReport(dict.fromkeys(light.metrics, 0.5), {"time/forward_backward": 1.0, "time/optimizer": 0.1}, 1 << 30)
-        self.source = SharedMemory(light.buckets)
+        self.sources = {} if address.rank % 2 else {SHARED_MEMORY: SharedMemory(light.buckets)}  # TP 2: the first rank of two writes
 
     def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group) -> tuple[TrainReport, TokenNumbers]:
         if [g.group_id for g in payloads] != list(batch.group_ids):
@@ -39,7 +40,7 @@ class LightActor:
         return self.report, {}
 
     def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, SharedMemory], float], tuple[np.ndarray, ...]]:
-        return (dict.fromkeys(transports, self.source), 0.1), ()
+        return ({t: self.sources[t] for t in transports if t in self.sources}, 0.1), ()
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         return [np.zeros(len(s) - 1, np.float32) for s in sequences]

@@ -41,7 +41,7 @@ from rlinf.scheduling.flops import forward_flops
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import PackedBatch, pack
-from rlinf.training.publishing import hand_out, score, segments_of
+from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import SHARED_MEMORY
@@ -169,10 +169,10 @@ def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     engine = EmbeddedEngine(str(weights), dtype=precision, slots=4, max_context=128, seed=0, device=kind(cpu).type, load_weights=False)
     published, loaded, gaps, nbytes = [], [], [], 0
     actor = random_engine(arch, at, cpu)
-    segments = segments_of(actor, f"acceptance-{os.getpid()}")
+    publisher = Publisher(actor, f"acceptance-{os.getpid()}", folder / "weights")
     for version in range(1, STEPS + 2):
         started = time.perf_counter()
-        sources, _ = hand_out(actor, segments, version, [SHARED_MEMORY])
+        sources = publisher.hand_out(version, [SHARED_MEMORY]).sources
         published.append(time.perf_counter() - started)
         try:
             receipt = asyncio.run(engine.load_weights(sources[SHARED_MEMORY], version))
@@ -181,9 +181,9 @@ def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
             engine_scores = asyncio.run(engine.score(probes, 1.0))
             gaps.append(check_probes(version, precision, score(actor, probes, 1.0), [engine_scores]))
         except RunFailed as error:
-            segments.close()
+            publisher.close()
             return {"problem": str(error)}
-    segments.close()
+    publisher.close()
     engine.close()
     rate = lambda seconds: nbytes / statistics.median(seconds[1:]) / 1e9  # the first one also makes the buffers
     whole = [a + b for a, b in zip(published, loaded)]

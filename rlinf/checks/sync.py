@@ -13,14 +13,17 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,12 +37,13 @@ from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.parallel import Coordinates
-from rlinf.training.publishing import hand_out, score, segments_of
+from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import read_architecture
+from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
-from rlinf.weights.routes import OBJECT_STORE, SHARED_MEMORY, plan_feeds, publisher
+from rlinf.weights.routes import AUTO, BROADCAST, DISK, OBJECT_STORE, SHARED_MEMORY, BroadcastGroup, Feed, broadcast_groups, plan_feeds, publisher
 from rlinf.weights.shared_memory import land, open_source, release
-from rlinf.weights.source import Disk, Receipt, SharedMemory
+from rlinf.weights.source import Buckets, Disk, Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 
 RANKS = 8
@@ -48,6 +52,9 @@ LAYOUTS = list(product((1, 2), (1, 2), (1, 2)))  # TP, PP, DP
 FAMILIES = ("qwen2", "qwen2-tied")  # an output head of its own, and one tied to the embedding
 BUCKET_BYTES = 16_000  # several buckets a stage
 VERSION = 1
+TRANSPORTS = (SHARED_MEMORY, OBJECT_STORE, DISK, BROADCAST)
+HOST = "127.0.0.1"
+TIMEOUT = 60.0  # seconds that the members of a broadcast group wait for each other
 COMPLAINTS = 5
 
 
@@ -68,11 +75,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Handed:
-    """What one rank handed out: sources by transport, arrays for the object store, its log-probabilities of the probes (last stage)."""
+    """What one rank handed out: sources by transport, of broadcasts by the number of engines; arrays for the object store; its
+    log-probabilities of the probes (last stage)."""
 
-    sources: dict[str, SharedMemory]
+    sources: dict[str | int, Buckets]
     arrays: tuple[np.ndarray, ...]
     scores: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where broadcast groups meet on this machine, under a name of their own, and those of each number of engines."""
+
+    port: int
+    name: str
+    groups: dict[int, tuple[BroadcastGroup, ...]]
 
 
 @dataclass(frozen=True)
@@ -95,60 +112,105 @@ class Models:
 
 
 def make_cases(quick: bool = False) -> list[Case]:
-    """Every layout with both families, both transports and 1 and 2 engines; quick: every layout once."""
-    cases = [Case(f, *layout, t, r) for layout in LAYOUTS for f in FAMILIES for t in (SHARED_MEMORY, OBJECT_STORE) for r in REPLICAS]
+    """Every layout with both families, all transports and 1 and 2 engines; quick: every layout once."""
+    cases = [Case(f, *layout, t, r) for layout in LAYOUTS for f in FAMILIES for t in TRANSPORTS for r in REPLICAS]
     each = len(cases) // len(LAYOUTS)
     return [cases[each * i + 3 * i % each] for i in range(len(LAYOUTS))] if quick else cases
 
 
-def hand_out_weights(at: Coordinates, folder: str, run_id: str, transports: tuple[str, ...], probes: list[np.ndarray]) -> Handed:
-    """Runs in every rank."""
+def hand_out_weights(
+    at: Coordinates, folder: str, run_id: str, transports: tuple[str, ...], files: str, meeting: Meeting, probes: list[np.ndarray]
+) -> Handed:
+    """Runs in every rank: by each transport, and over the groups of `meeting`."""
     arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
     engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision="fp32"), OptimConfig(), at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(folder))
-    sources, arrays = hand_out(engine, segments_of(engine, run_id), VERSION, transports, BUCKET_BYTES)
-    return Handed(sources, arrays, score(engine, probes, 1.0))
+    publisher = Publisher(engine, run_id, Path(files), BUCKET_BYTES)
+    handed = publisher.hand_out(VERSION, transports)
+    sources: dict[str | int, Buckets] = dict(handed.sources)
+    for engines, groups in meeting.groups.items():
+        mine = [g for g in groups if g.replica == at.dp_rank and g.stage == at.pp_rank]
+        if mine and at.tp_rank == 0:
+            store = dist.PrefixStore(f"{meeting.name}-{engines}", open_store(HOST, meeting.port, keeps=False))
+            publisher.wire = Wire(mine[0], mine[0].members[0], store, engine.device, TIMEOUT)
+        sources |= {engines: source for source in publisher.hand_out(VERSION, (BROADCAST,) if mine else ()).sources.values()}
+    return Handed(sources, handed.arrays, score(engine, probes, 1.0))
 
 
-def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine: Callable[[Path], EmbeddedEngine]) -> Iterable[Finding]:
-    """Run the cases one by one, models written to `folder`."""
+def receive(meeting: Meeting, engines: int, rank: int) -> SharedMemory:
+    """What comes to one engine over its groups, stage after stage; runs in a thread of its own."""
+    store = dist.PrefixStore(f"{meeting.name}-{engines}", open_store(HOST, meeting.port, keeps=False))
+    mine = [g for g in meeting.groups[engines] if rank in g.engines]
+    wires = [Wire(group, f"rollout rank {rank}", store, torch.device("cpu"), TIMEOUT) for group in mine]
+    return merge_sources([wire.receive(f"{meeting.name}-{engines}-r{rank}", VERSION)[0] for wire in wires])
+
+
+def feeds_of(case: Case) -> tuple[Feed, ...]:
+    """A replica of the actor to a node; engines on the same nodes, by turns, and for the object store on one of their own."""
+    away = case.transport == OBJECT_STORE
+    engines = [case.dp if away else k % case.dp for k in range(case.replicas)]
+    return plan_feeds([[d] * case.pp for d in range(case.dp)], engines, case.transport if case.transport in (DISK, BROADCAST) else AUTO)
+
+
+def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine: Callable[[Path], EmbeddedEngine]) -> Iterator[Finding]:
+    """Run the cases, models written to `folder`; those that have the actor in common are handed out together."""
     probes = [np.random.default_rng(i).integers(1, VOCAB, 12 + i).astype(np.int32) for i in range(4)]
     models = {family: make_models(folder, family, make_engine) for family in {c.family for c in cases}}
     engines = {(family, k): make_engine(m.before) for family, m in models.items() for k in range(max(REPLICAS))}
-    for i, case in enumerate(cases):
-        started = time.perf_counter()
-        run_id = f"check-{os.getpid()}-{i}"
-        ranks = case.tp * case.pp * case.dp
-        own = models[case.family]
-        handed = pool.run(hand_out_weights, str(own.after), run_id, (case.transport,), probes, ranks=ranks, tp=case.tp, pp=case.pp)
-        try:
-            gap, fault = asyncio.run(take(case, handed, own, [engines[case.family, k] for k in range(case.replicas)], probes, run_id))
-        finally:
-            for part in handed:
-                for source in part.sources.values():
-                    release(source)
-        yield Finding(case, gap, fault, time.perf_counter() - started)
+    store = open_store(HOST, 0, keeps=True)
+    for i, (_, same) in enumerate(groupby(cases, key=lambda c: (c.family, c.tp, c.pp, c.dp))):
+        alike = list(same)
+        streams = {c.replicas: broadcast_groups(feeds_of(c), c.tp, c.pp, c.dp) for c in alike if c.transport == BROADCAST}
+        meeting = Meeting(store.port, f"check-{os.getpid()}-{i}", streams)
+        with ExitStack() as undo:
+            started = time.perf_counter()
+            handed, received = hand_out_all(pool, alike, models[alike[0].family].after, folder / "files", meeting, probes)
+            for source in (*received.values(), *(s for part in handed for s in part.sources.values())):
+                undo.callback(release, source)
+            for case in alike:
+                own, taking = models[case.family], [engines[case.family, k] for k in range(case.replicas)]
+                gap, fault = asyncio.run(take(case, handed, received, own, taking, probes, meeting.name))
+                yield Finding(case, gap, fault, time.perf_counter() - started)
+                started = time.perf_counter()
     for engine in engines.values():
         engine.close()
 
 
+def hand_out_all(
+    pool: RankPool, alike: Sequence[Case], model: Path, files: Path, meeting: Meeting, probes: list[np.ndarray]
+) -> tuple[list[Handed], dict[tuple[int, int], SharedMemory]]:
+    """What each rank handed out for these cases, which differ in transport and engines; and what came by broadcast, by (engines, engine)."""
+    first, transports = alike[0], tuple({c.transport: None for c in alike if c.transport != BROADCAST})
+    with ThreadPoolExecutor(1 + max(REPLICAS)) as threads:
+        handing = threads.submit(
+            pool.run, hand_out_weights, str(model), meeting.name, transports, str(files), meeting, probes,
+            ranks=first.tp * first.pp * first.dp, tp=first.tp, pp=first.pp,
+        )  # fmt: skip
+        received = {}
+        for n in meeting.groups:
+            coming = [threads.submit(receive, meeting, n, k) for k in range(n)]
+            received |= {(n, k): one.result() for k, one in enumerate(coming)}
+        return handing.result(), received
+
+
 async def take(
-    case: Case, handed: Sequence[Handed], models: Models, engines: Sequence[EmbeddedEngine], probes: Sequence[np.ndarray], run_id: str
-) -> tuple[float, str]:
+    case: Case, handed: Sequence[Handed], received: Mapping[tuple[int, int], SharedMemory], models: Models, engines: Sequence[EmbeddedEngine],
+    probes: Sequence[np.ndarray], name: str,
+) -> tuple[float, str]:  # fmt: skip
     """Bring what was handed out into the engines: (gap of the probes, what is wrong)."""
     for engine in engines:  # another model's weights, and its keys and values in the cache
         await engine.load_weights(Disk(str(models.before)), 0)
         await generate(engine)
-    engine_nodes = [0 if case.transport == SHARED_MEMORY else 1] * len(engines)
-    feeds = plan_feeds([[0] * case.pp] * case.dp, engine_nodes)
     receipts: list[Receipt] = []
-    sources: list[SharedMemory] = []
+    sources: list[Buckets] = []
     try:
-        for k, (engine, feed) in enumerate(zip(engines, feeds)):
+        for k, (engine, feed) in enumerate(zip(engines, feeds_of(case))):
             stages = [handed[publisher(feed.replica, stage, case.tp, case.dp)] for stage in range(case.pp)]
-            source = merge_sources([stage.sources[feed.transport] for stage in stages])
+            source = merge_sources([stage.sources[case.replicas if case.transport == BROADCAST else case.transport] for stage in stages])
             if feed.transport == OBJECT_STORE:
-                source = land(source, [a for stage in stages for a in stage.arrays], f"{run_id}-r{k}", VERSION)
+                source = land(source, [a for stage in stages for a in stage.arrays], f"{name}-r{k}", VERSION)
+            elif feed.transport == BROADCAST:
+                source = as_received(source, received[case.replicas, k])
             sources.append(source)
             receipts.append(await engine.load_weights(source, VERSION))
         check_receipts(sources, VERSION, receipts)
@@ -158,8 +220,9 @@ async def take(
     except RunFailed as error:
         return float("nan"), str(error)
     finally:
-        for source in sources:
-            release(source)
+        if case.transport == OBJECT_STORE:  # of these each engine had its own
+            for source in sources:
+                release(source)
     if any(wrong):
         return gap, f"tensor {next(filter(None, wrong))} is not what was sent"
     for engine in engines:
@@ -168,7 +231,12 @@ async def take(
     return gap, ""
 
 
-def different(source: SharedMemory, folder: Path) -> str:
+def as_received(sent: Buckets, landed: SharedMemory) -> Buckets:
+    """The buckets that were sent, where they have landed; fewer if fewer came."""
+    return SharedMemory(tuple(replace(bucket, key=here.key) for bucket, here in zip(sent.buckets, landed.buckets)))
+
+
+def different(source: Buckets, folder: Path) -> str:
     """The first tensor that is not bit-equal to the folder's, or is missing or too many; empty when all are equal."""
     want = dict(open_hf_folder(folder).items())
     got = dict(open_source(source))

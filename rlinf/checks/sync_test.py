@@ -12,8 +12,8 @@ import torch
 
 from rlinf.checks import sync
 from rlinf.checks.rank_pool import RankPool
-from rlinf.checks.sync import Case, Finding, check_cases, make_cases, small_engine
-from rlinf.weights.routes import OBJECT_STORE, SHARED_MEMORY
+from rlinf.checks.sync import TRANSPORTS, Case, Finding, check_cases, make_cases, small_engine
+from rlinf.weights.routes import SHARED_MEMORY
 
 ROUTE = Case("qwen2-tied", 2, 1, 1, SHARED_MEMORY, 2)
 
@@ -42,17 +42,16 @@ def find(pool: RankPool, case: Case, folder: Path, make_engine: Any = small_engi
 
 def test_the_cases_are_every_layout_with_every_transport_and_both_heads() -> None:
     cases = make_cases()
-    assert len(set(cases)) == len(cases) == 8 * 2 * 2 * 2
+    assert len(set(cases)) == len(cases) == 8 * 2 * 4 * 2
     quick = make_cases(quick=True)
     assert len({(c.tp, c.pp, c.dp) for c in quick}) == 8
-    assert {c.transport for c in quick} == {SHARED_MEMORY, OBJECT_STORE} and len({c.family for c in quick}) == 2
+    assert {c.transport for c in quick} == set(TRANSPORTS) and len({c.family for c in quick}) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", [SHARED_MEMORY, OBJECT_STORE])
-def test_a_sync_holds(pool: RankPool, tmp_path: Path, transport: str) -> None:
-    finding = find(pool, replace(ROUTE, transport=transport), tmp_path)
-    assert finding.fault == "" and finding.gap <= 1e-4
+def test_a_sync_holds_by_every_transport(pool: RankPool, tmp_path: Path) -> None:
+    for finding in check_cases(pool, [replace(ROUTE, transport=transport) for transport in TRANSPORTS], tmp_path, small_engine):
+        assert finding.fault == "" and finding.gap <= 1e-4
     assert not list(Path("/dev/shm").glob("rlinf-check-*"))
 
 

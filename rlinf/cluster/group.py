@@ -90,7 +90,12 @@ class WorkerGroup(ABC):
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """The same call on every rank; results by rank. The first failure is raised at once."""
-        return await self.call_each(method, [[a if isinstance(a, Ref) else Shared(a) for a in args]] * self.size)
+        return await self.call_ranks(range(self.size), method, *args)
+
+    async def call_ranks(self, ranks: Iterable[int], method: str, *args: Any) -> list[Any]:
+        """The same call on some ranks; results in their order. The first failure is raised at once."""
+        common = [a if isinstance(a, Ref) else Shared(a) for a in args]
+        return await first_failure_or_all([self.ref(rank, method, *common) for rank in ranks])
 
     async def call_each(self, method: str, per_rank_args: Iterable[Sequence[Any]]) -> list[Any]:
         """One call a rank, with its own arguments; results by rank. The first failure is raised at once."""

@@ -122,6 +122,7 @@ class RayCluster(Cluster):
         return WorkerActor.options(
             **options,
             max_restarts=0,
+            enable_task_events=False,  # nobody reads them: there is no dashboard
             max_concurrency=CONCURRENCY,
             runtime_env={"env_vars": process_environment(self.run_id)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.bundles, self.bundle_of[(seat.node, seat.devices[0])]),

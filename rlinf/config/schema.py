@@ -212,6 +212,10 @@ class RolloutConfig:
     over_provisioning: float = key(
         0.0, "with schedule wallclock: groups that are begun and not yet trained on at most, in batches; 0 = as many as max_staleness allows"
     )
+    weight_transport: str = key(
+        "auto", "how weights reach the engines: `auto` (shared memory on a node, Ray's object store between nodes), `disk` (safetensors files in "
+        "the run's folder) or `broadcast` (a process group of each publisher and its engines: gloo, NCCL between GPUs)", ("auto", "disk", "broadcast")
+    )
     verify_weights_every: int = key(
         50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first"
     )

@@ -286,6 +286,14 @@ def _rollout(c: Config) -> Iterator[Violation]:
     backend = c.rollout.rollout_backend
     if backend == "embedded" and c.rollout.tensor_parallel_size > 1:
         yield "rollout.tensor_parallel_size", "the embedded engine runs on one device; set it to 1, or use rollout.rollout_backend: sglang"
+    if c.rollout.weight_transport == "broadcast":
+        if c.cluster.backend == "local":
+            yield "rollout.weight_transport", "broadcast needs a process for each rank, and cluster.backend: local has one; use auto"
+        if c.rollout.max_engine_restarts:
+            yield "rollout.weight_transport", (
+                "an engine that is started anew is in no process group: set rollout.max_engine_restarts to 0 (the death of an engine then "
+                "ends the run), or use auto or disk"
+            )
     for name in c.rollout.sglang:
         if name in SET_BY_US:
             yield "rollout.sglang", f"{name} is set by {SET_BY_US[name]}; remove it"

@@ -26,7 +26,7 @@ from rlinf.rollout.embedded_model import EmbeddedModel
 from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sequence import Decode, Job
 from rlinf.weights.shared_memory import open_source
-from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
+from rlinf.weights.source import Disk, Receipt, WeightSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TURN_SECONDS = 0.02  # how long the engine thread works before it looks for new requests
@@ -200,7 +200,7 @@ class EmbeddedEngine:
             if isinstance(source, Disk):
                 raise UserError(f"{source.path}: {error}; the weights do not fit its config.json") from error
             raise RunFailed(f"weights of version {version} were refused: {error}") from error
-        checksums = {b.key: b.checksum for b in source.buckets} if isinstance(source, SharedMemory) else {}  # verified by open_source
+        checksums = {} if isinstance(source, Disk) else {b.key: b.checksum for b in source.buckets}  # verified by open_source
         return Receipt(version, checksums, n_tensors, nbytes, time.perf_counter() - start)
 
     def _start_trace(self, file: Path) -> None:

@@ -27,8 +27,9 @@ from rlinf.rollout.sglang_http import Refused, SGLangHttp
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
 from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
 from rlinf.weights.complete import check_tensors
+from rlinf.weights.files import folders_of
 from rlinf.weights.shared_memory import open_source
-from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
+from rlinf.weights.source import Disk, Files, Receipt, SharedMemory, WeightSource
 from rlinf.weights.tensor_folder import write_tensors
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -235,7 +236,7 @@ class SGLangEngine:
                     await self._ask("/continue_generation", {"torch_empty_cache": False})
         finally:
             self._loading = False
-        checksums = {b.key: b.checksum for b in source.buckets} if isinstance(source, SharedMemory) else {}  # verified when read
+        checksums = {} if isinstance(source, Disk) else {b.key: b.checksum for b in source.buckets}  # verified when read
         return Receipt(version, checksums, n_tensors, nbytes, time.perf_counter() - start, checksum)
 
     def _look_at(self, source: WeightSource, version: int) -> tuple[int, int]:
@@ -249,9 +250,13 @@ class SGLangEngine:
         return len(tensors), sum(t.nbytes for t in tensors.values())
 
     async def _take(self, source: WeightSource, version: int) -> str:
-        """Into the server, a bucket at a time, so that memory holds one bucket twice and not the model. Returns the server's checksum."""
+        """Into the server; from shared memory a bucket at a time, so that memory holds one bucket twice and not the model. Returns the
+        server's checksum."""
         if isinstance(source, Disk):
             await self._update(source.path, version)
+        elif isinstance(source, Files):
+            for folder in folders_of(source):
+                await self._update(str(folder), version)
         else:
             folder = self._server.folder / "bucket"
             for bucket in source.buckets:

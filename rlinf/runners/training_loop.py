@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ class TrainingLoop(ABC):
     async def run(self, logger: MetricLogger) -> None:
         """All steps from where the run stands to its end."""
         await self.start(logger)
+        with long_lived():
+            await self.steps(logger)
+
+    async def steps(self, logger: MetricLogger) -> None:
         progress, runner = Progress(self.total_steps, self.step + 1), self.config.runner
         if self.step == 0 and runner.val_check_interval != 0 and (scores := await self.validate()):
             logger.log(0, scores | self.timers.collect())
@@ -122,3 +127,13 @@ class TrainingLoop(ABC):
         self.cluster.phase = f"step {self.step}, {name or timer}"
         with self.timers.phase(timer):
             yield
+
+
+@contextmanager
+def long_lived() -> Iterator[None]:
+    """What is there now (libraries, prompts) stays: the garbage collector does not walk over it again and again while steps make their headers."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

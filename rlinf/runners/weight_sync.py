@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from rlinf.cluster.group import Ref, Shared, WorkerGroup, first_failure_or_all
 from rlinf.config.schema import Config
@@ -11,7 +12,8 @@ from rlinf.errors import RunFailed
 from rlinf.runners.engines import Engines
 from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
-from rlinf.weights.routes import OBJECT_STORE, plan_feeds, publisher
+from rlinf.weights.routes import OBJECT_STORE, broadcast_groups, plan_feeds, publisher
+from rlinf.weights.source import Collective, Receipt
 
 PROBES = 4
 
@@ -32,36 +34,59 @@ class WeightSync:
         tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
         dp = actor.size // (tp * pp)
         self.publishers = [[publisher(replica, stage, tp, dp) for stage in range(pp)] for replica in range(dp)]
-        self.feeds = plan_feeds([[actor.nodes[rank] for rank in stages] for stages in self.publishers], rollout.nodes)
+        self.feeds = plan_feeds([[actor.nodes[rank] for rank in stages] for stages in self.publishers], rollout.nodes, config.rollout.weight_transport)
+        self.groups = broadcast_groups(self.feeds, tp, pp, dp)
         self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == rank // tp % dp}) for rank in range(actor.size)]
+        self.feeding = [rank for rank, transports in enumerate(self.transports) if transports]
+        self.probed = [rank for rank in self.feeding if rank // tp % dp == self.feeds[0].replica]
 
     async def publish(self, version: int) -> None:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
         self.held = []
-        published = [self.actor.ref(rank, "publish", version, transports, returns=2) for rank, transports in enumerate(self.transports)]
-        parts = await first_failure_or_all([written for written, _ in published])
+        ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # the others have learned that they feed nobody
+        if self.groups and self.syncs == 0:
+            await self._join()
+        published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank], returns=2) for rank in ranks}
+        writing = first_failure_or_all([written for written, _ in published.values()])
+        if self.groups:  # sent and received at once
+            found, receipts = await gather_or_cancel([writing, gather_or_cancel(self._receive(version))])
+        else:
+            found = await writing
+        parts = dict(zip(ranks, found))
         offers = {
             feed: Shared(merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]])) for feed in set(self.feeds)
         }
-        for feed in self.feeds:
-            payload = [published[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
-            self.held.append((offers[feed], payload))
-        self.version, sources = version, [offer.value for offer, _ in self.held]
-        loads = [self.engines.ask(engine, "load_weights", offer, version, *payload) for engine, (offer, payload) in enumerate(self.held)]
-        receipts = await gather_or_cancel(loads)
+        self.version, sources = version, [offers[feed].value for feed in self.feeds]
+        if not self.groups:
+            for feed in self.feeds:
+                payload = [published[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
+                self.held.append((offers[feed], payload))
+            loads = [self.engines.ask(engine, "load_weights", offer, version, *payload) for engine, (offer, payload) in enumerate(self.held)]
+            receipts = await gather_or_cancel(loads)
         check_receipts(sources, version, receipts)
         self.metrics = {
-            "sync/gather_seconds": max(seconds for _, seconds in parts),
+            "sync/gather_seconds": max(seconds for _, seconds in parts.values()),
             "sync/load_seconds": max(r.seconds for r in receipts),
             "sync/gib": sum(b.nbytes for b in sources[0].buckets) / 2**30,
         }
         every = self.config.rollout.verify_weights_every
         if self.syncs == 0 or (every and self.syncs % every == 0):
             self.metrics["sync/probe_gap_max"] = await self.probe(version)
-        await self.actor.call_all("release", self.keep)
+        await self.actor.call_ranks(ranks, "release", self.keep)
         if not self.keep:
             self.held = []
         self.syncs += 1
+
+    async def _join(self) -> None:
+        """Everybody makes the broadcast groups that it is a member of."""
+        store, groups = Shared(await self.actor.call(0, "open_store")), Shared(self.groups)
+        publishers = self.actor.call_ranks([group.publisher for group in self.groups], "join", store, groups)
+        await gather_or_cancel([publishers, self.engines.ask_all("join", store, groups)])
+
+    def _receive(self, version: int) -> list[Coroutine[Any, Any, Receipt]]:
+        """Have every engine take what its replica broadcasts, stage after stage."""
+        streams = {d: Shared(Collective(tuple(g.name for g in self.groups if g.replica == d))) for d in {g.replica for g in self.groups}}
+        return [self.engines.ask(engine, "load_weights", streams[feed.replica], version) for engine, feed in enumerate(self.feeds)]
 
     def let_go(self) -> None:
         """The actor is about to free the weights that it published."""
@@ -74,7 +99,7 @@ class WeightSync:
             check_receipts([offer.value], self.version, [await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)])
 
     async def probe(self, version: int) -> float:
-        trainer = [scores for scores in await self.actor.call_all("score", self.probes, 1.0) if scores]
+        trainer = [scores for scores in await self.actor.call_ranks(self.probed, "score", self.probes, 1.0) if scores]
         engines = await self.engines.ask_all("score", self.probes, 1.0)
         precision = self.config.rollout.precision or self.config.actor.model.precision
         return check_probes(version, precision, trainer[0], engines)

@@ -25,6 +25,7 @@ class Dispatcher:
     def __init__(self, engines: int, running_requests: int, group_size: int) -> None:
         self.capacity = running_requests + group_size
         self.load = [0] * engines
+        self._rooms = [(0, rank) for rank in range(engines)]  # a heap; an entry whose load is no longer its engine's is passed over
         self._closed: set[int] = set()
         self._queue: list[_Waiting] = []
         self._asked = 0
@@ -44,7 +45,7 @@ class Dispatcher:
             yield await mine.rank
         finally:
             if not mine.rank.cancelled():
-                self.load[mine.rank.result()] -= samples
+                self._change(mine.rank.result(), -samples)
             self._grant()
 
     def close(self, rank: int) -> None:
@@ -53,20 +54,31 @@ class Dispatcher:
 
     def open(self, rank: int) -> None:
         self._closed.discard(rank)
+        self._change(rank, 0)
         self._grant()
+
+    def _change(self, rank: int, samples: int) -> None:
+        self.load[rank] += samples
+        heapq.heappush(self._rooms, (self.load[rank], rank))
+        if len(self._rooms) > 4 * len(self.load):
+            self._rooms = sorted((load, rank) for rank, load in enumerate(self.load))
+
+    def _emptiest(self) -> tuple[int, int] | None:
+        """Load and rank of the engine with most room, the first of equals; None when all are closed."""
+        while self._rooms and (self.load[self._rooms[0][1]] != self._rooms[0][0] or self._rooms[0][1] in self._closed):
+            heapq.heappop(self._rooms)
+        return self._rooms[0] if self._rooms else None
 
     def _grant(self) -> None:
         while self._queue:
-            room = {load: rank for rank, load in reversed([*enumerate(self.load)]) if rank not in self._closed}
-            if not room:
-                return
-            first, least = self._queue[0], min(room)
+            first = self._queue[0]
             if first.rank.cancelled():
                 heapq.heappop(self._queue)
                 continue
-            if least and least + first.samples > self.capacity:
+            emptiest = self._emptiest()
+            if emptiest is None or (emptiest[0] and emptiest[0] + first.samples > self.capacity):
                 return
-            rank = room[least]
-            self.load[rank] += first.samples
+            rank = emptiest[1]
+            self._change(rank, first.samples)
             heapq.heappop(self._queue)
             first.rank.set_result(rank)

@@ -84,3 +84,26 @@ def test_an_engine_is_freed_when_its_group_fails() -> None:
         assert dispatcher.load == [0]
 
     asyncio.run(run())
+
+
+def test_many_groups_on_many_engines_go_where_a_plain_search_would_send_them() -> None:
+    async def run() -> None:
+        dispatcher, rng, running = Dispatcher(engines=7, running_requests=6, group_size=3), random.Random(1), []
+
+        async def hold(samples: int, done: asyncio.Event, taken: asyncio.Future[int]) -> None:
+            async with dispatcher.seat(samples) as rank:
+                taken.set_result(rank)
+                await done.wait()
+
+        for turn in range(400):
+            if len(running) < 18 and rng.random() < 0.6:
+                load, done, taken = [*dispatcher.load], asyncio.Event(), asyncio.get_running_loop().create_future()
+                running.append((asyncio.ensure_future(hold(1 + turn % 3, done, taken)), done))
+                assert await taken == load.index(min(load))
+            elif running:
+                task, done = running.pop(rng.randrange(len(running)))
+                done.set()
+                await task
+        assert len(dispatcher._rooms) <= 4 * 7 + 1
+
+    asyncio.run(run())

@@ -3,39 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
+from rlinf.weights.broadcast import Wire
 from rlinf.weights.buckets import BUCKET_BYTES
-from rlinf.weights.routes import SHARED_MEMORY
-from rlinf.weights.shared_memory import Segments, collect
-from rlinf.weights.source import SharedMemory
+from rlinf.weights.files import publish_files
+from rlinf.weights.routes import BROADCAST, DISK, SHARED_MEMORY
+from rlinf.weights.shared_memory import Segments, collect, release
+from rlinf.weights.source import Buckets, Files
 
 
-def segments_of(engine: MegatronEngine, run_id: str) -> Segments:
-    """Where this rank publishes."""
-    return Segments(f"{run_id}-d{engine.at.dp_rank}-s{engine.at.pp_rank}")
+@dataclass(frozen=True)
+class HandedOut:
+    """sources: what was written or sent, by transport; empty on all but the first TP rank. arrays: what the object store carries."""
 
-
-def hand_out(
-    engine: MegatronEngine, segments: Segments, version: int, transports: Sequence[str], bucket_bytes: int = BUCKET_BYTES
-) -> tuple[dict[str, SharedMemory], tuple[np.ndarray, ...]]:
-    """Gather this stage's weights once for each transport: what was written, by transport (on the first TP rank), and the arrays that
-    the object store carries. Collective over the TP group."""
-    sources: dict[str, SharedMemory] = {}
+    sources: dict[str, Buckets]
     arrays: tuple[np.ndarray, ...] = ()
-    for transport in transports:
-        tensors = engine.export()
-        if engine.at.tp_rank > 0:
-            for _ in tensors:  # the gather is collective
-                pass
-        elif transport == SHARED_MEMORY:
-            sources[transport] = segments.publish(tensors, version, bucket_bytes)
-        else:
-            sources[transport], arrays = collect(tensors, segments.name, bucket_bytes)
-    return sources, arrays
+
+
+class Publisher:
+    """Hands out the weights of one pipeline stage. folder: of the disk transport, one for all publishers. wire: of the broadcast transport."""
+
+    def __init__(self, engine: MegatronEngine, run_id: str, folder: Path, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self.engine, self.folder, self.bucket_bytes = engine, folder, bucket_bytes
+        self.place = f"d{engine.at.dp_rank}-s{engine.at.pp_rank}"
+        self.segments = Segments(f"{run_id}-{self.place}")
+        self.wire: Wire | None = None
+        self.files: Files | None = None
+
+    def hand_out(self, version: int, transports: Sequence[str]) -> HandedOut:
+        """Gather this stage's weights once for each transport. Collective over the TP group."""
+        sources: dict[str, Buckets] = {}
+        arrays: tuple[np.ndarray, ...] = ()
+        for transport in transports:
+            tensors = self.engine.export()
+            if self.engine.at.tp_rank > 0:
+                for _ in tensors:  # the gather is collective
+                    pass
+            elif transport == SHARED_MEMORY:
+                sources[transport] = self.segments.publish(tensors, version, self.bucket_bytes)
+            elif transport == DISK:
+                sources[transport] = self.files = publish_files(tensors, self.folder / self.place, version, self.bucket_bytes)
+            elif transport == BROADCAST:
+                assert self.wire is not None, "the group of this publisher was not made"
+                sources[transport] = self.wire.send(tensors, version, self.bucket_bytes)
+            else:
+                sources[transport], arrays = collect(tensors, self.segments.name, self.bucket_bytes)
+        return HandedOut(sources, arrays)
+
+    def withdraw(self) -> None:
+        """What was handed out is not to be had any more."""
+        self.segments.withdraw()
+        if self.files is not None:
+            release(self.files)
+            self.files = None
+
+    def close(self) -> None:
+        self.withdraw()
+        self.segments.close()
 
 
 def score(engine: MegatronEngine, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:

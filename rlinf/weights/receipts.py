@@ -7,19 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlinf.errors import RunFailed
-from rlinf.weights.source import Receipt, SharedMemory
+from rlinf.weights.source import Buckets, Receipt
 
 # Largest |log-probability difference| on the probes that still counts as the same policy. fp32 differs by rounding only; in 16 bits the
 # kernels of trainer and engine round differently, by up to 0.2 on the models that were tried; a wrong tensor causes several units.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}
 
 
-def merge_sources(parts: Sequence[SharedMemory]) -> SharedMemory:
+def merge_sources(parts: Sequence[Buckets]) -> Buckets:
     """One source of what the pipeline stages published."""
-    return SharedMemory(tuple(b for part in parts for b in part.buckets))
+    return type(parts[0])(tuple(b for part in parts for b in part.buckets))
 
 
-def check_receipts(sources: Sequence[SharedMemory], version: int, receipts: Sequence[Receipt]) -> None:
+def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[Receipt]) -> None:
     """Raises RunFailed when an engine took another version, other tensors or other bytes than it was sent. Both by engine."""
     for rank, (source, receipt) in enumerate(zip(sources, receipts, strict=True)):
         sent = {b.key: b.checksum for b in source.buckets}

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 SHARED_MEMORY = "shared_memory"  # written once on a node, mapped by all its engines
 OBJECT_STORE = "object_store"  # Ray carries the buckets to other nodes, to each node once
+DISK = "disk"  # files in a folder that all nodes see
+BROADCAST = "broadcast"  # a process group of each publisher and the engines that it feeds
+AUTO = "auto"  # SHARED_MEMORY on a node, OBJECT_STORE between nodes
 
 
 @dataclass(frozen=True)
@@ -17,19 +20,51 @@ class Feed:
     transport: str
 
 
-def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int]) -> tuple[Feed, ...]:
+@dataclass(frozen=True, order=True)
+class BroadcastGroup:
+    """Who shares a process group: the actor rank that publishes a stage of a replica, as member 0, then the engines that the replica feeds."""
+
+    replica: int
+    stage: int
+    publisher: int
+    engines: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"replica {self.replica}, stage {self.stage}"
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return (f"actor rank {self.publisher}", *(f"rollout rank {engine}" for engine in self.engines))
+
+
+def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int], transport: str = AUTO) -> tuple[Feed, ...]:
     """One feed for each engine.
 
-    publishers[d][p] is the node of the rank that publishes pipeline stage p of replica d; engines[e] is the node of engine e. A replica that
-    lies wholly on the engine's node feeds it through shared memory; otherwise the one with most stages there feeds it through the object
-    store. Of equals the first.
+    publishers[d][p] is the node of the rank that publishes pipeline stage p of replica d; engines[e] is the node of engine e. The replica
+    with most stages on the engine's node feeds it, of equals the first. AUTO: through shared memory if it lies wholly there, otherwise
+    through the object store.
     """
     feeds = []
     for node in engines:
         here = [sum(n == node for n in stages) for stages in publishers]
         nearest = here.index(max(here))
-        feeds.append(Feed(nearest, SHARED_MEMORY if here[nearest] == len(publishers[nearest]) else OBJECT_STORE))
+        near = SHARED_MEMORY if here[nearest] == len(publishers[nearest]) else OBJECT_STORE
+        feeds.append(Feed(nearest, near if transport == AUTO else transport))
     return tuple(feeds)
+
+
+def broadcast_groups(feeds: Sequence[Feed], tp: int, pp: int, dp: int) -> tuple[BroadcastGroup, ...]:
+    """The groups of a run, sorted: replica, then stage. Every process makes those that it is a member of in this order.
+
+    Making a group waits for all its members; with one order for all there is always a first unmade group that no member of it is kept from.
+    """
+    fed: dict[int, list[int]] = {}
+    for engine, feed in enumerate(feeds):
+        if feed.transport == BROADCAST:
+            fed.setdefault(feed.replica, []).append(engine)
+    groups = [BroadcastGroup(d, stage, publisher(d, stage, tp, dp), tuple(engines)) for d, engines in fed.items() for stage in range(pp)]
+    return tuple(sorted(groups))
 
 
 def publisher(replica: int, stage: int, tp: int, dp: int) -> int:

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from rlinf.weights.routes import OBJECT_STORE, SHARED_MEMORY, Feed, plan_feeds, publisher
+from rlinf.weights.routes import BROADCAST, DISK, OBJECT_STORE, SHARED_MEMORY, BroadcastGroup, Feed, broadcast_groups, plan_feeds, publisher
 
 PER_NODE = 8
 
@@ -47,3 +47,46 @@ def test_each_node_of_a_collocated_cluster_feeds_its_own_engines() -> None:
 def test_a_replica_that_spans_nodes_sends_through_the_object_store() -> None:
     assert plan_feeds([[0, 1], [0, 1]], [0, 1, 2]) == (Feed(0, OBJECT_STORE),) * 3
     assert plan_feeds([[0, 1], [2, 2]], [1, 2]) == (Feed(0, OBJECT_STORE), Feed(1, SHARED_MEMORY))
+
+
+def test_a_transport_that_was_asked_for_is_used_everywhere() -> None:
+    for transport in (DISK, BROADCAST):
+        assert plan_feeds([[0, 1], [2, 2]], [1, 2], transport) == (Feed(0, transport), Feed(1, transport))
+
+
+def made_in_order(groups: tuple[BroadcastGroup, ...], orders: dict[str, list[BroadcastGroup]]) -> bool:
+    """Whether all groups come about when every member waits in its first unmade group until all members are there."""
+    left = {member: [*mine] for member, mine in orders.items()}
+    while any(left.values()):
+        ready = [g for g in groups if all(left[m] and left[m][0] == g for m in g.members)]
+        if not ready:
+            return False
+        for group in ready:
+            for member in group.members:
+                left[member].pop(0)
+    return True
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), list(product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4))))
+def test_no_two_processes_make_broadcast_groups_in_opposite_orders(tp: int, pp: int, dp: int) -> None:
+    for replicas in (1, 2, 3, 16):
+        start = -(-tp * pp * dp // PER_NODE)
+        feeds = plan_feeds(publishers_of(tp, pp, dp), [start + e for e in range(replicas)], BROADCAST)
+        spread = tuple(Feed(e % dp, BROADCAST) for e in range(replicas))
+        for chosen in (feeds, spread):
+            groups = broadcast_groups(chosen, tp, pp, dp)
+            orders = {m: [g for g in groups if m in g.members] for group in groups for m in group.members}
+            position = {group: i for i, group in enumerate(groups)}
+            assert all([position[g] for g in mine] == sorted(position[g] for g in mine) for mine in orders.values())
+            assert made_in_order(groups, orders)
+            fed = Counter((e, g.stage) for g in groups for e in g.engines)
+            assert fed == {(e, stage): 1 for e in range(replicas) for stage in range(pp)}  # every stage reaches every engine exactly once
+            assert len({g.publisher for g in groups}) == len(groups)  # an actor rank has one group, and never waits for another
+
+
+def test_opposite_orders_would_stand_still() -> None:
+    """That the test above could fail."""
+    groups = broadcast_groups((Feed(0, BROADCAST), Feed(0, BROADCAST)), 1, 2, 1)
+    orders = {m: [g for g in groups if m in g.members] for group in groups for m in group.members}
+    assert made_in_order(groups, orders)
+    assert not made_in_order(groups, orders | {"rollout rank 1": orders["rollout rank 1"][::-1]})

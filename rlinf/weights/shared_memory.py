@@ -93,7 +93,7 @@ class Segments:
     def _take(self, path: str, nbytes: int) -> Segment:
         segment = next((s for s in self._spare if len(s.buffer) == nbytes and not s.in_use()), None)
         if segment is None:
-            segment = Segment(path, _create(path, nbytes))
+            segment = Segment(path, create_segment(path, nbytes))
         else:
             self._spare.remove(segment)
             segment.rename(path)
@@ -124,7 +124,7 @@ def land(source: SharedMemory, arrays: Sequence[np.ndarray], run_id: str, versio
     with ExitStack() as undo:
         for i, (bucket, array) in enumerate(zip(source.buckets, arrays, strict=True)):
             path = f"{FOLDER}/rlinf-{run_id}-v{version}-{i}"
-            buffer = _create(path, bucket.nbytes)
+            buffer = create_segment(path, bucket.nbytes)
             undo.callback(os.unlink, path)
             buffer.numpy()[:] = array
             buckets.append(replace(bucket, key=path))
@@ -133,9 +133,9 @@ def land(source: SharedMemory, arrays: Sequence[np.ndarray], run_id: str, versio
 
 
 def open_source(source: WeightSource) -> Iterator[Named]:
-    """The tensors of a source in order; from shared memory as views whose bucket's checksum has just been verified.
+    """The tensors of a source in order; of buckets as views into a mapping whose checksum has just been verified.
 
-    Raises RunFailed when a segment is missing, has the wrong size or other bytes than were sent, or when a name comes twice.
+    Raises RunFailed when a bucket is missing, has the wrong size or other bytes than were sent, or when a name comes twice.
     """
     if isinstance(source, Disk):
         yield from open_hf_folder(source.path).items()
@@ -151,14 +151,14 @@ def open_source(source: WeightSource) -> Iterator[Named]:
 
 
 def release(source: WeightSource) -> None:
-    """Remove the segments; engines that still map them keep their view. A segment already gone is no error."""
-    if isinstance(source, SharedMemory):
-        for bucket in source.buckets:
-            if os.path.exists(bucket.key):
-                os.unlink(bucket.key)
+    """Remove the buckets; engines that still map them keep their view. A bucket already gone is no error."""
+    for bucket in () if isinstance(source, Disk) else source.buckets:
+        if os.path.exists(bucket.key):
+            os.unlink(bucket.key)
 
 
-def _create(path: str, nbytes: int) -> Tensor:
+def create_segment(path: str, nbytes: int) -> Tensor:
+    """A new segment of `nbytes` zeros, mapped for writing."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     with ExitStack() as undo, open(descriptor, "r+b"):
         undo.callback(os.unlink, path)
@@ -178,11 +178,12 @@ def _verified(bucket: BucketSpec) -> Tensor:
 
 def _open(bucket: BucketSpec) -> Tensor:
     if not os.path.exists(bucket.key):
-        raise RunFailed(f"weight bucket {bucket.key}: the segment does not exist; it was released or never written on this machine")
+        raise RunFailed(f"weight bucket {bucket.key}: it does not exist; it was released, or never written where this machine sees it")
     with open(bucket.key, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != bucket.nbytes:
             raise RunFailed(f"weight bucket {bucket.key}: {size} bytes, expected {bucket.nbytes}")
-        fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, which has the file open too: Segment.in_use
+        if bucket.key.startswith(FOLDER):  # not every folder that machines share has locks
+            fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, which has the file open too: Segment.in_use
         # a private mapping: the reader cannot change what other readers see
         return torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)

@@ -56,7 +56,7 @@ def test_a_changed_byte_names_the_bucket(source: SharedMemory) -> None:
 
 def test_a_missing_segment_is_named(source: SharedMemory) -> None:
     os.unlink(source.buckets[1].key)
-    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: the segment does not exist"):
+    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: it does not exist"):
         list(open_source(source))
 
 

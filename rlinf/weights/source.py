@@ -6,11 +6,11 @@ Tensors travel under their Hugging Face names, whole, flattened into buckets. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor inside a bucket: name, torch dtype name ("bfloat16"), shape, byte offset in the bucket."""
+class TensorSpec(NamedTuple):
+    """One tensor inside a bucket: name, torch dtype name ("bfloat16"), shape, byte offset in the bucket. A tuple: a driver reads many."""
 
     name: str
     dtype: str
@@ -43,7 +43,22 @@ class Disk:
     path: str
 
 
-WeightSource = SharedMemory | Disk
+@dataclass(frozen=True)
+class Files:
+    """Buckets as safetensors files that every machine sees; key = path of the file, offsets count from its first byte."""
+
+    buckets: tuple[BucketSpec, ...]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Buckets that come over the process groups which the engine's worker has joined (weights.broadcast): first those of `groups[0]`."""
+
+    groups: tuple[str, ...]
+
+
+Buckets = SharedMemory | Files
+WeightSource = Buckets | Disk  # what an engine takes; its worker turns a Collective into SharedMemory
 
 
 @dataclass(frozen=True)

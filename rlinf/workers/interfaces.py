@@ -15,7 +15,8 @@ from rlinf.data.records import Group, GroupHeader, Prompt, Verdict
 from rlinf.data.token_values import DumpPlan
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.data.packing import RankBatch
-from rlinf.weights.source import Receipt, SharedMemory
+from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.source import Buckets, Collective, Receipt
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,18 @@ class TrainWorker(Protocol):
         """
         ...
 
-    def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, SharedMemory], float], tuple[np.ndarray, ...]]:
+    def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, Buckets], float], tuple[np.ndarray, ...]]:
         """Gather the weights as `version` and hand them out by each transport (weights.routes). Two results: what was written, by
-        transport, with the seconds it took; and the arrays that go to other nodes."""
+        transport, with the seconds it took; and the arrays that go to other nodes. A rank with no transport is called for the first
+        version only, release() too."""
+        ...
+
+    def open_store(self) -> tuple[str, int]:
+        """Keep the store at which the members of broadcast groups meet; its host and port."""
+        ...
+
+    def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:
+        """Make the broadcast group of this publisher, and return when all its members have."""
         ...
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
@@ -128,8 +138,12 @@ class RolloutWorker(Protocol):
         """End every running generate() with what it has; the finish of what is not complete is ABORT."""
         ...
 
-    async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
+    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
         """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage."""
+        ...
+
+    async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:
+        """Make the broadcast groups of this engine, in their order, and return when all their members have."""
         ...
 
     async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]: ...

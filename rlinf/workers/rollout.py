@@ -19,8 +19,11 @@ from rlinf.device import choose, peak_memory
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
+from rlinf.weights.broadcast import Wire, open_store
+from rlinf.weights.receipts import merge_sources
+from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.shared_memory import land, release
-from rlinf.weights.source import Receipt, SharedMemory
+from rlinf.weights.source import Buckets, Collective, Receipt
 from rlinf.workers.device import peak_flops
 
 FAREWELL = 1.0  # seconds that answers have to reach the driver
@@ -37,6 +40,8 @@ class RolloutWorker:
         self.traced = address.rank in config.runner.profile_ranks
         log = self.folder / "workers" / f"rollout-{address.rank}-engine.log"
         self.device = choose(config.cluster.device)
+        self.start_timeout = config.cluster.start_timeout
+        self.wires: dict[str, Wire] = {}  # by the name of the broadcast group
         self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
         self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None)
 
@@ -58,16 +63,29 @@ class RolloutWorker:
         """Every group that is being generated ends with what it has."""
         await self.engine.abort()
 
-    async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
-        """Arrays that came from another node are landed in this one's shared memory first: engines read nothing else."""
-        if not stages:
+    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
+        """What comes from another node, as arrays or by broadcast, is landed in this one's shared memory first: engines read buckets."""
+        name = f"{self.address.run_id}-r{self.address.rank}"
+        if isinstance(source, Collective):
+            parts = [await asyncio.to_thread(self.wires[group].receive, name, version) for group in source.groups]
+            landed, keys = merge_sources([part for part, _ in parts]), {own: sent for _, part in parts for own, sent in part.items()}
+        elif stages:
+            landed = land(source, [array for stage in stages for array in stage], name, version)
+            keys = {own.key: sent.key for sent, own in zip(source.buckets, landed.buckets)}
+        else:
             return await self.engine.load_weights(source, version)
-        landed = land(source, [array for stage in stages for array in stage], f"{self.address.run_id}-r{self.address.rank}", version)
         try:
             receipt = await self.engine.load_weights(landed, version)
         finally:
             release(landed)
-        return replace(receipt, checksums={sent.key: receipt.checksums[own.key] for sent, own in zip(source.buckets, landed.buckets)})
+        return replace(receipt, checksums={keys[own]: checksum for own, checksum in receipt.checksums.items()})
+
+    async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:
+        """Make the broadcast groups of the replica that feeds this engine, in their order; returns when all their members have."""
+        mine = [group for group in groups if self.address.rank in group.engines]
+        member, timeout = f"rollout rank {self.address.rank}", self.start_timeout
+        for group in mine:
+            self.wires[group.name] = await asyncio.to_thread(Wire, group, member, open_store(*store, keeps=False), self.device, timeout)
 
     async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         return await self.engine.score(sequences, temperature)

@@ -31,10 +31,12 @@ from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
 from rlinf.training.model import with_scoring_head, with_value_head
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
-from rlinf.training.publishing import hand_out, score, segments_of
+from rlinf.training.publishing import Publisher, score
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
-from rlinf.weights.source import SharedMemory
+from rlinf.weights.broadcast import Wire, open_store
+from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.source import Buckets
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.device import peak_flops
@@ -54,8 +56,9 @@ class TrainWorker(Checkpointed):
         self.settings, self.on_tokens = objective_settings(config.algorithm), token_level_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
         self.offloader = Offloader(self.engine, config.actor)
-        self.segments = segments_of(self.engine, address.run_id)
+        self.publisher = Publisher(self.engine, address.run_id, weights_folder(config))
         self.looked_at = Work()  # passes of this step without a gradient
+        self.feeds_nobody = False  # then nothing comes between its training and the engines' turn
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
 
@@ -68,9 +71,12 @@ class TrainWorker(Checkpointed):
         if [g.group_id for g in groups] != list(batch.group_ids):
             raise ValueError(f"step {step}: payloads do not match the plan")
         if not self.config.algorithm.max_staleness:  # no engine is at work that could need them again
-            self.segments.withdraw()
+            self.publisher.withdraw()
         with profiled(self.config.runner, step, "actor"):
-            return self._train(step, dump, batch, groups, numbers)
+            report, targets = self._train(step, dump, batch, groups, numbers)
+        if self.feeds_nobody:
+            self.hand_over()
+        return report, targets
 
     def _train(
         self, step: int, dump: DumpPlan, batch: RankBatch, groups: Sequence[Group], numbers: Sequence[TokenNumbers]
@@ -171,24 +177,39 @@ class TrainWorker(Checkpointed):
 
     # ---- weights --------------------------------------------------------------------------------------------------------------
 
-    def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, SharedMemory], float], tuple[np.ndarray, ...]]:
-        """Hand out this stage's weights, once for each transport by which this replica feeds engines (weights.routes).
+    def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, Buckets], float], tuple[np.ndarray, ...]]:
+        """Hand out this stage's weights, once for each transport by which this replica feeds engines (weights.routes). A rank that is told
+        of no transport is not asked again: it hands its device over after each training.
 
         Returns what was written by transport (on the first TP rank) with the seconds it took, and the arrays for the object store.
         """
         started = time.perf_counter()
+        self.feeds_nobody = not transports
         self.offloader.after_training()
-        sources, arrays = hand_out(self.engine, self.segments, version, transports)
-        return (sources, time.perf_counter() - started), arrays
+        handed = self.publisher.hand_out(version, transports)
+        return (handed.sources, time.perf_counter() - started), handed.arrays
+
+    def open_store(self) -> tuple[str, int]:
+        """Keep the store at which the broadcast groups meet; where it is."""
+        host = self.address.master_addr
+        self.store = open_store(host, 0, keeps=True)
+        return host, self.store.port
+
+    def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:
+        """Make the broadcast group in which this rank publishes, if there is one; returns when all its members have."""
+        for group in groups:
+            if group.publisher == self.address.rank:
+                meeting, timeout = open_store(*store, keeps=False), self.config.cluster.start_timeout
+                self.publisher.wire = Wire(group, group.members[0], meeting, self.device, timeout)
 
     def release(self, keep: bool = False) -> None:
         """The engines have the weights: hand the device over, and withdraw what publish() wrote, unless a restarted engine may need it again."""
         self.offloader.after_publishing()
         if not keep:
-            self.segments.withdraw()
+            self.publisher.withdraw()
 
     def close(self) -> None:
-        self.segments.close()
+        self.publisher.close()
 
     def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
@@ -227,6 +248,11 @@ def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> 
         tensors, _ = with_scoring_head(tensors, arch.hidden)
     engine.load_hf(tensors)
     return engine
+
+
+def weights_folder(config: Config) -> Path:
+    """Where the disk transport writes: in the run's folder, which all nodes see."""
+    return (Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / "weights").resolve()
 
 
 def merged(parts: Sequence[TokenNumbers]) -> dict[str, np.ndarray]:

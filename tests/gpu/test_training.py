@@ -17,7 +17,7 @@ from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
-from rlinf.training.publishing import hand_out, score, segments_of
+from rlinf.training.publishing import Publisher, score
 from rlinf.training.profiling import profiled
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
@@ -100,17 +100,18 @@ def test_the_reference_policy_is_swapped_in_and_out(device: torch.device, at: An
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_engine_on_the_same_device_runs_the_actors_weights(device: torch.device, at: Any, models: dict[str, Path], precision: str) -> None:
+def test_an_engine_on_the_same_device_runs_the_actors_weights(
+    device: torch.device, at: Any, models: dict[str, Path], precision: str, tmp_path: Path
+) -> None:
     actor = engine_on(device, at, models["qwen2-tied"], precision)
     update(actor, minibatches(actor)[0])
     engine = EmbeddedEngine(str(models["qwen2-tied"]), dtype=precision, slots=4, max_context=64, seed=0, device=device.type)
-    segments = segments_of(actor, f"gpu-test-{precision}")
-    sources, _ = hand_out(actor, segments, 1, [SHARED_MEMORY])
+    publisher = Publisher(actor, f"gpu-test-{precision}", tmp_path)
     try:
-        asyncio.run(engine.load_weights(sources[SHARED_MEMORY], 1))
+        asyncio.run(engine.load_weights(publisher.hand_out(1, [SHARED_MEMORY]).sources[SHARED_MEMORY], 1))
         check_probes(1, precision, score(actor, PROBES, 1.0), [asyncio.run(engine.score(PROBES, 1.0))])
     finally:
-        segments.close()
+        publisher.close()
         engine.close()
 
 

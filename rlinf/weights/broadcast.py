@@ -1,0 +1,99 @@
+"""Weights over a process group: one publisher, many engines, no copy in between. gloo on CPU, NCCL between GPUs.
+
+A group stands apart from the trainer's own groups, so that engines never take part in a collective of training. Its members meet at a
+store that the first actor rank keeps. A bucket is three broadcasts: the length of its description, the description (JSON), the bytes;
+a length of 0 says that all have come.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlinf.errors import RunFailed
+from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, fill, group_into_buckets, layout
+from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.shared_memory import FOLDER, create_segment
+from rlinf.weights.source import BucketSpec, SharedMemory, TensorSpec
+
+GRACE = 10.0  # seconds that the store itself has for an answer
+
+
+def open_store(host: str, port: int, keeps: bool) -> dist.TCPStore:
+    """The store at which the groups of a run meet. keeps: this process is the one that holds it."""
+    return dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=GRACE))
+
+
+class Wire:
+    """This process's end of one group; it is made when all members are there. device: where the bytes pass through.
+
+    Raises RunFailed when a member does not come, or stops answering, within `timeout` seconds; it names those who are missing.
+    """
+
+    def __init__(self, group: BroadcastGroup, member: str, store: dist.Store, device: torch.device, timeout: float) -> None:
+        self.group, self.member, self.device, self.timeout = group, member, device, timeout
+        self.store = dist.PrefixStore(group.name, store)
+        rank, size = group.members.index(member), len(group.members)
+        with self._together("making the group"):
+            if device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = timedelta(seconds=timeout)
+                self.process_group = dist.ProcessGroupNCCL(self.store, rank, size, options)
+            else:
+                self.process_group = dist.ProcessGroupGloo(self.store, rank, size, timedelta(seconds=timeout))
+
+    def send(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> SharedMemory:
+        """Broadcast the tensors; what was sent, with keys of its own."""
+        sent = []
+        with self._together(f"version {version}"):
+            for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
+                specs, nbytes = layout(bucket)
+                buffer = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)  # zeros: the gaps between tensors count in the checksum
+                fill(buffer, specs, bucket)
+                sent.append(BucketSpec(f"{self.group.name}, v{version}-{i}", nbytes, specs, checksum(buffer.cpu())))
+                described = torch.frombuffer(bytearray(json.dumps([sent[-1].key, nbytes, sent[-1].checksum, specs]).encode()), dtype=torch.uint8)
+                self._pass(torch.tensor([len(described)]))
+                self._pass(described)
+                self._pass(buffer)
+            self._pass(torch.tensor([0]))
+        return SharedMemory(tuple(sent))
+
+    def receive(self, name: str, version: int) -> tuple[SharedMemory, dict[str, str]]:
+        """Land what the publisher sends in `/dev/shm/rlinf-<name>-s<stage>-v<version>-*`, with checksums as sent; and the sender's key of each."""
+        landed, keys = [], {}
+        with ExitStack() as undo, self._together(f"version {version}"):
+            while (length := int(self._pass(torch.zeros(1, dtype=torch.int64)))) > 0:
+                description = self._pass(torch.zeros(length, dtype=torch.uint8)).numpy().tobytes()
+                key, nbytes, sent, specs = json.loads(description)
+                path = f"{FOLDER}/rlinf-{name}-s{self.group.stage}-v{version}-{len(landed)}"
+                segment = create_segment(path, nbytes)
+                undo.callback(os.unlink, path)
+                self._pass(segment)
+                tensors = tuple(TensorSpec(tensor, dtype, tuple(shape), *place) for tensor, dtype, shape, *place in specs)
+                landed.append(BucketSpec(path, nbytes, tensors, sent))
+                keys[path] = key
+            undo.pop_all()
+        return SharedMemory(tuple(landed)), keys
+
+    def _pass(self, tensor: Tensor) -> Tensor:
+        """One broadcast from the publisher; `tensor`, with what it sent."""
+        there = tensor.to(self.device)
+        self.process_group.broadcast(there, 0).wait(timedelta(seconds=self.timeout))
+        return tensor if there is tensor else tensor.copy_(there)
+
+    @contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        self.store.set(f"{what}, {self.member}", "here")
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed has no narrower one for a peer that is silent or gone
+            missing = [m for m in self.group.members if not self.store.check([f"{what}, {m}"])]
+            who = f"{', '.join(missing)} did not come" if missing else "a member stopped in the middle"
+            raise RunFailed(f"weight broadcast ({self.group.name}, {what}): {self.member} waited for {self.timeout:g} s at most; {who}: {error}") from error

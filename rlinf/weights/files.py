@@ -1,0 +1,43 @@
+"""Weights through a folder that all machines see: safetensors files, read by our engines as buckets and by SGLang as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import xxhash
+from safetensors.torch import save
+
+from rlinf.weights.buckets import BUCKET_BYTES, Named, group_into_buckets
+from rlinf.weights.source import BucketSpec, Files, TensorSpec
+
+LENGTH_BYTES = 8  # at the front of a safetensors file: how long its header is
+
+
+def publish_files(tensors: Iterable[Named], folder: Path, version: int, bucket_bytes: int = BUCKET_BYTES) -> Files:
+    """Write the tensors to `folder`/v<version>/*.safetensors; whatever was in `folder` goes first. It is one publisher's own.
+
+    A file has its name only when it is whole. Nothing is fsynced: readers are alive now, and after a crash nobody asks for it.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    place = folder / f"v{version}"
+    place.mkdir(parents=True, mode=0o700)
+    return Files(tuple(_write(place / f"{i:05d}.safetensors", bucket) for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes))))
+
+
+def folders_of(source: Files) -> list[Path]:
+    """The folders in which the files lie, one for each publisher."""
+    return list(dict.fromkeys(Path(bucket.key).parent for bucket in source.buckets))
+
+
+def _write(path: Path, bucket: Sequence[Named]) -> BucketSpec:
+    content = save({name: tensor.cpu().contiguous() for name, tensor in bucket})
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(path)
+    header = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+    begins = {name: header + entry["data_offsets"][0] for name, entry in json.loads(content[LENGTH_BYTES:header]).items()}
+    specs = tuple(TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), begins[name], t.nbytes) for name, t in bucket)
+    return BucketSpec(str(path), len(content), specs, xxhash.xxh3_64_intdigest(content))
