@@ -42,38 +42,45 @@ def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Names
         subprocess.run(["ip", "link", "del", f"{tag}br"], capture_output=True)
 
 
-def config(folder: Path, nodes: int, actor: str, others: str, pp: int, steps: int) -> Path:
+def config(folder: Path, nodes: int, actor: str, others: str, pp: int, steps: int, **overrides: object) -> Path:
+    """Two slots on every node; the actor is TP 2 x PP `pp`."""
     return write_run(
-        folder, cluster__num_nodes=nodes, cluster__num_gpus_per_node=1, cluster__component_placement={"actor": actor, "rollout,reward": others},
-        cluster__start_timeout=300, actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=pp,
-        runner__max_steps=steps, runner__val_check_interval=0, runner__save_interval=0,
+        folder, cluster__num_nodes=nodes, cluster__num_gpus_per_node=2, cluster__component_placement={"actor": actor, "rollout,reward": others},
+        cluster__start_timeout=300, actor__model__tensor_model_parallel_size=2, actor__model__pipeline_model_parallel_size=pp,
+        runner__max_steps=steps, runner__val_check_interval=0, runner__save_interval=0, **overrides,
     )  # fmt: skip
+
+
+def one_policy(steps: list[dict]) -> bool:
+    """Whether the engines ran the actor's weights in every step, also after updates."""
+    return all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in steps)
 
 
 @pytest.mark.parametrize("nodes", [4], indirect=True)
 def test_four_nodes_train_one_model(nodes: list[NamespaceNode]) -> None:
-    """Pipeline stages on two nodes, engines on two others: tokens, verdicts and weights all cross."""
-    folder = nodes[0].folder
-    run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 4, "0-1", "2-3", pp=2, steps=2)))
+    """TP 2 x PP 2 over two nodes, a stage on each; engines on two others: tokens and verdicts cross, weights come by broadcast."""
+    folder, wires = nodes[0].folder, {"rollout__weight_transport": "broadcast", "rollout__max_engine_restarts": 0}
+    run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 4, "0-3", "4,6", pp=2, steps=2, **wires)))
     _, errors = run.communicate(timeout=400)
     assert run.returncode == 0, errors[-4000:]
     steps = lines(folder)
-    assert [m["step"] for m in steps] == [1, 2]
-    assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in steps)  # the engines run the actor's weights, after the update too
+    assert [m["step"] for m in steps] == [1, 2] and one_policy(steps)
     time.sleep(1)
     assert [p for node in nodes for p in node.processes() if "ray::Worker" in p] == []
     assert [list(node.home.iterdir()) for node in nodes] == [[], [], [], []]
 
 
 @pytest.mark.parametrize("nodes", [2], indirect=True)
-def test_a_node_that_is_cut_off_ends_the_run_and_is_named(nodes: list[NamespaceNode]) -> None:
+def test_two_nodes_train_until_one_is_cut_off_which_ends_the_run_and_is_named(nodes: list[NamespaceNode]) -> None:
+    """One TP group over both nodes, the engine on one: weights come through Ray's object store."""
     folder = nodes[0].folder
-    run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 2, "0", "1", pp=1, steps=10_000)))
+    run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 2, "0,2", "3", pp=1, steps=10_000)))
     metrics = folder / "logs" / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 1):
         assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1][-4000:]
         time.sleep(0.5)
+    assert one_policy(lines(folder)[:2])
     nodes[1].cut_off()
     begun = time.monotonic()
     _, errors = run.communicate(timeout=120)

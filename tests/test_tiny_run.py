@@ -109,17 +109,18 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp", "slots"), [(1, 1, "0"), (2, 1, "0-1"), (1, 2, "0-1"), (1, 1, "0-1")], ids=["one", "tp2", "pp2", "dp2"])
 def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, slots: str) -> None:
-    placement = {"actor": slots, "rollout,reward": "0"}
+    placement, transport = {"actor": slots, "rollout,reward": "0"}, {1: "auto", 2: "broadcast"}[pp]
     config = write_run(
-        tmp_path, cluster__component_placement=placement, actor__model__tensor_model_parallel_size=tp, actor__model__pipeline_model_parallel_size=pp
-    )
+        tmp_path, cluster__component_placement=placement, actor__model__tensor_model_parallel_size=tp, actor__model__pipeline_model_parallel_size=pp,
+        rollout__weight_transport=transport, rollout__max_engine_restarts=0,
+    )  # fmt: skip
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [m["step"] for m in lines(tmp_path)] == [0, 1, 2, 3]
 
 
-def test_one_process_without_ray(tmp_path: Path) -> None:
-    config = write_run(tmp_path, **ONE_PROCESS)
+def test_one_process_without_ray_in_which_actor_and_engine_take_turns(tmp_path: Path) -> None:
+    config = write_run(tmp_path, rollout__offload=True, rollout__weight_transport="disk", actor__offload_grad=True, **ONE_PROCESS)
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [m["step"] for m in lines(tmp_path)] == [0, 1, 2, 3]

@@ -37,6 +37,7 @@ class RayWorkerGroup(WorkerGroup):
         self.actors = [process(seat) for seat in seats]
         self.rests = [actor.rest.remote() for actor in self.actors]
         self.lost: dict[int, WorkerLost] = {}
+        self.entrances: list[dict[int, Any]] = [{} for _ in seats]  # by rank, then number of results
 
     def start(self, class_path: str, args: tuple[Any, ...]) -> None:
         """Have every rank construct its worker, with a port that rank 0 found free."""
@@ -55,6 +56,7 @@ class RayWorkerGroup(WorkerGroup):
     async def restart(self, rank: int) -> None:
         self.in_flight[rank].clear()
         self.actors[rank] = actor = self.process(self.seats[rank])
+        self.entrances[rank] = {}
         self.rests[rank] = actor.rest.remote()
         del self.lost[rank]
         port = actor.free_port.remote()
@@ -76,8 +78,15 @@ class RayWorkerGroup(WorkerGroup):
         fetched = [a for a in args if isinstance(a, ray.ObjectRef)]  # Ray fetches what is an argument of its own
         plain = [Fetched.HERE if isinstance(a, ray.ObjectRef) else a for a in args]  # here pickled: several times faster than Ray's way
         packed = pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
-        handles = self.actors[rank].call_packed.options(num_returns=returns).remote(method, packed, *fetched)
+        handles = self._entrance(rank, returns).remote(method, packed, *fetched)
         return [handles] if returns == 1 else handles
+
+    def _entrance(self, rank: int, returns: int) -> Any:
+        """The one remote method that all calls go through; Ray's options() makes a class each time, so its result is kept."""
+        kept = self.entrances[rank]
+        if returns not in kept:
+            kept[returns] = self.actors[rank].call_packed.options(num_returns=returns)
+        return kept[returns]
 
     async def resolve(self, handle: Any) -> Any:
         return await handle

@@ -197,6 +197,9 @@ class RolloutConfig:
     )
     tensor_parallel_size: int = key(1, "GPUs of one engine; the embedded engine runs on one device")
     gpu_memory_utilization: float = key(0.55, "share of a GPU's memory for the engine's weights and KV cache")
+    offload: bool = key(
+        False, "give the engine's weights and KV cache back while the actor trains on the same GPU; SGLang then runs with enable_memory_saver"
+    )
     max_running_requests: int = key(64, "samples decoded at once by one engine")
     precision: str | None = key(
         None, "dtype of the engine's weights and KV cache: fp32, bf16, fp16; null = the actor's", (None, "fp32", "bf16", "fp16")

@@ -286,6 +286,8 @@ def _rollout(c: Config) -> Iterator[Violation]:
     backend = c.rollout.rollout_backend
     if backend == "embedded" and c.rollout.tensor_parallel_size > 1:
         yield "rollout.tensor_parallel_size", "the embedded engine runs on one device; set it to 1, or use rollout.rollout_backend: sglang"
+    if c.rollout.offload and c.algorithm.max_staleness and not c.rollout.partial:
+        yield "rollout.offload", "engines that generate while the actor trains (algorithm.max_staleness) need their memory; set rollout.partial too, or set it to false"
     if c.rollout.weight_transport == "broadcast":
         if c.cluster.backend == "local":
             yield "rollout.weight_transport", "broadcast needs a process for each rank, and cluster.backend: local has one; use auto"

@@ -41,6 +41,7 @@ def build_engine(
             device=device,
             tensor_parallel_size=rollout.tensor_parallel_size,
             memory_fraction=rollout.gpu_memory_utilization,
+            memory_saver=rollout.offload,
             native=rollout.sglang,
             python=rollout.sglang_python,
             trust_remote_code=rollout.trust_remote_code,

@@ -48,7 +48,8 @@ class SGLangEngine:
 
     A Sample holds the tokens decoded by its request (not those of its prefix). load_weights while requests run: their samples go on
     under the new weights, their keys and values are computed anew; the server says which version decoded which token.
-    dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. native: rollout.sglang.
+    dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. memory_saver: sleep() gives memory
+    back (on a GPU). native: rollout.sglang.
     on_death: called from another thread when the server dies; running requests then end with what has arrived (finish ABORT) instead of
     raising, because somebody goes on with them.
     """
@@ -66,6 +67,7 @@ class SGLangEngine:
         device: str = "cpu",
         tensor_parallel_size: int = 1,
         memory_fraction: float = 0.55,
+        memory_saver: bool = False,
         native: dict[str, str] | None = None,
         python: str | None = None,
         trust_remote_code: bool = False,
@@ -81,7 +83,7 @@ class SGLangEngine:
         if device == "cpu":
             options |= ON_CPU | {"max_total_tokens": min(slots * (max_context + SLACK), CPU_KV_TOKENS)}
         else:
-            options |= {"mem_fraction_static": memory_fraction}
+            options |= {"mem_fraction_static": memory_fraction} | ({"enable_memory_saver": True} if memory_saver else {})
         given = {name: yaml.safe_load(value) for name, value in (native or {}).items()}
         self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death)
         self._http = SGLangHttp(self._server.port, self._server.key)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from rlinf.runners.rollouts import Order, Rollouts
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
 from rlinf.runners.selection import name_groups, training_orders
+from rlinf.runners.shared_devices import SharedDevices
 from rlinf.runners.training_loop import TrainingLoop
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 from rlinf.runners.weight_sync import WeightSync
 from rlinf.scheduling.rollout_metrics import rollout_metrics
 from rlinf.scheduling.staleness import staleness
+from rlinf.scheduling.turns import Turn
 
 SCHEDULES = {"logical": Logical, "wallclock": Wallclock}
 
@@ -47,6 +50,7 @@ class ReasoningRunner(TrainingLoop):
         )
         self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
+        self.devices = SharedDevices(self.rollouts.engines, config.rollout.offload)
         self.scores: dict[int, ValidationScores] = {}
 
     async def train_step(self) -> dict[str, float]:
@@ -57,6 +61,7 @@ class ReasoningRunner(TrainingLoop):
             await self.schedule.clear()
         if self.config.cluster.backend == "local":  # a process has one profiler, and the actor is next
             await self.rollouts.end_trace()
+        await self.devices.pass_to(Turn.TRAIN)
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
@@ -82,7 +87,15 @@ class ReasoningRunner(TrainingLoop):
 
     async def publish_weights(self) -> None:
         with self.phase("sync_weights", "weight sync"):
+            await self.devices.pass_to(Turn.SYNC)
             await self.sync.publish(self.step)
+            await self.devices.pass_to(Turn.ROLLOUT)
+
+    @asynccontextmanager
+    async def actor_alone(self) -> AsyncIterator[None]:
+        await self.devices.pass_to(Turn.SAVE)
+        yield
+        await self.devices.pass_to(Turn.ROLLOUT)
 
     async def validate(self) -> dict[str, float]:
         if not self.val_prompts:

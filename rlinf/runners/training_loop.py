@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class TrainingLoop(ABC):
                 await self.save(metrics)
             if self.saving.ready(self.finished):
                 with self.phase("checkpoint"):
-                    await self.saving.complete()
+                    async with self.actor_alone():
+                        await self.saving.complete()
             metrics |= self.timers.collect(tokens=self.step_tokens)
             logger.log(self.step, metrics)
             progress.step(self.step, metrics)
@@ -110,7 +111,13 @@ class TrainingLoop(ABC):
             return {"step": self.step, "sampler": self.sampler.state_dict(), "metrics": metrics} | await self.state(folder)
 
         with self.phase("checkpoint"):
-            await self.saving.save(self.step, describe)
+            async with self.actor_alone():
+                await self.saving.save(self.step, describe)
+
+    @asynccontextmanager
+    async def actor_alone(self) -> AsyncIterator[None]:
+        """Around what needs the whole actor outside of training."""
+        yield
 
     @property
     def finished(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlinf.cluster.group import Ref, Shared, WorkerGroup, first_failure_or_all
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
@@ -70,9 +72,11 @@ class WeightSync:
             "sync/gib": sum(b.nbytes for b in sources[0].buckets) / 2**30,
         }
         every = self.config.rollout.verify_weights_every
-        if self.syncs == 0 or (every and self.syncs % every == 0):
-            self.metrics["sync/probe_gap_max"] = await self.probe(version)
+        probing = self.syncs == 0 or (every and self.syncs % every == 0)
+        expected = await self.actor.call_ranks(self.probed, "score", self.probes, 1.0) if probing else []
         await self.actor.call_ranks(ranks, "release", self.keep)
+        if probing:  # engines compute only when the actor has left the device
+            self.metrics["sync/probe_gap_max"] = await self.probe(version, next(filter(None, expected)))
         if not self.keep:
             self.held = []
         self.syncs += 1
@@ -98,11 +102,11 @@ class WeightSync:
             offer, payload = self.held[engine]
             check_receipts([offer.value], self.version, [await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)])
 
-    async def probe(self, version: int) -> float:
-        trainer = [scores for scores in await self.actor.call_ranks(self.probed, "score", self.probes, 1.0) if scores]
+    async def probe(self, version: int, expected: Sequence[np.ndarray]) -> float:
+        """Largest gap between the engines' scores of the probes and the actor's."""
         engines = await self.engines.ask_all("score", self.probes, 1.0)
         precision = self.config.rollout.precision or self.config.actor.model.precision
-        return check_probes(version, precision, trainer[0], engines)
+        return check_probes(version, precision, expected, engines)
 
     def refuse_foreign_versions(self, headers: Sequence[GroupHeader]) -> None:
         """Every token must come from the weights of the last publish(), or of one of the algorithm.max_staleness before it."""

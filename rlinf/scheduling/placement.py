@@ -101,6 +101,8 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
             "devices of their own in cluster.component_placement, or set algorithm.schedule: wallclock and rollout.partial: true "
             "(slots of a CPU machine may be shared: cluster.device: cpu)"
         )
+    if config.rollout.offload and mode == "disaggregated":
+        raise UserError("rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; set it to false")
     return Plan(tuple(seats), mode)
 
 

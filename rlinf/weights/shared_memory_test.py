@@ -98,7 +98,7 @@ def test_the_next_version_goes_where_the_last_one_was(run_id: str) -> None:
     before = files(run_id)
     segments.withdraw()
     assert set(files(run_id)) == {"spare-0", "spare-1"}
-    with pytest.raises(RunFailed, match="v1-0: the segment does not exist"):
+    with pytest.raises(RunFailed, match="v1-0: it does not exist"):
         list(open_source(first))
     second = segments.publish(((name, t + 1) for name, t in TENSORS), 2, bucket_bytes=2048)
     assert set(files(run_id)) == {"v2-0", "v2-1"} and set(files(run_id).values()) == set(before.values())

@@ -148,6 +148,10 @@ class RolloutWorker(Protocol):
 
     async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]: ...
 
+    async def sleep(self, tags: Sequence[str]) -> None:
+        """Give memory back while the actor has the device; tags of `kv`, `weights`."""
+        ...
+
     async def stats(self) -> EngineStats: ...
 
     async def start_trace(self, step: int) -> None:

@@ -16,6 +16,7 @@ from rlinf.config.schema import Config
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.device import choose, peak_memory
+from rlinf.errors import UserError
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
@@ -41,12 +42,16 @@ class RolloutWorker:
         log = self.folder / "workers" / f"rollout-{address.rank}-engine.log"
         self.device = choose(config.cluster.device)
         self.start_timeout = config.cluster.start_timeout
+        if config.rollout.offload and not self.engine.capabilities.sleep:
+            raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")
+        self.asleep, self.waking = False, asyncio.Lock()
         self.wires: dict[str, Wire] = {}  # by the name of the broadcast group
         self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
         self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None)
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index. before: the group as an engine let go of it; it goes on from there."""
+        await self._wake()
         samples: dict[str, Sample] = {s.sample_id: s for s in before.samples} if before else {}
         try:
             async for sample in self.engine.generate(unfinished(request, before) if before else request):
@@ -88,7 +93,20 @@ class RolloutWorker:
             self.wires[group.name] = await asyncio.to_thread(Wire, group, member, open_store(*store, keeps=False), self.device, timeout)
 
     async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+        await self._wake()
         return await self.engine.score(sequences, temperature)
+
+    async def sleep(self, tags: Sequence[str]) -> None:
+        """Give memory back (rollout.contract.RolloutEngine.sleep). The KV cache comes back with the next request, weights with the next
+        load_weights: by then the actor has left the device."""
+        await self.engine.sleep(frozenset(tags))
+        self.asleep = True
+
+    async def _wake(self) -> None:
+        async with self.waking:
+            if self.asleep:
+                await self.engine.wake(frozenset({"kv"}))
+                self.asleep = False
 
     async def stats(self) -> EngineStats:
         """The engine's, with the peak of this process's or device's memory and what one device promises."""
