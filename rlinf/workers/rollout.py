@@ -42,12 +42,12 @@ class RolloutWorker:
         log = self.folder / "workers" / f"rollout-{address.rank}-engine.log"
         self.device = choose(config.cluster.device)
         self.start_timeout = config.cluster.start_timeout
-        if config.rollout.offload and not self.engine.capabilities.sleep:
-            raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")
         self.asleep, self.waking = False, asyncio.Lock()
         self.wires: dict[str, Wire] = {}  # by the name of the broadcast group
         self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
         self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None)
+        if config.rollout.offload and not self.engine.capabilities.sleep:
+            raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index. before: the group as an engine let go of it; it goes on from there."""
