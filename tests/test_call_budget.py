@@ -50,6 +50,10 @@ def watched_run(config: Path, folder: Path) -> tuple[dict[str, dict[str, int]], 
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
+def calls_of(config: Path, folder: Path) -> dict[str, dict[str, int]]:
+    return watched_run(config, folder)[0]
+
+
 def test_calls_of_a_run_stay_within_the_budget_and_memory_changes_hands(tmp_path: Path) -> None:
     config = write_run(
         tmp_path, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
