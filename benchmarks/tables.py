@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
@@ -71,6 +72,32 @@ def asynchrony(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def rollout_engine(result: dict[str, Any]) -> list[str]:
+    lines = ["| case | engine, tokens a second | transformers | ratio | aim |", "|---|---|---|---|---|"]
+    for name, c in result["cases"].items():
+        ours, theirs = (median(c[f"{side}_tokens_per_second"]) for side in ("engine", "transformers"))
+        lines.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {c['ratio']:.2f} | at least {c['aim']:.1f} |")
+    return lines
+
+
+def weight_sync(result: dict[str, Any]) -> list[str]:
+    rates, memcpy = result["gb_per_second"], result["memcpy_gb_per_second"]
+    return [
+        "| | GB/s |", "|---|---|", f"| memcpy, one thread | {memcpy['one_thread']:.1f} |", f"| memcpy, {result['machine']['threads']} threads | {memcpy['all_threads']:.1f} |",
+        f"| actor to shared memory, with checksums | {rates['publish']:.2f} |", f"| shared memory to engine, checked and repacked | {rates['load']:.2f} |",
+        f"| whole sync: {percent(result['share_of_memcpy'])} of the faster memcpy, aim {percent(result['aim'])} | {rates['sync']:.2f} |",
+    ]  # fmt: skip
+
+
+def vs_trl(result: dict[str, Any]) -> list[str]:
+    lines = ["| new tokens | a step, seconds: TRL / ours | faster | aim | peak memory, GiB: TRL / ours | new tokens a second: TRL / ours |", "|---|---|---|---|---|---|"]
+    for name, c in result["cases"].items():
+        seconds, peak, speed = ([c[key][side] for side in ("trl", "rlinf")] for key in ("seconds", "peak_gib", "new_tokens_per_second"))
+        pairs = [f"{a:,.1f} / {b:,.1f}" for a, b in (seconds, peak, speed)]
+        lines.append(f"| {name} | {pairs[0]} | {c['faster']:.2f} × | {c['aim']:.1f} × | {pairs[1]} | {pairs[2]} |")
+    return lines
+
+
 def title(run: str) -> str:
     return run.replace("seed-", "seed ").replace("control-lr-0", "control, learning rate 0")
 
@@ -84,7 +111,8 @@ def interval(value: float, low: float, high: float, form: str) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "quickstart": quickstart, "ppo": ppo, "sampling": sampling, "verifier": verifier, "trainer": trainer, "asynchrony": asynchrony,
+    "quickstart": quickstart, "ppo": ppo, "sampling": sampling, "verifier": verifier, "trainer": trainer, "rollout_engine": rollout_engine,
+    "weight_sync": weight_sync, "vs_trl": vs_trl, "asynchrony": asynchrony,
 }  # fmt: skip
 
 

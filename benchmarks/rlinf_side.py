@@ -1,0 +1,52 @@
+"""Our side of benchmarks/vs_trl.py, run by it: `rlinf train` that waits for a line on stdin before each step.
+
+    python -m benchmarks.rlinf_side CONFIG key=value ...
+
+The end token is a token like others: nothing ends before algorithm.sampling_params.max_new_tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import rlinf.runners.launch as launch
+from rlinf.cli import main
+from rlinf.rollout.contract import Stop
+from rlinf.runners.reasoning import ReasoningRunner
+
+ANSWERS = os.fdopen(os.dup(1), "w")
+
+
+def say(**words: Any) -> None:
+    ANSWERS.write(json.dumps(words) + "\n")
+    ANSWERS.flush()
+
+
+class GatedRunner(ReasoningRunner):
+    async def begin(self) -> None:
+        await super().begin()
+        say(ready=True)
+
+    async def train_step(self) -> dict[str, float]:
+        if not await asyncio.to_thread(sys.stdin.readline):
+            sys.exit("the other side has gone")
+        started = time.perf_counter()
+        metrics = await super().train_step()
+        seconds = time.perf_counter() - started
+        samples = self.config.data.rollout_batch_size * self.config.algorithm.group_size
+        mean, longest = metrics["rollout/response_length"], metrics["rollout/response_length_max"]
+        prompt = metrics["rollout/total_tokens"] / samples - mean
+        say(seconds=seconds, prompt_tokens=[prompt], response_tokens=sorted({mean, longest}), samples=samples, phases=dict(self.timers.seconds))
+        return metrics
+
+
+if __name__ == "__main__":
+    os.dup2(2, 1)  # what the run prints does not come between
+    launch.ReasoningRunner = GatedRunner  # type: ignore[misc]
+    launch.stop_of = lambda *_: Stop()
+    sys.exit(main(["train", *sys.argv[1:]]))
