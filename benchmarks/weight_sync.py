@@ -36,11 +36,10 @@ from rlinf.data.tokenizer import load_tokenizer
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.publishing import hand_out, score, segments_of
+from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.receipts import check_probes, check_receipts
 from rlinf.weights.routes import SHARED_MEMORY
-from rlinf.weights.shared_memory import Segments
 from rlinf.weights.source import Receipt
 from rlinf.weights.tensor_folder import open_hf_folder
 
@@ -87,18 +86,18 @@ class Copies:
         return {"one_thread": self.rate(1), "all_threads": self.rate(self.threads)}
 
 
-def sync(actor: MegatronEngine, segments: Segments, engine: Connection, version: int) -> dict[str, float]:
+def sync(publisher: Publisher, engine: Connection, version: int) -> dict[str, float]:
     """Seconds of one sync and of its halves."""
     with torch.no_grad():
-        actor.model.decoder.final_layernorm.weight.mul_(1 + 2**-6 * (-1) ** version)  # other weights
+        publisher.engine.model.decoder.final_layernorm.weight.mul_(1 + 2**-6 * (-1) ** version)  # other weights
     started = time.perf_counter()
-    sources, _ = hand_out(actor, segments, version, [SHARED_MEMORY])
+    source = publisher.hand_out(version, [SHARED_MEMORY]).sources[SHARED_MEMORY]
     published = time.perf_counter()
-    engine.send(("load_weights", (sources[SHARED_MEMORY], version)))
+    engine.send(("load_weights", (source, version)))
     receipt: Receipt = engine.recv()
-    check_receipts([sources[SHARED_MEMORY]], version, [receipt])
+    check_receipts([source], version, [receipt])
     done = time.perf_counter()
-    segments.withdraw()
+    publisher.withdraw()
     return {"publish": published - started, "load": receipt.seconds, "sync": done - started}
 
 
@@ -125,17 +124,17 @@ def main() -> None:
     process.start()
     actor = open_actor(args.model_dir)
     nbytes = sum(t.nbytes for _, t in actor.export())
-    copies, segments = Copies(nbytes, args.threads), segments_of(actor, f"benchmark-{os.getpid()}")
+    copies, publisher = Copies(nbytes, args.threads), Publisher(actor, f"benchmark-{os.getpid()}", Path(os.devnull))
     seconds, rates = [], []
     for version in range(1, WARM_UP + args.repeats + 1):
         rates.append(copies.rates())
-        seconds.append(sync(actor, segments, engine, version))
+        seconds.append(sync(publisher, engine, version))
     probes = [np.array(load_tokenizer(str(args.model_dir)).encode(text), np.int32) for text in PROBES]
     engine.send(("score", (probes, 1.0)))
     gap = check_probes(version, PRECISION, score(actor, probes, 1.0), [engine.recv()])
     engine.send(None)
     process.join(60)
-    segments.close()
+    publisher.close()
     seconds, rates = seconds[WARM_UP:], rates[WARM_UP:]
     found = verdict(nbytes, seconds, rates) | {"probe_gap_max": gap}
     report = {"model": args.model_dir.name, "precision": PRECISION, "bytes": nbytes, "machine": machine(args.threads), **found}
