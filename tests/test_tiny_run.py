@@ -107,16 +107,21 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "pp", "slots"), [(1, 1, "0"), (2, 1, "0-1"), (1, 2, "0-1"), (1, 1, "0-1")], ids=["one", "tp2", "pp2", "dp2"])
-def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, slots: str) -> None:
+@pytest.mark.parametrize(
+    ("tp", "pp", "cp", "slots"), [(1, 1, 1, "0"), (2, 1, 1, "0-1"), (1, 2, 1, "0-1"), (1, 1, 1, "0-1"), (1, 1, 2, "0-1")], ids=["one", "tp2", "pp2", "dp2", "cp2"]
+)
+def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, cp: int, slots: str) -> None:
     placement, transport = {"actor": slots, "rollout,reward": "0"}, {1: "auto", 2: "broadcast"}[pp]
     config = write_run(
         tmp_path, cluster__component_placement=placement, actor__model__tensor_model_parallel_size=tp, actor__model__pipeline_model_parallel_size=pp,
-        rollout__weight_transport=transport, rollout__max_engine_restarts=0,
+        actor__model__context_parallel_size=cp, rollout__weight_transport=transport, rollout__max_engine_restarts=0,
     )  # fmt: skip
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert [m["step"] for m in lines(tmp_path)] == [0, 1, 2, 3]
+    metrics = lines(tmp_path)
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
+    assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 and abs(m["train/first_minibatch_ratio"] - 1) <= 1e-6 for m in metrics[1:])
+    check_records(tmp_path / "logs" / "tiny")
 
 
 def test_one_process_without_ray_in_which_actor_and_engine_take_turns(tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ def minibatches(engine: MegatronEngine, n: int = 2, budget: int = 60, share_pref
     headers = [g.header() for g in batch.groups]
     plan = build_rank_batches(headers, batch.advantages, dp=at.dp, n_minibatches=n, max_tokens=budget, share_prefix=share_prefix)[at.dp_rank]
     groups = [next(g for g in batch.groups if g.group_id == i) for i in plan.group_ids]
-    pad_to = at.tp if engine.config.sequence_parallel else 1
-    packed = lambda refs: pack(groups, refs, share_prefix=share_prefix, temperature=TEMPERATURE, pad_to=pad_to, device=engine.device)
+    packed = lambda refs: pack(groups, refs, share_prefix=share_prefix, temperature=TEMPERATURE, pad_to=engine.pad_to, device=engine.device)
     return [([packed(refs) for refs in m.micro_batches], Denominators(m.global_tokens, m.global_samples)) for m in plan.mini_batches]
 
 
@@ -82,7 +81,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 def whole_state(engine: MegatronEngine) -> dict[str, dict[str, np.ndarray]]:
     """Model weights, master weights and moments of this stage under HF names; nothing on ranks beside the stage's first."""
     kinds = {kind: numpy_dict(engine.export(kind)) for kind in ("model", "param", "exp_avg", "exp_avg_sq")}
-    return kinds if engine.at.tp_rank == engine.at.dp_rank == 0 else {kind: {} for kind in kinds}
+    return kinds if engine.at.leads and engine.at.dp_rank == 0 else {kind: {} for kind in kinds}
 
 
 def merged(ranks: Sequence[dict[str, dict[str, np.ndarray]]]) -> dict[str, dict[str, np.ndarray]]:

@@ -1,6 +1,6 @@
 """`rlinf check layout`: however a step is split, it is the same step.
 
-Two optimizer steps on tiny random models of every family, in layouts over TP x PP x DP x sequence parallelism x micro-batch split x shared
+Two optimizer steps on tiny random models of every family, in layouts over TP x CP x PP x DP x sequence parallelism x micro-batch split x shared
 prefix x sample order x number of ranks, of a policy and of a critic, against plain transformers on one sample at a time: loss, metrics,
 values, the gradient of every parameter, its norm, and the weights after the steps. fp32; nothing is normalised away (see layout_reference).
 Activations are kept or recomputed, in turn.
@@ -55,6 +55,9 @@ LAYOUTS = [  # ranks, TP, PP, sequence parallel
     (4, 1, 1, False), (4, 2, 1, False), (4, 2, 1, True), (4, 1, 2, False), (4, 2, 2, False), (4, 2, 2, True), (4, 1, 4, False),
     (4, 4, 1, False), (4, 4, 1, True),
 ]  # fmt: skip
+CONTEXT_LAYOUTS = [  # with the number of context-parallel ranks
+    (2, 1, 1, False, 2), (4, 1, 1, False, 2), (4, 2, 1, False, 2), (4, 2, 1, True, 2), (4, 1, 2, False, 2), (4, 1, 1, False, 4),
+]  # fmt: skip
 RECOMPUTE = {  # keys of actor.model
     "": {},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
@@ -78,6 +81,7 @@ class Case:
     order: int
     head: str = "lm"
     recompute: str = ""
+    cp: int = 1
 
     @property
     def model(self) -> str:
@@ -85,17 +89,18 @@ class Case:
 
     @property
     def dp(self) -> int:
-        return self.ranks // (self.tp * self.pp)
+        return self.ranks // (self.tp * self.cp * self.pp)
 
     def label(self) -> str:
         words = (("SP", self.sequence_parallel), ("shared prefix", self.share_prefix), (f"recompute {self.recompute}", self.recompute))
         switches = [word for word, on in words if on]
-        return ", ".join([f"{self.model} TP{self.tp} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"])
+        context = f" CP{self.cp}" if self.cp > 1 else ""
+        return ", ".join([f"{self.model} TP{self.tp}{context} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"])
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rank saw. steps[i].grads and .weights hold the rank's stage if it is the first of its TP and DP group, else nothing.
+    """What a rank saw. steps[i].grads and .weights hold the rank's stage if it is the stage's first rank, else nothing.
 
     replicas: checksum of every parameter shard under a name that is the same wherever the shard is the same. outputs: log-probabilities
     or values of the initial model by sample, of the samples that the rank's last stage saw.
@@ -136,16 +141,18 @@ class Finding:
 
 
 def make_cases(quick: bool = False) -> list[Case]:
-    """Every layout with every family that has enough key/value heads, the splits and recomputations taken in turn; quick: every layout once."""
+    """Every layout with every family that has enough key/value heads (with context parallelism half of them in turn), the splits and
+    recomputations taken in turn; quick: every layout once."""
     cases, recompute = [], list(RECOMPUTE)
-    for i, layout in enumerate(LAYOUTS):
+    for i, (*layout, cp) in enumerate([*((*layout, 1) for layout in LAYOUTS), *CONTEXT_LAYOUTS]):
         families = [f for f in FAMILIES if layout[1] < 4 or f.startswith("llama")]
+        families = families[i % 2 :: 2] if cp > 1 else families
         for j, family in enumerate(families):
             if not quick or j == i % len(families):
                 split = SPLITS[(5 * i + 3 * j) % len(SPLITS)]  # every family meets every split
-                cases.append(Case(*layout, family, *split, recompute=recompute[(i + j + i // 4) % 4]))
+                cases.append(Case(*layout, family, *split, recompute=recompute[(i + j + i // 4) % 4], cp=cp))
         critic = families[(i + 1) % len(families)]
-        cases.append(Case(*layout, critic, *SPLITS[(5 * i + 7) % len(SPLITS)], head="scalar", recompute=recompute[(i + 1) % 4]))
+        cases.append(Case(*layout, critic, *SPLITS[(5 * i + 7) % len(SPLITS)], head="scalar", recompute=recompute[(i + 1) % 4], cp=cp))
     return cases
 
 
@@ -161,9 +168,8 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str 
         headers, batch.advantages, dp=at.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix
     )[at.dp_rank]
     groups = [next(g for g in batch.groups if g.group_id == group_id) for group_id in plan.group_ids]
-    pad_to = at.tp if case.sequence_parallel else 1
     packs = [
-        [pack(groups, refs, share_prefix=case.share_prefix, temperature=TEMPERATURE, pad_to=pad_to, device=engine.device) for refs in mini.micro_batches]
+        [pack(groups, refs, share_prefix=case.share_prefix, temperature=TEMPERATURE, pad_to=engine.pad_to, device=engine.device) for refs in mini.micro_batches]
         for mini in plan.mini_batches
     ]
     before = [[logprobs for logprobs, _ in engine.logprobs(p)] if case.head == "lm" else engine.scores(p) for p in packs]
@@ -177,7 +183,7 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str 
             update = engine.update_values(packs[i], before[i], [b.advantages_N for b in packs[i]], denominators, VALUE_SETTINGS)
             metrics = finalize_value_metrics(update.metrics)
         grads, weights = to_numpy(engine.export("exp_avg")), to_numpy(engine.export())  # beta1 is 0: the first moment is the gradient
-        if at.tp_rank or at.dp_rank:
+        if not at.leads or at.dp_rank:
             grads, weights = {}, {}
         steps.append(Step(metrics, update.grad_norm, grads, weights))
     replicas = checksums(engine)
@@ -251,7 +257,7 @@ def worst(found: Iterable[tuple[float, str]]) -> tuple[float, str]:
 
 
 def replicas_agree(ranks: Sequence[Measured]) -> bool:
-    """Whether every copy of a parameter shard, over DP ranks, TP ranks (norms) and stages (tied embeddings), is the same bit for bit."""
+    """Whether every copy of a parameter shard, over DP and CP ranks, TP ranks (norms) and stages (tied embeddings), is the same bit for bit."""
     seen: dict[str, str] = {}
     return all(seen.setdefault(name, value) == value for rank in ranks for name, value in rank.replicas.items())
 
@@ -264,23 +270,23 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable
     expected = {c.model: plain_steps(models[c.model], batch, c.head) for c in {c.model: c for c in cases}.values()}
     for case in cases:
         started = time.perf_counter()
-        ranks = pool.run(measure, case, str(models[case.model]), batch, ranks=case.ranks, tp=case.tp, pp=case.pp)
+        ranks = pool.run(measure, case, str(models[case.model]), batch, ranks=case.ranks, tp=case.tp, pp=case.pp, cp=case.cp)
         yield judge(case, ranks, expected[case.model], advantage, time.perf_counter() - started)
 
 
 def table(findings: Sequence[Finding]) -> Table:
     """One line a layout; the figures are the largest deviations in units of their scale."""
     out = Table(title="The same two optimizer steps in every layout, against plain transformers (fp32)", title_justify="left")
-    for name in ("family", "ranks", "TP", "PP", "DP", "SP", "micro-batches", "prefix", "order", "recompute", "loss", "gradient", "norm", "weights", "metrics", "s", ""):
+    for name in ("family", "ranks", "TP", "CP", "PP", "DP", "SP", "micro-batches", "prefix", "order", "recompute", "loss", "gradient", "norm", "weights", "metrics", "s", ""):
         out.add_column(name, justify="left" if name in ("family", "recompute") else "right", no_wrap=True)
     for v in findings:
         c = v.case
-        where = [c.model, c.ranks, c.tp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order, c.recompute]
+        where = [c.model, c.ranks, c.tp, c.cp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order, c.recompute]
         figures = [f"{x:.0e}" for x in (v.loss, v.gradient, v.norm, v.weight, v.metric)]
         out.add_row(*map(str, where), *figures, f"{v.seconds:.1f}", "ok" if v.holds else "[red]FAILS[/]")
     bounds = [f"{x:.0e}" for x in (LOSS_TOLERANCE, GRADIENT_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE, METRIC_TOLERANCE)]
     out.add_section()
-    out.add_row("at most", *[""] * 9, *bounds, "", "")
+    out.add_row("at most", *[""] * 10, *bounds, "", "")
     return out
 
 

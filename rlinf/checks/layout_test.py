@@ -151,6 +151,29 @@ def biased_data_parallel_share(patch: Patch) -> None:
     patch(layout, "build_rank_batches", lambda *args, **kw: [build(*args, **kw)[0]] * kw["dp"])
 
 
+def chunks_in_the_order_of_the_ranks(patch: Patch) -> None:
+    from rlinf.training import context
+
+    def as_they_come(ctx: Any, rows: torch.Tensor, group: Any) -> torch.Tensor:
+        size = torch.distributed.get_world_size(group)
+        ctx.group, ctx.order = group, list(range(2 * size))
+        by_rank = rows.new_empty(size * len(rows), *rows.shape[1:])
+        torch.distributed.all_gather_into_tensor(by_rank, rows.contiguous(), group=group)
+        return by_rank
+
+    patch(context._GatherRows, "forward", staticmethod(as_they_come))
+
+
+def gradients_of_gathered_keys_not_summed(patch: Patch) -> None:
+    from rlinf.training import context
+
+    def own_queries_only(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        parts, rank = grad.chunk(len(ctx.order)), torch.distributed.get_rank(ctx.group)
+        return torch.cat([parts[chunk] for chunk in ctx.order[2 * rank : 2 * rank + 2]]), None
+
+    patch(context._GatherRows, "backward", staticmethod(own_queries_only))
+
+
 # fault -> (how to plant it, a layout in which it must show, the figure that shows it)
 FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
     "mean of means over micro-batches": (mean_of_means, Case(1, 1, 1, False, "qwen2", 24, True, 0), "loss"),
@@ -166,6 +189,8 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
     "a value's gradient summed over tensor-parallel ranks": (
         value_gradient_summed_over_tensor_ranks, Case(2, 2, 1, True, "qwen2-tied", 512, True, 0, "scalar"), "gradient"
     ),
+    "keys of context-parallel ranks in the wrong order": (chunks_in_the_order_of_the_ranks, Case(2, 1, 1, False, "llama", 512, False, 0, cp=2), "metric"),
+    "gradients of gathered keys not summed": (gradients_of_gathered_keys_not_summed, Case(2, 1, 1, False, "qwen2", 512, True, 0, cp=2), "gradient"),
     "sharded parameters not marked for the gradient norm": (shards_not_marked, Case(2, 2, 1, False, "qwen2", 512, True, 0), "norm"),
 }  # fmt: skip
 
@@ -177,7 +202,7 @@ def bound(figure: str) -> float:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_makes_the_check_fail(fault: str, rank_pool: RankPool, tmp_path: Path) -> None:
     _, case, figure = FAULTS[fault]
-    at = {"ranks": case.ranks, "tp": case.tp, "pp": case.pp}
+    at = {"ranks": case.ranks, "tp": case.tp, "pp": case.pp, "cp": case.cp}
     (sound,) = check_cases(rank_pool, [case], tmp_path)
     assert sound.holds, layout.complaint(sound)
     rank_pool.run(plant, fault, **at)
@@ -200,7 +225,7 @@ def test_quick_check_holds_and_reports(rank_pool: RankPool, tmp_path: Path, monk
     monkeypatch.setattr(layout, "RankPool", lambda size: nullcontext(rank_pool))
     assert layout.main(quick=True, json_file=tmp_path / "out.json") == 0
     out = capsys.readouterr().out
-    assert "30 of 30 layouts hold" in out and "FAILS" not in out
+    assert "42 of 42 layouts hold" in out and "FAILS" not in out
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["holds"] and {v["case"]["family"] for v in report["layouts"]} == set(FAMILIES)
     assert all(v["gradient"] <= report["tolerances"]["gradient"] for v in report["layouts"])
@@ -231,10 +256,14 @@ def test_the_cases_cover_every_dimension() -> None:
         mine = [c for c in cases if c.recompute == recompute]
         assert {(c.pp > 1, c.sequence_parallel) for c in mine} == {(a, b) for a in (True, False) for b in (True, False)} and {c.head for c in mine} == {"lm", "scalar"}
     assert {c.dp for c in cases} == {1, 2, 3, 4} and {c.tp for c in cases} == {1, 2, 4}
-    assert len(make_cases(quick=True)) == 2 * len(layout.LAYOUTS)
+    layouts = {(*l, 1) for l in layout.LAYOUTS} | set(layout.CONTEXT_LAYOUTS)
+    assert len(make_cases(quick=True)) == 2 * len(layouts)
     critics = [c for c in cases if c.head == "scalar"]
-    assert {(c.ranks, c.tp, c.pp, c.sequence_parallel) for c in critics} == set(layout.LAYOUTS) and {c.family for c in critics} == set(FAMILIES)
+    assert {(c.ranks, c.tp, c.pp, c.sequence_parallel, c.cp) for c in critics} == layouts and {c.family for c in critics} == set(FAMILIES)
     assert {(c.budget, c.share_prefix) for c in critics} == {(b, p) for b, p, _ in layout.SPLITS}
+    context = [c for c in cases if c.cp > 1]
+    assert {(c.ranks, c.tp, c.pp, c.sequence_parallel, c.cp) for c in context if c.head == "lm"} == set(layout.CONTEXT_LAYOUTS)
+    assert {c.family for c in context} == set(FAMILIES) and {c.share_prefix for c in context} == {True, False} and {c.recompute for c in context} == set(layout.RECOMPUTE)
     counts = [micro_batch_sizes(c) for c in cases]
     assert any(0 in sizes for sizes in counts)  # a rank with nothing to do in a micro-batch
     assert any(len(sizes) == 2 * c.dp for c, sizes in zip(cases, counts)) and any(len(sizes) > 8 * c.dp for c, sizes in zip(cases, counts))
@@ -276,8 +305,8 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    layout_and_family=st.sampled_from([((1, 1, 1, False), "qwen2-tied"), ((2, 1, 1, False), "qwen3"), ((2, 2, 1, True), "llama"), ((3, 1, 1, False), "qwen2"),
-                                       ((2, 1, 2, False), "llama-tied"), ((4, 2, 2, True), "qwen3-tied")]),
+    layout_and_family=st.sampled_from([((1, 1, 1, False), "qwen2-tied", 1), ((2, 1, 1, False), "qwen3", 1), ((2, 2, 1, True), "llama", 1), ((3, 1, 1, False), "qwen2", 1),
+                                       ((2, 1, 2, False), "llama-tied", 1), ((4, 2, 2, True), "qwen3-tied", 1), ((2, 1, 1, False), "qwen3", 2), ((4, 2, 1, True), "qwen2", 2)]),
     budget=st.integers(1, 120),
     share_prefix=st.booleans(),
     order=st.integers(0, 10_000),
@@ -288,8 +317,8 @@ def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
     rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int, head: str,
     recompute: str,
 ) -> None:
-    where, family = layout_and_family
-    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order, head, recompute)], tmp_path_factory.getbasetemp() / "drawn")
+    where, family, cp = layout_and_family
+    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order, head, recompute, cp)], tmp_path_factory.getbasetemp() / "drawn")
     assert finding.holds, layout.complaint(finding)
 
 

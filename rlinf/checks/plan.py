@@ -51,10 +51,9 @@ def forecast(config: Config, arch: Architecture, device: Device, mean_response: 
     """Pure and quick: a search tries hundreds."""
     placement = build_plan(config, nodes_of(config.cluster))
     model = config.actor.model
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     actors, engines = placement.of("actor"), placement.of("rollout")
-    dp = len(actors) // (tp * pp)
-    stages = tuple(actor_memory(arch, config, dp, stage) for stage in range(pp))
+    dp = len(actors) // model.copy_ranks
+    stages = tuple(actor_memory(arch, config, dp, stage) for stage in range(model.pipeline_model_parallel_size))
     engine, load = engine_memory(arch, config), step_load(config, mean_response)
     if device.shared:
         phases, limit, kv_tokens = _host_phases(config, placement, device, stages, engine), int(device.memory * (1 - RESERVE)), engine.tokens

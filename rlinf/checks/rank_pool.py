@@ -1,4 +1,4 @@
-"""Training ranks on this machine that outlive one layout: gloo processes in which one function after another runs, each in its own TP x PP x DP.
+"""Training ranks on this machine that outlive one layout: gloo processes in which one function after another runs, each in its own TP x CP x PP x DP.
 
 Starting a rank costs seconds of imports, laying its process groups anew costs a fraction of one: proofs and tests that look at many
 layouts share one pool.
@@ -35,7 +35,7 @@ class RankPool:
         self._folder = tempfile.TemporaryDirectory(prefix="rlinf-ranks-")
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[Connection] = []
-        self._layout: tuple[int, int, int] | None = None
+        self._layout: tuple[int, int, int, int] | None = None
         self._groups = 0
 
     def start(self) -> None:
@@ -51,16 +51,16 @@ class RankPool:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, function: Callable[..., T], *args: Any, ranks: int | None = None, tp: int = 1, pp: int = 1) -> list[T]:
-        """function(at, *args) in the first `ranks` processes (default: all), laid out as TP x PP x DP; what each returned, by rank.
+    def run(self, function: Callable[..., T], *args: Any, ranks: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1) -> list[T]:
+        """function(at, *args) in the first `ranks` processes (default: all), laid out as TP x CP x PP x DP; what each returned, by rank.
 
         The function is a module's, its arguments and results are plain data or numpy. Raises RunFailed, with the rank's traceback, as soon
         as a rank fails or dies.
         """
         self.start()
         ranks = ranks or self.size
-        if (ranks, tp, pp) != self._layout:
-            self._layout = (ranks, tp, pp)
+        if (ranks, tp, pp, cp) != self._layout:
+            self._layout = (ranks, tp, pp, cp)
             self._groups += 1
         for pipe in self._pipes[:ranks]:
             pipe.send((function, args, self._groups, *self._layout))
@@ -124,12 +124,12 @@ def _serve(rank: int, pipe: Connection, parent: int, folder: str) -> None:
     torch.set_num_threads(1)
     joined, at = 0, None
     while (job := _receive(pipe)) is not None:
-        function, args, groups, ranks, tp, pp = job
+        function, args, groups, ranks, tp, pp, cp = job
         if groups != joined:
             if dist.is_initialized():
                 gc.collect()  # an engine is full of cycles, and a group that something refers to keeps its threads
                 dist.destroy_process_group()
             dist.init_process_group("gloo", init_method=f"file://{folder}/groups-{groups}", rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
-            joined, at = groups, parallel.set_layout(tp, pp)
+            joined, at = groups, parallel.set_layout(tp, pp, cp)
         pipe.send((function(at, *args),))
     sys.exit(0)

@@ -30,7 +30,7 @@ def summed_rank(at: Any, value: float) -> tuple[int, np.ndarray]:
 
 
 def coordinates(at: Any) -> tuple[int, ...]:
-    return at.tp_rank, at.tp, at.pp_rank, at.pp, at.dp_rank, at.dp
+    return at.tp_rank, at.tp, at.pp_rank, at.pp, at.dp_rank, at.dp, at.cp_rank, at.cp
 
 
 def fails_in_rank_1(at: Any) -> None:
@@ -53,8 +53,9 @@ def test_layouts_change_within_one_pool(rank_pool: RankPool) -> None:
     for ranks in (4, 1, 3):
         for world, total in rank_pool.run(summed_rank, 1.0, ranks=ranks):
             assert world == ranks and total.tolist() == [ranks + sum(range(ranks))] * 2
-    assert rank_pool.run(coordinates, ranks=4, tp=2, pp=2) == [(0, 2, 0, 2, 0, 1), (1, 2, 0, 2, 0, 1), (0, 2, 1, 2, 0, 1), (1, 2, 1, 2, 0, 1)]
-    assert rank_pool.run(coordinates, ranks=4, tp=2) == [(0, 2, 0, 1, 0, 2), (1, 2, 0, 1, 0, 2), (0, 2, 0, 1, 1, 2), (1, 2, 0, 1, 1, 2)]
+    assert rank_pool.run(coordinates, ranks=4, tp=2, pp=2) == [(0, 2, 0, 2, 0, 1, 0, 1), (1, 2, 0, 2, 0, 1, 0, 1), (0, 2, 1, 2, 0, 1, 0, 1), (1, 2, 1, 2, 0, 1, 0, 1)]
+    assert rank_pool.run(coordinates, ranks=4, tp=2) == [(0, 2, 0, 1, 0, 2, 0, 1), (1, 2, 0, 1, 0, 2, 0, 1), (0, 2, 0, 1, 1, 2, 0, 1), (1, 2, 0, 1, 1, 2, 0, 1)]
+    assert rank_pool.run(coordinates, ranks=4, cp=2) == [(0, 1, 0, 1, 0, 2, 0, 2), (0, 1, 0, 1, 0, 2, 1, 2), (0, 1, 0, 1, 1, 2, 0, 2), (0, 1, 0, 1, 1, 2, 1, 2)]
 
 
 @pytest.mark.slow

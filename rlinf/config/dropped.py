@@ -92,7 +92,6 @@ KEYS: dict[str, str] = {
     "actor.model.batch_p2p_comm": _FIXED,
     "actor.model.use_cpu_initialization": _FIXED,
     "actor.model.moe_*": "mixture-of-experts models are not supported; remove it",
-    "actor.model.context_parallel_size": "context parallelism is not supported; use tensor_model_parallel_size and sequence_parallel",
     "actor.optim.optimizer": "the optimizer is Adam with decoupled weight decay; remove it",
     "actor.optim.bf16": "use actor.model.precision: bf16",
     "actor.optim.fp16": "use actor.model.precision: fp16",

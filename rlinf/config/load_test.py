@@ -208,7 +208,6 @@ def test_an_unknown_configuration_lists_what_there_is() -> None:
         ("algorithm.sampling_params.min_new_tokens", "no effect"),
         ("algorithm.sampling_params.repetition_penalty", "log-probabilities differ"),
         ("rollout.model.model_path", "use rollout.model_dir"),
-        ("actor.model.context_parallel_size", "context parallelism is not supported"),
         ("actor.optim.bf16", "actor.model.precision: bf16"),
         ("actor.optim.fp16", "actor.model.precision: fp16"),
         ("actor.lr_sched.lr_decay_iters", "actor.optim.lr_decay_steps"),

@@ -229,12 +229,26 @@ class ActorModelConfig:
     tensor_model_parallel_size: int = key(1, "ranks that share each layer")
     pipeline_model_parallel_size: int = key(1, "pipeline stages")
     sequence_parallel: bool = key(False, "shard norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
+    context_parallel_size: int = key(1, "ranks that share the tokens of each micro-batch; for sequences whose activations fit no one rank")
     precision: str = key("bf16", "compute dtype; master weights, moments and gradients are fp32", ("fp32", "bf16", "fp16"))
+    transformer_impl: str = key(
+        "auto", "modules of the layers; auto = Transformer Engine's in 16 bits on a GPU where it is installed, else local", ("auto", "transformer_engine", "local")
+    )
     recompute_granularity: str | None = key(None, "activation recompute: `full`, `selective` or null", (None, "full", "selective"))
     recompute_method: str | None = key(
         None, "with `full`: `block` (the first recompute_num_layers of a stage) or `uniform`", (None, "block", "uniform")
     )
     recompute_num_layers: int | None = key(None, "with `full`: layers to recompute (block) or per chunk (uniform)")
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage that work on the same samples. Rank order: TP fastest, then CP, then DP, then PP."""
+        return self.tensor_model_parallel_size * self.context_parallel_size
+
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks that hold one copy of the model, or one data-parallel rank of a training batch."""
+        return self.stage_ranks * self.pipeline_model_parallel_size
 
 
 @dataclass

@@ -49,6 +49,7 @@ AT_LEAST: dict[str, float] = {
     "rollout.verify_weights_every": 0,
     "actor.model.tensor_model_parallel_size": 1,
     "actor.model.pipeline_model_parallel_size": 1,
+    "actor.model.context_parallel_size": 1,
     "actor.optim.lr": 0,
     "actor.optim.min_lr": 0,
     "actor.optim.lr_decay_steps": 0,
@@ -324,6 +325,8 @@ def _layout(c: Config, role: str) -> Iterator[Violation]:
     model = getattr(c, role).model
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         yield f"{role}.model.sequence_parallel", f"needs {role}.model.tensor_model_parallel_size > 1; set it to false"
+    if model.transformer_impl == "transformer_engine" and c.cluster.device == "cpu":
+        yield f"{role}.model.transformer_impl", "Transformer Engine computes on a GPU alone, but cluster.device is cpu; use auto or local"
     if model.recompute_granularity == "full":
         if model.recompute_method is None:
             yield f"{role}.model.recompute_method", "recompute_granularity full needs a method: block or uniform"

@@ -93,6 +93,7 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["actor.model.recompute_granularity=full", "actor.model.recompute_method=block"], "recompute_num_layers = null"),
         (["actor.model.recompute_num_layers=3"], "has a meaning only with actor.model.recompute_granularity: full"),
         (["actor.model.sequence_parallel=true"], "needs actor.model.tensor_model_parallel_size > 1"),
+        (["actor.model.transformer_impl=transformer_engine", "cluster.device=cpu"], "Transformer Engine computes on a GPU alone"),
         (["algorithm.importance_sampling_fix=true", "algorithm.recompute_logprobs=false"], "set algorithm.recompute_logprobs: true"),
         (["algorithm.loss_type=decoupled-ppo", "algorithm.importance_sampling_fix=true"], "weighs actor over engine already"),
         (["algorithm.importance_sampling_type=k3-mask"], "has a meaning only with algorithm.importance_sampling_fix: true"),

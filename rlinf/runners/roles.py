@@ -30,12 +30,12 @@ class Part(NamedTuple):
 
 
 class Role:
-    """The ranks of actor, critic or token reward model. Rank order: TP fastest, then DP, then PP."""
+    """The ranks of actor, critic or token reward model. Rank order: TP fastest, then CP, then DP, then PP."""
 
     def __init__(self, group: WorkerGroup, model: ActorModelConfig) -> None:
         self.group = group
-        self.tp, self.pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-        self.dp = group.size // (self.tp * self.pp)
+        self.stage_ranks, self.pp = model.stage_ranks, model.pipeline_model_parallel_size
+        self.dp = group.size // model.copy_ranks
 
     def split(
         self, config: Config, step: int, headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]
@@ -57,19 +57,19 @@ class Role:
     ) -> tuple[list[TrainReport], list[Part]]:
         """Call method(*args, share, *its groups, *the parts that hold any of them) -> (report, numbers) on every rank.
 
-        Returns when all ranks have reported; the numbers are those of each data-parallel rank's first TP rank on the last stage.
+        Returns when all ranks have reported; the numbers are those of the first rank of each data-parallel rank's last stage.
         """
         common, sent = [Shared(a) for a in args], [Shared(share) for share in shares]
         payloads = [[*(groups[g] for g in share.group_ids), *holding(share, parts)] for share in shares]
-        share_of = [rank // self.tp % self.dp for rank in range(self.group.size)]
+        share_of = [rank // self.stage_ranks % self.dp for rank in range(self.group.size)]
         calls = [self.group.ref(rank, method, *common, sent[i], *payloads[i], returns=2) for rank, i in enumerate(share_of)]
         reports = await first_failure_or_all([report for report, _ in calls])
-        first = [((self.pp - 1) * self.dp + i) * self.tp for i in range(self.dp)]
+        first = [((self.pp - 1) * self.dp + i) * self.stage_ranks for i in range(self.dp)]
         return reports, [Part(share, calls[rank][1]) for share, rank in zip(shares, first)]
 
     async def finish(self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], parts: Sequence[Part]) -> list[TrainReport]:
         """Call method(*args, *the parts that hold any group of its share) -> report on every rank."""
-        share_of = [shares[rank // self.tp % self.dp] for rank in range(self.group.size)]
+        share_of = [shares[rank // self.stage_ranks % self.dp] for rank in range(self.group.size)]
         return await self.group.call_each(method, [(*args, *holding(share, parts)) for share in share_of])
 
 

@@ -49,13 +49,15 @@ def headers() -> list[GroupHeader]:
     return [GroupHeader(n, n, "math", 3, (f"{n}/0",), (4 + i,), (4 + i,), (Finish.STOP,), (((0, 4),),), (verdict,)) for i, n in enumerate(NAMES)]
 
 
-def role(component: str, tp: int, pp: int, dp: int) -> tuple[Recorded, Role]:
-    group = Recorded(component, tp * pp * dp)
-    return group, Role(group, ActorModelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
+def role(component: str, tp: int, pp: int, dp: int, cp: int = 1) -> tuple[Recorded, Role]:
+    group = Recorded(component, tp * cp * pp * dp)
+    return group, Role(group, ActorModelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp))
 
 
-@pytest.mark.parametrize(("critic_layout", "actor_layout"), [((1, 1, 2), (2, 2, 1)), ((2, 2, 2), (1, 1, 4)), ((1, 2, 2), (2, 1, 2)), ((1, 1, 1), (1, 1, 1))])
-def test_every_rank_gets_its_groups_and_the_numbers_of_all_of_them(critic_layout: tuple[int, int, int], actor_layout: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("critic_layout", "actor_layout"), [
+    ((1, 1, 2, 1), (2, 2, 1, 1)), ((2, 2, 2, 1), (1, 1, 4, 1)), ((1, 2, 2, 1), (2, 1, 2, 1)), ((1, 1, 1, 1), (1, 1, 1, 1)), ((2, 2, 2, 2), (1, 1, 2, 4)),
+])  # fmt: skip
+def test_every_rank_gets_its_groups_and_the_numbers_of_all_of_them(critic_layout: tuple[int, ...], actor_layout: tuple[int, ...]) -> None:
     async def step() -> None:
         config, batch = Config(), headers()
         config.algorithm.n_minibatches = 1
@@ -66,19 +68,19 @@ def test_every_rank_gets_its_groups_and_the_numbers_of_all_of_them(critic_layout
         cut = (config, 1, batch, [np.ones(1)] * 8, [np.ones(1, bool)] * 8)
         critic_shares, actor_shares = critic.split(*cut), actor.split(*cut)
         _, values = await critic.work("values", (1,), critic_shares, payload)
-        # numbers come from the first tensor-parallel rank of the last stage: TP fastest, then DP, then PP
-        tp, pp, dp = critic_layout
-        assert [p.numbers.handle for p in values] == [f"critic {((pp - 1) * dp + d) * tp}" for d in range(dp)]
+        # numbers come from the first rank of the last stage: TP fastest, then CP, then DP, then PP
+        tp, pp, dp, cp = critic_layout
+        assert [p.numbers.handle for p in values] == [f"critic {((pp - 1) * dp + d) * tp * cp}" for d in range(dp)]
         _, targets = await actor.work("train_step", (1, "dump"), actor_shares, payload, values)
-        tp, pp, dp = actor_layout
+        tp, pp, dp, cp = actor_layout
         for rank, (step, dump, share, *rest) in actors.seen.items():
-            assert (step, dump) == (1, "dump") and share is actor_shares[rank // tp % dp]
+            assert (step, dump) == (1, "dump") and share is actor_shares[rank // (tp * cp) % dp]
             names, numbers = share.group_ids, rest[len(share.group_ids) :]
             assert rest[: len(names)] == [f"tokens of {n}" for n in names]
             assert numbers == [v.numbers.handle for v in values if set(v.share.group_ids) & set(names)] and numbers
         await critic.finish("train_step", (1,), critic_shares, targets)
         for rank, (step, *numbers) in critics.seen.items():
-            share = critic_shares[rank // critic_layout[0] % critic_layout[2]]
+            share = critic_shares[rank // (critic_layout[0] * critic_layout[3]) % critic_layout[2]]
             held = {g for t in targets if t.numbers.handle in numbers for g in t.share.group_ids}
             assert set(share.group_ids) <= held
 

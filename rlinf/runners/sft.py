@@ -57,14 +57,13 @@ class SftRunner(TrainingLoop):
     def split(self, examples: Sequence[Group]) -> list[tuple[RankBatch, list[Group]]]:
         """Each rank's share of a global batch and the examples in it."""
         model = self.config.actor.model
-        tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-        dp = self.actor.size // (tp * pp)
+        dp = self.actor.size // model.copy_ranks
         named = {f"{i}.{g.group_id}": replace(g, group_id=f"{i}.{g.group_id}") for i, g in enumerate(examples)}  # an epoch's border may repeat one
         shares = build_rank_batches(
             [g.header() for g in named.values()], [WEIGHT] * len(named), dp=dp, n_minibatches=1, max_tokens=self.config.runner.max_tokens_per_mbs,
             share_prefix=True,
         )  # fmt: skip
-        share_of = [shares[rank // tp % dp] for rank in range(self.actor.size)]  # rank order: TP fastest, then DP, then PP
+        share_of = [shares[rank // model.stage_ranks % dp] for rank in range(self.actor.size)]
         return [(share, [named[name] for name in share.group_ids]) for share in share_of]
 
     async def state(self, folder: Path) -> dict[str, Any]:

@@ -33,14 +33,13 @@ class WeightSync:
         self.syncs = 0
         self.metrics: dict[str, float] = {}
         model = config.actor.model
-        tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-        dp = actor.size // (tp * pp)
-        self.publishers = [[publisher(replica, stage, tp, dp) for stage in range(pp)] for replica in range(dp)]
+        width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, actor.size // model.copy_ranks
+        self.publishers = [[publisher(replica, stage, width, dp) for stage in range(pp)] for replica in range(dp)]
         self.feeds = plan_feeds([[actor.nodes[rank] for rank in stages] for stages in self.publishers], rollout.nodes, config.rollout.weight_transport)
-        self.groups = broadcast_groups(self.feeds, tp, pp, dp)
-        self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == rank // tp % dp}) for rank in range(actor.size)]
+        self.groups = broadcast_groups(self.feeds, width, pp, dp)
+        self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == rank // width % dp}) for rank in range(actor.size)]
         self.feeding = [rank for rank, transports in enumerate(self.transports) if transports]
-        self.probed = [rank for rank in self.feeding if rank // tp % dp == self.feeds[0].replica]
+        self.probed = [rank for rank in self.feeding if rank // width % dp == self.feeds[0].replica]
 
     async def publish(self, version: int) -> None:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""

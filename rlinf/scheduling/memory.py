@@ -57,28 +57,29 @@ def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
 
 def actor_memory(arch: Architecture, config: Config, dp: int, stage: int) -> ActorMemory:
     """The largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are fp32; master weights (16-bit training) and Adam's two
-    moments are fp32 and divided over the dp ranks."""
+    moments are fp32 and divided over the data- and context-parallel ranks."""
     model = config.actor.model
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    size, tokens = BYTES[model.precision], config.runner.max_tokens_per_mbs
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+    size, tokens = BYTES[model.precision], -(-config.runner.max_tokens_per_mbs // cp)
     parameters = rank_parameters(arch, tp, pp, stage)
     return ActorMemory(
         parameters,
         weights=parameters * size,
         gradients=parameters * 4,
-        optimizer=-(-parameters * (8 if size == 4 else 12) // dp),
+        optimizer=-(-parameters * (8 if size == 4 else 12) // (dp * cp)),
         activations=stage_activations(arch, model, tokens, in_flight=pp - stage),
         head=head_memory(arch, model, tokens) if stage == pp - 1 else 0,
     )
 
 
 def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
-    """What one layer keeps for its backward pass: inputs of its two norms and two column-parallel matrices, of attention (keys and values
-    repeated for the query heads) and its output twice, of the activation function and of the last matrix."""
+    """What one layer keeps of a rank's tokens for its backward pass: inputs of its two norms and two column-parallel matrices, of attention
+    (keys and values of all context-parallel ranks, repeated for the query heads) and its output twice, of the activation function and of
+    the last matrix."""
     tp = model.tensor_model_parallel_size
     hidden = 4 * arch.hidden // (tp if model.sequence_parallel else 1)
     q = arch.n_heads * arch.head_dim
-    attention = q + 2 * arch.n_kv_heads * arch.head_dim + q if model.recompute_granularity == "selective" else 5 * q
+    attention = q + 2 * arch.n_kv_heads * arch.head_dim + q if model.recompute_granularity == "selective" else (3 + 2 * model.context_parallel_size) * q
     return tokens * BYTES[model.precision] * (hidden + (attention + 3 * arch.ffn) // tp)
 
 

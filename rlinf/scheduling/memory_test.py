@@ -20,7 +20,7 @@ from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.mapping import hf_shapes
 from tests.training_ranks import build
 
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2), (4, 1, 4), (4, 2, 1), (4, 1, 2)]  # ranks, TP, PP
+LAYOUTS = [(1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 1), (4, 2, 2, 1), (4, 1, 4, 1), (4, 2, 1, 1), (4, 1, 2, 1), (4, 1, 1, 2)]  # ranks, TP, PP, CP
 FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
 
 
@@ -51,9 +51,10 @@ def test_weights_gradients_and_optimizer_are_those_of_real_ranks(rank_pool: Any,
     folder = tiny_models[family]
     arch, config = shape(folder), Config()
     config.actor.model.precision = precision
-    for ranks, tp, pp in LAYOUTS:
-        config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
-        found = rank_pool.run(allocated, folder, precision, ranks=ranks, tp=tp, pp=pp)
+    model = config.actor.model
+    for ranks, tp, pp, cp in LAYOUTS:
+        model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size = tp, pp, cp
+        found = rank_pool.run(allocated, folder, precision, ranks=ranks, tp=tp, pp=pp, cp=cp)
         for real in found:
             counted = actor_memory(arch, config, real["dp"], real["stage"])
             assert (counted.parameters, counted.weights, counted.gradients) == (real["parameters"], real["weights"], real["gradients"]), (tp, pp)
@@ -117,6 +118,18 @@ def test_recompute_and_sharding_lower_activations_in_the_expected_order(tiny_mod
     split = replace(plain, tensor_model_parallel_size=2)
     assert layer_activations(arch, replace(split, sequence_parallel=True), 1000) == layer_activations(arch, plain, 1000) // 2
     assert layer_activations(arch, split, 1000) > layer_activations(arch, plain, 1000) // 2
+
+
+def test_context_parallelism_divides_what_is_kept_of_a_micro_batch_but_for_gathered_keys(tiny_models: dict[str, Path]) -> None:
+    arch, config = shape(tiny_models["llama"]), Config()
+    config.runner.max_tokens_per_mbs = 4096
+    whole = actor_memory(arch, config, 4, 0)
+    config.actor.model.context_parallel_size = 4
+    part = actor_memory(arch, config, 1, 0)
+    keys = arch.n_layers * 3 * 1024 * 2 * arch.n_heads * arch.head_dim * 2  # of three other ranks: keys and values in 16 bits, for every query head
+    assert part.activations == whole.activations // 4 + keys
+    assert (part.weights, part.gradients, part.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
+    assert part.head < whole.head
 
 
 def test_the_head_never_holds_all_logits(tiny_models: dict[str, Path]) -> None:

@@ -79,7 +79,7 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
     Devices are numbered node by node. An actor or a rollout engine has a device to itself within its component; components share
     devices or not as `cluster.component_placement` says. Actor ranks follow Megatron's order: tensor-parallel index fastest, then
-    data-parallel, pipeline stage slowest. Reward has one process a node, on the first of its devices there.
+    context-parallel, then data-parallel, pipeline stage slowest. Reward has one process a node, on the first of its devices there.
     """
     devices = _component_devices(config.cluster.component_placement, nodes, [c for c in COMPONENTS if config.has(c)])
     seats = [
@@ -91,7 +91,7 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
         counts = ", ".join(f"{c} {sum(s.component == c for s in seats)}" for c in COMPONENTS if c in devices)
         raise UserError(
             f"cluster.backend: local runs everything in one process, one rank a component, but the placement has {counts}; "
-            "use cluster.backend: ray, or num_nodes: 1, num_gpus_per_node: 1 with tensor and pipeline parallel sizes 1"
+            "use cluster.backend: ray, or num_nodes: 1, num_gpus_per_node: 1 with tensor, context and pipeline parallel sizes 1"
         )
     actor, rollout = set(devices["actor"]), set(devices["rollout"])
     mode = "collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated"
@@ -143,10 +143,11 @@ def describe(plan: Plan, config: Config) -> str:
 
 
 def _layout(component: str, model: ActorModelConfig, seats: Sequence[Seat]) -> str:
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     crossing = sum(len({s.node for s in seats[i : i + tp]}) > 1 for i in range(0, len(seats), tp))
     slow = f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""
-    return f"  {component:<8} {len(seats)} rank(s) = TP {tp} x DP {len(seats) // (tp * pp)} x PP {pp}{slow}"
+    context = f"CP {cp} x " if cp > 1 else ""
+    return f"  {component:<8} {len(seats)} rank(s) = TP {tp} x {context}DP {len(seats) // model.copy_ranks} x PP {pp}{slow}"
 
 
 def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node], needed: Sequence[str]) -> dict[str, list[Device]]:
@@ -196,20 +197,21 @@ def _indices(name: str, spec: str, available: int) -> list[int]:
 
 
 def _megatron_seats(component: str, model: ActorModelConfig, devices: Sequence[Device]) -> list[Seat]:
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    sizes = f"{component}.model.tensor_model_parallel_size {tp} x {component}.model.pipeline_model_parallel_size {pp}"
-    if len(devices) < tp * pp:
+    names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", *["context_parallel_size"] * (model.context_parallel_size > 1)]
+    sizes, least = " x ".join(f"{component}.model.{name} {getattr(model, name)}" for name in names), model.copy_ranks
+    if len(devices) < least:
         raise UserError(
-            f"{KEY}: the {component} needs at least {tp * pp} devices ({sizes}), but it has {len(devices)}; give it more devices "
+            f"{KEY}: the {component} needs at least {least} devices ({sizes}), but it has {len(devices)}; give it more devices "
             "(on a CPU machine raise cluster.num_gpus_per_node), or lower the parallel sizes"
         )
-    if len(devices) % (tp * pp):
-        fewer = len(devices) // (tp * pp) * tp * pp
+    if len(devices) % least:
+        fewer = len(devices) // least * least
         raise UserError(
-            f"{KEY}: the {component} has {len(devices)} devices, which {sizes} = {tp * pp} does not divide; "
-            f"give it {fewer} or {fewer + tp * pp} devices"
+            f"{KEY}: the {component} has {len(devices)} devices, which {sizes} = {least} does not divide; "
+            f"give it {fewer} or {fewer + least} devices"
         )
-    return [Seat(component, rank, device[0], (device[1],)) for rank, device in enumerate(d for group in _groups(devices, tp) for d in group)]
+    groups = _groups(devices, model.tensor_model_parallel_size)
+    return [Seat(component, rank, device[0], (device[1],)) for rank, device in enumerate(d for group in groups for d in group)]
 
 
 def _rollout_seats(tp: int, devices: Sequence[Device]) -> list[Seat]:

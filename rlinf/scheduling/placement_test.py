@@ -13,11 +13,11 @@ from rlinf.scheduling.placement import Node, Plan, build_plan, describe, nodes_o
 
 
 def config_of(
-    nodes: int, per_node: int, placement: dict[str, str], tp: int = 1, pp: int = 1, rollout_tp: int = 1, backend: str = "ray"
+    nodes: int, per_node: int, placement: dict[str, str], tp: int = 1, pp: int = 1, rollout_tp: int = 1, backend: str = "ray", cp: int = 1
 ) -> Config:
     config = Config(cluster=ClusterConfig(backend=backend, num_nodes=nodes, num_gpus_per_node=per_node, component_placement=placement))
     config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
-    config.rollout.tensor_parallel_size = rollout_tp
+    config.actor.model.context_parallel_size, config.rollout.tensor_parallel_size = cp, rollout_tp
     return config
 
 
@@ -91,6 +91,20 @@ def test_actor_ranks_run_through_tensor_then_data_then_pipeline() -> None:
     stage_1 = plan.of("actor")[4:]
     assert [(s.node, s.devices) for s in plan.of("actor")[:4]] == [(0, (i,)) for i in range(4)]
     assert {s.node for s in stage_1} == {1}
+
+
+def test_context_parallel_ranks_stand_between_tensor_and_data_parallel_ones() -> None:
+    for nodes, tp, pp, cp in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4)):
+        if nodes * 8 % (tp * pp * cp):
+            with pytest.raises(UserError, match=f"context_parallel_size {cp} = {tp * pp * cp}|needs at least {tp * pp * cp} devices"):
+                plan_of(nodes, 8, ALL, tp, pp, cp=cp)
+            continue
+        plan = plan_of(nodes, 8, ALL, tp, pp, cp=cp)
+        check(plan, *[{(n, d) for n in range(nodes) for d in range(8)}] * 2, tp, pp, 1)
+        together = [{s.node for s in plan.of("actor")[i : i + tp * cp]} for i in range(0, nodes * 8, tp * cp)]  # of one model copy's stage
+        assert max(map(len, together)) == max(1, tp * cp // 8)
+    config = config_of(1, 8, ALL, tp=2, cp=2)
+    assert "actor    8 rank(s) = TP 2 x CP 2 x DP 2 x PP 1" in describe(build_plan(config, nodes_of(config.cluster)), config)
 
 
 def test_tensor_parallel_groups_prefer_one_node() -> None:

@@ -68,7 +68,8 @@ def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int
     """Looking at the old (and reference) policy, forward and backward passes, the optimizer."""
     model, algorithm = config.actor.model, config.algorithm
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    dp = ranks // (tp * pp)
+    dp = ranks // model.copy_ranks
+    holders = dp * model.context_parallel_size  # of the same weights
     head = arch.vocab * arch.hidden
     length = load.prompt + load.response
     attention = 2 * arch.n_layers * arch.n_heads * arch.head_dim * length * SQUARE_SHARE  # a token's, forward, causal
@@ -80,8 +81,8 @@ def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int
     passes = (algorithm.n_minibatches - 1) / algorithm.n_minibatches * algorithm.recompute_logprobs + (algorithm.kl_beta > 0)
     parameters = rank_parameters(arch, tp, pp, 0)
     wire = device.network if ranks > config.cluster.num_gpus_per_node else device.link
-    exchanged = parameters * (4 + BYTES[model.precision]) * (dp - 1) / dp / (wire * WIRE_SHARE)
-    stepped = 28 * parameters / dp / (device.bandwidth * BANDWIDTH_SHARE)  # three fp32 states and the gradient, read and written
+    exchanged = parameters * (4 + BYTES[model.precision]) * (holders - 1) / holders / (wire * WIRE_SHARE)
+    stepped = 28 * parameters / holders / (device.bandwidth * BANDWIDTH_SHARE)  # three fp32 states and the gradient, read and written
     return {
         "log-probabilities": passes * forward / speed * bubble,
         "forward and backward": (3 + again) * forward / speed * bubble,

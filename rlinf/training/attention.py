@@ -1,4 +1,4 @@
-"""Attention over a packed micro-batch: the one core attention of the local layer spec, on CPU and on CUDA.
+"""Attention over a packed micro-batch: the one core attention of every layer spec, on CPU and on CUDA.
 
 Rotary embedding is applied here, from the batch's positions, because the samples of a shared prompt all go on from the same position.
 A response of a shared group attends to the prompt and to itself: softmax over the concatenation, exactly as if it were alone.
@@ -13,59 +13,68 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from rlinf.training.layout import PackedBatch, Segment
+from rlinf.training.context import Piece, gather_rows
+from rlinf.training.layout import PackedBatch
 
 
 EXPLICIT_SCORES = 1 << 20  # up to this many scores, plain matrix products beat CPU's flash attention (4x in the backward pass)
 
 
 class PackedAttention(MegatronModule):
-    """Megatron's core_attention contract: (query [T,H,D], key [T,K,D], value [T,K,D]) -> [T, H*D], with packed_seq_params a PackedBatch."""
+    """Megatron's core_attention contract: (query [T,H,D], key [T,K,D], value [T,K,D]) -> [T, H*D], with packed_seq_params a PackedBatch.
+
+    Under context parallelism T are the rows of this rank, and keys and values of the other ranks' rows are fetched here.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size != 1 or config.attention_dropout != 0.0:
-            raise ValueError("PackedAttention has neither context parallelism nor dropout")
+        if config.attention_dropout != 0.0:
+            raise ValueError("PackedAttention has no dropout")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedBatch, **_: Any) -> Tensor:
         cos, sin = packed_seq_params.rope
-        segments = packed_seq_params.segments
-        # a prompt whose responses share it is one piece and the responses another; split() costs one concatenation in the backward pass
-        sizes = [n for s in segments for n in ((s.prompt, s.own) if s.slots is not None else (s.prompt + s.own,))]
-        pieces = zip(*(t.split(sizes) for t in (_rotate(query, cos, sin), _rotate(key, cos, sin), value)))
+        share = packed_seq_params.share
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        if self.config.context_parallel_size > 1:
+            both = gather_rows(torch.cat([key, value], 1), mpu.get_context_parallel_group())
+            key, value = both.split(key.size(1), 1)
+        # split() costs one concatenation in the backward pass, whatever the number of parts
+        atoms = list(zip(key.split(share.atoms), value.split(share.atoms)))
+        joined: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+        def keys_of(names: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+            if names not in joined:
+                joined[names] = tuple(torch.cat([atoms[i][part] for i in names]) for part in (0, 1)) if len(names) > 1 else atoms[names[0]]
+            return joined[names]
+
         outputs = []
-        common: tuple[Tensor, Tensor] | None = None  # keys and values of the start that all prompts share
-        for segment in segments:
-            q, k, v = next(pieces)
-            if common is not None:
-                k, v = torch.cat([common[0], k]), torch.cat([common[1], v])
-            elif packed_seq_params.common:
-                common = k, v
-            outputs.append(self._attend(q[None], k[None], v[None])[0])
-            if segment.slots is not None:
-                outputs.append(self._responses(*next(pieces), k, v, segment))
+        for q, piece in zip(query.split([p.rows for p in share.pieces]), share.pieces):
+            if piece.responses:
+                outputs.append(self._responses(q, *keys_of(piece.own), *keys_of(piece.prefix), piece))
+            else:
+                k, v = keys_of(piece.prefix + piece.own)
+                outputs.append(self._attend(q[None], k[None], v[None])[0])
         out_THD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return out_THD.reshape(out_THD.size(0), -1)
 
-    def _responses(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, segment: Segment) -> Tensor:
+    def _responses(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, piece: Piece) -> Tensor:
         """All responses of a prompt at once: padded to the longest, each behind the prompt's keys and values."""
-        n, longest = len(segment.responses), segment.longest
-        if longest == 0:
-            return q
+        n, longest = len(piece.responses), piece.longest
 
         def grid(rows: Tensor) -> Tensor:  # [rows, heads, D] -> [R, L, heads, D]
-            full = rows if len(rows) == n * longest else rows.new_zeros(n * longest, *rows.shape[1:]).index_copy(0, segment.slots, rows)
+            full = rows if len(rows) == n * longest else rows.new_zeros(n * longest, *rows.shape[1:]).index_copy(0, piece.slots, rows)
             return full.view(n, longest, *rows.shape[1:])
 
         k, v = (torch.cat([head.expand(n, -1, -1, -1), grid(own)], 1) for head, own in ((prompt_k, k), (prompt_v, v)))  # [R, P + L, K, D]
         out = self._attend(grid(q), k, v).reshape(n * longest, *q.shape[1:])
-        return out if len(out) == segment.own else out.index_select(0, segment.slots)
+        return out if len(out) == piece.rows else out.index_select(0, piece.slots)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention, queries aligned to the end of the keys: q [B,L,H,D], k and v [B,S,K,D] -> [B,L,H,D]."""

@@ -14,6 +14,7 @@ from rlinf.data.packing import SampleRef
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.training import attention
 from rlinf.training.attention import PackedAttention, rope_tables
+from rlinf.training.context import share_of
 from rlinf.training.layout import COMMON_MIN, PackedBatch, pack
 from rlinf.training.model import transformer_config
 from rlinf.weights.architecture import Architecture
@@ -71,7 +72,7 @@ def test_packed_attention_equals_each_sample_alone(monkeypatch: pytest.MonkeyPat
     q, k, v = (torch.randn(rows, heads, DIM, generator=generator, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS))
     weight = torch.randn(rows, HEADS * DIM, generator=generator)
     module = PackedAttention(transformer_config(ARCH, ActorModelConfig(precision="fp32"), 1, 1), layer_number=1)
-    batch.rope = rope_tables(batch.positions, DIM, ARCH.rope_theta, torch.float32)
+    batch.share, batch.rope = share_of(batch, 0, 1), rope_tables(batch.positions, DIM, ARCH.rope_theta, torch.float32)
     out = module(q, k, v, packed_seq_params=batch)
     (out * weight).sum().backward()
 
@@ -110,7 +111,7 @@ def test_a_response_does_not_see_its_siblings() -> None:
     rows = len(batch.token_ids)
     q, k, v = (torch.randn(rows, heads, DIM) for heads in (HEADS, GROUPS, GROUPS))
     module = PackedAttention(transformer_config(ARCH, ActorModelConfig(precision="fp32"), 1, 1), layer_number=1)
-    batch.rope = rope_tables(batch.positions, DIM, ARCH.rope_theta, torch.float32)
+    batch.share, batch.rope = share_of(batch, 0, 1), rope_tables(batch.positions, DIM, ARCH.rope_theta, torch.float32)
     before = module(q, k, v, packed_seq_params=batch)
     own = rows_of(batch, sequences[1], None)[7:]  # the response of nine tokens, behind its prompt of seven
     k[own], v[own] = 9.0, 9.0
@@ -124,7 +125,7 @@ def test_both_paths_agree_in_half_precision(monkeypatch: pytest.MonkeyPatch, dty
     batch, _ = make(BATCHES["mixed lengths"], True, 1)
     q, k, v = (torch.randn(len(batch.token_ids), heads, DIM, dtype=dtype) for heads in (HEADS, GROUPS, GROUPS))
     module = PackedAttention(transformer_config(ARCH, ActorModelConfig(precision="bf16"), 1, 1), layer_number=1)
-    batch.rope = rope_tables(batch.positions, DIM, ARCH.rope_theta, dtype)
+    batch.share, batch.rope = share_of(batch, 0, 1), rope_tables(batch.positions, DIM, ARCH.rope_theta, dtype)
     outputs = []
     for limit in (1 << 40, 0):
         monkeypatch.setattr(attention, "EXPLICIT_SCORES", limit)
@@ -133,8 +134,8 @@ def test_both_paths_agree_in_half_precision(monkeypatch: pytest.MonkeyPatch, dty
     torch.testing.assert_close(outputs[0].float(), outputs[1].float(), rtol=0.02, atol=0.02)
 
 
-def test_dropout_and_context_parallelism_are_refused() -> None:
+def test_dropout_is_refused() -> None:
     config = transformer_config(ARCH, ActorModelConfig(precision="fp32"), 1, 1)
     config.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="neither context parallelism nor dropout"):
+    with pytest.raises(ValueError, match="no dropout"):
         PackedAttention(config, layer_number=1)

@@ -36,7 +36,7 @@ class Writing:
     """One checkpoint on its way to the disk. Constructor and finish() are collective over the role's ranks.
 
     in the foreground: the constructor returns when the tensors are written, with one file's worth of them in memory. In the background:
-    it returns when the writers (the first TP and DP rank of each stage) hold a copy of their stage's state in host memory: 12 bytes a
+    it returns when the writers (the first rank of each stage) hold a copy of their stage's state in host memory: 12 bytes a
     parameter, and the model in the compute dtype. The engine may then train on.
     """
 
@@ -44,7 +44,7 @@ class Writing:
         self.engine, self.step_dir, self.model_dir = engine, step_dir, model_dir
         self.part, self.hf = step_dir / role, step_dir / "hf" if role == "actor" else step_dir / role / "hf"
         at = engine.at
-        self.writer = at.tp_rank == 0 and at.dp_rank == 0
+        self.writer = at.leads and at.dp_rank == 0
         self.state = {"steps": engine.steps, "adam_steps": engine.optimizer_state.steps(), "loss_scaler": engine.loss_scaler()}
         self.probed = probe(engine)
         self._written: Future[dict[str, Stored]] = Future()

@@ -23,12 +23,12 @@ from tests.training_ranks import VOCAB, build, logprobs, make_batch, merged, min
 # large enough an epsilon that rounding noise in a vanishing gradient does not become a whole Adam step
 OPTIM = OptimConfig(lr=2e-3, adam_eps=1e-3, weight_decay=0.05, clip_grad=1.0, loss_scale_window=2, initial_loss_scale=2.0**14)
 SAVED = (4, 2, 2)
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (3, 1, 1), (4, 2, 1), (4, 1, 4), SAVED]
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (3, 1, 1), (4, 2, 1), (4, 1, 4), (4, 1, 2, 2), SAVED]
 FAMILIES = ["qwen2", "qwen2-tied", "qwen3", "llama"]
 
 
-def at_layout(layout: tuple[int, int, int]) -> dict[str, int]:
-    return dict(zip(("ranks", "tp", "pp"), layout))
+def at_layout(layout: tuple[int, ...]) -> dict[str, int]:
+    return dict(zip(("ranks", "tp", "pp", "cp"), layout))
 
 
 def next_step(engine: Any, bits: bool) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def saved_runs(rank_pool: Any, tiny_models: dict[str, Path], tmp_path_factory: p
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_checkpoint_opens_in_every_layout(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str, layout: tuple[int, int, int]) -> None:
+def test_a_checkpoint_opens_in_every_layout(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str, layout: tuple[int, ...]) -> None:
     folder, uninterrupted = saved_runs[family, "fp32"]
     resumed = rank_pool.run(load_and_go_on, tiny_models[family], folder, "fp32", **at_layout(layout))
     before, after = (merged([r["saved"]["state"] for r in ranks]) for ranks in (uninterrupted, resumed))
@@ -245,7 +245,7 @@ def in_the_background(at: Any, model: Path, step_dir: Path) -> dict[str, Any]:
     return same
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), SAVED, (3, 1, 1)])
+@pytest.mark.parametrize("layout", [(1, 1, 1), SAVED, (3, 1, 1), (4, 2, 1, 2)])
 def test_a_background_checkpoint_is_of_the_moment_it_was_begun(
     rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path, layout: tuple[int, int, int]
 ) -> None:

@@ -21,9 +21,10 @@ from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, ResponseTokens, early_stop, policy_objective
 from rlinf.algorithms.values import ValueSettings, ValueTokens, value_objective
 from rlinf.config.schema import ActorModelConfig, OptimConfig
+from rlinf.training.context import row_multiple
 from rlinf.training.gradients import DataParallel
 from rlinf.training.layout import PackedBatch
-from rlinf.training.model import PackedModel, transformer_config
+from rlinf.training.model import PackedModel, layer_implementation, transformer_config
 from rlinf.training.parallel import Coordinates, merge_over_ranks
 from rlinf.training.schedule import learning_rate
 from rlinf.training.state import OPTIMIZER_STATE, ModelState, OptimizerState
@@ -58,10 +59,10 @@ class MegatronEngine:
         self, arch: Architecture, model: ActorModelConfig, optim: OptimConfig | None, at: Coordinates, device: torch.device, head: str = "lm"
     ) -> None:
         self.arch, self.at, self.device = arch, at, device
-        self.config = transformer_config(arch, model, at.tp, at.pp)
-        self.model = PackedModel(arch, self.config, head).to(device)
+        self.config = transformer_config(arch, model, at.tp, at.pp, at.cp)
+        self.model = PackedModel(arch, self.config, head, layer_implementation(model, device)).to(device)
         self.state = ModelState(self.model)  # before the optimizer: it marks what is sharded
-        self.pad_to = at.tp if model.sequence_parallel else 1  # rows of a micro-batch are a multiple of it
+        self.pad_to = row_multiple(at.cp) * (at.tp if model.sequence_parallel else 1)  # rows of a micro-batch are a multiple of it
         self.frozen = optim is None
         if optim is None:
             self.model.requires_grad_(False)
@@ -197,7 +198,7 @@ class MegatronEngine:
     ) -> Update:
         """One optimizer step on one mini-batch; objective(i, output of the head) is micro-batch i's share of loss and metrics.
 
-        Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches and DP ranks, so the
+        Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches, DP and CP ranks, so the
         split does not matter. Then all ranks look at the mini-batch's metrics: where `stops` says so nothing is stepped: not the weights,
         not the moments, not the schedule, not the loss scale. Neither is a gradient stepped that is not finite.
         """

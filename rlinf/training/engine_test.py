@@ -32,8 +32,8 @@ from tests.training_ranks import (
 LAYOUTS = [(1, 1, 1), (3, 1, 1), (4, 2, 2)]  # ranks, TP, PP
 
 
-def at_layout(ranks: int, tp: int, pp: int) -> dict[str, int]:
-    return {"ranks": ranks, "tp": tp, "pp": pp}
+def at_layout(ranks: int, tp: int, pp: int, cp: int = 1) -> dict[str, int]:
+    return {"ranks": ranks, "tp": tp, "pp": pp, "cp": cp}
 
 
 # ---- early stop ---------------------------------------------------------------------------------------------------------------------
@@ -275,9 +275,9 @@ def on_policy(at: Any, folder: Path, precision: str, recomputed: bool, model: di
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recomputed", [True, False])
-@pytest.mark.parametrize(("layout", "model"), [((1, 1, 1), {}), ((4, 2, 2), {"sequence_parallel": True})])
+@pytest.mark.parametrize(("layout", "model"), [((1, 1, 1), {}), ((4, 2, 2), {"sequence_parallel": True}), ((4, 1, 2, 2), {})])
 def test_on_policy_the_ratio_is_exactly_one(
-    rank_pool: Any, tiny_models: dict[str, Path], precision: str, recomputed: bool, layout: tuple[int, int, int], model: dict[str, Any]
+    rank_pool: Any, tiny_models: dict[str, Path], precision: str, recomputed: bool, layout: tuple[int, ...], model: dict[str, Any]
 ) -> None:
     """Recomputed log-probabilities are those of the update's own forward pass, bit for bit."""
     for metrics in rank_pool.run(on_policy, tiny_models["qwen3"], precision, recomputed, model, **at_layout(*layout)):
@@ -342,8 +342,8 @@ def after_steps(at: Any, folder: Path, precision: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [(4, 2, 2), (4, 1, 2), (3, 1, 1)])
-def test_tied_embeddings_and_replicas_stay_equal(rank_pool: Any, tiny_models: dict[str, Path], precision: str, layout: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("layout", [(4, 2, 2), (4, 1, 2), (3, 1, 1), (4, 1, 2, 2)])
+def test_tied_embeddings_and_replicas_stay_equal(rank_pool: Any, tiny_models: dict[str, Path], precision: str, layout: tuple[int, ...]) -> None:
     seen: dict[str, str] = {}
     ranks = rank_pool.run(after_steps, tiny_models["qwen2-tied"], precision, **at_layout(*layout))
     assert sum("model.embed_tokens.weight#0" in rank for rank in ranks) == (layout[0] // layout[1] if layout[2] < 3 else 2)

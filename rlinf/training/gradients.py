@@ -46,9 +46,9 @@ class DataParallel(DistributedDataParallel):
         for param in self.without_gradient:
             param.main_grad.zero_()
         self.without_gradient = set()
-        if self.dp_group.size() > 1:
+        if self.dp_cp_group.size() > 1:
             super().finish_grad_sync(*args, **kwargs)
 
     def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
-        if self.dp_group.size() > 1:
+        if self.dp_cp_group.size() > 1:
             super().start_param_sync(*args, **kwargs)

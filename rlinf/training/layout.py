@@ -25,6 +25,7 @@ from torch import Tensor
 from rlinf.data.examples import example
 from rlinf.data.records import Group, Sample
 from rlinf.data.packing import SampleRef
+from rlinf.training.context import Share
 
 
 COMMON_MIN = 16  # a shorter common start is not worth the concatenation of keys that it costs
@@ -32,22 +33,14 @@ COMMON_MIN = 16  # a shorter common start is not worth the concatenation of keys
 
 @dataclass(frozen=True)
 class Segment:
-    """A packed group: `prompt` rows of the prompt, then the responses, row counts in order (a count may be 0).
-
-    slots: for a group with several responses, where each response row stands in a [responses, longest] grid, flattened.
-    """
+    """A packed group: `prompt` rows of the prompt, then the responses, row counts in order (a count may be 0)."""
 
     prompt: int
     responses: tuple[int, ...]
-    slots: Tensor | None = None
 
     @property
     def own(self) -> int:
         return sum(self.responses)
-
-    @property
-    def longest(self) -> int:
-        return max(self.responses)
 
 
 @dataclass
@@ -71,7 +64,8 @@ class PackedBatch(PackedSeqParams):
     sample_ids: tuple[str, ...] = ()  # of the S samples, in the order of their tokens
     common: int = 0  # rows of the start that all prompts share: the first segment, if any
     temperature: float = 1.0
-    rope: tuple[Tensor, Tensor] | None = None  # cos and sin [T, 1, D], filled in once by the model
+    share: Share | None = None  # what this rank does of it, filled in once by the model
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin of the share's rows [t, 1, D], filled in once by the model
 
     @property
     def attended_pairs(self) -> int:
@@ -84,7 +78,7 @@ class PackedBatch(PackedSeqParams):
 
 
 def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bool, temperature: float, pad_to: int, device: torch.device) -> PackedBatch:
-    """Pack the samples named by refs. pad_to: rows are padded to a multiple of it (sequence parallelism); an empty refs gives one inert row."""
+    """Pack the samples named by refs. pad_to: rows are padded to a multiple of it (the engine's pad_to); an empty refs gives one inert row."""
     rows: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
@@ -104,7 +98,7 @@ def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bo
         length = common + len(prompt)
         positions += [np.arange(common, length), *(np.arange(length, length + len(s) - 1) for s in samples)]
         counts = tuple(len(s) - 1 for s in samples)
-        segments.append(Segment(len(prompt), counts, _slots(counts, device)))
+        segments.append(Segment(len(prompt), counts))
         first = start + len(prompt)
         for n in counts:  # token 0 is predicted by the prompt's last row, token t > 0 by the row of token t - 1
             predict.append(np.concatenate([[start + len(prompt) - 1], np.arange(first, first + n)]))
@@ -166,13 +160,6 @@ def _common_start(prompts: Sequence[np.ndarray]) -> int:
     differs = np.flatnonzero((np.stack([p[:limit] for p in prompts]) != prompts[0][:limit]).any(0))
     common = int(differs[0]) if len(differs) else limit
     return common if common >= COMMON_MIN else 0
-
-
-def _slots(counts: tuple[int, ...], device: torch.device) -> Tensor | None:
-    if len(counts) < 2:
-        return None
-    longest = max(counts)
-    return torch.as_tensor(np.concatenate([i * longest + np.arange(n) for i, n in enumerate(counts)]), device=device)
 
 
 def _by_prompt(refs: Sequence[SampleRef], share_prefix: bool) -> list[list[SampleRef]]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rlinf.data.packing import SampleRef
 from rlinf.data.records import Finish, Group, Prompt, Sample
+from rlinf.training.context import share_of
 from rlinf.training.layout import COMMON_MIN, PackedBatch, pack
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_the_rows_of_a_shared_prompt() -> None:
     assert batch.loss_mask_N.tolist() == [0, 1, 0, 0, 0, 1, 0, 1]
     assert batch.rollout_logprobs_N.tolist() == np.float32([1, 1.1, 1.2, 2, 3, 3.1, 4, 4.1]).tolist()
     assert [(s.prompt, s.responses) for s in batch.segments] == [(3, (2, 0, 1)), (1, (1,))]
-    assert batch.segments[0].slots.tolist() == [0, 1, 4] and batch.segments[1].slots is None
+    assert [(p.rows, p.prefix, p.own, p.responses) for p in share_of(batch, 0, 1).pieces] == [(3, (), (0,), ()), (3, (0,), (1,), (2, 1)), (2, (), (2,), ())]
     assert batch.attended_pairs == sum(len(history(batch, row)) for row in range(8))
 
 
@@ -78,7 +79,7 @@ def test_the_rows_when_every_sample_has_its_own_prompt() -> None:
     assert batch.token_ids.tolist() == [1, 2, 3, 10, 11, 1, 2, 3, 1, 2, 3, 30, 7, 40]
     assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 0, 1]
     assert batch.predict_rows.tolist() == [2, 3, 4, 7, 10, 11, 12, 13]
-    assert all(s.slots is None for s in batch.segments)
+    assert all(not p.responses for p in share_of(batch, 0, 1).pieces)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""The decoder as a megatron-core GPTModel: configuration from the architecture, the local layer spec, and two heads: `lm` returns
+"""The decoder as a megatron-core GPTModel: configuration from the architecture, the layer spec, and two heads: `lm` returns
 log-probabilities of response tokens instead of logits, `scalar` one number for each of them (the critic's values, token rewards).
 """
 
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +20,7 @@ from torch import Tensor
 from rlinf.config.schema import ActorModelConfig
 from rlinf.errors import UserError
 from rlinf.training.attention import PackedAttention, rope_tables
+from rlinf.training.context import gather_tokens, share_of
 from rlinf.training.layout import PackedBatch
 from rlinf.training.logprobs import target_logprobs
 from rlinf.weights.architecture import Architecture
@@ -37,7 +37,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp: int) -> TransformerConfig:
+def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp: int, cp: int = 1) -> TransformerConfig:
     """Megatron's configuration for this architecture and the YAML's actor.model section."""
     dtype = DTYPES[model.precision]
     return TransformerConfig(
@@ -58,6 +58,7 @@ def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp:
         attention_dropout=0.0,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         sequence_parallel=model.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -82,15 +83,34 @@ def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp:
     )
 
 
-def layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Megatron's local layers with our norm and our packed attention."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+def layer_implementation(model: ActorModelConfig, device: torch.device) -> str:
+    """`transformer_engine` or `local`, by actor.model.transformer_impl. auto: the former in 16 bits on a GPU where Megatron can import it; its
+    fp32 matrix products are TF32, so fp32 stays with the latter.
+
+    Raises UserError when Transformer Engine is asked for by name and cannot be used.
+    """
+    usable = device.type == "cuda" and gpt_layer_specs.HAVE_TE
+    if model.transformer_impl == "transformer_engine" and not usable:
+        why = "it cannot be imported: `python -c 'import transformer_engine.pytorch'` says why" if device.type == "cuda" else "there is no GPU"
+        raise UserError(f"model.transformer_impl: Transformer Engine's layers are asked for, but {why}; use auto or local")
+    if model.transformer_impl == "auto":
+        return "transformer_engine" if usable and model.precision != "fp32" else "local"
+    return model.transformer_impl
+
+
+def layer_spec(config: TransformerConfig, implementation: str) -> TransformerBlockSubmodules:
+    """Megatron's layers, of Transformer Engine's matrices and norms or of its own with our norm; our packed attention in both."""
+    if implementation == "transformer_engine":
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer, norm = spec.submodules, gpt_layer_specs.TENorm
+    else:
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        layer, norm = spec.submodules, RMSNorm
+        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
     layer.self_attention.submodules.core_attention = PackedAttention
-    if config.qk_layernorm:
-        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 class PackedModel(GPTModel):
@@ -98,11 +118,11 @@ class PackedModel(GPTModel):
     `lm` (logprob_N, entropy_N), `scalar` value_N.
     """
 
-    def __init__(self, arch: Architecture, config: TransformerConfig, head: str) -> None:
-        self.arch, self.head = arch, head
+    def __init__(self, arch: Architecture, config: TransformerConfig, head: str, implementation: str) -> None:
+        self.arch, self.head, self.fused_norms = arch, head, implementation == "transformer_engine"
         super().__init__(
             config=config,
-            transformer_layer_spec=layer_spec(config),
+            transformer_layer_spec=layer_spec(config, implementation),
             vocab_size=padded_vocab(arch, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=mpu.is_pipeline_first_stage(),
@@ -116,9 +136,10 @@ class PackedModel(GPTModel):
             self.score = torch.nn.Parameter(torch.empty(1, arch.hidden, dtype=config.params_dtype))
 
     def forward_packed(self, batch: PackedBatch) -> Any:
-        if batch.rope is None:
-            batch.rope = rope_tables(batch.positions, self.arch.head_dim, self.arch.rope_theta, self.config.params_dtype)
-        return self(batch.token_ids[None], batch.positions[None], None, packed_seq_params=batch)
+        if batch.share is None:
+            batch.share = share_of(batch, mpu.get_context_parallel_rank(), self.config.context_parallel_size)
+            batch.rope = rope_tables(batch.share.positions, self.arch.head_dim, self.arch.rope_theta, self.config.params_dtype)
+        return self(batch.share.token_ids[None], batch.share.positions[None], None, packed_seq_params=batch)
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedBatch, **__: Any) -> Any:
         if not self.post_process:
@@ -131,14 +152,16 @@ class PackedModel(GPTModel):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        return target_logprobs(
-            hidden[:, 0].index_select(0, batch.predict_rows),
+        share = batch.share
+        found = target_logprobs(
+            hidden[:, 0].index_select(0, share.predict_rows),
             weight,
-            batch.targets,
+            batch.targets if share.tokens is None else batch.targets[share.tokens],
             temperature=batch.temperature,
             vocab=self.arch.vocab,
             group=mpu.get_tensor_model_parallel_group(),
         )
+        return found if share.tokens is None else tuple(self._all_tokens(torch.stack(found), batch))
 
     def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """fp32. Every tensor-parallel rank computes the whole head on all rows and so has the complete gradient of the head and of the
@@ -146,7 +169,11 @@ class PackedModel(GPTModel):
         """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden[:, 0].index_select(0, batch.predict_rows).float() @ self.score[0].float()
+        values = hidden[:, 0].index_select(0, batch.share.predict_rows).float() @ self.score[0].float()
+        return values if batch.share.tokens is None else self._all_tokens(values, batch)
+
+    def _all_tokens(self, values: Tensor, batch: PackedBatch) -> Tensor:
+        return gather_tokens(values, batch.share.tokens, len(batch.targets), mpu.get_context_parallel_group())
 
 
 def with_value_head(tensors: Mapping[str, Tensor], hidden: int, seed: int) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Process groups of a training role: Megatron's tensor, data and pipeline groups over gloo or NCCL."""
+"""Process groups of a training role: Megatron's tensor, context, data and pipeline groups over gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Coordinates:
     pp: int
     dp_rank: int
     dp: int
+    cp_rank: int
+    cp: int
 
     @property
     def first_stage(self) -> bool:
@@ -32,9 +34,16 @@ class Coordinates:
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the ranks that see the same samples on the same stage, and so have the same results (TP x CP)."""
+        return self.tp_rank == 0 and self.cp_rank == 0
 
-def initialize(tp: int, pp: int, *, rank: int, world_size: int, device: torch.device, address: str, timeout_minutes: int = 30) -> Coordinates:
-    """Join the process groups (rank order: TP fastest, then DP, then PP) and seed Megatron's RNG tracker.
+
+def initialize(
+    tp: int, pp: int, cp: int = 1, *, rank: int, world_size: int, device: torch.device, address: str, timeout_minutes: int = 30
+) -> Coordinates:
+    """Join the process groups (rank order: TP fastest, then CP, then DP, then PP) and seed Megatron's RNG tracker.
 
     Two roles in one process (cluster.backend: local) have one rank each and share its groups.
     """
@@ -42,14 +51,14 @@ def initialize(tp: int, pp: int, *, rank: int, world_size: int, device: torch.de
         return coordinates()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes))
-    return set_layout(tp, pp)
+    return set_layout(tp, pp, cp)
 
 
-def set_layout(tp: int, pp: int) -> Coordinates:
-    """Lay TP and PP over the running process group; a layout that is in place is torn down first."""
+def set_layout(tp: int, pp: int, cp: int = 1) -> Coordinates:
+    """Lay TP, PP and CP over the running process group; a layout that is in place is torn down first."""
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    mpu.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     return coordinates()
 
@@ -63,6 +72,8 @@ def coordinates() -> Coordinates:
         pp=mpu.get_pipeline_model_parallel_world_size(),
         dp_rank=mpu.get_data_parallel_rank(),
         dp=mpu.get_data_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp=mpu.get_context_parallel_world_size(),
     )
 
 

@@ -20,7 +20,7 @@ from rlinf.weights.source import Buckets, Files
 
 @dataclass(frozen=True)
 class HandedOut:
-    """sources: what was written or sent, by transport; empty on all but the first TP rank. arrays: what the object store carries."""
+    """sources: what was written or sent, by transport; empty on all but the rank that leads. arrays: what the object store carries."""
 
     sources: dict[str, Buckets]
     arrays: tuple[np.ndarray, ...] = ()
@@ -42,7 +42,7 @@ class Publisher:
         arrays: tuple[np.ndarray, ...] = ()
         for transport in transports:
             tensors = self.engine.export()
-            if self.engine.at.tp_rank > 0:
+            if not self.engine.at.leads:
                 for _ in tensors:  # the gather is collective
                     pass
             elif transport == SHARED_MEMORY:

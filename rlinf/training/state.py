@@ -32,7 +32,7 @@ class ModelState:
         self.tp_group = mpu.get_tensor_model_parallel_group()
         offset = get_transformer_layer_offset(config)
         layers = range(offset, offset + len(model.decoder.layers))
-        rules = model_rules(self.arch, layers, model.pre_process, model.post_process, model.head)
+        rules = model_rules(self.arch, layers, model.pre_process, model.post_process, model.head, model.fused_norms)
         named = dict(model.named_parameters())
         self.params: list[tuple[Rule, Parameter]] = [(r, named.pop(_local_name(r.megatron, offset))) for r in rules]
         if named:
@@ -79,17 +79,17 @@ class OptimizerState:
 
     def __init__(self, optimizer: DistributedOptimizer) -> None:
         self.optimizer = optimizer
-        self.dp_group = mpu.get_data_parallel_group()
+        self.group = mpu.get_data_parallel_group(with_context_parallel=True)  # over which the state is divided
 
     @torch.no_grad()
     def whole(self, param: Parameter, kind: str) -> Tensor:
-        """The fp32 state `kind` (param, exp_avg, exp_avg_sq) in the shape of this rank's model shard; collective over DP."""
+        """The fp32 state `kind` (param, exp_avg, exp_avg_sq) in the shape of this rank's model shard; collective over DP and CP."""
         full = torch.zeros(param.numel(), dtype=torch.float32, device=param.device)
         if param in self.optimizer.model_param_group_index_map:
             rows = self.optimizer._get_model_param_range_map(param)["param"]
             full[rows.start : rows.end] = self._tensors(param)[kind].view(-1)
-        if dist.get_world_size(self.dp_group) > 1:
-            dist.all_reduce(full, group=self.dp_group)
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(full, group=self.group)
         return full.view_as(param)
 
     def set(self, param: Parameter, kind: str, value: Tensor) -> None:

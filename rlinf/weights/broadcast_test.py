@@ -20,7 +20,7 @@ from rlinf.weights.source import SharedMemory
 
 CPU = torch.device("cpu")
 STAGES = [[("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16())], [("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]]
-GROUPS = broadcast_groups(plan_feeds([[0, 0]], [1, 1], BROADCAST), tp=1, pp=2, dp=1)
+GROUPS = broadcast_groups(plan_feeds([[0, 0]], [1, 1], BROADCAST), width=1, pp=2, dp=1)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_member_that_does_not_come_is_named() -> None:
 
 
 def test_an_engine_that_stops_between_two_versions_is_named(name: str) -> None:
-    (group,) = broadcast_groups(plan_feeds([[0]], [1], BROADCAST), tp=1, pp=1, dp=1)
+    (group,) = broadcast_groups(plan_feeds([[0]], [1], BROADCAST), width=1, pp=1, dp=1)
     store = open_store("127.0.0.1", 0, keeps=True)
 
     def silent() -> Wire:

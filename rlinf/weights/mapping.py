@@ -24,6 +24,9 @@ from torch import Tensor
 from rlinf.weights.architecture import Architecture
 
 
+FUSED = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}  # matrix -> the norm in front of it
+
+
 @dataclass(frozen=True)
 class Rule:
     """One Megatron parameter (layer index global) and the HF tensors it is made of."""
@@ -33,22 +36,28 @@ class Rule:
     layout: str
 
 
-def layer_rules(arch: Architecture, layer: int) -> Iterator[Rule]:
-    """The parameters of decoder layer `layer` (counted over the whole model), in the order of the forward pass."""
+def layer_rules(arch: Architecture, layer: int, fused_norms: bool = False) -> Iterator[Rule]:
+    """The parameters of decoder layer `layer` (counted over the whole model), in the order of the forward pass.
+
+    fused_norms: Transformer Engine computes a norm and the matrix behind it in one module, which holds the weights of both.
+    """
     mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-    yield Rule(mcore + "input_layernorm.weight", (hf + "input_layernorm.weight",), "replicated")
+    norms = [f"{matrix}.layer_norm_weight" for matrix in FUSED] if fused_norms else [f"{norm}.weight" for norm in FUSED.values()]
+    yield Rule(mcore + norms[0], (hf + "input_layernorm.weight",), "replicated")
     for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
         yield Rule(mcore + f"self_attention.linear_qkv.{kind}", tuple(hf + f"self_attn.{p}_proj.{kind}" for p in "qkv"), "qkv")
     if arch.qk_norm:
         for p in "qk":
             yield Rule(mcore + f"self_attention.{p}_layernorm.weight", (hf + f"self_attn.{p}_norm.weight",), "replicated")
     yield Rule(mcore + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), "row")
-    yield Rule(mcore + "pre_mlp_layernorm.weight", (hf + "post_attention_layernorm.weight",), "replicated")
+    yield Rule(mcore + norms[1], (hf + "post_attention_layernorm.weight",), "replicated")
     yield Rule(mcore + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), "gate_up")
     yield Rule(mcore + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), "row")
 
 
-def model_rules(arch: Architecture, layers: range, first_stage: bool, last_stage: bool, head: str = "lm") -> list[Rule]:
+def model_rules(
+    arch: Architecture, layers: range, first_stage: bool, last_stage: bool, head: str = "lm", fused_norms: bool = False
+) -> list[Rule]:
     """The parameters of one pipeline stage. With tied embeddings the last of several stages holds a copy of the embedding.
 
     head `scalar`: one number a row in place of the vocabulary, named as in transformers' sequence classification models.
@@ -57,7 +66,7 @@ def model_rules(arch: Architecture, layers: range, first_stage: bool, last_stage
     if first_stage:
         rules.append(Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"))
     for layer in layers:
-        rules += layer_rules(arch, layer)
+        rules += layer_rules(arch, layer, fused_norms)
     if last_stage:
         rules.append(Rule("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"))
         if head == "scalar":

@@ -42,6 +42,18 @@ def test_stages_hold_every_parameter_once_except_the_tied_copy() -> None:
     assert stages[1][-1].hf == ("model.embed_tokens.weight",)
 
 
+def test_fused_norms_stand_with_the_matrix_behind_them() -> None:
+    """Transformer Engine's names of the same tensors, as megatron-core's modules of it have them."""
+    arch = ARCHS["qwen3"]
+    plain, fused = (model_rules(arch, range(1, 2), False, True, fused_norms=on) for on in (False, True))
+    renamed = {a.megatron: b.megatron for a, b in zip(plain, fused, strict=True) if a.megatron != b.megatron}
+    assert renamed == {
+        "decoder.layers.1.input_layernorm.weight": "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.1.pre_mlp_layernorm.weight": "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
+    }
+    assert [(r.hf, r.layout) for r in plain] == [(r.hf, r.layout) for r in fused]
+
+
 def test_a_scalar_head_stands_on_the_last_stage_in_place_of_the_vocabulary() -> None:
     for arch in ARCHS.values():
         first, last = model_rules(arch, range(0, 2), True, False, "scalar"), model_rules(arch, range(2, 3), False, True, "scalar")

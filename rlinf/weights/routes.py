@@ -54,7 +54,7 @@ def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int], tran
     return tuple(feeds)
 
 
-def broadcast_groups(feeds: Sequence[Feed], tp: int, pp: int, dp: int) -> tuple[BroadcastGroup, ...]:
+def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int) -> tuple[BroadcastGroup, ...]:
     """The groups of a run, sorted: replica, then stage. Every process makes those that it is a member of in this order.
 
     Making a group waits for all its members; with one order for all there is always a first unmade group that no member of it is kept from.
@@ -63,10 +63,11 @@ def broadcast_groups(feeds: Sequence[Feed], tp: int, pp: int, dp: int) -> tuple[
     for engine, feed in enumerate(feeds):
         if feed.transport == BROADCAST:
             fed.setdefault(feed.replica, []).append(engine)
-    groups = [BroadcastGroup(d, stage, publisher(d, stage, tp, dp), tuple(engines)) for d, engines in fed.items() for stage in range(pp)]
+    groups = [BroadcastGroup(d, stage, publisher(d, stage, width, dp), tuple(engines)) for d, engines in fed.items() for stage in range(pp)]
     return tuple(sorted(groups))
 
 
-def publisher(replica: int, stage: int, tp: int, dp: int) -> int:
-    """The rank that publishes a stage of a replica: its first tensor-parallel rank (rank order: TP fastest, then DP, then PP)."""
-    return tp * (replica + dp * stage)
+def publisher(replica: int, stage: int, width: int, dp: int) -> int:
+    """The rank that publishes a stage of a replica: the first of the `width` tensor- and context-parallel ranks that hold it (rank order: TP
+    fastest, then CP, then DP, then PP)."""
+    return width * (replica + dp * stage)

@@ -51,7 +51,7 @@ class CriticWorker(Checkpointed):
         self.old_values = [engine.scores(packs) for packs in self.packs]
         self.hand_over()
         found: TokenNumbers = {}
-        if engine.at.tp_rank == 0:  # and on all but the last stage there are no values
+        if engine.at.leads:  # and on all but the last stage there are no values
             found = merged([by_sample(b, v) for packs, values in zip(self.packs, self.old_values) for b, v in zip(packs, values)])
         flops = rank_flops(engine, self.config.critic.model, {"values": self._work()}, {})
         timers = {"time/values": time.perf_counter() - started}

@@ -18,9 +18,11 @@ def rank_flops(engine: MegatronEngine, model: ActorModelConfig, looked_at: Mappi
     """Operations of one rank, an even part of those of its model copy, by the timer of the part of the step: of passes without a gradient, of
     passes forward and backward, and what activation recompute adds to the latter (`again`). A head with one output is not counted."""
 
-    def pass_over(work: Work) -> float:
-        return forward_flops(engine.arch, work if engine.model.head == "lm" else Work(work.rows, 0, work.pairs)) / (engine.at.tp * engine.at.pp)
+    copy = engine.at.tp * engine.at.cp * engine.at.pp
 
-    again = sum(recomputed_flops(engine.arch, model, work) for work in trained.values()) / (engine.at.tp * engine.at.pp)
+    def pass_over(work: Work) -> float:
+        return forward_flops(engine.arch, work if engine.model.head == "lm" else Work(work.rows, 0, work.pairs)) / copy
+
+    again = sum(recomputed_flops(engine.arch, model, work) for work in trained.values()) / copy
     found = {part: pass_over(work) for part, work in looked_at.items()} | {part: 3 * pass_over(work) for part, work in trained.items()}
     return found | {"again": again}

@@ -48,7 +48,7 @@ class TokenRewardWorker:
         outputs = engine.scores(packs)
         self._park()
         rewards, of_response = TokenRewards(), {}
-        if engine.at.tp_rank == 0:  # and on all but the last stage there are no outputs
+        if engine.at.leads:  # and on all but the last stage there are no outputs
             rows = merged([by_sample(b, values) for b, values in zip(packs, outputs)])
             counted = {s.sample_id: s.loss_mask.astype(bool) for g in groups for s in g.samples}
             for name, row in rows.items():

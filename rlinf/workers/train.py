@@ -112,7 +112,7 @@ class TrainWorker(Checkpointed):
             )
             for i, (mini, packs) in enumerate(zip(batch.mini_batches, minibatches))
         ]
-        if self.at.last_stage and self.at.tp_rank == 0:
+        if self.at.last_stage and self.at.leads:
             write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates)
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
@@ -153,7 +153,7 @@ class TrainWorker(Checkpointed):
     ) -> TokenNumbers:
         """What differs from token to token, once for the whole step; only the last stage, which has the logits, needs advantages.
 
-        With a critic's values of this rank's samples: their targets, from the first tensor-parallel rank.
+        With a critic's values of this rank's samples: their targets, from the rank that leads.
         """
         if self.on_tokens is None or not self.at.last_stage:
             return {}
@@ -167,7 +167,7 @@ class TrainWorker(Checkpointed):
         ]
         for b, advantages in zip(packs, token_advantages(tokens, self.on_tokens, parallel.sum_over_data_ranks)):
             b.advantages_N = advantages
-        if not self.config.has_critic or self.at.tp_rank:
+        if not self.config.has_critic or not self.at.leads:
             return {}
         return merged([by_sample(b, targets) for b, targets in zip(packs, value_targets(tokens, self.on_tokens))])
 
@@ -181,7 +181,7 @@ class TrainWorker(Checkpointed):
         """Hand out this stage's weights, once for each transport by which this replica feeds engines (weights.routes). A rank that is told
         of no transport is not asked again: it hands its device over after each training.
 
-        Returns what was written by transport (on the first TP rank) with the seconds it took, and the arrays for the object store.
+        Returns what was written by transport (on the rank that leads) with the seconds it took, and the arrays for the object store.
         """
         started = time.perf_counter()
         self.feeds_nobody = not transports
@@ -233,6 +233,7 @@ def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> 
     at = parallel.initialize(
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
+        model.context_parallel_size,
         rank=address.rank,
         world_size=address.world_size,
         device=device,

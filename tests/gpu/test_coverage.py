@@ -34,6 +34,7 @@ BY_FILE = {  # file of rlinf/ -> function -> test
     },
     "rollout/embedded_model.py": dict.fromkeys(("EmbeddedModel._make_head", "EmbeddedModel.logits"), "test_an_engine_on_the_same_device_runs_the_actors_weights"),
     "training/attention.py": {"PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give"},
+    "training/model.py": {"layer_implementation": "test_transformer_engines_layers_give_what_the_local_ones_give"},
     "training/offload.py": {"Offloader.__init__": "test_offloading_frees_the_device_and_training_does_not_notice"},
     "training/profiling.py": {"profiled": "test_a_profile_has_the_kernels_of_the_device"},
     "workers/device.py": {"peak_flops": "test_peak_operations_are_those_of_the_data_sheet"},

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from rlinf import device as devices
+from rlinf.checks.layout import deviations, worst
 from rlinf.config.schema import ActorConfig, RunnerConfig
+from rlinf.errors import UserError
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.training.engine import MegatronEngine
@@ -44,6 +46,23 @@ def test_a_shared_prompt_gives_what_copies_give(device: torch.device, at: Any, m
                 found |= dict(zip(batch.sample_ids, (v.float().cpu() for v in values.split(lengths))))
     assert shared.keys() == apart.keys() and len(shared) > 10
     assert max(float((shared[k] - apart[k]).abs().max()) for k in shared) <= tolerance
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
+def test_transformer_engines_layers_give_what_the_local_ones_give(device: torch.device, at: Any, models: dict[str, Path], family: str) -> None:
+    """The gradient of every tensor under its Hugging Face name, within what TF32 leaves. The twin without a GPU: a refusal, in so many words."""
+    if device.type == "cpu":
+        with pytest.raises(UserError, match="model.transformer_impl: .* there is no GPU"):
+            engine_on(device, at, models[family], transformer_impl="transformer_engine")
+        return
+    pytest.importorskip("transformer_engine.pytorch")
+    norms, gradients = {}, {}
+    for implementation in ("local", "transformer_engine"):
+        engine = engine_on(device, at, models[family], transformer_impl=implementation)
+        norms[implementation] = update(engine, minibatches(engine, n=1, budget=512)[0]).grad_norm
+        gradients[implementation] = {name: tensor.cpu().numpy() for name, tensor in engine.export("exp_avg")}  # after one step a tenth of it
+    assert norms["transformer_engine"] == pytest.approx(norms["local"], rel=0.01)
+    assert worst(deviations(gradients["transformer_engine"], gradients["local"], gradients["local"]))[0] <= 0.02
 
 
 @pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}], ids=["kept", "recomputed"])

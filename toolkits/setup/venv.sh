@@ -76,7 +76,7 @@ install_cpu_torch() { # PyPI's Linux build drags several GB of CUDA along
     fail "pip could not install $build (its words are above)"
 }
 
-install_transformer_engine() { # builds against the torch that is there; the actor's layers do without it
+install_transformer_engine() { # builds against the torch that is there; the actor has layers that do without it
   local engine
   engine="$(sed -nE 's/^(transformer-engine[^ ]*).*/\1/p' "$root/requirements/gpu.txt")"
   if ! command -v nvcc >/dev/null; then
