@@ -129,3 +129,4 @@ def test_one_process_without_ray_in_which_actor_and_engine_take_turns(tmp_path: 
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
     assert [m["step"] for m in lines(tmp_path)] == [0, 1, 2, 3]
+    assert list((tmp_path / "logs" / "tiny" / "weights").iterdir()) == []  # by which they came

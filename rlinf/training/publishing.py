@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from rlinf.weights.broadcast import Wire
 from rlinf.weights.buckets import BUCKET_BYTES
 from rlinf.weights.files import publish_files
 from rlinf.weights.routes import BROADCAST, DISK, SHARED_MEMORY
-from rlinf.weights.shared_memory import Segments, collect, release
-from rlinf.weights.source import Buckets, Files
+from rlinf.weights.shared_memory import Segments, collect
+from rlinf.weights.source import Buckets
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Publisher:
         self.place = f"d{engine.at.dp_rank}-s{engine.at.pp_rank}"
         self.segments = Segments(f"{run_id}-{self.place}")
         self.wire: Wire | None = None
-        self.files: Files | None = None
+        self.on_disk = False
 
     def hand_out(self, version: int, transports: Sequence[str]) -> HandedOut:
         """Gather this stage's weights once for each transport. Collective over the TP group."""
@@ -48,7 +49,8 @@ class Publisher:
             elif transport == SHARED_MEMORY:
                 sources[transport] = self.segments.publish(tensors, version, self.bucket_bytes)
             elif transport == DISK:
-                sources[transport] = self.files = publish_files(tensors, self.folder / self.place, version, self.bucket_bytes)
+                self.on_disk = True
+                sources[transport] = publish_files(tensors, self.folder / self.place, version, self.bucket_bytes)
             elif transport == BROADCAST:
                 assert self.wire is not None, "the group of this publisher was not made"
                 sources[transport] = self.wire.send(tensors, version, self.bucket_bytes)
@@ -59,9 +61,9 @@ class Publisher:
     def withdraw(self) -> None:
         """What was handed out is not to be had any more."""
         self.segments.withdraw()
-        if self.files is not None:
-            release(self.files)
-            self.files = None
+        if self.on_disk:
+            shutil.rmtree(self.folder / self.place)
+            self.on_disk = False
 
     def close(self) -> None:
         self.withdraw()
