@@ -16,6 +16,8 @@ from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.ray_check import devices_of
 from rlinf.config.schema import ClusterConfig
 from rlinf.scheduling.placement import Plan, Seat
+from rlinf.weights.broadcast import Wire, open_store
+from rlinf.weights.routes import BroadcastGroup
 
 MIB = 2**20
 
@@ -69,6 +71,15 @@ def test_the_collectives_library_sums(device: torch.device) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # other tests' process may have joined a group for good
         found = fresh.submit(collectives, device.type == "cuda").result()
     assert (found.check, found.status) == ("nccl" if device.type == "cuda" else "gloo", OK)
+
+
+def test_a_publisher_broadcasts_from_its_device(device: torch.device) -> None:
+    """Alone in its group: between devices it takes as many of them. A later version is another checksum."""
+    store = open_store("127.0.0.1", 0, keeps=True)
+    wire = Wire(BroadcastGroup(0, 0, 0, ()), "actor rank 0", store, device, 60.0)
+    sent = [wire.send([("a", torch.full((100, 8), 1.0 + version, device=device)), ("b", torch.ones(3, device=device))], version) for version in (0, 1)]
+    assert [[t.name for b in source.buckets for t in b.tensors] for source in sent] == [["a", "b"], ["a", "b"]]
+    assert sent[0].buckets[0].checksum != sent[1].buckets[0].checksum
 
 
 def test_one_process_takes_the_device_that_is_there(device: torch.device, tmp_path: Path) -> None:

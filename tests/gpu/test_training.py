@@ -13,10 +13,14 @@ import torch
 
 from rlinf import device as devices
 from rlinf.checks.layout import deviations, worst
-from rlinf.config.schema import ActorConfig, RunnerConfig
+from rlinf.checks.tiny_model import VOCAB, write_tiny_model
+from rlinf.config.schema import ActorConfig, Config, RunnerConfig
+from rlinf.data.packing import build_rank_batches
+from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.errors import UserError
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.devices import data_sheet_flops
+from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
 from rlinf.training.publishing import Publisher, score
@@ -25,6 +29,7 @@ from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import SHARED_MEMORY
 from rlinf.workers.device import peak_flops
+from rlinf.workers.token_reward import TokenRewardWorker
 from tests.training_ranks import build, logprobs, minibatches, snapshot, update
 
 PROBES = [np.random.default_rng(i).integers(1, 130, 20 + i).astype(np.int32) for i in range(3)]
@@ -116,6 +121,26 @@ def test_the_reference_policy_is_swapped_in_and_out(device: torch.device, at: An
     with reference.swapped_in():
         assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(score(engine, PROBES, 1.0), before))
     assert all(np.array_equal(a, b) for a, b in zip(score(engine, PROBES, 1.0), after)) and not np.allclose(after[0], before[0])
+
+
+def test_a_token_reward_model_is_parked_while_it_does_not_score(device: torch.device, at: Any, tmp_path: Path) -> None:
+    config = Config()
+    config.cluster.device = device.type
+    config.token_reward.model_dir = str(write_tiny_model(tmp_path / "scorer", "qwen2", head="scalar"))
+    config.token_reward.model.precision = "fp32"
+    rng = np.random.default_rng(0)
+    tokens = lambda n: rng.integers(0, VOCAB, n).astype(np.int32)
+    samples = tuple(Sample(f"g/{i}", tokens(n), np.zeros(n, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP) for i, n in enumerate((3, 9)))
+    group = Group("g", Prompt("g", tokens(5), "math", ("1",)), samples)
+    (batch,) = build_rank_batches([group.header()], [np.zeros(2)], dp=1, n_minibatches=1, max_tokens=64, share_prefix=True)
+    found = {}
+    for parked in (False, True):
+        config.token_reward.offload_weight = parked
+        worker = TokenRewardWorker(WorkerAddress("token_reward", 0, 1, 0, (0,), "127.0.0.1", 0, "run", 1), config)
+        found[parked] = [worker.scores(step, batch, group)[0].scores for step in (1, 2)]
+        away = {p.untyped_storage().size() == 0 for p in worker.engine.model.parameters()}
+        assert away == {parked and device.type == "cuda"}
+    assert found[True] == found[False] and all(found[True][0][s.sample_id] != 0 for s in samples)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
