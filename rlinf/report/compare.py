@@ -188,10 +188,14 @@ def candidates_for(a: Run, b: Run, at: Difference, steps: list[int]) -> Iterator
 def _config_differences(a: Run, b: Run) -> Iterator[tuple[str, str, Any, Any]]:
     same_weights = a.environment(0).get("weights") == b.environment(0).get("weights") is not None
     same_data = a.environment(0).get("data_fingerprint") == b.environment(0).get("data_fingerprint") is not None
-    critic = "gae" in (a.config.get("algorithm.adv_type"), b.config.get("algorithm.adv_type"))
+    absent = set()  # components that neither run has: nothing reads their keys
+    if "gae" not in (a.config.get("algorithm.adv_type"), b.config.get("algorithm.adv_type")):
+        absent.add("critic")
+    if a.config.get("token_reward.model_dir") is None and b.config.get("token_reward.model_dir") is None:
+        absent.add("token_reward")
     for key in [*a.config, *(k for k in b.config if k not in a.config)]:
-        if key.startswith("critic.") and not critic:
-            continue  # nothing reads it
+        if key.partition(".")[0] in absent:
+            continue
         if (key == "rollout.model_dir" and same_weights) or (key == "data.train_data_paths" and same_data):
             continue  # another path to the same thing
         stage = next(stage for pattern, stage in STAGE_OF_KEY if fnmatchcase(key, pattern))

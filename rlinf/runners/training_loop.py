@@ -68,9 +68,9 @@ class TrainingLoop(ABC):
         """All steps from where the run stands to its end."""
         await self.start(logger)
         with long_lived():
-            await self.steps(logger)
+            await self.take_steps(logger)
 
-    async def steps(self, logger: MetricLogger) -> None:
+    async def take_steps(self, logger: MetricLogger) -> None:
         progress, runner = Progress(self.total_steps, self.step + 1), self.config.runner
         if self.step == 0 and runner.val_check_interval != 0 and (scores := await self.validate()):
             logger.log(0, scores | self.timers.collect())

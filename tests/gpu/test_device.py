@@ -28,6 +28,11 @@ def test_auto_is_the_device_of_this_machine(device: torch.device) -> None:
 
 
 def test_memory_of_a_tensor_is_seen_and_given_back(device: torch.device) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # what other tests leave behind would come and go meanwhile
+        fresh.submit(_a_tensor_comes_and_goes, device).result()
+
+
+def _a_tensor_comes_and_goes(device: torch.device) -> None:
     devices.give_back_free_memory(device)
     devices.forget_peak(device)
     before = devices.memory_in_use(device)
