@@ -24,7 +24,7 @@ class Engines:
     """The rollout group: `size` engines with `slots` each; a token takes a second. version: of the weights that they hold."""
 
     def __init__(self, size: int, slots: int, seed: int) -> None:
-        self.size, self.seed, self.version = size, seed, 0
+        self.size, self.seed, self.version, self.lives = size, seed, 0, [0] * size
         self.slots = [asyncio.Semaphore(slots) for _ in range(size)]
         self.stopped = [asyncio.Event() for _ in range(size)]
         self.lengths: list[int] = []

@@ -15,12 +15,15 @@ from rlinf.errors import RunFailed
 
 
 class Ref:
-    """A result that stays where it was made: await it to fetch it, pass it to a call (as an argument of its own) to hand it on."""
+    """A result that stays where it was made: await it to fetch it, pass it to a call (as an argument of its own) to hand it on.
 
-    __slots__ = ("group", "rank", "method", "handle")
+    life: which of the workers that have stood at the rank was asked.
+    """
+
+    __slots__ = ("group", "rank", "life", "method", "handle")
 
     def __init__(self, group: WorkerGroup, rank: int, method: str, handle: Any) -> None:
-        self.group, self.rank, self.method, self.handle = group, rank, method, handle
+        self.group, self.rank, self.life, self.method, self.handle = group, rank, group.lives[rank], method, handle
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self.group.fetch(self).__await__()
@@ -56,6 +59,7 @@ class WorkerGroup(ABC):
         self.starts: list[Ref] = []
         self.in_flight: list[Counter[str]] = [Counter() for _ in self.nodes]
         self.pids: list[int | None] = [None] * self.size  # of the workers that have a process of their own
+        self.lives = [0] * self.size  # of each rank, how often restart() has filled its place
         self.restarts = 0  # how many deaths of a rank do not end the run: its calls raise WorkerLost, and restart() fills its place
         self._ready: asyncio.Task[list[Any]] | None = None
 
@@ -68,8 +72,8 @@ class WorkerGroup(ABC):
         """The value behind a handle, or the backend's error."""
 
     @abstractmethod
-    async def explain(self, error: BaseException, rank: int, method: str) -> BaseException:
-        """What to raise for the backend's error."""
+    async def explain(self, error: BaseException, ref: Ref) -> BaseException:
+        """What to raise for the backend's error of a call."""
 
     @abstractmethod
     def where(self, rank: int) -> str:
@@ -147,7 +151,7 @@ class WorkerGroup(ABC):
             await asyncio.wait({task, self.failure.future()}, return_when=asyncio.FIRST_COMPLETED)
             error = task.exception() if task.done() else self.failure.error
             if error is not None and task.done():
-                error = await self.explain(error, ref.rank, ref.method)
+                error = await self.explain(error, ref)
         finally:
             running -= Counter({ref.method: 1})
             task.cancel()

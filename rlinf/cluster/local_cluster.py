@@ -103,11 +103,11 @@ class LocalWorkerGroup(WorkerGroup):
     async def resolve(self, handle: asyncio.Future[Any]) -> Any:
         return await asyncio.shield(handle)
 
-    async def explain(self, error: BaseException, rank: int, method: str) -> BaseException:
+    async def explain(self, error: BaseException, ref: Ref) -> BaseException:
         if isinstance(error, (UserError, RunFailed)) or not isinstance(error, Exception):
             return error
         text = "".join(traceback.format_exception(error))
-        where = f"{self.where(rank)} failed in {method} (phase: {self.cluster.phase})"
+        where = f"{self.where(ref.rank)} failed in {ref.method} (phase: {self.cluster.phase})"
         failed = RunFailed(f"{where}: {type(error).__name__}: {error}\n\n{text}")
         failed.__cause__ = error
         return failed

@@ -132,19 +132,24 @@ class RayCluster(Cluster):
         return self.log_dir / f"{seat.component}-{seat.rank}.log"
 
     def _deaths(self) -> Death | None:
-        watched = {rest: (group, rank) for group in list(self.groups) for rank, rest in enumerate(group.rests) if rank not in group.lost}
+        watched = {
+            rest: (group, rank, life)
+            for group in list(self.groups)
+            for rank, (life, rest) in enumerate(zip(list(group.lives), group.rests))
+            if (rank, life) not in group.lost
+        }
         if not watched:
             time.sleep(PERIOD)
             return None
         gone, _ = ray.wait(list(watched), timeout=PERIOD)
         if not gone:
             return None
-        group, rank = watched[gone[0]]
+        group, rank, life = watched[gone[0]]
         try:
             ray.get(gone[0])
         except ray.exceptions.RayError as error:
             obituary = group.obituary(rank, error)
-            return Death(obituary, lambda: group.lose(rank, obituary))
+            return Death(obituary, lambda: group.lose(rank, life, obituary))
         raise RuntimeError(f"{group.where(rank)} stopped resting")
 
     def close(self) -> None:

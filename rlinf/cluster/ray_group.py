@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ class RayWorkerGroup(WorkerGroup):
         self.seats, self.process, self.logs, self.phase = seats, process, logs, phase
         self.actors = [process(seat) for seat in seats]
         self.rests = [actor.rest.remote() for actor in self.actors]
-        self.lost: dict[int, WorkerLost] = {}
+        self.lost: dict[tuple[int, int], WorkerLost] = {}  # by rank and life
         self.entrances: list[dict[int, Any]] = [{} for _ in seats]  # by rank, then number of results
 
     def start(self, class_path: str, args: tuple[Any, ...]) -> None:
@@ -45,20 +46,20 @@ class RayWorkerGroup(WorkerGroup):
         self.made_from = (class_path, *(a.handle if isinstance(a, Ref) else a for a in args))
         self.starts = [Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)) for rank, actor in enumerate(self.actors)]
 
-    def lose(self, rank: int, obituary: str) -> bool:
+    def lose(self, rank: int, life: int, obituary: str) -> bool:
         """Whether the run goes on without the rank until restart(); called once for a death, from any thread."""
         if self.restarts == 0:
             return False
         self.restarts -= 1
-        self.lost[rank] = WorkerLost(obituary)
+        self.lost[rank, life] = WorkerLost(obituary)
         return True
 
     async def restart(self, rank: int) -> None:
-        self.in_flight[rank].clear()
+        self.in_flight[rank] = Counter()
         self.actors[rank] = actor = self.process(self.seats[rank])
         self.entrances[rank] = {}
         self.rests[rank] = actor.rest.remote()
-        del self.lost[rank]
+        self.lives[rank] += 1  # after its rest is the new one: nobody may take the old death for the new life's
         port = actor.free_port.remote()
         self.pids[rank] = await self._value(Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)))
 
@@ -91,23 +92,24 @@ class RayWorkerGroup(WorkerGroup):
     async def resolve(self, handle: Any) -> Any:
         return await handle
 
-    async def explain(self, error: BaseException, rank: int, method: str) -> BaseException:
+    async def explain(self, error: BaseException, ref: Ref) -> BaseException:
         if isinstance(error, UserError):
             return UserError(str(error.cause) if isinstance(error, RayTaskError) else str(error))
         if not isinstance(error, ray.exceptions.RayError):
             return error
         deadline = time.monotonic() + BLAME
-        while self.restarts and rank not in self.lost and self.failure.error is None and time.monotonic() < deadline:
+        rank, of_it = ref.rank, (ref.rank, ref.life)
+        while self.restarts and of_it not in self.lost and self.failure.error is None and time.monotonic() < deadline:
             await asyncio.sleep(0.05)  # the health thread is about to say what it was
-        if rank in self.lost:
-            return self.lost[rank]
+        if of_it in self.lost:
+            return self.lost[of_it]
         await asyncio.wait({self.failure.future()}, timeout=max(0.0, deadline - time.monotonic()))
         if self.failure.error is not None:  # a peer's error is often only the echo of a death
             return self.failure.error
         if not isinstance(error, RayTaskError):
             return RunFailed(self.obituary(rank, error))
         traceback = ANSI.sub("", str(error))
-        return RunFailed(f"{self.where(rank)} failed in {method} (phase: {self.phase()}): {type(error.cause).__name__}: {error.cause}\n\n"
+        return RunFailed(f"{self.where(rank)} failed in {ref.method} (phase: {self.phase()}): {type(error.cause).__name__}: {error.cause}\n\n"
                          f"{traceback}\nIts log: {self.logs[rank]}")
 
     def obituary(self, rank: int, error: BaseException) -> str:

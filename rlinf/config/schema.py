@@ -211,7 +211,7 @@ class RolloutConfig:
     max_engine_restarts: int = key(
         3, "deaths of an engine that do not end the run: it is started anew and given the current weights, which the actor keeps for that (Ray only)"
     )
-    stall_timeout: int = key(0, "seconds without a finished group after which an engine is ended and started anew; 0 = for ever")
+    stall_timeout: int = key(0, "seconds without a finished group, or without an answer to anything else, after which an engine is ended and started anew; 0 = for ever")
     over_provisioning: float = key(
         0.0, "with schedule wallclock: groups that are begun and not yet trained on at most, in batches; 0 = as many as max_staleness allows"
     )

@@ -37,7 +37,7 @@ class Recorded(WorkerGroup):
     async def resolve(self, handle: Any) -> Any:
         return handle
 
-    async def explain(self, error: BaseException, rank: int, method: str) -> BaseException:
+    async def explain(self, error: BaseException, ref: Ref) -> BaseException:
         return error
 
     def where(self, rank: int) -> str:

@@ -54,7 +54,7 @@ class Rollouts:
         self.config = config
         self.max_new_tokens = config.algorithm.sampling_params.max_new_tokens
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
-        self.engines = Engines(rollout, self.dispatcher)
+        self.engines = Engines(rollout, self.dispatcher, config.rollout.stall_timeout)
         self.stall_timeout = config.rollout.stall_timeout
         self._answered = [0.0] * rollout.size  # when each engine was last done with a group
         self.in_flight: dict[str, str] = {}
@@ -105,7 +105,7 @@ class Rollouts:
         try:
             while not (await asyncio.wait({asked}, timeout=self.stall_timeout or None))[0]:
                 if loop.time() - max(begun, self._answered[rank]) >= self.stall_timeout:
-                    self.rollout.kill(rank)
+                    self.engines.end(rank, header.life)
                     begun = loop.time()
             self._answered[rank] = loop.time()
             return asked.result(), None
