@@ -29,8 +29,7 @@ def newest_pid(running: Running, rank: int) -> int:
 def wait_for(running: Running, folder: Path, name: str, least: float) -> list[dict]:
     deadline = time.monotonic() + 180
     while (steps := lines(folder)[1:])[-1].get(name, 0) < least:
-        assert running.process.poll() is None, running.process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline, (running.logs.parent / "status.json").read_text()
+        assert running.process.poll() is None and time.monotonic() < deadline, running.last_words()
         time.sleep(0.1)
     return steps
 

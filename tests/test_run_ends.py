@@ -34,10 +34,15 @@ class Running:
         metrics = folder / "logs" / "tiny" / "metrics.jsonl"
         deadline = time.monotonic() + patience
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.process.communicate()[1][-3000:]
+            assert self.process.poll() is None and time.monotonic() < deadline, self.last_words()
             time.sleep(0.2)
         actor_log = (self.logs / "actor-0.log").read_text()
         self.run_id = re.search(r"run (\S+)", actor_log).group(1)
+
+    def last_words(self) -> str:
+        """For the message of a test that fails: the end of what the driver wrote. The run is over then."""
+        self.process.kill()
+        return self.process.communicate()[1][-3000:]
 
     @property
     def logs(self) -> Path:
