@@ -78,7 +78,7 @@ def test_two_nodes_train_until_one_is_cut_off_which_ends_the_run_and_is_named(no
     metrics = folder / "logs" / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and metrics.read_text().count("\n") > 1):
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()[1][-4000:]
+        assert run.poll() is None and time.monotonic() < deadline, (run.kill(), run.communicate()[1][-4000:])
         time.sleep(0.5)
     assert one_policy(lines(folder)[:2])
     nodes[1].cut_off()

@@ -127,7 +127,7 @@ def test_a_killed_scheduler_is_started_anew_and_its_tokens_are_kept(tmp_path: Pa
     os.kill(scheduler, signal.SIGKILL)
     deadline = time.monotonic() + 300
     while not (steps := lines(tmp_path))[-1].get("rollout/engine_restarts"):
-        assert running.process.poll() is None and time.monotonic() < deadline, running.process.communicate()[1][-3000:]
+        assert running.process.poll() is None and time.monotonic() < deadline, running.last_words()
         time.sleep(0.5)
     running.process.send_signal(signal.SIGINT)
     code, _ = running.end()
