@@ -198,13 +198,13 @@ def growth(rss: Sequence[int]) -> float:
 def judge(model: Model, loads: Sequence[Load]) -> list[dict[str, Any]]:
     """Share of a step, by the model and as measured, where there is an aim."""
     found = []
-    for load in loads:
-        if load.devices in AIMS:
-            predicted = model.seconds(load.devices, load.samples)
+    for one in loads:
+        if one.devices in AIMS:
+            predicted = model.seconds(one.devices, one.samples)
             found.append({
-                "devices": load.devices, "samples": load.samples, "model_seconds": predicted, "measured_seconds": load.cpu_median,
-                "model_share": predicted / STEP_SECONDS, "measured_share": load.cpu_median / STEP_SECONDS, "aim": AIMS[load.devices],
-                "reached": max(predicted, load.cpu_median) <= AIMS[load.devices] * STEP_SECONDS,
+                "devices": one.devices, "samples": one.samples, "model_seconds": predicted, "measured_seconds": one.cpu_median,
+                "model_share": predicted / STEP_SECONDS, "measured_share": one.cpu_median / STEP_SECONDS, "aim": AIMS[one.devices],
+                "reached": max(predicted, one.cpu_median) <= AIMS[one.devices] * STEP_SECONDS,
             })  # fmt: skip
     return found
 

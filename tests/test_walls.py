@@ -131,3 +131,10 @@ def test_the_look_for_habits_finds_them(tmp_path: Path) -> None:
     file = tmp_path / "one.py"
     file.write_text("def f(x) -> int:\n" + "    x\n" * 60 + "try:\n    print(1)\nexcept (ValueError, Exception):\n    pass\n")
     assert [line.partition(": ")[2] for line in sorted(bad_habits(file))] == ["f has more than 60 lines", "f is not annotated", "a print", "an except that catches anything"]
+
+
+def test_every_name_is_known_and_used() -> None:
+    """Pyflakes' rules, by ruff: a name that nobody defined, an import that nobody needs."""
+    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "F", "rlinf", "tests", "benchmarks", "toolkits"],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-3000:]

@@ -10,6 +10,7 @@ import asyncio
 import importlib.util
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
