@@ -9,6 +9,7 @@ from hypothesis import settings
 settings.register_profile("any machine", deadline=None)  # a busy one takes seconds for what is no work
 settings.load_profile("any machine")
 
+
 def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the runs that tests interrupt would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)

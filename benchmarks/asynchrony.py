@@ -53,10 +53,19 @@ def main() -> int:
         | {"speedup": median(run[base]["seconds_per_step"] / run[name]["seconds_per_step"] for run in runs)}
         for name in ARMS
     }
-    shape = {"groups": GROUPS, "samples": SAMPLES, "update_seconds": UPDATE, "seconds_per_token": 1, "steps": args.steps, "seeds": args.seeds}
+    shape = {
+        "groups": GROUPS,
+        "samples": SAMPLES,
+        "update_seconds": UPDATE,
+        "seconds_per_token": 1,
+        "steps": args.steps,
+        "seeds": args.seeds,
+    }
     args.out.write_text(json.dumps({"simulated": shape, "medians": table}, indent=1) + "\n")
     for name, row in table.items():
-        sys.stdout.write(f"{name:28} {row['seconds_per_step']:8.0f} s a step  {row['speedup']:5.2f}x  staleness {row['staleness_max']:.0f}\n")
+        sys.stdout.write(
+            f"{name:28} {row['seconds_per_step']:8.0f} s a step  {row['speedup']:5.2f}x  staleness {row['staleness_max']:.0f}\n"
+        )
     return 0
 
 

@@ -125,9 +125,13 @@ def light_cluster(folder: Path, processes: Mapping[str, str] = SEATS) -> Iterato
     try:
         plan = build_plan(resolved.config, cluster.inventory())
         light = Light(MEAN_TOKENS, tuple(name for name in METRICS if name.startswith("train/")), weight_buckets())
-        yield cluster, {
-            name: cluster.launch(plan, name, f"benchmarks.light_workers:{worker}", *([] if name == "reward" else [light])) for name, worker in WORKERS.items()
-        }  # type: ignore[misc]
+        yield (
+            cluster,
+            {
+                name: cluster.launch(plan, name, f"benchmarks.light_workers:{worker}", *([] if name == "reward" else [light]))
+                for name, worker in WORKERS.items()
+            },
+        )  # type: ignore[misc]
     finally:
         cluster.close()
 
@@ -174,7 +178,9 @@ def measure(cluster: Cluster, workers: Mapping[str, RayWorkerGroup], folder: Pat
     groups = {name: widened(group, max(1, devices // 8) if name == "reward" else devices) for name, group in workers.items()}
     data = prompts(2 * samples // GROUP_SIZE)
     sampler = PromptSampler(len(data), samples // GROUP_SIZE, True, 0)
-    runner = ReasoningRunner(resolved.config, run_folder, cluster, groups["actor"], groups["rollout"], groups["reward"], data, [], sampler, Stop())
+    runner = ReasoningRunner(
+        resolved.config, run_folder, cluster, groups["actor"], groups["rollout"], groups["reward"], data, [], sampler, Stop()
+    )
     meter = Meter(run_folder.path)
     try:
         asyncio.run(cluster.guard(runner.run(meter)))
@@ -211,7 +217,13 @@ def judge(model: Model, loads: Sequence[Load]) -> list[dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"cpu": cpu, "cores": os.cpu_count(), "load_average": os.getloadavg(), "python": platform.python_version(), "ray": ray.__version__}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "ray": ray.__version__,
+    }
 
 
 def main() -> None:
@@ -245,7 +257,9 @@ def main() -> None:
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for v in verdicts:
-        sys.stdout.write("{devices} devices, {samples} samples: model {model_share:.2%}, measured {measured_share:.2%}, aim {aim:.0%}\n".format(**v))
+        sys.stdout.write(
+            "{devices} devices, {samples} samples: model {model_share:.2%}, measured {measured_share:.2%}, aim {aim:.0%}\n".format(**v)
+        )
     sys.stdout.write(f"memory: {growth(memory.rss) / 1024:.1f} KiB a step over the second half of {args.memory_steps} steps\n")
 
 

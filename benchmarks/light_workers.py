@@ -55,7 +55,11 @@ class LightRollout:
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         sigma = 0.8
-        lengths = np.exp(self.random.normal(np.log(self.mean_tokens) - sigma**2 / 2, sigma, request.n)).astype(int).clip(1, request.max_new_tokens)
+        lengths = (
+            np.exp(self.random.normal(np.log(self.mean_tokens) - sigma**2 / 2, sigma, request.n))
+            .astype(int)
+            .clip(1, request.max_new_tokens)
+        )
         samples = tuple(
             Sample(
                 sample_id(request.request_id, k),
@@ -88,6 +92,4 @@ class LightReward:
 
     async def judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
         right = self.random.random(len(group.samples)) < 0.4
-        return tuple(
-            Verdict(5.0 if r else -5.0, Status.RIGHT if r else Status.WRONG, f"{k}", "number", 0.001) for k, r in enumerate(right)
-        )
+        return tuple(Verdict(5.0 if r else -5.0, Status.RIGHT if r else Status.WRONG, f"{k}", "number", 0.001) for k, r in enumerate(right))

@@ -33,7 +33,16 @@ RESULT = Path(__file__).with_name("results") / "quickstart.json"
 
 def run(out: Path, name: str, *words: str) -> dict[str, float]:
     """One run in `out`; what it gained and what it cost."""
-    command = [sys.executable, "-m", "rlinf", "train", "smollm2-135m-grpo-cpu", f"runner.output_dir={out}", f"runner.experiment_name={name}", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "rlinf",
+        "train",
+        "smollm2-135m-grpo-cpu",
+        f"runner.output_dir={out}",
+        f"runner.experiment_name={name}",
+        *words,
+    ]
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     seconds = time.monotonic() - started
@@ -41,7 +50,12 @@ def run(out: Path, name: str, *words: str) -> dict[str, float]:
         raise SystemExit(f"{name} failed with exit code {done.returncode}:\n{done.stderr[-3000:]}")
     cost = re.search(r"CPU seconds on this machine: (\d+) \((.*)\); peak memory \(PSS\) ([\d.]+) GiB", done.stderr)
     assert cost is not None, done.stderr[-2000:]
-    return judge(out / name) | {"wall_seconds": seconds, "cpu_seconds": float(cost[1]), "cpu_by_phase": cost[2], "peak_pss_gib": float(cost[3])}
+    return judge(out / name) | {
+        "wall_seconds": seconds,
+        "cpu_seconds": float(cost[1]),
+        "cpu_by_phase": cost[2],
+        "peak_pss_gib": float(cost[3]),
+    }
 
 
 def judge(run_dir: Path) -> dict[str, float]:

@@ -41,7 +41,13 @@ class GatedRunner(ReasoningRunner):
         samples = self.config.data.rollout_batch_size * self.config.algorithm.group_size
         mean, longest = metrics["rollout/response_length"], metrics["rollout/response_length_max"]
         prompt = metrics["rollout/total_tokens"] / samples - mean
-        say(seconds=seconds, prompt_tokens=[prompt], response_tokens=sorted({mean, longest}), samples=samples, phases=dict(self.timers.seconds))
+        say(
+            seconds=seconds,
+            prompt_tokens=[prompt],
+            response_tokens=sorted({mean, longest}),
+            samples=samples,
+            phases=dict(self.timers.seconds),
+        )
         return metrics
 
 

@@ -100,7 +100,13 @@ def seconds(function: Callable[[], None]) -> float:
 
 def verdict(name: str, ours: list[float], theirs: list[float]) -> dict[str, object]:
     ratio = statistics.median(ours) / statistics.median(theirs)
-    return {"ratio": ratio, "aim": AIMS[name], "reached": ratio >= AIMS[name], "engine_tokens_per_second": ours, "transformers_tokens_per_second": theirs}
+    return {
+        "ratio": ratio,
+        "aim": AIMS[name],
+        "reached": ratio >= AIMS[name],
+        "engine_tokens_per_second": ours,
+        "transformers_tokens_per_second": theirs,
+    }
 
 
 def main() -> None:

@@ -21,7 +21,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).with_name("results") / "sampling.json"
 PROBLEMS = 64
-PROTOCOL = ["evaluation.custom.n=4", "evaluation.custom.temperature=1.0", "evaluation.custom.max_tokens=24", 'evaluation.custom.stop=["\\n"]']
+PROTOCOL = [
+    "evaluation.custom.n=4",
+    "evaluation.custom.temperature=1.0",
+    "evaluation.custom.max_tokens=24",
+    'evaluation.custom.stop=["\\n"]',
+]
 LOCAL = ["cluster.device=cpu", "rollout.rollout_backend=embedded"]
 
 

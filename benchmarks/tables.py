@@ -41,7 +41,10 @@ def sampling(result: dict[str, Any]) -> list[str]:
 
 
 def verifier(result: dict[str, Any]) -> list[str]:
-    lines = ["| judge | agrees with the label | right ones accepted | wrong ones refused | undecided | pairs a second |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| judge | agrees with the label | right ones accepted | wrong ones refused | undecided | pairs a second |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, r in ((f"ours, {result['processes']} processes", result), ("math-verify 0.9.0, 1 process", result["math_verify"])):
         shares = [percent(r[s]) for s in ("agreement", "true_accepted", "specificity", "undecided")]
         lines.append(f"| {name} | {' | '.join(shares)} | {r['pairs_per_second']:,.0f} |")
@@ -60,7 +63,15 @@ def trainer(result: dict[str, Any]) -> list[str]:
 
 
 def ppo(result: dict[str, Any]) -> list[str]:
-    names = ("rollout/rewards", "critic/return_mean", "critic/value_mean", "critic/value_error", "critic/explained_variance", "train/entropy_loss", "train/clip_fraction")
+    names = (
+        "rollout/rewards",
+        "critic/return_mean",
+        "critic/value_mean",
+        "critic/value_error",
+        "critic/explained_variance",
+        "train/entropy_loss",
+        "train/clip_fraction",
+    )
     lines = [f"| step | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     return lines + [f"| {s['step']:.0f} | " + " | ".join(f"{s[n]:.2f}" if n in s else "—" for n in names) + " |" for s in result["steps"]]
 
@@ -68,7 +79,9 @@ def ppo(result: dict[str, Any]) -> list[str]:
 def asynchrony(result: dict[str, Any]) -> list[str]:
     lines = ["| schedule | seconds a step, simulated | faster | oldest token, versions | length bias |", "|---|---|---|---|---|"]
     for name, r in result["medians"].items():
-        lines.append(f"| {name} | {r['seconds_per_step']:,.0f} | {r['speedup']:.2f} × | {r['staleness_max']:.0f} | {100 * r['length_bias']:+.1f} % |")
+        lines.append(
+            f"| {name} | {r['seconds_per_step']:,.0f} | {r['speedup']:.2f} × | {r['staleness_max']:.0f} | {100 * r['length_bias']:+.1f} % |"
+        )
     return lines
 
 
@@ -90,7 +103,10 @@ def weight_sync(result: dict[str, Any]) -> list[str]:
 
 
 def vs_trl(result: dict[str, Any]) -> list[str]:
-    lines = ["| new tokens | a step, seconds: TRL / ours | faster | aim | peak memory, GiB: TRL / ours | new tokens a second: TRL / ours |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| new tokens | a step, seconds: TRL / ours | faster | aim | peak memory, GiB: TRL / ours | new tokens a second: TRL / ours |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, c in result["cases"].items():
         seconds, peak, speed = ([c[key][side] for side in ("trl", "rlinf")] for key in ("seconds", "peak_gib", "new_tokens_per_second"))
         pairs = [f"{a:,.1f} / {b:,.1f}" for a, b in (seconds, peak, speed)]

@@ -70,8 +70,13 @@ def engine_step(engine: MegatronEngine, tokens: np.ndarray) -> Step:
     weights = torch.full((SEQUENCES * TRAINED,), 1 / (SEQUENCES * TRAINED), dtype=torch.float64)
 
     def step() -> float:
-        (share,) = build_rank_batches([g.header() for g in groups], [np.ones(1)] * len(groups), dp=1, n_minibatches=1, max_tokens=4096, share_prefix=True)
-        packs = [pack(groups, refs, share_prefix=True, temperature=1.0, pad_to=1, device=engine.device) for refs in share.mini_batches[0].micro_batches]
+        (share,) = build_rank_batches(
+            [g.header() for g in groups], [np.ones(1)] * len(groups), dp=1, n_minibatches=1, max_tokens=4096, share_prefix=True
+        )
+        packs = [
+            pack(groups, refs, share_prefix=True, temperature=1.0, pad_to=1, device=engine.device)
+            for refs in share.mini_batches[0].micro_batches
+        ]
         update = engine.optimize(packs, lambda i, output: supervised_objective(*output, weights))
         return update.metrics.sums["objective"].item()
 
@@ -82,7 +87,9 @@ def plain_step(model: torch.nn.Module, tokens: np.ndarray) -> Step:
     """bf16 weights and gradients, fp32 master weights and moments: what the engine keeps too."""
     params = list(model.parameters())
     masters = [p.detach().float().requires_grad_() for p in params]
-    optimizer = torch.optim.AdamW(masters, lr=OPTIM.lr, betas=(OPTIM.adam_beta1, OPTIM.adam_beta2), eps=OPTIM.adam_eps, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        masters, lr=OPTIM.lr, betas=(OPTIM.adam_beta1, OPTIM.adam_beta2), eps=OPTIM.adam_eps, weight_decay=0.0, fused=True
+    )
     ids = torch.from_numpy(tokens.astype(np.int64))
     positions = torch.arange(LENGTH - TRAINED - 1, LENGTH - 1)
 
@@ -106,7 +113,14 @@ def plain_step(model: torch.nn.Module, tokens: np.ndarray) -> Step:
 def make_group(vocab: int, shape: tuple[int, int, int]) -> Group:
     rng, (prompt, response, n) = np.random.default_rng(0), shape
     samples = tuple(
-        Sample(f"g/{i}", rng.integers(10, vocab, response).astype(np.int32), np.zeros(response, np.float32), np.ones(response, np.uint8), ((0, response),), Finish.STOP)
+        Sample(
+            f"g/{i}",
+            rng.integers(10, vocab, response).astype(np.int32),
+            np.zeros(response, np.float32),
+            np.ones(response, np.uint8),
+            ((0, response),),
+            Finish.STOP,
+        )
         for i in range(n)
     )
     return Group("g", Prompt("g", rng.integers(10, vocab, prompt).astype(np.int32), "math", ("",)), samples)
@@ -118,7 +132,9 @@ def grpo_step(engine: MegatronEngine, group: Group, share_prefix: bool) -> Step:
     def step() -> float:
         (share,) = build_rank_batches([group.header()], [advantages], dp=1, n_minibatches=1, max_tokens=4096, share_prefix=share_prefix)
         (mini,) = share.mini_batches
-        packs = [pack([group], refs, share_prefix=share_prefix, temperature=1.0, pad_to=1, device=engine.device) for refs in mini.micro_batches]
+        packs = [
+            pack([group], refs, share_prefix=share_prefix, temperature=1.0, pad_to=1, device=engine.device) for refs in mini.micro_batches
+        ]
         update = engine.update(packs, None, None, Denominators(mini.global_tokens, mini.global_samples), SETTINGS, None)
         return update.grad_norm
 
@@ -142,7 +158,12 @@ def ratio(above: list[float], below: list[float]) -> dict[str, float]:
     a, b = np.array(above), np.array(below)
     picks = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
     low, high = np.quantile(a[picks].mean(1) / b[picks].mean(1), (0.05, 0.95))
-    return {"ratio": float(a.mean() / b.mean()), "p5": float(low), "p95": float(high), "ratio_of_medians": float(np.median(a) / np.median(b))}
+    return {
+        "ratio": float(a.mean() / b.mean()),
+        "p5": float(low),
+        "p95": float(high),
+        "ratio_of_medians": float(np.median(a) / np.median(b)),
+    }
 
 
 def against_plain(engine: MegatronEngine, model_dir: Path, pairs: int) -> dict[str, Any]:
@@ -151,7 +172,11 @@ def against_plain(engine: MegatronEngine, model_dir: Path, pairs: int) -> dict[s
     result = measure({"engine": engine_step(engine, tokens), "plain": plain_step(model, tokens)}, pairs)
     found = ratio(result["cpu_seconds"]["engine"], result["cpu_seconds"]["plain"])
     sys.stdout.write(f"plain: engine / plain {found['ratio']:.3f}, 95 % upper bound {found['p95']:.3f} (aim 1.20)\n")
-    return result | found | {"tokens": SEQUENCES * LENGTH, "trained_tokens": SEQUENCES * TRAINED, "aim": "p95 <= 1.20", "reached": found["p95"] <= 1.20}
+    return (
+        result
+        | found
+        | {"tokens": SEQUENCES * LENGTH, "trained_tokens": SEQUENCES * TRAINED, "aim": "p95 <= 1.20", "reached": found["p95"] <= 1.20}
+    )
 
 
 def shared_prefix(engine: MegatronEngine, name: str, pairs: int) -> dict[str, Any]:
@@ -161,8 +186,14 @@ def shared_prefix(engine: MegatronEngine, name: str, pairs: int) -> dict[str, An
     found = ratio(result["cpu_seconds"]["copies"], result["cpu_seconds"]["automatic"])
     tokens = n * (prompt + response) / (prompt + n * response)
     aim = 0.75 * tokens if name != "64-256-8" else 0.95
-    sys.stdout.write(f"{name}: gain {found['ratio']:.2f} [{found['p5']:.2f}, {found['p95']:.2f}], token ratio {tokens:.2f}, aim {aim:.2f}\n")
-    return result | found | {"token_ratio": tokens, "share_of_token_ratio": found["ratio"] / tokens, "aim": aim, "reached": found["ratio"] >= aim}
+    sys.stdout.write(
+        f"{name}: gain {found['ratio']:.2f} [{found['p5']:.2f}, {found['p95']:.2f}], token ratio {tokens:.2f}, aim {aim:.2f}\n"
+    )
+    return (
+        result
+        | found
+        | {"token_ratio": tokens, "share_of_token_ratio": found["ratio"] / tokens, "aim": aim, "reached": found["ratio"] >= aim}
+    )
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -56,7 +56,12 @@ def main() -> None:
             self.started = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            say(seconds=time.perf_counter() - self.started, prompt_tokens=sorted(prompt_tokens), response_tokens=sorted(set(lengths)), samples=len(lengths))
+            say(
+                seconds=time.perf_counter() - self.started,
+                prompt_tokens=sorted(prompt_tokens),
+                response_tokens=sorted(set(lengths)),
+                samples=len(lengths),
+            )
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, weights), attn_implementation="sdpa")
     config = GRPOConfig(

@@ -55,7 +55,13 @@ class Side:
         self.name, self.log = name, log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [str(word) for word in command], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, cwd=HERE.parent
+                [str(word) for word in command],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                cwd=HERE.parent,
             )
         self.answer()
 
@@ -140,7 +146,18 @@ def sides(args: argparse.Namespace, python: Path, new_tokens: int, work: Path) -
     data = work / "prompts.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in cut_prompts(rows, load_tokenizer(str(args.model_dir)), PROMPTS * steps)))
     environment = os.environ | worker_environment() | {"OMP_NUM_THREADS": str(args.threads)}
-    trl = [python, HERE / "trl_side.py", args.model_dir, data, new_tokens, steps, FIRST_NEW_TOKENS, args.threads, args.trl_weights, work / "trl"]
+    trl = [
+        python,
+        HERE / "trl_side.py",
+        args.model_dir,
+        data,
+        new_tokens,
+        steps,
+        FIRST_NEW_TOKENS,
+        args.threads,
+        args.trl_weights,
+        work / "trl",
+    ]
     words = [
         "cluster.backend=local", f"cluster.threads_per_worker={args.threads}", f"runner.output_dir={work}", f"runner.max_steps={steps}",
         "runner.val_check_interval=0", "runner.save_interval=0", "runner.keep_groups=0", "runner.phase_timeout=-1",

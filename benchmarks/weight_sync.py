@@ -79,7 +79,11 @@ class Copies:
         """GB/s of libc's memmove, each thread at a part of its own."""
         part = self.nbytes // threads
         started = time.perf_counter()
-        list(self.pool.map(lambda i: ctypes.memmove(self.target.data_ptr() + i * part, self.source.data_ptr() + i * part, part), range(threads)))
+        list(
+            self.pool.map(
+                lambda i: ctypes.memmove(self.target.data_ptr() + i * part, self.source.data_ptr() + i * part, part), range(threads)
+            )
+        )
         return part * threads / (time.perf_counter() - started) / 1e9
 
     def rates(self) -> dict[str, float]:

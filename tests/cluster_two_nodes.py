@@ -23,8 +23,13 @@ async def loop(cluster: Cluster, wait: bool) -> None:
     payloads = [rollout.ref(rank, "generate", 200_000, returns=2)[1] for rank in range(2)]
     sums = await actor.call_all("sum_of", *payloads)
     cluster.phase = "training"
-    report = {"totals": [t for t, _ in totals], "node_of_rank": [d["env"]["RLINF_TEST_NODE"] for d in told], "sums": sums,
-              "local_ranks": [d["env"]["LOCAL_RANK"] for d in told], "homes": [d["env"]["HOME"] for d in told]}
+    report = {
+        "totals": [t for t, _ in totals],
+        "node_of_rank": [d["env"]["RLINF_TEST_NODE"] for d in told],
+        "sums": sums,
+        "local_ranks": [d["env"]["LOCAL_RANK"] for d in told],
+        "homes": [d["env"]["HOME"] for d in told],
+    }
     print(json.dumps(report), flush=True)
     if wait:
         await asyncio.sleep(120)

@@ -27,8 +27,15 @@ class Plain:
     def describe(self) -> dict[str, Any]:
         with open(f"/proc/{os.getpid()}/environ", "rb") as file:
             at_start = dict(entry.split("=", 1) for entry in file.read().decode().split("\0") if "=" in entry)
-        return {"address": self.address, "args": self.args, "env": dict(os.environ), "at_start": at_start, "pid": os.getpid(),
-                "torch": self.torch_at_start, "cwd": os.getcwd()}
+        return {
+            "address": self.address,
+            "args": self.args,
+            "env": dict(os.environ),
+            "at_start": at_start,
+            "pid": os.getpid(),
+            "torch": self.torch_at_start,
+            "cwd": os.getcwd(),
+        }
 
     def add(self, a: int, b: int) -> int:
         return a + b

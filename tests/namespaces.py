@@ -35,12 +35,31 @@ class NamespaceNode:
         ip("netns", "add", self.name)
         ip("link", "add", f"{self.name}h", "type", "veth", "peer", "name", "eth0", "netns", self.name)
         ip("link", "set", f"{self.name}h", "master", self.bridge, "up")
-        for words in (["addr", "add", f"{self.address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"], ["link", "set", "lo", "up"],
-                      ["route", "add", "default", "dev", "eth0"]):
+        for words in (
+            ["addr", "add", f"{self.address}/24", "dev", "eth0"],
+            ["link", "set", "eth0", "up"],
+            ["link", "set", "lo", "up"],
+            ["route", "add", "default", "dev", "eth0"],
+        ):
             ip("-n", self.name, *words)
         inside = "mount -t tmpfs -o size=2g tmpfs /dev/shm && exec sleep 100000"
-        self.init = subprocess.Popen(["ip", "netns", "exec", self.name, "unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child",
-                                      "bash", "-c", inside])
+        self.init = subprocess.Popen(
+            [
+                "ip",
+                "netns",
+                "exec",
+                self.name,
+                "unshare",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "--kill-child",
+                "bash",
+                "-c",
+                inside,
+            ]
+        )
         self.pid = self._child()
 
     def _child(self) -> int:
@@ -64,8 +83,20 @@ class NamespaceNode:
 
     def processes(self) -> list[str]:
         """Command lines of what runs inside, beside the first process."""
-        listed = subprocess.run(["nsenter", "--target", str(self.pid), "--mount", "--pid", "bash", "-c",
-                                 "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null; echo; done"], capture_output=True, text=True)
+        listed = subprocess.run(
+            [
+                "nsenter",
+                "--target",
+                str(self.pid),
+                "--mount",
+                "--pid",
+                "bash",
+                "-c",
+                "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline 2>/dev/null; echo; done",
+            ],
+            capture_output=True,
+            text=True,
+        )
         return [line for line in listed.stdout.splitlines() if line and "sleep 100000" not in line]
 
     def cut_off(self) -> None:

@@ -84,11 +84,15 @@ BEHAVIOURS = {
 }
 
 
-def make_run(folder: Path, behaviour: Behaviour, steps: int = 30, prompts: int = 8, group_size: int = 4, words: int = 0, seed: int = 0) -> Path:
+def make_run(
+    folder: Path, behaviour: Behaviour, steps: int = 30, prompts: int = 8, group_size: int = 4, words: int = 0, seed: int = 0
+) -> Path:
     """words: extra words in every response."""
     config = folder / "run.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(f"runner:\n  output_dir: {folder}\n  experiment_name: run\nrollout:\n  model_dir: {folder / 'model'}\nactor:\n  optim:\n    lr: 1.0e-6\n")
+    config.write_text(
+        f"runner:\n  output_dir: {folder}\n  experiment_name: run\nrollout:\n  model_dir: {folder / 'model'}\nactor:\n  optim:\n    lr: 1.0e-6\n"
+    )
     run = RunFolder(load(str(config)))
     model = folder / "model"
     model.mkdir(exist_ok=True)
@@ -104,8 +108,20 @@ def make_run(folder: Path, behaviour: Behaviour, steps: int = 30, prompts: int =
         train = {"train/loss": 1e-9, "train/entropy_loss": behaviour.entropy(step) * rng.uniform(0.9, 1.1), "train/ratio": 1.0, "train/clip_fraction": 0.0,
                  "train/approx_kl": 0.0, "train/rollout_logprob_gap_mean": gaps[0], "train/rollout_logprob_gap_max": gaps[1], "train/grad_norm": rng.uniform(0.5, 2),
                  "train/minibatches_skipped": 0.0, "train/lr": 1e-6}  # fmt: skip
-        times = {"time/rollout": rng.uniform(3, 4), "time/train": rng.uniform(5, 6), "time/forward_backward": 4.5, "time/sync_weights": 0.4, "time/step": 11.0}
-        logger.log(step, rollout_metrics(headers, advantages) | train | times | {"perf/tokens_per_second": rng.uniform(500, 600), "perf/actor_memory_gib": 4.0})
+        times = {
+            "time/rollout": rng.uniform(3, 4),
+            "time/train": rng.uniform(5, 6),
+            "time/forward_backward": 4.5,
+            "time/sync_weights": 0.4,
+            "time/step": 11.0,
+        }
+        logger.log(
+            step,
+            rollout_metrics(headers, advantages)
+            | train
+            | times
+            | {"perf/tokens_per_second": rng.uniform(500, 600), "perf/actor_memory_gib": 4.0},
+        )
     logger.close()
     return run.path
 
@@ -113,26 +129,41 @@ def make_run(folder: Path, behaviour: Behaviour, steps: int = 30, prompts: int =
 def make_group(step: int, k: int, behaviour: Behaviour, size: int, words: int, rng: random.Random) -> tuple[Group, list[Answer]]:
     task, left, right = TASKS[k % len(TASKS)], rng.randint(10, 99), rng.randint(10, 99)
     answers = [behaviour.answer(step, task, left + right, rng) for _ in range(size)]
-    answers = [Answer(" ".join([*rng.choices(WORDS, k=words), a.text]), a.extracted, a.status, a.finish) for a in answers] if words else answers
+    answers = (
+        [Answer(" ".join([*rng.choices(WORDS, k=words), a.text]), a.extracted, a.status, a.finish) for a in answers] if words else answers
+    )
     version, name = behaviour.version(step), f"{step}.{task}-{k}"
     samples = []
     for i, answer in enumerate(answers):
         n = len(pieces(answer.text))
-        samples.append(Sample(f"{name}/{i}", np.zeros(n, np.int32), np.zeros(n, np.float32), np.ones(n, np.uint8), ((version, n),), answer.finish))
-    prompt = Prompt(f"{task}-{k}", np.zeros(5, np.int32), task, (f"\\boxed{{{left + right}}}",), behaviour.prompt.format(f"What is {left}+{right}?"))
+        samples.append(
+            Sample(f"{name}/{i}", np.zeros(n, np.int32), np.zeros(n, np.float32), np.ones(n, np.uint8), ((version, n),), answer.finish)
+        )
+    prompt = Prompt(
+        f"{task}-{k}", np.zeros(5, np.int32), task, (f"\\boxed{{{left + right}}}",), behaviour.prompt.format(f"What is {left}+{right}?")
+    )
     return Group(name, prompt, tuple(samples)), answers
 
 
 def write_samples(run: RunFolder, step: int, group: Group, answers: list[Answer]) -> GroupHeader:
     verdicts = tuple(
-        Verdict(5.0 if a.status is Status.RIGHT else -5.0, a.status, a.extracted, "number" if a.extracted else "no_answer", 1e-5, f"{a.extracted} against {group.prompt.solutions[0]}")
+        Verdict(
+            5.0 if a.status is Status.RIGHT else -5.0,
+            a.status,
+            a.extracted,
+            "number" if a.extracted else "no_answer",
+            1e-5,
+            f"{a.extracted} against {group.prompt.solutions[0]}",
+        )
         for a in answers
     )
     dump(run.samples(step), group, group.prompt.text, [a.text for a in answers], verdicts)
     return group.header().with_verdicts(verdicts)
 
 
-def write_tokens(run: RunFolder, step: int, groups: list[Group], headers: list[GroupHeader], advantages: list[np.ndarray], gap: float) -> tuple[float, float]:
+def write_tokens(
+    run: RunFolder, step: int, groups: list[Group], headers: list[GroupHeader], advantages: list[np.ndarray], gap: float
+) -> tuple[float, float]:
     """(mean, largest) gap."""
     plan = plan_dump(str(run.tokens(step)), headers, advantages, (0, step))
     texts = {row["sample_id"]: row["response"] for row in read(run.samples(step))}
@@ -140,7 +171,9 @@ def write_tokens(run: RunFolder, step: int, groups: list[Group], headers: list[G
     lines, every = [], []
     for group, advantage in zip(groups, advantages):
         for sample, a in zip(group.samples, advantage):
-            values = TokenValues(sample.sample_id, np.full(len(sample), a), noise.normal(0, 0.02, len(sample)), noise.laplace(0, gap, len(sample)))
+            values = TokenValues(
+                sample.sample_id, np.full(len(sample), a), noise.normal(0, 0.02, len(sample)), noise.laplace(0, gap, len(sample))
+            )
             every.append(np.abs(values.gaps))
             lines.append(values.line(pieces(texts[sample.sample_id]) if sample.sample_id in plan.sample_ids else None))
     append_lines(Path(plan.path), lines)

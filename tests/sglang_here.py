@@ -26,5 +26,12 @@ needs_sglang = (pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=
 def small_server(model_dir: Path, max_context: int, native: dict[str, str] | None = None) -> SGLangEngine:
     log = model_dir.parent / "sglang.log"
     return SGLangEngine(
-        str(model_dir), dtype="fp32", slots=4, max_context=max_context, seed=7, log=log, run_id=f"test-{model_dir.parent.name}", native=native
+        str(model_dir),
+        dtype="fp32",
+        slots=4,
+        max_context=max_context,
+        seed=7,
+        log=log,
+        run_id=f"test-{model_dir.parent.name}",
+        native=native,
     )

@@ -43,7 +43,9 @@ class Engines:
             self.lengths += lengths
         versions = tuple(tuple(sorted(v.items())) for v in payload.versions)
         names = tuple(sample_id(request.request_id, k) for k in range(request.n))
-        return GroupHeader(request.request_id, prompt.prompt_id, "math", 1, names, lengths, lengths, tuple(finishes), versions, (None,) * request.n)
+        return GroupHeader(
+            request.request_id, prompt.prompt_id, "math", 1, names, lengths, lengths, tuple(finishes), versions, (None,) * request.n
+        )
 
     async def sample(self, rank: int, name: str, k: int, versions: Counter[int], stopped: asyncio.Event) -> Finish:
         """Forty tokens at a time, under whatever weights are there."""

@@ -13,7 +13,12 @@ from rlinf.cli import main
 from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
 
 STEPS = 5
-AHEAD: dict[str, object] = ONE_PROCESS | {"runner__max_steps": STEPS, "runner__val_check_interval": 0, "runner__keep_checkpoints": 0, "cluster__device": "cpu"}
+AHEAD: dict[str, object] = ONE_PROCESS | {
+    "runner__max_steps": STEPS,
+    "runner__val_check_interval": 0,
+    "runner__keep_checkpoints": 0,
+    "cluster__device": "cpu",
+}
 
 
 def weights(folder: Path, name: str, step: int) -> dict[str, bytes]:
@@ -59,7 +64,12 @@ def check_replays(run_dir: Path, steps: list[int]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("partial", [False, True], ids=["interrupted", "carried over"])
 def test_wallclock_runs_lose_and_double_nothing(tmp_path: Path, partial: bool) -> None:
-    words = {"algorithm__max_staleness": 1, "algorithm__schedule": "wallclock", "rollout__partial": partial, "rollout__max_running_requests": 4}
+    words = {
+        "algorithm__max_staleness": 1,
+        "algorithm__schedule": "wallclock",
+        "rollout__partial": partial,
+        "rollout__max_running_requests": 4,
+    }
     config = write_run(tmp_path, "wall", algorithm__loss_type="decoupled-ppo", **words, **AHEAD)
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -25,7 +25,9 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
-@pytest.mark.parametrize("name", [*(p.stem for p in EXAMPLES.glob("*.yaml") if "-sft-" not in p.stem), "grpo-1.5b-megatron", "grpo-7b-megatron"])
+@pytest.mark.parametrize(
+    "name", [*(p.stem for p in EXAMPLES.glob("*.yaml") if "-sft-" not in p.stem), "grpo-1.5b-megatron", "grpo-7b-megatron"]
+)
 def test_dry_run_of_every_example_prints_the_placement(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, err = run(capsys, "train", name, "--dry-run", "rollout.seed=7")
     assert code == 0 and err == ""

@@ -52,7 +52,9 @@ def test_actor_and_critic_in_layouts_of_their_own_and_an_exact_resume(tmp_path: 
     checkpoints = tmp_path / "logs" / "tiny" / "checkpoints"
     first = tensors(checkpoints / "step_000003")
     assert {"actor", "critic", "hf"} <= {name.split("/")[0] for name in first}
-    again = run(config, "critic.warmup_steps=1", "algorithm.gae_lambda=0.9", f"runner.resume_dir={checkpoints / 'step_000002'}", timeout=240)
+    again = run(
+        config, "critic.warmup_steps=1", "algorithm.gae_lambda=0.9", f"runner.resume_dir={checkpoints / 'step_000002'}", timeout=240
+    )
     assert again.returncode == 0, again.stderr[-4000:]
     repeated = tensors(checkpoints / "step_000003")
     assert first.keys() == repeated.keys() and all(np.array_equal(first[n], repeated[n]) for n in first)  # bit for bit, actor and critic
@@ -61,14 +63,23 @@ def test_actor_and_critic_in_layouts_of_their_own_and_an_exact_resume(tmp_path: 
 
 
 def test_one_process_warm_up_trains_the_critic_alone(tmp_path: Path) -> None:
-    config = write_run(tmp_path, algorithm__adv_type="gae", critic=CRITIC | {"warmup_steps": 2}, runner__save_interval=1, runner__keep_checkpoints=0, **ONE_PROCESS)
+    config = write_run(
+        tmp_path,
+        algorithm__adv_type="gae",
+        critic=CRITIC | {"warmup_steps": 2},
+        runner__save_interval=1,
+        runner__keep_checkpoints=0,
+        **ONE_PROCESS,
+    )
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
     check_metrics(lines(tmp_path), warmup=2)
     steps = [tensors(tmp_path / "logs" / "tiny" / "checkpoints" / f"step_{i:06d}") for i in (1, 2, 3)]
     start = {n: t.numpy() for n, t in load_file(tmp_path / "model" / "model.safetensors").items()}
     hf = lambda step, name: step[f"hf/model.safetensors:{name}"]
-    assert all(np.array_equal(hf(steps[1], n), t) for n, t in start.items()) and not all(np.array_equal(hf(steps[2], n), t) for n, t in start.items())
+    assert all(np.array_equal(hf(steps[1], n), t) for n, t in start.items()) and not all(
+        np.array_equal(hf(steps[2], n), t) for n, t in start.items()
+    )
     scores = [step["critic/hf/model.safetensors:score.weight"] for step in steps]
     assert scores[0].shape == (1, 64) and not np.array_equal(scores[0], scores[1])
 
@@ -76,7 +87,13 @@ def test_one_process_warm_up_trains_the_critic_alone(tmp_path: Path) -> None:
 def test_the_critic_stays_within_the_budget_of_remote_calls(tmp_path: Path) -> None:
     """Two calls a step, and not one more to any other component."""
     config = write_run(
-        tmp_path, algorithm__adv_type="gae", critic=CRITIC, rollout__verify_weights_every=0, runner__save_interval=0, runner__val_check_interval=0, **ONE_PROCESS
+        tmp_path,
+        algorithm__adv_type="gae",
+        critic=CRITIC,
+        rollout__verify_weights_every=0,
+        runner__save_interval=0,
+        runner__val_check_interval=0,
+        **ONE_PROCESS,
     )
     calls = calls_of(config, tmp_path)
     assert calls["critic"] == {"values": STEPS, "train_step": STEPS}

@@ -49,8 +49,15 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
     home = tmp_path / "home"
     home.mkdir()
     command = [sys.executable, "-m", "tests.cluster_driver", str(tmp_path), run_id, request.param]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                               env=os.environ | {"TMPDIR": str(temp), "HOME": str(home)})
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(temp), "HOME": str(home)},
+    )
     line = process.stdout.readline()
     try:
         assert line, process.communicate()[1]

@@ -114,7 +114,9 @@ def ray_script(words: list[str], here: Path) -> None:
 def described(words: list[str], here: Path) -> None:
     """The program's own parser takes the words; --help ends it before it does anything."""
     program, rest = (words[1:3], words[3:]) if words[1] == "-m" else (words[1:2], words[2:])
-    done = subprocess.run([sys.executable, *program, *rest, "--help"], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, *program, *rest, "--help"], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0 and all(w in done.stdout for w in rest if w.startswith("--")), done.stderr
 
 
@@ -174,7 +176,9 @@ def check_of(command: Command) -> Callable[[list[str], Path], None]:
     for n in (3, 2, 1):
         if command.words[:n] in CLASSES:
             return CLASSES[command.words[:n]]
-    raise AssertionError(f"{command}: no class of this test says how the command is checked; add it, or mark its block `(needs a cluster):`")
+    raise AssertionError(
+        f"{command}: no class of this test says how the command is checked; add it, or mark its block `(needs a cluster):`"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -304,11 +308,19 @@ def test_metrics_in_the_text_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_in_the_text_exist(page: Path) -> None:
-    files = [s for s in spans(page) if re.fullmatch(r"(?:rlinf|tests|toolkits|examples|requirements|benchmarks|docs|docker|ray_utils)/[\w./-]+", s)]
+    files = [
+        s
+        for s in spans(page)
+        if re.fullmatch(r"(?:rlinf|tests|toolkits|examples|requirements|benchmarks|docs|docker|ray_utils)/[\w./-]+", s)
+    ]
     assert [f for f in files if not (ROOT / f).exists()] == []
 
 
-RECIPES = re.findall(r"^\| ([\w+.]+(?: as published)?) \| (`\w+: .*`) \|$", (ROOT / "docs" / "algorithms.md").read_text().split("## Recipes")[1], re.MULTILINE)
+RECIPES = re.findall(
+    r"^\| ([\w+.]+(?: as published)?) \| (`\w+: .*`) \|$",
+    (ROOT / "docs" / "algorithms.md").read_text().split("## Recipes")[1],
+    re.MULTILINE,
+)
 
 
 @pytest.mark.parametrize(("method", "cells"), RECIPES, ids=[m for m, _ in RECIPES])
@@ -318,10 +330,15 @@ def test_a_recipe_can_be_run(method: str, cells: str) -> None:
     base = "smollm2-135m-ppo-cpu" if keys.get("adv_type") == "gae" else "smollm2-135m-grpo-cpu"  # a critic needs devices
     validate(load(base, [f"algorithm.{key}={value}" for key, value in keys.items()]).config)
 
+
 # ---- form ---------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [*PAGES, *(ROOT / name / "README.md" for name in ("docker", "toolkits", "toolkits/ckpt_convertor"))], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(ROOT / name / "README.md" for name in ("docker", "toolkits", "toolkits/ckpt_convertor"))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_links_lead_somewhere(page: Path) -> None:
     """To files of the checkout; between the pages of the site the build looks at anchors too."""
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL))
@@ -335,4 +352,6 @@ def test_tables_are_whole(page: Path) -> None:
     cells = [len(re.sub(r"`[^`]*`|\\\|", "", line).strip().strip("|").split("|")) if line.startswith("|") else 0 for line in lines]
     tables = [i for i, line in enumerate(lines) if re.fullmatch(r"[|:-]+", line) and cells[i]]
     rows = {j: i for i in tables for j in range(i - 1, next((k for k in range(i, len(lines)) if not cells[k]), len(lines)))}
-    assert [lines[j] for j, i in rows.items() if cells[j] != cells[i]] + [lines[j] for j, n in enumerate(cells) if n and j not in rows] == []
+    assert [lines[j] for j, i in rows.items() if cells[j] != cells[i]] + [
+        lines[j] for j, n in enumerate(cells) if n and j not in rows
+    ] == []

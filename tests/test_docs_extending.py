@@ -46,7 +46,9 @@ def resolved(folder: Path, *words: str) -> Config:
     for part in YAML:
         for section, keys in part.items():
             sections.setdefault(section, {}).update(keys)
-    (folder / "page.yaml").write_text(yaml.safe_dump({"extends": str(ROOT / "examples/math/config/smollm2-135m-grpo-cpu.yaml"), **sections}))
+    (folder / "page.yaml").write_text(
+        yaml.safe_dump({"extends": str(ROOT / "examples/math/config/smollm2-135m-grpo-cpu.yaml"), **sections})
+    )
     config = load("page.yaml", words).config
     validate(config)
     return config
@@ -97,7 +99,9 @@ def test_the_loss_is_the_formula_and_its_gradient_turns_round(files: Path) -> No
     ratio = torch.tensor([0.5, 1.0, 1.1, 1.5, 3.0, 0.5])
     sign = torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0, -1.0])
     logprobs = ratio.log().requires_grad_()
-    batch = ResponseTokens(logprobs, torch.zeros(6), torch.zeros(6), torch.zeros(6), None, sign, torch.ones(6), torch.zeros(6, dtype=torch.int64), 1)
+    batch = ResponseTokens(
+        logprobs, torch.zeros(6), torch.zeros(6), torch.zeros(6), None, sign, torch.ones(6), torch.zeros(6, dtype=torch.int64), 1
+    )
     loss, metrics = policy_objective(batch, Denominators(6, 1), settings)
     beyond = torch.tensor([0.0, 0.0, 0.0, 0.3, 1.8, 0.3])
     assert loss.item() == pytest.approx(((-ratio * sign + beyond**2).sum() / 6).item(), rel=1e-6)
@@ -128,11 +132,15 @@ def test_a_run_with_all_of_them(files: Path) -> None:
     steps = lines(files)[1:]
     assert len(steps) == 3 and any(m["train/grad_norm"] > 0 for m in steps) and all(m["rollout/advantages_max"] < 3 for m in steps)
     (environment,) = [json.loads(line) for line in (files / "logs/tiny/environment.jsonl").open()]
-    assert [name.rpartition(" ")[2] for name in environment["own_code"]] == ["my_advantages.py:behind_the_best", "my_losses.py:soft_clip", "my_rewards.py:same_interval"]
+    assert [name.rpartition(" ")[2] for name in environment["own_code"]] == [
+        "my_advantages.py:behind_the_best",
+        "my_losses.py:soft_clip",
+        "my_rewards.py:same_interval",
+    ]
     assert {json.loads(line)["task"] for line in (files / "logs/tiny/samples/step_000001.jsonl").open()} == {"interval"}
 
 
-MISTRAL = '''
+MISTRAL = """
 import asyncio, json, sys
 import numpy as np, torch
 from pathlib import Path
@@ -172,7 +180,7 @@ try:
     architecture.read_architecture(hf | {"sliding_window": 4096})
 except Exception as error:
     print(error)
-'''
+"""
 
 
 @pytest.mark.slow

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed; pip install 'rlinf[docs]' (Python 3.11 or newer)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("material") is None,
+    reason="mkdocs-material is not installed; pip install 'rlinf[docs]' (Python 3.11 or newer)",
+)
 
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:

@@ -41,7 +41,9 @@ def test_growth_is_the_slope_of_the_second_half() -> None:
     assert growth([5, 5, 5, 100, 200, 300]) == pytest.approx(100)
 
 
-@pytest.mark.parametrize(("light", "real"), [("LightActor", "TrainWorker"), ("LightRollout", "RolloutWorker"), ("LightReward", "RewardWorker")])
+@pytest.mark.parametrize(
+    ("light", "real"), [("LightActor", "TrainWorker"), ("LightRollout", "RolloutWorker"), ("LightReward", "RewardWorker")]
+)
 def test_the_stand_ins_are_called_as_the_workers_are(light: str, real: str) -> None:
     stand_in, contract = getattr(light_workers, light), getattr(interfaces, real)
     for name, method in inspect.getmembers(stand_in, inspect.isfunction):

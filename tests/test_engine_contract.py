@@ -196,7 +196,9 @@ def test_common_prefix_of_prompts_is_computed_once(engine: RolloutEngine) -> Non
     assert engine.stats().prefilled_tokens == 40 + 4 * 8
 
 
-@pytest.mark.parametrize("ids", [np.zeros(0, np.int32), prompt(CONTEXT), np.array([5, 320], np.int32)], ids=["empty", "over-long", "outside"])
+@pytest.mark.parametrize(
+    "ids", [np.zeros(0, np.int32), prompt(CONTEXT), np.array([5, 320], np.int32)], ids=["empty", "over-long", "outside"]
+)
 def test_unusable_prompts_are_refused_by_name(engine: RolloutEngine, ids: np.ndarray) -> None:
     with pytest.raises(ValueError, match="request bad"):
         run(engine, ask("bad", ids))
@@ -289,7 +291,9 @@ def test_loaded_weights_are_the_policy_at_once_and_exactly(engine: RolloutEngine
     segments = Segments("contract")
     source = Disk(str(models["other"])) if way == "disk" else segments.publish(open_hf_folder(models["other"]).items(), 3, 50_000)
     receipt = asyncio.run(engine.load_weights(source, 3))
-    segments.publish([(name, torch.zeros_like(t)) for name, t in open_hf_folder(models["other"]).items()], 4, 50_000)  # over what was loaded
+    segments.publish(
+        [(name, torch.zeros_like(t)) for name, t in open_hf_folder(models["other"]).items()], 4, 50_000
+    )  # over what was loaded
     segments.close()
     assert receipt.version == 3 and receipt.n_tensors == len(open_hf_folder(models["other"]))
     assert way == "disk" or receipt.checksums == {b.key: b.checksum for b in source.buckets}

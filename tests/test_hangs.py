@@ -95,7 +95,9 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_when_there_is_room(tm
     ended = run(config)
     run_dir = small_disk / "tiny"
     assert ended.returncode == 1, ended.stderr[-4000:]
-    told = re.search(rf"rlinf: the disk of {run_dir} is full \((\d\.\d) MiB are left at {small_disk}\).*runner.resume_dir=auto", ended.stderr)
+    told = re.search(
+        rf"rlinf: the disk of {run_dir} is full \((\d\.\d) MiB are left at {small_disk}\).*runner.resume_dir=auto", ended.stderr
+    )
     assert told is not None and float(told[1]) < 4 and "Traceback" not in ended.stderr.partition("rlinf: the disk")[0]
     latest = (run_dir / "checkpoints" / "latest").resolve()
     step = read_checkpoint(latest).step

@@ -27,7 +27,9 @@ FIX = [*BF16, "importance_sampling_fix=true"]
 CLIPS = {"token": 1.001, "sequence": 1.01, "geometric": 1.001, "k3": 3e-5}
 DYNAMIC = ["dynamic_sampling=true"]
 
-Case = tuple[list[str], str]  # words (keys of the section `algorithm` unless they name another), the case from which its weights must differ
+Case = tuple[
+    list[str], str
+]  # words (keys of the section `algorithm` unless they name another), the case from which its weights must differ
 CASES: dict[str, Case] = {
     "base": ([], ""),
     **{f"adv {name}": ([f"adv_type={name}"], "base") for name in ("rloo", "dr_grpo", "reinforce++", "reinforce++-baseline")},
@@ -36,7 +38,10 @@ CASES: dict[str, Case] = {
     "reinforce++ in full": (["adv_type=reinforce++", *KL, "kl_in=reward", "kl_penalty_type=k2", "gamma=0.9"], "adv reinforce++"),
     "loss decoupled-ppo": ([*BF16, "loss_type=decoupled-ppo"], "bf16"),
     **{f"loss {name}": ([f"loss_type={name}"], "base") for name in ("gspo", "gspo-token", "cispo")},
-    **{f"agg {name}": ([f"loss_agg_func={name}"], "base") for name in ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")},
+    **{
+        f"agg {name}": ([f"loss_agg_func={name}"], "base")
+        for name in ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+    },
     **{f"{kind} in the loss": ([*KL, f"kl_penalty_type={kind}"], "base") for kind in ("k1", "k2", "k3")},
     **{f"{kind} in the reward": ([*KL, f"kl_penalty_type={kind}", "kl_in=reward"], f"{kind} in the loss") for kind in ("k1", "k2", "k3")},
     "clip": (NARROW, "base"),
@@ -49,10 +54,16 @@ CASES: dict[str, Case] = {
     "cap": ([*BF16, "loss_type=decoupled-ppo", "behav_imp_weight_cap=1.001"], "loss decoupled-ppo"),
     "no correction": ([*FIX, "importance_sampling_clip=1e9"], "bf16"),
     **{
-        f"fix {kind}": ([*FIX, f"importance_sampling_type={kind}", f"importance_sampling_clip={CLIPS[kind.split('-')[0]]}"], "no correction")
+        f"fix {kind}": (
+            [*FIX, f"importance_sampling_type={kind}", f"importance_sampling_clip={CLIPS[kind.split('-')[0]]}"],
+            "no correction",
+        )
         for kind in CORRECTIONS
     },
-    "fix low": ([*FIX, "importance_sampling_type=token-mask", "importance_sampling_clip=1.001", "importance_sampling_low=0.5"], "fix token-mask"),
+    "fix low": (
+        [*FIX, "importance_sampling_type=token-mask", "importance_sampling_clip=1.001", "importance_sampling_low=0.5"],
+        "fix token-mask",
+    ),
     "fix normalised": ([*FIX, "importance_sampling_clip=1.001", "importance_sampling_normalize=true"], "fix token-truncate"),
     "overlong filtering": (["overlong_filtering=true"], "base"),
     "subset": (["num_update_sample_per_prompt=2"], "base"),
@@ -63,8 +74,14 @@ SAME: dict[str, Case] = {  # words, the case with the same weights
     "again": ([], "base"),
     "all of the group": (["num_update_sample_per_prompt=4"], "base"),
     "fresh tokens need no interpolation": ([*BF16, "loss_type=decoupled-ppo", "recompute_logprobs=false"], "engine's logprobs"),
-    "equal weights cancel": (["importance_sampling_fix=true", "importance_sampling_clip=0.5", "importance_sampling_normalize=true"], "base"),
-    "dynamic sampling, one prompt at a time": ([*DYNAMIC, "dynamic_sampling_batch_size=1", "dynamic_sampling_max_batches=40"], "dynamic sampling"),
+    "equal weights cancel": (
+        ["importance_sampling_fix=true", "importance_sampling_clip=0.5", "importance_sampling_normalize=true"],
+        "base",
+    ),
+    "dynamic sampling, one prompt at a time": (
+        [*DYNAMIC, "dynamic_sampling_batch_size=1", "dynamic_sampling_max_batches=40"],
+        "dynamic sampling",
+    ),
     "dynamic sampling, many at a time": ([*DYNAMIC, "dynamic_sampling_batch_size=13"], "dynamic sampling"),
     "dynamic sampling, resumed": ([*DYNAMIC, "runner.save_interval=1"], "dynamic sampling"),
 }
@@ -144,7 +161,9 @@ def test_each_key_changes_what_is_learned(seen: dict[str, list[dict[str, Any]]],
     assert steps[-1]["weights"] != other[-1]["weights"]
     assert undocumented({m for s in steps for m in s} - {"step", "time", "weights", "checkpoint"}) == []
     if name != "bf16" and not name.startswith(("dynamic", "to the end")):  # another engine, another first batch
-        assert {m: steps[0][m] for m in ("rollout/rewards", "rollout/total_tokens")} == {m: other[0][m] for m in ("rollout/rewards", "rollout/total_tokens")}
+        assert {m: steps[0][m] for m in ("rollout/rewards", "rollout/total_tokens")} == {
+            m: other[0][m] for m in ("rollout/rewards", "rollout/total_tokens")
+        }
 
 
 @pytest.mark.parametrize("name", cases(SAME))
@@ -181,7 +200,9 @@ def test_dynamic_sampling_ends_with_the_data_and_saves(seen: dict[str, list[dict
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dual clip", "clip", "clip-higher", "cap", *(f"fix {kind}" for kind in CORRECTIONS)])
 def test_bounds_are_met_and_counted(seen: dict[str, list[dict[str, Any]]], name: str) -> None:
-    metric = {"dual clip": "train/dual_clip_fraction", "clip": "train/clip_fraction", "clip-higher": "train/clip_fraction"}.get(name, "train/importance_weight_clipped")
+    metric = {"dual clip": "train/dual_clip_fraction", "clip": "train/clip_fraction", "clip-higher": "train/clip_fraction"}.get(
+        name, "train/importance_weight_clipped"
+    )
     assert all(0 < step[metric] < 1 for step in seen[name])
 
 

@@ -31,6 +31,10 @@ def test_fp32_engine_and_actor_are_one_policy_on_the_real_model(tmp_path: Path) 
     steps = [m for m in read_metrics(tmp_path / "fp32") if m["step"] > 0]
     for m in steps:
         assert m["train/rollout_logprob_gap_max"] <= 1e-4
-        assert abs(m["train/first_minibatch_ratio"] - 1) <= 1e-6 and m["train/first_minibatch_clip_fraction"] == 0 and m["train/approx_kl"] == 0
+        assert (
+            abs(m["train/first_minibatch_ratio"] - 1) <= 1e-6
+            and m["train/first_minibatch_clip_fraction"] == 0
+            and m["train/approx_kl"] == 0
+        )
     control = read_metrics(tmp_path / "fp32")
     assert abs(control[-1]["eval/accuracy"] - control[0]["eval/accuracy"]) <= 0.08  # learning rate 0: nothing may move

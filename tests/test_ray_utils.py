@@ -164,8 +164,13 @@ def test_a_node_that_is_lost_ends_the_run_and_is_named(started: list[Node]) -> N
 
 
 def test_without_rank_nothing_is_started(nodes: list[Node]) -> None:
-    done = subprocess.run(["bash", "ray_utils/start_ray.sh"], cwd=nodes[0].checkout, text=True, capture_output=True,
-                          env={k: v for k, v in nodes[0].environment().items() if k != "RANK"})
+    done = subprocess.run(
+        ["bash", "ray_utils/start_ray.sh"],
+        cwd=nodes[0].checkout,
+        text=True,
+        capture_output=True,
+        env={k: v for k, v in nodes[0].environment().items() if k != "RANK"},
+    )
     assert done.returncode == 2
     assert done.stderr == "start_ray: RANK is not set: export RANK=0 on the head node, and 1, 2, ... on the others\n"
 

@@ -11,7 +11,12 @@ from rlinf.cli import main
 from rlinf.data.journal import read_groups
 from tests.test_tiny_run import ONE_PROCESS, lines, write_run
 
-LAYOUT = ["cluster.backend=ray", "cluster.num_gpus_per_node=2", "cluster.component_placement={actor: 0-1, 'rollout,reward': 0}", "actor.model.tensor_model_parallel_size=2"]
+LAYOUT = [
+    "cluster.backend=ray",
+    "cluster.num_gpus_per_node=2",
+    "cluster.component_placement={actor: 0-1, 'rollout,reward': 0}",
+    "actor.model.tensor_model_parallel_size=2",
+]
 
 VARIED: dict[str, object] = {  # every answer is wrong, but they end at chance, and short ones cost
     "reward__exploration_penalty": 1.0, "algorithm__sampling_params": {"max_new_tokens": 16, "stop": list("abcdefghijklmnop")},
@@ -22,7 +27,15 @@ VARIED: dict[str, object] = {  # every answer is wrong, but they end at chance, 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps; of the checkpoints only that of step 2 is left, for step 3."""
     folder = tmp_path_factory.mktemp("replay")
-    config = write_run(folder, runner__max_steps=4, runner__val_check_interval=0, runner__save_interval=2, runner__keep_checkpoints=0, **VARIED, **ONE_PROCESS)
+    config = write_run(
+        folder,
+        runner__max_steps=4,
+        runner__val_check_interval=0,
+        runner__save_interval=2,
+        runner__keep_checkpoints=0,
+        **VARIED,
+        **ONE_PROCESS,
+    )
     assert main(["train", str(config)]) == 0
     assert all(m["train/grad_norm"] > 0 for m in lines(folder))
     return folder
@@ -34,7 +47,9 @@ def run_dir(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_step_trained_again_has_the_recorded_numbers_to_the_last_bit(run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_trained_again_has_the_recorded_numbers_to_the_last_bit(
+    run_dir: Path, step: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["replay", str(run_dir), "--step", str(step), "--tolerance", "0"]) == 0
     shown = capsys.readouterr().out
     assert "train/loss" in shown and "rollout/rewards" in shown and "with the recorded samples" in shown
@@ -46,7 +61,9 @@ def test_generated_again_a_step_has_the_recorded_numbers_too(run_dir: Path, caps
     assert main(["replay", str(run_dir), "--step", "3", "--rollout", "--tolerance", "0"]) == 0
     assert "with samples generated again" in capsys.readouterr().out
     again = max((run_dir / "replays").glob("step_000003*"), key=lambda p: p.stat().st_mtime)
-    responses = [{r["sample_id"]: r["response"] for r in map(json.loads, (d / "samples" / "step_000003.jsonl").open())} for d in (run_dir, again)]
+    responses = [
+        {r["sample_id"]: r["response"] for r in map(json.loads, (d / "samples" / "step_000003.jsonl").open())} for d in (run_dir, again)
+    ]
     assert responses[0] == responses[1]
 
 

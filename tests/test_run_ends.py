@@ -29,7 +29,11 @@ class Running:
         )  # fmt: skip
         self.config = write_run(folder, **endless | overrides)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlinf", "train", str(self.config)], stderr=subprocess.PIPE, text=True, cwd=folder, env=dict(os.environ, PYTHONPATH=str(ROOT))
+            [sys.executable, "-m", "rlinf", "train", str(self.config)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env=dict(os.environ, PYTHONPATH=str(ROOT)),
         )
         metrics = folder / "logs" / "tiny" / "metrics.jsonl"
         deadline = time.monotonic() + patience

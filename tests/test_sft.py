@@ -54,7 +54,9 @@ def write_run(folder: Path, model: Path, name: str = "tiny", **overrides: Any) -
 
 def run(config: Path, *words: str, command: str = "sft") -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.run([sys.executable, "-m", "rlinf", command, str(config), *words], capture_output=True, text=True, timeout=180, env=env)
+    return subprocess.run(
+        [sys.executable, "-m", "rlinf", command, str(config), *words], capture_output=True, text=True, timeout=180, env=env
+    )
 
 
 def metrics(folder: Path, name: str = "tiny") -> list[dict[str, float]]:
@@ -121,7 +123,10 @@ def test_tensor_parallel_ranks_under_ray_give_the_same_curve(tmp_path: Path, mod
 
 @pytest.mark.slow
 def test_checkpoints_in_the_background_hold_the_same_bits(tmp_path: Path, model: Path) -> None:
-    for config in (write_run(tmp_path, model, "front", **LOCAL), write_run(tmp_path, model, "back", runner__async_checkpoint=True, **LOCAL)):
+    for config in (
+        write_run(tmp_path, model, "front", **LOCAL),
+        write_run(tmp_path, model, "back", runner__async_checkpoint=True, **LOCAL),
+    ):
         done = run(config)
         assert done.returncode == 0, done.stderr[-4000:]
     for step in (2, 4, STEPS):
@@ -132,7 +137,11 @@ def test_checkpoints_in_the_background_hold_the_same_bits(tmp_path: Path, model:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp", "slots"), [(1, 1, 2), (1, 2, 2), (2, 2, 4)], ids=["dp2", "pp2", "tp2 pp2"])
 def test_each_layout_gives_the_same_curve(tmp_path: Path, model: Path, tp: int, pp: int, slots: int) -> None:
-    layout = {"cluster__num_gpus_per_node": slots, "actor__model__tensor_model_parallel_size": tp, "actor__model__pipeline_model_parallel_size": pp}
+    layout = {
+        "cluster__num_gpus_per_node": slots,
+        "actor__model__tensor_model_parallel_size": tp,
+        "actor__model__pipeline_model_parallel_size": pp,
+    }
     for config in (write_run(tmp_path, model, "alone", **LOCAL), write_run(tmp_path, model, "ranks", **layout)):
         done = run(config)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -90,7 +90,9 @@ def test_the_death_of_a_process_breaks_every_request_at_once(tmp_path: Path, vic
 
 @with_sglang
 def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
-    config = write_run(tmp_path, algorithm__sampling_params__top_p=0.9, runner__profile_steps=[2], **BACKEND)  # four actor ranks, TP 2 x PP 2
+    config = write_run(
+        tmp_path, algorithm__sampling_params__top_p=0.9, runner__profile_steps=[2], **BACKEND
+    )  # four actor ranks, TP 2 x PP 2
     done = run(config, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     metrics = lines(tmp_path)

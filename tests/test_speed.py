@@ -26,7 +26,10 @@ class Letters:
 
 
 def test_prompts_are_cut_to_the_asked_tokens_and_stay_so() -> None:
-    rows = [{"prompt": "x" * before + mark + "y" * 74, "task": "math", "query_id": f"{before}{mark}", "solutions": ["1"]} for before, mark in ((5, "="), (9, "a"), (0, "b"))]
+    rows = [
+        {"prompt": "x" * before + mark + "y" * 74, "task": "math", "query_id": f"{before}{mark}", "solutions": ["1"]}
+        for before, mark in ((5, "="), (9, "a"), (0, "b"))
+    ]
     first, second = vs_trl.cut_prompts(rows, Letters(), 2)  # type: ignore[arg-type]
     assert (first["query_id"], first["prompt"]) == ("9a", "a" + "y" * 74) and second["query_id"] == "0b"
     with pytest.raises(SystemExit, match="only 2 of 3 prompts"):
@@ -55,7 +58,10 @@ def test_the_share_of_memcpy_is_by_the_faster_copy_of_the_moment() -> None:
     copies = [{"one_thread": 10.0, "all_threads": 8.0}, {"one_thread": 4.0, "all_threads": 10.0}, {"one_thread": 10.0, "all_threads": 10.0}]
     found = weight_sync.verdict(10**8, seconds, copies)  # 2.5, 2 and 5 GB/s of 10
     assert found["share_of_memcpy"] == pytest.approx(0.25) and not found["reached"]
-    assert found["gb_per_second"] == pytest.approx({"publish": 10.0, "load": 5.0, "sync": 2.5}) and found["memcpy_gb_per_second"]["one_thread"] == 10.0
+    assert (
+        found["gb_per_second"] == pytest.approx({"publish": 10.0, "load": 5.0, "sync": 2.5})
+        and found["memcpy_gb_per_second"]["one_thread"] == 10.0
+    )
     assert weight_sync.verdict(2 * 10**8, seconds, copies)["reached"]
 
 

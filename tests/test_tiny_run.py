@@ -30,7 +30,13 @@ def write_run(folder: Path, name: str = "tiny", **overrides: object) -> Path:
     model, data = folder / "model", folder / "data.jsonl"
     if not model.exists():
         make_tiny_model(model, "qwen2-tied", layers=4, heads=4, kv_heads=2)
-        data.write_text("".join(json.dumps({"prompt": f"What is {i}+{i}? ", "task": "math", "query_id": str(i), "solutions": [f"\\boxed{{{2 * i}}}"]}) + "\n" for i in range(24)))
+        data.write_text(
+            "".join(
+                json.dumps({"prompt": f"What is {i}+{i}? ", "task": "math", "query_id": str(i), "solutions": [f"\\boxed{{{2 * i}}}"]})
+                + "\n"
+                for i in range(24)
+            )
+        )
     config = {
         "cluster": {"num_gpus_per_node": 4, "device": "cpu", "threads_per_worker": 1, "component_placement": {"actor": "0-3", "rollout,reward": "0"}},
         "runner": {"output_dir": str(folder / "logs"), "experiment_name": name, "max_steps": STEPS, "max_epochs": 9, "seq_length": 64, "max_tokens_per_mbs": 128,
@@ -54,7 +60,9 @@ def write_run(folder: Path, name: str = "tiny", **overrides: object) -> Path:
 
 def run(config: Path, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.run([sys.executable, "-m", "rlinf", "train", str(config), *words], capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run(
+        [sys.executable, "-m", "rlinf", "train", str(config), *words], capture_output=True, text=True, timeout=timeout, env=env
+    )
 
 
 def lines(folder: Path, name: str = "tiny") -> list[dict]:
@@ -64,9 +72,13 @@ def lines(folder: Path, name: str = "tiny") -> list[dict]:
 def check_records(run_dir: Path) -> None:
     """What a run writes for its readers: every trained sample with its numbers, some with their tokens; where it ran; how it ended."""
     for step in range(1, STEPS + 1):
-        samples, tokens = ([json.loads(line) for line in (run_dir / "samples" / f"{kind}_{step:06d}.jsonl").open()] for kind in ("step", "tokens"))
+        samples, tokens = (
+            [json.loads(line) for line in (run_dir / "samples" / f"{kind}_{step:06d}.jsonl").open()] for kind in ("step", "tokens")
+        )
         assert {row["sample_id"] for row in samples} == {row["sample_id"] for row in tokens} and len(tokens) == 16
-        assert max(row["gap_max"] for row in tokens) == pytest.approx(lines(run_dir.parent.parent)[step]["train/rollout_logprob_gap_max"], rel=1e-3)
+        assert max(row["gap_max"] for row in tokens) == pytest.approx(
+            lines(run_dir.parent.parent)[step]["train/rollout_logprob_gap_max"], rel=1e-3
+        )
         response = {row["sample_id"]: row["response"] for row in samples}
         in_full = [row for row in tokens if "pieces" in row]
         assert 3 <= len(in_full) <= 7 and all("".join(row["pieces"]) == response[row["sample_id"]] for row in in_full)
@@ -108,7 +120,9 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tp", "pp", "cp", "slots"), [(1, 1, 1, "0"), (2, 1, 1, "0-1"), (1, 2, 1, "0-1"), (1, 1, 1, "0-1"), (1, 1, 2, "0-1")], ids=["one", "tp2", "pp2", "dp2", "cp2"]
+    ("tp", "pp", "cp", "slots"),
+    [(1, 1, 1, "0"), (2, 1, 1, "0-1"), (1, 2, 1, "0-1"), (1, 1, 1, "0-1"), (1, 1, 2, "0-1")],
+    ids=["one", "tp2", "pp2", "dp2", "cp2"],
 )
 def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, cp: int, slots: str) -> None:
     placement, transport = {"actor": slots, "rollout,reward": "0"}, {1: "auto", 2: "broadcast"}[pp]

@@ -39,13 +39,22 @@ def advantages(folder: Path, name: str) -> dict[str, float]:
 
 def test_scores_are_paid_within_the_budget_of_remote_calls(tmp_path: Path) -> None:
     """All random answers are wrong, so that without the scores every advantage would be 0. One call a step; a checkpoint holds nothing of the model."""
-    config = write_run(tmp_path, token_reward=write_scorer(tmp_path / "scorer"), rollout__verify_weights_every=0, runner__val_check_interval=0, **ONE_PROCESS)
+    config = write_run(
+        tmp_path,
+        token_reward=write_scorer(tmp_path / "scorer"),
+        rollout__verify_weights_every=0,
+        runner__val_check_interval=0,
+        **ONE_PROCESS,
+    )
     calls = calls_of(config, tmp_path)
     assert calls["token_reward"] == {"scores": STEPS} and sum(calls["actor"].values()) <= 3 * STEPS + 3 + 6
     steps = lines(tmp_path)
     assert [m["step"] for m in steps] == list(range(1, STEPS + 1)) and undocumented({n for m in steps for n in m} - {"step", "time"}) == []
     for m in steps:
-        assert 0 < m["rollout/token_reward_min"] < m["rollout/token_reward_mean"] < m["rollout/token_reward_max"] < 1 and m["time/token_rewards"] > 0
+        assert (
+            0 < m["rollout/token_reward_min"] < m["rollout/token_reward_mean"] < m["rollout/token_reward_max"] < 1
+            and m["time/token_rewards"] > 0
+        )
         assert m["rollout/rewards"] == -5 and m["train/grad_norm"] > 0 and math.isfinite(m["train/loss"])
     paid = advantages(tmp_path, "tiny")
     assert len(paid) == 16 and all(paid.values())

@@ -70,7 +70,9 @@ def cuda_lines(path: Path) -> list[int]:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         attribute = isinstance(node, ast.Attribute) and node.attr == "cuda" and ast.unparse(node.value) != "torch.version"
-        named = isinstance(node, ast.ImportFrom) and (node.module == "torch.cuda" or (node.module == "torch" and any(a.name == "cuda" for a in node.names)))
+        named = isinstance(node, ast.ImportFrom) and (
+            node.module == "torch.cuda" or (node.module == "torch" and any(a.name == "cuda" for a in node.names))
+        )
         imported = isinstance(node, ast.Import) and any(a.name.startswith("torch.cuda") for a in node.names)
         if (attribute and ast.unparse(node.value) not in ("self", "setup")) or named or imported:  # fields of that name are no calls
             found.append(node.lineno)
@@ -130,11 +132,29 @@ def test_the_habits_of_the_house(path: Path) -> None:
 def test_the_look_for_habits_finds_them(tmp_path: Path) -> None:
     file = tmp_path / "one.py"
     file.write_text("def f(x) -> int:\n" + "    x\n" * 60 + "try:\n    print(1)\nexcept (ValueError, Exception):\n    pass\n")
-    assert [line.partition(": ")[2] for line in sorted(bad_habits(file))] == ["f has more than 60 lines", "f is not annotated", "a print", "an except that catches anything"]
+    assert [line.partition(": ")[2] for line in sorted(bad_habits(file))] == [
+        "f has more than 60 lines",
+        "f is not annotated",
+        "a print",
+        "an except that catches anything",
+    ]
 
 
 def test_every_name_is_known_and_used() -> None:
-    """Pyflakes' rules, by ruff: a name that nobody defined, an import that nobody needs."""
-    found = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "F", "rlinf", "tests", "benchmarks", "toolkits"],
-                           cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-3000:]
+    """Pyflakes' rules: a name that nobody defined, an import that nobody needs."""
+    ruff("check", "--select", "F")
+
+
+def test_the_code_is_formatted() -> None:
+    """As `ruff format` and ruff.toml have it; that this test fails is mended by running it."""
+    ruff("format", "--diff")
+
+
+def ruff(*words: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", *words, "--no-cache", "rlinf", "tests", "benchmarks", "toolkits", "setup.py", "conftest.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, (found.stdout + found.stderr)[-3000:]

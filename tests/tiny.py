@@ -8,11 +8,29 @@ from pathlib import Path
 FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
 
 
-def make_tiny_model(folder: Path, family: str = "qwen2", *, hidden: int = 64, layers: int = 4, heads: int = 4, kv_heads: int = 2, seed: int = 0, dtype: str = "float32") -> Path:
+def make_tiny_model(
+    folder: Path,
+    family: str = "qwen2",
+    *,
+    hidden: int = 64,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Path:
     """Write config.json, model.safetensors and a byte-level tokenizer (vocabulary 320, `<|end|>` = 256) into `folder`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -20,13 +38,30 @@ def make_tiny_model(folder: Path, family: str = "qwen2", *, hidden: int = 64, la
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    fast.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     fast.save_pretrained(str(folder))
-    shape = dict(vocab_size=320, hidden_size=hidden, intermediate_size=hidden * 2, num_hidden_layers=layers, num_attention_heads=heads,
-                 num_key_value_heads=kv_heads, max_position_embeddings=4096, rms_norm_eps=1e-6, eos_token_id=256, bos_token_id=None,
-                 pad_token_id=256, tie_word_embeddings=family == "qwen2-tied")
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM),
-                                 "qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
+    shape = dict(
+        vocab_size=320,
+        hidden_size=hidden,
+        intermediate_size=hidden * 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        eos_token_id=256,
+        bos_token_id=None,
+        pad_token_id=256,
+        tie_word_embeddings=family == "qwen2-tied",
+    )
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
     if family == "qwen3":
         shape["head_dim"] = 24  # not hidden / heads: the family allows it
     torch.manual_seed(seed)

@@ -28,7 +28,9 @@ PLAIN = replace(SETTINGS, kl_beta=0.0, correction=None)  # no reference policy
 MiniBatch = tuple[list[PackedBatch], Denominators]
 
 
-def build(at: Coordinates, folder: Path, optim: OptimConfig = OPTIM, precision: str = "fp32", device: str = "cpu", **model: Any) -> MegatronEngine:
+def build(
+    at: Coordinates, folder: Path, optim: OptimConfig = OPTIM, precision: str = "fp32", device: str = "cpu", **model: Any
+) -> MegatronEngine:
     """An engine with the folder's weights, laid out as the pool is."""
     arch = read_architecture(json.loads((folder / "config.json").read_text()))
     engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision=precision, **model), optim, at, torch.device(device))
@@ -36,11 +38,15 @@ def build(at: Coordinates, folder: Path, optim: OptimConfig = OPTIM, precision: 
     return engine
 
 
-def minibatches(engine: MegatronEngine, n: int = 2, budget: int = 60, share_prefix: bool = True, batch: Batch | None = None) -> list[MiniBatch]:
+def minibatches(
+    engine: MegatronEngine, n: int = 2, budget: int = 60, share_prefix: bool = True, batch: Batch | None = None
+) -> list[MiniBatch]:
     """This rank's share of a random batch."""
     batch, at = batch or make_batch(VOCAB), engine.at
     headers = [g.header() for g in batch.groups]
-    plan = build_rank_batches(headers, batch.advantages, dp=at.dp, n_minibatches=n, max_tokens=budget, share_prefix=share_prefix)[at.dp_rank]
+    plan = build_rank_batches(headers, batch.advantages, dp=at.dp, n_minibatches=n, max_tokens=budget, share_prefix=share_prefix)[
+        at.dp_rank
+    ]
     groups = [next(g for g in batch.groups if g.group_id == i) for i in plan.group_ids]
     packed = lambda refs: pack(groups, refs, share_prefix=share_prefix, temperature=TEMPERATURE, pad_to=engine.pad_to, device=engine.device)
     return [([packed(refs) for refs in m.micro_batches], Denominators(m.global_tokens, m.global_samples)) for m in plan.mini_batches]
@@ -69,7 +75,9 @@ def snapshot(engine: MegatronEngine) -> dict[str, bytes]:
             found[f"master {i} {j}"] = raw(master)
             found |= {f"{kind} {i} {j}": raw(value) for kind, value in optimizer.state[master].items()}
     scaler = engine.distributed.grad_scaler
-    found["scaler"] = b"" if scaler is None else repr([v.tolist() if isinstance(v, torch.Tensor) else v for v in scaler.state_dict().values()]).encode()
+    found["scaler"] = (
+        b"" if scaler is None else repr([v.tolist() if isinstance(v, torch.Tensor) else v for v in scaler.state_dict().values()]).encode()
+    )
     found["steps"] = str(engine.steps).encode()
     return found
 

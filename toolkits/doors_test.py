@@ -14,7 +14,9 @@ HERE = Path(__file__).parent
 
 def run(folder: Path, door: str, *words: object) -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    return subprocess.run(["bash", str(HERE / door / "run.sh"), *map(str, words)], capture_output=True, text=True, timeout=120, cwd=folder, env=env)
+    return subprocess.run(
+        ["bash", str(HERE / door / "run.sh"), *map(str, words)], capture_output=True, text=True, timeout=120, cwd=folder, env=env
+    )
 
 
 def test_data_makes_and_checks_problems(tmp_path: Path) -> None:

@@ -31,13 +31,17 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "out" / "acceptance.json").read_text())
     parts = {p["part"]: p for p in told["parts"]}
     assert list(parts) == list(LIMITS) and told["machine"]["device"] == "CPU"
-    assert {name: p["status"] for name, p in parts.items() if name != "doctor"} == dict.fromkeys([n for n in LIMITS if n != "doctor"], "ok"), done.stdout
+    assert {name: p["status"] for name, p in parts.items() if name != "doctor"} == dict.fromkeys(
+        [n for n in LIMITS if n != "doctor"], "ok"
+    ), done.stdout
     assert done.returncode == (0 if parts["doctor"]["status"] == "ok" else 1)  # this machine may have too small a disk
     figures = {name: p["figures"] for name, p in parts.items()}
     assert figures["tests"]["failures"] == figures["tests"]["errors"] == 0 and figures["tests"]["tests"] > 10
     assert figures["parity"]["cases"] == 2 and figures["parity"]["loss"] <= 1e-6
     assert figures["run"]["steps"] == 3 and figures["run"]["engine"] == "embedded" and figures["run"]["backend"] == "local"
-    assert [row["tokens"] for row in figures["trainer"]["rows"]] == [64, 128] and all(row["tokens_per_second"] > 0 for row in figures["trainer"]["rows"])
+    assert [row["tokens"] for row in figures["trainer"]["rows"]] == [64, 128] and all(
+        row["tokens_per_second"] > 0 for row in figures["trainer"]["rows"]
+    )
     assert figures["sync"]["whole sync"] > 0 and figures["sync"]["copy on the device"] > 0 and max(figures["sync"]["probe_gaps"]) <= 1e-4
     text = (tmp_path / "out" / "acceptance.md").read_text()
     assert "says nothing about a GPU" in text and "| tiny | 64 |" in text and "whole sync" in text
@@ -47,7 +51,9 @@ def part_script(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Non
     """Run `code` in place of a part."""
     (folder / "fake.py").write_text(code)
     real = subprocess.Popen
-    monkeypatch.setattr(acceptance.subprocess, "Popen", lambda command, **how: real([sys.executable, str(folder / "fake.py"), *command[3:]], **how))
+    monkeypatch.setattr(
+        acceptance.subprocess, "Popen", lambda command, **how: real([sys.executable, str(folder / "fake.py"), *command[3:]], **how)
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,9 @@ def test_the_other_parts_run_when_one_fails(monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_page_has_the_figures_and_what_did_not_fit() -> None:
     row: dict[str, Any] = {"shape": "0.6B", "tokens": 16384, "tokens_per_second": 15000.0, "seconds": 2.2, "mfu": 0.141, "peak_gib": 12.0}
     text = page([Result("trainer", "ok", 9.0, {"rows": [row, {"shape": "1.5B", "tokens": 32768, "error": "out of memory"}]})], MACHINE)
-    assert "| 0.6B | 16,384 | 15,000 | 14.1 % | 2.20 | 12.0 |" in text and "| 1.5B | 32,768 | out of memory |" in text and "prime-rl" in text
+    assert (
+        "| 0.6B | 16,384 | 15,000 | 14.1 % | 2.20 | 12.0 |" in text and "| 1.5B | 32,768 | out of memory |" in text and "prime-rl" in text
+    )
 
 
 def test_what_cannot_begin_is_refused_with_the_reason(tmp_path: Path) -> None:

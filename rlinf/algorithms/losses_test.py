@@ -113,7 +113,10 @@ def test_cispo_clips_the_weight_but_never_the_gradient() -> None:
 
 def test_cispo_without_the_tokens_that_ppo_clips_has_the_gradient_of_ppo() -> None:
     """arXiv 2506.13585: leaving out A > 0 with r > 1 + high, and A < 0 with r < 1 - low, is what PPO does; the rest must not be clipped."""
-    ratio, advantages = torch.linspace(0.4, 1.8, 29, dtype=torch.float64).repeat(2), torch.tensor([1.5, -0.5], dtype=torch.float64).repeat_interleave(29)
+    ratio, advantages = (
+        torch.linspace(0.4, 1.8, 29, dtype=torch.float64).repeat(2),
+        torch.tensor([1.5, -0.5], dtype=torch.float64).repeat_interleave(29),
+    )
     kept = ~(((advantages > 0) & (ratio > 1.28)) | ((advantages < 0) & (ratio < 0.8)))
     _, ppo, clipped = loss_and_gradient("ppo", ratio.log(), advantages, list(range(58)), DAPO)
     _, cispo, _ = loss_and_gradient("cispo", ratio.log(), advantages, list(range(58)), Clip(10.0, 10.0))

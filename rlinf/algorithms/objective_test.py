@@ -293,7 +293,9 @@ def test_an_interpolated_proximal_policy(age: int, weight: float, ratio: float, 
     assert (metrics["train/importance_weight_mean"], metrics["train/ratio"]) == pytest.approx((weight, ratio), abs=1e-4)
     if age == 1:
         assert run(batch, replace(PPO, clip_high=0.2))[0] == loss
-    assert run(replace(batch, age_N=torch.tensor([4.0])), replace(DECOUPLED, correction=Correction("token-mask", 0.0, 1.5)))[0] == 0  # beyond the cap
+    assert (
+        run(replace(batch, age_N=torch.tensor([4.0])), replace(DECOUPLED, correction=Correction("token-mask", 0.0, 1.5)))[0] == 0
+    )  # beyond the cap
 
 
 def test_interpolation_with_ages_that_differ_does_not_depend_on_the_split() -> None:
@@ -301,7 +303,11 @@ def test_interpolation_with_ages_that_differ_does_not_depend_on_the_split() -> N
     batch = replace(batch, age_N=torch.arange(14) % 4 + 1.0)
     loss, gradient, metrics = run(batch, DECOUPLED)
     split_loss, split_gradient, split_metrics = run(batch, DECOUPLED, [[2], [3, 0], [], [1]])
-    assert split_loss == pytest.approx(loss, rel=1e-12) and torch.allclose(split_gradient, gradient) and split_metrics == pytest.approx(metrics)
+    assert (
+        split_loss == pytest.approx(loss, rel=1e-12)
+        and torch.allclose(split_gradient, gradient)
+        and split_metrics == pytest.approx(metrics)
+    )
 
 
 def test_importance_sampling_with_equal_engines_is_no_correction() -> None:

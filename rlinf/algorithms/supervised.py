@@ -55,7 +55,12 @@ def supervised_objective(logprobs_N: Tensor, entropy_N: Tensor, weights_N: Tenso
     """The micro-batch's share of the loss, -sum_N(weights_N * logprobs_N), and of the metrics. The weights carry the denominators."""
     loss = -(weights_N * logprobs_N).sum()
     with torch.no_grad():
-        sums = {"nll": total(-logprobs_N), "objective": total(loss), "tokens": total(torch.ones_like(logprobs_N)), "entropy": total(entropy_N)}
+        sums = {
+            "nll": total(-logprobs_N),
+            "objective": total(loss),
+            "tokens": total(torch.ones_like(logprobs_N)),
+            "entropy": total(entropy_N),
+        }
     return loss.to(logprobs_N.dtype), MetricSums(sums, {})
 
 

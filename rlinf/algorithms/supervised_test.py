@@ -101,7 +101,9 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(lengths: list[int]
             own_N = torch.cat([torch.full((lengths[s],), i) for i, s in enumerate(samples)] + [torch.zeros(0, dtype=torch.int64)])
             micro.append((where_N, own_N, len(samples)))
         losses_S = torch.cat([sample_losses_S(logprobs_N[where_N], own_N, k) for where_N, own_N, k in micro])
-        weights_S = (loss_weights_S(losses_S, shape, 0.7) if shape else torch.ones(len(losses_S), dtype=torch.float64)).split([k for *_, k in micro])
+        weights_S = (loss_weights_S(losses_S, shape, 0.7) if shape else torch.ones(len(losses_S), dtype=torch.float64)).split(
+            [k for *_, k in micro]
+        )
         for (where_N, own_N, k), weight_S in zip(micro, weights_S):
             weights_N = (weight_S / lengths_S(own_N, k))[own_N] if shape else torch.full((len(where_N),), 1 / n, dtype=torch.float64)
             loss, sums = supervised_objective(leaf[where_N], entropy_N[where_N], weights_N)

@@ -98,7 +98,9 @@ def test_dense_rewards_by_hand() -> None:
     assert alone(batch, PLAIN).tolist() == [4.5, 4.0, 5.0]
     assert alone(batch, replace(PLAIN, gamma=0.5)).tolist() == [0.5 + 0.5 * 1.5, -1 + 0.5 * 5.0, 5.0]
     with_critic = replace(batch, values_N=torch.tensor([0.2, 0.4, 0.5], dtype=torch.float64))
-    assert alone(with_critic, PLAIN).tolist() == pytest.approx([4.3, 3.6, 4.5]) and value_targets([with_critic], PLAIN)[0].tolist() == pytest.approx([4.5, 4.0, 5.0])
+    assert alone(with_critic, PLAIN).tolist() == pytest.approx([4.3, 3.6, 4.5]) and value_targets([with_critic], PLAIN)[
+        0
+    ].tolist() == pytest.approx([4.5, 4.0, 5.0])
     gap = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)  # a token that does not count is not paid either
     assert alone(replace(batch, loss_mask_N=gap), PLAIN).tolist() == [5.5, 0.0, 5.0]
 
@@ -153,7 +155,9 @@ def on_ranks(shares: list[list[SampledTokens]], how: TokenAdvantages) -> list[li
     st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data(), st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 0.9]), st.booleans(),
     st.sampled_from([None, *CORRECTIONS]),
 )  # fmt: skip
-def test_they_do_not_depend_on_the_split(lengths: list[int], data: st.DataObject, masked: float, gamma: float, white: bool, kind: str | None) -> None:
+def test_they_do_not_depend_on_the_split(
+    lengths: list[int], data: st.DataObject, masked: float, gamma: float, white: bool, kind: str | None
+) -> None:
     """Samples dealt to 2 ranks x 2 micro-batches in any order; some empty."""
     batch = make(lengths, data.draw(st.integers(0, 999)), masked, dense=data.draw(st.booleans()))
     how = replace(EVERYTHING, gamma=gamma, whiten=white, normalize_by=kind and Correction(kind, 0.5, 1.3))
@@ -173,7 +177,9 @@ def one_response(values: list[float], reward: float, mask: list[int] | None = No
     n = len(values)
     tensor = lambda numbers: torch.tensor(numbers, dtype=torch.float64)
     nothing = tensor([torch.nan] * n)
-    return SampledTokens(tensor([reward] * n), None, nothing, None, tensor(mask or [1] * n), torch.zeros(n, dtype=torch.int64), 1, tensor(values))
+    return SampledTokens(
+        tensor([reward] * n), None, nothing, None, tensor(mask or [1] * n), torch.zeros(n, dtype=torch.int64), 1, tensor(values)
+    )
 
 
 @pytest.mark.parametrize(

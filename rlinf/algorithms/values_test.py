@@ -12,7 +12,9 @@ from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.values import ValueSettings, ValueTokens, finalize_value_metrics, value_objective
 
 
-def tokens(values: list[float], old: list[float], returns: list[float], mask: list[int] | None = None, samples: list[int] | None = None) -> ValueTokens:
+def tokens(
+    values: list[float], old: list[float], returns: list[float], mask: list[int] | None = None, samples: list[int] | None = None
+) -> ValueTokens:
     samples = samples or [0] * len(values)
     return ValueTokens(
         torch.tensor(values, requires_grad=True), torch.tensor(old), torch.tensor(returns), torch.tensor(mask or [1] * len(values)),
@@ -103,7 +105,9 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(
             where_N = torch.cat([torch.nonzero(sample_N == s).flatten() for s in samples] + [torch.zeros(0, dtype=torch.int64)])
             own_N = torch.cat([torch.full((lengths[s],), i) for i, s in enumerate(samples)] + [torch.zeros(0, dtype=torch.int64)])
             part, sums = value_objective(
-                ValueTokens(values_N[where_N], numbers[1][where_N], numbers[2][where_N], mask_N[where_N], own_N, len(samples)), denominators, how
+                ValueTokens(values_N[where_N], numbers[1][where_N], numbers[2][where_N], mask_N[where_N], own_N, len(samples)),
+                denominators,
+                how,
             )
             part.backward()
             loss += part.item()

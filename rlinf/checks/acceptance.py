@@ -82,19 +82,39 @@ def run_part(part: str, folder: Path, words: list[str], limit: float) -> Result:
 
 def page(results: list[Result], machine: dict[str, Any]) -> str:
     """The results for a person to read, in Markdown."""
-    lines = [f"# Acceptance: {machine['device']}", "", *([] if not machine["rehearsal"] else ["A rehearsal on CPU with tiny shapes: it says nothing about a GPU.", ""])]
-    lines += [f"{machine['platform']}, Python {machine['python']}, {machine['time']}", "", "| part | result | seconds | what it is |", "|---|---|---:|---|"]
+    lines = [
+        f"# Acceptance: {machine['device']}",
+        "",
+        *([] if not machine["rehearsal"] else ["A rehearsal on CPU with tiny shapes: it says nothing about a GPU.", ""]),
+    ]
+    lines += [
+        f"{machine['platform']}, Python {machine['python']}, {machine['time']}",
+        "",
+        "| part | result | seconds | what it is |",
+        "|---|---|---:|---|",
+    ]
     lines += [f"| {r.part} | {r.status}{': ' + r.problem if r.problem else ''} | {r.seconds:.0f} | {MEANINGS[r.part]} |" for r in results]
     by_part = {r.part: r.figures for r in results}
     if rows := by_part.get("trainer", {}).get("rows"):
-        lines += ["", "## Trainer", "", "| shape | tokens of a sequence | tokens/s | MFU | step s | peak GiB |", "|---|---:|---:|---:|---:|---:|"]
+        lines += [
+            "",
+            "## Trainer",
+            "",
+            "| shape | tokens of a sequence | tokens/s | MFU | step s | peak GiB |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
         lines += [trainer_row(row) for row in rows]
         lines += [f"| *{model}, {PEERS_SOURCE}* | {n:,} | {rate:,} | {mfu} % | | {gib} |" for model, n, rate, mfu, gib in PEERS]
     if sync := by_part.get("sync"):
         lines += ["", "## Weight sync", "", "| | GB/s |", "|---|---:|"]
         lines += [f"| {name} | {value:.2f} |" for name, value in sync.items() if isinstance(value, float)]
     if run := by_part.get("run"):
-        lines += ["", "## Run", "", *(f"* {name}: {value:.4g}" if isinstance(value, float) else f"* {name}: {value}" for name, value in run.items())]
+        lines += [
+            "",
+            "## Run",
+            "",
+            *(f"* {name}: {value:.4g}" if isinstance(value, float) else f"* {name}: {value}" for name, value in run.items()),
+        ]
     for r in results:
         if r.status != "ok":
             lines += ["", f"## {r.part}: the end of its log", "", "```", r.log_tail, "```"]
@@ -105,7 +125,9 @@ def trainer_row(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"| {row['shape']} | {row['tokens']:,} | {row['error']} | | | |"
     mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
-    return f"| {row['shape']} | {row['tokens']:,} | {row['tokens_per_second']:,.0f} | {mfu} | {row['seconds']:.2f} | {row['peak_gib']:.1f} |"
+    return (
+        f"| {row['shape']} | {row['tokens']:,} | {row['tokens_per_second']:,.0f} | {mfu} | {row['seconds']:.2f} | {row['peak_gib']:.1f} |"
+    )
 
 
 def describe(rehearsal: bool) -> dict[str, Any]:
@@ -136,7 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
     for part in LIMITS:
         if part in args.parts:
             results.append(run_part(part, args.out.resolve(), words, REHEARSAL_LIMIT if args.cpu else LIMITS[part]))
-            sys.stdout.write(f"{part:<8} {results[-1].status} ({results[-1].seconds:.0f} s){': ' + results[-1].problem if results[-1].problem else ''}\n")
+            sys.stdout.write(
+                f"{part:<8} {results[-1].status} ({results[-1].seconds:.0f} s){': ' + results[-1].problem if results[-1].problem else ''}\n"
+            )
             sys.stdout.flush()
     (args.out / "acceptance.json").write_text(json.dumps({"machine": machine, "parts": [asdict(r) for r in results]}, indent=1) + "\n")
     (args.out / "acceptance.md").write_text(page(results, machine))

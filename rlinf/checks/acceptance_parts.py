@@ -128,7 +128,15 @@ def part_run(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
         return figures | {"problem": f"rlinf train ended with exit code {code}"}
     steps = read_metrics(Path(config["runner"]["output_dir"]) / config["runner"]["experiment_name"])
     last = steps[-1]
-    names = ("time/step", "time/rollout", "time/train", "time/sync_weights", "sync/probe_gap_max", "train/rollout_logprob_gap_max", "perf/actor_memory_gib")
+    names = (
+        "time/step",
+        "time/rollout",
+        "time/train",
+        "time/sync_weights",
+        "sync/probe_gap_max",
+        "train/rollout_logprob_gap_max",
+        "perf/actor_memory_gib",
+    )
     figures |= {"steps": len(steps)} | {name: last[name] for name in names if name in last}
     broken = [name for name in ("train/loss", "train/grad_norm", "sync/probe_gap_max") if not math.isfinite(last[name])]
     wrong = len(steps) != 3 or broken
@@ -197,7 +205,11 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
     on_device, other = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
     pinned = devices.host_copy(on_device)
     found = {}
-    pairs = {"copy on the device": (on_device, other), "copy to pinned memory": (on_device, pinned), "copy from pinned memory": (pinned, other)}
+    pairs = {
+        "copy on the device": (on_device, other),
+        "copy to pinned memory": (on_device, pinned),
+        "copy from pinned memory": (pinned, other),
+    }
     for name, (source, target) in pairs.items():
         seconds = []
         for _ in range(6):
@@ -253,7 +265,9 @@ def join(cpu: bool) -> parallel.Coordinates:
 
 def random_engine(arch: Architecture, at: parallel.Coordinates, cpu: bool) -> MegatronEngine:
     """An actor with random weights; every layer is computed again in the backward pass."""
-    model = ActorModelConfig(precision="fp32" if cpu else "bf16", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    model = ActorModelConfig(
+        precision="fp32" if cpu else "bf16", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+    )
     engine = MegatronEngine(arch, model, OptimConfig(lr=1e-6), at, kind(cpu))
     with torch.no_grad():
         for _, param in engine.state.params:

@@ -71,7 +71,9 @@ def test_tasks_of_ones_own_are_judged_as_the_configuration_says(tmp_path: Path, 
     assert cli.main(["data", "check", str(data), "--config", str(config)]) == 0
     assert "lengths 1" in capsys.readouterr().out
     assert cli.main(["data", "check", str(data)]) == 2 and "1 x unknown_task" in capsys.readouterr().out
-    answers = write(tmp_path / "in.jsonl", *({"response": f"\\boxed{{{a}}}", "solutions": ["xyz"], "task": "lengths"} for a in ("abc", "ab")))
+    answers = write(
+        tmp_path / "in.jsonl", *({"response": f"\\boxed{{{a}}}", "solutions": ["xyz"], "task": "lengths"} for a in ("abc", "ab"))
+    )
     out = tmp_path / "out.jsonl"
     assert cli.main(["verify", str(answers), str(out), "--config", str(config)]) == 0
     assert [json.loads(line)["status"] for line in out.open()] == ["right", "wrong"]

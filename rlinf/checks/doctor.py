@@ -33,7 +33,10 @@ from rlinf.weights.architecture import read_architecture
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 GIB = 2**30
 OPTIONAL = {"sglang": "the embedded engine does without it", "transformer-engine": "the actor's local layers do without it"}
-EXACT = {"megatron-core": "rlinf/training/cpu.py rewrites this very version where there is no CUDA", "ray": "nodes of one cluster need one version"}
+EXACT = {
+    "megatron-core": "rlinf/training/cpu.py rewrites this very version where there is no CUDA",
+    "ray": "nodes of one cluster need one version",
+}
 DRIVER_OF_CUDA = {12: 525, 13: 580}  # the oldest driver branch that runs a CUDA major version
 SKEW_WARN, SKEW_FAIL = 1.0, 60.0  # seconds
 
@@ -111,7 +114,9 @@ def packages(wanted: Mapping[str, str], installed: Callable[[str], str | None]) 
         if base == version:
             good += 1
         elif have is None:
-            yield Finding(name, WARN if name in OPTIONAL else FAIL, f"is not installed; {OPTIONAL.get(name, f'the pin is {version}')}", remedy)
+            yield Finding(
+                name, WARN if name in OPTIONAL else FAIL, f"is not installed; {OPTIONAL.get(name, f'the pin is {version}')}", remedy
+            )
         else:
             text = f"{have} is installed, the pin is {version}"
             yield Finding(name, FAIL if name in EXACT else WARN, f"{text}; {EXACT[name]}" if name in EXACT else text, remedy)
@@ -122,7 +127,11 @@ def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver:
     """A GPU that is wanted, is there, and can be used by the installed torch."""
     if not present:
         text = "no GPU on this machine"
-        yield Finding("gpu", FAIL, text, "set cluster.device: cpu, or start on a machine with a GPU") if wanted else Finding("gpu", OK, f"{text}; CPU it is")
+        yield (
+            Finding("gpu", FAIL, text, "set cluster.device: cpu, or start on a machine with a GPU")
+            if wanted
+            else Finding("gpu", OK, f"{text}; CPU it is")
+        )
         return
     if cuda is None:
         yield Finding("gpu", FAIL, "there is a GPU, but this torch is a build for CPU", "RLINF_DEVICE=gpu bash toolkits/setup/venv.sh")
@@ -131,7 +140,12 @@ def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver:
     if driver and int(driver.split(".")[0]) < needed:
         yield Finding("driver", FAIL, f"{driver} is too old for CUDA {cuda}", f"install driver {needed} or newer")
     elif not usable:
-        yield Finding("gpu", FAIL, f"torch (CUDA {cuda}) cannot use the GPU", "does nvidia-smi work here? in a container: --gpus all; CUDA_VISIBLE_DEVICES?")
+        yield Finding(
+            "gpu",
+            FAIL,
+            f"torch (CUDA {cuda}) cannot use the GPU",
+            "does nvidia-smi work here? in a container: --gpus all; CUDA_VISIBLE_DEVICES?",
+        )
     else:
         yield Finding("gpu", OK, f"{device.gpu_count()} x {device.gpu_name()}, driver {driver}, CUDA {cuda}")
 
@@ -144,7 +158,12 @@ def driver_version() -> str | None:
 
 def enough_gpus(there: int, wanted: int) -> Finding:
     if there < wanted:
-        return Finding("gpus", FAIL, f"{there} here, cluster.num_gpus_per_node is {wanted}", "lower the key, or look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+        return Finding(
+            "gpus",
+            FAIL,
+            f"{there} here, cluster.num_gpus_per_node is {wanted}",
+            "lower the key, or look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+        )
     return Finding("gpus", OK, f"{there} here, {wanted} wanted")
 
 
@@ -175,13 +194,19 @@ def disk(output: Path, free: int, checkpoints: int) -> Finding:
     text = f"{free / GIB:.0f} GiB free at {output}" + (f", {checkpoints / GIB:.0f} for checkpoints" if checkpoints else "")
     if free < max(checkpoints, GIB):
         return Finding("disk", FAIL, text, "free space, set runner.output_dir elsewhere, or lower runner.keep_checkpoints")
-    return Finding("disk", WARN, text, "a run of a 1.5B model writes about 60 GiB") if free < max(2 * checkpoints, 20 * GIB) else Finding("disk", OK, text)
+    return (
+        Finding("disk", WARN, text, "a run of a 1.5B model writes about 60 GiB")
+        if free < max(2 * checkpoints, 20 * GIB)
+        else Finding("disk", OK, text)
+    )
 
 
 def writable(output: Path) -> Finding:
     folder = _existing(output)
     if not os.access(folder, os.W_OK | os.X_OK):
-        return Finding("output folder", FAIL, f"{folder} cannot be written by user {os.getuid()}", "set runner.output_dir, or change the owner")
+        return Finding(
+            "output folder", FAIL, f"{folder} cannot be written by user {os.getuid()}", "set runner.output_dir, or change the owner"
+        )
     return Finding("output folder", OK, f"{folder} can be written")
 
 
@@ -190,13 +215,17 @@ def open_files(limit: int, nodes: int) -> Finding:
     needed = 4096 if nodes == 1 else 65536
     text = f"{limit} open files allowed"
     if limit < 1024 or limit < needed:
-        return Finding("ulimit", FAIL if limit < 1024 else WARN, text, f"ulimit -n {needed} (or LimitNOFILE, or docker --ulimit nofile={needed})")
+        return Finding(
+            "ulimit", FAIL if limit < 1024 else WARN, text, f"ulimit -n {needed} (or LimitNOFILE, or docker --ulimit nofile={needed})"
+        )
     return Finding("ulimit", OK, text)
 
 
 def locked_memory(limit: int) -> Finding:
     if limit != resource.RLIM_INFINITY:
-        return Finding("memlock", WARN, f"{limit // 1024} KiB, and there is InfiniBand: NCCL cannot register its buffers", "ulimit -l unlimited")
+        return Finding(
+            "memlock", WARN, f"{limit // 1024} KiB, and there is InfiniBand: NCCL cannot register its buffers", "ulimit -l unlimited"
+        )
     return Finding("memlock", OK, "unlimited")
 
 
@@ -215,9 +244,16 @@ def ray_node(state: Path, answers: Callable[[str], bool]) -> Finding:
         address, rank = (state / "address").read_text().strip(), (state / "rank").read_text()
         if answers(address):
             return Finding("ray", OK, f"this is node {rank} of the cluster at {address}")
-        return Finding("ray", FAIL, f"this was node {rank} of a cluster at {address}, which does not answer", "ray_utils/start_ray.sh --stop, then start again")
+        return Finding(
+            "ray",
+            FAIL,
+            f"this was node {rank} of a cluster at {address}, which does not answer",
+            "ray_utils/start_ray.sh --stop, then start again",
+        )
     if answers(f"127.0.0.1:{default_port()}"):
-        return Finding("ray", WARN, f"something else listens on port {default_port()}", "export RLINF_RAY_PORT=6380 on all nodes before start_ray.sh")
+        return Finding(
+            "ray", WARN, f"something else listens on port {default_port()}", "export RLINF_RAY_PORT=6380 on all nodes before start_ray.sh"
+        )
     return Finding("ray", OK, "no cluster is up here; a run on one node starts its own")
 
 
@@ -227,13 +263,20 @@ def cluster(views: Iterable[NodeView]) -> Iterator[Finding]:
         who = f"node {view.rank} ({view.host})"
         off = max(0.0, abs(view.ahead) - view.within)
         if off > SKEW_WARN:
-            yield Finding("clock", FAIL if off > SKEW_FAIL else WARN, f"{who} is off by {view.ahead:+.1f} s", "start chrony or systemd-timesyncd on it")
+            yield Finding(
+                "clock",
+                FAIL if off > SKEW_FAIL else WARN,
+                f"{who} is off by {view.ahead:+.1f} s",
+                "start chrony or systemd-timesyncd on it",
+            )
         else:
             yield Finding("clock", OK, f"{who} agrees within {view.within + abs(view.ahead):.2f} s")
         if view.sees:
             yield Finding("shared folder", OK, f"{who} sees the output folder")
         else:
-            yield Finding("shared folder", FAIL, f"{who} does not see what this node writes", "put runner.output_dir on a folder that all nodes mount")
+            yield Finding(
+                "shared folder", FAIL, f"{who} does not see what this node writes", "put runner.output_dir on a folder that all nodes mount"
+            )
 
 
 def files(config: Config) -> Iterator[Finding]:

@@ -94,14 +94,27 @@ def test_a_dead_cluster_and_a_taken_port_are_found(tmp_path: Path) -> None:
 
 
 def test_clocks_and_the_shared_folder_of_every_node() -> None:
-    views = [NodeView("0", "10.0.0.1", 0.0, 0.01, True), NodeView("1", "10.0.0.2", -5.0, 0.2, True), NodeView("2", "10.0.0.3", 3600.0, 0.2, False)]
+    views = [
+        NodeView("0", "10.0.0.1", 0.0, 0.01, True),
+        NodeView("1", "10.0.0.2", -5.0, 0.2, True),
+        NodeView("2", "10.0.0.3", 3600.0, 0.2, False),
+    ]
     found = list(doctor.cluster(views))
-    assert told(found) == [("clock", OK), ("shared folder", OK), ("clock", WARN), ("shared folder", OK), ("clock", FAIL), ("shared folder", FAIL)]
+    assert told(found) == [
+        ("clock", OK),
+        ("shared folder", OK),
+        ("clock", WARN),
+        ("shared folder", OK),
+        ("clock", FAIL),
+        ("shared folder", FAIL),
+    ]
     assert "node 1 (10.0.0.2) is off by -5.0 s" in found[2].text
 
 
 def test_missing_files_of_a_configuration_are_found() -> None:
-    config = load("smollm2-135m-grpo-cpu", ["rollout.model_dir=/nowhere", "data.train_data_paths=[/nowhere/a.jsonl]", "data.val_data_paths=[]"]).config
+    config = load(
+        "smollm2-135m-grpo-cpu", ["rollout.model_dir=/nowhere", "data.train_data_paths=[/nowhere/a.jsonl]", "data.val_data_paths=[]"]
+    ).config
     found = list(doctor.files(config))
     assert told(found) == [("files", FAIL), ("files", FAIL)]
     assert "/nowhere/a.jsonl" in found[1].text
@@ -120,7 +133,9 @@ def test_the_exit_code_says_whether_something_failed(capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out) == [{"check": "c", "status": "FAIL", "text": "broken", "remedy": "replace it"}]
 
 
-def test_this_machine_is_examined_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_is_examined_from_end_to_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RLINF_RAY_STATE", str(tmp_path / "none"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     main(["doctor", "smollm2-135m-grpo-cpu", "--json", f"runner.output_dir={tmp_path}"])

@@ -120,7 +120,12 @@ class Life:
         env = os.environ | {"PYTHONPATH": search_path()}
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "rlinf", *command], stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, start_new_session=True
+                [sys.executable, "-m", "rlinf", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=env,
+                start_new_session=True,
             )
         return cls(run_dir, process, log)
 
@@ -205,7 +210,9 @@ class Life:
         lines = read_metrics(self.run_dir) if (self.run_dir / FILE_NAME).exists() else []
         return int(lines[-1]["step"]) if lines else 0
 
-    def wait_for(self, condition: Callable[[], bool], otherwise: str, seconds: float = PATIENCE, pause: float = 0.02, alive: bool = True) -> None:
+    def wait_for(
+        self, condition: Callable[[], bool], otherwise: str, seconds: float = PATIENCE, pause: float = 0.02, alive: bool = True
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline or (alive and self.process.poll() is not None):

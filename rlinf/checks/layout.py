@@ -95,7 +95,9 @@ class Case:
         words = (("SP", self.sequence_parallel), ("shared prefix", self.share_prefix), (f"recompute {self.recompute}", self.recompute))
         switches = [word for word, on in words if on]
         context = f" CP{self.cp}" if self.cp > 1 else ""
-        return ", ".join([f"{self.model} TP{self.tp}{context} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"])
+        return ", ".join(
+            [f"{self.model} TP{self.tp}{context} PP{self.pp} DP{self.dp}", *switches, f"budget {self.budget}", f"order {self.order}"]
+        )
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,15 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str 
     engine.load_hf(open_hf_folder(folder))
     batch = batch.shuffled(case.order)
     headers = [g.header() for g in batch.groups]
-    plan = build_rank_batches(
-        headers, batch.advantages, dp=at.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix
-    )[at.dp_rank]
+    plan = build_rank_batches(headers, batch.advantages, dp=at.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix)[
+        at.dp_rank
+    ]
     groups = [next(g for g in batch.groups if g.group_id == group_id) for group_id in plan.group_ids]
     packs = [
-        [pack(groups, refs, share_prefix=case.share_prefix, temperature=TEMPERATURE, pad_to=engine.pad_to, device=engine.device) for refs in mini.micro_batches]
+        [
+            pack(groups, refs, share_prefix=case.share_prefix, temperature=TEMPERATURE, pad_to=engine.pad_to, device=engine.device)
+            for refs in mini.micro_batches
+        ]
         for mini in plan.mini_batches
     ]
     before = [[logprobs for logprobs, _ in engine.logprobs(p)] if case.head == "lm" else engine.scores(p) for p in packs]
@@ -277,11 +282,42 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable
 def table(findings: Sequence[Finding]) -> Table:
     """One line a layout; the figures are the largest deviations in units of their scale."""
     out = Table(title="The same two optimizer steps in every layout, against plain transformers (fp32)", title_justify="left")
-    for name in ("family", "ranks", "TP", "CP", "PP", "DP", "SP", "micro-batches", "prefix", "order", "recompute", "loss", "gradient", "norm", "weights", "metrics", "s", ""):
+    for name in (
+        "family",
+        "ranks",
+        "TP",
+        "CP",
+        "PP",
+        "DP",
+        "SP",
+        "micro-batches",
+        "prefix",
+        "order",
+        "recompute",
+        "loss",
+        "gradient",
+        "norm",
+        "weights",
+        "metrics",
+        "s",
+        "",
+    ):
         out.add_column(name, justify="left" if name in ("family", "recompute") else "right", no_wrap=True)
     for v in findings:
         c = v.case
-        where = [c.model, c.ranks, c.tp, c.cp, c.pp, c.dp, "on" if c.sequence_parallel else "", v.micro_batches, "shared" if c.share_prefix else "own", c.order, c.recompute]
+        where = [
+            c.model,
+            c.ranks,
+            c.tp,
+            c.cp,
+            c.pp,
+            c.dp,
+            "on" if c.sequence_parallel else "",
+            v.micro_batches,
+            "shared" if c.share_prefix else "own",
+            c.order,
+            c.recompute,
+        ]
         figures = [f"{x:.0e}" for x in (v.loss, v.gradient, v.norm, v.weight, v.metric)]
         out.add_row(*map(str, where), *figures, f"{v.seconds:.1f}", "ok" if v.holds else "[red]FAILS[/]")
     bounds = [f"{x:.0e}" for x in (LOSS_TOLERANCE, GRADIENT_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE, METRIC_TOLERANCE)]

@@ -56,7 +56,10 @@ class Batch:
         order = [int(i) + first for first in (0, half) for i in rng.permutation(half)]
         samples = [rng.permutation(len(self.groups[g].samples)) for g in order]
         return Batch(
-            tuple(Group(self.groups[g].group_id, self.groups[g].prompt, tuple(self.groups[g].samples[i] for i in s)) for g, s in zip(order, samples)),
+            tuple(
+                Group(self.groups[g].group_id, self.groups[g].prompt, tuple(self.groups[g].samples[i] for i in s))
+                for g, s in zip(order, samples)
+            ),
             tuple(self.advantages[g][s] for g, s in zip(order, samples)),
         )
 
@@ -92,7 +95,16 @@ def make_batch(vocab: int, seed: int = 0) -> Batch:
         for i, n in enumerate(lengths):
             mask = (rng.random(n) < 0.9).astype(np.uint8) * ((g, i) != (2, 1))
             rollout = np.where(mask == 1, rng.normal(-5.0, 0.7, n), np.nan).astype(np.float32)
-            samples.append(Sample(sample_id(f"p{g}", i), rng.integers(0, vocab, n).astype(np.int32), rollout, mask.astype(np.uint8), ((0, n),), Finish.STOP))
+            samples.append(
+                Sample(
+                    sample_id(f"p{g}", i),
+                    rng.integers(0, vocab, n).astype(np.int32),
+                    rollout,
+                    mask.astype(np.uint8),
+                    ((0, n),),
+                    Finish.STOP,
+                )
+            )
         groups.append(Group(f"p{g}", prompt, tuple(samples)))
     return Batch(tuple(groups), tuple(rng.normal(0, 1, len(g.samples)).astype(np.float32) for g in groups))
 
@@ -164,7 +176,9 @@ def plain_objective(
             keep = torch.from_numpy(sample.loss_mask.astype(bool))
             logprobs, entropy = sample_logprobs(model, group, sample)
             rollout = torch.from_numpy(sample.rollout_logprobs)
-            parts.append(tuple(t[keep] for t in (logprobs, entropy, old[sample.sample_id], rollout, torch.full_like(logprobs, float(advantage)))))
+            parts.append(
+                tuple(t[keep] for t in (logprobs, entropy, old[sample.sample_id], rollout, torch.full_like(logprobs, float(advantage))))
+            )
     logprobs, entropy, before, rollout, advantage = (torch.cat(p) for p in zip(*parts))
     ratio, importance = (logprobs - before).exp(), (before - rollout).exp()
     plain, bounded = -ratio * advantage, -ratio.clamp(1 - SETTINGS.clip_low, 1 + SETTINGS.clip_high) * advantage

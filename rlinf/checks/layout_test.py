@@ -196,7 +196,9 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
 
 
 def bound(figure: str) -> float:
-    return getattr(layout, {"weight": "WEIGHT", "metric": "METRIC", "norm": "NORM", "gradient": "GRADIENT", "loss": "LOSS"}[figure] + "_TOLERANCE")
+    return getattr(
+        layout, {"weight": "WEIGHT", "metric": "METRIC", "norm": "NORM", "gradient": "GRADIENT", "loss": "LOSS"}[figure] + "_TOLERANCE"
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -221,7 +223,9 @@ def test_the_norm_fault_is_seen_by_the_norm_alone(rank_pool: RankPool, tmp_path:
     assert broken.norm > 1e-3 and all(getattr(broken, f) <= bound(f) for f in ("loss", "gradient", "weight", "metric"))
 
 
-def test_quick_check_holds_and_reports(rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_check_holds_and_reports(
+    rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(layout, "RankPool", lambda size: nullcontext(rank_pool))
     assert layout.main(quick=True, json_file=tmp_path / "out.json") == 0
     out = capsys.readouterr().out
@@ -254,7 +258,9 @@ def test_the_cases_cover_every_dimension() -> None:
         assert {c.recompute for c in mine} == set(layout.RECOMPUTE)
     for recompute in layout.RECOMPUTE:
         mine = [c for c in cases if c.recompute == recompute]
-        assert {(c.pp > 1, c.sequence_parallel) for c in mine} == {(a, b) for a in (True, False) for b in (True, False)} and {c.head for c in mine} == {"lm", "scalar"}
+        assert {(c.pp > 1, c.sequence_parallel) for c in mine} == {(a, b) for a in (True, False) for b in (True, False)} and {
+            c.head for c in mine
+        } == {"lm", "scalar"}
     assert {c.dp for c in cases} == {1, 2, 3, 4} and {c.tp for c in cases} == {1, 2, 4}
     layouts = {(*l, 1) for l in layout.LAYOUTS} | set(layout.CONTEXT_LAYOUTS)
     assert len(make_cases(quick=True)) == 2 * len(layouts)
@@ -263,7 +269,11 @@ def test_the_cases_cover_every_dimension() -> None:
     assert {(c.budget, c.share_prefix) for c in critics} == {(b, p) for b, p, _ in layout.SPLITS}
     context = [c for c in cases if c.cp > 1]
     assert {(c.ranks, c.tp, c.pp, c.sequence_parallel, c.cp) for c in context if c.head == "lm"} == set(layout.CONTEXT_LAYOUTS)
-    assert {c.family for c in context} == set(FAMILIES) and {c.share_prefix for c in context} == {True, False} and {c.recompute for c in context} == set(layout.RECOMPUTE)
+    assert (
+        {c.family for c in context} == set(FAMILIES)
+        and {c.share_prefix for c in context} == {True, False}
+        and {c.recompute for c in context} == set(layout.RECOMPUTE)
+    )
     counts = [micro_batch_sizes(c) for c in cases]
     assert any(0 in sizes for sizes in counts)  # a rank with nothing to do in a micro-batch
     assert any(len(sizes) == 2 * c.dp for c, sizes in zip(cases, counts)) and any(len(sizes) > 8 * c.dp for c, sizes in zip(cases, counts))
@@ -273,14 +283,20 @@ def micro_batch_sizes(case: Case) -> list[int]:
     """Samples in every micro-batch of every rank, both mini-batches."""
     batch = make_batch(VOCAB)
     headers = [g.header() for g in batch.groups]
-    ranks = layout.build_rank_batches(headers, batch.advantages, dp=case.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix)
+    ranks = layout.build_rank_batches(
+        headers, batch.advantages, dp=case.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix
+    )
     return [len(refs) for rank in ranks for mini in rank.mini_batches for refs in mini.micro_batches]
 
 
 def test_the_batch_has_the_awkward_cases() -> None:
     batch = make_batch(VOCAB)
     samples = [s for g in batch.groups for s in g.samples]
-    assert any(len(s) == 1 for s in samples) and any(s.loss_mask.sum() == 0 for s in samples) and any(len(g.samples) == 1 for g in batch.groups)
+    assert (
+        any(len(s) == 1 for s in samples)
+        and any(s.loss_mask.sum() == 0 for s in samples)
+        and any(len(g.samples) == 1 for g in batch.groups)
+    )
     first, second = (sum(len(g.samples) for g in groups) for groups, _ in batch.minibatches)
     assert first == second  # build_rank_batches cuts mini-batches by sample count: here on the groups' border
     shuffled = batch.shuffled(1)
@@ -305,8 +321,18 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    layout_and_family=st.sampled_from([((1, 1, 1, False), "qwen2-tied", 1), ((2, 1, 1, False), "qwen3", 1), ((2, 2, 1, True), "llama", 1), ((3, 1, 1, False), "qwen2", 1),
-                                       ((2, 1, 2, False), "llama-tied", 1), ((4, 2, 2, True), "qwen3-tied", 1), ((2, 1, 1, False), "qwen3", 2), ((4, 2, 1, True), "qwen2", 2)]),
+    layout_and_family=st.sampled_from(
+        [
+            ((1, 1, 1, False), "qwen2-tied", 1),
+            ((2, 1, 1, False), "qwen3", 1),
+            ((2, 2, 1, True), "llama", 1),
+            ((3, 1, 1, False), "qwen2", 1),
+            ((2, 1, 2, False), "llama-tied", 1),
+            ((4, 2, 2, True), "qwen3-tied", 1),
+            ((2, 1, 1, False), "qwen3", 2),
+            ((4, 2, 1, True), "qwen2", 2),
+        ]
+    ),
     budget=st.integers(1, 120),
     share_prefix=st.booleans(),
     order=st.integers(0, 10_000),
@@ -314,11 +340,19 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
     recompute=st.sampled_from(sorted(layout.RECOMPUTE)),
 )
 def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
-    rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory, layout_and_family: Any, budget: int, share_prefix: bool, order: int, head: str,
+    rank_pool: RankPool,
+    tmp_path_factory: pytest.TempPathFactory,
+    layout_and_family: Any,
+    budget: int,
+    share_prefix: bool,
+    order: int,
+    head: str,
     recompute: str,
 ) -> None:
     where, family, cp = layout_and_family
-    (finding,) = check_cases(rank_pool, [Case(*where, family, budget, share_prefix, order, head, recompute, cp)], tmp_path_factory.getbasetemp() / "drawn")
+    (finding,) = check_cases(
+        rank_pool, [Case(*where, family, budget, share_prefix, order, head, recompute, cp)], tmp_path_factory.getbasetemp() / "drawn"
+    )
     assert finding.holds, layout.complaint(finding)
 
 

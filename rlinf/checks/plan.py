@@ -56,7 +56,11 @@ def forecast(config: Config, arch: Architecture, device: Device, mean_response: 
     stages = tuple(actor_memory(arch, config, dp, stage) for stage in range(model.pipeline_model_parallel_size))
     engine, load = engine_memory(arch, config), step_load(config, mean_response)
     if device.shared:
-        phases, limit, kv_tokens = _host_phases(config, placement, device, stages, engine), int(device.memory * (1 - RESERVE)), engine.tokens
+        phases, limit, kv_tokens = (
+            _host_phases(config, placement, device, stages, engine),
+            int(device.memory * (1 - RESERVE)),
+            engine.tokens,
+        )
     else:
         phases, limit = _gpu_phases(config, placement, device, stages, engine), int(device.memory * (1 - RESERVE))
         kv_tokens = max(0, int(config.rollout.gpu_memory_utilization * device.memory) - engine.weights) // engine.kv_token
@@ -148,7 +152,11 @@ def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
     done = (model.recompute_num_layers or 0) if model.recompute_granularity == "full" else 0
     for part in (0.25, 0.5, 0.75, 1.0):
         if (count := round(layers * part)) > done:
-            yield {"actor.model.recompute_granularity": "full", "actor.model.recompute_method": "block", "actor.model.recompute_num_layers": count}
+            yield {
+                "actor.model.recompute_granularity": "full",
+                "actor.model.recompute_method": "block",
+                "actor.model.recompute_num_layers": count,
+            }
     budget = config.runner.max_tokens_per_mbs
     while (budget := budget // 2) >= config.runner.seq_length:
         yield {"runner.max_tokens_per_mbs": budget}

@@ -87,7 +87,10 @@ def test_time_moves_the_right_way() -> None:
     base = forecast(config, arch, GPUS["h100"])
     longer = forecast(config, arch, GPUS["h100"], mean_response=20_000)
     older = forecast(config, arch, GPUS["a100"])
-    assert longer.seconds["rollout"] > base.seconds["rollout"] and longer.seconds["forward and backward"] > base.seconds["forward and backward"]
+    assert (
+        longer.seconds["rollout"] > base.seconds["rollout"]
+        and longer.seconds["forward and backward"] > base.seconds["forward and backward"]
+    )
     assert older.step_seconds > base.step_seconds
     config.cluster.num_nodes = 8
     fewer = forecast(config, arch, GPUS["h100"])

@@ -129,7 +129,9 @@ def _serve(rank: int, pipe: Connection, parent: int, folder: str) -> None:
             if dist.is_initialized():
                 gc.collect()  # an engine is full of cycles, and a group that something refers to keeps its threads
                 dist.destroy_process_group()
-            dist.init_process_group("gloo", init_method=f"file://{folder}/groups-{groups}", rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{folder}/groups-{groups}", rank=rank, world_size=ranks, timeout=COLLECTIVE_TIMEOUT
+            )
             joined, at = groups, parallel.set_layout(tp, pp, cp)
         pipe.send((function(at, *args),))
     sys.exit(0)

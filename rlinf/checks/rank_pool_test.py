@@ -53,9 +53,24 @@ def test_layouts_change_within_one_pool(rank_pool: RankPool) -> None:
     for ranks in (4, 1, 3):
         for world, total in rank_pool.run(summed_rank, 1.0, ranks=ranks):
             assert world == ranks and total.tolist() == [ranks + sum(range(ranks))] * 2
-    assert rank_pool.run(coordinates, ranks=4, tp=2, pp=2) == [(0, 2, 0, 2, 0, 1, 0, 1), (1, 2, 0, 2, 0, 1, 0, 1), (0, 2, 1, 2, 0, 1, 0, 1), (1, 2, 1, 2, 0, 1, 0, 1)]
-    assert rank_pool.run(coordinates, ranks=4, tp=2) == [(0, 2, 0, 1, 0, 2, 0, 1), (1, 2, 0, 1, 0, 2, 0, 1), (0, 2, 0, 1, 1, 2, 0, 1), (1, 2, 0, 1, 1, 2, 0, 1)]
-    assert rank_pool.run(coordinates, ranks=4, cp=2) == [(0, 1, 0, 1, 0, 2, 0, 2), (0, 1, 0, 1, 0, 2, 1, 2), (0, 1, 0, 1, 1, 2, 0, 2), (0, 1, 0, 1, 1, 2, 1, 2)]
+    assert rank_pool.run(coordinates, ranks=4, tp=2, pp=2) == [
+        (0, 2, 0, 2, 0, 1, 0, 1),
+        (1, 2, 0, 2, 0, 1, 0, 1),
+        (0, 2, 1, 2, 0, 1, 0, 1),
+        (1, 2, 1, 2, 0, 1, 0, 1),
+    ]
+    assert rank_pool.run(coordinates, ranks=4, tp=2) == [
+        (0, 2, 0, 1, 0, 2, 0, 1),
+        (1, 2, 0, 1, 0, 2, 0, 1),
+        (0, 2, 0, 1, 1, 2, 0, 1),
+        (1, 2, 0, 1, 1, 2, 0, 1),
+    ]
+    assert rank_pool.run(coordinates, ranks=4, cp=2) == [
+        (0, 1, 0, 1, 0, 2, 0, 2),
+        (0, 1, 0, 1, 0, 2, 1, 2),
+        (0, 1, 0, 1, 1, 2, 0, 2),
+        (0, 1, 0, 1, 1, 2, 1, 2),
+    ]
 
 
 @pytest.mark.slow

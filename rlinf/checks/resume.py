@@ -189,7 +189,12 @@ def compare(chain: str, run_dir: Path, reference: Path, model: Path, steps: int,
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
         wrong.append(f"metrics.jsonl has the steps {[int(line['step']) for line in lines]}")
     elif tolerance == 0:
-        wrong += [f"{key} of step {a['step']:.0f}: {a[key]} instead of {b[key]}" for a, b in zip(lines, expected) for key in CURVES if a[key] != b[key]]
+        wrong += [
+            f"{key} of step {a['step']:.0f}: {a[key]} instead of {b[key]}"
+            for a, b in zip(lines, expected)
+            for key in CURVES
+            if a[key] != b[key]
+        ]
     return Ending(chain, tolerance, moved, gaps["param"], max(gaps["exp_avg"], gaps["exp_avg_sq"]), tuple(wrong))
 
 
@@ -249,7 +254,15 @@ def endings_table(endings: Sequence[Ending]) -> Table:
         out.add_column(name, no_wrap=True)
     for e in endings:
         record = f"{len(e.wrong)} wrong" if e.wrong else "each sample once, the same"
-        out.add_row(e.chain, f"{e.moved:.1e}", f"{e.weights:.1e}", f"{e.tolerance:.0e}", f"{e.moments:.1e}", record, "ok" if e.holds else "[red]FAILS[/]")
+        out.add_row(
+            e.chain,
+            f"{e.moved:.1e}",
+            f"{e.weights:.1e}",
+            f"{e.tolerance:.0e}",
+            f"{e.moments:.1e}",
+            record,
+            "ok" if e.holds else "[red]FAILS[/]",
+        )
     return out
 
 
@@ -274,7 +287,10 @@ def main(quick: bool, json_file: Path | None, seed: int) -> int:
     console.print(endings_table(endings))
     for line in [line for e in endings for line in e.wrong[:5]]:
         console.print(line, style="red", highlight=False)
-    console.print(f"{len(deaths)} kills, {len(endings)} ends compared: {'everything holds' if holds else 'NOT everything holds'}; {seconds:.0f} s", highlight=False)
+    console.print(
+        f"{len(deaths)} kills, {len(endings)} ends compared: {'everything holds' if holds else 'NOT everything holds'}; {seconds:.0f} s",
+        highlight=False,
+    )
     if json_file:
         json_file.write_text(json.dumps(report(deaths, endings, seed, seconds), indent=1) + "\n")
     return 0 if holds else 1

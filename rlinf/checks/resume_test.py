@@ -92,7 +92,9 @@ def test_a_training_that_moved_nothing_proves_nothing(runs: tuple[Path, Path, Pa
 @pytest.mark.parametrize(("step", "lines", "words"), [
     (2, [0, 1, 2, 2], "sample 2.p/2 2 times"), (2, [0, 1], "sample 2.p/2 was skipped"), (1, [], "sample 1.p/0 was skipped"),
 ])  # fmt: skip
-def test_a_sample_trained_twice_or_skipped_is_seen(runs: tuple[Path, Path, Path], step: int, lines: list[int], words: str, tolerance: float) -> None:
+def test_a_sample_trained_twice_or_skipped_is_seen(
+    runs: tuple[Path, Path, Path], step: int, lines: list[int], words: str, tolerance: float
+) -> None:
     (runs[0] / "samples" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(samples(step)[k]) + "\n" for k in lines))
     ending = compare("x", *runs, STEPS, tolerance)
     assert not ending.holds and any(words in line for line in ending.wrong)
@@ -109,7 +111,9 @@ def test_a_sample_of_another_step_and_another_text_are_seen() -> None:
 def test_another_curve_is_seen(runs: tuple[Path, Path, Path], damage: str) -> None:
     file = runs[0] / "metrics.jsonl"
     first, second = file.read_text().splitlines(keepends=True)
-    file.write_text({"value": first + second.replace("0.2", "0.20000000000000004"), "missing": second, "twice": first + second + second}[damage])
+    file.write_text(
+        {"value": first + second.replace("0.2", "0.20000000000000004"), "missing": second, "twice": first + second + second}[damage]
+    )
     assert not compare("x", *runs, STEPS, 0.0).holds
 
 

@@ -41,7 +41,18 @@ from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
-from rlinf.weights.routes import AUTO, BROADCAST, DISK, OBJECT_STORE, SHARED_MEMORY, BroadcastGroup, Feed, broadcast_groups, plan_feeds, publisher
+from rlinf.weights.routes import (
+    AUTO,
+    BROADCAST,
+    DISK,
+    OBJECT_STORE,
+    SHARED_MEMORY,
+    BroadcastGroup,
+    Feed,
+    broadcast_groups,
+    plan_feeds,
+    publisher,
+)
 from rlinf.weights.shared_memory import land, open_source, release
 from rlinf.weights.source import Buckets, Disk, Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
@@ -276,7 +287,17 @@ def table(findings: Sequence[Finding]) -> Table:
         out.add_column(name, justify="left" if name in ("family", "transport") else "right", no_wrap=True)
     for v in findings:
         c = v.case
-        words = (c.family, c.tp, c.pp, c.dp, c.transport, c.replicas, f"{v.gap:.0e}", f"{v.seconds:.1f}", "[red]FAILS[/]" if v.fault else "ok")
+        words = (
+            c.family,
+            c.tp,
+            c.pp,
+            c.dp,
+            c.transport,
+            c.replicas,
+            f"{v.gap:.0e}",
+            f"{v.seconds:.1f}",
+            "[red]FAILS[/]" if v.fault else "ok",
+        )
         out.add_row(*map(str, words))
     return out
 

@@ -146,8 +146,16 @@ class WorkerProcess(Holder):
         address = replace(address, threads=address.threads or max(1, cores() // setup.slots))
         os.environ.update(seat_environment(address, setup))
         super().__init__(address)
-        logging.getLogger("rlinf.cluster").info("%s rank %d of %d, node %d, devices %s, pid %d, run %s", address.component, address.rank,
-                                                address.world_size, address.node, address.devices, os.getpid(), address.run_id)
+        logging.getLogger("rlinf.cluster").info(
+            "%s rank %d of %d, node %d, devices %s, pid %d, run %s",
+            address.component,
+            address.rank,
+            address.world_size,
+            address.node,
+            address.devices,
+            os.getpid(),
+            address.run_id,
+        )
 
     async def free_port(self) -> int:
         return free_port(self.address.master_addr)

@@ -49,8 +49,19 @@ class LocalCluster(Cluster):
         port = free_port("127.0.0.1")
         os.environ["MASTER_PORT"] = str(port)
         holders = [
-            Holder(WorkerAddress(component, seat.rank, len(seats), seat.node, seat.devices, "127.0.0.1", port, self.run_id,
-                                 self.config.threads_per_worker or cores()))
+            Holder(
+                WorkerAddress(
+                    component,
+                    seat.rank,
+                    len(seats),
+                    seat.node,
+                    seat.devices,
+                    "127.0.0.1",
+                    port,
+                    self.run_id,
+                    self.config.threads_per_worker or cores(),
+                )
+            )
             for seat in seats
         ]
         self.holders += holders

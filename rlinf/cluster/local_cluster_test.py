@@ -105,8 +105,10 @@ def test_free_ports_are_below_the_ephemeral_ones() -> None:
 
 
 def test_the_driver_needs_neither_torch_nor_ray_for_the_local_backend() -> None:
-    code = ("import sys; from pathlib import Path; from rlinf.cluster.cluster import Cluster;"
-            "from rlinf.config.schema import ClusterConfig;"
-            "Cluster.connect(ClusterConfig(backend='local', device='cpu'), 'x', Path('/nowhere')).close();"
-            "print([m for m in ('torch', 'ray', 'megatron') if m in sys.modules])")
+    code = (
+        "import sys; from pathlib import Path; from rlinf.cluster.cluster import Cluster;"
+        "from rlinf.config.schema import ClusterConfig;"
+        "Cluster.connect(ClusterConfig(backend='local', device='cpu'), 'x', Path('/nowhere')).close();"
+        "print([m for m in ('torch', 'ray', 'megatron') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"

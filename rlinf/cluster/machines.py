@@ -34,8 +34,10 @@ def wait_for_machines(config: ClusterConfig, device: str) -> list[Machine]:
         if time.monotonic() > deadline:
             raise UserError(missing_message(nodes, config))
         time.sleep(1.0)
-    machines = [Machine(rank, node["NodeID"], node["NodeManagerAddress"], node["NodeManagerPort"], config.num_gpus_per_node)
-                for rank, node in enumerate(nodes[: config.num_nodes])]
+    machines = [
+        Machine(rank, node["NodeID"], node["NodeManagerAddress"], node["NodeManagerPort"], config.num_gpus_per_node)
+        for rank, node in enumerate(nodes[: config.num_nodes])
+    ]
     resource = "GPU" if device == "cuda" else "CPU"
     for machine, node in zip(machines, nodes):
         has = int(node["Resources"].get(resource, 0))
@@ -55,8 +57,15 @@ def alive_nodes() -> list[dict[str, Any]]:
     twice = [rank for rank, count in Counter(ranks).items() if count > 1]
     if twice:
         raise UserError(f"two nodes of the Ray cluster were started with RANK={twice[0]}: give every node its own RANK, from 0")
-    return sorted(nodes, key=lambda n: (int(n["Labels"].get(RANK_LABEL, 1 << 30)), "node:__internal_head__" not in n["Resources"],
-                                        n["NodeManagerAddress"], n["NodeID"]))
+    return sorted(
+        nodes,
+        key=lambda n: (
+            int(n["Labels"].get(RANK_LABEL, 1 << 30)),
+            "node:__internal_head__" not in n["Resources"],
+            n["NodeManagerAddress"],
+            n["NodeID"],
+        ),
+    )
 
 
 def missing_message(nodes: list[dict[str, Any]], config: ClusterConfig) -> str:

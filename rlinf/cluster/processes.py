@@ -123,8 +123,14 @@ def end_run(run_id: str, grace: float = 3.0) -> list[int]:
 def start_sentinel(run_id: str, watched: int, folders: tuple[Path, ...] = ()) -> subprocess.Popen:
     """A process of its own session that waits for the end of `watched`, then ends the run on this machine and removes `folders`."""
     command = [sys.executable, "-I", "-S", os.path.abspath(__file__), run_id, str(watched), str(start_time(watched)), *map(str, folders)]
-    return subprocess.Popen(command, env={RUN_ID: run_id}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                            start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env={RUN_ID: run_id},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def sentinel(run_id: str, watched: int, started: int, folders: list[str]) -> None:

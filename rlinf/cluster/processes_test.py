@@ -83,9 +83,11 @@ def test_the_sentinel_ends_the_run_when_the_watched_process_dies(tmp_path: Path)
 
 
 def test_a_child_dies_with_its_parent() -> None:
-    code = ("import os, subprocess, sys; from rlinf.cluster.processes import die_with_parent; me = os.getpid();"
-            "child = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: die_with_parent(me));"
-            "print(child.pid, flush=True); sys.stdin.read()")
+    code = (
+        "import os, subprocess, sys; from rlinf.cluster.processes import die_with_parent; me = os.getpid();"
+        "child = subprocess.Popen(['sleep', '60'], preexec_fn=lambda: die_with_parent(me));"
+        "print(child.pid, flush=True); sys.stdin.read()"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
     assert start_time(child) is not None

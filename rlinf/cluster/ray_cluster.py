@@ -87,7 +87,9 @@ class RayCluster(Cluster):
         if self.bundles is None:
             self._reserve(plan)
         logs = [self.log_file(seat) for seat in seats]
-        group = RayWorkerGroup(component, seats, lambda seat: self._actor(plan, seat), logs, self.failure, self.config.start_timeout, lambda: self.phase)
+        group = RayWorkerGroup(
+            component, seats, lambda seat: self._actor(plan, seat), logs, self.failure, self.config.start_timeout, lambda: self.phase
+        )
         group.start(dotted(worker_class), args)
         self.groups.append(group)
         return group
@@ -97,8 +99,11 @@ class RayCluster(Cluster):
         devices = sorted({(s.node, d) for s in plan.seats for d in s.devices})
         resource = "GPU" if self.device == "cuda" else "CPU"
         self.bundle_of = {device: i for i, device in enumerate(devices)}
-        self.bundles = placement_group([{resource: 1}] * len(devices), strategy="PACK",
-                                       bundle_label_selector=[{"ray.io/node-id": self.machines[node].ray_id} for node, _ in devices])
+        self.bundles = placement_group(
+            [{resource: 1}] * len(devices),
+            strategy="PACK",
+            bundle_label_selector=[{"ray.io/node-id": self.machines[node].ray_id} for node, _ in devices],
+        )
         if not self.bundles.wait(self.config.start_timeout):
             raise RunFailed(
                 f"the {len(devices)} devices of the plan were not free within cluster.start_timeout = {self.config.start_timeout} s: "
@@ -114,10 +119,26 @@ class RayCluster(Cluster):
         loopback = len({s.node for s in plan.seats}) == 1
         on_node = [s.rank for s in peers if s.node == seat.node]
         machine = self.machines[seat.node]
-        address = WorkerAddress(seat.component, seat.rank, len(peers), seat.node, seat.devices, "127.0.0.1" if loopback else first.host, 0,
-                                self.run_id, self.config.threads_per_worker)
-        setup = Setup(str(self.log_file(seat)), os.getcwd(), on_node.index(seat.rank), machine.devices, self.device == "cuda",
-                      "127.0.0.1" if loopback else machine.host, watched=seat.rank == on_node[0] and machine.ray_id != self.here)
+        address = WorkerAddress(
+            seat.component,
+            seat.rank,
+            len(peers),
+            seat.node,
+            seat.devices,
+            "127.0.0.1" if loopback else first.host,
+            0,
+            self.run_id,
+            self.config.threads_per_worker,
+        )
+        setup = Setup(
+            str(self.log_file(seat)),
+            os.getcwd(),
+            on_node.index(seat.rank),
+            machine.devices,
+            self.device == "cuda",
+            "127.0.0.1" if loopback else machine.host,
+            watched=seat.rank == on_node[0] and machine.ray_id != self.here,
+        )
         options = {"num_cpus": 0, "num_gpus": part} if self.device == "cuda" else {"num_cpus": part}
         return WorkerActor.options(
             **options,

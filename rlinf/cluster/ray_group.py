@@ -31,8 +31,16 @@ KILLED = "the process was killed (SIGKILL; perhaps by the kernel's out-of-memory
 class RayWorkerGroup(WorkerGroup):
     """rests: for each rank, a call that never returns; its failure is the rank's death. process: makes the process of a seat."""
 
-    def __init__(self, component: str, seats: Sequence[Seat], process: Callable[[Seat], Any], logs: list[Path], failure: Failure,
-                 start_timeout: float, phase: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        component: str,
+        seats: Sequence[Seat],
+        process: Callable[[Seat], Any],
+        logs: list[Path],
+        failure: Failure,
+        start_timeout: float,
+        phase: Callable[[], str],
+    ) -> None:
         super().__init__(component, [seat.node for seat in seats], failure, start_timeout)
         self.seats, self.process, self.logs, self.phase = seats, process, logs, phase
         self.actors = [process(seat) for seat in seats]
@@ -109,8 +117,10 @@ class RayWorkerGroup(WorkerGroup):
         if not isinstance(error, RayTaskError):
             return RunFailed(self.obituary(rank, error))
         traceback = ANSI.sub("", str(error))
-        return RunFailed(f"{self.where(rank)} failed in {ref.method} (phase: {self.phase()}): {type(error.cause).__name__}: {error.cause}\n\n"
-                         f"{traceback}\nIts log: {self.logs[rank]}")
+        return RunFailed(
+            f"{self.where(rank)} failed in {ref.method} (phase: {self.phase()}): {type(error.cause).__name__}: {error.cause}\n\n"
+            f"{traceback}\nIts log: {self.logs[rank]}"
+        )
 
     def obituary(self, rank: int, error: BaseException) -> str:
         """Who died, when, why as far as Ray knows, and the end of its log."""

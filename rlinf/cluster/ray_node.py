@@ -89,8 +89,15 @@ def start(shared: Path, head_address: str | None) -> None:
     if rank == 0:
         write_atomically(shared / ADDRESS_FILE, head.render())
         command = [sys.executable, "-m", "rlinf.cluster.ray_node", str(shared), "--publish", head.render()]
-        subprocess.Popen(command, env=environment(state, mark), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                         stderr=subprocess.DEVNULL, start_new_session=True)
+        subprocess.Popen(
+            command,
+            env=environment(state, mark),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     say(f"node {rank} of the Ray cluster at {head.address} is up")
 
 
@@ -98,16 +105,37 @@ def launch(rank: int, head: Head, state: Path, mark: str) -> None:
     """`ray start`, which returns when the node has joined."""
     gpus = os.environ.get("RLINF_NUM_GPUS") or str(sum(1 for _ in Path("/proc/driver/nvidia/gpus").glob("*")))
     node_ip = head.host if rank == 0 else own_address(head.host)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={node_ip}", f"--num-gpus={gpus}",
-               f"--num-cpus={os.environ.get('RLINF_NUM_CPUS') or cores()}", f"--labels=rlinf-node-rank={rank}", "--disable-usage-stats",
-               f"--object-store-memory={os.environ.get('RLINF_OBJECT_STORE_BYTES') or object_store_bytes()}"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        f"--node-ip-address={node_ip}",
+        f"--num-gpus={gpus}",
+        f"--num-cpus={os.environ.get('RLINF_NUM_CPUS') or cores()}",
+        f"--labels=rlinf-node-rank={rank}",
+        "--disable-usage-stats",
+        f"--object-store-memory={os.environ.get('RLINF_OBJECT_STORE_BYTES') or object_store_bytes()}",
+    ]
     if rank == 0:
-        command += ["--head", f"--port={head.port}", f"--ray-client-server-port={free_port(node_ip)}", "--include-dashboard=false",
-                    f"--temp-dir={state / 'ray'}"]
+        command += [
+            "--head",
+            f"--port={head.port}",
+            f"--ray-client-server-port={free_port(node_ip)}",
+            "--include-dashboard=false",
+            f"--temp-dir={state / 'ray'}",
+        ]
     else:
         command += [f"--address={head.address}", f"--temp-dir={state / 'ray'}"]
-    done = subprocess.run(command, env=environment(state, mark), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command,
+        env=environment(state, mark),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode != 0:
         end_marked(mark, MARK)
         shutil.rmtree(state)

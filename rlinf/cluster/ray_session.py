@@ -57,8 +57,10 @@ class RaySession:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ray.exceptions.RayError) as error:
-            raise UserError(f"cannot join the Ray cluster at {address}: {error}\nIs it up (ray_utils/check_ray.sh)? "
-                            "To run on this machine alone, unset RAY_ADDRESS and run ray_utils/start_ray.sh --stop") from error
+            raise UserError(
+                f"cannot join the Ray cluster at {address}: {error}\nIs it up (ray_utils/check_ray.sh)? "
+                "To run on this machine alone, unset RAY_ADDRESS and run ray_utils/start_ray.sh --stop"
+            ) from error
         return True
 
     def start(self, slots: int, cuda: bool) -> None:

@@ -39,7 +39,9 @@ class Usage:
     def describe(self) -> str:
         parts = "  ".join(f"{name} {seconds:.0f}" for name, seconds in sorted(self.cpu_seconds.items(), key=lambda x: -x[1]))
         total = sum(self.cpu_seconds.values())
-        return f"CPU seconds on this machine: {total:.0f} ({parts}); peak memory (PSS) {self.peak_pss / 2**30:.2f} GiB, in {self.peak_phase}"
+        return (
+            f"CPU seconds on this machine: {total:.0f} ({parts}); peak memory (PSS) {self.peak_pss / 2**30:.2f} GiB, in {self.peak_phase}"
+        )
 
     def _run(self, phase: Callable[[], str]) -> None:
         self._sample(phase())

@@ -114,7 +114,9 @@ KEYS: dict[str, str] = {
     "algorithm.value_clip": "use critic.value_clip",
     "inference*": "the actor recomputes log-probabilities itself; remove the section and the component",
 }
-KEYS |= {name.replace("actor.", "critic.", 1): text.replace("actor.", "critic.") for name, text in KEYS.items() if name.startswith("actor.")}
+KEYS |= {
+    name.replace("actor.", "critic.", 1): text.replace("actor.", "critic.") for name, text in KEYS.items() if name.startswith("actor.")
+}
 
 VALUES: dict[tuple[str, str], str] = {
     ("algorithm.loss_type", "actor"): "the reference's `actor` is `ppo` here",

@@ -30,7 +30,14 @@ class Key:
 
     @property
     def type_name(self) -> str:
-        names = {str: "text", int: "integer", float: "number", bool: "true or false", list: "list of integers" if self.item is int else "list of text", dict: "mapping of text to text"}
+        names = {
+            str: "text",
+            int: "integer",
+            float: "number",
+            bool: "true or false",
+            list: "list of integers" if self.item is int else "list of text",
+            dict: "mapping of text to text",
+        }
         return names[self.kind] + (" or null" if self.optional else "")
 
 

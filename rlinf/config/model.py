@@ -20,9 +20,7 @@ def load_model_config(model_dir: str, key: str = "rollout.model_dir") -> dict[st
     """config.json of a Hugging Face folder that `key` names. Raises UserError when the folder cannot be trained from."""
     folder = Path(model_dir)
     if not folder.is_dir():
-        raise UserError(
-            f"{key}: {model_dir} does not exist; give a local Hugging Face folder (config.json, *.safetensors, tokenizer)"
-        )
+        raise UserError(f"{key}: {model_dir} does not exist; give a local Hugging Face folder (config.json, *.safetensors, tokenizer)")
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{key}: {model_dir} has no config.json; it is not a Hugging Face model folder")
@@ -32,9 +30,7 @@ def load_model_config(model_dir: str, key: str = "rollout.model_dir") -> dict[st
         found = f"; it has {others[0]}: convert it, e.g. AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)" if others else ""
         raise UserError(f"{key}: {model_dir} has no *.safetensors weights{found}")
     if key == "rollout.model_dir" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(
-            f"{key}: {model_dir} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's tokenizer files into it"
-        )
+        raise UserError(f"{key}: {model_dir} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's tokenizer files into it")
     return hf
 
 
@@ -45,9 +41,7 @@ def planned_model_config(model_dir: str, key: str = "rollout.model_dir") -> tupl
     known = SHAPES / (Path(model_dir).name + ".json")
     if known.is_file():
         return _read_json(known), [f"{key}: {model_dir} is not on this machine; shapes are taken from {show(known)}"]
-    return None, [
-        f"{key}: {model_dir} is not on this machine and its shapes are not known; parallel sizes are not checked against it"
-    ]
+    return None, [f"{key}: {model_dir} is not on this machine and its shapes are not known; parallel sizes are not checked against it"]
 
 
 def validate_model(config: Config, hf: dict[str, Any]) -> None:

@@ -63,19 +63,25 @@ class RunnerConfig:
     )
     keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
     keep_groups: int = key(
-        50, "steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) stay in samples/ for `rlinf replay`, newest first; step 1 "
-        "and the step behind each kept checkpoint stay anyway; -1 = all; 0 = none are written"
+        50,
+        "steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) stay in samples/ for `rlinf replay`, newest first; step 1 "
+        "and the step behind each kept checkpoint stay anyway; -1 = all; 0 = none are written",
     )
     resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
     phase_timeout: int = key(
-        0, "seconds that a phase of a step may take before the run counts as hanging; 0 = ten times the longest such phase so far, at least 600; -1 = any"
+        0,
+        "seconds that a phase of a step may take before the run counts as hanging; 0 = ten times the longest such phase so far, at least 600; -1 = any",
     )
     on_hang: str = key(
-        "abort", "what a hang does, after the diagnosis: `abort` ends the run, `restart` ends the workers and goes on from the latest complete "
-        "checkpoint (without one it is an abort), `report` lets it go on", ("abort", "restart", "report")
+        "abort",
+        "what a hang does, after the diagnosis: `abort` ends the run, `restart` ends the workers and goes on from the latest complete "
+        "checkpoint (without one it is an abort), `report` lets it go on",
+        ("abort", "restart", "report"),
     )
     max_restarts: int = key(3, "with on_hang restart: times that one command starts the run anew at most")
-    profile_steps: list[int] = key([], "steps that torch's profiler records, into profile/ of the run's folder; a trace slows its step down")
+    profile_steps: list[int] = key(
+        [], "steps that torch's profiler records, into profile/ of the run's folder; a trace slows its step down"
+    )
     profile_ranks: list[int] = key([0], "ranks of actor, critic and rollout that are recorded")
     peak_tflops: float | None = key(
         None, "10^12 operations a second that a device is capable of, for the utilisation metrics; null = the data sheet's, on CPU none"
@@ -139,7 +145,8 @@ class AlgorithmConfig:
         5.0, "skip the optimizer step of a mini-batch whose token-mean importance ratio exceeds this or is NaN; null = off"
     )
     recompute_logprobs: bool = key(
-        True, "old log-probabilities from the actor (true) or as reported by the rollout engine (false; decoupled-ppo then interpolates π_prox)"
+        True,
+        "old log-probabilities from the actor (true) or as reported by the rollout engine (false; decoupled-ppo then interpolates π_prox)",
     )
     importance_sampling_fix: bool = key(False, "truncated importance sampling between rollout engine and actor; needs recompute_logprobs")
     importance_sampling_type: str = key(
@@ -150,13 +157,17 @@ class AlgorithmConfig:
     )
     importance_sampling_clip: float = key(2.0, "upper bound of the importance weight (of the mean k3 for k3-mask)")
     importance_sampling_low: float | None = key(None, "lower bound of the -mask types but k3-mask; null = 1 / importance_sampling_clip")
-    importance_sampling_normalize: bool = key(False, "divide the importance weights by their mean over all response tokens of the global batch")
+    importance_sampling_normalize: bool = key(
+        False, "divide the importance weights by their mean over all response tokens of the global batch"
+    )
     behav_imp_weight_cap: float = key(5.0, "decoupled-ppo: a token whose weight π_prox/μ exceeds this has loss 0")
     overlong_filtering: bool = key(False, "leave responses that were cut off (by max_new_tokens or the context window) out of the loss")
     num_update_sample_per_prompt: int | None = key(
         None, "train on this many responses of each prompt, chosen at random from data.seed; advantages are those of all; null = all"
     )
-    dynamic_sampling: bool = key(False, "train on groups with both right and wrong answers only, generating until rollout_batch_size are there")
+    dynamic_sampling: bool = key(
+        False, "train on groups with both right and wrong answers only, generating until rollout_batch_size are there"
+    )
     dynamic_sampling_batch_size: int | None = key(None, "prompts generated at a time with dynamic_sampling; null = data.rollout_batch_size")
     dynamic_sampling_max_batches: int = key(10, "with dynamic_sampling: such batches a step may take at most; needing more is an error")
     max_staleness: int = key(
@@ -168,7 +179,8 @@ class AlgorithmConfig:
         ("logical", "wallclock"),
     )
     dense_rewards: bool = key(
-        False, "each token is paid its own score of the token reward model (adv_type gae or reinforce++); false = a response is paid token_reward.reduce"
+        False,
+        "each token is paid its own score of the token reward model (adv_type gae or reinforce++); false = a response is paid token_reward.reduce",
     )
     shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
@@ -198,7 +210,8 @@ class RolloutConfig:
     tensor_parallel_size: int = key(1, "GPUs of one engine; the embedded engine runs on one device")
     gpu_memory_utilization: float = key(0.55, "share of a GPU's memory for the engine's weights and KV cache")
     offload: bool = key(
-        False, "give the engine's weights and KV cache back while the actor trains on the same GPU; SGLang then runs with enable_memory_saver"
+        False,
+        "give the engine's weights and KV cache back while the actor trains on the same GPU; SGLang then runs with enable_memory_saver",
     )
     max_running_requests: int = key(64, "samples decoded at once by one engine")
     precision: str | None = key(
@@ -209,15 +222,22 @@ class RolloutConfig:
         False, "with schedule wallclock: engines stop while the actor trains, and unfinished groups are carried over with their tokens"
     )
     max_engine_restarts: int = key(
-        3, "deaths of an engine that do not end the run: it is started anew and given the current weights, which the actor keeps for that (Ray only)"
+        3,
+        "deaths of an engine that do not end the run: it is started anew and given the current weights, which the actor keeps for that (Ray only)",
     )
-    stall_timeout: int = key(0, "seconds without a finished group, or without an answer to anything else, after which an engine is ended and started anew; 0 = for ever")
+    stall_timeout: int = key(
+        0,
+        "seconds without a finished group, or without an answer to anything else, after which an engine is ended and started anew; 0 = for ever",
+    )
     over_provisioning: float = key(
-        0.0, "with schedule wallclock: groups that are begun and not yet trained on at most, in batches; 0 = as many as max_staleness allows"
+        0.0,
+        "with schedule wallclock: groups that are begun and not yet trained on at most, in batches; 0 = as many as max_staleness allows",
     )
     weight_transport: str = key(
-        "auto", "how weights reach the engines: `auto` (shared memory on a node, Ray's object store between nodes), `disk` (safetensors files in "
-        "the run's folder) or `broadcast` (a process group of each publisher and its engines: gloo, NCCL between GPUs)", ("auto", "disk", "broadcast")
+        "auto",
+        "how weights reach the engines: `auto` (shared memory on a node, Ray's object store between nodes), `disk` (safetensors files in "
+        "the run's folder) or `broadcast` (a process group of each publisher and its engines: gloo, NCCL between GPUs)",
+        ("auto", "disk", "broadcast"),
     )
     verify_weights_every: int = key(
         50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first"
@@ -232,7 +252,9 @@ class ActorModelConfig:
     context_parallel_size: int = key(1, "ranks that share the tokens of each micro-batch; for sequences whose activations fit no one rank")
     precision: str = key("bf16", "compute dtype; master weights, moments and gradients are fp32", ("fp32", "bf16", "fp16"))
     transformer_impl: str = key(
-        "auto", "modules of the layers; auto = Transformer Engine's in 16 bits on a GPU where it is installed, else local", ("auto", "transformer_engine", "local")
+        "auto",
+        "modules of the layers; auto = Transformer Engine's in 16 bits on a GPU where it is installed, else local",
+        ("auto", "transformer_engine", "local"),
     )
     recompute_granularity: str | None = key(None, "activation recompute: `full`, `selective` or null", (None, "full", "selective"))
     recompute_method: str | None = key(
@@ -285,7 +307,9 @@ class CriticConfig(ActorConfig):
         None, "Hugging Face folder that the critic starts from, of a model with the actor's vocabulary; null = rollout.model_dir"
     )
     seed: int = key(1234, "seed of the value head's first weights (`score.weight`), where the folder has none")
-    value_clip: float | None = key(0.5, "how far a value may move in one step before its loss stops falling, in units of reward; null = any way")
+    value_clip: float | None = key(
+        0.5, "how far a value may move in one step before its loss stops falling, in units of reward; null = any way"
+    )
     warmup_steps: int = key(0, "first steps of the run in which the critic alone is trained")
 
 
@@ -294,8 +318,9 @@ class TokenRewardConfig:
     """A frozen model that scores every token of a response, such as a process reward model; there is one where model_dir is set."""
 
     model_dir: str | None = key(
-        None, "Hugging Face folder of a token (or sequence) classification model with the actor's vocabulary and one label, or two (wrong, right); "
-        "null = there is none"
+        None,
+        "Hugging Face folder of a token (or sequence) classification model with the actor's vocabulary and one label, or two (wrong, right); "
+        "null = there is none",
     )
     output: str = key("logit", "score of a token: the logit (of two labels their difference), or its sigmoid", ("logit", "probability"))
     reduce: str = key("mean", "what a response's score is made of: the scores of its tokens that count", ("mean", "sum", "last", "min"))
@@ -307,7 +332,9 @@ class TokenRewardConfig:
 @dataclass
 class RewardConfig:
     reward_type: str = key("math", "verifier", ("math",))
-    own_tasks: dict[str, str] = key({}, "tasks that functions of yours judge: name of the task in the data -> `path/to/file.py:function`", own=True)
+    own_tasks: dict[str, str] = key(
+        {}, "tasks that functions of yours judge: name of the task in the data -> `path/to/file.py:function`", own=True
+    )
     reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative")
     undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
     answer_format: str = key(
@@ -317,8 +344,9 @@ class RewardConfig:
     timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided")
     format_reward: float = key(0.0, "added when the response closes its thinking once and boxes an answer after it; 0 = off")
     four_levels: bool = key(
-        False, r"RaML's reward, times reward_scale: 1 right and well-formed, 0 wrong and well-formed, −0.5 right, −1 neither; well-formed is "
-        r"`<think>…</think><conclusion>…\boxed{}…</conclusion>`"
+        False,
+        r"RaML's reward, times reward_scale: 1 right and well-formed, 0 wrong and well-formed, −0.5 right, −1 neither; well-formed is "
+        r"`<think>…</think><conclusion>…\boxed{}…</conclusion>`",
     )
     overlong_buffer: int = key(0, "tokens before max_new_tokens in which a length penalty grows linearly (DAPO soft overlong); 0 = off")
     overlong_penalty: float = key(1.0, "length penalty of a response of max_new_tokens, with overlong_buffer > 0")

@@ -248,9 +248,15 @@ def _importance(c: Config) -> Iterator[Violation]:
             if getattr(a, f"importance_sampling_{name}") != default:
                 yield f"algorithm.importance_sampling_{name}", "has a meaning only with algorithm.importance_sampling_fix: true"
     if fix and a.importance_sampling_low is not None and not mask:
-        yield "algorithm.importance_sampling_low", f"importance_sampling_type {a.importance_sampling_type} has no lower bound; set it to null"
+        yield (
+            "algorithm.importance_sampling_low",
+            f"importance_sampling_type {a.importance_sampling_type} has no lower bound; set it to null",
+        )
     if fix and mask and a.importance_sampling_low is None and a.importance_sampling_clip < 1:
-        yield "algorithm.importance_sampling_clip", "is below 1, so that 1 / importance_sampling_clip is no lower bound; set importance_sampling_low"
+        yield (
+            "algorithm.importance_sampling_clip",
+            "is below 1, so that 1 / importance_sampling_clip is no lower bound; set importance_sampling_low",
+        )
     if fix and mask and a.importance_sampling_low is not None and a.importance_sampling_low > a.importance_sampling_clip:
         yield "algorithm.importance_sampling_low", f"must be at most algorithm.importance_sampling_clip ({a.importance_sampling_clip})"
 
@@ -288,20 +294,29 @@ def _rollout(c: Config) -> Iterator[Violation]:
     if backend == "embedded" and c.rollout.tensor_parallel_size > 1:
         yield "rollout.tensor_parallel_size", "the embedded engine runs on one device; set it to 1, or use rollout.rollout_backend: sglang"
     if c.rollout.offload and c.algorithm.max_staleness and not c.rollout.partial:
-        yield "rollout.offload", "engines that generate while the actor trains (algorithm.max_staleness) need their memory; set rollout.partial too, or set it to false"
+        yield (
+            "rollout.offload",
+            "engines that generate while the actor trains (algorithm.max_staleness) need their memory; set rollout.partial too, or set it to false",
+        )
     if c.rollout.weight_transport == "broadcast":
         if c.cluster.backend == "local":
             yield "rollout.weight_transport", "broadcast needs a process for each rank, and cluster.backend: local has one; use auto"
         if c.rollout.max_engine_restarts:
-            yield "rollout.weight_transport", (
-                "an engine that is started anew is in no process group: set rollout.max_engine_restarts to 0 (the death of an engine then "
-                "ends the run), or use auto or disk"
+            yield (
+                "rollout.weight_transport",
+                (
+                    "an engine that is started anew is in no process group: set rollout.max_engine_restarts to 0 (the death of an engine then "
+                    "ends the run), or use auto or disk"
+                ),
             )
     for name in c.rollout.sglang:
         if name in SET_BY_US:
             yield "rollout.sglang", f"{name} is set by {SET_BY_US[name]}; remove it"
         elif not name.replace("_", "").isalnum() or name != name.lower():
-            yield "rollout.sglang", f"{name!r} is no name of an option; write it as SGLang's command line does, with underscores and no dashes"
+            yield (
+                "rollout.sglang",
+                f"{name!r} is no name of an option; write it as SGLang's command line does, with underscores and no dashes",
+            )
 
 
 def _actor(c: Config) -> Iterator[Violation]:
@@ -342,14 +357,20 @@ def _critic(c: Config) -> Iterator[Violation]:
     a, placed = c.algorithm, _placed(c, "critic")
     if a.adv_type != "gae":
         if placed:
-            yield "cluster.component_placement", f"places a critic, but adv_type {a.adv_type} has none; remove it, or set algorithm.adv_type: gae"
+            yield (
+                "cluster.component_placement",
+                f"places a critic, but adv_type {a.adv_type} has none; remove it, or set algorithm.adv_type: gae",
+            )
         for name in (n for n, key in known_keys().items() if n.startswith("critic.") and value_of(c, n) != key.default):
             yield name, f"there is no critic with adv_type {a.adv_type}; remove it, or set algorithm.adv_type: gae"
         if a.gae_lambda != 1:
             yield "algorithm.gae_lambda", "has a meaning only with algorithm.adv_type: gae; set it to 1"
         return
     if not placed:
-        yield "algorithm.adv_type", "gae needs a critic; give it devices in cluster.component_placement, such as `actor,critic,rollout,reward: all`"
+        yield (
+            "algorithm.adv_type",
+            "gae needs a critic; give it devices in cluster.component_placement, such as `actor,critic,rollout,reward: all`",
+        )
     yield from _megatron(c, "critic")
     if a.gae_lambda > 1:
         yield "algorithm.gae_lambda", "must be at most 1"
@@ -361,14 +382,20 @@ def _token_reward(c: Config) -> Iterator[Violation]:
     a, placed = c.algorithm, _placed(c, "token_reward")
     if not c.has_token_reward:
         if placed:
-            yield "cluster.component_placement", "places a token_reward, but token_reward.model_dir names no model; set it, or remove the component"
+            yield (
+                "cluster.component_placement",
+                "places a token_reward, but token_reward.model_dir names no model; set it, or remove the component",
+            )
         for name in (n for n, key in known_keys().items() if n.startswith("token_reward.") and value_of(c, n) != key.default):
             yield name, "there is no token reward model; set token_reward.model_dir, or remove this"
         if a.dense_rewards:
             yield "algorithm.dense_rewards", "needs the scores of a token reward model; set token_reward.model_dir, or this to false"
         return
     if not placed:
-        yield "token_reward.model_dir", "the model has no devices; give it some in cluster.component_placement, such as `actor,token_reward,rollout,reward: all`"
+        yield (
+            "token_reward.model_dir",
+            "the model has no devices; give it some in cluster.component_placement, such as `actor,token_reward,rollout,reward: all`",
+        )
     yield from _layout(c, "token_reward")
     if c.token_reward.model.recompute_granularity is not None:
         yield "token_reward.model.recompute_granularity", "a frozen model keeps no activations to recompute; set it to null"
@@ -387,7 +414,10 @@ def _reward(c: Config) -> Iterator[Violation]:
     if c.reward.four_levels and c.reward.format_reward:
         yield "reward.format_reward", "reward.four_levels pays for the format already; set one of the two to 0 or false"
     if c.reward.four_levels and c.reward.undecided_reward is not None:
-        yield "reward.undecided_reward", "reward.four_levels has no level of its own for an undecided answer, it counts as wrong; set it to null"
+        yield (
+            "reward.undecided_reward",
+            "reward.four_levels has no level of its own for an undecided answer, it counts as wrong; set it to null",
+        )
     limit = c.algorithm.sampling_params.max_new_tokens
     if c.reward.overlong_buffer > limit:
         yield "reward.overlong_buffer", f"must be at most algorithm.sampling_params.max_new_tokens ({limit})"

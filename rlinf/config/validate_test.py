@@ -54,7 +54,13 @@ def test_the_examples_are_valid(name: str) -> None:
         ["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_type=token-mask", "algorithm.importance_sampling_low=0"],
         ["algorithm.loss_type=decoupled-ppo", "algorithm.clip_ratio_c=3", "algorithm.importance_sampling_normalize=true"],
         ["algorithm.loss_type=decoupled-ppo", "algorithm.recompute_logprobs=false"],
-        ["algorithm.adv_type=reinforce++", "algorithm.group_size=1", "algorithm.kl_beta=0.001", "algorithm.kl_in=reward", "algorithm.gamma=0.99"],
+        [
+            "algorithm.adv_type=reinforce++",
+            "algorithm.group_size=1",
+            "algorithm.kl_beta=0.001",
+            "algorithm.kl_in=reward",
+            "algorithm.gamma=0.99",
+        ],
         ["algorithm.num_update_sample_per_prompt=2", "algorithm.n_minibatches=1024"],
         ["algorithm.num_update_sample_per_prompt=99"],
         ["algorithm.dynamic_sampling=true", "algorithm.dynamic_sampling_batch_size=1536", "algorithm.overlong_filtering=true"],
@@ -141,7 +147,13 @@ def test_numbers_outside_their_bounds_are_refused(tmp_path: Path, table: dict[st
 
 
 def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
-    ruled = {"runner.max_steps", "runner.max_tokens_per_mbs", "actor.model.recompute_num_layers", "critic.model.recompute_num_layers", "reward.undecided_reward"}
+    ruled = {
+        "runner.max_steps",
+        "runner.max_tokens_per_mbs",
+        "actor.model.recompute_num_layers",
+        "critic.model.recompute_num_layers",
+        "reward.undecided_reward",
+    }
     ruled.add("token_reward.model.recompute_num_layers")
     numbers = {k.name for k in known_keys().values() if k.kind in (int, float)}
     assert numbers - ruled == set(AT_LEAST) | set(MORE_THAN) | set(LESS_THAN)
@@ -149,7 +161,11 @@ def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [("{port: 3000}", "port is set by the engine"), ("{tp_size: 2}", "rollout.tensor_parallel_size"), ("{attention-backend: triton}", "underscores")],
+    [
+        ("{port: 3000}", "port is set by the engine"),
+        ("{tp_size: 2}", "rollout.tensor_parallel_size"),
+        ("{attention-backend: triton}", "underscores"),
+    ],
 )
 def test_options_of_sglang_that_are_ours_or_no_names_are_refused(tmp_path: Path, options: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -193,7 +209,11 @@ def test_a_model_that_scores_must_read_the_actors_tokens_and_fit_its_own_layout(
     config = load(str(tmp_path / "a.yaml"), [*BASE, *SCORER, "token_reward.model.tensor_model_parallel_size=3"]).config
     with pytest.raises(UserError) as error:
         validate_scorer(config, "token_reward", SHAPE | {"vocab_size": 9}, SHAPE | {"vocab_size": 10})
-    for words in ("the token_reward's model /m", "token_reward.model.tensor_model_parallel_size = 3", "its vocab_size is 9, the actor's 10"):
+    for words in (
+        "the token_reward's model /m",
+        "token_reward.model.tensor_model_parallel_size = 3",
+        "its vocab_size is 9, the actor's 10",
+    ):
         assert words in str(error.value)
 
 

@@ -20,9 +20,7 @@ from rlinf.errors import UserError
 SHOTS = ((23, 45), (58, 67))
 SHOT_SUMS = {a + b for a, b in SHOTS}
 LIMIT = 130
-PROBLEMS = tuple(
-    (a, b) for a in range(10, 100) for b in range(a, 100) if a % 10 + b % 10 < 10 and a + b < LIMIT and a + b not in SHOT_SUMS
-)
+PROBLEMS = tuple((a, b) for a in range(10, 100) for b in range(a, 100) if a % 10 + b % 10 < 10 and a + b < LIMIT and a + b not in SHOT_SUMS)
 
 
 def question(a: int, b: int) -> str:

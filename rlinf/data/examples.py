@@ -65,7 +65,9 @@ def load_examples(paths: Sequence[str], config: Config, tokenizer: TextTokenizer
     records, faults = read_records(paths, partial(_parse, config=config), config.data.on_bad_record)
     examples, too_long = _tokenize(records, config, tokenizer)
     if too_long and not config.data.filter_prompt_by_length:
-        raise UserError(describe(too_long, "are too long", "raise runner.seq_length, or set data.filter_prompt_by_length: true to drop them"))
+        raise UserError(
+            describe(too_long, "are too long", "raise runner.seq_length, or set data.filter_prompt_by_length: true to drop them")
+        )
     lengths = [(len(g.prompt.token_ids), len(g.samples[0])) for g in examples]
     report = ExamplesReport(
         read=len(records) + len(faults),

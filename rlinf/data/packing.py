@@ -137,7 +137,8 @@ def rank_batch(
     mini_batches = []
     for split, (tokens, samples) in zip(mine, counted):
         micro_batches = tuple(
-            tuple(SampleRef(number[i.group], i.index, float(advantages[i.group][i.index]), i.prompt == i.group) for i in micro) for micro in split
+            tuple(SampleRef(number[i.group], i.index, float(advantages[i.group][i.index]), i.prompt == i.group) for i in micro)
+            for micro in split
         )
         mini_batches.append(MiniBatch(micro_batches, tokens, samples))
     return RankBatch(tuple(headers[g].group_id for g in groups), tuple(mini_batches))

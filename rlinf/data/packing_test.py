@@ -202,8 +202,12 @@ def test_bad_input_is_refused() -> None:
 def test_sharing_is_chosen_by_token_counts(prompt: int, responses: list[int], pays: bool) -> None:
     assert sharing_pays(prompt, responses) == pays
     headers = [header("a", prompt, responses), header("b", 75, [20, 20])]
-    (share,) = build_rank_batches(headers, [np.zeros(len(responses)), np.zeros(2)], dp=1, n_minibatches=1, max_tokens=1 << 20, share_prefix=True)
+    (share,) = build_rank_batches(
+        headers, [np.zeros(len(responses)), np.zeros(2)], dp=1, n_minibatches=1, max_tokens=1 << 20, share_prefix=True
+    )
     (micro,) = share.mini_batches[0].micro_batches
     assert {ref.shares for ref in micro if ref.group == 0} == {pays} and {ref.shares for ref in micro if ref.group == 1} == {True}
-    (share,) = build_rank_batches(headers, [np.zeros(len(responses)), np.zeros(2)], dp=1, n_minibatches=1, max_tokens=1 << 20, share_prefix=False)
+    (share,) = build_rank_batches(
+        headers, [np.zeros(len(responses)), np.zeros(2)], dp=1, n_minibatches=1, max_tokens=1 << 20, share_prefix=False
+    )
     assert not any(ref.shares for ref in share.mini_batches[0].micro_batches[0])

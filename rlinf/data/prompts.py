@@ -78,7 +78,9 @@ def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenize
     wanted = [(name, r) for name, r in zip(names, records) if data.tasks is None or r.task in data.tasks]
     prompts, too_long = _tokenize(wanted, data, tokenizer)
     if too_long and not data.filter_prompt_by_length:
-        raise UserError(describe(too_long, "are too long", "raise data.max_prompt_length, or set data.filter_prompt_by_length: true to drop them"))
+        raise UserError(
+            describe(too_long, "are too long", "raise data.max_prompt_length, or set data.filter_prompt_by_length: true to drop them")
+        )
     report = DataReport(
         read=len(records) + len(faults),
         kept=len(prompts),

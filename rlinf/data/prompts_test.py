@@ -119,7 +119,9 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line, reason", BAD_LINES.items(), ids=range(len(BAD_LINES)))
-def test_a_bad_line_is_named_with_its_fault_or_skipped_and_counted(tmp_path: Path, tokenizer: TextTokenizer, line: str, reason: str) -> None:
+def test_a_bad_line_is_named_with_its_fault_or_skipped_and_counted(
+    tmp_path: Path, tokenizer: TextTokenizer, line: str, reason: str
+) -> None:
     path = write(tmp_path, row(), line, row(query_id="r"))
     with pytest.raises(UserError) as error:
         load_prompts([path], DataConfig(), tokenizer)

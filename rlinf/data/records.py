@@ -75,7 +75,9 @@ class Sample:
     def __post_init__(self) -> None:
         t = len(self.token_ids)
         if len(self.rollout_logprobs) != t or len(self.loss_mask) != t:
-            raise ValueError(f"sample {self.sample_id}: {t} tokens, {len(self.rollout_logprobs)} logprobs, {len(self.loss_mask)} mask entries")
+            raise ValueError(
+                f"sample {self.sample_id}: {t} tokens, {len(self.rollout_logprobs)} logprobs, {len(self.loss_mask)} mask entries"
+            )
         if sum(n for _, n in self.versions) != t:
             raise ValueError(f"sample {self.sample_id}: versions {self.versions} do not cover {t} tokens")
 

@@ -87,7 +87,9 @@ def test_a_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["file", "settings", "named"])
 def test_chat_template_is_found_wherever_it_stands(tmp_path: Path, where: str) -> None:
-    given = {"file": {}, "settings": {"chat_template": TEMPLATE}, "named": {"chat_template": [{"name": "default", "template": TEMPLATE}]}}[where]
+    given = {"file": {}, "settings": {"chat_template": TEMPLATE}, "named": {"chat_template": [{"name": "default", "template": TEMPLATE}]}}[
+        where
+    ]
     folder = make_folder(tmp_path, **given)
     if where == "file":
         (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -137,7 +137,9 @@ def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
     cluster = Cluster.connect(task.config.cluster, run_id, out / name / "workers")
     try:
         plan = build_evaluation_plan(task.config, cluster.inventory())
-        groups = [cluster.launch(plan, c, worker, task.config) for c, worker in (("rollout", WORKERS["rollout"]), ("reward", WORKERS["reward"]))]
+        groups = [
+            cluster.launch(plan, c, worker, task.config) for c, worker in (("rollout", WORKERS["rollout"]), ("reward", WORKERS["reward"]))
+        ]
         runner = EvaluationRunner(cluster, *groups, task.config.rollout.max_running_requests, Progress(name, total, done))
         with usage.sampling(lambda: cluster.phase):
             asyncio.run(cluster.guard(runner.run(jobs)))

@@ -149,7 +149,14 @@ def test_phases_that_overlap_are_told_apart_and_add_up_to_the_step() -> None:
             metrics = timers.collect()
             after(5)  # both, but of the next step
         later = timers.collect()
-    assert metrics == {"time/rollout": 9, "time/train": 4, "time/step": 10, "time/alone_rollout": 5, "time/alone_train": 0, "time/overlap": 4}
+    assert metrics == {
+        "time/rollout": 9,
+        "time/train": 4,
+        "time/step": 10,
+        "time/alone_rollout": 5,
+        "time/alone_train": 0,
+        "time/overlap": 4,
+    }
     assert later == {"time/rollout": 5, "time/train": 5, "time/step": 5, "time/alone_rollout": 0, "time/alone_train": 0, "time/overlap": 5}
     after(6)
     assert timers.collect() == {"time/rollout": 0, "time/step": 6} and undocumented(metrics) == []

@@ -154,11 +154,20 @@ ROLLOUT = metrics(
     ("reward_four_levels", "mean of what the four levels change in the reward of correctness alone (`reward.four_levels`)", "—", "—"),
     ("reward_overlong", "mean of the length penalty near the limit (`reward.overlong_buffer`)", "near 0", "as for `truncated`"),
     ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),
-    ("token_reward_mean", "mean over responses of what the token reward model says of them (`token_reward.reduce`), before `token_reward.weight`; it is not in `rewards`",
-     "rises with `rewards`", "rises while `accuracy` falls: the policy games the model; lower `token_reward.weight`"),
+    (
+        "token_reward_mean",
+        "mean over responses of what the token reward model says of them (`token_reward.reduce`), before `token_reward.weight`; it is not in `rewards`",
+        "rises with `rewards`",
+        "rises while `accuracy` falls: the policy games the model; lower `token_reward.weight`",
+    ),
     ("token_reward_max", "largest such score", "steady", "—"),
     ("token_reward_min", "smallest such score", "steady", "—"),
-    ("token_reward_right", "mean such score of right answers", "above `token_reward_wrong`", "at or below it: the model does not know right from wrong here"),
+    (
+        "token_reward_right",
+        "mean such score of right answers",
+        "above `token_reward_wrong`",
+        "at or below it: the model does not know right from wrong here",
+    ),
     ("token_reward_wrong", "mean such score of wrong answers", "below `token_reward_right`", "as for `token_reward_right`"),
     ("groups_all_right", "share of prompts whose responses are all right: no learning signal", "below 0.5", "harder data"),
     (

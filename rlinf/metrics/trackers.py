@@ -41,7 +41,12 @@ class Wandb:
         import wandb
 
         self._run = wandb.init(
-            project=run.project, name=run.name, dir=str(run.folder), config=dict(run.config), id=run.resume_id, resume="allow" if run.resume_id else None
+            project=run.project,
+            name=run.name,
+            dir=str(run.folder),
+            config=dict(run.config),
+            id=run.resume_id,
+            resume="allow" if run.resume_id else None,
         )
         self.run_id: str = self._run.id
 
@@ -60,7 +65,9 @@ class Swanlab:
 
         own = {"id": run.resume_id, "resume": "allow"} if run.resume_id else {}
         self._module = swanlab
-        begun = swanlab.init(project=run.project, experiment_name=run.name, logdir=str(run.folder / "swanlab"), config=dict(run.config), **own)
+        begun = swanlab.init(
+            project=run.project, experiment_name=run.name, logdir=str(run.folder / "swanlab"), config=dict(run.config), **own
+        )
         self.run_id = str(getattr(begun, "id", "") or "")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

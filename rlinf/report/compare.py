@@ -248,7 +248,10 @@ def describe(c: Comparison) -> str:
         if likely:
             lines += ["", "the cause:" if len(likely) == 1 else "the cause is among:", *(f"  {_values(x)}" for x in likely)]
         else:
-            lines += ["", "no recorded difference explains it: configuration, data, weights and versions are the same as far as they act there;"]
+            lines += [
+                "",
+                "no recorded difference explains it: configuration, data, weights and versions are the same as far as they act there;",
+            ]
             lines += ["then it is chance in the computation (GPU kernels, an engine without seeds), or something that is not recorded"]
         if others:
             lines += ["", "other differences, which act elsewhere:", *(f"  {_values(x)}" for x in others)]

@@ -27,7 +27,15 @@ from rlinf.report.run_data import RunData, SampleFile, count_all, open_run
 
 MAX_BYTES = 20_000_000
 MAX_POINTS = 2000  # of a curve
-INSIDE_TRAIN = {"pack", "recompute_logprobs", "forward_backward", "optimizer", "values", "critic_update", "token_rewards"}  # parts of the phase `train`, each its slowest rank's
+INSIDE_TRAIN = {
+    "pack",
+    "recompute_logprobs",
+    "forward_backward",
+    "optimizer",
+    "values",
+    "critic_update",
+    "token_rewards",
+}  # parts of the phase `train`, each its slowest rank's
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
@@ -114,7 +122,11 @@ def phases(metrics: dict[str, list[float | None]]) -> list[dict[str, Any]]:
     if step is None:
         return []
     found = {name.removeprefix("time/"): values for name, values in metrics.items() if name.startswith("time/") and name != "time/step"}
-    top = {name: found.get(f"alone_{name}", values) for name, values in found.items() if name not in INSIDE_TRAIN and not name.startswith("alone_")}
+    top = {
+        name: found.get(f"alone_{name}", values)
+        for name, values in found.items()
+        if name not in INSIDE_TRAIN and not name.startswith("alone_")
+    }
     sums = [sum(column[i] or 0.0 for column in top.values()) for i in range(len(step))]
     top["other"] = [rounded(max(0.0, (whole or 0.0) - used)) for whole, used in zip(step, sums)]
     order = sorted(top, key=lambda name: -sum(v or 0.0 for v in top[name]))
@@ -150,6 +162,8 @@ def left_out(run: RunData, parts: Parts, chosen: Sequence[SampleFile], points: i
         lines.append(f"The curves show {points:,} of {len(run.metrics):,} steps; every step is in metrics.jsonl.")
     replaced = sorted(p.name for p in run.path.glob("*.replaced-*")) + sorted(p.name for p in (run.path / "samples").glob("*.replaced-*"))
     if replaced:
-        lines.append(f"The run went back to a checkpoint; what it then repeated is in {', '.join(replaced[:6])}{' …' if len(replaced) > 6 else ''}.")
+        lines.append(
+            f"The run went back to a checkpoint; what it then repeated is in {', '.join(replaced[:6])}{' …' if len(replaced) > 6 else ''}."
+        )
     lines.append("A token's values are kept in a byte each: within 8 %, and 0 below one millionth.")
     return lines

@@ -55,7 +55,11 @@ def test_the_page_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.Mo
     run = make_run(tmp_path, HEALTHY, steps=80, prompts=2, group_size=2)
     html = write_report(run).read_text()
     said = data(html)["leftOut"]
-    assert f"from {MAX_TEXT_STEPS} of 80 sample files" in said[0] and "of 320 samples is here" in said[0] and "samples/step_NNNNNN.jsonl" in said[0]
+    assert (
+        f"from {MAX_TEXT_STEPS} of 80 sample files" in said[0]
+        and "of 320 samples is here" in said[0]
+        and "samples/step_NNNNNN.jsonl" in said[0]
+    )
     fixed = len(html.encode()) - sum(len(t) for t in re.findall(r'<script type="text/plain".*', html))
     monkeypatch.setattr(report_page, "MAX_BYTES", fixed + 60_000)
     small = write_report(run, tmp_path / "small.html")
@@ -65,7 +69,9 @@ def test_the_page_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_flagged_first_and_last_steps_have_texts(tmp_path: Path) -> None:
-    files = [SampleFile(tmp_path / f"step_{i:06d}.jsonl", i, False) for i in range(1, 501)] + [SampleFile(tmp_path / f"validation_{i:06d}.jsonl", i, True) for i in (0, 250, 500)]
+    files = [SampleFile(tmp_path / f"step_{i:06d}.jsonl", i, False) for i in range(1, 501)] + [
+        SampleFile(tmp_path / f"validation_{i:06d}.jsonl", i, True) for i in (0, 250, 500)
+    ]
     chosen = choose_files(files, {77, 313})
     steps = {f.step for f in chosen if not f.validation}
     assert len(chosen) <= MAX_TEXT_STEPS and {1, 77, 313, 500} <= steps and {f.step for f in chosen if f.validation} == {0, 500}
@@ -74,7 +80,11 @@ def test_flagged_first_and_last_steps_have_texts(tmp_path: Path) -> None:
 
 
 def test_what_a_model_writes_cannot_leave_its_place(tmp_path: Path) -> None:
-    run = make_run(tmp_path, Behaviour(lambda *_: Answer(HOSTILE, "</script>", Status.WRONG), prompt=HOSTILE.replace("{", "{{").replace("}", "}}") + "{}"), steps=2)
+    run = make_run(
+        tmp_path,
+        Behaviour(lambda *_: Answer(HOSTILE, "</script>", Status.WRONG), prompt=HOSTILE.replace("{", "{{").replace("}", "}}") + "{}"),
+        steps=2,
+    )
     html = write_report(run).read_text()
     assert "hacked" not in html and html.count("<script>") == 1 and "<img" not in html
     assert part(html, "h-step_000001")[0]["samples"][0]["extracted"] == "</script>"
@@ -84,9 +94,15 @@ def test_what_a_model_writes_cannot_leave_its_place(tmp_path: Path) -> None:
 
 def test_settings_come_with_who_set_them(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text('runner:\n  experiment_name: "a # b"     # command line\n  logger:\n    logger_backends: []   # x.yaml:3\ndata:\n  seed: 3 # default\n')
+    file.write_text(
+        'runner:\n  experiment_name: "a # b"     # command line\n  logger:\n    logger_backends: []   # x.yaml:3\ndata:\n  seed: 3 # default\n'
+    )
     found = [(s.key, s.value, s.origin) for s in read_settings(file)]
-    assert found == [("runner.experiment_name", '"a # b"', "command line"), ("runner.logger.logger_backends", "[]", "x.yaml:3"), ("data.seed", "3", "default")]
+    assert found == [
+        ("runner.experiment_name", '"a # b"', "command line"),
+        ("runner.logger.logger_backends", "[]", "x.yaml:3"),
+        ("data.seed", "3", "default"),
+    ]
     run = make_run(tmp_path, HEALTHY, steps=2)
     assert ["actor.optim.lr", "1e-06"] in [row[:2] for row in data(write_report(run).read_text())["settings"]]
 

@@ -58,11 +58,20 @@ class Parts:
     def describe(self, file: SampleFile) -> dict[str, Any]:
         texts = sum(label == file.label for label, _ in self.texts)
         count = self.samples.get(file.label, 0)
-        return {"label": file.label, "step": file.step, "validation": file.validation, "samples": count, "texts": texts, "path": f"samples/{file.path.name}"}
+        return {
+            "label": file.label,
+            "step": file.step,
+            "validation": file.validation,
+            "samples": count,
+            "texts": texts,
+            "path": f"samples/{file.path.name}",
+        }
 
     def html(self) -> str:
         """One inert element a part; base64 has no character that could end it."""
-        named = {f"h-{label}": part for label, part in self.headers.items()} | {f"t-{label}-{line}": part for (label, line), part in self.texts.items()}
+        named = {f"h-{label}": part for label, part in self.headers.items()} | {
+            f"t-{label}-{line}": part for (label, line), part in self.texts.items()
+        }
         return "\n".join(f'<script type="text/plain" id="{name}">{part}</script>' for name, part in named.items())
 
 
@@ -127,7 +136,9 @@ def cut(answer: str) -> str:
 
 
 def compress(value: Any) -> str:
-    return base64.b64encode(gzip.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), mtime=0)).decode()
+    return base64.b64encode(
+        gzip.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"), mtime=0)
+    ).decode()
 
 
 def size(parts: dict[str, str]) -> int:

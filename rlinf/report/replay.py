@@ -56,7 +56,9 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
     """
     recorded = recorded_metrics(run_dir, step)
     if from_start and rollout and step > 1:
-        raise UserError("--from-start with --rollout: the prompts of a later step are found from the checkpoint before it; leave one of the two out")
+        raise UserError(
+            "--from-start with --rollout: the prompts of a later step are found from the checkpoint before it; leave one of the two out"
+        )
     before = None if from_start or step == 1 else checkpoint_before(run_dir, step)
     resolved = load(str(run_dir / "config.yaml"), [*settings(run_dir, step, before), *words])
     validate(resolved.config, resolved.provenance)

@@ -115,8 +115,10 @@ def verifier_signs(c: TaskCounts, others: Sequence[TaskCounts]) -> list[str]:
         signs.append(f"{c.undecided} of {c.samples} verdicts were undecided")
     learn = [o for o in others if o.right > 0.2 * o.samples]
     if learn and len(learn) == len(others) and c.right == 0 and c.samples >= 100 and c.unanswered < 0.5 * c.samples:
-        signs.append(f"none of {c.samples} responses was graded right, though most have an answer, while the other tasks are learned (or "
-                     "this one is far too hard)")
+        signs.append(
+            f"none of {c.samples} responses was graded right, though most have an answer, while the other tasks are learned (or "
+            "this one is far too hard)"
+        )
     return signs
 
 
@@ -132,8 +134,10 @@ def wrong_template(run: RunData) -> Finding | None:
     if missing <= 0.7 or (endless <= 0.7 and not unmarked):
         return None
     title = "Responses have no answer and do not end: the chat template is wrong, or the model cannot answer yet"
-    evidence = [f"steps {tail[0]} to {tail[-1]}: no answer was found in {missing:.0%} of the responses, and {endless:.0%} were cut before "
-                "they ended"]
+    evidence = [
+        f"steps {tail[0]} to {tail[-1]}: no answer was found in {missing:.0%} of the responses, and {endless:.0%} were cut before "
+        "they ended"
+    ]
     if unmarked:
         title = f"The prompts lack the model's chat template: responses have no answer{' and do not end' if endless > 0.7 else ''}"
         markers = " ".join(run.environment[-1]["chat_markers"][:4])
@@ -197,11 +201,14 @@ def stale_weights(run: RunData) -> Finding | None:
     ]  # fmt: skip
     if late:
         worst = max(late, key=late.__getitem__)
-        evidence.append(f"in {len(late)} steps tokens came from weights older than allowed; in step {worst} from version "
-                        f"{worst - 1 - late[worst]}, {late[worst]} behind")
+        evidence.append(
+            f"in {len(late)} steps tokens came from weights older than allowed; in step {worst} from version "
+            f"{worst - 1 - late[worst]}, {late[worst]} behind"
+        )
     elif grown and run.counts:
-        evidence.append("the engines say that they have the newest version: they took the version's number, but not, or not all of, its "
-                        "weights")
+        evidence.append(
+            "the engines say that they have the newest version: they took the version's number, but not, or not all of, its weights"
+        )
     return Finding(
         "stale-weights", "Stale weights: the engine does not sample from the policy that is trained", tuple(evidence),
         "Updates do not reach the rollout engine (or only some tensors do), so training is more off-policy at every step, and the run "

@@ -70,7 +70,10 @@ def test_versions_that_fall_behind_are_stale_weights(tmp_path: Path) -> None:
 
 def test_entropy_that_falls_because_the_policy_learned_is_no_collapse(tmp_path: Path) -> None:
     """As in the quickstart: 0.5 to 0.1 nats in ten steps while accuracy goes from 15 % to 80 %."""
-    quick = Behaviour(lambda step, task, solution, rng: solve(solution, min(0.9, 0.15 + 0.07 * step), rng), entropy=lambda step: max(0.02, 0.55 * 0.83**step))
+    quick = Behaviour(
+        lambda step, task, solution, rng: solve(solution, min(0.9, 0.15 + 0.07 * step), rng),
+        entropy=lambda step: max(0.02, 0.55 * 0.83**step),
+    )
     assert problems(make_run(tmp_path, quick)) == []
 
 
@@ -117,14 +120,38 @@ def test_each_sign_of_a_broken_verifier(counts: TaskCounts, sign: str) -> None:
 
 
 def row(k: int, extracted: str | None, status: str, solution: str = "\\boxed{7}", prompt: str = "<|x|>q") -> dict:
-    return {"group_id": f"g{k}", "task": "math", "prompt": prompt, "response": extracted or "", "solutions": [solution], "extracted": extracted, "status": status, "versions": [[3, 5], [4, 1]]}
+    return {
+        "group_id": f"g{k}",
+        "task": "math",
+        "prompt": prompt,
+        "response": extracted or "",
+        "solutions": [solution],
+        "extracted": extracted,
+        "status": status,
+        "versions": [[3, 5], [4, 1]],
+    }
 
 
 def test_counts_of_a_step() -> None:
-    rows = [row(0, "7", "right"), row(0, "8", "right"), row(1, "$7$", "wrong"), row(1, None, "right"), row(2, "1", "wrong", prompt="q"), row(2, "1", "wrong", prompt="q")]
+    rows = [
+        row(0, "7", "right"),
+        row(0, "8", "right"),
+        row(1, "$7$", "wrong"),
+        row(1, None, "right"),
+        row(2, "1", "wrong", prompt="q"),
+        row(2, "1", "wrong", prompt="q"),
+    ]
     counts = count_samples(rows, ["<|x|>"])
     task = counts.tasks["math"]
-    assert (task.samples, task.right, task.unanswered, task.equal, task.equal_not_right, task.right_unanswered, task.contradictory) == (6, 3, 1, 2, 1, 1, 1)
+    assert (task.samples, task.right, task.unanswered, task.equal, task.equal_not_right, task.right_unanswered, task.contradictory) == (
+        6,
+        3,
+        1,
+        2,
+        1,
+        1,
+        1,
+    )
     assert (counts.groups, counts.identical_groups, counts.unmarked, counts.oldest_version) == (3, 1, 1, 3)
     assert plain(" \\boxed{ 1\\,000 }. ") != "1000" == plain("\\boxed{ 1\\,000 }")
     assert number("0.5") is None and number("-12") == -12

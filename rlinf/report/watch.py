@@ -43,7 +43,9 @@ def watch(run_dir: Path, once: bool = False, console: Console | None = None, per
 def read_status(run_dir: Path) -> dict[str, Any]:
     path = run_dir / STATUS
     if not path.is_file():
-        raise UserError(f"{run_dir}: no {STATUS} here; give the folder of a run that has started: <runner.output_dir>/<runner.experiment_name>")
+        raise UserError(
+            f"{run_dir}: no {STATUS} here; give the folder of a run that has started: <runner.output_dir>/<runner.experiment_name>"
+        )
     return json.loads(path.read_text())
 
 
@@ -71,7 +73,9 @@ def picture(run_dir: Path, status: dict[str, Any], now: float) -> Group:
 
 def heading(run_dir: Path, status: dict[str, Any], now: float) -> Text:
     colour = COLOURS.get(status["state"], "white")
-    text = Text.from_markup(f"[bold]{escape(run_dir.resolve().name)}[/bold]  [{colour}]{status['state']}[/{colour}]  step {status['step']}/{status['total_steps']}")
+    text = Text.from_markup(
+        f"[bold]{escape(run_dir.resolve().name)}[/bold]  [{colour}]{status['state']}[/{colour}]  step {status['step']}/{status['total_steps']}"
+    )
     if gone(status, now):
         text.append(f"  no sign of the driver (pid {status['pid']} on {status['host']}) for {duration(now - status['time'])}", "bold red")
     elif status["state"] == "running":
@@ -94,7 +98,11 @@ def steps_table(metrics: list[dict[str, float]]) -> Table:
     columns = [(label, name, form) for label, name, form in FIELDS if any(name in m for m in metrics)]
     table = Table("step", *(label for label, _, _ in columns), "seconds", "largest phase")
     for m in metrics:
-        phases = {name: value for name, value in m.items() if name in ("time/rollout", "time/train", "time/sync_weights", "time/validate", "time/checkpoint")}
+        phases = {
+            name: value
+            for name, value in m.items()
+            if name in ("time/rollout", "time/train", "time/sync_weights", "time/validate", "time/checkpoint")
+        }
         cells = [format(m[name], form) if name in m else "" for _, name, form in columns]
         largest = max(phases, key=phases.__getitem__) if phases else ""
         share = f"{largest.removeprefix('time/')} {phases[largest]:.1f}" if largest else ""

@@ -80,7 +80,9 @@ def generate(family: str, size: int, seed: int, held_out: int = 0) -> tuple[list
         if entry["answer"] is None or score_answer(entry["answer"], json.loads(solution)) != 1.0:
             raise UserError(f"rg/{family}: its own answer does not get full marks (entry {i}); it cannot be used for training")
         prompt = f"{entry['question'].rstrip()}\n{INSTRUCTION}\n"
-        records.setdefault(prompt, {"prompt": prompt, "task": f"rg/{family}", "query_id": f"rg-{family}-{seed}-{i}", "solutions": [solution]})
+        records.setdefault(
+            prompt, {"prompt": prompt, "task": f"rg/{family}", "query_id": f"rg-{family}-{seed}-{i}", "solutions": [solution]}
+        )
         if len(records) == wanted:
             break
     if len(records) < wanted:

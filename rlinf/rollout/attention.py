@@ -39,8 +39,11 @@ def decode_attention(cache: SlotCache, arch: Architecture, positions_R: Tensor) 
         keys, values = (x.flatten(0, 1) for x in cache.read(layer, rows))
         queries = (queries_RAD * dim**-0.5).reshape(rows * heads, -1, dim)
         if queries.dtype not in bias:
-            bias[queries.dtype] = torch.zeros(rows, 1, cache.capacity, dtype=queries.dtype, device=queries.device).masked_fill_(
-                hidden_RT[:, None], float("-inf")).repeat_interleave(heads, 0)
+            bias[queries.dtype] = (
+                torch.zeros(rows, 1, cache.capacity, dtype=queries.dtype, device=queries.device)
+                .masked_fill_(hidden_RT[:, None], float("-inf"))
+                .repeat_interleave(heads, 0)
+            )
         # two batched products beat the fused kernel at one query a row: half the time at 352 keys
         scores = torch.bmm(queries, keys.transpose(1, 2)).add_(bias[queries.dtype])
         return torch.bmm(scores.softmax(-1), values).view(rows, -1)

@@ -109,7 +109,6 @@ class Batcher:
             scores |= self._score_batch(sequences, batch, temperature or 1.0)
         return [scores[i] for i in range(len(sequences))]
 
-
     def _admit(self) -> list[tuple[Sequence, Tensor]]:
         """Give free slots to waiting samples, in order. Those whose whole context is stored are ready, with its hidden state.
 

@@ -55,7 +55,9 @@ class EmbeddedEngine:
         load_weights: bool = True,
     ) -> None:
         arch = architecture_for(model_dir, max_context)
-        self.capabilities = Capabilities(seeded=True, retract_and_continue=True, sleep=True, max_context=max_context, scores_at_any_temperature=True)
+        self.capabilities = Capabilities(
+            seeded=True, retract_and_continue=True, sleep=True, max_context=max_context, scores_at_any_temperature=True
+        )
         self._decode = decode
         self._vocab = arch.vocab
         self._batcher = Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)

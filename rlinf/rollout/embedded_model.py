@@ -159,6 +159,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
         return first
     storage = first.untyped_storage().data_ptr()
     ends = [p.data_ptr() + p.nbytes for p in parts]
-    if all(p.is_contiguous() and p.untyped_storage().data_ptr() == storage for p in parts) and ends[:-1] == [p.data_ptr() for p in parts[1:]]:
+    if all(p.is_contiguous() and p.untyped_storage().data_ptr() == storage for p in parts) and ends[:-1] == [
+        p.data_ptr() for p in parts[1:]
+    ]:
         return first.as_strided((sum(len(p) for p in parts), *first.shape[1:]), first.stride())
     return torch.cat(list(parts))

@@ -92,4 +92,6 @@ def sequences_of(job: Job) -> list[Sequence]:
     request = job.request
     prompt = request.prompt_ids.tolist()
     prefixes = [p.tolist() for p in request.prefixes] or [[]] * request.n
-    return [Sequence(job, name, prompt + p, len(prompt) + len(p), len(prompt)) for name, p in zip(request.sample_ids, prefixes, strict=True)]
+    return [
+        Sequence(job, name, prompt + p, len(prompt) + len(p), len(prompt)) for name, p in zip(request.sample_ids, prefixes, strict=True)
+    ]

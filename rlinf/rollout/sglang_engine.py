@@ -319,7 +319,12 @@ class SGLangEngine:
 
     async def start_trace(self, folder: Path, name: str) -> None:
         """Each process of the engine records what it does; its file's name ends in its tensor-parallel rank."""
-        body = {"output_dir": str(folder), "profile_id": name, "activities": ["CPU"] + ["GPU"] * (self._device != "cpu"), "with_stack": False}
+        body = {
+            "output_dir": str(folder),
+            "profile_id": name,
+            "activities": ["CPU"] + ["GPU"] * (self._device != "cpu"),
+            "with_stack": False,
+        }
         await self._ask("/start_profile", body, words=True)
         self._tracing = True
 

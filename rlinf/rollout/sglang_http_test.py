@@ -54,7 +54,9 @@ def test_an_empty_answer_is_none() -> None:
     assert with_answer(JSON % (0, b""), lambda http: http.post("/path", {}))[0] is None
 
 
-@pytest.mark.parametrize("body", [b'{"error": {"message": "too long"}}', b'{"success": false, "message": "too long"}', b'{"error": "too long"}', b"too long"])
+@pytest.mark.parametrize(
+    "body", [b'{"error": {"message": "too long"}}', b'{"success": false, "message": "too long"}', b'{"error": "too long"}', b"too long"]
+)
 def test_a_refusal_says_what_the_server_said(body: bytes) -> None:
     with pytest.raises(Refused, match="^too long$"):
         with_answer(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body), lambda http: http.post("/path", {}))
@@ -66,7 +68,9 @@ def test_events_are_put_together_wherever_they_were_cut() -> None:
         assert with_answer(chunked(stream[:cut], stream[cut:]), events)[0] == [{"n": 1}, {"text": "é"}]
 
 
-@pytest.mark.parametrize("answer", [chunked(b'data: {"n": 1}\n\n'), chunked(b'data: {"n": 1}\n\n')[:-5], b""], ids=["no last event", "cut off", "nothing"])
+@pytest.mark.parametrize(
+    "answer", [chunked(b'data: {"n": 1}\n\n'), chunked(b'data: {"n": 1}\n\n')[:-5], b""], ids=["no last event", "cut off", "nothing"]
+)
 def test_a_stream_that_breaks_off_is_an_error(answer: bytes) -> None:
     with pytest.raises(EOFError):
         with_answer(answer, events)

@@ -66,7 +66,9 @@ class Arriving:
         n = len(self.token_ids)
         versions = tuple((int(s["version"]), s["end"] - s["start"]) for s in self.spans if s["end"] > s["start"])
         logprobs = np.array(self.logprobs, np.float32)
-        return Sample(self.sample_id, np.array(self.token_ids, np.int32), logprobs, np.ones(n, np.uint8), versions, self.finish or Finish.ABORT, (n,))
+        return Sample(
+            self.sample_id, np.array(self.token_ids, np.int32), logprobs, np.ones(n, np.uint8), versions, self.finish or Finish.ABORT, (n,)
+        )
 
 
 def arriving(request: GenerateRequest, max_context: int) -> list[Arriving]:
@@ -96,7 +98,9 @@ def body_of(request: GenerateRequest, samples: list[Arriving], seed: int | None)
         "stop": list(request.stop.strings),
         "stream_interval": STREAM_INTERVAL,
     }
-    each = [common | {"max_new_tokens": a.room} | ({} if seed is None else {"sampling_seed": noise_seed(seed, a.sample_id)}) for a in samples]
+    each = [
+        common | {"max_new_tokens": a.room} | ({} if seed is None else {"sampling_seed": noise_seed(seed, a.sample_id)}) for a in samples
+    ]
     return {
         "input_ids": [a.input_ids for a in samples],
         "rid": [a.rid for a in samples],

@@ -17,10 +17,19 @@ def request(**changes: Any) -> GenerateRequest:
     return GenerateRequest("r", np.array([5, 6, 7], np.int32), **given)
 
 
-def event(ids: list[int], total: int, finish: dict[str, Any] | None = None, spans: list[tuple[int, int, int]] = (), repeated: int = 0) -> dict[str, Any]:
+def event(
+    ids: list[int], total: int, finish: dict[str, Any] | None = None, spans: list[tuple[int, int, int]] = (), repeated: int = 0
+) -> dict[str, Any]:
     """As the server sends it; with `repeated`, log-probabilities of older tokens come along, as when a waiting sample is aborted."""
-    meta = {"completion_tokens": total, "output_token_logprobs": [[-0.5 * t, t, None] for t in [0] * repeated + ids], "finish_reason": finish}
-    return {"output_ids": ids, "meta_info": meta | {"weight_versions": [{"version": str(v), "start": a, "end": b} for v, a, b in spans], "cached_tokens": 2}}
+    meta = {
+        "completion_tokens": total,
+        "output_token_logprobs": [[-0.5 * t, t, None] for t in [0] * repeated + ids],
+        "finish_reason": finish,
+    }
+    return {
+        "output_ids": ids,
+        "meta_info": meta | {"weight_versions": [{"version": str(v), "start": a, "end": b} for v, a, b in spans], "cached_tokens": 2},
+    }
 
 
 def test_tokens_and_versions_of_a_sample() -> None:
@@ -28,7 +37,12 @@ def test_tokens_and_versions_of_a_sample() -> None:
     assert [sample.take(event([1], 1)), sample.take(event([2, 3], 3))] == [1, 2]
     sample.take(event([4], 4, {"type": "stop", "matched": 4}, [(0, 0, 3), (1, 3, 4)]))
     done = sample.sample()
-    assert done.sample_id == "r/1" and done.token_ids.tolist() == [1, 2, 3, 4] and done.versions == ((0, 3), (1, 1)) and done.finish is Finish.STOP
+    assert (
+        done.sample_id == "r/1"
+        and done.token_ids.tolist() == [1, 2, 3, 4]
+        and done.versions == ((0, 3), (1, 1))
+        and done.finish is Finish.STOP
+    )
     np.testing.assert_allclose(done.rollout_logprobs, [-0.5, -1, -1.5, -2])
 
 

@@ -162,7 +162,9 @@ class SGLangServer:
 
     def _tree(self) -> dict[int, str]:
         """The server's processes and their names; also notes the shared memory that they would leave behind when killed."""
-        tree = {pid: command_of(pid).split()[0].removeprefix("sglang::") for pid in session_members(self.process.pid) if not is_tracker(pid)}
+        tree = {
+            pid: command_of(pid).split()[0].removeprefix("sglang::") for pid in session_members(self.process.pid) if not is_tracker(pid)
+        }
         tree[self.process.pid] = "HTTP front"
         for pid in tree:
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():

@@ -25,7 +25,13 @@ PACKAGES = ("torch", "megatron-core", "ray", "transformers", "sglang", "transfor
 
 
 def record_environment(
-    run_dir: Path, run_id: str, first_step: int, nodes: Sequence[Node], tokenizer: TextTokenizer, model_dir: str, data_fingerprint: str,
+    run_dir: Path,
+    run_id: str,
+    first_step: int,
+    nodes: Sequence[Node],
+    tokenizer: TextTokenizer,
+    model_dir: str,
+    data_fingerprint: str,
     own_functions: Sequence[tuple[str, str]] = (),
 ) -> None:
     """first_step: the step that this start begins with. model_dir: its weights are told apart by a checksum of a part of their bytes.

@@ -59,7 +59,9 @@ def _model_dir(step_dir: Path) -> Path:
         found = Path(yaml.safe_load(run_config.read_text())["rollout"]["model_dir"])
         if (found / "config.json").is_file():
             return found
-    raise UserError(f"{step_dir} has no hf/, and the model that the run began with is not on this machine: name its folder with --model-dir")
+    raise UserError(
+        f"{step_dir} has no hf/, and the model that the run began with is not on this machine: name its folder with --model-dir"
+    )
 
 
 def _check_fit(weights: TensorFolder, config: dict[str, Any], step_dir: Path, model_dir: Path) -> None:
@@ -71,7 +73,9 @@ def _check_fit(weights: TensorFolder, config: dict[str, Any], step_dir: Path, mo
     for name, shape in expected.items():
         found = weights.shape(name)
         if found != shape:
-            raise UserError(f"{step_dir}: tensor {name} is {found}, but {shape} in {model_dir}/config.json; name the right model with --model-dir")
+            raise UserError(
+                f"{step_dir}: tensor {name} is {found}, but {shape} in {model_dir}/config.json; name the right model with --model-dir"
+            )
 
 
 def _cast(weights: TensorFolder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -73,7 +73,9 @@ def train_once(resolved: Resolved) -> int:
         if config.cluster.backend == "ray":
             groups["rollout"].restarts = config.rollout.max_engine_restarts
         stop = stop_of(config.algorithm, tokenizer)
-        runner = ReasoningRunner(config, folder, session.cluster, prompts=prompts, val_prompts=val_prompts, sampler=sampler, stop=stop, **groups)
+        runner = ReasoningRunner(
+            config, folder, session.cluster, prompts=prompts, val_prompts=val_prompts, sampler=sampler, stop=stop, **groups
+        )
         session.complete(runner, list(groups.values()))
     if len(runner.scores) > 1:
         first, last = min(runner.scores), max(runner.scores)

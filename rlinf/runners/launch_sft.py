@@ -27,7 +27,9 @@ def finetune(resolved: Resolved) -> int:
     if config.data.val_data_paths:
         val_examples, val_report = load_examples(config.data.val_data_paths, config, tokenizer)
         say(f"held-out data: {val_report.describe()}")
-    sampler = PromptSampler(len(examples), config.sft.batch_size, config.data.shuffle, config.data.seed, report.fingerprint, "sft.batch_size")
+    sampler = PromptSampler(
+        len(examples), config.sft.batch_size, config.data.shuffle, config.data.seed, report.fingerprint, "sft.batch_size"
+    )
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         actor = session.cluster.launch(build_sft_plan(config, session.nodes), "actor", SFT_WORKER, config)
         runner = SftRunner(config, folder, session.cluster, actor, examples, val_examples, sampler)

@@ -60,7 +60,13 @@ class Learner:
         return [rewarded(header, scores, how.weight) for header in headers], [], metrics
 
     async def _update(
-        self, step: int, scored: Sequence[Scored], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray], dump: str, rewards: Sequence[Part]
+        self,
+        step: int,
+        scored: Sequence[Scored],
+        advantages: Sequence[np.ndarray],
+        trained: Sequence[np.ndarray],
+        dump: str,
+        rewards: Sequence[Part],
     ) -> dict[str, float]:
         """With a critic its values first, and its own update towards what the actor made of them. rewards: of single tokens."""
         headers, payload = [header for header, _ in scored], {header.group_id: ref for header, ref in scored}

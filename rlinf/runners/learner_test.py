@@ -17,7 +17,9 @@ RIGHT, WRONG = Verdict(1.0, Status.RIGHT, "7", "string", 0.0), Verdict(-1.0, Sta
 def header(right: list[bool]) -> GroupHeader:
     n = len(right)
     verdicts = tuple(RIGHT if r else WRONG for r in right)
-    return GroupHeader("a", "a", "math", 4, tuple(f"a/{i}" for i in range(n)), (5,) * n, (5,) * n, (Finish.STOP,) * n, (((0, 5),),) * n, verdicts)
+    return GroupHeader(
+        "a", "a", "math", 4, tuple(f"a/{i}" for i in range(n)), (5,) * n, (5,) * n, (Finish.STOP,) * n, (((0, 5),),) * n, verdicts
+    )
 
 
 def test_a_score_joins_the_reward_with_its_weight_and_the_groups_baseline() -> None:

@@ -1,7 +1,7 @@
 """Steps of an earlier run, as its folder has them: which groups each trained on, in order, and where their journals are.
 
-    samples/order_000012.jsonl    the groups of step 12 in the order of training, and all that were generated for it
-    samples/groups_000012.jsonl   the groups that were begun for step 12: data/journal.py
+samples/order_000012.jsonl    the groups of step 12 in the order of training, and all that were generated for it
+samples/groups_000012.jsonl   the groups that were begun for step 12: data/journal.py
 """
 
 from __future__ import annotations

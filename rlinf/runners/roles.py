@@ -18,7 +18,13 @@ from rlinf.data.records import GroupHeader
 from rlinf.workers.interfaces import TrainReport
 
 
-PARTS = {"forward_backward": "", "critic_update": "", "recompute_logprobs": "_recompute", "values": "_values", "token_rewards": ""}  # by timer: name in metrics
+PARTS = {
+    "forward_backward": "",
+    "critic_update": "",
+    "recompute_logprobs": "_recompute",
+    "values": "_values",
+    "token_rewards": "",
+}  # by timer: name in metrics
 TRAINS = ("forward_backward", "critic_update")
 
 
@@ -50,7 +56,9 @@ class Role:
     def look(self, config: Config, headers: Sequence[GroupHeader]) -> list[RankBatch]:
         """The share of every data-parallel rank of all samples, for a pass that trains nothing."""
         nothing = [np.zeros(len(header.sample_ids)) for header in headers]
-        return build_rank_batches(headers, nothing, dp=self.dp, n_minibatches=1, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True)
+        return build_rank_batches(
+            headers, nothing, dp=self.dp, n_minibatches=1, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True
+        )
 
     async def work(
         self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], groups: Mapping[str, Ref], parts: Sequence[Part] = ()

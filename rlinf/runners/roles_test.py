@@ -46,7 +46,9 @@ class Recorded(WorkerGroup):
 
 def headers() -> list[GroupHeader]:
     verdict = Verdict(1.0, Status.RIGHT, "1", "string", 0.0)
-    return [GroupHeader(n, n, "math", 3, (f"{n}/0",), (4 + i,), (4 + i,), (Finish.STOP,), (((0, 4),),), (verdict,)) for i, n in enumerate(NAMES)]
+    return [
+        GroupHeader(n, n, "math", 3, (f"{n}/0",), (4 + i,), (4 + i,), (Finish.STOP,), (((0, 4),),), (verdict,)) for i, n in enumerate(NAMES)
+    ]
 
 
 def role(component: str, tp: int, pp: int, dp: int, cp: int = 1) -> tuple[Recorded, Role]:

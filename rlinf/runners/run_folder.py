@@ -108,7 +108,9 @@ class RunFolder:
             return
         append_lines(self.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
         pinned = {1, *(_step(c) + 1 for c in self._complete())} if self.keep_groups > 0 else None
-        stay = pinned and {s - k for s in pinned for k in range(self.ahead + 1)}  # a group is journalled with the step that it was begun for
+        stay = pinned and {
+            s - k for s in pinned for k in range(self.ahead + 1)
+        }  # a group is journalled with the step that it was begun for
         for order in (self.path / "samples").glob("order_*.jsonl"):
             old = int(order.stem.rpartition("_")[2])
             if stay is not None and old <= step - self.keep_groups and old not in stay:
@@ -182,7 +184,9 @@ class RunFolder:
     def _find_resume(self, resume_dir: str | None) -> Resume | None:
         others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
         if others and not (self.path / "config.yaml").exists():
-            raise UserError(f"{self.path}: the folder holds {sorted(others)[0]} but no run of rlinf; set runner.experiment_name or runner.output_dir elsewhere")
+            raise UserError(
+                f"{self.path}: the folder holds {sorted(others)[0]} but no run of rlinf; set runner.experiment_name or runner.output_dir elsewhere"
+            )
         if self.continues and resume_dir is None:
             how = "has finished" if (self.path / FINISHED).exists() else "stopped before its end"
             raise UserError(

@@ -14,7 +14,9 @@ from rlinf.runners.run_folder import COMPLETE, RunFolder, read_checkpoint
 
 
 def open_folder(tmp_path: Path, *words: str) -> RunFolder:
-    return RunFolder(load("smollm2-135m-grpo-cpu", [f"runner.output_dir={tmp_path}", "runner.experiment_name=run", "runner.keep_checkpoints=2", *words]))
+    return RunFolder(
+        load("smollm2-135m-grpo-cpu", [f"runner.output_dir={tmp_path}", "runner.experiment_name=run", "runner.keep_checkpoints=2", *words])
+    )
 
 
 def close(folder: RunFolder) -> None:
@@ -232,7 +234,9 @@ def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path, file: str, d
         path.write_bytes(content[:-1] if damage == "cut" else content[:-1] + b"~")
     if damage == "changed" and path.suffix == ".safetensors":
         return  # seen by the tensor's own checksum, when it is read
-    with pytest.raises(UserError, match="no run_state.json" if (file, damage) == ("run_state.json", "missing") else "restore it, or use an earlier") as error:
+    with pytest.raises(
+        UserError, match="no run_state.json" if (file, damage) == ("run_state.json", "missing") else "restore it, or use an earlier"
+    ) as error:
         open_folder(tmp_path, "runner.resume_dir=auto")
     assert str(path.name) in str(error.value)
 
@@ -258,7 +262,9 @@ def test_samples_of_repeated_steps_are_set_aside_not_lost_nor_mixed(tmp_path: Pa
     assert (folder.samples(2).parent / "step_000002.jsonl.replaced-1").read_text() == "old 2"
 
 
-@pytest.mark.parametrize(("keep", "ahead", "kept"), [(2, 0, [1, 4, 6, 7]), (2, 1, [1, 3, 4, 6, 7]), (0, 0, []), (-1, 0, [1, 2, 3, 4, 5, 6, 7])])
+@pytest.mark.parametrize(
+    ("keep", "ahead", "kept"), [(2, 0, [1, 4, 6, 7]), (2, 1, [1, 3, 4, 6, 7]), (0, 0, []), (-1, 0, [1, 2, 3, 4, 5, 6, 7])]
+)
 def test_journals_of_the_last_steps_and_of_those_behind_a_checkpoint_stay(tmp_path: Path, keep: int, ahead: int, kept: list[int]) -> None:
     folder = open_folder(tmp_path, f"runner.keep_groups={keep}", f"algorithm.max_staleness={ahead}")
     (folder.path / "samples").mkdir()
@@ -268,5 +274,9 @@ def test_journals_of_the_last_steps_and_of_those_behind_a_checkpoint_stay(tmp_pa
         folder.record_order(step, [f"{step}.b", f"{step}.a"], [f"{step}.a", f"{step}.b"])
         if step == 3:
             checkpoint(folder, 3)
-    assert sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/groups_*")) == kept == sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/order_*"))
-    assert all(json.loads(folder.order(step).read_text()) ["groups"] == [f"{step}.b", f"{step}.a"] for step in kept)
+    assert (
+        sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/groups_*"))
+        == kept
+        == sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/order_*"))
+    )
+    assert all(json.loads(folder.order(step).read_text())["groups"] == [f"{step}.b", f"{step}.a"] for step in kept)

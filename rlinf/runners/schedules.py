@@ -163,7 +163,11 @@ class Wallclock:
             del self.wanted[name]
         metrics = {"carried_over": len(self.tasks), "length_bias": self.bias.train([mean_length(h) for h, _ in scored])}
         if self.algorithm.dynamic_sampling:
-            metrics |= {"prompts_generated": len(scored) + len(self.dropped), "prompts_used": len(scored) + len(self.dropped), "prompts_filtered": len(self.dropped)}
+            metrics |= {
+                "prompts_generated": len(scored) + len(self.dropped),
+                "prompts_used": len(scored) + len(self.dropped),
+                "prompts_filtered": len(self.dropped),
+            }
         generated, self.dropped = [*(h for h, _ in scored), *self.dropped], []
         return StepBatch(scored, generated, {f"rollout/{name}": float(value) for name, value in metrics.items()})
 

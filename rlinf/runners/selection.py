@@ -31,7 +31,9 @@ class StepBatch:
     metrics: dict[str, float]
 
 
-async def next_groups(sampler: PromptSampler, algorithm: AlgorithmConfig, generate: Callable[[list[int]], Awaitable[list[Scored]]]) -> StepBatch:
+async def next_groups(
+    sampler: PromptSampler, algorithm: AlgorithmConfig, generate: Callable[[list[int]], Awaitable[list[Scored]]]
+) -> StepBatch:
     """The groups of one step; with dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) only those with right and wrong answers.
 
     Groups count in the order of their prompts, not as they finish, so the choice favours no short answers and a resumed run repeats it.

@@ -72,7 +72,9 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
 def check_trackers(backends: Sequence[str]) -> None:
     missing = missing_packages(backends)
     if missing:
-        raise UserError(f"runner.logger.logger_backends: {', '.join(missing)} is not installed here; pip install {' '.join(missing)}, or leave it out")
+        raise UserError(
+            f"runner.logger.logger_backends: {', '.join(missing)} is not installed here; pip install {' '.join(missing)}, or leave it out"
+        )
 
 
 def say(line: str) -> None:

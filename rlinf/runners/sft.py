@@ -58,7 +58,9 @@ class SftRunner(TrainingLoop):
         """Each rank's share of a global batch and the examples in it."""
         model = self.config.actor.model
         dp = self.actor.size // model.copy_ranks
-        named = {f"{i}.{g.group_id}": replace(g, group_id=f"{i}.{g.group_id}") for i, g in enumerate(examples)}  # an epoch's border may repeat one
+        named = {
+            f"{i}.{g.group_id}": replace(g, group_id=f"{i}.{g.group_id}") for i, g in enumerate(examples)
+        }  # an epoch's border may repeat one
         shares = build_rank_batches(
             [g.header() for g in named.values()], [WEIGHT] * len(named), dp=dp, n_minibatches=1, max_tokens=self.config.runner.max_tokens_per_mbs,
             share_prefix=True,

@@ -26,7 +26,9 @@ PERIOD = 1.0
 class Status(threading.Thread):
     """Looks at the loop from a thread of its own, so that the file is also fresh when the loop is stuck."""
 
-    def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: TrainingLoop, watchdog: Watchdog) -> None:
+    def __init__(
+        self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: TrainingLoop, watchdog: Watchdog
+    ) -> None:
         super().__init__(name="rlinf-status", daemon=True)
         self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / FILE_NAME, run_id, cluster, groups, loop
         self.watchdog = watchdog
@@ -88,7 +90,9 @@ class Status(threading.Thread):
             "seconds_per_step": self.seconds_per_step(),
             "phase": self.phase,
             "phase_since": self.phase_since,
-            "components": {g.component: [rank_state(g, rank, self.loop.memory.get(g.component)) for rank in range(g.size)] for g in self.groups},
+            "components": {
+                g.component: [rank_state(g, rank, self.loop.memory.get(g.component)) for rank in range(g.size)] for g in self.groups
+            },
             "engines": self.engines(),
         }
 

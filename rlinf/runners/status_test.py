@@ -36,7 +36,9 @@ def test_phase_step_and_pace_are_followed(tmp_path: Path, monkeypatch: pytest.Mo
     assert [e["tokens_per_second"] for e in status.snapshot("running")["engines"]] == [50.0, None]
 
 
-@pytest.mark.parametrize(("error", "state"), [(None, "finished"), (KeyboardInterrupt(), "interrupted"), (RuntimeError("no room"), "failed")])
+@pytest.mark.parametrize(
+    ("error", "state"), [(None, "finished"), (KeyboardInterrupt(), "interrupted"), (RuntimeError("no room"), "failed")]
+)
 def test_what_stays_says_how_the_run_ended(tmp_path: Path, error: BaseException | None, state: str) -> None:
     status = make(tmp_path)
 

@@ -70,7 +70,10 @@ def test_the_stuck_component_is_named_once_and_the_run_ends(tmp_path: Path) -> N
         assert (watchdog.failure.error is None) == (now <= 110)
     message = str(watchdog.failure.error)
     assert "step 4, rollout has lasted 11 s, more than its budget of 10 s" in message
-    assert "stuck: rollout in generate: 1 of 2 ranks have not answered: rollout rank 1 for 11 s" in message and "4.a at rollout rank 1" in message
+    assert (
+        "stuck: rollout in generate: 1 of 2 ranks have not answered: rollout rank 1 for 11 s" in message
+        and "4.a at rollout rank 1" in message
+    )
     with tarfile.open(tmp_path / "diagnosis-000004.tar.gz") as bundle:
         assert sorted(bundle.getnames()) == ["driver.txt", "summary.txt"]
         assert "watchdog_test.py" in bundle.extractfile("driver.txt").read().decode()
@@ -164,7 +167,9 @@ def test_workers_of_other_machines_are_asked(tmp_path: Path) -> None:
 
 def test_the_rank_outside_a_collective_is_where_to_look() -> None:
     waiting = 'File "torch/distributed/distributed_c10d.py", line 1 in all_reduce'
-    assert who_waits_for_whom({"actor-0.log": waiting, "actor-1.log": "File x"}) == ["in a collective: actor-0.log; not in it: actor-1.log, look there first"]
+    assert who_waits_for_whom({"actor-0.log": waiting, "actor-1.log": "File x"}) == [
+        "in a collective: actor-0.log; not in it: actor-1.log, look there first"
+    ]
     assert who_waits_for_whom({"actor-0.log": "File x"}) == [] and "all of them" in who_waits_for_whom({"actor-0.log": waiting})[0]
 
 
@@ -207,5 +212,7 @@ def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
         "cluster = local_cluster.LocalCluster(ClusterConfig(num_nodes=1, num_gpus_per_node=1, device='cpu'), 'stuck', Path('.'))\n"
         "threading.Thread(target=threading.Event().wait).start()\ncluster.failure.report(RunFailed('it hangs'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     assert done.returncode == 1 and "it hangs\nThe run did not end within 1 s" in done.stderr

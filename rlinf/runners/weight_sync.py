@@ -35,7 +35,9 @@ class WeightSync:
         model = config.actor.model
         width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, actor.size // model.copy_ranks
         self.publishers = [[publisher(replica, stage, width, dp) for stage in range(pp)] for replica in range(dp)]
-        self.feeds = plan_feeds([[actor.nodes[rank] for rank in stages] for stages in self.publishers], rollout.nodes, config.rollout.weight_transport)
+        self.feeds = plan_feeds(
+            [[actor.nodes[rank] for rank in stages] for stages in self.publishers], rollout.nodes, config.rollout.weight_transport
+        )
         self.groups = broadcast_groups(self.feeds, width, pp, dp)
         self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == rank // width % dp}) for rank in range(actor.size)]
         self.feeding = [rank for rank, transports in enumerate(self.transports) if transports]
@@ -55,14 +57,17 @@ class WeightSync:
             found = await writing
         parts = dict(zip(ranks, found))
         offers = {
-            feed: Shared(merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]])) for feed in set(self.feeds)
+            feed: Shared(merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]]))
+            for feed in set(self.feeds)
         }
         self.version, sources = version, [offers[feed].value for feed in self.feeds]
         if not self.groups:
             for feed in self.feeds:
                 payload = [published[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
                 self.held.append((offers[feed], payload))
-            loads = [self.engines.ask(engine, "load_weights", offer, version, *payload) for engine, (offer, payload) in enumerate(self.held)]
+            loads = [
+                self.engines.ask(engine, "load_weights", offer, version, *payload) for engine, (offer, payload) in enumerate(self.held)
+            ]
             receipts = await gather_or_cancel(loads)
         check_receipts(sources, version, receipts)
         self.metrics = {
@@ -99,7 +104,9 @@ class WeightSync:
         """The current weights for an engine that was restarted; it has to wait for the next publish() when the actor is already past them."""
         if self.held:
             offer, payload = self.held[engine]
-            check_receipts([offer.value], self.version, [await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)])
+            check_receipts(
+                [offer.value], self.version, [await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)]
+            )
 
     async def probe(self, version: int, expected: Sequence[np.ndarray]) -> float:
         """Largest gap between the engines' scores of the probes and the actor's."""

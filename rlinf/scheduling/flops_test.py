@@ -56,6 +56,16 @@ def test_recompute_is_added() -> None:
     assert recomputed_flops(ARCH, model, work) == forward_flops(ARCH, Work(5, 0, 9))
 
 
-@pytest.mark.parametrize(("name", "tera"), [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA H20", 148), ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA T4", 0)])
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA T4", 0),
+    ],
+)
 def test_the_data_sheet_is_found_by_the_drivers_name(name: str, tera: float) -> None:
     assert data_sheet_flops(name) == tera * 1e12

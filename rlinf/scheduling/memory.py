@@ -79,7 +79,11 @@ def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int) 
     tp = model.tensor_model_parallel_size
     hidden = 4 * arch.hidden // (tp if model.sequence_parallel else 1)
     q = arch.n_heads * arch.head_dim
-    attention = q + 2 * arch.n_kv_heads * arch.head_dim + q if model.recompute_granularity == "selective" else (3 + 2 * model.context_parallel_size) * q
+    attention = (
+        q + 2 * arch.n_kv_heads * arch.head_dim + q
+        if model.recompute_granularity == "selective"
+        else (3 + 2 * model.context_parallel_size) * q
+    )
     return tokens * BYTES[model.precision] * (hidden + (attention + 3 * arch.ffn) // tp)
 
 

@@ -20,7 +20,17 @@ from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.mapping import hf_shapes
 from tests.training_ranks import build
 
-LAYOUTS = [(1, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 1), (4, 2, 2, 1), (4, 1, 4, 1), (4, 2, 1, 1), (4, 1, 2, 1), (4, 1, 1, 2)]  # ranks, TP, PP, CP
+LAYOUTS = [
+    (1, 1, 1, 1),
+    (2, 2, 1, 1),
+    (2, 1, 2, 1),
+    (2, 1, 1, 1),
+    (4, 2, 2, 1),
+    (4, 1, 4, 1),
+    (4, 2, 1, 1),
+    (4, 1, 2, 1),
+    (4, 1, 1, 2),
+]  # ranks, TP, PP, CP
 FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
 
 
@@ -47,7 +57,9 @@ def allocated(at: Any, folder: Path, precision: str) -> dict[str, int]:
 @pytest.mark.parametrize(("family", "precision"), [
     ("qwen2", "bf16"), *(pytest.param(f, p, marks=pytest.mark.slow) for f in FAMILIES for p in ("fp32", "bf16") if (f, p) != ("qwen2", "bf16")),
 ])  # fmt: skip
-def test_weights_gradients_and_optimizer_are_those_of_real_ranks(rank_pool: Any, tiny_models: dict[str, Path], family: str, precision: str) -> None:
+def test_weights_gradients_and_optimizer_are_those_of_real_ranks(
+    rank_pool: Any, tiny_models: dict[str, Path], family: str, precision: str
+) -> None:
     folder = tiny_models[family]
     arch, config = shape(folder), Config()
     config.actor.model.precision = precision
@@ -57,8 +69,13 @@ def test_weights_gradients_and_optimizer_are_those_of_real_ranks(rank_pool: Any,
         found = rank_pool.run(allocated, folder, precision, ranks=ranks, tp=tp, pp=pp, cp=cp)
         for real in found:
             counted = actor_memory(arch, config, real["dp"], real["stage"])
-            assert (counted.parameters, counted.weights, counted.gradients) == (real["parameters"], real["weights"], real["gradients"]), (tp, pp)
-            assert 0 <= real["padded"] - counted.gradients <= 4 * 256 * (arch.n_layers * 8 + 4)  # parameters start at multiples of 64, buffers end at 128
+            assert (counted.parameters, counted.weights, counted.gradients) == (real["parameters"], real["weights"], real["gradients"]), (
+                tp,
+                pp,
+            )
+            assert (
+                0 <= real["padded"] - counted.gradients <= 4 * 256 * (arch.n_layers * 8 + 4)
+            )  # parameters start at multiples of 64, buffers end at 128
         for stage in range(pp):  # a rank's share depends on where the buffer is cut; together they hold everything once
             total = sum(real["optimizer"] for real in found if real["stage"] == stage)
             wanted = sum(actor_memory(arch, config, 1, stage).optimizer for real in found if real["stage"] == stage) // found[0]["dp"]
@@ -126,7 +143,9 @@ def test_context_parallelism_divides_what_is_kept_of_a_micro_batch_but_for_gathe
     whole = actor_memory(arch, config, 4, 0)
     config.actor.model.context_parallel_size = 4
     part = actor_memory(arch, config, 1, 0)
-    keys = arch.n_layers * 3 * 1024 * 2 * arch.n_heads * arch.head_dim * 2  # of three other ranks: keys and values in 16 bits, for every query head
+    keys = (
+        arch.n_layers * 3 * 1024 * 2 * arch.n_heads * arch.head_dim * 2
+    )  # of three other ranks: keys and values in 16 bits, for every query head
     assert part.activations == whole.activations // 4 + keys
     assert (part.weights, part.gradients, part.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
     assert part.head < whole.head

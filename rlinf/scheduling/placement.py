@@ -102,7 +102,9 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
             "(slots of a CPU machine may be shared: cluster.device: cpu)"
         )
     if config.rollout.offload and mode == "disaggregated":
-        raise UserError("rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; set it to false")
+        raise UserError(
+            "rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; set it to false"
+        )
     return Plan(tuple(seats), mode)
 
 

@@ -53,14 +53,18 @@ def decode_seconds(arch: Architecture, config: Config, device: Device, engine: E
     return max(read, operations) + exchanged + LAUNCH_SECONDS
 
 
-def rollout_seconds(arch: Architecture, config: Config, device: Device, engine: EngineMemory, engines: int, kv_tokens: int, load: Load) -> float:
+def rollout_seconds(
+    arch: Architecture, config: Config, device: Device, engine: EngineMemory, engines: int, kv_tokens: int, load: Load
+) -> float:
     """All samples over all engines, then the tail: the longest response goes on alone after the mean one has ended."""
     share = -(-load.samples // engines)
     running = max(1, min(config.rollout.max_running_requests, kv_tokens // (load.prompt + load.response), share))
     context = load.prompt + load.response / 2
     body = share * load.response / running * decode_seconds(arch, config, device, engine, running, context)
     tail = config.algorithm.sampling_params.max_new_tokens - load.response
-    prefill = 2 * _parameters(arch) * load.prompts * load.prompt / engines / (config.rollout.tensor_parallel_size * device.flops * MATRIX_SHARE)
+    prefill = (
+        2 * _parameters(arch) * load.prompts * load.prompt / engines / (config.rollout.tensor_parallel_size * device.flops * MATRIX_SHARE)
+    )
     return prefill + body + tail * decode_seconds(arch, config, device, engine, 1, load.prompt + load.response + tail / 2)
 
 

@@ -38,7 +38,9 @@ class PackedAttention(MegatronModule):
             raise ValueError("PackedAttention has no dropout")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedBatch, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: PackedBatch, **_: Any
+    ) -> Tensor:
         cos, sin = packed_seq_params.rope
         share = packed_seq_params.share
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)

@@ -64,7 +64,9 @@ def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize("pad_to", [1, 4])
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("name", BATCHES)
-def test_packed_attention_equals_each_sample_alone(monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, pad_to: int, path: str) -> None:
+def test_packed_attention_equals_each_sample_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, pad_to: int, path: str
+) -> None:
     monkeypatch.setattr(attention, "EXPLICIT_SCORES", 1 << 40 if path == "explicit" else 0)
     batch, sequences = make(BATCHES[name], share_prefix, pad_to, COMMON_MIN if name == "common start" else 0)
     rows = len(batch.token_ids)

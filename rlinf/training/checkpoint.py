@@ -119,7 +119,9 @@ class Writing:
         for expected, got in zip(self.probed, read_back):
             gap = float((expected - got).abs().max())
             if not gap <= PROBE_TOLERANCE:
-                raise RunFailed(f"{hf.folder}: its weights give other numbers (log-probabilities, or a critic's values) than the trained model, by {gap:.3g}")
+                raise RunFailed(
+                    f"{hf.folder}: its weights give other numbers (log-probabilities, or a critic's values) than the trained model, by {gap:.3g}"
+                )
 
 
 def probe(engine: MegatronEngine) -> list[Tensor]:

@@ -18,7 +18,19 @@ from rlinf.config.schema import OptimConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.training import checkpoint
 from rlinf.weights.tensor_folder import Stored, digest
-from tests.training_ranks import VOCAB, build, logprobs, make_batch, merged, minibatches, raw, sample_logprobs, snapshot, update, whole_state
+from tests.training_ranks import (
+    VOCAB,
+    build,
+    logprobs,
+    make_batch,
+    merged,
+    minibatches,
+    raw,
+    sample_logprobs,
+    snapshot,
+    update,
+    whole_state,
+)
 
 # large enough an epsilon that rounding noise in a vanishing gradient does not become a whole Adam step
 OPTIM = OptimConfig(lr=2e-3, adam_eps=1e-3, weight_decay=0.05, clip_grad=1.0, loss_scale_window=2, initial_loss_scale=2.0**14)
@@ -76,7 +88,9 @@ def saved_runs(rank_pool: Any, tiny_models: dict[str, Path], tmp_path_factory: p
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_checkpoint_opens_in_every_layout(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str, layout: tuple[int, ...]) -> None:
+def test_a_checkpoint_opens_in_every_layout(
+    rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str, layout: tuple[int, ...]
+) -> None:
     folder, uninterrupted = saved_runs[family, "fp32"]
     resumed = rank_pool.run(load_and_go_on, tiny_models[family], folder, "fp32", **at_layout(layout))
     before, after = (merged([r["saved"]["state"] for r in ranks]) for ranks in (uninterrupted, resumed))
@@ -121,7 +135,9 @@ def logprobs_of(at: Any, model: Path, step_dir: Path) -> list[np.ndarray] | None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_hf_folder_opens_in_transformers_and_computes_the_same(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str) -> None:
+def test_the_hf_folder_opens_in_transformers_and_computes_the_same(
+    rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, family: str
+) -> None:
     from transformers import AutoModelForCausalLM
 
     folder, uninterrupted = saved_runs[family, "fp32"]
@@ -163,7 +179,9 @@ def cut_short(path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["exp_avg-s1-00001.safetensors", "param-s0-00001.safetensors", "state.json", "index-s1.json"])
 @pytest.mark.parametrize("damage", [Path.unlink, cut_short])
-def test_a_missing_or_damaged_file_is_named(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, tmp_path: Path, file: str, damage: Any) -> None:
+def test_a_missing_or_damaged_file_is_named(
+    rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, tmp_path: Path, file: str, damage: Any
+) -> None:
     folder, _ = saved_runs["qwen2-tied", "fp32"]
     shutil.copytree(folder, tmp_path / "broken")
     damage(tmp_path / "broken" / "actor" / file)
@@ -181,7 +199,9 @@ def flip_last_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["param", "exp_avg", "exp_avg_sq"])
-def test_a_flipped_byte_is_named_with_file_and_tensor(rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, tmp_path: Path, kind: str) -> None:
+def test_a_flipped_byte_is_named_with_file_and_tensor(
+    rank_pool: Any, tiny_models: dict[str, Path], saved_runs: Any, tmp_path: Path, kind: str
+) -> None:
     folder, _ = saved_runs["qwen2-tied", "fp32"]
     shutil.copytree(folder, tmp_path / "broken")
     damaged = tmp_path / "broken" / "actor" / f"{kind}-s1-00001.safetensors"
@@ -268,7 +288,9 @@ def failing_writer(at: Any, model: Path, step_dir: Path) -> list[str]:
     return [*messages, str(caught.value)]
 
 
-def test_an_error_of_the_background_writer_is_raised_by_the_next_look_at_it(rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_error_of_the_background_writer_is_raised_by_the_next_look_at_it(
+    rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     (messages,) = rank_pool.run(failing_writer, tiny_models["llama"], tmp_path / "step", ranks=1)
     assert len(messages) == 2
     for message in messages:
@@ -297,7 +319,9 @@ def random_states(at: Any, model: Path, step_dir: Path) -> bool:
     return same
 
 
-def test_training_draws_no_random_numbers_so_a_checkpoint_needs_no_generator_state(rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+def test_training_draws_no_random_numbers_so_a_checkpoint_needs_no_generator_state(
+    rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
     assert all(rank_pool.run(random_states, tiny_models["qwen2"], tmp_path / "step", **at_layout(SAVED)))
 
 

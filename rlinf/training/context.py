@@ -81,12 +81,16 @@ def share_of(batch: PackedBatch, rank: int, size: int) -> Share:
     if size == 1:
         return Share(batch.token_ids, batch.positions, pieces, atoms, batch.predict_rows, None)
     rows = torch.cat([torch.arange(first, last, device=batch.token_ids.device) for first, last in chunks])
-    place = torch.full((total,), -1, device=rows.device).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))[batch.predict_rows]
+    place = torch.full((total,), -1, device=rows.device).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))[
+        batch.predict_rows
+    ]
     tokens = (place >= 0).nonzero()[:, 0]
     return Share(batch.token_ids[rows], batch.positions[rows], pieces, atoms, place[tokens], tokens)
 
 
-def plan_pieces(segments: Sequence[Segment], common: int, chunks: Sequence[Range], device: torch.device) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
+def plan_pieces(
+    segments: Sequence[Segment], common: int, chunks: Sequence[Range], device: torch.device
+) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
     """The pieces of the rows in `chunks`, in their order, and the lengths of the atoms that they name. Responses that lie wholly in a chunk
     are computed together, one that a chunk's border cuts by itself."""
     found: list[tuple[tuple[Range, ...], Range, list[Range]]] = []  # prefix, keys of its own, rows

@@ -85,7 +85,9 @@ def test_a_long_sequence_costs_every_rank_the_same(size: int) -> None:
 
 def batch_of(segments: list[Segment], predict: list[int]) -> PackedBatch:
     total = sum(s.prompt + s.own for s in segments)
-    return PackedBatch(token_ids=torch.arange(total) + 100, positions=torch.arange(total), segments=tuple(segments), predict_rows=torch.tensor(predict))
+    return PackedBatch(
+        token_ids=torch.arange(total) + 100, positions=torch.arange(total), segments=tuple(segments), predict_rows=torch.tensor(predict)
+    )
 
 
 def test_each_response_token_is_predicted_on_the_rank_that_has_its_row() -> None:

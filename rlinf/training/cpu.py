@@ -64,7 +64,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if not _TOUCHED.match(name):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -84,7 +86,9 @@ def install() -> bool:
         return True
     version = importlib.metadata.version("megatron-core")
     if version != PINNED:
-        raise UserError(f"megatron-core {version} is installed, but running without CUDA needs {PINNED}: pip install megatron-core=={PINNED}")
+        raise UserError(
+            f"megatron-core {version} is installed, but running without CUDA needs {PINNED}: pip install megatron-core=={PINNED}"
+        )
     early = [m for m in list(sys.modules) if m.startswith("megatron.core")]  # a copy: another thread may be importing
     if early:
         raise RuntimeError(f"megatron.core was imported before the CPU hook was installed ({early[0]})")

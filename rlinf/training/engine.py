@@ -56,7 +56,13 @@ class MegatronEngine:
     """
 
     def __init__(
-        self, arch: Architecture, model: ActorModelConfig, optim: OptimConfig | None, at: Coordinates, device: torch.device, head: str = "lm"
+        self,
+        arch: Architecture,
+        model: ActorModelConfig,
+        optim: OptimConfig | None,
+        at: Coordinates,
+        device: torch.device,
+        head: str = "lm",
     ) -> None:
         self.arch, self.at, self.device = arch, at, device
         self.config = transformer_config(arch, model, at.tp, at.pp, at.cp)
@@ -100,7 +106,9 @@ class MegatronEngine:
         """This stage's tensors under HF names: `model` (compute dtype), or fp32 `param` (master weights), `exp_avg`, `exp_avg_sq`."""
         if kind in OPTIMIZER_STATE:
             self.optimizer_state.allocate()  # before the first step there is none yet
-        source: Callable[[Parameter], Tensor] = (lambda p: p.detach()) if kind == "model" else (lambda p: self.optimizer_state.whole(p, kind))
+        source: Callable[[Parameter], Tensor] = (
+            (lambda p: p.detach()) if kind == "model" else (lambda p: self.optimizer_state.whole(p, kind))
+        )
         return self.state.export(source)
 
     @torch.no_grad()

@@ -133,7 +133,9 @@ def tiny_rate(at: Any, folder: Path, steps: int) -> dict[str, Any]:
     for i in range(steps):
         assert not update(engine, minis[i % 2]).skipped
         state = whole_state(engine)
-        rounding.append(all(np.array_equal(torch.from_numpy(m).bfloat16().float().numpy(), state["model"][n]) for n, m in state["param"].items()))
+        rounding.append(
+            all(np.array_equal(torch.from_numpy(m).bfloat16().float().numpy(), state["model"][n]) for n, m in state["param"].items())
+        )
     return {"start": start, "end": whole_state(engine), "rounding": all(rounding)}
 
 
@@ -180,7 +182,9 @@ def test_fp16_overflow_lowers_the_loss_scale_and_steps_nothing(rank_pool: Any, t
 
 def fixed_scale(at: Any, folder: Path, scale: float) -> tuple[list[bool], list[float], bool]:
     """Three steps with a static loss scale; whether they end where a dynamic one that starts there and does not move ends."""
-    fixed, dynamic = (build(at, folder, replace(OPTIM, **how), precision="fp16") for how in ({"loss_scale": scale}, {"initial_loss_scale": scale}))
+    fixed, dynamic = (
+        build(at, folder, replace(OPTIM, **how), precision="fp16") for how in ({"loss_scale": scale}, {"initial_loss_scale": scale})
+    )
     minis, skipped, scales = minibatches(fixed), [], []
     for i in range(3):
         done = update(fixed, minis[i % 2])
@@ -320,7 +324,9 @@ RECOMPUTE = {
 
 @pytest.mark.parametrize("how", RECOMPUTE)
 @pytest.mark.parametrize("layout", [(1, 1, 1), (4, 2, 2)])
-def test_activation_recompute_gives_the_same_gradients(rank_pool: Any, tiny_models: dict[str, Path], how: str, layout: tuple[int, int, int]) -> None:
+def test_activation_recompute_gives_the_same_gradients(
+    rank_pool: Any, tiny_models: dict[str, Path], how: str, layout: tuple[int, int, int]
+) -> None:
     sp = {"sequence_parallel": True} if layout[1] > 1 else {}
     plain = rank_pool.run(gradients, tiny_models["qwen2-tied"], sp, **at_layout(*layout))
     saved = rank_pool.run(gradients, tiny_models["qwen2-tied"], RECOMPUTE[how] | sp, **at_layout(*layout))
@@ -343,7 +349,9 @@ def after_steps(at: Any, folder: Path, precision: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [(4, 2, 2), (4, 1, 2), (3, 1, 1), (4, 1, 2, 2)])
-def test_tied_embeddings_and_replicas_stay_equal(rank_pool: Any, tiny_models: dict[str, Path], precision: str, layout: tuple[int, ...]) -> None:
+def test_tied_embeddings_and_replicas_stay_equal(
+    rank_pool: Any, tiny_models: dict[str, Path], precision: str, layout: tuple[int, ...]
+) -> None:
     seen: dict[str, str] = {}
     ranks = rank_pool.run(after_steps, tiny_models["qwen2-tied"], precision, **at_layout(*layout))
     assert sum("model.embed_tokens.weight#0" in rank for rank in ranks) == (layout[0] // layout[1] if layout[2] < 3 else 2)
@@ -361,5 +369,7 @@ def threads_of_a_dropped_engine(at: Any, folder: Path) -> int:
 def test_a_dropped_engine_leaves_no_process_groups(rank_pool: Any, tiny_models: dict[str, Path]) -> None:
     """Each group of gloo has a thread that wakes up a hundred times a second."""
     layouts = [(2, 2, 1), (2, 1, 2), (2, 1, 1)]
-    rounds = [[rank_pool.run(threads_of_a_dropped_engine, tiny_models["qwen2"], **at_layout(*layout)) for layout in layouts] for _ in range(2)]
+    rounds = [
+        [rank_pool.run(threads_of_a_dropped_engine, tiny_models["qwen2"], **at_layout(*layout)) for layout in layouts] for _ in range(2)
+    ]
     assert rounds[0] == rounds[1]

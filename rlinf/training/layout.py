@@ -77,7 +77,9 @@ class PackedBatch(PackedSeqParams):
         return pairs
 
 
-def pack(groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bool, temperature: float, pad_to: int, device: torch.device) -> PackedBatch:
+def pack(
+    groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bool, temperature: float, pad_to: int, device: torch.device
+) -> PackedBatch:
     """Pack the samples named by refs. pad_to: rows are padded to a multiple of it (the engine's pad_to); an empty refs gives one inert row."""
     rows: list[np.ndarray] = []
     positions: list[np.ndarray] = []

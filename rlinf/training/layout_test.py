@@ -17,7 +17,14 @@ CPU = torch.device("cpu")
 
 def group(name: str, prompt: list[int], responses: list[list[int]]) -> Group:
     samples = tuple(
-        Sample(f"{name}/{i}", np.array(r, np.int32), np.array(r, np.float32) / 10, np.arange(len(r)).astype(np.uint8) % 2, ((0, len(r)),), Finish.STOP)
+        Sample(
+            f"{name}/{i}",
+            np.array(r, np.int32),
+            np.array(r, np.float32) / 10,
+            np.arange(len(r)).astype(np.uint8) % 2,
+            ((0, len(r)),),
+            Finish.STOP,
+        )
         for i, r in enumerate(responses)
     )
     return Group(name, Prompt(name, np.array(prompt, np.int32), "math", ("",)), samples)
@@ -63,7 +70,11 @@ def test_the_rows_of_a_shared_prompt() -> None:
     assert batch.loss_mask_N.tolist() == [0, 1, 0, 0, 0, 1, 0, 1]
     assert batch.rollout_logprobs_N.tolist() == np.float32([1, 1.1, 1.2, 2, 3, 3.1, 4, 4.1]).tolist()
     assert [(s.prompt, s.responses) for s in batch.segments] == [(3, (2, 0, 1)), (1, (1,))]
-    assert [(p.rows, p.prefix, p.own, p.responses) for p in share_of(batch, 0, 1).pieces] == [(3, (), (0,), ()), (3, (0,), (1,), (2, 1)), (2, (), (2,), ())]
+    assert [(p.rows, p.prefix, p.own, p.responses) for p in share_of(batch, 0, 1).pieces] == [
+        (3, (), (0,), ()),
+        (3, (0,), (1,), (2, 1)),
+        (2, (), (2,), ()),
+    ]
     assert batch.attended_pairs == sum(len(history(batch, row)) for row in range(8))
 
 
@@ -89,7 +100,9 @@ def test_the_rows_when_every_sample_has_its_own_prompt() -> None:
     pad_to=st.integers(1, 4),
     common=st.sampled_from([0, COMMON_MIN - 1, COMMON_MIN, COMMON_MIN + 3]),
 )
-def test_every_token_is_predicted_from_exactly_its_own_history(prompts: list[int], responses: st.DataObject, share_prefix: bool, pad_to: int, common: int) -> None:
+def test_every_token_is_predicted_from_exactly_its_own_history(
+    prompts: list[int], responses: st.DataObject, share_prefix: bool, pad_to: int, common: int
+) -> None:
     """The log-probability of token t comes from position P + t - 1 of its own sequence (token alignment rule)."""
     token = iter(range(100, 10_000))
     groups = []
@@ -149,5 +162,8 @@ def test_padding_is_inert_and_an_empty_micro_batch_is_only_padding() -> None:
     assert 8 not in batch.predict_rows.tolist()
     for pad_to in (1, 4):
         empty = packed(GROUPS, [], pad_to=pad_to)
-        assert len(empty.token_ids) == pad_to and len(empty.targets) == len(empty.predict_rows) == len(empty.advantages_N) == empty.n_samples == 0
+        assert (
+            len(empty.token_ids) == pad_to
+            and len(empty.targets) == len(empty.predict_rows) == len(empty.advantages_N) == empty.n_samples == 0
+        )
         assert empty.targets.dtype == empty.predict_rows.dtype == torch.int64 and empty.advantages_N.dtype == torch.float32

@@ -16,7 +16,9 @@ CHUNK_BYTES = 1 << 27  # fp32 logits of one chunk
 PADDING = -1e30  # logit of a padding row: probability 0, and 0 * logit is 0, not NaN
 
 
-def target_logprobs(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float, vocab: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def target_logprobs(
+    hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float, vocab: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """(logprob_N, entropy_N) in fp32. weight_VH is this rank's shard; rows at or beyond `vocab` (over all ranks) are padding and excluded."""
     return _TargetLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature, vocab, group)
 
@@ -41,7 +43,9 @@ def _row_dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
 
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, vocab: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, vocab: int, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         rows = weight.size(0)
         local = targets - rank * rows

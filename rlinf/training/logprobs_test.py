@@ -35,7 +35,9 @@ def plain(p: dict[str, np.ndarray], temperature: float, with_entropy: bool) -> d
     return {k: v.detach().numpy() for k, v in values.items()}
 
 
-def parallel(at: Any, p: dict[str, np.ndarray], temperature: float, with_entropy: bool, chunk_rows: int, dtype: str = "float32") -> dict[str, np.ndarray]:
+def parallel(
+    at: Any, p: dict[str, np.ndarray], temperature: float, with_entropy: bool, chunk_rows: int, dtype: str = "float32"
+) -> dict[str, np.ndarray]:
     """In a rank: with this rank's shard of the weight; chunk_rows rows of logits at a time."""
     from megatron.core import parallel_state as mpu
 
@@ -65,7 +67,12 @@ def assemble(ranks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         assert np.array_equal(rank["logprob"], ranks[0]["logprob"]) and np.array_equal(rank["entropy"], ranks[0]["entropy"])
     weight = np.concatenate([r["weight"] for r in ranks])
     assert (weight[VOCAB:] == 0).all()  # padding rows get no gradient
-    return {"logprob": ranks[0]["logprob"], "entropy": ranks[0]["entropy"], "hidden": sum(r["hidden"] for r in ranks), "weight": weight[:VOCAB]}
+    return {
+        "logprob": ranks[0]["logprob"],
+        "entropy": ranks[0]["entropy"],
+        "hidden": sum(r["hidden"] for r in ranks),
+        "weight": weight[:VOCAB],
+    }
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -75,7 +82,9 @@ def test_values_and_gradients_are_those_of_log_softmax(rank_pool: Any, tp: int) 
         for chunk_rows in (1, 5, ROWS, 1000):
             got = assemble(rank_pool.run(parallel, problem(), temperature, with_entropy, chunk_rows, ranks=tp, tp=tp))
             for name, value in want.items():
-                np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name}, {temperature}, {with_entropy}, {chunk_rows}")
+                np.testing.assert_allclose(
+                    got[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name}, {temperature}, {with_entropy}, {chunk_rows}"
+                )
 
 
 def test_chunks_do_not_change_a_bit_of_the_values(rank_pool: Any) -> None:
@@ -100,7 +109,9 @@ def extreme(at: Any) -> dict[str, np.ndarray]:
 
     hidden = torch.tensor([[1000.0], [-1000.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
-    logprob, entropy = target_logprobs(hidden, weight, torch.tensor([0, 0]), temperature=1.0, vocab=3, group=mpu.get_tensor_model_parallel_group())
+    logprob, entropy = target_logprobs(
+        hidden, weight, torch.tensor([0, 0]), temperature=1.0, vocab=3, group=mpu.get_tensor_model_parallel_group()
+    )
     (logprob.sum() + entropy.sum()).backward()
     return {"logprob": logprob.detach().numpy(), "entropy": entropy.detach().numpy(), "grad": weight.grad.numpy()}
 
@@ -116,7 +127,9 @@ def no_tokens(at: Any) -> tuple[int, bool]:
     from rlinf.training.logprobs import target_logprobs
 
     hidden, weight = torch.zeros(0, HIDDEN, requires_grad=True), torch.ones(VOCAB, HIDDEN, requires_grad=True)
-    logprob, entropy = target_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), temperature=1.0, vocab=VOCAB, group=mpu.get_tensor_model_parallel_group())
+    logprob, entropy = target_logprobs(
+        hidden, weight, torch.zeros(0, dtype=torch.long), temperature=1.0, vocab=VOCAB, group=mpu.get_tensor_model_parallel_group()
+    )
     (logprob.sum() + entropy.sum()).backward()
     return len(logprob), bool((weight.grad == 0).all())
 
@@ -153,7 +166,9 @@ def largest_tensors(at: Any, rows: int, vocab: int, chunk_bytes: int) -> tuple[i
     targets = torch.randint(0, vocab, (rows,))
     default, logprobs.CHUNK_BYTES = logprobs.CHUNK_BYTES, chunk_bytes
     with Watch():
-        logprob, entropy = logprobs.target_logprobs(hidden, weight, targets, temperature=0.7, vocab=vocab, group=mpu.get_tensor_model_parallel_group())
+        logprob, entropy = logprobs.target_logprobs(
+            hidden, weight, targets, temperature=0.7, vocab=vocab, group=mpu.get_tensor_model_parallel_group()
+        )
         (logprob.sum() + entropy.sum()).backward()
     logprobs.CHUNK_BYTES = default
     return peak[0], peak[1]
@@ -161,7 +176,7 @@ def largest_tensors(at: Any, rows: int, vocab: int, chunk_bytes: int) -> tuple[i
 
 def test_extra_memory_is_bounded_by_chunks(rank_pool: Any) -> None:
     rows, vocab, chunk = 4096, 1000, 1 << 18  # all logits: 16 MB; a chunk: 0.26 MB
-    (largest, at_once), = rank_pool.run(largest_tensors, rows, vocab, chunk, ranks=1)
+    ((largest, at_once),) = rank_pool.run(largest_tensors, rows, vocab, chunk, ranks=1)
     assert largest <= chunk
     assert largest < at_once <= 5 * chunk + 40 * rows  # logits, their exponentials, the gradient; a few numbers a row
 

@@ -91,7 +91,11 @@ def layer_implementation(model: ActorModelConfig, device: torch.device) -> str:
     """
     usable = device.type == "cuda" and gpt_layer_specs.HAVE_TE
     if model.transformer_impl == "transformer_engine" and not usable:
-        why = "it cannot be imported: `python -c 'import transformer_engine.pytorch'` says why" if device.type == "cuda" else "there is no GPU"
+        why = (
+            "it cannot be imported: `python -c 'import transformer_engine.pytorch'` says why"
+            if device.type == "cuda"
+            else "there is no GPU"
+        )
         raise UserError(f"model.transformer_impl: Transformer Engine's layers are asked for, but {why}; use auto or local")
     if model.transformer_impl == "auto":
         return "transformer_engine" if usable and model.precision != "fp32" else "local"
@@ -195,11 +199,15 @@ def with_scoring_head(tensors: Mapping[str, Tensor], hidden: int) -> tuple[Mappi
     With one label a token's score is its logit; with two (wrong, right) it is their difference, whose sigmoid is the probability of the second.
     """
     if "score.weight" not in tensors:
-        raise UserError("token_reward.model_dir: the model has no score.weight; it must be a …ForTokenClassification or …ForSequenceClassification")
+        raise UserError(
+            "token_reward.model_dir: the model has no score.weight; it must be a …ForTokenClassification or …ForSequenceClassification"
+        )
     weight = tensors["score.weight"].float()
     bias = tensors["score.bias"].float() if "score.bias" in tensors else torch.zeros(len(weight))
     if tuple(weight.shape) not in ((1, hidden), (2, hidden)):
-        raise UserError(f"token_reward.model_dir: its score.weight is {tuple(weight.shape)}; a token reward model has one label or two, of {hidden} numbers")
+        raise UserError(
+            f"token_reward.model_dir: its score.weight is {tuple(weight.shape)}; a token reward model has one label or two, of {hidden} numbers"
+        )
     if len(weight) == 2:
         weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
     return ChainMap({"score.weight": weight}, tensors), float(bias[0])  # type: ignore[arg-type]  (only read)

@@ -38,7 +38,9 @@ def test_the_layers_that_are_chosen(
 
 
 @pytest.mark.parametrize(("device", "installed", "words"), [(CPU, True, "there is no GPU"), (GPU, False, "cannot be imported")])
-def test_transformer_engine_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch, device: torch.device, installed: bool, words: str) -> None:
+def test_transformer_engine_that_cannot_be_used_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, installed: bool, words: str
+) -> None:
     monkeypatch.setattr(model.gpt_layer_specs, "HAVE_TE", installed)
     with pytest.raises(UserError, match=f"model.transformer_impl: .*{words}.*; use auto or local"):
         model.layer_implementation(ActorModelConfig(transformer_impl="transformer_engine"), device)

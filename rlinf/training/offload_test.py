@@ -38,7 +38,10 @@ def steps_with_and_without(at: Any, folder: Path, precision: str) -> dict[str, A
         update(engine, mini)
         update(twin, mini)
         offloader.after_training()
-        freed.append(sum(t.untyped_storage().size() for t in optimizer_tensors(engine)) == 0 and all(b.grad_data.untyped_storage().size() == 0 for b in engine.ddp.buffers))
+        freed.append(
+            sum(t.untyped_storage().size() for t in optimizer_tensors(engine)) == 0
+            and all(b.grad_data.untyped_storage().size() == 0 for b in engine.ddp.buffers)
+        )
         offloader.after_publishing()
     offloader.before_use()
     masters = sum(any(t is p for g in engine.distributed.optimizer.param_groups for p in g["params"]) for t in optimizer_tensors(engine))
@@ -47,7 +50,9 @@ def steps_with_and_without(at: Any, folder: Path, precision: str) -> dict[str, A
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_goes_on_bit_for_bit_with_the_optimizer_away_between_steps(rank_pool: Any, tiny_models: dict[str, Path], precision: str) -> None:
+def test_training_goes_on_bit_for_bit_with_the_optimizer_away_between_steps(
+    rank_pool: Any, tiny_models: dict[str, Path], precision: str
+) -> None:
     for found in rank_pool.run(steps_with_and_without, tiny_models["qwen2-tied"], precision, ranks=2):
         assert found["same"] and all(found["freed"])
         assert (found["masters"] > 0) == (precision == "bf16")  # in fp32 the master weights are the model's own

@@ -50,7 +50,9 @@ def initialize(
     if dist.is_initialized():
         return coordinates()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(
+        backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
+    )
     return set_layout(tp, pp, cp)
 
 

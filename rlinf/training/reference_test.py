@@ -32,7 +32,13 @@ def swap(at: Any, folder: Path, precision: str) -> dict[str, Any]:
     for e in (engine, twin):
         update(e, second)
     stack = lambda values: None if values is None else torch.cat(values).numpy()
-    out = {"start": stack(start), "inside": stack(inside), "now": stack(now), "restored": restored, "as if never looked at": snapshot(engine) == snapshot(twin)}
+    out = {
+        "start": stack(start),
+        "inside": stack(inside),
+        "now": stack(now),
+        "restored": restored,
+        "as if never looked at": snapshot(engine) == snapshot(twin),
+    }
     return out
 
 

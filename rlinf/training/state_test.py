@@ -47,7 +47,9 @@ def refill(at: Any, folder: Path) -> bool:
     stages: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(stages, kinds)
     other = build(at, folder, precision="bf16")
-    other.load_state({kind: {n: t for stage in stages for n, t in stage[kind].items()} for kind in kinds}, engine.steps, engine.optimizer_state.steps())
+    other.load_state(
+        {kind: {n: t for stage in stages for n, t in stage[kind].items()} for kind in kinds}, engine.steps, engine.optimizer_state.steps()
+    )
     same = snapshot(other) == snapshot(engine)
     return same
 
@@ -66,7 +68,11 @@ def state_before_a_step(at: Any, folder: Path) -> dict[str, Any]:
     twin = build(at, folder)
     update(twin, mini)
     same = snapshot(engine) == snapshot(twin)
-    return {"moments": {k: float(sum(np.abs(v).sum() for v in state[k].values())) for k in ("exp_avg", "exp_avg_sq")}, "steps": steps, "same": same}
+    return {
+        "moments": {k: float(sum(np.abs(v).sum() for v in state[k].values())) for k in ("exp_avg", "exp_avg_sq")},
+        "steps": steps,
+        "same": same,
+    }
 
 
 def test_moments_before_the_first_step_are_zero_and_looking_at_them_changes_nothing(rank_pool: Any, tiny_models: dict[str, Path]) -> None:

@@ -58,7 +58,9 @@ class Wire:
                 buffer = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)  # zeros: the gaps between tensors count in the checksum
                 fill(buffer, specs, bucket)
                 sent.append(BucketSpec(f"{self.group.name}, v{version}-{i}", nbytes, specs, checksum(buffer.cpu())))
-                described = torch.frombuffer(bytearray(json.dumps([sent[-1].key, nbytes, sent[-1].checksum, specs]).encode()), dtype=torch.uint8)
+                described = torch.frombuffer(
+                    bytearray(json.dumps([sent[-1].key, nbytes, sent[-1].checksum, specs]).encode()), dtype=torch.uint8
+                )
                 self._pass(torch.tensor([len(described)]))
                 self._pass(described)
                 self._pass(buffer)
@@ -96,4 +98,6 @@ class Wire:
         except RuntimeError as error:  # torch.distributed has no narrower one for a peer that is silent or gone
             missing = [m for m in self.group.members if not self.store.check([f"{what}, {m}"])]
             who = f"{', '.join(missing)} did not come" if missing else "a member stopped in the middle"
-            raise RunFailed(f"weight broadcast ({self.group.name}, {what}): {self.member} waited for {self.timeout:g} s at most; {who}: {error}") from error
+            raise RunFailed(
+                f"weight broadcast ({self.group.name}, {what}): {self.member} waited for {self.timeout:g} s at most; {who}: {error}"
+            ) from error

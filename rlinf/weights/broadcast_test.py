@@ -56,7 +56,9 @@ def test_two_stages_reach_two_engines_version_after_version(name: str) -> None:
             whole = merge_sources([stage[version] for stage in sent])
             assert {keys[b.key]: b.checksum for b in landed.buckets} == {b.key: b.checksum for b in whole.buckets}
             arrived = list(open_source(landed))
-            assert all(n == m and torch.equal(a, b) and a.dtype == b.dtype for (n, a), (m, b) in zip(arrived, STAGES[0] + STAGES[1], strict=True))
+            assert all(
+                n == m and torch.equal(a, b) and a.dtype == b.dtype for (n, a), (m, b) in zip(arrived, STAGES[0] + STAGES[1], strict=True)
+            )
             release(landed)
 
 

@@ -21,7 +21,11 @@ def test_the_whole_content_counts_and_the_rest_does_not(tmp_path: Path) -> None:
     flipped[-1] ^= 1
     a, b = folder_of(tmp_path / "a", weights), folder_of(tmp_path / "b", weights)
     assert weights_checksum(a) == weights_checksum(b)
-    others = [folder_of(tmp_path / "c", bytes(flipped)), folder_of(tmp_path / "d", weights, "{ }"), folder_of(tmp_path / "e", weights + b"x")]
+    others = [
+        folder_of(tmp_path / "c", bytes(flipped)),
+        folder_of(tmp_path / "d", weights, "{ }"),
+        folder_of(tmp_path / "e", weights + b"x"),
+    ]
     assert len({weights_checksum(f) for f in (a, *others)}) == 4
 
 

@@ -24,7 +24,9 @@ def publish_files(tensors: Iterable[Named], folder: Path, version: int, bucket_b
     shutil.rmtree(folder, ignore_errors=True)
     place = folder / f"v{version}"
     place.mkdir(parents=True, mode=0o700)
-    return Files(tuple(_write(place / f"{i:05d}.safetensors", bucket) for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes))))
+    return Files(
+        tuple(_write(place / f"{i:05d}.safetensors", bucket) for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)))
+    )
 
 
 def folders_of(source: Files) -> list[Path]:

@@ -17,7 +17,9 @@ TENSORS = [("odd", torch.randn(3).bfloat16()), ("a", torch.randn(40, 8)), ("scal
 
 
 def test_what_was_written_arrives_and_is_what_safetensors_reads(tmp_path: Path) -> None:
-    source = merge_sources([publish_files(TENSORS[:2], tmp_path / "s0", 5), publish_files(TENSORS[2:], tmp_path / "s1", 5, bucket_bytes=1000)])
+    source = merge_sources(
+        [publish_files(TENSORS[:2], tmp_path / "s0", 5), publish_files(TENSORS[2:], tmp_path / "s1", 5, bucket_bytes=1000)]
+    )
     assert len(source.buckets) == 3 and folders_of(source) == [tmp_path / "s0" / "v5", tmp_path / "s1" / "v5"]
     received = list(open_source(source))
     assert [name for name, _ in received] == [name for name, _ in TENSORS]

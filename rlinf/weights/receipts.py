@@ -41,7 +41,9 @@ def check_probes(version: int, precision: str, trainer: Sequence[np.ndarray], en
     for rank, engine in enumerate(engines):
         for i, (expected, got) in enumerate(zip(trainer, engine, strict=True)):
             if expected.shape != got.shape:
-                raise RunFailed(f"weight sync {version}: probe {i} has {len(expected)} scores of the actor, {len(got)} of rollout rank {rank}")
+                raise RunFailed(
+                    f"weight sync {version}: probe {i} has {len(expected)} scores of the actor, {len(got)} of rollout rank {rank}"
+                )
             gap = float(np.abs(expected - got).max())
             if not gap <= TOLERANCE[precision]:
                 raise RunFailed(

@@ -118,7 +118,13 @@ def test_a_flipped_bit_in_the_files_header_never_gives_other_tensors(tmp_path: P
 
 def test_the_digest_knows_dtype_and_shape() -> None:
     zeros = torch.zeros(4, dtype=torch.float32)
-    others = [zeros.view(2, 2), torch.zeros(8, dtype=torch.bfloat16), torch.zeros(0), torch.zeros((), dtype=torch.int32), torch.zeros(4, dtype=torch.int32)]
+    others = [
+        zeros.view(2, 2),
+        torch.zeros(8, dtype=torch.bfloat16),
+        torch.zeros(0),
+        torch.zeros((), dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int32),
+    ]
     assert len({digest(t) for t in (zeros, *others)}) == 6
     assert digest(torch.arange(6.0).view(2, 3).t()) == digest(torch.arange(6.0).view(2, 3).t().contiguous())
 

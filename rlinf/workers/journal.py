@@ -26,4 +26,6 @@ class JournalWorker:
             if group_id in self.groups[file]:
                 group = self.groups[file].pop(group_id)
                 return group.header(), group
-        raise UserError(f"group {group_id} is not in the journal of its run ({', '.join(files) or 'no samples/groups_* file'}): the step cannot be replayed")
+        raise UserError(
+            f"group {group_id} is not in the journal of its run ({', '.join(files) or 'no samples/groups_* file'}): the step cannot be replayed"
+        )

@@ -14,7 +14,9 @@ def work_of(packs: Iterable[PackedBatch]) -> Work:
     return sum((Work(len(b.token_ids), len(b.predict_rows), b.attended_pairs) for b in packs), Work())
 
 
-def rank_flops(engine: MegatronEngine, model: ActorModelConfig, looked_at: Mapping[str, Work], trained: Mapping[str, Work]) -> dict[str, float]:
+def rank_flops(
+    engine: MegatronEngine, model: ActorModelConfig, looked_at: Mapping[str, Work], trained: Mapping[str, Work]
+) -> dict[str, float]:
     """Operations of one rank, an even part of those of its model copy, by the timer of the part of the step: of passes without a gradient, of
     passes forward and backward, and what activation recompute adds to the latter (`again`). A head with one output is not counted."""
 

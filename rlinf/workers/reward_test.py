@@ -96,4 +96,9 @@ def test_a_trained_group_is_journalled_with_its_verdicts_and_a_validation_group_
     quiet = worker(model, keep_groups=0)
     asyncio.run(quiet.judge(asked, str(tmp_path / "step_000008.jsonl")))
     quiet.close()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["groups_000007.jsonl", "step_000007.jsonl", "step_000008.jsonl", "validation_000007.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "groups_000007.jsonl",
+        "step_000007.jsonl",
+        "step_000008.jsonl",
+        "validation_000007.jsonl",
+    ]

@@ -44,7 +44,9 @@ class SftWorker(Checkpointed):
         """Token means over the held-out examples; nothing is trained."""
         (mini,) = batch.mini_batches
         packs = self._pack(mini, groups)
-        metrics = finalize_supervised(self.engine.evaluate(packs, lambda i, output: supervised_objective(*output, token_mean_N(packs[i], mini))))
+        metrics = finalize_supervised(
+            self.engine.evaluate(packs, lambda i, output: supervised_objective(*output, token_mean_N(packs[i], mini)))
+        )
         return {"sft/val_loss": metrics["loss"], "sft/val_entropy": metrics["entropy"]}
 
     def _pack(self, mini: MiniBatch, groups: Sequence[Group]) -> list[PackedBatch]:

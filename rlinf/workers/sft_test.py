@@ -66,7 +66,9 @@ def step(at: Any, folder: Path, groups: list[Group], layout: tuple[Any, ...], bu
     with mock.patch.object(sft, "open_engine", lambda address, config: engine):  # the pool has joined the ranks already
         worker = sft.SftWorker(None, config)
     headers = [g.header() for g in groups]
-    share = build_rank_batches(headers, [np.ones(1, np.float32)] * len(groups), dp=at.dp, n_minibatches=1, max_tokens=budget, share_prefix=True)[at.dp_rank]
+    share = build_rank_batches(
+        headers, [np.ones(1, np.float32)] * len(groups), dp=at.dp, n_minibatches=1, max_tokens=budget, share_prefix=True
+    )[at.dp_rank]
     mine = [next(g for g in groups if g.group_id == name) for name in share.group_ids]
     before = worker.validate(share, *mine)
     report = worker.train_step(1, share, *mine)
@@ -120,7 +122,9 @@ def weights_by_step(at: Any, folder: Path, groups: list[Group]) -> list[list[flo
     engine = build(at, folder)
     with mock.patch.object(sft, "open_engine", lambda address, config: engine), mock.patch.object(sft, "loss_weights_S", spy):
         worker = sft.SftWorker(None, config)
-        share = build_rank_batches([g.header() for g in groups], [np.ones(1)] * len(groups), dp=1, n_minibatches=1, max_tokens=512, share_prefix=True)[0]
+        share = build_rank_batches(
+            [g.header() for g in groups], [np.ones(1)] * len(groups), dp=1, n_minibatches=1, max_tokens=512, share_prefix=True
+        )[0]
         for number in (1, 2, 3):
             worker.train_step(number, share, *groups)
     return seen

@@ -20,7 +20,13 @@ OldLogprobs = Sequence[Sequence[torch.Tensor] | None]
 
 
 def write_token_values(
-    plan: DumpPlan, tokenizer: TextTokenizer, groups: Sequence[Group], batch: RankBatch, packs: Packs, old: OldLogprobs, updates: Sequence[Update]
+    plan: DumpPlan,
+    tokenizer: TextTokenizer,
+    groups: Sequence[Group],
+    batch: RankBatch,
+    packs: Packs,
+    old: OldLogprobs,
+    updates: Sequence[Update],
 ) -> None:
     """A line for every sample of this rank. The tokens of those that the plan names, and of the one with the largest gap of all ranks."""
     samples = {s.sample_id: s for g in groups for s in g.samples}

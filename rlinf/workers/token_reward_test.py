@@ -71,7 +71,9 @@ def of_transformers(folder: Path, asked: Sequence[Group]) -> dict[str, np.ndarra
     return found
 
 
-def scored(at: Any, folder: Path, asked: list[Group], budget: int, sequence_parallel: bool, **how: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def scored(
+    at: Any, folder: Path, asked: list[Group], budget: int, sequence_parallel: bool, **how: Any
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """What one rank answers."""
     from rlinf.workers.token_reward import TokenRewardWorker
 
@@ -92,7 +94,13 @@ def scored(at: Any, folder: Path, asked: list[Group], budget: int, sequence_para
     return report.scores, dict(rewards)
 
 
-LAYOUTS = [(1, 1, 1, 1000, False), (1, 1, 1, 24, False), (3, 1, 1, 30, False), (4, 2, 2, 40, True), (2, 1, 2, 26, False)]  # ranks, TP, PP, budget, SP
+LAYOUTS = [
+    (1, 1, 1, 1000, False),
+    (1, 1, 1, 24, False),
+    (3, 1, 1, 30, False),
+    (4, 2, 2, 40, True),
+    (2, 1, 2, 26, False),
+]  # ranks, TP, PP, budget, SP
 
 
 @pytest.mark.parametrize("labels", [1, 2])

@@ -162,7 +162,9 @@ class TrainWorker(Checkpointed):
         of_critic = [by_token(b, values) if self.config.has_critic else None for b in packs]
         of_scorer = [by_token(b, rewards) if self.config.algorithm.dense_rewards else None for b in packs]
         tokens = [
-            SampledTokens(b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples, values_N, rewards_N)
+            SampledTokens(
+                b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples, values_N, rewards_N
+            )
             for b, logprobs, reference, values_N, rewards_N in zip(packs, *flat, of_critic, of_scorer, strict=True)
         ]
         for b, advantages in zip(packs, token_advantages(tokens, self.on_tokens, parallel.sum_over_data_ranks)):

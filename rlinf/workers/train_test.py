@@ -29,7 +29,9 @@ def test_means_are_over_the_tokens_of_all_mini_batches_and_the_norm_over_the_ste
     assert step_metrics(updates[:2])["train/ratio"] == pytest.approx(1.75) and found["train/ratio"] == pytest.approx(3.2)
     assert found["train/loss"] == pytest.approx(3.0)  # the mean of the mini-batches' losses
     assert (found["train/grad_norm"], found["train/minibatches_skipped"], found["train/first_minibatch_ratio"]) == (3.0, 1.0, 1.0)
-    assert found["train/rollout_logprob_gap_mean"] == pytest.approx((1 + 6 + 4) / 50) and found["train/rollout_logprob_gap_max"] == pytest.approx(0.8)
+    assert found["train/rollout_logprob_gap_mean"] == pytest.approx((1 + 6 + 4) / 50) and found[
+        "train/rollout_logprob_gap_max"
+    ] == pytest.approx(0.8)
     assert math.isnan(step_metrics(updates[2:])["train/grad_norm"]) and undocumented(set(found)) == []
 
 

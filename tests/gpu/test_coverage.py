@@ -33,7 +33,9 @@ BY_FILE = {  # file of rlinf/ -> function -> test
         "nccl_version": "test_the_gpu_says_who_it_is",
         "recorder": "test_a_profile_has_the_kernels_of_the_device",
     },
-    "rollout/embedded_model.py": dict.fromkeys(("EmbeddedModel._make_head", "EmbeddedModel.logits"), "test_an_engine_on_the_same_device_runs_the_actors_weights"),
+    "rollout/embedded_model.py": dict.fromkeys(
+        ("EmbeddedModel._make_head", "EmbeddedModel.logits"), "test_an_engine_on_the_same_device_runs_the_actors_weights"
+    ),
     "rollout/sglang_engine.py": {"SGLangEngine.start_trace": "test_a_trace_of_a_server_has_the_kernels_of_the_device"},
     "training/attention.py": {"PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give"},
     "training/model.py": {"layer_implementation": "test_transformer_engines_layers_give_what_the_local_ones_give"},

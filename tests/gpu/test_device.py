@@ -82,7 +82,10 @@ def test_a_publisher_broadcasts_from_its_device(device: torch.device) -> None:
     """Alone in its group: between devices it takes as many of them. A later version is another checksum."""
     store = open_store("127.0.0.1", 0, keeps=True)
     wire = Wire(BroadcastGroup(0, 0, 0, ()), "actor rank 0", store, device, 60.0)
-    sent = [wire.send([("a", torch.full((100, 8), 1.0 + version, device=device)), ("b", torch.ones(3, device=device))], version) for version in (0, 1)]
+    sent = [
+        wire.send([("a", torch.full((100, 8), 1.0 + version, device=device)), ("b", torch.ones(3, device=device))], version)
+        for version in (0, 1)
+    ]
     assert [[t.name for b in source.buckets for t in b.tensors] for source in sent] == [["a", "b"], ["a", "b"]]
     assert sent[0].buckets[0].checksum != sent[1].buckets[0].checksum
 

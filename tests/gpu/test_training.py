@@ -40,7 +40,9 @@ def engine_on(device: torch.device, at: Any, folder: Path, precision: str = "fp3
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1)])
-def test_a_shared_prompt_gives_what_copies_give(device: torch.device, at: Any, models: dict[str, Path], precision: str, tolerance: float) -> None:
+def test_a_shared_prompt_gives_what_copies_give(
+    device: torch.device, at: Any, models: dict[str, Path], precision: str, tolerance: float
+) -> None:
     """Responses attend to keys that are longer than their queries: on a GPU that is a path of its own (causal, aligned to the end)."""
     engine = engine_on(device, at, models["qwen3"], precision)
     shared, apart = ({}, {})
@@ -54,7 +56,9 @@ def test_a_shared_prompt_gives_what_copies_give(device: torch.device, at: Any, m
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
-def test_transformer_engines_layers_give_what_the_local_ones_give(device: torch.device, at: Any, models: dict[str, Path], family: str) -> None:
+def test_transformer_engines_layers_give_what_the_local_ones_give(
+    device: torch.device, at: Any, models: dict[str, Path], family: str
+) -> None:
     """The gradient of every tensor under its Hugging Face name, within what TF32 leaves. The twin without a GPU: a refusal, in so many words."""
     if device.type == "cpu":
         with pytest.raises(UserError, match="model.transformer_impl: .* there is no GPU"):
@@ -65,14 +69,22 @@ def test_transformer_engines_layers_give_what_the_local_ones_give(device: torch.
     for implementation in ("local", "transformer_engine"):
         engine = engine_on(device, at, models[family], transformer_impl=implementation)
         norms[implementation] = update(engine, minibatches(engine, n=1, budget=512)[0]).grad_norm
-        gradients[implementation] = {name: tensor.cpu().numpy() for name, tensor in engine.export("exp_avg")}  # after one step a tenth of it
+        gradients[implementation] = {
+            name: tensor.cpu().numpy() for name, tensor in engine.export("exp_avg")
+        }  # after one step a tenth of it
     assert norms["transformer_engine"] == pytest.approx(norms["local"], rel=0.01)
     assert worst(deviations(gradients["transformer_engine"], gradients["local"], gradients["local"]))[0] <= 0.02
 
 
-@pytest.mark.parametrize("recompute", [{}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "recompute",
+    [{}, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}],
+    ids=["kept", "recomputed"],
+)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_step_in_16_bits_is_close_to_the_one_in_fp32(device: torch.device, at: Any, models: dict[str, Path], precision: str, recompute: dict[str, Any]) -> None:
+def test_a_step_in_16_bits_is_close_to_the_one_in_fp32(
+    device: torch.device, at: Any, models: dict[str, Path], precision: str, recompute: dict[str, Any]
+) -> None:
     norms = {}
     for name in ("fp32", precision):
         engine = engine_on(device, at, models["qwen2-tied"], name, **recompute)
@@ -130,7 +142,9 @@ def test_a_token_reward_model_is_parked_while_it_does_not_score(device: torch.de
     config.token_reward.model.precision = "fp32"
     rng = np.random.default_rng(0)
     tokens = lambda n: rng.integers(0, VOCAB, n).astype(np.int32)
-    samples = tuple(Sample(f"g/{i}", tokens(n), np.zeros(n, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP) for i, n in enumerate((3, 9)))
+    samples = tuple(
+        Sample(f"g/{i}", tokens(n), np.zeros(n, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP) for i, n in enumerate((3, 9))
+    )
     group = Group("g", Prompt("g", tokens(5), "math", ("1",)), samples)
     (batch,) = build_rank_batches([group.header()], [np.zeros(2)], dp=1, n_minibatches=1, max_tokens=64, share_prefix=True)
     found = {}

