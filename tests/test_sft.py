@@ -109,6 +109,7 @@ def test_a_run_in_one_process_learns_resumes_bit_for_bit_and_opens_in_transforme
     assert refused.returncode == 2 and "is a checkpoint of `rlinf sft`, and this is `rlinf train`" in refused.stderr, refused.stderr
 
 
+@pytest.mark.slow
 def test_tensor_parallel_ranks_under_ray_give_the_same_curve(tmp_path: Path, model: Path) -> None:
     weights = {"sft__reweighting": "lin_upper", "sft__reweighting_burn_in": 2, "runner__save_interval": -1}
     alone, ranks = write_run(tmp_path, model, "alone", **LOCAL, **weights), write_run(tmp_path, model, "ranks", **weights)

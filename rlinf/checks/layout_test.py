@@ -223,6 +223,7 @@ def test_the_norm_fault_is_seen_by_the_norm_alone(rank_pool: RankPool, tmp_path:
     assert broken.norm > 1e-3 and all(getattr(broken, f) <= bound(f) for f in ("loss", "gradient", "weight", "metric"))
 
 
+@pytest.mark.slow
 def test_quick_check_holds_and_reports(
     rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
