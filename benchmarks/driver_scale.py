@@ -159,8 +159,8 @@ def widened(group: RayWorkerGroup, size: int) -> RayWorkerGroup:
     turns = [rank % group.size for rank in range(size)]
     seats = [replace(group.seats[k], rank=rank, node=rank // 8) for rank, k in enumerate(turns)]
     wide = RayWorkerGroup(
-        group.component, seats, lambda seat: group.actors[turns[seat.rank]], [group.logs[k] for k in turns], group.failure, group.start_timeout,
-        group.phase,
+        group.component, seats, lambda seat: group.actors[turns[seat.rank]], [group.logs[k] for k in turns], group.failure,
+        group.start_timeout, group.phase,
     )  # fmt: skip
     wide.starts = group.starts
     return wide
@@ -249,8 +249,9 @@ def main() -> None:
         "model": asdict(model),
         "verdicts": verdicts,
         "memory": {
-            "steps": args.memory_steps, "devices": MEMORY_DEVICES, "samples": MEMORY_SAMPLES, "bytes_a_step": growth(memory.rss), "mib_first": memory.rss[0] / 2**20,
-            "mib_middle": memory.rss[len(memory.rss) // 2] / 2**20, "mib_last": memory.rss[-1] / 2**20,
+            "steps": args.memory_steps, "devices": MEMORY_DEVICES, "samples": MEMORY_SAMPLES, "bytes_a_step": growth(memory.rss),
+            "mib_first": memory.rss[0] / 2**20, "mib_middle": memory.rss[len(memory.rss) // 2] / 2**20,
+            "mib_last": memory.rss[-1] / 2**20,
         },
         "loads": [asdict(load) for load in loads],
     }  # fmt: skip

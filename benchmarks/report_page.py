@@ -1,9 +1,10 @@
-"""How large is the report of a long run, and how soon does a browser show it? A run folder of 500 steps x 128 samples, made by tests/run_folders.py.
+"""How large is the report of a long run, and how soon does a browser show it?
 
     python benchmarks/report_page.py [--steps 500] [--out benchmarks/results/report_page.json]
 
-Prints and writes the size, the seconds to make the page, and the seconds from opening the file in headless Chromium to the page's saying that it is
-ready: five times, and their median. Limits: 20 MB, 3 s. The exit code says whether they hold.
+The run folder, 500 steps x 128 samples, is made by tests/run_folders.py. Prints and writes the size, the seconds to make the page, and
+the seconds from opening the file in headless Chromium to the page's saying that it is ready: five times, and their median. Limits: 20 MB,
+3 s. The exit code says whether they hold.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ tail    64 prompts of 32 tokens, new tokens of a long-tailed distribution (the l
 group   8 prompts of 75 tokens, 8 samples each, 24 new tokens, 64 rows
 
 Both sides sample at temperature 1 without an end token, return log-probabilities, and count only tokens that were asked for. They take
-turns, and the one that begins changes; the first turn is not counted. The engine has as many slots as transformers has rows in a batch. Prints
-the ratio of the medians for each case beside what is aimed at and writes benchmarks/results/rollout_engine.json. Allocator and OpenMP settings are those of a run's workers for both sides:
-the script starts itself again with them.
+turns, and the one that begins changes; the first turn is not counted. The engine has as many slots as transformers has rows in a batch.
+Prints the ratio of the medians for each case beside what is aimed at and writes benchmarks/results/rollout_engine.json. Allocator and
+OpenMP settings are those of a run's workers for both sides: the script starts itself again with them.
 """
 
 from __future__ import annotations

@@ -19,14 +19,17 @@ PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def quickstart(result: dict[str, Any]) -> list[str]:
     lines = [
-        "| run | steps | reward, first 3 → last 5 steps | greedy right before → after | gain, points | boxed before, after | CPU seconds | peak memory (PSS) | wall |",
+        "| run | steps | reward, first 3 → last 5 steps | greedy right before → after | gain, points | boxed before, after | CPU seconds | "
+        "peak memory (PSS) | wall |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in result["runs"].items():
         gain = interval(r["greedy_gain"], r["greedy_gain_low"], r["greedy_gain_high"], "+.1f")
         lines.append(
-            f"| {title(name)} | {r['steps']} | {r['reward_first_3']:+.1f} → {r['reward_last_5']:+.1f} | {percent(r['greedy_before'])} → {percent(r['greedy_after'])} | "
-            f"{gain} | {percent(r['boxed_before'])}, {percent(r['boxed_after'])} | {r['cpu_seconds']:.0f} | {r['peak_pss_gib']:.2f} GiB | {r['wall_seconds']:.0f} s |"
+            f"| {title(name)} | {r['steps']} | {r['reward_first_3']:+.1f} → {r['reward_last_5']:+.1f} | "
+            f"{percent(r['greedy_before'])} → {percent(r['greedy_after'])} | {gain} | "
+            f"{percent(r['boxed_before'])}, {percent(r['boxed_after'])} | "
+            f"{r['cpu_seconds']:.0f} | {r['peak_pss_gib']:.2f} GiB | {r['wall_seconds']:.0f} s |"
         )
     return lines
 
@@ -96,10 +99,14 @@ def rollout_engine(result: dict[str, Any]) -> list[str]:
 def weight_sync(result: dict[str, Any]) -> list[str]:
     rates, memcpy = result["gb_per_second"], result["memcpy_gb_per_second"]
     return [
-        "| | GB/s |", "|---|---|", f"| memcpy, one thread | {memcpy['one_thread']:.1f} |", f"| memcpy, {result['machine']['threads']} threads | {memcpy['all_threads']:.1f} |",
-        f"| actor to shared memory, with checksums | {rates['publish']:.2f} |", f"| shared memory to engine, checked and repacked | {rates['load']:.2f} |",
+        "| | GB/s |",
+        "|---|---|",
+        f"| memcpy, one thread | {memcpy['one_thread']:.1f} |",
+        f"| memcpy, {result['machine']['threads']} threads | {memcpy['all_threads']:.1f} |",
+        f"| actor to shared memory, with checksums | {rates['publish']:.2f} |",
+        f"| shared memory to engine, checked and repacked | {rates['load']:.2f} |",
         f"| whole sync: {percent(result['share_of_memcpy'])} of the faster memcpy, aim {percent(result['aim'])} | {rates['sync']:.2f} |",
-    ]  # fmt: skip
+    ]
 
 
 def vs_trl(result: dict[str, Any]) -> list[str]:

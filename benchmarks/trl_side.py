@@ -4,7 +4,8 @@
 
 Settings, as good for TRL on a CPU as was found: no gradient checkpointing, one group a micro-batch, fused Adam, torch's attention, its own
 `generate` for all 64 samples at once, no second look at the old policy. WEIGHTS bfloat16: weights, gradients and Adam's state are all in
-bf16 without an fp32 copy, less work and memory than ours, though small updates are rounded away; float32: fp32 weights under bf16 autocast. The end token is a token like others: nothing ends before NEW_TOKENS. The first step stops at FIRST_NEW_TOKENS.
+bf16 without an fp32 copy, less work and memory than ours, though small updates are rounded away; float32: fp32 weights under bf16 autocast.
+The end token is a token like others: nothing ends before NEW_TOKENS. The first step stops at FIRST_NEW_TOKENS.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, weights), attn_implementation="sdpa")
     config = GRPOConfig(
         output_dir=out, use_cpu=True, bf16=True, gradient_checkpointing=False, per_device_train_batch_size=SAMPLES,
-        gradient_accumulation_steps=PROMPTS, num_generations=SAMPLES, max_completion_length=int(new_tokens), temperature=1.0, top_p=1.0, top_k=0,
-        generation_kwargs={"eos_token_id": None}, beta=0.0, num_iterations=1, epsilon=0.2, learning_rate=2e-5, weight_decay=0.0,
-        max_grad_norm=1.0, lr_scheduler_type="constant", optim="adamw_torch_fused", max_steps=int(steps), save_strategy="no", report_to="none",
-        logging_steps=1, disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=False, seed=1234,
+        gradient_accumulation_steps=PROMPTS, num_generations=SAMPLES, max_completion_length=int(new_tokens), temperature=1.0, top_p=1.0,
+        top_k=0, generation_kwargs={"eos_token_id": None}, beta=0.0, num_iterations=1, epsilon=0.2, learning_rate=2e-5, weight_decay=0.0,
+        max_grad_norm=1.0, lr_scheduler_type="constant", optim="adamw_torch_fused", max_steps=int(steps), save_strategy="no",
+        report_to="none", logging_steps=1, disable_tqdm=True, dataloader_num_workers=0, dataloader_pin_memory=False, seed=1234,
     )  # fmt: skip
     trainer = GRPOTrainer(model, reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Gate()])
     trainer.eos_token_ids = []

@@ -162,8 +162,8 @@ def sides(args: argparse.Namespace, python: Path, new_tokens: int, work: Path) -
         "cluster.backend=local", f"cluster.threads_per_worker={args.threads}", f"runner.output_dir={work}", f"runner.max_steps={steps}",
         "runner.val_check_interval=0", "runner.save_interval=0", "runner.keep_groups=0", "runner.phase_timeout=-1",
         f"runner.seq_length={PROMPT_TOKENS + new_tokens}", f"rollout.model_dir={args.model_dir}", f"data.train_data_paths=[{data}]",
-        "data.val_data_paths=[]", f"data.max_prompt_length={PROMPT_TOKENS}", f"data.rollout_batch_size={PROMPTS}", f"algorithm.group_size={SAMPLES}",
-        f"algorithm.sampling_params.max_new_tokens={new_tokens}", "algorithm.sampling_params.stop=[]",
+        "data.val_data_paths=[]", f"data.max_prompt_length={PROMPT_TOKENS}", f"data.rollout_batch_size={PROMPTS}",
+        f"algorithm.group_size={SAMPLES}", f"algorithm.sampling_params.max_new_tokens={new_tokens}", "algorithm.sampling_params.stop=[]",
     ]  # fmt: skip
     ours = [sys.executable, "-m", "benchmarks.rlinf_side", "smollm2-135m-grpo-cpu", *words]
     return {"trl": Side("trl", trl, environment, work / "trl.log"), "rlinf": Side("rlinf", ours, environment, work / "rlinf.log")}
@@ -179,8 +179,8 @@ def judge(steps: dict[str, list[dict[str, Any]]], new_tokens: int) -> dict[str, 
     peak = {name: max(s["peak_pss_bytes"] for s in taken) / 2**30 for name, taken in steps.items()}
     ratio = seconds["trl"] / seconds["rlinf"]
     return {
-        "seconds": seconds, "new_tokens_per_second": {name: PROMPTS * SAMPLES * new_tokens / s for name, s in seconds.items()}, "peak_gib": peak,
-        "faster": ratio, "aim": FASTER, "reached": ratio >= FASTER and peak["rlinf"] < peak["trl"],
+        "seconds": seconds, "new_tokens_per_second": {name: PROMPTS * SAMPLES * new_tokens / s for name, s in seconds.items()},
+        "peak_gib": peak, "faster": ratio, "aim": FASTER, "reached": ratio >= FASTER and peak["rlinf"] < peak["trl"],
     }  # fmt: skip
 
 

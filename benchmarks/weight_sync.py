@@ -4,8 +4,8 @@
 
 A sync is all that a run does for one: the actor gathers, writes and sums its weights, the engine's process maps them, checks sums and
 values, puts them into the layout that decodes fastest and answers with a receipt, which is checked. Each sync has other weights. Before
-each, a plain copy of as many bytes is timed, by one thread and by all. Writes benchmarks/results/weight_sync.json with medians; the verdict is
-by the faster of the two copies. At the end the log-probabilities of both sides are compared.
+each, a plain copy of as many bytes is timed, by one thread and by all. Writes benchmarks/results/weight_sync.json with medians; the verdict
+is by the faster of the two copies. At the end the log-probabilities of both sides are compared.
 
 Allocator and OpenMP settings are those of a run's workers: the script starts itself again with them.
 """

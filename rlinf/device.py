@@ -62,9 +62,9 @@ def forget_peak(device: torch.device) -> None:
 
 
 def host_copy(tensor: Tensor, into: Tensor | None = None) -> Tensor:
-    """A copy in host memory; of a GPU's tensor in pinned memory, in which the device writes by itself. `into`: an earlier copy to use again.
+    """A copy in host memory; of a GPU's tensor in pinned memory, in which the device writes by itself.
 
-    The copy is complete when this returns.
+    into: an earlier copy to use again. The copy is complete when this returns.
     """
     if into is None:
         into = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

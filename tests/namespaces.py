@@ -75,8 +75,8 @@ class NamespaceNode:
     def popen(self, *command: str) -> subprocess.Popen:
         env = os.environ | {
             "RANK": str(self.rank), "HOME": str(self.home), "RLINF_RAY_STATE": f"/tmp/rlinf-{self.name}", "RLINF_RAY_PORT": str(self.port),
-            "RLINF_NIC": "eth0", "RLINF_NUM_CPUS": "2", "RLINF_NUM_GPUS": "0", "RLINF_OBJECT_STORE_BYTES": "150000000", "PYTHONPATH": str(ROOT),
-            "RLINF_START_TIMEOUT": "300",
+            "RLINF_NIC": "eth0", "RLINF_NUM_CPUS": "2", "RLINF_NUM_GPUS": "0", "RLINF_OBJECT_STORE_BYTES": "150000000",
+            "PYTHONPATH": str(ROOT), "RLINF_START_TIMEOUT": "300",
         }  # fmt: skip
         enter = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--pid", f"--wd={self.folder}"]
         return subprocess.Popen([*enter, *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

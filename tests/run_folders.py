@@ -91,7 +91,9 @@ def make_run(
     config = folder / "run.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(
-        f"runner:\n  output_dir: {folder}\n  experiment_name: run\nrollout:\n  model_dir: {folder / 'model'}\nactor:\n  optim:\n    lr: 1.0e-6\n"
+        f"runner:\n  output_dir: {folder}\n  experiment_name: run\n"
+        f"rollout:\n  model_dir: {folder / 'model'}\n"
+        "actor:\n  optim:\n    lr: 1.0e-6\n"
     )
     run = RunFolder(load(str(config)))
     model = folder / "model"
@@ -105,9 +107,12 @@ def make_run(
         headers = [write_samples(run, step, group, answers) for group, answers in groups]
         advantages = outcome_advantages([h.rewards for h in headers], [h.loss_tokens for h in headers], "grpo", True)
         gaps = write_tokens(run, step, [g for g, _ in groups], headers, advantages, behaviour.gap(step) * rng.uniform(0.8, 1.2))
-        train = {"train/loss": 1e-9, "train/entropy_loss": behaviour.entropy(step) * rng.uniform(0.9, 1.1), "train/ratio": 1.0, "train/clip_fraction": 0.0,
-                 "train/approx_kl": 0.0, "train/rollout_logprob_gap_mean": gaps[0], "train/rollout_logprob_gap_max": gaps[1], "train/grad_norm": rng.uniform(0.5, 2),
-                 "train/minibatches_skipped": 0.0, "train/lr": 1e-6}  # fmt: skip
+        train = {
+            "train/loss": 1e-9, "train/entropy_loss": behaviour.entropy(step) * rng.uniform(0.9, 1.1), "train/ratio": 1.0,
+            "train/clip_fraction": 0.0, "train/approx_kl": 0.0, "train/rollout_logprob_gap_mean": gaps[0],
+            "train/rollout_logprob_gap_max": gaps[1], "train/grad_norm": rng.uniform(0.5, 2), "train/minibatches_skipped": 0.0,
+            "train/lr": 1e-6,
+        }  # fmt: skip
         times = {
             "time/rollout": rng.uniform(3, 4),
             "time/train": rng.uniform(5, 6),

@@ -1,8 +1,8 @@
 """The documentation says what is: its commands run, or are checked as far as this machine can; its keys, metrics and files exist.
 
-A command in a fenced bash block of README.md or docs/*.md belongs to one of CLASSES; a command of no class fails. What would take long (training, evaluation)
-is resolved like a dry run: the program's own parser, every key and value, the placement. A block that needs more than one machine says so in the
-paragraph above it; its commands are looked at all the same.
+A command in a fenced bash block of README.md or docs/*.md belongs to one of CLASSES; a command of no class fails. What would take long
+(training, evaluation) is resolved like a dry run: the program's own parser, every key and value, the placement. A block that needs more
+than one machine says so in the paragraph above it; its commands are looked at all the same.
 """
 
 from __future__ import annotations

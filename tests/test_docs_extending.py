@@ -74,7 +74,8 @@ def test_the_reward(files: Path) -> None:
 
 def test_a_function_that_hangs_fails_or_cannot_tell_leaves_the_answer_undecided(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(
-        "def judge(answer, solutions):\n    while answer == 'hang': pass\n    return None if answer == 'unsure' else {'right': True}[answer]\n"
+        "def judge(answer, solutions):\n    while answer == 'hang': pass\n"
+        "    return None if answer == 'unsure' else {'right': True}[answer]\n"
     )
     with Verifier(own_tasks={"odd": f"{tmp_path}/odd.py:judge"}, timeout=1.0) as verifier:
         found = {word: verifier.verify(f"\\boxed{{{word}}}", ["x"], "odd") for word in ("right", "unsure", "other", "hang")}
@@ -122,8 +123,9 @@ def test_a_run_with_all_of_them(files: Path) -> None:
     own = {section: keys for part in YAML for section, keys in part.items() if section == "reward"}
     config = write_run(
         files, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
-        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, reward__own_tasks=own["reward"]["own_tasks"],
-        reward__exploration_penalty=1.0, algorithm__loss_type="my_losses.py:soft_clip", algorithm__adv_type="my_advantages.py:behind_the_best",
+        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1,
+        reward__own_tasks=own["reward"]["own_tasks"], reward__exploration_penalty=1.0,
+        algorithm__loss_type="my_losses.py:soft_clip", algorithm__adv_type="my_advantages.py:behind_the_best",
     )  # fmt: skip
     data = files / "data.jsonl"
     data.write_text(data.read_text().replace('"math"', '"interval"'))
@@ -149,7 +151,9 @@ from rlinf.weights import architecture
 
 exec(sys.argv[2], vars(architecture))
 folder = Path(sys.argv[1])
-shape = dict(vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=12)
+shape = dict(
+    vocab_size=131, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=12
+)
 torch.manual_seed(0)
 model = MistralForCausalLM(MistralConfig(**shape, sliding_window=None, max_position_embeddings=64, rms_norm_eps=1e-6))
 for p in model.parameters():

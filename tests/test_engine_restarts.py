@@ -18,7 +18,8 @@ from tests.test_tiny_run import lines
 KILLS = 10
 SHAPE = {
     "cluster__component_placement": {"actor": "0", "rollout": "0-1", "reward": "0"}, "cluster__num_gpus_per_node": 2,
-    "actor__model__tensor_model_parallel_size": 1, "actor__model__pipeline_model_parallel_size": 1, "algorithm__sampling_params": {"max_new_tokens": 24},
+    "actor__model__tensor_model_parallel_size": 1, "actor__model__pipeline_model_parallel_size": 1,
+    "algorithm__sampling_params": {"max_new_tokens": 24},
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""Hangs planted in real runs of several processes, in a collective and in a verdict, and disks that are full: each is named, and a run may go
-on behind it. Hangs in a run of one process are in rlinf/runners/watchdog_test.py."""
+"""Hangs planted in real runs of several processes, in a collective and in a verdict, and disks that are full.
+
+Each is named, and a run may go on behind it. Hangs in a run of one process are in rlinf/runners/watchdog_test.py.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
 
 BUDGET = 20  # seconds; of phases that take well under one on an idle machine
 TWO_RANKS: dict[str, object] = {
-    "cluster__num_gpus_per_node": 2, "cluster__component_placement": {"actor": "0-1", "rollout,reward": "0"}, "runner__val_check_interval": 0,
-    "actor__model__tensor_model_parallel_size": 2, "actor__model__pipeline_model_parallel_size": 1, "runner__phase_timeout": BUDGET,
+    "cluster__num_gpus_per_node": 2, "cluster__component_placement": {"actor": "0-1", "rollout,reward": "0"},
+    "runner__val_check_interval": 0, "actor__model__tensor_model_parallel_size": 2, "actor__model__pipeline_model_parallel_size": 1,
+    "runner__phase_timeout": BUDGET,
 }  # fmt: skip
 
 

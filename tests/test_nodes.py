@@ -45,8 +45,9 @@ def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Names
 def config(folder: Path, nodes: int, actor: str, others: str, pp: int, steps: int, **overrides: object) -> Path:
     """Two slots on every node; the actor is TP 2 x PP `pp`."""
     return write_run(
-        folder, cluster__num_nodes=nodes, cluster__num_gpus_per_node=2, cluster__component_placement={"actor": actor, "rollout,reward": others},
-        cluster__start_timeout=300, actor__model__tensor_model_parallel_size=2, actor__model__pipeline_model_parallel_size=pp,
+        folder, cluster__num_nodes=nodes, cluster__num_gpus_per_node=2,
+        cluster__component_placement={"actor": actor, "rollout,reward": others}, cluster__start_timeout=300,
+        actor__model__tensor_model_parallel_size=2, actor__model__pipeline_model_parallel_size=pp,
         runner__max_steps=steps, runner__val_check_interval=0, runner__save_interval=0, **overrides,
     )  # fmt: skip
 

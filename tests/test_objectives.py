@@ -86,8 +86,8 @@ SAME: dict[str, Case] = {  # words, the case with the same weights
     "dynamic sampling, resumed": ([*DYNAMIC, "runner.save_interval=1"], "dynamic sampling"),
 }
 FAST = {
-    "again", "adv rloo", "reinforce++ in full", "loss decoupled-ppo", "loss gspo", "agg seq-mean-token-mean", "k3 in the reward", "overlong filtering", "subset",
-    "dynamic sampling",
+    "again", "adv rloo", "reinforce++ in full", "loss decoupled-ppo", "loss gspo", "agg seq-mean-token-mean", "k3 in the reward",
+    "overlong filtering", "subset", "dynamic sampling",
 }  # fmt: skip
 SCRIPT = """
 import json, sys
@@ -120,9 +120,10 @@ def write_config(folder: Path, name: str = "tiny", **overrides: object) -> Path:
         actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1,
     )  # fmt: skip
     config = write_run(
-        folder, name, **one_process | overrides, runner__max_steps=2, runner__val_check_interval=0, reward__answer_format="boxed_or_final_number",
-        algorithm__sampling_params={"max_new_tokens": 24, "stop": list("aeimqrtz")}, actor__optim={"lr": 3e-3, "clip_grad": 0.0, "adam_eps": 1.0},
-        runner__save_interval=-1,
+        folder, name, **one_process | overrides, runner__max_steps=2, runner__val_check_interval=0,
+        reward__answer_format="boxed_or_final_number",
+        algorithm__sampling_params={"max_new_tokens": 24, "stop": list("aeimqrtz")},
+        actor__optim={"lr": 3e-3, "clip_grad": 0.0, "adam_eps": 1.0}, runner__save_interval=-1,
     )  # fmt: skip
     answers = [f"\\boxed{{{d}}}" for d in range(5)]
     records = [{"prompt": f"{i}+{i}=", "task": "math", "query_id": str(i), "solutions": answers} for i in range(40)]
@@ -132,7 +133,10 @@ def write_config(folder: Path, name: str = "tiny", **overrides: object) -> Path:
 
 @pytest.fixture(scope="module")
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of every case that a selected test needs, by step; the last step also has the checksum of the weights and the checkpoint's name."""
+    """The metrics of every case that a selected test needs, by step.
+
+    The last step also has the checksum of the weights and the checkpoint's name.
+    """
     wanted = {item.callspec.params["name"] for item in request.session.items if item.path == request.path and "seen" in item.fixturenames}
     for name in list(wanted):
         while name := (CASES | SAME)[name][1]:
@@ -207,8 +211,9 @@ def test_bounds_are_met_and_counted(seen: dict[str, list[dict[str, Any]]], name:
 
 
 EVERYTHING = [
-    "adv_type=reinforce++", "kl_beta=0.1", "kl_in=reward", "gamma=0.95", "entropy_bonus=0.01", "importance_sampling_fix=true", "importance_sampling_clip=1.001",
-    "importance_sampling_normalize=true", "overlong_filtering=true", "dynamic_sampling=true", "loss_agg_func=seq-mean-token-mean",
+    "adv_type=reinforce++", "kl_beta=0.1", "kl_in=reward", "gamma=0.95", "entropy_bonus=0.01",
+    "importance_sampling_fix=true", "importance_sampling_clip=1.001", "importance_sampling_normalize=true",
+    "overlong_filtering=true", "dynamic_sampling=true", "loss_agg_func=seq-mean-token-mean",
 ]  # fmt: skip
 
 

@@ -52,7 +52,8 @@ def test_a_recipe_has_the_published_values(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "changed"),
-    [("qwen2.5-1.5b-single-gpu", {"algorithm.group_size": 2, "data.rollout_batch_size": 128, "runner.seq_length": 2048, "runner.max_steps": 10}),
+    [("qwen2.5-1.5b-single-gpu",
+      {"algorithm.group_size": 2, "data.rollout_batch_size": 128, "runner.seq_length": 2048, "runner.max_steps": 10}),
      ("qwen2.5-1.5b-grpo-megatron-pipeline", {"cluster.num_nodes": 8, "algorithm.normalize_advantages": False})],
 )  # fmt: skip
 def test_a_variant_changes_what_it_says_and_keeps_the_optimizer(name: str, changed: dict[str, object]) -> None:

@@ -103,9 +103,11 @@ def test_a_run_in_one_process_learns_resumes_bit_for_bit_and_opens_in_transforme
         total, count = total - logprobs.sum().item(), count + len(response)
     assert total / count == pytest.approx(lines[-1]["sft/val_loss"], rel=1e-5)
 
-    refused = run(config, f"runner.resume_dir={tmp_path / 'logs/tiny/checkpoints/step_000002'}", 'cluster.component_placement={"actor,rollout,reward": all}',
-                  "runner.experiment_name=rl", "rollout.rollout_backend=embedded", "algorithm.sampling_params.max_new_tokens=16", "data.max_prompt_length=48",
-                  "data.answer_key=response", command="train")  # fmt: skip
+    refused = run(
+        config, f"runner.resume_dir={tmp_path / 'logs/tiny/checkpoints/step_000002'}",
+        'cluster.component_placement={"actor,rollout,reward": all}', "runner.experiment_name=rl", "rollout.rollout_backend=embedded",
+        "algorithm.sampling_params.max_new_tokens=16", "data.max_prompt_length=48", "data.answer_key=response", command="train",
+    )  # fmt: skip
     assert refused.returncode == 2 and "is a checkpoint of `rlinf sft`, and this is `rlinf train`" in refused.stderr, refused.stderr
 
 
@@ -159,7 +161,8 @@ def test_grpo_starts_from_what_fine_tuning_leaves(tmp_path: Path, model: Path) -
     (tmp_path / "rl").mkdir()
     config = write_rl_run(
         tmp_path / "rl", cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
-        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, rollout__model_dir=str(hf), runner__max_steps=1,
+        actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1, rollout__model_dir=str(hf),
+        runner__max_steps=1,
     )  # fmt: skip
     done = run(config, command="train")
     assert done.returncode == 0, done.stderr[-4000:]

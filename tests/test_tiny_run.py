@@ -38,13 +38,15 @@ def write_run(folder: Path, name: str = "tiny", **overrides: object) -> Path:
             )
         )
     config = {
-        "cluster": {"num_gpus_per_node": 4, "device": "cpu", "threads_per_worker": 1, "component_placement": {"actor": "0-3", "rollout,reward": "0"}},
-        "runner": {"output_dir": str(folder / "logs"), "experiment_name": name, "max_steps": STEPS, "max_epochs": 9, "seq_length": 64, "max_tokens_per_mbs": 128,
-                   "val_check_interval": -1, "save_interval": 2},
+        "cluster": {"num_gpus_per_node": 4, "device": "cpu", "threads_per_worker": 1,
+                    "component_placement": {"actor": "0-3", "rollout,reward": "0"}},
+        "runner": {"output_dir": str(folder / "logs"), "experiment_name": name, "max_steps": STEPS, "max_epochs": 9, "seq_length": 64,
+                   "max_tokens_per_mbs": 128, "val_check_interval": -1, "save_interval": 2},
         "data": {"train_data_paths": [str(data)], "val_data_paths": [str(data)], "max_prompt_length": 40, "rollout_batch_size": 4},
         "algorithm": {"group_size": 4, "n_minibatches": 2, "sampling_params": {"max_new_tokens": 16}, "shuffle_rollout": True},
         "rollout": {"model_dir": str(model), "rollout_backend": "embedded", "max_running_requests": 8, "verify_weights_every": 2},
-        "actor": {"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "precision": "fp32"}, "optim": {"lr": 1e-3}},
+        "actor": {"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "precision": "fp32"},
+                  "optim": {"lr": 1e-3}},
         "reward": {"reward_scale": 5.0},
     }  # fmt: skip
     for key, value in overrides.items():
@@ -127,8 +129,9 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
 def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, cp: int, slots: str) -> None:
     placement, transport = {"actor": slots, "rollout,reward": "0"}, {1: "auto", 2: "broadcast"}[pp]
     config = write_run(
-        tmp_path, cluster__component_placement=placement, actor__model__tensor_model_parallel_size=tp, actor__model__pipeline_model_parallel_size=pp,
-        actor__model__context_parallel_size=cp, rollout__weight_transport=transport, rollout__max_engine_restarts=0,
+        tmp_path, cluster__component_placement=placement, actor__model__tensor_model_parallel_size=tp,
+        actor__model__pipeline_model_parallel_size=pp, actor__model__context_parallel_size=cp,
+        rollout__weight_transport=transport, rollout__max_engine_restarts=0,
     )  # fmt: skip
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -38,7 +38,10 @@ def advantages(folder: Path, name: str) -> dict[str, float]:
 
 
 def test_scores_are_paid_within_the_budget_of_remote_calls(tmp_path: Path) -> None:
-    """All random answers are wrong, so that without the scores every advantage would be 0. One call a step; a checkpoint holds nothing of the model."""
+    """All random answers are wrong, so that without the scores every advantage would be 0.
+
+    One call a step; a checkpoint holds nothing of the model.
+    """
     config = write_run(
         tmp_path,
         token_reward=write_scorer(tmp_path / "scorer"),
@@ -70,8 +73,9 @@ def test_layouts_of_actor_and_model_do_not_matter(tmp_path: Path, dense: bool) -
     words += ["algorithm.adv_type=reinforce++", "algorithm.dense_rewards=true", "token_reward.weight=0.5"] if dense else []
     here = write_run(tmp_path, "here", token_reward=scorer, runner__save_interval=0, runner__val_check_interval=0, **ONE_PROCESS)
     there = write_run(
-        tmp_path, "there", token_reward=scorer | {"model": {"precision": "fp32", "pipeline_model_parallel_size": 2}}, cluster__num_gpus_per_node=3,
-        cluster__component_placement={"actor": "0-1", "token_reward": "1-2", "rollout,reward": "0"}, runner__save_interval=0, runner__val_check_interval=0,
+        tmp_path, "there", token_reward=scorer | {"model": {"precision": "fp32", "pipeline_model_parallel_size": 2}},
+        cluster__num_gpus_per_node=3, cluster__component_placement={"actor": "0-1", "token_reward": "1-2", "rollout,reward": "0"},
+        runner__save_interval=0, runner__val_check_interval=0,
         actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1,
     )  # fmt: skip
     for config in (here, there):

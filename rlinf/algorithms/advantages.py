@@ -37,7 +37,8 @@ def centred(rewards_G: np.ndarray) -> np.ndarray:
 
 
 def uncompared(rewards_G: np.ndarray) -> np.ndarray:
-    """R itself: the baseline is the mean over the batch, taken by the whitening (REINFORCE++, arXiv 2501.03262), or a critic's value (GAE)."""
+    """R itself: the baseline is the mean over the batch, taken by the whitening (REINFORCE++, arXiv 2501.03262),
+    or a critic's value (GAE)."""
     return rewards_G
 
 

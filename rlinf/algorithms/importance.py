@@ -85,7 +85,8 @@ def proximal_logprobs_N(logprobs_N: Tensor, rollout_logprobs_N: Tensor, age_N: T
 
         log pi_prox = log mu + sg[alpha (log pi - log mu)]        alpha = (age - 1) / age
 
-    age_N: the version that this step makes minus the one that sampled the token, at least 1. At 1 pi_prox is mu; the older, the nearer to pi.
+    age_N: the version that this step makes minus the one that sampled the token, at least 1.
+    At 1 pi_prox is mu; the older, the nearer to pi.
     """
     alpha_N = (age_N - 1) / age_N
     return rollout_logprobs_N + alpha_N * (logprobs_N.detach() - rollout_logprobs_N)

@@ -97,7 +97,8 @@ def sequence_mean_S(values_N: Tensor, sample_N: Tensor, n_samples: int) -> Tenso
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, Clip], TokenLosses]] = {
     "ppo": ppo,
-    "decoupled-ppo": ppo,  # AReaL, arXiv 2505.24298: around pi_prox = pi_old; its weight pi_prox / pi_behaviour is a Correction (importance.py)
+    # AReaL, arXiv 2505.24298: around pi_prox = pi_old; its weight pi_prox / pi_behaviour is a Correction (importance.py)
+    "decoupled-ppo": ppo,
     "gspo": gspo,
     "gspo-token": gspo_token,
     "cispo": cispo,

@@ -23,10 +23,11 @@ from rlinf.algorithms.losses import LOSSES, Clip, importance_ratio_N, ppo
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """The part of the `algorithm` section that the loss needs. correction None = the rollout engine's probabilities are taken for the actor's.
+    """The part of the `algorithm` section that the loss needs.
 
-    decoupled-ppo is ppo with the correction `token-mask` up to its cap: pi_old is then pi_prox, the engine's policy pi_behaviour. Where tokens
-    have an age, pi_prox is interpolated (importance.proximal_logprobs_N).
+    correction None: the rollout engine's probabilities are taken for the actor's. decoupled-ppo is ppo with the correction `token-mask`
+    up to its cap: pi_old is then pi_prox, the engine's policy pi_behaviour. Where tokens have an age, pi_prox is interpolated
+    (importance.proximal_logprobs_N).
     """
 
     loss_type: str

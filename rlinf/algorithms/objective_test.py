@@ -285,7 +285,8 @@ def test_decoupled_ppo_limits() -> None:
     [(1, 1.0, 1.75, 1.2, False), (2, 1.3229, 1.3229, 1.5875, False), (3, 1.4522, 1.2051, 1.7426, False), (4, 1.5215, 1.1502, 1.75, True)],
 )
 def test_an_interpolated_proximal_policy(age: int, weight: float, ratio: float, objective: float, flows: bool) -> None:
-    """mu = 0.20, pi = 0.35, A = 1, epsilon 0.2. alpha = (age - 1) / age: w = 1.75^alpha, r = 1.75^(1 - alpha); a fresh token has pi_prox = mu."""
+    """mu = 0.20, pi = 0.35, A = 1, epsilon 0.2. alpha = (age - 1) / age: w = 1.75^alpha, r = 1.75^(1 - alpha);
+    a fresh token has pi_prox = mu."""
     logs = {name: torch.tensor([p], dtype=torch.float64).log() for name, p in (("mu", 0.2), ("pi", 0.35))}
     batch = replace(constant([-1.0], [1]), logprobs_N=logs["pi"], old_logprobs_N=logs["mu"], rollout_logprobs_N=logs["mu"])
     loss, gradient, metrics = run(replace(batch, age_N=torch.tensor([float(age)])), DECOUPLED)

@@ -2,8 +2,8 @@
 
     python -m rlinf.checks.acceptance [--out DIR] [--cpu] [--model HF_DIR] [--parts NAME ...]
 
-toolkits/gpu_acceptance.sh is the door. A part that fails, crashes or takes too long is reported, and the others still run; the exit code is 1
-when one failed. --cpu: a rehearsal of all parts with tiny shapes, which says nothing about a GPU.
+toolkits/gpu_acceptance.sh is the door. A part that fails, crashes or takes too long is reported, and the others still run; the exit code is
+1 when one failed. --cpu: a rehearsal of all parts with tiny shapes, which says nothing about a GPU.
 """
 
 from __future__ import annotations

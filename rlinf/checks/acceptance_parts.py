@@ -1,4 +1,6 @@
-"""The parts of the acceptance (rlinf.checks.acceptance), each in a process of its own: python -m rlinf.checks.acceptance_parts PART FOLDER [--cpu]
+"""The parts of the acceptance (rlinf.checks.acceptance), each in a process of its own.
+
+    python -m rlinf.checks.acceptance_parts PART FOLDER [--cpu]
 
 A part returns its figures; `problem` among them says what is wrong. They are written to FOLDER/PART.json.
 """
@@ -54,9 +56,9 @@ GPU_SLACK = 10.0  # other kernels sum in another order: of the layout check's to
 STEPS, MICRO_BATCHES = 3, 2
 SETTINGS = ObjectiveSettings("ppo", "token-mean", 0.2, 0.2, None, 0.0, "k3", 0.0, None, 1 << 20)
 QWEN3_06B = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 1e6,
-    "tie_word_embeddings": True,
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "rope_theta": 1e6, "tie_word_embeddings": True,
 }  # fmt: skip
 SMALL = QWEN3_06B | {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
                      "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
@@ -111,14 +113,16 @@ def part_run(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     data.write_text("".join(json.dumps(q) + "\n" for q in questions))
     new_tokens = 16 if cpu else 256
     config = {
-        "cluster": {"backend": backend, "device": kind(cpu).type, "num_gpus_per_node": 1, "component_placement": {"actor,rollout,reward": "0"}},
-        "runner": {"output_dir": str(folder / "logs"), "experiment_name": f"run-{time.time_ns()}", "max_steps": 3, "seq_length": new_tokens + 64, "max_tokens_per_mbs": 4096,
-                   "val_check_interval": 0, "save_interval": -1},
+        "cluster": {"backend": backend, "device": kind(cpu).type, "num_gpus_per_node": 1,
+                    "component_placement": {"actor,rollout,reward": "0"}},
+        "runner": {"output_dir": str(folder / "logs"), "experiment_name": f"run-{time.time_ns()}", "max_steps": 3,
+                   "seq_length": new_tokens + 64, "max_tokens_per_mbs": 4096, "val_check_interval": 0, "save_interval": -1},
         "data": {"train_data_paths": [str(data)], "max_prompt_length": 64, "rollout_batch_size": 2 if cpu else 16},
         "algorithm": {"group_size": 4, "n_minibatches": 2, "sampling_params": {"max_new_tokens": new_tokens}},
         "rollout": {"model_dir": str(weights), "rollout_backend": engine, "max_running_requests": 32, "verify_weights_every": 1,
                     "gpu_memory_utilization": 0.4},
-        "actor": {"model": {"precision": "fp32" if cpu else "bf16"}, "optim": {"lr": 1e-5}, "offload_weight": True, "offload_grad": True, "offload_optimizer": True},
+        "actor": {"model": {"precision": "fp32" if cpu else "bf16"}, "optim": {"lr": 1e-5}, "offload_weight": True, "offload_grad": True,
+                  "offload_optimizer": True},
     }  # fmt: skip
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(config))

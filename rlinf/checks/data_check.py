@@ -56,7 +56,10 @@ class Findings:
 
 
 def main(path: str | Path, as_json: bool = False, reward: RewardConfig | None = None) -> int:
-    """Print the report; 0 when there is no fault, 2 when there is one. reward: the section of a run's configuration; None = its defaults."""
+    """Print the report; 0 when there is no fault, 2 when there is one.
+
+    reward: the section of a run's configuration; None = its defaults.
+    """
     report = check(Path(path), reward=reward)
     sys.stdout.write(json.dumps(report, indent=1) + "\n" if as_json else describe(report))
     return 2 if report["faults"] else 0

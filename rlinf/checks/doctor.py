@@ -233,7 +233,8 @@ def ephemeral_ports(text: str) -> Finding:
     """Rendezvous ports are taken from host.PORTS, which no outgoing connection may use."""
     first, last = map(int, text.split())
     if first < PORTS.stop and last >= PORTS.start:
-        return Finding("ports", WARN, f"the kernel gives {first}-{last} to outgoing connections; runs listen on {PORTS.start}-{PORTS.stop - 1}",
+        return Finding("ports", WARN,
+                       f"the kernel gives {first}-{last} to outgoing connections; runs listen on {PORTS.start}-{PORTS.stop - 1}",
                        "sysctl -w net.ipv4.ip_local_port_range='32768 60999'")  # fmt: skip
     return Finding("ports", OK, f"{PORTS.start}-{PORTS.stop - 1} are left alone")
 

@@ -1,4 +1,4 @@
-"""A run in a process of its own that is to die at a chosen instant, and what there is to see of it from outside: its folder, its shared memory.
+"""A run in a process of its own that is to die at a chosen instant, and what is seen of it from outside: its folder, its shared memory.
 
 An instant inside a checkpoint write or a weight sync is found by looking, not by waiting: the driver is frozen as soon as the sign shows
 (a `.partial` folder with so many files; a segment of the weights), and killed if the sign still stands then. Otherwise it goes on, and the
@@ -33,8 +33,9 @@ from rlinf.runners.run_folder import COMPLETE
 ROOT = Path(rlinf.__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTS = (  # what a run in one process comes to import
-    "rlinf.cli", "rlinf.config.validate", "rlinf.config.model", "rlinf.runners.launch", "rlinf.cluster.local_cluster", "rlinf.workers.train",
-    "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward", "rlinf.report.page",
+    "rlinf.cli", "rlinf.config.validate", "rlinf.config.model", "rlinf.runners.launch", "rlinf.cluster.local_cluster",
+    "rlinf.workers.train", "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward",
+    "rlinf.report.page",
 )  # fmt: skip
 LOOK = 0.0003  # seconds between two looks for a sign
 SETTLE = 0.02  # what is still on its way when the driver is frozen has arrived by then

@@ -1,9 +1,9 @@
 """`rlinf check layout`: however a step is split, it is the same step.
 
-Two optimizer steps on tiny random models of every family, in layouts over TP x CP x PP x DP x sequence parallelism x micro-batch split x shared
-prefix x sample order x number of ranks, of a policy and of a critic, against plain transformers on one sample at a time: loss, metrics,
-values, the gradient of every parameter, its norm, and the weights after the steps. fp32; nothing is normalised away (see layout_reference).
-Activations are kept or recomputed, in turn.
+Two optimizer steps on tiny random models of every family, in layouts over TP x CP x PP x DP x sequence parallelism x micro-batch split x
+shared prefix x sample order x number of ranks, of a policy and of a critic, against plain transformers on one sample at a time: loss,
+metrics, values, the gradient of every parameter, its norm, and the weights after the steps. fp32; nothing is normalised away (see
+layout_reference). Activations are kept or recomputed, in turn.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ SPLITS = [(budget, prefix, order) for budget, order in zip((512, 40, 70, 12), (0
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the step. budget: tokens of a micro-batch at most; order: seed of the sample order, 0 = as made; recompute: of RECOMPUTE."""
+    """One way to compute the step.
+
+    budget: tokens of a micro-batch at most; order: seed of the sample order, 0 = as made; recompute: of RECOMPUTE.
+    """
 
     ranks: int
     tp: int
@@ -233,7 +236,8 @@ def judge(case: Case, ranks: Sequence[Measured], expected: Expected, advantage: 
 
 
 def compare_outputs(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> list[tuple[float, str]]:
-    """The largest difference of a token's log-probability or value, relative to max(1, |it|), of each sample; infinite where one is missing."""
+    """The largest difference of a token's log-probability or value, relative to max(1, |it|), of each sample;
+    infinite where one is missing."""
     found = [(math.inf, name) for name in got.keys() ^ want.keys()]
     return found + [(float(np.max(np.abs(got[k] - want[k]) / np.maximum(1.0, np.abs(want[k])))), k) for k in got.keys() & want.keys()]
 
@@ -262,7 +266,8 @@ def worst(found: Iterable[tuple[float, str]]) -> tuple[float, str]:
 
 
 def replicas_agree(ranks: Sequence[Measured]) -> bool:
-    """Whether every copy of a parameter shard, over DP and CP ranks, TP ranks (norms) and stages (tied embeddings), is the same bit for bit."""
+    """Whether every copy of a parameter shard is the same bit for bit:
+    over DP and CP ranks, TP ranks (norms) and stages (tied embeddings)."""
     seen: dict[str, str] = {}
     return all(seen.setdefault(name, value) == value for rank in ranks for name, value in rank.replicas.items())
 
@@ -329,8 +334,9 @@ def table(findings: Sequence[Finding]) -> Table:
 def complaint(v: Finding) -> str:
     """What is wrong with a layout that fails, in one line."""
     return (
-        f"{v.case.label()}: loss {v.loss:.1e}, gradient {v.gradient:.1e} ({v.gradient_of}), norm {v.norm:.1e}, weights {v.weight:.1e} ({v.weight_of}), "
-        f"metrics {v.metric:.1e} ({v.metric_of}), replicas {'equal' if v.replicas_equal else 'DIFFER'}"
+        f"{v.case.label()}: loss {v.loss:.1e}, gradient {v.gradient:.1e} ({v.gradient_of}), norm {v.norm:.1e}, "
+        f"weights {v.weight:.1e} ({v.weight_of}), metrics {v.metric:.1e} ({v.metric_of}), "
+        f"replicas {'equal' if v.replicas_equal else 'DIFFER'}"
     )
 
 
@@ -355,9 +361,15 @@ def main(quick: bool, json_file: Path | None) -> int:
 
 def report(findings: Sequence[Finding], seconds: float) -> dict[str, Any]:
     return {
-        "tolerances": {"loss": LOSS_TOLERANCE, "gradient": GRADIENT_TOLERANCE, "norm": NORM_TOLERANCE, "weight": WEIGHT_TOLERANCE, "metric": METRIC_TOLERANCE},
+        "tolerances": {
+            "loss": LOSS_TOLERANCE,
+            "gradient": GRADIENT_TOLERANCE,
+            "norm": NORM_TOLERANCE,
+            "weight": WEIGHT_TOLERANCE,
+            "metric": METRIC_TOLERANCE,
+        },
         "machine": {"platform": platform.platform(), "python": platform.python_version(), "torch": torch.__version__},
         "seconds": seconds,
         "holds": all(v.holds for v in findings),
         "layouts": [asdict(v) | {"holds": v.holds, "dp": v.case.dp} for v in findings],
-    }  # fmt: skip
+    }

@@ -25,12 +25,12 @@ TEMPERATURE = 1.3
 OPTIM = OptimConfig(lr=0.2, adam_beta1=0.0, adam_beta2=0.95, adam_eps=1.0, weight_decay=0.1, clip_grad=0.0)
 IMPORTANCE_LIMIT = 2.0
 SETTINGS = ObjectiveSettings(
-    loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=1.5, kl_beta=0.1, kl_penalty_type="k3", entropy_bonus=0.02,
-    correction=Correction("token-truncate", 0.0, IMPORTANCE_LIMIT), max_new_tokens=16,
+    loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=1.5, kl_beta=0.1, kl_penalty_type="k3",
+    entropy_bonus=0.02, correction=Correction("token-truncate", 0.0, IMPORTANCE_LIMIT), max_new_tokens=16,
 )  # fmt: skip
 VALUE_SETTINGS = ValueSettings(loss_agg_func="token-mean", clip=0.02, max_new_tokens=16)
-# prompt length and response lengths of the groups: lengths 1, equal and unequal ones, a group of one, one response far longer than the rest;
-# the prompts of the second half begin with the same COMMON_START tokens, as with a system prompt or worked examples
+# Prompt length and response lengths of the groups: lengths 1, equal and unequal ones, a group of one, one response far longer than the
+# rest; the prompts of the second half begin with the same COMMON_START tokens, as with a system prompt or worked examples.
 COMMON_START = 18
 SHAPES = ((5, (3, 1, 7, 4)), (1, (6,)), (9, (2, 2, 2)), (4, (1, 1)), (7, (16, 3, 5)), (3, (8, 4, 1)))
 

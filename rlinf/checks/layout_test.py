@@ -177,11 +177,19 @@ def gradients_of_gathered_keys_not_summed(patch: Patch) -> None:
 # fault -> (how to plant it, a layout in which it must show, the figure that shows it)
 FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
     "mean of means over micro-batches": (mean_of_means, Case(1, 1, 1, False, "qwen2", 24, True, 0), "loss"),
-    "a norm's gradient not reduced under sequence parallelism": (norm_gradient_not_reduced, Case(2, 2, 1, True, "qwen2", 512, True, 0), "gradient"),
-    "a query norm's gradient not reduced over tensor-parallel ranks": (qk_norm_gradient_not_reduced, Case(2, 2, 1, False, "qwen3", 512, True, 0), "gradient"),
-    "a tied embedding's gradient not summed over stages": (tied_gradient_not_summed, Case(2, 1, 2, False, "qwen2-tied", 512, True, 0), "gradient"),
+    "a norm's gradient not reduced under sequence parallelism": (
+        norm_gradient_not_reduced, Case(2, 2, 1, True, "qwen2", 512, True, 0), "gradient"
+    ),
+    "a query norm's gradient not reduced over tensor-parallel ranks": (
+        qk_norm_gradient_not_reduced, Case(2, 2, 1, False, "qwen3", 512, True, 0), "gradient"
+    ),
+    "a tied embedding's gradient not summed over stages": (
+        tied_gradient_not_summed, Case(2, 1, 2, False, "qwen2-tied", 512, True, 0), "gradient"
+    ),
     "gradients averaged over data-parallel ranks": (averaged_over_ranks, Case(2, 1, 1, False, "qwen2", 512, True, 0), "gradient"),
-    "every data-parallel rank trains on the first one's samples": (biased_data_parallel_share, Case(2, 1, 1, False, "qwen2", 512, True, 0), "loss"),
+    "every data-parallel rank trains on the first one's samples": (
+        biased_data_parallel_share, Case(2, 1, 1, False, "qwen2", 512, True, 0), "loss"
+    ),
     "a log-probability taken one position too late": (shifted_logprob, Case(1, 1, 1, False, "llama", 512, False, 0), "metric"),
     "a shared prefix attended to twice": (prefix_attended_twice, Case(1, 1, 1, False, "llama", 512, True, 0), "metric"),
     "a shared prefix whose gradient counts twice": (prefix_gradient_twice, Case(1, 1, 1, False, "llama", 512, True, 0), "gradient"),
@@ -189,8 +197,12 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
     "a value's gradient summed over tensor-parallel ranks": (
         value_gradient_summed_over_tensor_ranks, Case(2, 2, 1, True, "qwen2-tied", 512, True, 0, "scalar"), "gradient"
     ),
-    "keys of context-parallel ranks in the wrong order": (chunks_in_the_order_of_the_ranks, Case(2, 1, 1, False, "llama", 512, False, 0, cp=2), "metric"),
-    "gradients of gathered keys not summed": (gradients_of_gathered_keys_not_summed, Case(2, 1, 1, False, "qwen2", 512, True, 0, cp=2), "gradient"),
+    "keys of context-parallel ranks in the wrong order": (
+        chunks_in_the_order_of_the_ranks, Case(2, 1, 1, False, "llama", 512, False, 0, cp=2), "metric"
+    ),
+    "gradients of gathered keys not summed": (
+        gradients_of_gathered_keys_not_summed, Case(2, 1, 1, False, "qwen2", 512, True, 0, cp=2), "gradient"
+    ),
     "sharded parameters not marked for the gradient norm": (shards_not_marked, Case(2, 2, 1, False, "qwen2", 512, True, 0), "norm"),
 }  # fmt: skip
 

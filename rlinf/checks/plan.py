@@ -75,7 +75,10 @@ def forecast(config: Config, arch: Architecture, device: Device, mean_response: 
 
 
 def _gpu_phases(config: Config, plan: Plan, device: Device, stages: tuple[ActorMemory, ...], engine: EngineMemory) -> dict[str, int]:
-    """Bytes on the fullest GPU while training and while generating. SGLang sleeps while its GPU trains; the embedded engine keeps its own."""
+    """Bytes on the fullest GPU while training and while generating.
+
+    SGLang sleeps while its GPU trains; the embedded engine keeps its own.
+    """
     actor, sglang = max(stages, key=lambda s: s.total), config.rollout.rollout_backend == "sglang"
     shared = plan.shares_device("actor", "rollout")
     serving = device.context + (SGLANG_WORKSPACE if sglang else 0)
@@ -207,8 +210,9 @@ def report(result: Forecast, config: Config, device: Device) -> str:
 
 def assumptions(device: Device) -> str:
     return (f"assumed of {device.name}: {device.flops / 1e12:.4g} TFLOP/s dense, memory {device.bandwidth / 1e9:.0f} GB/s, "
-            f"link {device.link / 1e9:.0f}, network {device.network / 1e9:.4g}, host {device.host / 1e9:.0f} GB/s; shares reached in practice and "
-            "the formulas are in rlinf/scheduling/step_time.py; an estimate, not a measurement")  # fmt: skip
+            f"link {device.link / 1e9:.0f}, network {device.network / 1e9:.4g}, host {device.host / 1e9:.0f} GB/s; "
+            "shares reached in practice and the formulas are in rlinf/scheduling/step_time.py; "
+            "an estimate, not a measurement")  # fmt: skip
 
 
 def gib(size: float) -> str:
@@ -237,9 +241,12 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
     change = nearest_fit(config, arch, hf, device, mean_response) if result.trouble else None
     if as_json:
         seats = {c: len(result.placement.of(c)) for c in ("actor", "rollout", "reward")}
-        content = {"device": asdict(device), "mode": result.placement.mode, "seats": seats, "actor": [asdict(s) | {"total": s.total} for s in result.stages],
-                   "engine": asdict(result.engine), "kv_tokens": result.kv_tokens, "phases": result.phases, "limit": result.limit,
-                   "load": asdict(result.load), "seconds": result.seconds, "fits": not result.trouble, "trouble": result.trouble, "change": change}  # fmt: skip
+        content = {
+            "device": asdict(device), "mode": result.placement.mode, "seats": seats,
+            "actor": [asdict(s) | {"total": s.total} for s in result.stages], "engine": asdict(result.engine),
+            "kv_tokens": result.kv_tokens, "phases": result.phases, "limit": result.limit, "load": asdict(result.load),
+            "seconds": result.seconds, "fits": not result.trouble, "trouble": result.trouble, "change": change,
+        }  # fmt: skip
         sys.stdout.write(json.dumps(content, indent=1) + "\n")
         return 2 if result.trouble else 0
     lines = [f"config: {resolved.source}", report(result, config, device)]

@@ -1,7 +1,7 @@
-"""Training ranks on this machine that outlive one layout: gloo processes in which one function after another runs, each in its own TP x CP x PP x DP.
+"""Training ranks on this machine that outlive one layout.
 
-Starting a rank costs seconds of imports, laying its process groups anew costs a fraction of one: proofs and tests that look at many
-layouts share one pool.
+They are gloo processes in which one function after another runs, each in its own TP x CP x PP x DP. Starting a rank costs seconds of
+imports, laying its process groups anew costs a fraction of one: proofs and tests that look at many layouts share one pool.
 """
 
 from __future__ import annotations

@@ -62,9 +62,11 @@ CHAINS = (
 )
 QUICK = (Chain("one process", "one process", False, 14, ("checkpoint", "checkpoint", "sync", "random", "start")),)
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "one process": {"cluster.backend": "local", "cluster.num_gpus_per_node": 1, "cluster.component_placement": {"actor,rollout,reward": "0"}},
-    "Ray TP2": {"cluster.backend": "ray", "cluster.num_gpus_per_node": 2, "cluster.component_placement": {"actor": "0-1", "rollout,reward": "0"},
-                "actor.model.tensor_model_parallel_size": 2, "rollout.max_engine_restarts": 0},  # here the death of an engine is to end the run too
+    "one process": {"cluster.backend": "local", "cluster.num_gpus_per_node": 1,
+                    "cluster.component_placement": {"actor,rollout,reward": "0"}},
+    "Ray TP2": {"cluster.backend": "ray", "cluster.num_gpus_per_node": 2,
+                "cluster.component_placement": {"actor": "0-1", "rollout,reward": "0"}, "actor.model.tensor_model_parallel_size": 2,
+                "rollout.max_engine_restarts": 0},  # here the death of an engine is to end the run too
 }  # fmt: skip
 VICTIMS = {"one process": ("driver",), "Ray TP2": ("driver", "actor-0", "actor-1", "rollout-0")}
 
@@ -124,12 +126,13 @@ class Bench:
     def config(self, name: str, layout: str, steps: int, background: bool = False) -> Path:
         """The YAML of a run."""
         values: dict[str, Any] = {
-            "cluster.device": "cpu", "cluster.threads_per_worker": 1,
-            "runner.output_dir": str(self.folder / "runs"), "runner.experiment_name": name, "runner.max_steps": steps, "runner.max_epochs": 99,
+            "cluster.device": "cpu", "cluster.threads_per_worker": 1, "runner.output_dir": str(self.folder / "runs"),
+            "runner.experiment_name": name, "runner.max_steps": steps, "runner.max_epochs": 99,
             "runner.seq_length": 40, "runner.max_tokens_per_mbs": 64, "runner.val_check_interval": 0, "runner.save_interval": SAVE_INTERVAL,
             "runner.async_checkpoint": background, "runner.logger.logger_backends": [],
             "data.train_data_paths": [str(self.folder / "data.jsonl")], "data.max_prompt_length": 16, "data.rollout_batch_size": 4,
-            "algorithm.group_size": 4, "algorithm.n_minibatches": 2, "algorithm.sampling_params.max_new_tokens": 12, "algorithm.shuffle_rollout": True,
+            "algorithm.group_size": 4, "algorithm.n_minibatches": 2, "algorithm.sampling_params.max_new_tokens": 12,
+            "algorithm.shuffle_rollout": True,
             "rollout.model_dir": str(self.folder / "model"), "rollout.rollout_backend": "embedded", "rollout.max_running_requests": 8,
             "actor.model.precision": "fp32", "actor.optim.lr": 1e-3, "actor.optim.adam_eps": 1e-3,
             "reward.format_reward": 1.0, "reward.exploration_penalty": 3.0,

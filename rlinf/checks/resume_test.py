@@ -1,4 +1,5 @@
-"""`rlinf check resume` holds, and it would notice: a step lost, a sample trained twice or skipped, a weight, a moment, a curve that differ."""
+"""`rlinf check resume` holds, and it would notice a step lost, a sample trained twice or skipped,
+a weight, a moment or a curve that differs."""
 
 from __future__ import annotations
 

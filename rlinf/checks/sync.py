@@ -191,7 +191,8 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine
 def hand_out_all(
     pool: RankPool, alike: Sequence[Case], model: Path, files: Path, meeting: Meeting, probes: list[np.ndarray]
 ) -> tuple[list[Handed], dict[tuple[int, int], SharedMemory]]:
-    """What each rank handed out for these cases, which differ in transport and engines; and what came by broadcast, by (engines, engine)."""
+    """What each rank handed out for these cases, which differ in transport and engines;
+    and what came by broadcast, by (engines, engine)."""
     first, transports = alike[0], tuple({c.transport: None for c in alike if c.transport != BROADCAST})
     with ThreadPoolExecutor(1 + max(REPLICAS)) as threads:
         handing = threads.submit(
@@ -206,8 +207,8 @@ def hand_out_all(
 
 
 async def take(
-    case: Case, handed: Sequence[Handed], received: Mapping[tuple[int, int], SharedMemory], models: Models, engines: Sequence[EmbeddedEngine],
-    probes: Sequence[np.ndarray], name: str,
+    case: Case, handed: Sequence[Handed], received: Mapping[tuple[int, int], SharedMemory], models: Models,
+    engines: Sequence[EmbeddedEngine], probes: Sequence[np.ndarray], name: str,
 ) -> tuple[float, str]:  # fmt: skip
     """Bring what was handed out into the engines: (gap of the probes, what is wrong)."""
     for engine in engines:  # another model's weights, and its keys and values in the cache

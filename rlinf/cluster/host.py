@@ -182,7 +182,10 @@ class WorkerProcess(Holder):
 
 
 def process_environment(run_id: str) -> dict[str, str]:
-    """What must be set before the process exists: its mark, and what the C library reads at its start. Nothing is looked up on the internet."""
+    """What must be set before the process exists: its mark, and what the C library reads at its start.
+
+    Nothing is looked up on the internet.
+    """
     return {
         RUN_ID: run_id,
         "OMP_WAIT_POLICY": "PASSIVE",  # components that share cores take turns: a waiting thread must not burn them,

@@ -108,7 +108,9 @@ KEYS: dict[str, str] = {
     "actor.lr_sched*": "use actor.optim.{lr, min_lr, lr_decay_style, lr_decay_steps, lr_warmup_steps}",
     "*.group_name": "groups of workers are named after their component; remove it",
     # reward, critic, inference
-    "reward.use_reward_model": "rewards come from the verifier of reward.reward_type; a model that scores responses is token_reward.model_dir",
+    "reward.use_reward_model": (
+        "rewards come from the verifier of reward.reward_type; a model that scores responses is token_reward.model_dir"
+    ),
     "reward.tokenizer*": "the tokenizer is read from rollout.model_dir; remove it",
     "critic.use_critic_model": "algorithm.adv_type: gae has a critic, no other has; remove it",
     "algorithm.value_clip": "use critic.value_clip",

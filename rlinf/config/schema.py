@@ -64,13 +64,14 @@ class RunnerConfig:
     keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
     keep_groups: int = key(
         50,
-        "steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) stay in samples/ for `rlinf replay`, newest first; step 1 "
-        "and the step behind each kept checkpoint stay anyway; -1 = all; 0 = none are written",
+        "steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) stay in samples/ for `rlinf replay`, newest first; "
+        "step 1 and the step behind each kept checkpoint stay anyway; -1 = all; 0 = none are written",
     )
     resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
     phase_timeout: int = key(
         0,
-        "seconds that a phase of a step may take before the run counts as hanging; 0 = ten times the longest such phase so far, at least 600; -1 = any",
+        "seconds that a phase of a step may take before the run counts as hanging; "
+        "0 = ten times the longest such phase so far, at least 600; -1 = any",
     )
     on_hang: str = key(
         "abort",
@@ -175,12 +176,14 @@ class AlgorithmConfig:
     )
     schedule: str = key(
         "logical",
-        "`logical`: reproducible, a batch is generated under one version; `wallclock`: groups begin and are trained on as soon as max_staleness allows",
+        "`logical`: reproducible, a batch is generated under one version; "
+        "`wallclock`: groups begin and are trained on as soon as max_staleness allows",
         ("logical", "wallclock"),
     )
     dense_rewards: bool = key(
         False,
-        "each token is paid its own score of the token reward model (adv_type gae or reinforce++); false = a response is paid token_reward.reduce",
+        "each token is paid its own score of the token reward model (adv_type gae or reinforce++); "
+        "false = a response is paid token_reward.reduce",
     )
     shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
     sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
@@ -192,7 +195,8 @@ class AlgorithmConfig:
 
     @property
     def token_level(self) -> bool:
-        """Whether advantages differ from token to token: the driver then knows only the outcome, and the actor finishes (and whitens) them."""
+        """Whether advantages differ from token to token:
+        the driver then knows only the outcome, and the actor finishes (and whitens) them."""
         return self.kl_in == "reward" or self.gamma != 1 or self.adv_type == "gae" or self.dense_rewards
 
 
@@ -223,11 +227,13 @@ class RolloutConfig:
     )
     max_engine_restarts: int = key(
         3,
-        "deaths of an engine that do not end the run: it is started anew and given the current weights, which the actor keeps for that (Ray only)",
+        "deaths of an engine that do not end the run: it is started anew and given the current weights, "
+        "which the actor keeps for that (Ray only)",
     )
     stall_timeout: int = key(
         0,
-        "seconds without a finished group, or without an answer to anything else, after which an engine is ended and started anew; 0 = for ever",
+        "seconds without a finished group, or without an answer to anything else, after which an engine is ended and started anew; "
+        "0 = for ever",
     )
     over_provisioning: float = key(
         0.0,
@@ -319,8 +325,8 @@ class TokenRewardConfig:
 
     model_dir: str | None = key(
         None,
-        "Hugging Face folder of a token (or sequence) classification model with the actor's vocabulary and one label, or two (wrong, right); "
-        "null = there is none",
+        "Hugging Face folder of a token (or sequence) classification model with the actor's vocabulary and one label, "
+        "or two (wrong, right); null = there is none",
     )
     output: str = key("logit", "score of a token: the logit (of two labels their difference), or its sigmoid", ("logit", "probability"))
     reduce: str = key("mean", "what a response's score is made of: the scores of its tokens that count", ("mean", "sum", "last", "min"))
@@ -423,8 +429,8 @@ class SftConfig:
     append_end_token: bool = key(True, "end each response with the model's end token, unless it ends with one")
     reweighting: str | None = key(
         None,
-        "weight each example by its own loss within the batch (arXiv 2502.06733), the mean of examples instead of tokens; null = mean over all "
-        "response tokens; it costs another forward pass",
+        "weight each example by its own loss within the batch (arXiv 2502.06733), the mean of examples instead of tokens; "
+        "null = mean over all response tokens; it costs another forward pass",
         (None, "uniform", "lin_upper", "quadratic", "extremes", "upper"),
     )
     reweighting_temperature: float = key(1.0, "softmax temperature of the weights; larger = more even")

@@ -212,10 +212,9 @@ def _algorithm(c: Config) -> Iterator[Violation]:
     if a.n_minibatches > 0 and batch % a.n_minibatches:
         yield (
             "algorithm.n_minibatches",
-            (
-                f"does not divide the global batch of {batch} samples (data.rollout_batch_size {c.data.rollout_batch_size} x "
-                f"{f'algorithm.group_size {trained}' if trained == a.group_size else f'algorithm.num_update_sample_per_prompt {trained}'}); the nearest that does is {_nearest_divisor(batch, a.n_minibatches)}"
-            ),
+            f"does not divide the global batch of {batch} samples (data.rollout_batch_size {c.data.rollout_batch_size} x "
+            f"{f'algorithm.group_size {trained}' if trained == a.group_size else f'algorithm.num_update_sample_per_prompt {trained}'}); "
+            f"the nearest that does is {_nearest_divisor(batch, a.n_minibatches)}",
         )
     if a.clip_ratio_c is not None and a.loss_type not in ("ppo", "decoupled-ppo"):
         yield "algorithm.clip_ratio_c", f"the dual clip belongs to loss_type ppo and decoupled-ppo, not {a.loss_type}; set it to null"
@@ -230,8 +229,8 @@ def _kl(c: Config) -> Iterator[Violation]:
     if a.token_level and a.normalize_advantages and a.num_update_sample_per_prompt is not None:
         yield (
             "algorithm.num_update_sample_per_prompt",
-            "whitening needs the advantages of all responses, and with algorithm.kl_in: reward or gamma < 1 only those of the trained ones are "
-            "known; set algorithm.normalize_advantages: false, or num_update_sample_per_prompt: null",
+            "whitening needs the advantages of all responses, and with algorithm.kl_in: reward or gamma < 1 only those of the trained ones "
+            "are known; set algorithm.normalize_advantages: false, or num_update_sample_per_prompt: null",
         )
 
 
@@ -296,7 +295,8 @@ def _rollout(c: Config) -> Iterator[Violation]:
     if c.rollout.offload and c.algorithm.max_staleness and not c.rollout.partial:
         yield (
             "rollout.offload",
-            "engines that generate while the actor trains (algorithm.max_staleness) need their memory; set rollout.partial too, or set it to false",
+            "engines that generate while the actor trains (algorithm.max_staleness) need their memory; "
+            "set rollout.partial too, or set it to false",
         )
     if c.rollout.weight_transport == "broadcast":
         if c.cluster.backend == "local":
@@ -304,10 +304,8 @@ def _rollout(c: Config) -> Iterator[Violation]:
         if c.rollout.max_engine_restarts:
             yield (
                 "rollout.weight_transport",
-                (
-                    "an engine that is started anew is in no process group: set rollout.max_engine_restarts to 0 (the death of an engine then "
-                    "ends the run), or use auto or disk"
-                ),
+                "an engine that is started anew is in no process group: set rollout.max_engine_restarts to 0 "
+                "(the death of an engine then ends the run), or use auto or disk",
             )
     for name in c.rollout.sglang:
         if name in SET_BY_US:

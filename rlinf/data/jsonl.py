@@ -1,4 +1,7 @@
-"""JSONL files: read as users bring them, one JSON object a line (one that cannot be used is a Fault with file, line and reason); written whole."""
+"""JSONL files: read as users bring them, one JSON object a line; written whole.
+
+A line that cannot be used is a Fault with file, line and reason.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append all lines in one write, so that those of several writers do not mix; the folder is made. Raises OSError that names the file."""
+    """Append all lines in one write, so that those of several writers do not mix; the folder is made.
+
+    Raises OSError that names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = ("\n".join(lines) + "\n").encode("utf-8", "replace")
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

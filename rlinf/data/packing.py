@@ -82,7 +82,8 @@ def build_rank_batches(
 
     Samples go to mini-batches in group order (or shuffled by shuffle_seed), then to ranks so that their costs are even, then to
     micro-batches of at most max_tokens tokens (a longer sample is alone in one). share_prefix: the samples of a group that meet in a
-    micro-batch bring its prompt once, where that is cheaper; else each brings its own. With fewer samples than mini-batches some of these are empty, and inert.
+    micro-batch bring its prompt once, where that is cheaper; else each brings its own. With fewer samples than mini-batches some of these
+    are empty, and inert.
     Raises ValueError for a repeated group id, or advantages that do not fit the headers or are not finite.
     """
     check_inputs(headers, advantages)
@@ -205,7 +206,10 @@ def together(items: Sequence[Item], key: Callable[[Item], int]) -> list[Items]:
 
 
 def longest_first(pieces: Sequence[Piece], dp: int) -> tuple[float, int, list[list[Piece]]]:
-    """Longest-processing-time rule: the costliest piece next, to the share with the least cost. With the cost of the fullest share and its index."""
+    """Longest-processing-time rule: the costliest piece next, to the share with the least cost.
+
+    Returns (cost of the fullest share, its index, the shares).
+    """
     shares: list[list[Piece]] = [[] for _ in range(dp)]
     heap = [(0.0, rank) for rank in range(dp)]
     for piece in sorted(pieces):

@@ -85,7 +85,8 @@ def test_orders_differ_between_epochs_and_seeds() -> None:
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"n": 9}, "number of training prompts"), ({"seed": 2}, "data.seed"), ({"shuffle": False}, "data.shuffle"), ({"fingerprint": "b"}, "training data"),
+    ({"n": 9}, "number of training prompts"), ({"seed": 2}, "data.seed"), ({"shuffle": False}, "data.shuffle"),
+    ({"fingerprint": "b"}, "training data"),
 ])  # fmt: skip
 def test_a_state_of_other_data_is_refused(change: dict, said: str) -> None:
     made = {"n": 8, "batch_size": 2, "shuffle": True, "seed": 1, "fingerprint": "a"}

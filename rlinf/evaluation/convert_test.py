@@ -14,8 +14,8 @@ from rlinf.errors import UserError
 from rlinf.evaluation.convert import GPQA_CHOICES, LETTERS, convert, shuffled_choices
 
 GPQA_ROWS = [
-    {"Record ID": f"rec{i}", "Question": f"Which of the following, question {i}?", GPQA_CHOICES[0]: f"right {i}", GPQA_CHOICES[1]: f"wrong {i}a",
-     GPQA_CHOICES[2]: f"wrong {i}, b", GPQA_CHOICES[3]: f'wrong "{i}" c'}
+    {"Record ID": f"rec{i}", "Question": f"Which of the following, question {i}?", GPQA_CHOICES[0]: f"right {i}",
+     GPQA_CHOICES[1]: f"wrong {i}a", GPQA_CHOICES[2]: f"wrong {i}, b", GPQA_CHOICES[3]: f'wrong "{i}" c'}
     for i in range(198)
 ]  # fmt: skip
 
@@ -48,11 +48,12 @@ def converted(benchmark: str, source: Path, seed: int = 1234) -> list[dict]:
         ("aime25", {"question": "P", "answer": "588"}, "P", "588"),
         ("aime25", {"problem_idx": 1, "problem": "P", "answer": 0}, "P", "0"),
         ("aime25", {"problem": "P", "answer": "336^\\circ"}, "P", "336"),
-        ("math500", {"problem": "P", "solution": "x", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "s", "level": 2, "unique_id": "test/a/1.json"},
-         "P", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("math500", {"problem": "P", "solution": "x", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "s", "level": 2,
+                     "unique_id": "test/a/1.json"}, "P", "\\left( 3, \\frac{\\pi}{2} \\right)"),
         ("gsm8k", {"question": "Q", "answer": "16 - 3 <<16-3=13>>\n#### 13"}, "Q", "13"),
         ("gsm8k", {"question": "Q", "answer": "…\n#### 2,125"}, "Q", "2125"),
-        ("gpqa_diamond", {"problem": "Q\nA. one\nB. two\nC. three\nD. four", "solution": "\\boxed{C}"}, "Q\nA. one\nB. two\nC. three\nD. four", "C"),
+        ("gpqa_diamond", {"problem": "Q\nA. one\nB. two\nC. three\nD. four", "solution": "\\boxed{C}"},
+         "Q\nA. one\nB. two\nC. three\nD. four", "C"),
         ("gpqa_diamond", {"question": "Q\n(A) one\n(B) two\n(C) three\n(D) four\nA) 1\nB) 2\nC) 3\nD) 4", "answer": "(b)"},
          "Q\n(A) one\n(B) two\n(C) three\n(D) four\nA) 1\nB) 2\nC) 3\nD) 4", "B"),
     ],

@@ -15,7 +15,10 @@ from rlinf.evaluation.problems import check_context, load_sets
 from rlinf.errors import UserError
 
 MARKERS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
-R1_CHAT = "{{ bos_token }}{% for m in messages %}<｜User｜>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+R1_CHAT = (
+    "{{ bos_token }}{% for m in messages %}<｜User｜>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,8 @@ def test_the_context_is_that_of_the_longest_answer(tmp_path: Path, r1: TextToken
 def test_the_defaults_are_the_published_protocols() -> None:
     e = load(None, ["rollout.model_dir=none"]).config.evaluation
     for name, expected in {
-        "aime24": (32, 0.6, 0.95, 32768), "aime25": (32, 0.6, 0.95, 32768), "gpqa_diamond": (32, 0.6, 0.95, 32768), "math500": (4, 0.6, 0.95, 32768),
-        "gsm8k": (1, 0.0, 1.0, 2048), "custom": (1, 0.0, 1.0, 2048),
+        "aime24": (32, 0.6, 0.95, 32768), "aime25": (32, 0.6, 0.95, 32768), "gpqa_diamond": (32, 0.6, 0.95, 32768),
+        "math500": (4, 0.6, 0.95, 32768), "gsm8k": (1, 0.0, 1.0, 2048), "custom": (1, 0.0, 1.0, 2048),
     }.items():  # fmt: skip
         b = getattr(e, name)
         assert (b.n, b.temperature, b.top_p, b.max_tokens) == expected and b.path is None

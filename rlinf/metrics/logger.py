@@ -30,7 +30,8 @@ class MetricLogger:
     """
 
     def __init__(
-        self, run_dir: Path, backends: Sequence[str], resume_step: int | None = None, project: str = "rlinf", config: Mapping[str, Any] | None = None
+        self, run_dir: Path, backends: Sequence[str], resume_step: int | None = None, project: str = "rlinf",
+        config: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         unknown = sorted(set(backends) - set(BACKENDS))
         if unknown:

@@ -156,7 +156,8 @@ ROLLOUT = metrics(
     ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),
     (
         "token_reward_mean",
-        "mean over responses of what the token reward model says of them (`token_reward.reduce`), before `token_reward.weight`; it is not in `rewards`",
+        "mean over responses of what the token reward model says of them (`token_reward.reduce`), before `token_reward.weight`; "
+        "it is not in `rewards`",
         "rises with `rewards`",
         "rises while `accuracy` falls: the policy games the model; lower `token_reward.weight`",
     ),
@@ -387,7 +388,8 @@ SYSTEM = [
         ),
         (
             "*",
-            "seconds in which a phase of the step ran (rollout, train, sync_weights, validate, checkpoint), or of a part of `train`, slowest rank",
+            "seconds in which a phase of the step ran (rollout, train, sync_weights, validate, checkpoint), or of a part of `train`, "
+            "slowest rank",
             "rollout is usually the largest",
             "the largest phase is where to look",
         ),

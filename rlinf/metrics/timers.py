@@ -37,7 +37,8 @@ class Timers:
     def collect(self, tokens: int | None = None) -> dict[str, float]:
         """time/<phase> and time/step since the last call, and perf/tokens_per_second when the step's tokens are given; starts anew.
 
-        Where phases overlapped: time/overlap, the seconds in which more than one ran, and time/alone_<phase>; these add up to no more than the step.
+        Where phases overlapped: time/overlap, the seconds in which more than one ran, and time/alone_<phase>;
+        these add up to no more than the step.
         """
         now = self._settle()
         step = now - self.started

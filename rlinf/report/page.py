@@ -116,8 +116,10 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: S
 
 
 def phases(metrics: dict[str, list[float | None]]) -> list[dict[str, Any]]:
-    """The phases of the loop, largest first, and what is left of the step's time. Where phases overlap, each counts while it runs alone, and
-    the overlap is a part of its own, so that the parts add up to the step."""
+    """The phases of the loop, largest first, and what is left of the step's time.
+
+    Where phases overlap, each counts while it runs alone, and the overlap is a part of its own, so that the parts add up to the step.
+    """
     step = metrics.get("time/step")
     if step is None:
         return []
@@ -149,9 +151,10 @@ def left_out(run: RunData, parts: Parts, chosen: Sequence[SampleFile], points: i
     """What a reader will not find here, and where it is."""
     samples, shown = sum(parts.samples.values()), len(parts.texts)
     lines = [
-        f"The text of {shown:,} of {samples:,} samples is here, from {len({f for f, _ in parts.texts})} of {len(run.files)} sample files: the first, the last, those "
-        f"that a finding names and evenly spaced ones, at most {MAX_TEXT_STEPS}; of each the highest and lowest advantage, the largest log-probability gap and "
-        "some at random. The text of every sample is in samples/step_NNNNNN.jsonl; each sample above names its line."
+        f"The text of {shown:,} of {samples:,} samples is here, from {len({f for f, _ in parts.texts})} of {len(run.files)} sample files: "
+        f"the first, the last, those that a finding names and evenly spaced ones, at most {MAX_TEXT_STEPS}; of each the highest and lowest "
+        "advantage, the largest log-probability gap and some at random. The text of every sample is in samples/step_NNNNNN.jsonl; each "
+        "sample above names its line."
     ]
     if parts.dropped_texts:
         lines.append(f"{parts.dropped_texts:,} more texts were chosen but did not fit into {MAX_BYTES / 1e6:.0f} MB.")

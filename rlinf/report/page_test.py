@@ -95,7 +95,8 @@ def test_what_a_model_writes_cannot_leave_its_place(tmp_path: Path) -> None:
 def test_settings_come_with_who_set_them(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
-        'runner:\n  experiment_name: "a # b"     # command line\n  logger:\n    logger_backends: []   # x.yaml:3\ndata:\n  seed: 3 # default\n'
+        'runner:\n  experiment_name: "a # b"     # command line\n  logger:\n    logger_backends: []   # x.yaml:3\n'
+        "data:\n  seed: 3 # default\n"
     )
     found = [(s.key, s.value, s.origin) for s in read_settings(file)]
     assert found == [
@@ -157,7 +158,10 @@ def test_it_is_used_from_the_keyboard(tmp_path: Path, browser: Page) -> None:
     browser.run("document.querySelector('.chip:not(.full)').focus()")
     browser.press("Enter")
     browser.wait("document.getElementById('sample').textContent.includes('The text of this sample is not in this page: line ')")
-    unnamed = "[...document.querySelectorAll('button, select, input, [role]')].filter((e) => !(e.textContent.trim() || e.getAttribute('aria-label') || e.closest('label'))).length"
+    unnamed = (
+        "[...document.querySelectorAll('button, select, input, [role]')]"
+        ".filter((e) => !(e.textContent.trim() || e.getAttribute('aria-label') || e.closest('label'))).length"
+    )
     assert browser.run(unnamed) == 0
     assert browser.problems == []
 

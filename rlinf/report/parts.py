@@ -41,7 +41,8 @@ class Parts:
             self.texts[key], self.ranks[key] = compress(sample_text(row)), rank
 
     def fit(self, room: int, chosen: Sequence[SampleFile]) -> None:
-        """Drop what exceeds `room` bytes: lists of samples of steps without texts first (every other one, and again), then texts, the most telling kept."""
+        """Drop what exceeds `room` bytes: lists of samples of steps without texts first (every other one, and again),
+        then texts, the most telling kept."""
         keep = {file.label for file in chosen}
         spare = [label for label in self.headers if label not in keep]
         while spare and size(self.headers) > HEADERS_SHARE * room:
@@ -76,7 +77,8 @@ class Parts:
 
 
 def choose_files(files: Sequence[SampleFile], flagged: set[int]) -> list[SampleFile]:
-    """The files whose texts are shown: first and last, those of flagged steps, the rest evenly spaced; first and last validation among them."""
+    """The files whose texts are shown: first and last, those of flagged steps, the rest evenly spaced;
+    first and last validation among them."""
     steps, validations = [f for f in files if not f.validation], [f for f in files if f.validation]
     chosen = dict.fromkeys([*steps[:1], *steps[-1:], *validations[:1], *validations[-1:], *(f for f in steps if f.step in flagged)])
     free = max(0, MAX_TEXT_STEPS - len(chosen))

@@ -27,8 +27,8 @@ SMALLEST = 1e-3  # differences are relative to no less: what is zero but for rou
 GAPS = "train/rollout_logprob_gap_*"  # differences of log-probabilities: in fp32 they are rounding themselves, and 1 is their scale
 IGNORED = (*NOT_COMPARED, "eval/*")
 QUIET = (
-    "runner.save_interval=0", "runner.val_check_interval=0", "runner.on_hang=abort", "runner.logger.logger_backends=[]", "runner.keep_groups=0",
-    "runner.profile_steps=[]",
+    "runner.save_interval=0", "runner.val_check_interval=0", "runner.on_hang=abort", "runner.logger.logger_backends=[]",
+    "runner.keep_groups=0", "runner.profile_steps=[]",
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ class Line:
 def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_start: bool, tolerance: float | None) -> int:
     """Print the comparison; 0 when every metric is within the tolerance, else 1.
 
-    rollout: its samples are generated and judged again; otherwise it trains on the recorded ones. from_start: from the start model, whatever
-    the step, instead of the checkpoint before it.
+    rollout: its samples are generated and judged again; otherwise it trains on the recorded ones. from_start: from the start model,
+    whatever the step, instead of the checkpoint before it.
     """
     recorded = recorded_metrics(run_dir, step)
     if from_start and rollout and step > 1:
@@ -64,8 +64,8 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
     validate(resolved.config, resolved.provenance)
     if rollout and resolved.config.algorithm.schedule == "wallclock":
         raise UserError(
-            "--rollout: with algorithm.schedule wallclock the clock decided what was sampled under which weights, and that does not happen again; "
-            "leave --rollout out to train on the recorded samples"
+            "--rollout: with algorithm.schedule wallclock the clock decided what was sampled under which weights, and that does not happen "
+            "again; leave --rollout out to train on the recorded samples"
         )
     if rollout:
         train(resolved)

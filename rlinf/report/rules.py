@@ -168,12 +168,13 @@ def lost_format(run: RunData) -> Finding | None:
         "lost-format", f"The answer format was lost around step {steps[at]}",
         (f"before, responses without an answer were as few as {fewest:.0%}",
          f"in the last {len(unboxed[-5:])} steps no answer was found in {mean(unboxed[-5:]):.0%} of the responses"),
-        "Updates pushed the policy away from a form that it had: they were too large, or the reward can be had without an answer. Once nearly "
-        "no response has an answer, rewards are all the same, and nothing leads back.",
+        "Updates pushed the policy away from a form that it had: they were too large, or the reward can be had without an answer. Once "
+        "nearly no response has an answer, rewards are all the same, and nothing leads back.",
         ("Go back to a checkpoint before that step.", "Lower the learning rate, or take fewer optimizer steps a batch.",
          "Look at the gradient norm, the ratio and the response length in the steps before.",
          "If responses end before they answer, or go on behind it, raise max_new_tokens or weigh the form with reward.format_reward."),
-        (steps[max(0, at - 1)], steps[at], steps[-1]), ("rollout/no_box", "train/grad_norm", "train/entropy_loss", "rollout/response_length"),
+        (steps[max(0, at - 1)], steps[at], steps[-1]),
+        ("rollout/no_box", "train/grad_norm", "train/entropy_loss", "rollout/response_length"),
         ("actor.optim.lr", "algorithm.n_minibatches", "algorithm.sampling_params.max_new_tokens", "reward.format_reward"),
     )  # fmt: skip
 
@@ -287,7 +288,8 @@ def not_finite(run: RunData) -> Finding | None:
 
 
 RULES = (
-    stale_weights, broken_verifier, entropy_collapse, lost_format, wrong_template, no_signal, skipped_updates, undecided_verdicts, not_finite
+    stale_weights, broken_verifier, entropy_collapse, lost_format, wrong_template,
+    no_signal, skipped_updates, undecided_verdicts, not_finite,
 )  # fmt: skip
 EXPLAINS = {
     "stale-weights": ("entropy-collapse",),  # the actor's entropy on samples of an older policy: accuracy cannot follow

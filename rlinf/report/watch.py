@@ -74,7 +74,8 @@ def picture(run_dir: Path, status: dict[str, Any], now: float) -> Group:
 def heading(run_dir: Path, status: dict[str, Any], now: float) -> Text:
     colour = COLOURS.get(status["state"], "white")
     text = Text.from_markup(
-        f"[bold]{escape(run_dir.resolve().name)}[/bold]  [{colour}]{status['state']}[/{colour}]  step {status['step']}/{status['total_steps']}"
+        f"[bold]{escape(run_dir.resolve().name)}[/bold]  [{colour}]{status['state']}[/{colour}]  "
+        f"step {status['step']}/{status['total_steps']}"
     )
     if gone(status, now):
         text.append(f"  no sign of the driver (pid {status['pid']} on {status['host']}) for {duration(now - status['time'])}", "bold red")

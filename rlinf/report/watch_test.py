@@ -21,9 +21,12 @@ def status(run: Path, **changes: object) -> None:
     rank = {"where": "actor rank 0 (node 0, pid 12)", "running": {"train_step": 1}}
     idle = {"where": "actor rank 1 (node 0, pid 13)", "running": {}}
     content = {
-        "run_id": "r", "state": "running", "error": "", "time": now, "started": now - 100, "host": "here", "pid": 11, "step": 4, "total_steps": 10,
-        "step_since": now - 5, "seconds_per_step": 20.0, "phase": "step 4, train", "phase_since": now - 3,
-        "components": {"actor": [rank, idle], "rollout": [{"where": f"rollout rank {k}", "running": {"generate": k} if k else {}} for k in range(12)]},
+        "run_id": "r", "state": "running", "error": "", "time": now, "started": now - 100, "host": "here", "pid": 11, "step": 4,
+        "total_steps": 10, "step_since": now - 5, "seconds_per_step": 20.0, "phase": "step 4, train", "phase_since": now - 3,
+        "components": {
+            "actor": [rank, idle],
+            "rollout": [{"where": f"rollout rank {k}", "running": {"generate": k} if k else {}} for k in range(12)],
+        },
         "engines": [{"samples": 3, "tokens_per_second": 900.0}, {"samples": 7, "tokens_per_second": 120.0}],
     }  # fmt: skip
     fresh = run / "status.new"

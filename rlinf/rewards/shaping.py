@@ -69,8 +69,8 @@ def well_formed(prompt: str, response: str) -> bool:
 
 
 def concluded(prompt: str, response: str) -> bool:
-    r"""`<think>…</think><conclusion>…\boxed{}…</conclusion>`, each mark once, something in the box (RaML, arXiv 2505.19815); the prompt may open
-    the thinking."""
+    r"""`<think>…</think><conclusion>…\boxed{}…</conclusion>`, each mark once, something in the box (RaML, arXiv 2505.19815);
+    the prompt may open the thinking."""
     match = CONCLUSION.fullmatch(("<think>" if ends_inside_thinking(prompt) else "") + response)
     if match is None or any(mark in part for part in match.groups() for mark in ("<think>", "</think>", "<conclusion>", "</conclusion>")):
         return False

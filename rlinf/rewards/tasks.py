@@ -33,8 +33,8 @@ def check_tasks(tasks: Iterable[str], own: Collection[str] = ()) -> None:
             reasoning_gym.check_family(task[3:])
         elif task not in TASKS:
             raise UserError(
-                f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. Name a function of yours in reward.own_tasks, or "
-                "leave its prompts out with data.tasks, for example data.tasks=[math]"
+                f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. Name a function of yours in reward.own_tasks, "
+                "or leave its prompts out with data.tasks, for example data.tasks=[math]"
             )
 
 

@@ -73,8 +73,9 @@ def test_one_worker_many_workers_and_another_run_agree(verifier: Verifier) -> No
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    [("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("\\text{B}", "B"), ("\\text{(B)}", "B"), ("\\textbf{(B)}\\ 12", "B"), ("B) 12", "B"), ("option B", "B"),
-     ("AB", None), ("A or B", None), ("A, B", None), ("(A) (B)", None), ("12", None), ("", None), ("Because", None)],
+    [("B", "B"), ("b", "B"), ("(B)", "B"), ("B.", "B"), ("\\text{B}", "B"), ("\\text{(B)}", "B"), ("\\textbf{(B)}\\ 12", "B"),
+     ("B) 12", "B"), ("option B", "B"), ("AB", None), ("A or B", None), ("A, B", None), ("(A) (B)", None), ("12", None), ("", None),
+     ("Because", None)],
 )  # fmt: skip
 def test_choice_letters(answer: str, letter: str | None) -> None:
     assert letter_of(answer) == letter
@@ -150,8 +151,9 @@ def test_a_file_comes_back_line_by_line_with_its_verdicts(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "in.jsonl:2: not a JSON object"), ('{"solutions": ["1"]}', 'in.jsonl:2: needs "response"'), ('{"response": "x", "solutions": "1"}', 'needs "solutions", a list'),
-     ('{"response": "x", "solutions": []}', 'needs "solutions"'), ('{"response": "x", "solutions": ["1"], "task": "code"}', "no verifier")],
+    [("{", "in.jsonl:2: not a JSON object"), ('{"solutions": ["1"]}', 'in.jsonl:2: needs "response"'),
+     ('{"response": "x", "solutions": "1"}', 'needs "solutions", a list'), ('{"response": "x", "solutions": []}', 'needs "solutions"'),
+     ('{"response": "x", "solutions": ["1"], "task": "code"}', "no verifier")],
 )  # fmt: skip
 def test_a_bad_line_is_named_and_no_file_is_left(tmp_path: Path, line: str, message: str) -> None:
     source = tmp_path / "in.jsonl"

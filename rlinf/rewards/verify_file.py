@@ -22,7 +22,8 @@ LINES_AT_ONCE = 4096
 def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, reward: RewardConfig | None = None) -> dict[str, Any]:
     """Write every line of in_path to out_path with `reward`, `status`, `route`, `extracted`, `seconds` and `reason`; return the counts.
 
-    A line may also hold `prompt`. reward: the section of a run's configuration; None = its defaults. The file appears whole or not at all. Raises UserError naming the line that cannot be graded.
+    A line may also hold `prompt`. reward: the section of a run's configuration; None = its defaults.
+    The file appears whole or not at all. Raises UserError naming the line that cannot be graded.
     """
     source, target = Path(in_path), Path(out_path)
     if not source.is_file():

@@ -115,7 +115,10 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:
-        """Yield the n samples as they finish. Raises ValueError for an empty or over-long prompt, RuntimeError when the engine is broken."""
+        """Yield the n samples as they finish.
+
+        Raises ValueError for an empty or over-long prompt, RuntimeError when the engine is broken.
+        """
         ...
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:

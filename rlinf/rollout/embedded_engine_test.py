@@ -29,7 +29,10 @@ def generate(model: Path, *requests: GenerateRequest) -> dict[str, Sample]:
 
 
 def test_a_sample_has_the_same_bits_alone_and_in_any_company(tmp_path: Path) -> None:
-    """In fp32: so that a logical schedule, or a restarted engine, repeats what it would have done. 576 wide, where few rows round differently."""
+    """In fp32: so that a logical schedule, or a restarted engine, repeats what it would have done.
+
+    576 wide, where few rows round differently.
+    """
     model = make_tiny_model(tmp_path / "model", hidden=576, layers=2, heads=9, kv_heads=3)
     prompts = [np.random.default_rng(i).integers(1, 256, 9 + 5 * i).astype(np.int32) for i in range(5)]
     requests = [GenerateRequest(f"r{i}", ids, 1 + i % 3, SamplingParams(), Stop(), 12) for i, ids in enumerate(prompts)]

@@ -76,8 +76,9 @@ class SGLangEngine:
     ) -> None:
         self._arch = architecture_for(model_dir, max_context)
         options: dict[str, Any] = {
-            "model_path": model_dir, "device": device, "dtype": DTYPES[dtype], "tp_size": tensor_parallel_size, "max_running_requests": slots,
-            "context_length": max_context + SLACK, "random_seed": seed, "trust_remote_code": trust_remote_code, "weight_version": "0",
+            "model_path": model_dir, "device": device, "dtype": DTYPES[dtype], "tp_size": tensor_parallel_size,
+            "max_running_requests": slots, "context_length": max_context + SLACK, "random_seed": seed,
+            "trust_remote_code": trust_remote_code, "weight_version": "0",
             "incremental_streaming_output": True, "sampling_defaults": "openai", "log_level_http": "warning",
         }  # fmt: skip
         if device == "cpu":
@@ -305,7 +306,10 @@ class SGLangEngine:
     # ---- state ----------------------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """busy_seconds: with requests in the server. truncated_mass is NaN when top-p or top-k cut anything: the server does not say what."""
+        """busy_seconds: with requests in the server.
+
+        truncated_mass is NaN when top-p or top-k cut anything: the server does not say what.
+        """
         if self._running:
             now = time.perf_counter()
             self._count(busy_seconds=now - self._busy_since)

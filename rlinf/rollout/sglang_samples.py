@@ -33,7 +33,10 @@ class Arriving:
     version: int | None = None  # of the weights when it was sent; None when others have come since
 
     def cut_short(self) -> None:
-        """The server is dead. Its tokens are kept where it is known which weights decoded them: the server says so only with the last one."""
+        """The server is dead.
+
+        Its tokens are kept where it is known which weights decoded them: the server says so only with the last one.
+        """
         self.finish = Finish.ABORT
         if self.version is None:
             self.token_ids, self.logprobs = [], []

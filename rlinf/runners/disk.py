@@ -26,9 +26,9 @@ def told_when_full(folder: Path) -> Iterator[None]:
         if FULL not in str(error) or not folder.exists() or (free := shutil.disk_usage(folder).free) > LITTLE:
             raise
         raise RunFailed(
-            f"the disk of {folder} is full ({free / 2**20:.1f} MiB are left at {mount_of(folder)}). Make room there, then go on from the latest complete "
-            f"checkpoint with runner.resume_dir=auto. Less is kept with runner.keep_checkpoints and runner.keep_groups; runner.output_dir is another "
-            f"place for another run.\nWhat could not be written: {error}"
+            f"the disk of {folder} is full ({free / 2**20:.1f} MiB are left at {mount_of(folder)}). Make room there, then go on from the "
+            "latest complete checkpoint with runner.resume_dir=auto. Less is kept with runner.keep_checkpoints and runner.keep_groups; "
+            f"runner.output_dir is another place for another run.\nWhat could not be written: {error}"
         ) from error
 
 

@@ -77,8 +77,8 @@ class TrainOnly(Half):
     """The steps of another run's journal, one after the other, from `first` on. reader: the ranks that read it (workers.journal)."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, reader: WorkerGroup, steps: RecordedSteps, first: int,
-        critic: WorkerGroup | None = None, token_reward: WorkerGroup | None = None,
+        self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, reader: WorkerGroup, steps: RecordedSteps,
+        first: int, critic: WorkerGroup | None = None, token_reward: WorkerGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, folder, cluster, steps, [actor] if critic is None else [actor, critic])
         self.reader, self.steps, self.first = reader, steps, first

@@ -26,7 +26,8 @@ def rollout_only(resolved: Resolved) -> int:
     """Generate and judge the steps with the start model; there is no actor, and no checkpoint."""
     if resolved.config.runner.resume_dir is not None:
         raise UserError(
-            "--debug-rollout-only: there are no checkpoints to go on from; set rollout.model_dir to the hf folder of one, without runner.resume_dir"
+            "--debug-rollout-only: there are no checkpoints to go on from; "
+            "set rollout.model_dir to the hf folder of one, without runner.resume_dir"
         )
     config = replace(resolved.config, runner=replace(resolved.config.runner, save_interval=0))
     resolved = replace(resolved, config=config, provenance=resolved.provenance | {"runner.save_interval": "--debug-rollout-only"})

@@ -26,8 +26,10 @@ Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where i
 
 @dataclass(frozen=True)
 class Order:
-    """A group that is wanted: n samples of a prompt. dump: the file that its samples are written to, for people to read. timer: the phase of
-    the loop that its seconds belong to."""
+    """A group that is wanted: n samples of a prompt.
+
+    dump: the file that its samples are written to, for people to read. timer: the phase of the loop that its seconds belong to.
+    """
 
     name: str
     prompt: Prompt

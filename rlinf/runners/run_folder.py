@@ -102,8 +102,8 @@ class RunFolder:
         return final
 
     def record_order(self, step: int, trained: Sequence[str], generated: Sequence[str]) -> None:
-        """Which groups the step trains on, in order, and which were generated for it; with their journal (samples/groups_*) it can be replayed.
-        Old journals go."""
+        """Which groups the step trains on, in order, and which were generated for it; with their journal (samples/groups_*)
+        it can be replayed. Old journals go."""
         if self.keep_groups == 0:
             return
         append_lines(self.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
@@ -130,7 +130,10 @@ class RunFolder:
         return sorted(found, key=_step)
 
     def _newest(self) -> Path | None:
-        """Where `auto` goes on. `latest` may be one behind, as a run can die between the two; or lead to another run, of which this is a branch."""
+        """Where `auto` goes on.
+
+        `latest` may be one behind, as a run can die between the two; or lead to another run, of which this is a branch.
+        """
         complete, latest = self._complete(), self.checkpoints / "latest"
         return complete[-1] if complete else latest if latest.exists() else None
 
@@ -185,7 +188,8 @@ class RunFolder:
         others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
         if others and not (self.path / "config.yaml").exists():
             raise UserError(
-                f"{self.path}: the folder holds {sorted(others)[0]} but no run of rlinf; set runner.experiment_name or runner.output_dir elsewhere"
+                f"{self.path}: the folder holds {sorted(others)[0]} but no run of rlinf; "
+                "set runner.experiment_name or runner.output_dir elsewhere"
             )
         if self.continues and resume_dir is None:
             how = "has finished" if (self.path / FINISHED).exists() else "stopped before its end"
@@ -199,8 +203,8 @@ class RunFolder:
         resume = read_checkpoint(step_dir.resolve())
         if resume.state["command"] != self.command:
             raise UserError(
-                f"runner.resume_dir: {resume.step_dir} is a checkpoint of `rlinf {resume.state['command']}`, and this is `rlinf {self.command}`; "
-                f"to start from its weights set rollout.model_dir={resume.step_dir / 'hf'}, in a new run"
+                f"runner.resume_dir: {resume.step_dir} is a checkpoint of `rlinf {resume.state['command']}`, and this is "
+                f"`rlinf {self.command}`; to start from its weights set rollout.model_dir={resume.step_dir / 'hf'}, in a new run"
             )
         return resume
 

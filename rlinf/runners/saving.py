@@ -11,8 +11,9 @@ from rlinf.runners.run_folder import RunFolder
 
 
 class Saving:
-    """At most one checkpoint is on its way. It counts, and `latest` points to it, when every rank of `groups` (the actor, the critic) has written
-    and checked its part.
+    """At most one checkpoint is on its way.
+
+    It counts, and `latest` points to it, when every rank of `groups` (the actor, the critic) has written and checked its part.
 
     written: whether complete() would find the files of all ranks on disk, as they said in their last report.
     """

@@ -103,7 +103,8 @@ def counted_tokens(header: GroupHeader, algorithm: AlgorithmConfig) -> list[int]
 
 
 def trained_samples(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig, seed: int) -> list[np.ndarray]:
-    """Which responses of each group the update is made of (bool): those with tokens that count, of the chosen ones (RaML, arXiv 2505.19815)."""
+    """Which responses of each group the update is made of (bool): those with tokens that count, of the chosen ones
+    (RaML, arXiv 2505.19815)."""
     chosen = []
     for header in headers:
         size = len(header.sample_ids)

@@ -26,8 +26,8 @@ class SftRunner(TrainingLoop):
     """val_losses: the held-out loss by step."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, examples: Sequence[Group], val_examples: Sequence[Group],
-        sampler: PromptSampler,
+        self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, examples: Sequence[Group],
+        val_examples: Sequence[Group], sampler: PromptSampler,
     ) -> None:  # fmt: skip
         super().__init__(config, folder, cluster, sampler, [actor])
         self.actor, self.examples, self.val_examples = actor, examples, val_examples
@@ -62,8 +62,8 @@ class SftRunner(TrainingLoop):
             f"{i}.{g.group_id}": replace(g, group_id=f"{i}.{g.group_id}") for i, g in enumerate(examples)
         }  # an epoch's border may repeat one
         shares = build_rank_batches(
-            [g.header() for g in named.values()], [WEIGHT] * len(named), dp=dp, n_minibatches=1, max_tokens=self.config.runner.max_tokens_per_mbs,
-            share_prefix=True,
+            [g.header() for g in named.values()], [WEIGHT] * len(named), dp=dp, n_minibatches=1,
+            max_tokens=self.config.runner.max_tokens_per_mbs, share_prefix=True,
         )  # fmt: skip
         share_of = [shares[rank // model.stage_ranks % dp] for rank in range(self.actor.size)]
         return [(share, [named[name] for name in share.group_ids]) for share in share_of]

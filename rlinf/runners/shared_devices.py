@@ -14,7 +14,10 @@ class SharedDevices:
         self.turn = Turn.START
 
     async def pass_to(self, turn: Turn) -> None:
-        """Return when what the engines give up for `turn` is free. What the actor gives up it gives as a part of publish() and release()."""
+        """Return when what the engines give up for `turn` is free.
+
+        What the actor gives up it gives as a part of publish() and release().
+        """
         if not self.offload:
             return
         check_turn(self.turn, turn)

@@ -138,7 +138,8 @@ class TrainingLoop(ABC):
 
 @contextmanager
 def long_lived() -> Iterator[None]:
-    """What is there now (libraries, prompts) stays: the garbage collector does not walk over it again and again while steps make their headers."""
+    """What is there now (libraries, prompts) stays:
+    the garbage collector does not walk over it again and again while steps make their headers."""
     gc.freeze()
     try:
         yield

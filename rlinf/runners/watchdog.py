@@ -1,8 +1,9 @@
 """A phase that lasts too long is a hang: say at once who is stuck, keep the stacks of all workers, and end the run, start it anew from its
 last checkpoint, or let it go on.
 
-The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks of workers on the driver's
-machine come from a signal to faulthandler, which also speaks when Python itself is blocked; on other machines the worker's own loop is asked.
+The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks of workers
+on the driver's machine come from a signal to faulthandler, which also speaks when Python itself is blocked; on other
+machines the worker's own loop is asked.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def kind_of(phase: str) -> str:
 
 
 def listens(pid: int, run_id: str) -> bool:
-    """Whether it is a process of this run, on this machine, that answers SIGUSR1 with its stacks; without a handler the signal would end it."""
+    """Whether it is a process of this run, on this machine, that answers SIGUSR1 with its stacks;
+    without a handler the signal would end it."""
     if not carries(pid, f"{RUN_ID}={run_id}".encode()):
         return False
     caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))

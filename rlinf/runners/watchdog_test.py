@@ -207,8 +207,9 @@ def test_a_hang_in_a_real_run_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     """In one process nobody else could end it."""
     code = (
-        "import threading\nfrom pathlib import Path\nfrom rlinf.cluster import local_cluster\nfrom rlinf.config.schema import ClusterConfig\n"
-        "from rlinf.errors import RunFailed\nlocal_cluster.PATIENCE = 1.0\n"
+        "import threading\nfrom pathlib import Path\n"
+        "from rlinf.cluster import local_cluster\nfrom rlinf.config.schema import ClusterConfig\nfrom rlinf.errors import RunFailed\n"
+        "local_cluster.PATIENCE = 1.0\n"
         "cluster = local_cluster.LocalCluster(ClusterConfig(num_nodes=1, num_gpus_per_node=1, device='cpu'), 'stuck', Path('.'))\n"
         "threading.Thread(target=threading.Event().wait).start()\ncluster.failure.report(RunFailed('it hangs'))\n"
     )

@@ -101,7 +101,8 @@ class WeightSync:
         self.held = []
 
     async def load_again(self, engine: int) -> None:
-        """The current weights for an engine that was restarted; it has to wait for the next publish() when the actor is already past them."""
+        """The current weights for an engine that was restarted;
+        it has to wait for the next publish() when the actor is already past them."""
         if self.held:
             offer, payload = self.held[engine]
             check_receipts(

@@ -54,7 +54,10 @@ def data_sheet_flops(name: str) -> float:
 
 
 def cpu_device(slots: int) -> Device:
-    """A process slot of this machine. 110 GFLOP/s (16 bit; half of it in fp32) and 10 GB/s are what a core with AVX-512 reaches in training."""
+    """A process slot of this machine.
+
+    110 GFLOP/s (16 bit; half of it in fp32) and 10 GB/s are what a core with AVX-512 reaches in training.
+    """
     cores = max(1, len(os.sched_getaffinity(0)) // slots)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Device("cpu", memory, cores * 2.75e11, cores * 1.6e10, 5e9, 1e9, 5e9, 3 * GIB // 5, shared=True)

@@ -2,9 +2,9 @@
 
     forward = 2 · (L · W · rows + h · V · heads) + 4 · L · H · D · pairs
 
-L layers with W weights in matrices each, hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the layers;
-heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition are two
-operations; a backward pass is two forward passes; norms, softmax and the optimizer are not counted.
+L layers with W weights in matrices each, hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the
+layers; heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition
+are two operations; a backward pass is two forward passes; norms, softmax and the optimizer are not counted.
 """
 
 from __future__ import annotations

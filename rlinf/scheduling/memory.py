@@ -101,7 +101,8 @@ def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, 
 
 
 def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
-    """Hidden states of all tokens twice (gathered, selected) with their gradient, one chunk of logits, and the gradient of the head's weight."""
+    """Hidden states of all tokens twice (gathered, selected) with their gradient, one chunk of logits,
+    and the gradient of the head's weight."""
     rows = -(-arch.vocab // model.tensor_model_parallel_size)
     size = BYTES[model.precision]
     chunk = max(1, min(tokens, LOGITS_CHUNK // (4 * rows))) * rows * 4
@@ -109,8 +110,11 @@ def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int) -> int
 
 
 def engine_memory(arch: Architecture, config: Config) -> EngineMemory:
-    """An engine of rollout.tensor_parallel_size devices. The embedded engine may fill all its slots to runner.seq_length; SGLang queues what
-    does not fit, so that one whole sample is all it must hold."""
+    """An engine of rollout.tensor_parallel_size devices.
+
+    The embedded engine may fill all its slots to runner.seq_length; SGLang queues what does not fit,
+    so that one whole sample is all it must hold.
+    """
     rollout, tp = config.rollout, config.rollout.tensor_parallel_size
     size = BYTES[rollout.precision or config.actor.model.precision]
     vocabulary = (1 if arch.tied else 2) * arch.vocab * arch.hidden

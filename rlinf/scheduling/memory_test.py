@@ -49,13 +49,15 @@ def allocated(at: Any, folder: Path, precision: str) -> dict[str, int]:
         states += masters
     return {
         "stage": at.pp_rank, "dp": at.dp, "parameters": sum(p.numel() for p in engine.model.parameters()),
-        "weights": sum(p.nbytes for p in engine.model.parameters()), "gradients": sum(p.main_grad.nbytes for p in engine.model.parameters()),
+        "weights": sum(p.nbytes for p in engine.model.parameters()),
+        "gradients": sum(p.main_grad.nbytes for p in engine.model.parameters()),
         "optimizer": sum(t.nbytes for t in states), "padded": sum(b.grad_data.nbytes for b in engine.ddp.buffers),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "precision"), [
-    ("qwen2", "bf16"), *(pytest.param(f, p, marks=pytest.mark.slow) for f in FAMILIES for p in ("fp32", "bf16") if (f, p) != ("qwen2", "bf16")),
+    ("qwen2", "bf16"),
+    *(pytest.param(f, p, marks=pytest.mark.slow) for f in FAMILIES for p in ("fp32", "bf16") if (f, p) != ("qwen2", "bf16")),
 ])  # fmt: skip
 def test_weights_gradients_and_optimizer_are_those_of_real_ranks(
     rank_pool: Any, tiny_models: dict[str, Path], family: str, precision: str

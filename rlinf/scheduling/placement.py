@@ -97,13 +97,14 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     mode = "collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated"
     if mode != "disaggregated" and config.algorithm.max_staleness and not config.rollout.partial and config.cluster.device != "cpu":
         raise UserError(
-            f"algorithm.max_staleness: {config.algorithm.max_staleness} lets engines generate while the actor trains, but they share devices: give them "
-            "devices of their own in cluster.component_placement, or set algorithm.schedule: wallclock and rollout.partial: true "
-            "(slots of a CPU machine may be shared: cluster.device: cpu)"
+            f"algorithm.max_staleness: {config.algorithm.max_staleness} lets engines generate while the actor trains, but they share "
+            "devices: give them devices of their own in cluster.component_placement, or set algorithm.schedule: wallclock and "
+            "rollout.partial: true (slots of a CPU machine may be shared: cluster.device: cpu)"
         )
     if config.rollout.offload and mode == "disaggregated":
         raise UserError(
-            "rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; set it to false"
+            "rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; "
+            "set it to false"
         )
     return Plan(tuple(seats), mode)
 

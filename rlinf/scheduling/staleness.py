@@ -26,9 +26,9 @@ class Begun:
 class Ledger:
     """Every group that was begun and not yet trained on, oldest first.
 
-    A group begun under version v is trained on when the weights are of version v + eta at most. So a later group may overtake an earlier one
-    only while those that are left can still all be in time: `take` waits for the earlier one if it must. That is always possible, since at
-    most (i + eta + 1) B groups are begun under versions up to i.
+    A group begun under version v is trained on when the weights are of version v + eta at most. So a later group may overtake an earlier
+    one only while those that are left can still all be in time: `take` waits for the earlier one if it must. That is always possible, since
+    at most (i + eta + 1) B groups are begun under versions up to i.
     """
 
     def __init__(self, batch_size: int, max_staleness: int) -> None:
@@ -50,7 +50,8 @@ class Ledger:
         self.groups[name].done = True
 
     def drop(self, name: str) -> None:
-        """It will not be trained on, and counts as never begun: without that its place would be lost, and in the end the run would stand."""
+        """It will not be trained on, and counts as never begun:
+        without that its place would be lost, and in the end the run would stand."""
         del self.groups[name]
         self.begun -= 1
 
@@ -81,7 +82,8 @@ class Ledger:
 
 
 class LengthBias:
-    """Whether training first on what is done first favours short answers: mean response length of what was trained on, against what was begun.
+    """Whether training first on what is done first favours short answers: mean response length of what was trained on,
+    against what was begun.
 
     Over the first k groups, for the largest k for which all lengths are known; 0 when groups are trained on in the order they were begun.
     """

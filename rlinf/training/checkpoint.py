@@ -100,7 +100,8 @@ class Writing:
         return self._written.result()
 
     def _compare(self, hf: TensorFolder) -> None:
-        """The weights in `hf` in place of the engine's, for one forward pass: no second model, one copy of this rank's share in host memory.
+        """The weights in `hf` in place of the engine's, for one forward pass:
+        no second model, one copy of this rank's share in host memory.
 
         One replica does it. That the Hugging Face names mean what they say is what the probes of every weight sync show.
         """
@@ -120,7 +121,8 @@ class Writing:
             gap = float((expected - got).abs().max())
             if not gap <= PROBE_TOLERANCE:
                 raise RunFailed(
-                    f"{hf.folder}: its weights give other numbers (log-probabilities, or a critic's values) than the trained model, by {gap:.3g}"
+                    f"{hf.folder}: its weights give other numbers (log-probabilities, or a critic's values) than the trained model, "
+                    f"by {gap:.3g}"
                 )
 
 
@@ -132,7 +134,10 @@ def probe(engine: MegatronEngine) -> list[Tensor]:
 
 
 def save(engine: MegatronEngine, step_dir: Path, model_dir: Path, role: str = "actor") -> None:
-    """Write a role's part and hf/ below step_dir. Collective; returns on all ranks after everything is on disk and hf/ has been compared."""
+    """Write a role's part and hf/ below step_dir.
+
+    Collective; returns on all ranks after everything is on disk and hf/ has been compared.
+    """
     Writing(engine, step_dir, model_dir, role=role).finish()
 
 

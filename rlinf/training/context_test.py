@@ -1,4 +1,5 @@
-"""The split of a micro-batch over context-parallel ranks: every row once, behind the rows that it may see and no others, work in equal parts."""
+"""The split of a micro-batch over context-parallel ranks: every row once, behind the rows that it may see and no others,
+work in equal parts."""
 
 from __future__ import annotations
 

@@ -49,9 +49,9 @@ class Update:
 
 
 class MegatronEngine:
-    """Model, gradients and optimizer of this rank; head `lm` for a policy, `scalar` for one number a token. optim None: a frozen model, which
-    has neither gradients nor an optimizer.
+    """Model, gradients and optimizer of this rank; head `lm` for a policy, `scalar` for one number a token.
 
+    optim None: a frozen model, which has neither gradients nor an optimizer.
     All public methods are collective over the role's ranks.
     """
 
@@ -189,7 +189,10 @@ class MegatronEngine:
         denominators: Denominators,
         settings: ValueSettings,
     ) -> Update:
-        """One optimizer step of the critic on one mini-batch, none where no token counts. old_values and returns: [N] of every micro-batch, on the last stage."""
+        """One optimizer step of the critic on one mini-batch, none where no token counts.
+
+        old_values and returns: [N] of every micro-batch, on the last stage.
+        """
 
         def objective(i: int, values_N: Tensor) -> tuple[Tensor, MetricSums]:
             b = batches[i]
@@ -206,9 +209,9 @@ class MegatronEngine:
     ) -> Update:
         """One optimizer step on one mini-batch; objective(i, output of the head) is micro-batch i's share of loss and metrics.
 
-        Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches, DP and CP ranks, so the
-        split does not matter. Then all ranks look at the mini-batch's metrics: where `stops` says so nothing is stepped: not the weights,
-        not the moments, not the schedule, not the loss scale. Neither is a gradient stepped that is not finite.
+        Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches, DP and CP ranks, so
+        the split does not matter. Then all ranks look at the mini-batch's metrics: where `stops` says so nothing is stepped: not the
+        weights, not the moments, not the schedule, not the loss scale. Neither is a gradient stepped that is not finite.
         """
         started = time.perf_counter()
         self.ddp.zero_grad_buffer()

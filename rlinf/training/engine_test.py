@@ -58,8 +58,10 @@ def stopped_step(at: Any, folder: Path, precision: str, how: str) -> dict[str, A
     untouched = snapshot(engine) == before
     again = [update(e, second) for e in (engine, twin)]
     out = {
-        "skipped": stopped.skipped, "grad_norm": stopped.grad_norm, "untouched": untouched, "ratio": finalize_metrics(stopped.metrics.sums, stopped.metrics.maxima)["train/ratio"],
-        "same as twin": snapshot(engine) == snapshot(twin) and again[0].learning_rate == again[1].learning_rate, "steps": engine.steps, "again": again[0].skipped,
+        "skipped": stopped.skipped, "grad_norm": stopped.grad_norm, "untouched": untouched,
+        "ratio": finalize_metrics(stopped.metrics.sums, stopped.metrics.maxima)["train/ratio"],
+        "same as twin": snapshot(engine) == snapshot(twin) and again[0].learning_rate == again[1].learning_rate,
+        "steps": engine.steps, "again": again[0].skipped,
     }  # fmt: skip
     return out
 

@@ -15,7 +15,10 @@ from torch.nn import Parameter
 
 
 class DataParallel(DistributedDataParallel):
-    """For dense models and synchronous gradient sums; main_grad is undefined between zero_grad_buffer() and a parameter's first gradient."""
+    """For dense models and synchronous gradient sums.
+
+    main_grad is undefined between zero_grad_buffer() and a parameter's first gradient.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.without_gradient: set[Parameter] = set()

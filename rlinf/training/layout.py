@@ -4,10 +4,10 @@ The samples of one prompt may share one copy of the prompt's tokens ("shared pre
 
     prompt | response 1 | response 2 | ...
 
-where every response attends to the prompt and to itself only, and its positions go on from the prompt's. A group with one sample is a
-plain causal sequence, and so is each sample of a group for which sharing does not pay (data.packing.sharing_pays). What the prompts of different groups have in common at their start (a system prompt, worked examples) is packed
-once too, in front of everything, and all groups attend to it. The last token of a response predicts nothing that is trained, so it is
-not packed at all.
+where every response attends to the prompt and to itself only, and its positions go on from the prompt's. A group with one sample is a plain
+causal sequence, and so is each sample of a group for which sharing does not pay (data.packing.sharing_pays). What the prompts of different
+groups have in common at their start (a system prompt, worked examples) is packed once too, in front of everything, and all groups attend to
+it. The last token of a response predicts nothing that is trained, so it is not packed at all.
 
 Shape legend: T packed rows, N response tokens, S samples, D head dimension.
 """
@@ -80,7 +80,10 @@ class PackedBatch(PackedSeqParams):
 def pack(
     groups: Sequence[Group], refs: Sequence[SampleRef], *, share_prefix: bool, temperature: float, pad_to: int, device: torch.device
 ) -> PackedBatch:
-    """Pack the samples named by refs. pad_to: rows are padded to a multiple of it (the engine's pad_to); an empty refs gives one inert row."""
+    """Pack the samples named by refs.
+
+    pad_to: rows are padded to a multiple of it (the engine's pad_to); an empty refs gives one inert row.
+    """
     rows: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[Segment] = []

@@ -1,7 +1,9 @@
 """Log-probability and entropy of the target tokens, vocab-parallel and chunked.
 
 Extra memory is bounded by one chunk of rows, never [N, V]: the backward pass computes a chunk's logits again, except those of the last
-chunk, which are still there. Both numbers are of softmax(logits / temperature) in fp32. Shape legend: N rows, H hidden, V vocabulary rows of this rank.
+chunk, which are still there. Both numbers are of softmax(logits / temperature) in fp32.
+
+Shape legend: N rows, H hidden, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ PADDING = -1e30  # logit of a padding row: probability 0, and 0 * logit is 0, no
 def target_logprobs(
     hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, *, temperature: float, vocab: int, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """(logprob_N, entropy_N) in fp32. weight_VH is this rank's shard; rows at or beyond `vocab` (over all ranks) are padding and excluded."""
+    """(logprob_N, entropy_N) in fp32.
+
+    weight_VH is this rank's shard; rows at or beyond `vocab` (over all ranks) are padding and excluded.
+    """
     return _TargetLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature, vocab, group)
 
 

@@ -188,8 +188,8 @@ def test_the_default_chunk_is_small_beside_the_logits_of_a_long_context() -> Non
 
 
 def model_logits_gap(at: Any, folder: Path) -> tuple[float, float]:
-    """The whole model against plain transformers: on the tokens of some responses; on every token of the vocabulary behind one prompt, which is
-    all that softmax sees of the logits there."""
+    """The whole model against plain transformers: on the tokens of some responses; and on every token of the vocabulary behind
+    one prompt, which is all that softmax sees of the logits there."""
     from transformers import AutoModelForCausalLM
 
     from rlinf.data.packing import SampleRef

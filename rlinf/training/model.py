@@ -84,9 +84,9 @@ def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp:
 
 
 def layer_implementation(model: ActorModelConfig, device: torch.device) -> str:
-    """`transformer_engine` or `local`, by actor.model.transformer_impl. auto: the former in 16 bits on a GPU where Megatron can import it; its
-    fp32 matrix products are TF32, so fp32 stays with the latter.
+    """`transformer_engine` or `local`, by actor.model.transformer_impl.
 
+    auto: the former in 16 bits on a GPU where Megatron can import it; its fp32 matrix products are TF32, so fp32 stays with the latter.
     Raises UserError when Transformer Engine is asked for by name and cannot be used.
     """
     usable = device.type == "cuda" and gpt_layer_specs.HAVE_TE
@@ -196,7 +196,8 @@ def with_value_head(tensors: Mapping[str, Tensor], hidden: int, seed: int) -> Ma
 def with_scoring_head(tensors: Mapping[str, Tensor], hidden: int) -> tuple[Mapping[str, Tensor], float]:
     """`tensors` of a classification model with its head as one row, and the bias of that row.
 
-    With one label a token's score is its logit; with two (wrong, right) it is their difference, whose sigmoid is the probability of the second.
+    With one label a token's score is its logit; with two (wrong, right) it is their difference,
+    whose sigmoid is the probability of the second.
     """
     if "score.weight" not in tensors:
         raise UserError(
@@ -206,7 +207,8 @@ def with_scoring_head(tensors: Mapping[str, Tensor], hidden: int) -> tuple[Mappi
     bias = tensors["score.bias"].float() if "score.bias" in tensors else torch.zeros(len(weight))
     if tuple(weight.shape) not in ((1, hidden), (2, hidden)):
         raise UserError(
-            f"token_reward.model_dir: its score.weight is {tuple(weight.shape)}; a token reward model has one label or two, of {hidden} numbers"
+            f"token_reward.model_dir: its score.weight is {tuple(weight.shape)}; "
+            f"a token reward model has one label or two, of {hidden} numbers"
         )
     if len(weight) == 2:
         weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]

@@ -25,9 +25,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("wanted", "precision", "device", "installed", "chosen"),
     [
-        ("auto", "bf16", GPU, True, "transformer_engine"), ("auto", "fp16", GPU, True, "transformer_engine"), ("auto", "fp32", GPU, True, "local"),
-        ("auto", "bf16", GPU, False, "local"), ("auto", "bf16", CPU, True, "local"), ("local", "bf16", GPU, True, "local"),
-        ("transformer_engine", "fp32", GPU, True, "transformer_engine"),
+        ("auto", "bf16", GPU, True, "transformer_engine"), ("auto", "fp16", GPU, True, "transformer_engine"),
+        ("auto", "fp32", GPU, True, "local"), ("auto", "bf16", GPU, False, "local"), ("auto", "bf16", CPU, True, "local"),
+        ("local", "bf16", GPU, True, "local"), ("transformer_engine", "fp32", GPU, True, "transformer_engine"),
     ],
 )  # fmt: skip
 def test_the_layers_that_are_chosen(

@@ -1,6 +1,7 @@
-"""What of a role leaves the device while the engine generates on it: weights and optimizer state to pinned host memory, gradients to nowhere.
+"""What of a role leaves the device while the engine generates on it.
 
-On CPU host memory is the device, so there only the gradients have an effect: their memory goes back to the system.
+Weights and optimizer state go to pinned host memory, gradients to nowhere. On CPU host memory is the device, so there only the gradients
+have an effect: their memory goes back to the system.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ class Offloader:
 
 
 class Parked:
-    """Tensors whose memory is given away and brought back, bit for bit; they stay the same objects. Host memory is kept for the next time."""
+    """Tensors whose memory is given away and brought back, bit for bit; they stay the same objects.
+
+    Host memory is kept for the next time.
+    """
 
     def __init__(self) -> None:
         self._host: dict[Tensor, Tensor] = {}  # by identity: tensors hash by it

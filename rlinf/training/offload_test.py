@@ -74,6 +74,7 @@ def adam_of(at: Any, folder: Path) -> tuple[str, list[str]]:
 
 
 def test_adam_is_torchs_even_where_another_is_installed(rank_pool: Any, tiny_models: dict[str, Path]) -> None:
-    """Its step counts are kept by parameter, where a checkpoint finds them, on the parameter's device, where the fused kernel reads them."""
+    """Its step counts are kept by parameter, where a checkpoint finds them, and on the parameter's device,
+    where the fused kernel reads them."""
     ((kind, devices),) = rank_pool.run(adam_of, tiny_models["llama"], ranks=1)
     assert kind == "AdamW" and set(devices) == {"cpu"}

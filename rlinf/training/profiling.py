@@ -14,7 +14,10 @@ from rlinf.device import recorder
 
 @contextmanager
 def profiled(runner: RunnerConfig, step: int, component: str) -> Iterator[None]:
-    """Record the block on this rank when runner.profile_steps and runner.profile_ranks name it: profile/step_000003-actor-0.json.gz in the run's folder."""
+    """Record the block on this rank when runner.profile_steps and runner.profile_ranks name it.
+
+    It is written to profile/step_000003-actor-0.json.gz in the run's folder.
+    """
     rank = dist.get_rank()
     if step not in runner.profile_steps or rank not in runner.profile_ranks:
         yield

@@ -28,7 +28,10 @@ class HandedOut:
 
 
 class Publisher:
-    """Hands out the weights of one pipeline stage. folder: of the disk transport, one for all publishers. wire: of the broadcast transport."""
+    """Hands out the weights of one pipeline stage.
+
+    folder: of the disk transport, one for all publishers. wire: of the broadcast transport.
+    """
 
     def __init__(self, engine: MegatronEngine, run_id: str, folder: Path, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.engine, self.folder, self.bucket_bytes = engine, folder, bucket_bytes

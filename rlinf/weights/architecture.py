@@ -10,7 +10,8 @@ from rlinf.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """What sets families of dense decoders apart whose tensors have the same names: a bias on q, k and v; a norm of each head of q and k."""
+    """What sets families of dense decoders apart whose tensors have the same names:
+    a bias on q, k and v; a norm of each head of q and k."""
 
     qkv_bias: bool = False
     qk_norm: bool = False

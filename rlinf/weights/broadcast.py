@@ -68,7 +68,8 @@ class Wire:
         return SharedMemory(tuple(sent))
 
     def receive(self, name: str, version: int) -> tuple[SharedMemory, dict[str, str]]:
-        """Land what the publisher sends in `/dev/shm/rlinf-<name>-s<stage>-v<version>-*`, with checksums as sent; and the sender's key of each."""
+        """Land what the publisher sends in `/dev/shm/rlinf-<name>-s<stage>-v<version>-*`, with checksums as sent;
+        and the sender's key of each."""
         landed, keys = [], {}
         with ExitStack() as undo, self._together(f"version {version}"):
             while (length := int(self._pass(torch.zeros(1, dtype=torch.int64)))) > 0:

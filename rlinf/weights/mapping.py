@@ -127,7 +127,8 @@ def hf_shapes(arch: Architecture, head: str = "lm") -> dict[str, tuple[int, ...]
     by_suffix = {
         "embed_tokens.weight": (arch.vocab, h), "lm_head.weight": (arch.vocab, h), "norm.weight": (h,), "score.weight": (1, h),
         "q_proj.weight": (q, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, q),
-        "q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,), "q_norm.weight": (arch.head_dim,), "k_norm.weight": (arch.head_dim,),
+        "q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,),
+        "q_norm.weight": (arch.head_dim,), "k_norm.weight": (arch.head_dim,),
         "gate_proj.weight": (f, h), "up_proj.weight": (f, h), "down_proj.weight": (h, f),
         "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
     }  # fmt: skip

@@ -26,7 +26,8 @@ def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[
         tensors = sum(len(b.tensors) for b in source.buckets)
         if receipt.version != version or receipt.n_tensors != tensors:
             raise RunFailed(
-                f"weight sync {version}: rollout rank {rank} reports version {receipt.version} and {receipt.n_tensors} tensors; {tensors} were sent"
+                f"weight sync {version}: rollout rank {rank} reports version {receipt.version} and {receipt.n_tensors} tensors; "
+                f"{tensors} were sent"
             )
         wrong = [key for key in sent if receipt.checksums.get(key) != sent[key]]
         if wrong:

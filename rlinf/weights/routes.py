@@ -22,7 +22,8 @@ class Feed:
 
 @dataclass(frozen=True, order=True)
 class BroadcastGroup:
-    """Who shares a process group: the actor rank that publishes a stage of a replica, as member 0, then the engines that the replica feeds."""
+    """Who shares a process group: the actor rank that publishes a stage of a replica, as member 0,
+    then the engines that the replica feeds."""
 
     replica: int
     stage: int
@@ -68,6 +69,6 @@ def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int) -> tup
 
 
 def publisher(replica: int, stage: int, width: int, dp: int) -> int:
-    """The rank that publishes a stage of a replica: the first of the `width` tensor- and context-parallel ranks that hold it (rank order: TP
-    fastest, then CP, then DP, then PP)."""
+    """The rank that publishes a stage of a replica: the first of the `width` tensor- and context-parallel ranks that hold it
+    (rank order: TP fastest, then CP, then DP, then PP)."""
     return width * (replica + dp * stage)

@@ -107,7 +107,10 @@ class Segments:
 
 
 def collect(tensors: Iterable[Named], name: str, bucket_bytes: int = BUCKET_BYTES) -> tuple[SharedMemory, tuple[np.ndarray, ...]]:
-    """What publish() would write, as uint8 arrays that the caller sends to another machine, where land() writes them. `name`: of the keys."""
+    """What publish() would write, as uint8 arrays that the caller sends to another machine, where land() writes them.
+
+    name: of the keys.
+    """
     buckets, arrays = [], []
     for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
         specs, nbytes = layout(bucket)

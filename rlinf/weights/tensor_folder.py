@@ -131,7 +131,8 @@ class TensorFolder(Mapping[str, Tensor]):
         tensor = _read(self._file_of(name), self.folder / self.files[name], name)
         if name in self.xxh3 and digest(tensor) != self.xxh3[name]:
             raise UserError(
-                f"{self.folder / self.files[name]}: tensor {name} is damaged: its bytes are not those that were written (xxh3); restore the file"
+                f"{self.folder / self.files[name]}: tensor {name} is damaged: its bytes are not those that were written (xxh3); "
+                "restore the file"
             )
         return tensor
 

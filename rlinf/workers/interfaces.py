@@ -51,9 +51,10 @@ class TrainWorker(Protocol):
     def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:
         """All optimizer steps of one global batch; none while the critic warms up (critic.warmup_steps).
 
-        payloads: the groups named by batch.group_ids, in that order, then what the critic's ranks that hold any of them returned from
-        values(), and the token reward model's from scores(). What training saw of each token is appended to the file of `dump`. The second result, of the first tensor-parallel rank
-        of the last stage: with a critic the targets of the values of this rank's samples, else nothing.
+        payloads: the groups named by batch.group_ids, in that order, then what the critic's ranks that hold any of them
+        returned from values(), and the token reward model's from scores(). What training saw of each token is appended to the
+        file of `dump`. The second result, of the first tensor-parallel rank of the last stage: with a critic the targets of the
+        values of this rank's samples, else nothing.
         """
         ...
 
@@ -76,8 +77,8 @@ class TrainWorker(Protocol):
         ...
 
     def release(self, keep: bool = False) -> None:
-        """The engines have the weights: hand a shared device over (actor.offload_*) and withdraw what the last publish() wrote, or with `keep`
-        leave that until the weights are out of use."""
+        """The engines have the weights: hand a shared device over (actor.offload_*) and withdraw what the last publish() wrote,
+        or with `keep` leave that until the weights are out of use."""
         ...
 
     def save(self, step_dir: str) -> None:
@@ -165,7 +166,10 @@ class RolloutWorker(Protocol):
 
 class RewardWorker(Protocol):
     async def judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
-        """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample (prompt, response, verdict, versions)."""
+        """Verdicts in the order of the samples.
+
+        With dump_path, also appends one JSON line a sample (prompt, response, verdict, versions).
+        """
         ...
 
     def keep(self, path: str, group: Group, verdicts: tuple[Verdict | None, ...]) -> None:

@@ -27,5 +27,6 @@ class JournalWorker:
                 group = self.groups[file].pop(group_id)
                 return group.header(), group
         raise UserError(
-            f"group {group_id} is not in the journal of its run ({', '.join(files) or 'no samples/groups_* file'}): the step cannot be replayed"
+            f"group {group_id} is not in the journal of its run ({', '.join(files) or 'no samples/groups_* file'}): "
+            "the step cannot be replayed"
         )

@@ -17,9 +17,11 @@ def work_of(packs: Iterable[PackedBatch]) -> Work:
 def rank_flops(
     engine: MegatronEngine, model: ActorModelConfig, looked_at: Mapping[str, Work], trained: Mapping[str, Work]
 ) -> dict[str, float]:
-    """Operations of one rank, an even part of those of its model copy, by the timer of the part of the step: of passes without a gradient, of
-    passes forward and backward, and what activation recompute adds to the latter (`again`). A head with one output is not counted."""
+    """Operations of one rank, an even part of those of its model copy, by the timer of the part of the step.
 
+    They are of passes without a gradient, of passes forward and backward, and what activation recompute adds to the latter (`again`).
+    A head with one output is not counted.
+    """
     copy = engine.at.tp * engine.at.cp * engine.at.pp
 
     def pass_over(work: Work) -> float:

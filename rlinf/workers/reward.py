@@ -40,7 +40,10 @@ class RewardWorker:
         self.verifier.warm_up()
 
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
-        """Verdicts in the order of the samples; with dump_path, also appends one JSON line a sample, and the group to its step's journal."""
+        """Verdicts in the order of the samples.
+
+        With dump_path, also appends one JSON line a sample, and the group to its step's journal.
+        """
         return await asyncio.to_thread(self._judge, group, dump_path)
 
     def keep(self, path: str, group: Group, verdicts: tuple[Verdict | None, ...]) -> None:

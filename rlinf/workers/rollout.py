@@ -50,7 +50,10 @@ class RolloutWorker:
             raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
-        """The group of a prompt, samples in the order of their index. before: the group as an engine let go of it; it goes on from there."""
+        """The group of a prompt, samples in the order of their index.
+
+        before: the group as an engine let go of it; it goes on from there.
+        """
         await self._wake()
         samples: dict[str, Sample] = {s.sample_id: s for s in before.samples} if before else {}
         try:

@@ -76,7 +76,8 @@ def response_score(scores: np.ndarray, reduce: str) -> float:
 
 
 def read_to_the_end(group: Group) -> Group:
-    """The group with a token behind each response: packing leaves out a response's last token, which predicts nothing, but here it is read."""
+    """The group with a token behind each response: packing leaves out a response's last token, which predicts nothing,
+    but here it is read."""
 
     def longer(s: Sample) -> Sample:
         return replace(

@@ -122,7 +122,8 @@ def test_token_rewards_are_those_of_transformers_in_any_layout(
 
 
 def test_probability_weight_and_reduce(rank_pool: Any, scorers: dict[int, Path]) -> None:
-    """Of two labels the sigmoid of the difference is the probability of the second; the weight is for what is paid, not for what is reported."""
+    """Of two labels the sigmoid of the difference is the probability of the second; the weight is for what is paid,
+    not for what is reported."""
     asked, logits = groups(), of_transformers(scorers[2], groups())
     how = {"output": "probability", "reduce": "min", "weight": 3.0}
     ((of_response, tokens),) = rank_pool.run(scored_with, scorers[2], asked, how, ranks=1)

@@ -65,7 +65,8 @@ class TrainWorker(Checkpointed):
     def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:
         """Pack once, look at the old policy once, then one optimizer step a mini-batch; what each token had goes where `dump` says.
 
-        payloads: the groups, then with a critic the values of their tokens, whose targets are the second result, and with dense rewards those.
+        payloads: the groups, then with a critic the values of their tokens, whose targets are the second result,
+        and with dense rewards those.
         """
         groups, numbers = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
         if [g.group_id for g in groups] != list(batch.group_ids):
@@ -205,7 +206,8 @@ class TrainWorker(Checkpointed):
                 self.publisher.wire = Wire(group, group.members[0], meeting, self.device, timeout)
 
     def release(self, keep: bool = False) -> None:
-        """The engines have the weights: hand the device over, and withdraw what publish() wrote, unless a restarted engine may need it again."""
+        """The engines have the weights: hand the device over, and withdraw what publish() wrote,
+        unless a restarted engine may need it again."""
         self.offloader.after_publishing()
         if not keep:
             self.publisher.withdraw()

@@ -24,8 +24,8 @@ def engine(tmp_path: Path) -> Iterator[SGLangEngine]:
     pytest.importorskip("sglang")
     make_tiny_model(tmp_path / "model", hidden=256, heads=4, kv_heads=2)
     engine = SGLangEngine(
-        str(tmp_path / "model"), dtype="bf16", slots=4, max_context=128, seed=0, log=tmp_path / "sglang.log", run_id="gpu-sglang", device="cuda",
-        memory_fraction=0.2, native={"enable_memory_saver": "true"},
+        str(tmp_path / "model"), dtype="bf16", slots=4, max_context=128, seed=0, log=tmp_path / "sglang.log", run_id="gpu-sglang",
+        device="cuda", memory_fraction=0.2, native={"enable_memory_saver": "true"},
     )  # fmt: skip
     yield engine
     engine.close()

@@ -59,7 +59,10 @@ def test_a_shared_prompt_gives_what_copies_give(
 def test_transformer_engines_layers_give_what_the_local_ones_give(
     device: torch.device, at: Any, models: dict[str, Path], family: str
 ) -> None:
-    """The gradient of every tensor under its Hugging Face name, within what TF32 leaves. The twin without a GPU: a refusal, in so many words."""
+    """The gradient of every tensor under its Hugging Face name, within what TF32 leaves.
+
+    The twin without a GPU: a refusal, in so many words.
+    """
     if device.type == "cpu":
         with pytest.raises(UserError, match="model.transformer_impl: .* there is no GPU"):
             engine_on(device, at, models[family], transformer_impl="transformer_engine")

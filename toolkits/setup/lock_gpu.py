@@ -18,7 +18,8 @@ LOCK = ROOT / "requirements" / "gpu.lock"
 PYTHON, PLATFORM = "3.12", "x86_64-manylinux_2_39"  # Ubuntu 24.04's, which docker/Dockerfile starts from
 # Its source archive names the core library of CUDA 12; when it is built next to a torch of CUDA 13 it asks for the other one.
 REPLACED = "transformer-engine-cu12"
-HEADER = f"""# Every package of a CUDA machine: Linux x86-64, Python {PYTHON}, CUDA 13. Written by toolkits/setup/lock_gpu.py from base.txt and gpu.txt.
+HEADER = f"""\
+# Every package of a CUDA machine: Linux x86-64, Python {PYTHON}, CUDA 13. Written by toolkits/setup/lock_gpu.py from base.txt and gpu.txt.
 # Use it as constraints: pip install -c requirements/gpu.lock ".[gpu]" (docker/Dockerfile shows all steps).
 # `wheel`: installed as published; `source`: built or fetched by its own build step on the machine. A resolution is no proof that it runs.
 """
@@ -28,9 +29,11 @@ def resolve(uv: str) -> list[dict]:
     """The packages of uv's pylock, in the order of their names."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "pylock.toml"
-        command = [uv, "pip", "compile", str(ROOT / "requirements/base.txt"), str(ROOT / "requirements/gpu.txt"), "--python-version", PYTHON,
-                   "--python-platform", PLATFORM, "--no-build-isolation-package", "transformer-engine-torch", "--no-emit-package", REPLACED,
-                   "--quiet", "-o", str(target)]  # fmt: skip
+        command = [
+            uv, "pip", "compile", str(ROOT / "requirements/base.txt"), str(ROOT / "requirements/gpu.txt"),
+            "--python-version", PYTHON, "--python-platform", PLATFORM,
+            "--no-build-isolation-package", "transformer-engine-torch", "--no-emit-package", REPLACED, "--quiet", "-o", str(target),
+        ]  # fmt: skip
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         return tomllib.loads(target.read_text())["packages"]
 
