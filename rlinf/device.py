@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from torch.profiler import ProfilerActivity, profile
+
+from rlinf.errors import RunFailed
 
 
 def usable() -> bool:
@@ -71,6 +75,40 @@ def host_copy(tensor: Tensor, into: Tensor | None = None) -> Tensor:
     into.copy_(tensor, non_blocking=True)
     synchronize(tensor.device)
     return into
+
+
+def share(buffer: Tensor) -> tuple[Any, ...]:
+    """What another process of this machine needs to see the memory of a GPU's tensor [bytes]: numbers and bytes, the GPU by its UUID.
+
+    Torch keeps the memory, even of a tensor that is gone, until one process has opened it and let go, or forgo_shared() was called.
+    """
+    ordinal, *rest = buffer.untyped_storage()._share_cuda_()
+    return (_uuid(ordinal), *rest)
+
+
+def rebuilding(handle: tuple[Any, ...], device: int | str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """Torch's function that opens what share() handed out, and its arguments. device: the number of the GPU in the opening process."""
+    _, memory, nbytes, offset, counter, counter_offset, event, wait = handle
+    tensor = (Tensor, (nbytes,), (1,), 0, torch.UntypedStorage, torch.uint8)
+    return rebuild_cuda_tensor, (*tensor, device, memory, nbytes, offset, False, counter, counter_offset, event, wait)
+
+
+def open_shared(handle: tuple[Any, ...]) -> Tensor:
+    """The memory that another process has shared, as bytes. Raises RunFailed when this process does not see its GPU."""
+    ordinal = next((i for i in range(gpu_count()) if _uuid(i) == handle[0]), None)
+    if ordinal is None:
+        raise RunFailed(f"the shared memory is on GPU {handle[0]}, which this process does not see")
+    function, arguments = rebuilding(handle, ordinal)
+    return function(*arguments)
+
+
+def forgo_shared(handle: tuple[Any, ...]) -> None:
+    """The process that shared the memory is the one that reads it: nobody is to open it."""
+    torch.UntypedStorage._release_ipc_counter(*handle[4:6])
+
+
+def _uuid(ordinal: int) -> str:
+    return str(torch.cuda.get_device_properties(ordinal).uuid)
 
 
 def recorder() -> profile:

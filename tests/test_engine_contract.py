@@ -16,6 +16,7 @@ from rlinf.errors import RunFailed
 from rlinf.rollout.contract import GenerateRequest, RolloutEngine, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.shared_memory import Segments
 from rlinf.weights.source import Disk
 from rlinf.weights.tensor_folder import open_hf_folder
@@ -282,19 +283,19 @@ def test_closing_an_iterator_frees_its_slots(engine: RolloutEngine) -> None:
     assert len(asyncio.run(leave_early())) == 4
 
 
-@pytest.mark.parametrize("way", ["disk", "shared memory"])
+@pytest.mark.parametrize("way", ["disk", "shared memory", "device"])
 def test_loaded_weights_are_the_policy_at_once_and_exactly(engine: RolloutEngine, models: dict[str, Path], way: str) -> None:
     ids = prompt(30)
     old = tokens(run(engine, ask("r", ids, 2, sampling=GREEDY))[0])  # fills the prefix store with keys of the old weights
     expected = Reference(models["other"]).greedy(ids, 12)
     assert old[0] != expected
-    segments = Segments("contract")
-    source = Disk(str(models["other"])) if way == "disk" else segments.publish(open_hf_folder(models["other"]).items(), 3, 50_000)
+    publisher = DeviceBuckets("contract", torch.device("cpu")) if way == "device" else Segments("contract")
+    source = Disk(str(models["other"])) if way == "disk" else publisher.publish(open_hf_folder(models["other"]).items(), 3, 50_000)
     receipt = asyncio.run(engine.load_weights(source, 3))
-    segments.publish(
+    publisher.publish(
         [(name, torch.zeros_like(t)) for name, t in open_hf_folder(models["other"]).items()], 4, 50_000
     )  # over what was loaded
-    segments.close()
+    publisher.close()
     assert receipt.version == 3 and receipt.n_tensors == len(open_hf_folder(models["other"]))
     assert way == "disk" or receipt.checksums == {b.key: b.checksum for b in source.buckets}
     new = run(engine, ask("r", ids, 2, sampling=GREEDY))[0]

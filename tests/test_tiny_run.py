@@ -127,7 +127,7 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
     ids=["one", "tp2", "pp2", "dp2", "cp2"],
 )
 def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, cp: int, slots: str) -> None:
-    placement, transport = {"actor": slots, "rollout,reward": "0"}, {1: "auto", 2: "broadcast"}[pp]
+    placement, transport = {"actor": slots, "rollout,reward": "0"}, "broadcast" if pp > 1 else "device_ipc" if tp > 1 else "auto"
     config = write_run(
         tmp_path, cluster__component_placement=placement, actor__model__tensor_model_parallel_size=tp,
         actor__model__pipeline_model_parallel_size=pp, actor__model__context_parallel_size=cp,

@@ -44,12 +44,14 @@ from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
 from rlinf.weights.routes import (
     AUTO,
     BROADCAST,
+    DEVICE_IPC,
     DISK,
     OBJECT_STORE,
     SHARED_MEMORY,
     BroadcastGroup,
     Feed,
     broadcast_groups,
+    device_feeds,
     plan_feeds,
     publisher,
 )
@@ -63,7 +65,7 @@ LAYOUTS = list(product((1, 2), (1, 2), (1, 2)))  # TP, PP, DP
 FAMILIES = ("qwen2", "qwen2-tied")  # an output head of its own, and one tied to the embedding
 BUCKET_BYTES = 16_000  # several buckets a stage
 VERSION = 1
-TRANSPORTS = (SHARED_MEMORY, OBJECT_STORE, DISK, BROADCAST)
+TRANSPORTS = (SHARED_MEMORY, OBJECT_STORE, DISK, BROADCAST, DEVICE_IPC)
 HOST = "127.0.0.1"
 TIMEOUT = 60.0  # seconds that the members of a broadcast group wait for each other
 COMPLAINTS = 5
@@ -158,6 +160,11 @@ def receive(meeting: Meeting, engines: int, rank: int) -> SharedMemory:
 
 def feeds_of(case: Case) -> tuple[Feed, ...]:
     """A replica of the actor to a node; engines on the same nodes, by turns, and for the object store on one of their own."""
+    if case.transport == DEVICE_IPC:  # a replica and the engines that it feeds have all their devices in common
+        devices = [[(d, stage) for stage in range(case.pp)] for d in range(case.dp)]
+        feeds = device_feeds(devices, [devices[k % case.dp] for k in range(case.replicas)])
+        assert feeds is not None
+        return feeds
     away = case.transport == OBJECT_STORE
     engines = [case.dp if away else k % case.dp for k in range(case.replicas)]
     return plan_feeds([[d] * case.pp for d in range(case.dp)], engines, case.transport if case.transport in (DISK, BROADCAST) else AUTO)

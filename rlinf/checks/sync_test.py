@@ -13,7 +13,7 @@ import torch
 from rlinf.checks import sync
 from rlinf.checks.rank_pool import RankPool
 from rlinf.checks.sync import TRANSPORTS, Case, Finding, check_cases, make_cases, small_engine
-from rlinf.weights.routes import SHARED_MEMORY
+from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
 
 ROUTE = Case("qwen2-tied", 2, 1, 1, SHARED_MEMORY, 2)
 
@@ -42,7 +42,7 @@ def find(pool: RankPool, case: Case, folder: Path, make_engine: Any = small_engi
 
 def test_the_cases_are_every_layout_with_every_transport_and_both_heads() -> None:
     cases = make_cases()
-    assert len(set(cases)) == len(cases) == 8 * 2 * 4 * 2
+    assert len(set(cases)) == len(cases) == 8 * 2 * 5 * 2
     quick = make_cases(quick=True)
     assert len({(c.tp, c.pp, c.dp) for c in quick}) == 8
     assert {c.transport for c in quick} == set(TRANSPORTS) and len({c.family for c in quick}) == 2
@@ -53,6 +53,23 @@ def test_a_sync_holds_by_every_transport(pool: RankPool, tmp_path: Path) -> None
     for finding in check_cases(pool, [replace(ROUTE, transport=transport) for transport in TRANSPORTS], tmp_path, small_engine):
         assert finding.fault == "" and finding.gap <= 1e-4
     assert not list(Path("/dev/shm").glob("rlinf-check-*"))
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_damaged_on_the_device_is_found(pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip(parts: Any) -> Any:
+        source = sync_merge(parts)
+        with open(source.buckets[1].key, "r+b") as file:
+            file.seek(1000)
+            byte = file.read(1)[0]
+            file.seek(1000)
+            file.write(bytes([byte ^ 1]))
+        return source
+
+    sync_merge = sync.merge_sources
+    monkeypatch.setattr(sync, "merge_sources", flip)
+    fault = find(pool, replace(ROUTE, transport=DEVICE_IPC, replicas=1), tmp_path).fault
+    assert "-ipc-v1-1: checksum" in fault and "as sent" in fault
 
 
 @pytest.mark.slow

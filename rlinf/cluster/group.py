@@ -12,6 +12,7 @@ from typing import Any
 
 from rlinf.cluster.failure import Failure
 from rlinf.errors import RunFailed
+from rlinf.scheduling.placement import Seat
 
 
 class Ref:
@@ -49,15 +50,15 @@ class WorkerGroup(ABC):
     Errors of a call: UserError as the worker raised it; RunFailed, naming component, rank, node, method and log, for everything else.
     """
 
-    def __init__(self, component: str, nodes: Sequence[int], failure: Failure, start_timeout: float) -> None:
+    def __init__(self, component: str, seats: Sequence[Seat], failure: Failure, start_timeout: float) -> None:
         self.component = component
-        self.nodes = tuple(nodes)  # of each rank
-        self.size = len(self.nodes)
+        self.seats = tuple(seats)  # of each rank
+        self.size = len(self.seats)
         self.calls: Counter[str] = Counter()
         self.failure = failure
         self.start_timeout = start_timeout
         self.starts: list[Ref] = []
-        self.in_flight: list[Counter[str]] = [Counter() for _ in self.nodes]
+        self.in_flight: list[Counter[str]] = [Counter() for _ in self.seats]
         self.pids: list[int | None] = [None] * self.size  # of the workers that have a process of their own
         self.lives = [0] * self.size  # of each rank, how often restart() has filled its place
         self.restarts = 0  # how many deaths of a rank do not end the run: its calls raise WorkerLost, and restart() fills its place

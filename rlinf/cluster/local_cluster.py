@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlinf.cluster.host import Holder, cores, dotted, free_port
 from rlinf.cluster.processes import RUN_ID, end_run, start_sentinel
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
-from rlinf.scheduling.placement import Node, Plan, WorkerAddress
+from rlinf.scheduling.placement import Node, Plan, Seat, WorkerAddress
 
 VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -65,7 +66,7 @@ class LocalCluster(Cluster):
             for seat in seats
         ]
         self.holders += holders
-        return LocalWorkerGroup(self, component, holders, dotted(worker_class), args)
+        return LocalWorkerGroup(self, component, seats, holders, dotted(worker_class), args)
 
     def _end_when_stuck(self) -> None:
         """A thread that hangs cannot be ended, and Python waits for it: so the process is, when a failure does not end the run."""
@@ -87,8 +88,10 @@ class LocalCluster(Cluster):
 class LocalWorkerGroup(WorkerGroup):
     """Handles are futures of the driver's loop; a payload is the object itself."""
 
-    def __init__(self, cluster: LocalCluster, component: str, holders: list[Holder], class_path: str, args: tuple[Any, ...]) -> None:
-        super().__init__(component, [0] * len(holders), cluster.failure, cluster.config.start_timeout)
+    def __init__(
+        self, cluster: LocalCluster, component: str, seats: Sequence[Seat], holders: list[Holder], class_path: str, args: tuple[Any, ...]
+    ) -> None:
+        super().__init__(component, seats, cluster.failure, cluster.config.start_timeout)
         self.cluster = cluster
         self.holders = holders
         self.build = (class_path, args)

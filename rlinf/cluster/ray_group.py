@@ -41,8 +41,8 @@ class RayWorkerGroup(WorkerGroup):
         start_timeout: float,
         phase: Callable[[], str],
     ) -> None:
-        super().__init__(component, [seat.node for seat in seats], failure, start_timeout)
-        self.seats, self.process, self.logs, self.phase = seats, process, logs, phase
+        super().__init__(component, seats, failure, start_timeout)
+        self.process, self.logs, self.phase = process, logs, phase
         self.actors = [process(seat) for seat in seats]
         self.rests = [actor.rest.remote() for actor in self.actors]
         self.lost: dict[tuple[int, int], WorkerLost] = {}  # by rank and life

@@ -307,6 +307,14 @@ def _rollout(c: Config) -> Iterator[Violation]:
                 "an engine that is started anew is in no process group: set rollout.max_engine_restarts to 0 "
                 "(the death of an engine then ends the run), or use auto or disk",
             )
+    if c.rollout.weight_transport == "device_ipc" and c.cluster.backend == "ray" and c.rollout.max_engine_restarts:
+        yield (
+            "rollout.weight_transport",
+            (
+                "device_ipc keeps no weights on the device for an engine that is started anew: set rollout.max_engine_restarts to 0 (the death "
+                "of an engine then ends the run), or use auto or disk"
+            ),
+        )
     for name in c.rollout.sglang:
         if name in SET_BY_US:
             yield "rollout.sglang", f"{name} is set by {SET_BY_US[name]}; remove it"

@@ -18,7 +18,7 @@ import torch
 from torch.profiler import profile
 
 from rlinf.data.records import Sample
-from rlinf.device import recorder
+from rlinf.device import recorder, synchronize
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.batcher import Batcher, Outcome
 from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
@@ -198,6 +198,7 @@ class EmbeddedEngine:
         start = time.perf_counter()
         try:
             n_tensors, nbytes = self._batcher.load(open_source(source), version)
+            synchronize(self._batcher.model.device)  # the source may be written again when this has answered
         except ValueError as error:
             if isinstance(source, Disk):
                 raise UserError(f"{source.path}: {error}; the weights do not fit its config.json") from error

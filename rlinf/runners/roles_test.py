@@ -14,6 +14,7 @@ from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.records import Finish, GroupHeader, Status, Verdict
 from rlinf.metrics.names import undocumented
 from rlinf.runners.roles import Part, Role, holding, summary
+from rlinf.scheduling.placement import Seat
 from rlinf.workers.interfaces import TrainReport
 
 NAMES = [f"g{i}" for i in range(8)]
@@ -23,7 +24,7 @@ class Recorded(WorkerGroup):
     """Ranks that note what they are called with, and return a report and their own number."""
 
     def __init__(self, component: str, size: int) -> None:
-        super().__init__(component, [0] * size, Failure(), 5.0)
+        super().__init__(component, [Seat(component, rank, 0, (rank,)) for rank in range(size)], Failure(), 5.0)
         self.seen: dict[int, tuple[Any, ...]] = {}
 
     async def ready(self) -> None:

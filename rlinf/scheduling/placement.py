@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
+from rlinf.weights.routes import DEVICE_IPC, Device, Feed, device_feeds, publisher
 
 KEY = "cluster.component_placement"
 COMPONENTS = ("actor", "critic", "token_reward", "rollout", "reward")
 TRAINING = ("actor", "critic", "token_reward")  # those whose ranks are Megatron's
-Device = tuple[int, int]  # (node, index on the node)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class Seat:
     node: int
     devices: tuple[int, ...]
 
+    @property
+    def places(self) -> list[Device]:
+        return [(self.node, index) for index in self.devices]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,8 +54,8 @@ class Plan:
         return tuple(s for s in self.seats if s.component == component)
 
     def shares_device(self, a: str, b: str) -> bool:
-        taken = {(s.node, d) for s in self.of(a) for d in s.devices}
-        return any((s.node, d) in taken for s in self.of(b) for d in s.devices)
+        taken = {place for s in self.of(a) for place in s.places}
+        return any(place in taken for s in self.of(b) for place in s.places)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,22 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
             "rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; "
             "set it to false"
         )
-    return Plan(tuple(seats), mode)
+    plan = Plan(tuple(seats), mode)
+    if config.rollout.weight_transport == DEVICE_IPC and feeds_on_devices(config, plan.of("actor"), plan.of("rollout")) is None:
+        raise UserError(
+            "rollout.weight_transport: device_ipc hands weights over on a device that is the engine's own, but some engine does not have all "
+            f"devices from which a replica of the actor publishes (the first of each tensor-parallel group, in every stage); change {KEY} "
+            "or the parallel sizes, or use auto"
+        )
+    return plan
+
+
+def feeds_on_devices(config: Config, actor: Sequence[Seat], rollout: Sequence[Seat]) -> tuple[Feed, ...] | None:
+    """What feeds each engine when no weight leaves its devices; None where that cannot be."""
+    model = config.actor.model
+    width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, len(actor) // model.copy_ranks
+    publishers = [[actor[publisher(replica, stage, width, dp)].places[0] for stage in range(pp)] for replica in range(dp)]
+    return device_feeds(publishers, [engine.places for engine in rollout])
 
 
 def build_evaluation_plan(config: Config, nodes: Sequence[Node]) -> Plan:

@@ -29,6 +29,20 @@ def plan_of(*args, **kwargs) -> Plan:
 ALL = {"actor,rollout,reward": "all"}
 
 
+def test_weights_by_device_need_a_device_in_common() -> None:
+    def plan_by_device(placement: dict[str, str], **sizes: int) -> Plan:
+        config = config_of(1, 4, placement, **sizes)
+        config.rollout.weight_transport = "device_ipc"
+        return build_plan(config, nodes_of(config.cluster))
+
+    for sizes in ({}, {"tp": 2, "rollout_tp": 2}, {"pp": 2, "rollout_tp": 4}):
+        assert plan_by_device(ALL, **sizes).mode == "collocated"
+    apart, elsewhere = {"actor": "0-1", "rollout,reward": "2-3"}, {"tp": 2, "rollout_tp": 1}
+    for placement, sizes in ((apart, {}), (ALL, elsewhere), (ALL, {"pp": 2, "rollout_tp": 2})):
+        with pytest.raises(UserError, match="rollout.weight_transport: device_ipc .* change cluster.component_placement"):
+            plan_by_device(placement, **sizes)
+
+
 def check(plan: Plan, actor_devices: set, rollout_devices: set, tp: int, pp: int, rollout_tp: int) -> None:
     """What every legal plan must satisfy."""
     actors, engines, rewards = plan.of("actor"), plan.of("rollout"), plan.of("reward")

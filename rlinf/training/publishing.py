@@ -14,7 +14,8 @@ from rlinf.training.layout import pack_sequences
 from rlinf.weights.broadcast import Wire
 from rlinf.weights.buckets import BUCKET_BYTES
 from rlinf.weights.files import publish_files
-from rlinf.weights.routes import BROADCAST, DISK, SHARED_MEMORY
+from rlinf.weights.device_ipc import DeviceBuckets
+from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, SHARED_MEMORY
 from rlinf.weights.shared_memory import Segments, collect
 from rlinf.weights.source import Buckets
 
@@ -37,6 +38,7 @@ class Publisher:
         self.engine, self.folder, self.bucket_bytes = engine, folder, bucket_bytes
         self.place = f"d{engine.at.dp_rank}-s{engine.at.pp_rank}"
         self.segments = Segments(f"{run_id}-{self.place}")
+        self.on_device = DeviceBuckets(self.segments.name, engine.device)
         self.wire: Wire | None = None
         self.on_disk = False
 
@@ -51,6 +53,8 @@ class Publisher:
                     pass
             elif transport == SHARED_MEMORY:
                 sources[transport] = self.segments.publish(tensors, version, self.bucket_bytes)
+            elif transport == DEVICE_IPC:
+                sources[transport] = self.on_device.publish(tensors, version, self.bucket_bytes)
             elif transport == DISK:
                 self.on_disk = True
                 sources[transport] = publish_files(tensors, self.folder / self.place, version, self.bucket_bytes)
@@ -64,11 +68,13 @@ class Publisher:
     def withdraw(self) -> None:
         """What was handed out is not to be had any more."""
         self.segments.withdraw()
+        self.on_device.withdraw()
         if self.on_disk:
             shutil.rmtree(self.folder / self.place)
             self.on_disk = False
 
     def close(self) -> None:
+        self.on_device.close()
         self.withdraw()
         self.segments.close()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlinf.weights.source import TensorSpec
 
 BUCKET_BYTES = 128 * 2**20
+WORDS_AT_ONCE = 1 << 22  # of word_sum: twice 32 MiB to compute with
 ALIGNMENT = 64  # bytes: every tensor starts on a cache line, so that views of any dtype are aligned
 
 Named = tuple[str, Tensor]
@@ -58,6 +59,20 @@ def views(buffer: Tensor, specs: Sequence[TensorSpec]) -> Iterator[Named]:
 def checksum(buffer: Tensor) -> int:
     """xxh3-64 of the bytes of a CPU tensor."""
     return xxhash.xxh3_64_intdigest(buffer.numpy())
+
+
+def word_sum(buffer: Tensor) -> int:
+    """A checksum that the device of the bytes computes: the sum of (2i + 1) x_i modulo 2^64 over the 32-bit words x_i, exact on any device.
+
+    One changed word always changes it, since an odd factor loses nothing; so do two different words that change places, since their
+    difference is below 2^32 and that of their factors, in a bucket below 16 GiB, too. len(buffer): a multiple of 4.
+    """
+    words = buffer.view(torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=buffer.device)
+    for start in range(0, len(words), WORDS_AT_ONCE):
+        part = words[start : start + WORDS_AT_ONCE]
+        total += (torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=buffer.device) * part).sum()
+    return int(total) % 2**64
 
 
 def aligned(nbytes: int) -> int:

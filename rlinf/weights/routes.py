@@ -8,8 +8,11 @@ from dataclasses import dataclass
 SHARED_MEMORY = "shared_memory"  # written once on a node, mapped by all its engines
 OBJECT_STORE = "object_store"  # Ray carries the buckets to other nodes, to each node once
 DISK = "disk"  # files in a folder that all nodes see
+DEVICE_IPC = "device_ipc"  # buckets in memory of the device that engine and actor share
 BROADCAST = "broadcast"  # a process group of each publisher and the engines that it feeds
-AUTO = "auto"  # SHARED_MEMORY on a node, OBJECT_STORE between nodes
+AUTO = "auto"  # SHARED_MEMORY on a node, OBJECT_STORE between nodes; see also device_feeds
+
+Device = tuple[int, int]  # (node, index on the node)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int], tran
         near = SHARED_MEMORY if here[nearest] == len(publishers[nearest]) else OBJECT_STORE
         feeds.append(Feed(nearest, near if transport == AUTO else transport))
     return tuple(feeds)
+
+
+def device_feeds(publishers: Sequence[Sequence[Device]], engines: Sequence[Sequence[Device]]) -> tuple[Feed, ...] | None:
+    """One feed for each engine by DEVICE_IPC, or None when one of them has no replica all of whose publishers are on its own devices.
+
+    publishers[d][p] is the device of the rank that publishes pipeline stage p of replica d; engines[e] are those of engine e. Memory of a
+    device that an engine does not use is not opened: whether that can be depends on which devices its processes see.
+    """
+    near = [next((d for d, stages in enumerate(publishers) if {*stages} <= {*own}), None) for own in engines]
+    return None if None in near else tuple(Feed(d, DEVICE_IPC) for d in near)
 
 
 def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int) -> tuple[BroadcastGroup, ...]:

@@ -7,7 +7,19 @@ from itertools import product
 
 import pytest
 
-from rlinf.weights.routes import BROADCAST, DISK, OBJECT_STORE, SHARED_MEMORY, BroadcastGroup, Feed, broadcast_groups, plan_feeds, publisher
+from rlinf.weights.routes import (
+    BROADCAST,
+    DEVICE_IPC,
+    DISK,
+    OBJECT_STORE,
+    SHARED_MEMORY,
+    BroadcastGroup,
+    Feed,
+    broadcast_groups,
+    device_feeds,
+    plan_feeds,
+    publisher,
+)
 
 PER_NODE = 8
 
@@ -52,6 +64,16 @@ def test_a_replica_that_spans_nodes_sends_through_the_object_store() -> None:
 def test_a_transport_that_was_asked_for_is_used_everywhere() -> None:
     for transport in (DISK, BROADCAST):
         assert plan_feeds([[0, 1], [2, 2]], [1, 2], transport) == (Feed(0, transport), Feed(1, transport))
+
+
+def test_an_engine_is_fed_on_its_device_by_the_replica_that_is_wholly_there() -> None:
+    two_stages = [[(0, 0), (0, 2)], [(0, 1), (0, 3)]]
+    assert device_feeds([[(0, 0)], [(1, 0)]], [[(1, 0)], [(0, 0)]]) == (Feed(1, DEVICE_IPC), Feed(0, DEVICE_IPC))
+    assert device_feeds(two_stages, [[(0, 0), (0, 1), (0, 2), (0, 3)]]) == (Feed(0, DEVICE_IPC),)
+    assert device_feeds(two_stages, [[(0, 1), (0, 3)]]) == (Feed(1, DEVICE_IPC),)
+    assert device_feeds(two_stages, [[(0, 0), (0, 1)]]) is None  # the second stages are elsewhere
+    assert device_feeds([[(0, 0)]], [[(0, 0)], [(0, 1)]]) is None  # one engine is alone
+    assert device_feeds([[(0, 0)]], [[(1, 0)]]) is None  # the same number on another node
 
 
 def made_in_order(groups: tuple[BroadcastGroup, ...], orders: dict[str, list[BroadcastGroup]]) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import mmap
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from rlinf.errors import RunFailed
 from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, fill, group_into_buckets, layout, views
-from rlinf.weights.source import BucketSpec, Disk, SharedMemory, WeightSource
+from rlinf.weights.device_ipc import open_bucket
+from rlinf.weights.segments import FOLDER, create_segment, in_use, map_file, open_segment
+from rlinf.weights.source import BucketSpec, DeviceBucket, Disk, Files, SharedMemory, WeightSource
 from rlinf.weights.tensor_folder import open_hf_folder
-
-FOLDER = "/dev/shm"
 
 
 @dataclass(eq=False)
@@ -34,15 +33,6 @@ class Segment:
             raise FileExistsError(f"{path} belongs to another publisher")
         os.rename(self.path, path)
         self.path = path
-
-    def in_use(self) -> bool:
-        """Whether anyone has a view of it: open_source holds a lock as long."""
-        with open(self.path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
 
     def remove(self) -> None:
         """Who has it mapped keeps the view. Already gone is no error."""
@@ -91,7 +81,7 @@ class Segments:
         self._drop_spare()
 
     def _take(self, path: str, nbytes: int) -> Segment:
-        segment = next((s for s in self._spare if len(s.buffer) == nbytes and not s.in_use()), None)
+        segment = next((s for s in self._spare if len(s.buffer) == nbytes and not in_use(s.path)), None)
         if segment is None:
             segment = Segment(path, create_segment(path, nbytes))
         else:
@@ -145,7 +135,7 @@ def open_source(source: WeightSource) -> Iterator[Named]:
         return
     seen: set[str] = set()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for bucket, buffer in zip(source.buckets, pool.map(_verified, source.buckets)):
+        for bucket, buffer in zip(source.buckets, pool.map(partial(_verified, in_file=isinstance(source, Files)), source.buckets)):
             for name, tensor in views(buffer, bucket.tensors):
                 if name in seen:
                     raise RunFailed(f"weight bucket {bucket.key}: tensor {name} was already in an earlier place of this source")
@@ -160,33 +150,11 @@ def release(source: WeightSource) -> None:
             os.unlink(bucket.key)
 
 
-def create_segment(path: str, nbytes: int) -> Tensor:
-    """A new segment of `nbytes` zeros, mapped for writing."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    with ExitStack() as undo, open(descriptor, "r+b"):
-        undo.callback(os.unlink, path)
-        os.posix_fallocate(descriptor, 0, nbytes)  # a full /dev/shm is an OSError here, a SIGBUS at the first write otherwise
-        buffer = torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)
-        undo.pop_all()
-        return buffer
-
-
-def _verified(bucket: BucketSpec) -> Tensor:
-    buffer = _open(bucket)
+def _verified(bucket: BucketSpec, in_file: bool) -> Tensor:
+    if isinstance(bucket, DeviceBucket):
+        return open_bucket(bucket)
+    buffer = (map_file if in_file else open_segment)(bucket.key, bucket.nbytes)
     received = checksum(buffer)
     if received != bucket.checksum:
         raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
     return buffer
-
-
-def _open(bucket: BucketSpec) -> Tensor:
-    if not os.path.exists(bucket.key):
-        raise RunFailed(f"weight bucket {bucket.key}: it does not exist; it was released, or never written where this machine sees it")
-    with open(bucket.key, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != bucket.nbytes:
-            raise RunFailed(f"weight bucket {bucket.key}: {size} bytes, expected {bucket.nbytes}")
-        if bucket.key.startswith(FOLDER):  # not every folder that machines share has locks
-            fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, which has the file open too: Segment.in_use
-        # a private mapping: the reader cannot change what other readers see
-        return torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)

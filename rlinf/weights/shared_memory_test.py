@@ -12,6 +12,7 @@ import torch
 
 from rlinf.errors import RunFailed, UserError
 from rlinf.weights.shared_memory import Segments, collect, land, open_source, release
+from rlinf.weights.segments import HEADER
 from rlinf.weights.source import Disk, SharedMemory
 
 TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]
@@ -61,7 +62,7 @@ def test_a_missing_segment_is_named(source: SharedMemory) -> None:
 
 
 def test_a_short_segment_is_named(source: SharedMemory) -> None:
-    os.truncate(source.buckets[0].key, 64)
+    os.truncate(source.buckets[0].key, HEADER + 64)
     with pytest.raises(RunFailed, match=f"{source.buckets[0].key}: 64 bytes, expected {source.buckets[0].nbytes}"):
         list(open_source(source))
 

@@ -6,7 +6,7 @@ Tensors travel under their Hugging Face names, whole, flattened into buckets. A 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class TensorSpec(NamedTuple):
@@ -37,6 +37,21 @@ class SharedMemory:
 
 
 @dataclass(frozen=True)
+class DeviceBucket(BucketSpec):
+    """A bucket in memory of a device. Its checksum is `buckets.word_sum`, which the device computes. handle: what CUDA needs to open it in
+    another process (device.share); empty on CPU, where key is the path of a segment."""
+
+    handle: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeviceIpc:
+    """Buckets in memory of the device that publisher and engine share. The engine keeps no view of them when it answers."""
+
+    buckets: tuple[DeviceBucket, ...]
+
+
+@dataclass(frozen=True)
 class Disk:
     """A Hugging Face folder of safetensors files."""
 
@@ -57,7 +72,7 @@ class Collective:
     groups: tuple[str, ...]
 
 
-Buckets = SharedMemory | Files
+Buckets = SharedMemory | Files | DeviceIpc
 WeightSource = Buckets | Disk  # what an engine takes; its worker turns a Collective into SharedMemory
 
 

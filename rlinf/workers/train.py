@@ -208,9 +208,9 @@ class TrainWorker(Checkpointed):
     def release(self, keep: bool = False) -> None:
         """The engines have the weights: hand the device over, and withdraw what publish() wrote,
         unless a restarted engine may need it again."""
-        self.offloader.after_publishing()
         if not keep:
             self.publisher.withdraw()
+        self.offloader.after_publishing()
 
     def close(self) -> None:
         self.publisher.close()

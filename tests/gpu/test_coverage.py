@@ -31,12 +31,15 @@ BY_FILE = {  # file of rlinf/ -> function -> test
         "gpu_name": "test_the_gpu_says_who_it_is",
         "free_gpu_memory": "test_the_gpu_says_who_it_is",
         "nccl_version": "test_the_gpu_says_who_it_is",
+        "_uuid": "test_another_process_sees_the_buckets_of_this_one",
         "recorder": "test_a_profile_has_the_kernels_of_the_device",
     },
     "rollout/embedded_model.py": dict.fromkeys(
-        ("EmbeddedModel._make_head", "EmbeddedModel.logits"), "test_an_engine_on_the_same_device_runs_the_actors_weights"
+        ("EmbeddedModel._make_head", "EmbeddedModel._taken", "EmbeddedModel.logits"),
+        "test_an_engine_on_the_same_device_runs_the_actors_weights",
     ),
     "rollout/sglang_engine.py": {"SGLangEngine.start_trace": "test_a_trace_of_a_server_has_the_kernels_of_the_device"},
+    "runners/reasoning.py": {"ReasoningRunner.__init__": "toolkits/gpu_acceptance.sh"},
     "training/attention.py": {"PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give"},
     "training/model.py": {"layer_implementation": "test_transformer_engines_layers_give_what_the_local_ones_give"},
     "training/offload.py": {"Offloader.__init__": "test_offloading_frees_the_device_and_training_does_not_notice"},

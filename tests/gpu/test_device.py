@@ -15,9 +15,14 @@ from rlinf.checks.doctor import OK, collectives
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.ray_check import devices_of
 from rlinf.config.schema import ClusterConfig
+from rlinf.errors import RunFailed
 from rlinf.scheduling.placement import Plan, Seat
 from rlinf.weights.broadcast import Wire, open_store
+from rlinf.weights.buckets import word_sum
+from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.shared_memory import open_source
+from rlinf.weights.source import DeviceIpc
 
 MIB = 2**20
 
@@ -88,6 +93,43 @@ def test_a_publisher_broadcasts_from_its_device(device: torch.device) -> None:
     ]
     assert [[t.name for b in source.buckets for t in b.tensors] for source in sent] == [["a", "b"], ["a", "b"]]
     assert sent[0].buckets[0].checksum != sent[1].buckets[0].checksum
+
+
+def test_another_process_sees_the_buckets_of_this_one(device: torch.device) -> None:
+    """Version after version, bit for bit; a damaged one is refused, and what was handed out comes back."""
+    publisher = DeviceBuckets("gpu-test", device)
+    before = devices.memory_in_use(device)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        for version in (1, 2):
+            tensors = [(name, torch.arange(MIB, device=device) * version) for name in "abc"]
+            source = publisher.publish(tensors, version, bucket_bytes=10 * MIB)
+            assert [b.checksum for b in source.buckets] == [word_sum(b.cpu()) for b in publisher._offered.values()]
+            assert other.submit(_looked_at, source, device).result() == {name: int(t.sum()) for name, t in tensors}
+            assert len(list(open_source(source))) == 3  # this process looks at its own memory
+            publisher._offered[source.buckets[-1].key][-1] ^= 1
+            with pytest.raises(RunFailed, match="v.-2: checksum"):
+                other.submit(_looked_at, source, device).result()
+            publisher.withdraw()
+        del tensors
+        assert device.type == "cpu" or devices.memory_in_use(device) == before
+        assert "rlinf-gpu-test" not in Path("/proc/self/maps").read_text()
+
+
+def _looked_at(source: DeviceIpc, device: torch.device) -> dict[str, int]:
+    found = {name: int(tensor.sum()) for name, tensor in open_source(source) if tensor.device == device}
+    devices.synchronize(device)
+    return found
+
+
+@pytest.mark.gpu
+def test_memory_that_nobody_opens_comes_back() -> None:
+    device = devices.choose("cuda")
+    publisher = DeviceBuckets("gpu-test", device)
+    before = devices.memory_in_use(device)
+    source = publisher.publish([("a", torch.ones(MIB, device=device))], 1)
+    assert len(list(open_source(source))) == 1 and devices.memory_in_use(device) >= before + 4 * MIB
+    publisher.withdraw()
+    assert devices.memory_in_use(device) == before
 
 
 def test_one_process_takes_the_device_that_is_there(device: torch.device, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from rlinf.training.publishing import Publisher, score
 from rlinf.training.profiling import profiled
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
-from rlinf.weights.routes import SHARED_MEMORY
+from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
 from rlinf.workers.device import peak_flops
 from rlinf.workers.token_reward import TokenRewardWorker
 from tests.training_ranks import build, logprobs, minibatches, snapshot, update
@@ -160,16 +160,20 @@ def test_a_token_reward_model_is_parked_while_it_does_not_score(device: torch.de
     assert found[True] == found[False] and all(found[True][0][s.sample_id] != 0 for s in samples)
 
 
+@pytest.mark.parametrize("transport", [SHARED_MEMORY, DEVICE_IPC])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_engine_on_the_same_device_runs_the_actors_weights(
-    device: torch.device, at: Any, models: dict[str, Path], precision: str, tmp_path: Path
+    device: torch.device, at: Any, models: dict[str, Path], precision: str, transport: str, tmp_path: Path
 ) -> None:
+    """Also when what it took them from holds something else."""
     actor = engine_on(device, at, models["qwen2-tied"], precision)
     update(actor, minibatches(actor)[0])
     engine = EmbeddedEngine(str(models["qwen2-tied"]), dtype=precision, slots=4, max_context=64, seed=0, device=device.type)
     publisher = Publisher(actor, f"gpu-test-{precision}", tmp_path)
     try:
-        asyncio.run(engine.load_weights(publisher.hand_out(1, [SHARED_MEMORY]).sources[SHARED_MEMORY], 1))
+        asyncio.run(engine.load_weights(publisher.hand_out(1, [transport]).sources[transport], 1))
+        for buffer in publisher.on_device._offered.values():
+            buffer.zero_()
         check_probes(1, precision, score(actor, PROBES, 1.0), [asyncio.run(engine.score(PROBES, 1.0))])
     finally:
         publisher.close()

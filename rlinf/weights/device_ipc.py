@@ -1,0 +1,83 @@
+"""Weights on the device that actor and engine share: nothing but handles leaves the publisher, and the engine looks at the same memory.
+
+On a GPU a handle is CUDA's (rlinf/device.py). On CPU, where the device's memory is the host's, it is the name of a segment in shared
+memory; everything else is the same. A receipt gives the memory back: an engine keeps no view of a bucket when it answers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from rlinf.device import forgo_shared, open_shared, share, synchronize
+from rlinf.errors import RunFailed
+from rlinf.weights.buckets import BUCKET_BYTES, Named, fill, group_into_buckets, layout, word_sum
+from rlinf.weights.segments import FOLDER, create_segment, in_use, open_segment
+from rlinf.weights.source import DeviceBucket, DeviceIpc
+
+_OWN: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # by key: CUDA does not let a process open its own handles
+
+
+class DeviceBuckets:
+    """The buckets of one publisher, of one version at a time. The memory is there from publish() to withdraw(); between two syncs it is the
+    trainer's and the engine's, to whom a second copy of the weights would be a loss."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self._offered: dict[str, Tensor] = {}
+
+    def publish(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> DeviceIpc:
+        """Copy the tensors into buckets on the device, complete when this returns. A failure leaves nothing behind."""
+        self.withdraw()
+        buckets = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
+                specs, nbytes = layout(bucket)
+                key = f"{FOLDER}/rlinf-{self.name}-ipc-v{version}-{i}"  # on a GPU nothing but a name
+                buffer, handle = self._allocate(key, nbytes)
+                fill(buffer, specs, bucket)
+                buckets.append(DeviceBucket(key, nbytes, specs, word_sum(buffer), handle))
+            synchronize(self.device)
+            undo.pop_all()
+        return DeviceIpc(tuple(buckets))
+
+    def withdraw(self) -> None:
+        """The engines have answered, and the memory is given up. Raises RunFailed when one of them still looks at it (seen on CPU only; on
+        a GPU torch keeps the memory until it does not)."""
+        looked_at = [key for key in self._offered if os.path.exists(key) and in_use(key)]
+        self.close()
+        if looked_at:
+            raise RunFailed(f"weight bucket {looked_at[0]}: an engine has answered and still looks at it")
+
+    def close(self) -> None:
+        for key in self._offered:
+            if os.path.exists(key):
+                os.unlink(key)
+        self._offered = {}
+
+    def _allocate(self, key: str, nbytes: int) -> tuple[Tensor, tuple[Any, ...]]:
+        on_cpu = self.device.type == "cpu"
+        # zeros: the gaps between tensors count in the checksum
+        buffer = create_segment(key, nbytes) if on_cpu else torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        self._offered[key] = _OWN[key] = buffer
+        return buffer, () if on_cpu else share(buffer)
+
+
+def open_bucket(bucket: DeviceBucket) -> Tensor:
+    """Its bytes, where they are. Raises RunFailed when it is not there, or holds others than were sent."""
+    buffer = _OWN.get(bucket.key)
+    if buffer is None:
+        buffer = open_shared(bucket.handle) if bucket.handle else open_segment(bucket.key, bucket.nbytes)
+    elif bucket.handle:
+        forgo_shared(bucket.handle)
+    received = word_sum(buffer)
+    if received != bucket.checksum:
+        raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
+    return buffer
