@@ -47,7 +47,7 @@ from rlinf.training.layout import PackedBatch, pack
 from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes
-from rlinf.weights.routes import SHARED_MEMORY
+from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
 from rlinf.workers.device import peak_flops
 from rlinf.workers.operations import work_of
 
@@ -180,28 +180,45 @@ def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     probes = [np.random.default_rng(i).integers(1, arch.vocab, 24 + i).astype(np.int32) for i in range(4)]
     precision = "fp32" if cpu else "bf16"
     engine = EmbeddedEngine(str(weights), dtype=precision, slots=4, max_context=128, seed=0, device=kind(cpu).type, load_weights=False)
-    published, loaded, gaps, nbytes = [], [], [], 0
     actor = random_engine(arch, at, cpu)
     publisher = Publisher(actor, f"acceptance-{os.getpid()}", folder / "weights")
+    figures: dict[str, Any] = {}
+    try:
+        for transport, place in ((SHARED_MEMORY, "shared memory"), (DEVICE_IPC, "buckets on the device")):
+            figures |= time_syncs(actor, publisher, engine, transport, place, probes, precision)
+    except RunFailed as error:
+        return {"problem": str(error)}
+    finally:
+        publisher.close()
+        engine.close()
+    return figures | copy_bandwidth(kind(cpu), (1 << 24) if cpu else (1 << 30))
+
+
+def time_syncs(
+    actor: MegatronEngine,
+    publisher: Publisher,
+    engine: EmbeddedEngine,
+    transport: str,
+    place: str,
+    probes: list[np.ndarray],
+    precision: str,
+) -> dict[str, Any]:
+    """STEPS syncs after one that also makes the buffers. Actor and engine are in one process."""
+    published, loaded, gaps, nbytes = [], [], [], 0
     for version in range(1, STEPS + 2):
         started = time.perf_counter()
-        sources = publisher.hand_out(version, [SHARED_MEMORY]).sources
+        source = publisher.hand_out(version, [transport]).sources[transport]
         published.append(time.perf_counter() - started)
-        try:
-            receipt = asyncio.run(engine.load_weights(sources[SHARED_MEMORY], version))
-            loaded.append(receipt.seconds)
-            nbytes = receipt.nbytes
-            engine_scores = asyncio.run(engine.score(probes, 1.0))
-            gaps.append(check_probes(version, precision, score(actor, probes, 1.0), [engine_scores]))
-        except RunFailed as error:
-            publisher.close()
-            return {"problem": str(error)}
-    publisher.close()
-    engine.close()
-    rate = lambda seconds: nbytes / statistics.median(seconds[1:]) / 1e9  # the first one also makes the buffers
+        receipt = asyncio.run(engine.load_weights(source, version))
+        loaded.append(receipt.seconds)
+        nbytes = receipt.nbytes
+        engine_scores = asyncio.run(engine.score(probes, 1.0))
+        gaps.append(check_probes(version, precision, score(actor, probes, 1.0), [engine_scores]))
+    publisher.withdraw()
+    rate = lambda seconds: nbytes / statistics.median(seconds[1:]) / 1e9
     whole = [a + b for a, b in zip(published, loaded)]
-    figures = {"actor to shared memory": rate(published), "shared memory to engine": rate(loaded), "whole sync": rate(whole)}
-    return figures | copy_bandwidth(kind(cpu), (1 << 24) if cpu else (1 << 30)) | {"nbytes": nbytes, "probe_gaps": gaps}
+    rates = {f"actor to {place}": rate(published), f"{place} to engine": rate(loaded), f"whole sync by {place}": rate(whole)}
+    return rates | {"nbytes": nbytes, f"probe_gaps by {place}": gaps}
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
