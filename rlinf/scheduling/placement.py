@@ -113,9 +113,9 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     plan = Plan(tuple(seats), mode)
     if config.rollout.weight_transport == DEVICE_IPC and feeds_on_devices(config, plan.of("actor"), plan.of("rollout")) is None:
         raise UserError(
-            "rollout.weight_transport: device_ipc hands weights over on a device that is the engine's own, but some engine does not have all "
-            f"devices from which a replica of the actor publishes (the first of each tensor-parallel group, in every stage); change {KEY} "
-            "or the parallel sizes, or use auto"
+            "rollout.weight_transport: device_ipc hands weights over on a device that is the engine's own, but some engine does "
+            "not have all devices from which a replica of the actor publishes (the first of each tensor-parallel group, in every "
+            f"stage); change {KEY} or the parallel sizes, or use auto"
         )
     return plan
 
