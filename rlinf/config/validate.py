@@ -311,8 +311,8 @@ def _rollout(c: Config) -> Iterator[Violation]:
         yield (
             "rollout.weight_transport",
             (
-                "device_ipc keeps no weights on the device for an engine that is started anew: set rollout.max_engine_restarts to 0 (the death "
-                "of an engine then ends the run), or use auto or disk"
+                "device_ipc keeps no weights on the device for an engine that is started anew: set rollout.max_engine_restarts "
+                "to 0 (the death of an engine then ends the run), or use auto or disk"
             ),
         )
     for name in c.rollout.sglang:
