@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,17 @@ import torch
 from rlinf.data.records import Finish, Sample
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.errors import RunFailed
-from rlinf.rollout.contract import GenerateRequest, RolloutEngine, SamplingParams, Stop
+from rlinf.rollout.contract import GenerateRequest, GroupMember, RolloutEngine, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.weights.broadcast import open_store
+from rlinf.weights.buckets import Named
 from rlinf.weights.device_ipc import DeviceBuckets
+from rlinf.weights.receipts import check_receipts, merge_sources
+from rlinf.weights.routes import BROADCAST, BroadcastGroup, Feed, broadcast_groups
+from rlinf.weights.server_groups import ServerWire
 from rlinf.weights.shared_memory import Segments
-from rlinf.weights.source import Disk
+from rlinf.weights.source import Broadcast, Collective, Disk, Receipt
 from rlinf.weights.tensor_folder import open_hf_folder
 from tests.sglang_here import needs_sglang, small_server
 from tests.tiny import FAMILIES, make_tiny_model
@@ -304,6 +310,51 @@ def test_loaded_weights_are_the_policy_at_once_and_exactly(engine: RolloutEngine
     truth = run(fresh, ask("r", ids, 2, sampling=GREEDY))[0][0].rollout_logprobs
     np.testing.assert_allclose(new[0].rollout_logprobs, truth, rtol=0, atol=0 if isinstance(engine, EmbeddedEngine) else 1e-4)
     fresh.close()
+
+
+def test_broadcast_weights_go_into_the_engine_itself(
+    engine: RolloutEngine, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pipeline stages, a group each: the bytes pass no worker, and the engine holds what it holds after reading the same files."""
+    if not isinstance(engine, GroupMember):
+        pytest.skip("the engine is no member of process groups; the worker beside it is")
+    of_files = asyncio.run(engine.load_weights(Disk(str(models["other"])), 4))
+    asyncio.run(engine.load_weights(Disk(str(models["qwen2"])), 0))
+    groups, store = broadcast_groups([Feed(0, BROADCAST)], width=1, pp=2, dp=1), open_store("127.0.0.1", 0, keeps=True)
+    first, other = ([*open_hf_folder(models[name]).items()] for name in ("qwen2", "other"))
+    wires: dict[BroadcastGroup, ServerWire] = {}
+
+    def take(version: int, tensors: list[Named], rounds: int) -> tuple[Receipt, Broadcast]:
+        def send(group: BroadcastGroup) -> Broadcast:
+            if group not in wires:
+                wires[group] = ServerWire(group, open_store("127.0.0.1", store.port, keeps=False), torch.device("cpu"), 60.0)
+            return [wires[group].send(tensors[group.stage :: 2], version, 50_000) for _ in range(rounds)][-1]
+
+        with ThreadPoolExecutor(2) as threads:
+            sending = [threads.submit(send, group) for group in groups]
+            if version == 0 and not engine._groups:
+                asyncio.run(engine.join(("127.0.0.1", store.port), groups, 0, 60.0))
+            receipt = asyncio.run(engine.load_weights(Collective(tuple(g.name for g in groups)), version))
+            return receipt, merge_sources([s.result(60) for s in sending])
+
+    monkeypatch.setattr(engine, "_proved", False)
+    before = tokens(run(engine, ask("r", prompt(30), 2, sampling=GREEDY))[0])
+    take(0, first, 2)
+    assert tokens(run(engine, ask("r", prompt(30), 2, sampling=GREEDY))[0]) == before
+    receipt, sent = take(5, other, 1)
+    assert len(sent.buckets) > 4 and receipt.engine_checksum == of_files.engine_checksum
+    check_receipts([sent], 5, [receipt])
+    expected = Reference(models["other"]).greedy(prompt(30), 12)
+    found = run(engine, ask("r", prompt(30), 2, sampling=GREEDY))[0]
+    assert tokens(found) == [expected, expected] and found[0].versions == ((5, 12),)
+    with pytest.raises(RunFailed, match="weights of version 6 are not the model's: missing tensor model.norm.weight"):
+        take(6, [(name, tensor) for name, tensor in other if name != "model.norm.weight"], 1)
+    asyncio.run(engine._ask("/continue_generation", {}))
+    asyncio.run(engine.load_weights(Disk(str(models["qwen2"])), 0))
+    monkeypatch.setattr(engine, "_proved", False)
+    with pytest.raises(RunFailed, match="weights of version 0: SGLang's checksum is .* as they came"):
+        take(0, other, 2)
+    asyncio.run(engine._ask("/continue_generation", {}))
 
 
 def test_weights_loaded_under_way_stamp_the_tokens_that_follow(engine: RolloutEngine, models: dict[str, Path]) -> None:

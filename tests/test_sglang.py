@@ -108,15 +108,18 @@ def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
 
 
 @with_sglang
-@pytest.mark.parametrize("victim", ["scheduler", "worker"])
-def test_a_killed_engine_ends_the_run_and_leaves_nothing(tmp_path: Path, victim: str) -> None:
-    running = Running(tmp_path, patience=400, **BACKEND)
+@pytest.mark.parametrize("victim, transport", [("scheduler", "broadcast"), ("worker", "auto")])
+def test_a_killed_engine_ends_the_run_and_leaves_nothing(tmp_path: Path, victim: str, transport: str) -> None:
+    running = Running(tmp_path, patience=400, rollout__weight_transport=transport, **BACKEND)
     scheduler = next(pid for pid in marked(running.run_id) if "sglang::scheduler" in command_of(pid))
+    steps = lines(tmp_path)
     os.kill(scheduler if victim == "scheduler" else running.pid("rollout", 0), signal.SIGKILL)
     code, errors = running.end()
     assert code == 1
+    assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in steps[1:]) and steps[2]["sync/probe_gap_max"] <= 1e-4
     if victim == "scheduler":
-        assert re.search(r"rlinf: rollout rank 0 .*failed in \w+ \(phase: step \d+, .*SGLang engine is dead: its scheduler \(pid", errors)
+        who = r"(rollout|actor) rank 0"  # the publisher hears it too, when a broadcast is under way
+        assert re.search(rf"rlinf: {who} .*failed in \w+ \(phase: step \d+, .*SGLang engine is dead: its scheduler \(pid", errors)
         assert str(running.logs / "rollout-0-engine.log") in errors
     else:
         assert re.search(r"rlinf: rollout rank 0 .*died \(phase: step \d+, ", errors)

@@ -242,13 +242,18 @@ class RolloutConfig:
     weight_transport: str = key(
         "auto",
         "how weights reach the engines: `auto` (shared memory on a node, Ray's object store between nodes), `disk` (safetensors files in "
-        "the run's folder), `broadcast` (a process group of each publisher and its engines: gloo, NCCL between GPUs) or `device_ipc` (on "
-        "the device that an engine shares with the actor; on a GPU `auto` does so too where it can)",
+        "the run's folder), `broadcast` (a process group of each publisher and its engines, or the ranks of their SGLang servers: gloo, "
+        "NCCL between GPUs) or `device_ipc` (on the device that an engine shares with the actor; on a GPU `auto` does so too where it can)",
         ("auto", "disk", "broadcast", "device_ipc"),
     )
     verify_weights_every: int = key(
         50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first"
     )
+
+    @property
+    def joins_groups(self) -> bool:
+        """Whether the ranks of an engine are members of broadcast groups themselves; else its worker is in their place."""
+        return self.rollout_backend == "sglang"
 
 
 @dataclass

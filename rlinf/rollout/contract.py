@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from rlinf.data.records import Sample, sample_id
-from rlinf.weights.source import Receipt, WeightSource
+from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.source import Collective, Receipt, WeightSource
 
 
 @dataclass(frozen=True)
@@ -148,3 +149,14 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class GroupMember(Protocol):
+    """An engine that is itself a member of broadcast groups, whose weights do not pass through the worker beside it."""
+
+    async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup], engine: int, timeout: float) -> None:
+        """Make these groups, in their order, as the engine of that number; return when all their members have."""
+        ...
+
+    async def load_weights(self, source: WeightSource | Collective, version: int) -> Receipt: ...

@@ -1,7 +1,8 @@
 """The SGLang rollout engine: the server as a child process behind the asynchronous contract of rollout engines.
 
 Everything goes through the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation,
-/update_weights_from_disk, /weights_checker, /release_memory_occupation and /resume_memory_occupation, /start_profile and /stop_profile
+/update_weights_from_disk, /init_weights_update_group and /update_weights_from_distributed between /begin_weight_update and
+/end_weight_update, /weights_checker, /release_memory_occupation and /resume_memory_occupation, /start_profile and /stop_profile
 (docs/sglang.md).
 """
 
@@ -26,10 +27,13 @@ from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sglang_http import Refused, SGLangHttp
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
 from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
-from rlinf.weights.complete import check_tensors
+from rlinf.weights.broadcast import open_store
+from rlinf.weights.complete import check_shapes, check_tensors
 from rlinf.weights.files import folders_of
+from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.server_groups import MAKING, Follower
 from rlinf.weights.shared_memory import open_source
-from rlinf.weights.source import Disk, Files, Receipt, SharedMemory, WeightSource
+from rlinf.weights.source import BucketSpec, Collective, Disk, Files, Receipt, SharedMemory, WeightSource
 from rlinf.weights.tensor_folder import write_tensors
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -105,7 +109,8 @@ class SGLangEngine:
         self._asleep: frozenset[str] = frozenset()
         self._loading = False
         self._proved = False
-        self._device = device
+        self._groups: dict[str, Follower] = {}  # by name, of those that the server has joined
+        self._device, self._dtype = device, DTYPES[dtype]
         self._tracing = False
         self._closed = False
 
@@ -212,15 +217,30 @@ class SGLangEngine:
 
     # ---- weights --------------------------------------------------------------------------------------------------------------
 
-    async def load_weights(self, source: WeightSource, version: int) -> Receipt:
+    async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup], engine: int, timeout: float) -> None:
+        """Implements rollout.contract.GroupMember: every tensor-parallel rank of the server becomes a member."""
+        for group in groups:
+            follower = Follower(group, engine, open_store(*store, keeps=False), timeout)
+            body = {
+                "master_address": store[0], "master_port": store[1], "rank_offset": follower.first_rank, "world_size": len(group.members),
+                "group_name": group.name, "backend": "gloo" if self._device == "cpu" else "nccl",
+            }  # fmt: skip
+            with follower.together(MAKING):
+                await self._with_others("/init_weights_update_group", body, timeout)
+            self._groups[group.name] = follower
+
+    async def load_weights(self, source: WeightSource | Collective, version: int) -> Receipt:
         """Take the weights in place, flush every cache. Raises RunFailed and keeps the old weights when a tensor or bucket is at fault.
 
-        The first time it is also proved that loading writes every tensor: the server overwrites its weights with noise, loads again, and
-        must report the same checksums.
+        A Collective comes over the groups that join() has made, past this process: its publisher has looked at the bytes, and the old
+        weights are gone when it turns out that a tensor is missing.
+        The first time it is also proved that loading writes every tensor: the server overwrites its weights with noise, loads again (the
+        publisher of a Collective sends twice), and must report the same checksums.
         """
         self._check_open()
         start = time.perf_counter()
-        n_tensors, nbytes = await asyncio.to_thread(self._look_at, source, version)
+        n_tensors, nbytes = (0, 0) if isinstance(source, Collective) else await asyncio.to_thread(self._look_at, source, version)
+        waiting = isinstance(source, Collective)  # for others: a server that does answers nobody
         self._loading = True
         try:
             if "weights" in self._asleep:
@@ -230,17 +250,22 @@ class SGLangEngine:
             try:
                 for sample in (s for samples in self._running.values() for s in samples):
                     sample.version = None
-                checksum = await self._take(source, version)
+                read = await self._checksum() if waiting and version == 0 and not self._proved else None
+                buckets, checksum = await self._take(source, version)
                 self._version = version
                 if not self._proved:
                     await self._prove(source, version, checksum)
+                    if read is not None:
+                        self._compare(buckets, checksum, read)
+                waiting = False
             finally:
-                if self._server.death is None:
+                if self._server.death is None and not waiting:
                     await self._ask("/continue_generation", {"torch_empty_cache": False})
         finally:
             self._loading = False
-        checksums = {} if isinstance(source, Disk) else {b.key: b.checksum for b in source.buckets}  # verified when read
-        return Receipt(version, checksums, n_tensors, nbytes, time.perf_counter() - start, checksum)
+        if isinstance(source, Collective):
+            n_tensors, nbytes = sum(len(b.tensors) for b in buckets), sum(t.nbytes for b in buckets for t in b.tensors)
+        return Receipt(version, {b.key: b.checksum for b in buckets}, n_tensors, nbytes, time.perf_counter() - start, checksum)
 
     def _look_at(self, source: WeightSource, version: int) -> tuple[int, int]:
         """SGLang takes what it is given, whether complete and finite or not; so it is looked at before. Returns (tensors, bytes)."""
@@ -252,30 +277,64 @@ class SGLangEngine:
             raise RunFailed(f"weights of version {version} were refused: {error}") from error
         return len(tensors), sum(t.nbytes for t in tensors.values())
 
-    async def _take(self, source: WeightSource, version: int) -> str:
+    async def _take(self, source: WeightSource | Collective, version: int) -> tuple[Sequence[BucketSpec], str]:
         """Into the server; from shared memory a bucket at a time, so that memory holds one bucket twice and not the model. Returns the
-        server's checksum."""
+        buckets, with checksums that have been verified, and the server's own checksum."""
+        buckets: Sequence[BucketSpec] = () if isinstance(source, (Disk, Collective)) else source.buckets
         if isinstance(source, Disk):
             await self._update(source.path, version)
         elif isinstance(source, Files):
             for folder in folders_of(source):
                 await self._update(str(folder), version)
+        elif isinstance(source, Collective):
+            buckets = await self._follow(source, version)
         else:
             folder = self._server.folder / "bucket"
-            for bucket in source.buckets:
+            for bucket in buckets:
                 await asyncio.to_thread(write_tensors, folder, "model", open_source(SharedMemory((bucket,))), bucket.nbytes)
                 await self._update(str(folder), version)
                 shutil.rmtree(folder)
-        answer = await self._ask("/weights_checker", {"action": "checksum"})
-        return answer["per_engine_checksum"]
+        return buckets, await self._checksum()
 
-    async def _prove(self, source: WeightSource, version: int, checksum: str) -> None:
+    async def _follow(self, source: Collective, version: int) -> list[BucketSpec]:
+        """Have the server take part in what is broadcast in its groups, in their order. Raises RunFailed unless that is the whole model."""
+        taken = []
+        await self._ask("/begin_weight_update", {})
+        for name in source.groups:
+            follower = self._groups[name]
+            with follower.together(follower.coming(version)):
+                descriptions = follower.descriptions()
+                while (bucket := await asyncio.to_thread(next, descriptions, None)) is not None:
+                    taken.append(bucket)
+                    names, dtypes, shapes = (list(column) for column in list(zip(*bucket.tensors))[:3])
+                    body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": name, "weight_version": str(version)}
+                    await self._with_others("/update_weights_from_distributed", body, follower.timeout)
+        await self._ask("/end_weight_update", {})
+        try:
+            check_shapes(self._arch, {t.name: t.shape for bucket in taken for t in bucket.tensors})
+        except ValueError as error:
+            raise RunFailed(f"weights of version {version} are not the model's: {error}") from error
+        return taken
+
+    async def _prove(self, source: WeightSource | Collective, version: int, checksum: str) -> None:
         await self._ask("/weights_checker", {"action": "reset_tensors"})
-        again = await self._take(source, version)
+        _, again = await self._take(source, version)
         if again != checksum:
             raise RunFailed(f"weights of version {version}: after noise and a second load SGLang's checksum is {again}, not {checksum}: "
                             "it does not load every tensor")  # fmt: skip
         self._proved = True
+
+    def _compare(self, buckets: Sequence[BucketSpec], checksum: str, read: str) -> None:
+        """Weights of version 0 are those of the model's folder, from which the server had read them: the same bytes, unless the actor has
+        rounded them to another dtype than the server does."""
+        rounded = {t.dtype for b in buckets for t in b.tensors} - {"float32", self._dtype}
+        if not rounded and checksum != read:
+            raise RunFailed(
+                f"weights of version 0: SGLang's checksum is {checksum} as they came, {read} as it had read them from the model's folder"
+            )
+
+    async def _checksum(self) -> str:
+        return (await self._ask("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
 
     async def _update(self, folder: str, version: int) -> None:
         await self._ask("/update_weights_from_disk", {"model_path": folder, "weight_version": str(version), "flush_cache": True})
@@ -372,6 +431,13 @@ class SGLangEngine:
                 return await self._http.post(path, body, words)
             except Refused as error:
                 raise RunFailed(f"SGLang refuses {path}: {error}; its log: {self._server.log}") from error
+
+    async def _with_others(self, path: str, body: dict[str, Any], timeout: float) -> None:
+        """An answer for which the server has to wait for others. Raises RuntimeError when it does not come."""
+        try:
+            await asyncio.wait_for(self._ask(path, body), timeout)
+        except TimeoutError as error:
+            raise RuntimeError(f"SGLang has not answered {path}; its log: {self._server.log}") from error
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:

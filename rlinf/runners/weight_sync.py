@@ -37,7 +37,9 @@ class WeightSync:
         width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, actor.size // model.copy_ranks
         self.publishers = [[publisher(replica, stage, width, dp) for stage in range(pp)] for replica in range(dp)]
         self.feeds = self._feeds(on_gpu)
-        self.groups = broadcast_groups(self.feeds, width, pp, dp)
+        self.joining = config.rollout.joins_groups
+        engine_ranks = config.rollout.tensor_parallel_size if self.joining else 1
+        self.groups = broadcast_groups(self.feeds, width, pp, dp, engine_ranks)
         self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == rank // width % dp}) for rank in range(actor.size)]
         self.feeding = [rank for rank, transports in enumerate(self.transports) if transports]
         self.probed = [rank for rank in self.feeding if rank // width % dp == self.feeds[0].replica]
@@ -58,7 +60,8 @@ class WeightSync:
         ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # the others have learned that they feed nobody
         if self.groups and self.syncs == 0:
             await self._join()
-        published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank], returns=2) for rank in ranks}
+        rounds = 2 if self.joining and self.groups and self.syncs == 0 else 1  # the second is for the proof that the engines do at first
+        published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks}
         writing = first_failure_or_all([written for written, _ in published.values()])
         if self.groups:  # sent and received at once
             found, receipts = await gather_or_cancel([writing, gather_or_cancel(self._receive(version))])

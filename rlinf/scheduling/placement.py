@@ -105,6 +105,12 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
             "devices: give them devices of their own in cluster.component_placement, or set algorithm.schedule: wallclock and "
             "rollout.partial: true (slots of a CPU machine may be shared: cluster.device: cpu)"
         )
+    if mode != "disaggregated" and config.rollout.weight_transport == "broadcast" and config.cluster.device != "cpu":
+        raise UserError(
+            "rollout.weight_transport: broadcast puts actor and engines into one NCCL group, which takes one member a device, but they "
+            "share devices in cluster.component_placement: use auto or disk, or give them devices of their own "
+            "(slots of a CPU machine may be shared: cluster.device: cpu)"
+        )
     if config.rollout.offload and mode == "disaggregated":
         raise UserError(
             "rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; "

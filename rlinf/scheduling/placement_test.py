@@ -173,6 +173,17 @@ def test_illegal_placements_name_the_key_and_the_remedy(args: tuple, kwargs: dic
         assert word in str(error.value)
 
 
+def test_broadcasts_between_components_that_share_a_gpu_are_refused() -> None:
+    config = config_of(1, 4, {"actor": "0-1", "rollout,reward": "2-3"})
+    config.rollout.weight_transport = "broadcast"
+    assert build_plan(config, nodes_of(config.cluster)).mode == "disaggregated"
+    config.cluster.component_placement = {"actor": "0-2", "rollout,reward": "2-3"}
+    with pytest.raises(UserError, match="rollout.weight_transport: broadcast .* use auto or disk"):
+        build_plan(config, nodes_of(config.cluster))
+    config.cluster.device = "cpu"
+    assert build_plan(config, nodes_of(config.cluster)).mode == "hybrid"
+
+
 def test_describe_names_every_node_and_the_layout() -> None:
     config = config_of(2, 8, {"actor": "4-15", "rollout,reward": "0-3"}, tp=2, rollout_tp=2)
     text = describe(build_plan(config, nodes_of(config.cluster)), config)

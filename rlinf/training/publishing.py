@@ -16,6 +16,7 @@ from rlinf.weights.buckets import BUCKET_BYTES
 from rlinf.weights.files import publish_files
 from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, SHARED_MEMORY
+from rlinf.weights.server_groups import ServerWire
 from rlinf.weights.shared_memory import Segments, collect
 from rlinf.weights.source import Buckets
 
@@ -39,11 +40,11 @@ class Publisher:
         self.place = f"d{engine.at.dp_rank}-s{engine.at.pp_rank}"
         self.segments = Segments(f"{run_id}-{self.place}")
         self.on_device = DeviceBuckets(self.segments.name, engine.device)
-        self.wire: Wire | None = None
+        self.wire: Wire | ServerWire | None = None
         self.on_disk = False
 
     def hand_out(self, version: int, transports: Sequence[str]) -> HandedOut:
-        """Gather this stage's weights once for each transport. Collective over the TP group."""
+        """Gather this stage's weights once for each transport, also for one that comes twice. Collective over the TP group."""
         sources: dict[str, Buckets] = {}
         arrays: tuple[np.ndarray, ...] = ()
         for transport in transports:
@@ -72,9 +73,12 @@ class Publisher:
         if self.on_disk:
             shutil.rmtree(self.folder / self.place)
             self.on_disk = False
+        if isinstance(self.wire, ServerWire):
+            self.wire.forget()
 
     def close(self) -> None:
         self.on_device.close()
+        self.wire = None  # the store where its group met may be gone
         self.withdraw()
         self.segments.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -31,28 +31,59 @@ def open_store(host: str, port: int, keeps: bool) -> dist.TCPStore:
     return dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=GRACE))
 
 
-class Wire:
-    """This process's end of one group; it is made when all members are there. device: where the bytes pass through.
+class Member:
+    """Somebody at the meeting of one group: says where it has come to, and when others do not, who they are.
 
-    Raises RunFailed when a member does not come, or stops answering, within `timeout` seconds; it names those who are missing.
+    names: of those for whom it speaks, from group.members. Raises RunFailed when a member does not come, or stops, within `timeout`
+    seconds.
     """
 
-    def __init__(self, group: BroadcastGroup, member: str, store: dist.Store, device: torch.device, timeout: float) -> None:
-        self.group, self.member, self.device, self.timeout = group, member, device, timeout
+    def __init__(self, group: BroadcastGroup, names: Sequence[str], store: dist.Store, timeout: float) -> None:
+        self.group, self.names, self.timeout = group, tuple(names), timeout
         self.store = dist.PrefixStore(group.name, store)
-        rank, size = group.members.index(member), len(group.members)
-        with self._together("making the group"):
-            if device.type == "cuda":
-                options = dist.ProcessGroupNCCL.Options()
-                options._timeout = timedelta(seconds=timeout)
-                self.process_group = dist.ProcessGroupNCCL(self.store, rank, size, options)
-            else:
-                self.process_group = dist.ProcessGroupGloo(self.store, rank, size, timedelta(seconds=timeout))
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        for name in self.names:
+            self.store.set(f"{what}, {name}", "here")
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed has no narrower one for a peer that is silent or gone
+            missing = [m for m in self.group.members if not self.store.check([f"{what}, {m}"])]
+            who = f"{', '.join(missing)} did not come" if missing else self.who_stopped()
+            raise RunFailed(
+                f"weight broadcast ({self.group.name}, {what}): {self.names[0]} waited for {self.timeout:g} s at most; {who}: {error}"
+            ) from error
+
+    def who_stopped(self) -> str:
+        return "a member stopped in the middle"
+
+
+def make_process_group(
+    store: dist.Store, rank: int, size: int, device: torch.device, timeout: float
+) -> dist.ProcessGroupNCCL | dist.ProcessGroupGloo:
+    """NCCL between GPUs, else gloo. It is not in torch's list of groups: no collective of training knows it."""
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout)
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
+
+
+class Wire(Member):
+    """This process's end of one group; it is made when all members are there. device: where the bytes pass through."""
+
+    def __init__(self, group: BroadcastGroup, member: str, store: dist.Store, device: torch.device, timeout: float) -> None:
+        super().__init__(group, [member], store, timeout)
+        self.device = device
+        with self.together("making the group"):
+            rank, size = group.members.index(member), len(group.members)
+            self.process_group = make_process_group(self.store, rank, size, device, timeout)
 
     def send(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> SharedMemory:
         """Broadcast the tensors; what was sent, with keys of its own."""
         sent = []
-        with self._together(f"version {version}"):
+        with self.together(f"version {version}"):
             for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
                 specs, nbytes = layout(bucket)
                 buffer = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)  # zeros: the gaps between tensors count in the checksum
@@ -71,7 +102,7 @@ class Wire:
         """Land what the publisher sends in `/dev/shm/rlinf-<name>-s<stage>-v<version>-*`, with checksums as sent;
         and the sender's key of each."""
         landed, keys = [], {}
-        with ExitStack() as undo, self._together(f"version {version}"):
+        with ExitStack() as undo, self.together(f"version {version}"):
             while (length := int(self._pass(torch.zeros(1, dtype=torch.int64)))) > 0:
                 description = self._pass(torch.zeros(length, dtype=torch.uint8)).numpy().tobytes()
                 key, nbytes, sent, specs = json.loads(description)
@@ -90,15 +121,3 @@ class Wire:
         there = tensor.to(self.device)
         self.process_group.broadcast(there, 0).wait(timedelta(seconds=self.timeout))
         return tensor if there is tensor else tensor.copy_(there)
-
-    @contextmanager
-    def _together(self, what: str) -> Iterator[None]:
-        self.store.set(f"{what}, {self.member}", "here")
-        try:
-            yield
-        except RuntimeError as error:  # torch.distributed has no narrower one for a peer that is silent or gone
-            missing = [m for m in self.group.members if not self.store.check([f"{what}, {m}"])]
-            who = f"{', '.join(missing)} did not come" if missing else "a member stopped in the middle"
-            raise RunFailed(
-                f"weight broadcast ({self.group.name}, {what}): {self.member} waited for {self.timeout:g} s at most; {who}: {error}"
-            ) from error

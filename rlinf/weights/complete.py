@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ def check_tensors(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> 
 
     Left out: the rotary buffer that old Llama checkpoints carry, and the output head of a model with tied embeddings.
     """
-    expected = hf_shapes(arch)
     arrived: dict[str, Tensor] = {}
     head: Tensor | None = None
     for name, tensor in tensors:
@@ -26,19 +25,26 @@ def check_tensors(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> 
         if name == "lm_head.weight" and arch.tied:
             head = tensor
             continue
-        if name not in expected:
-            raise ValueError(f"unexpected tensor {name}")
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected[name]}")
         if not finite(tensor):
             raise ValueError(f"tensor {name} holds values that are not finite")
         arrived[name] = tensor
-    missing = sorted(expected.keys() - arrived.keys())
-    if missing:
-        raise ValueError(f"missing tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    check_shapes(arch, {name: tuple(tensor.shape) for name, tensor in arrived.items()})
     if head is not None and not torch.equal(head, arrived["model.embed_tokens.weight"]):
         raise ValueError("tensor lm_head.weight differs from model.embed_tokens.weight, though config.json says tie_word_embeddings")
     return arrived
+
+
+def check_shapes(arch: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether these are the tensors of the model, all of them and no others. Raises ValueError that names the first at fault."""
+    expected = hf_shapes(arch)
+    for name, shape in shapes.items():
+        if name not in expected:
+            raise ValueError(f"unexpected tensor {name}")
+        if shape != expected[name]:
+            raise ValueError(f"tensor {name} has shape {shape}, expected {expected[name]}")
+    missing = sorted(expected.keys() - shapes.keys())
+    if missing:
+        raise ValueError(f"missing tensor {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
 
 
 def finite(tensor: Tensor) -> bool:

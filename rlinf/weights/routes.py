@@ -25,13 +25,16 @@ class Feed:
 
 @dataclass(frozen=True, order=True)
 class BroadcastGroup:
-    """Who shares a process group: the actor rank that publishes a stage of a replica, as member 0,
-    then the engines that the replica feeds."""
+    """Who shares a process group: the actor rank that publishes a stage of a replica, as member 0, then the engines that the replica feeds.
+
+    engine_ranks: each engine's tensor-parallel ranks, where they are members themselves; 1 also where its worker is in its place.
+    """
 
     replica: int
     stage: int
     publisher: int
     engines: tuple[int, ...]
+    engine_ranks: int = 1
 
     @property
     def name(self) -> str:
@@ -39,7 +42,13 @@ class BroadcastGroup:
 
     @property
     def members(self) -> tuple[str, ...]:
-        return (f"actor rank {self.publisher}", *(f"rollout rank {engine}" for engine in self.engines))
+        return (f"actor rank {self.publisher}", *(name for engine in self.engines for name in self.names_of(engine)))
+
+    def names_of(self, engine: int) -> tuple[str, ...]:
+        """The members that are one engine's, side by side in `members`."""
+        if self.engine_ranks == 1:
+            return (f"rollout rank {engine}",)
+        return tuple(f"rollout rank {engine} (TP rank {k})" for k in range(self.engine_ranks))
 
 
 def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int], transport: str = AUTO) -> tuple[Feed, ...]:
@@ -68,7 +77,7 @@ def device_feeds(publishers: Sequence[Sequence[Device]], engines: Sequence[Seque
     return None if None in near else tuple(Feed(d, DEVICE_IPC) for d in near)
 
 
-def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int) -> tuple[BroadcastGroup, ...]:
+def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int, engine_ranks: int = 1) -> tuple[BroadcastGroup, ...]:
     """The groups of a run, sorted: replica, then stage. Every process makes those that it is a member of in this order.
 
     Making a group waits for all its members; with one order for all there is always a first unmade group that no member of it is kept from.
@@ -77,7 +86,11 @@ def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int) -> tup
     for engine, feed in enumerate(feeds):
         if feed.transport == BROADCAST:
             fed.setdefault(feed.replica, []).append(engine)
-    groups = [BroadcastGroup(d, stage, publisher(d, stage, width, dp), tuple(engines)) for d, engines in fed.items() for stage in range(pp)]
+    groups = [
+        BroadcastGroup(d, stage, publisher(d, stage, width, dp), tuple(engines), engine_ranks)
+        for d, engines in fed.items()
+        for stage in range(pp)
+    ]
     return tuple(sorted(groups))
 
 

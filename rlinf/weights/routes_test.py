@@ -91,12 +91,17 @@ def made_in_order(groups: tuple[BroadcastGroup, ...], orders: dict[str, list[Bro
 
 @pytest.mark.parametrize(("tp", "pp", "dp"), list(product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4))))
 def test_no_two_processes_make_broadcast_groups_in_opposite_orders(tp: int, pp: int, dp: int) -> None:
-    for replicas in (1, 2, 3, 16):
+    for replicas, engine_tp in ((1, 8), (2, 4), (3, 2), (16, 1)):
         start = -(-tp * pp * dp // PER_NODE)
         feeds = plan_feeds(publishers_of(tp, pp, dp), [start + e for e in range(replicas)], BROADCAST)
         spread = tuple(Feed(e % dp, BROADCAST) for e in range(replicas))
         for chosen in (feeds, spread):
-            groups = broadcast_groups(chosen, tp, pp, dp)
+            groups = broadcast_groups(chosen, tp, pp, dp, engine_tp)
+            for group in groups:
+                assert len({*group.members}) == len(group.members) == 1 + engine_tp * len(group.engines)
+                for engine in group.engines:  # what an engine's ranks are told is the rank of the first
+                    first = group.members.index(group.names_of(engine)[0])
+                    assert group.members[first : first + engine_tp] == group.names_of(engine)
             orders = {m: [g for g in groups if m in g.members] for group in groups for m in group.members}
             position = {group: i for i, group in enumerate(groups)}
             assert all([position[g] for g in mine] == sorted(position[g] for g in mine) for mine in orders.values())

@@ -67,13 +67,23 @@ class Files:
 
 @dataclass(frozen=True)
 class Collective:
-    """Buckets that come over the process groups which the engine's worker has joined (weights.broadcast): first those of `groups[0]`."""
+    """Buckets that come over process groups, which the engine's worker has joined (weights.broadcast) or the engine itself
+    (weights.server_groups): first those of `groups[0]`."""
 
     groups: tuple[str, ...]
 
 
-Buckets = SharedMemory | Files | DeviceIpc
-WeightSource = Buckets | Disk  # what an engine takes; its worker turns a Collective into SharedMemory
+@dataclass(frozen=True)
+class Broadcast:
+    """Buckets that went into the engines' own memory over their process groups; what was sent, nothing to be opened. checksum: of the
+    description by which the engine was told what comes (weights.server_groups)."""
+
+    buckets: tuple[BucketSpec, ...]
+
+
+# What every engine takes; its worker turns a Collective into SharedMemory, unless the engine is a member of the groups itself.
+WeightSource = SharedMemory | Files | DeviceIpc | Disk
+Buckets = SharedMemory | Files | DeviceIpc | Broadcast
 
 
 @dataclass(frozen=True)

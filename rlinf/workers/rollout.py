@@ -18,7 +18,7 @@ from rlinf.data.tokenizer import load_tokenizer
 from rlinf.device import choose, peak_memory
 from rlinf.errors import UserError
 from rlinf.rollout.build import build_engine
-from rlinf.rollout.contract import EngineStats, GenerateRequest
+from rlinf.rollout.contract import EngineStats, GenerateRequest, GroupMember
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.receipts import merge_sources
@@ -72,9 +72,10 @@ class RolloutWorker:
         await self.engine.abort()
 
     async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
-        """What comes from another node, as arrays or by broadcast, is landed in this one's shared memory first: engines read buckets."""
+        """What comes from another node, as arrays or by broadcast, is landed in this one's shared memory first: engines read buckets.
+        Unless the engine takes part in broadcasts itself."""
         name = f"{self.address.run_id}-r{self.address.rank}"
-        if isinstance(source, Collective):
+        if isinstance(source, Collective) and self.wires:
             parts = [await asyncio.to_thread(self.wires[group].receive, name, version) for group in source.groups]
             landed, keys = merge_sources([part for part, _ in parts]), {own: sent for _, part in parts for own, sent in part.items()}
         elif stages:
@@ -92,6 +93,9 @@ class RolloutWorker:
         """Make the broadcast groups of the replica that feeds this engine, in their order; returns when all their members have."""
         mine = [group for group in groups if self.address.rank in group.engines]
         member, timeout = f"rollout rank {self.address.rank}", self.start_timeout
+        if isinstance(self.engine, GroupMember):
+            await self.engine.join(store, mine, self.address.rank, timeout)
+            return
         for group in mine:
             self.wires[group.name] = await asyncio.to_thread(Wire, group, member, open_store(*store, keeps=False), self.device, timeout)
 

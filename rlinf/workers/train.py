@@ -36,6 +36,7 @@ from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.server_groups import ServerWire
 from rlinf.weights.source import Buckets
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.checkpointed import Checkpointed
@@ -203,7 +204,10 @@ class TrainWorker(Checkpointed):
         for group in groups:
             if group.publisher == self.address.rank:
                 meeting, timeout = open_store(*store, keeps=False), self.config.cluster.start_timeout
-                self.publisher.wire = Wire(group, group.members[0], meeting, self.device, timeout)
+                if self.config.rollout.joins_groups:
+                    self.publisher.wire = ServerWire(group, meeting, self.device, timeout)
+                else:
+                    self.publisher.wire = Wire(group, group.members[0], meeting, self.device, timeout)
 
     def release(self, keep: bool = False) -> None:
         """The engines have the weights: hand the device over, and withdraw what publish() wrote,

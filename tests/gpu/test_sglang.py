@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import gzip
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rlinf import device as devices
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.sglang_engine import SGLangEngine
-from rlinf.weights.source import Disk
+from rlinf.weights.broadcast import open_store
+from rlinf.weights.routes import BROADCAST, Feed, broadcast_groups
+from rlinf.weights.server_groups import ServerWire
+from rlinf.weights.source import Broadcast, Collective, Disk
+from rlinf.weights.tensor_folder import open_hf_folder
 from tests.tiny import make_tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -58,3 +64,29 @@ def test_a_trace_of_a_server_has_the_kernels_of_the_device(engine: SGLangEngine,
     asyncio.run(whole())
     (file,) = (tmp_path / "profile").rglob("*.gz")
     assert '"cat": "kernel"' in gzip.decompress(file.read_bytes()).decode()
+
+
+def test_a_server_joins_the_group_of_a_publisher_on_another_gpu(engine: SGLangEngine, tmp_path: Path) -> None:
+    """Over NCCL, first twice with the weights that the server has read from its files, then with others."""
+    if devices.gpu_count() < 2:
+        pytest.skip("needs two GPUs: NCCL takes one member of a group on each")
+    (group,), store = broadcast_groups([Feed(0, BROADCAST)], 1, 1, 1), open_store("127.0.0.1", 0, keeps=True)
+    other = make_tiny_model(tmp_path / "other", hidden=256, heads=4, kv_heads=2, seed=1)
+
+    def publish() -> list[Broadcast]:
+        device = torch.device("cuda", 1)
+        wire = ServerWire(group, open_store("127.0.0.1", store.port, keeps=False), device, 120.0)
+        rounds = ((0, tmp_path / "model"), (0, tmp_path / "model"), (1, other))
+        return [wire.send([(n, t.to(device).bfloat16()) for n, t in open_hf_folder(folder).items()], v, 1 << 20) for v, folder in rounds]
+
+    async def whole() -> tuple[list[str], list[str]]:
+        await engine.join(("127.0.0.1", store.port), [group], 0, 120.0)
+        came = [await engine.load_weights(Collective((group.name,)), version) for version in (0, 1)]
+        read = [await engine.load_weights(Disk(str(folder)), 2) for folder in (tmp_path / "model", other)]
+        return [r.engine_checksum for r in came], [r.engine_checksum for r in read]
+
+    with ThreadPoolExecutor(1) as thread:
+        sent = thread.submit(publish)
+        came, read = asyncio.run(whole())
+        assert len(sent.result(120)) == 3
+    assert came == read and came[0] != came[1]

@@ -1,0 +1,134 @@
+"""Weights over a process group whose other members are the ranks of rollout servers: from the publisher straight into their memory.
+
+A server makes its end of a group by torch's `tcp://` rendezvous, at the store where all groups of the run meet, and has to be told the
+names, dtypes and shapes of what comes before it takes part in a broadcast. The worker beside it tells it: it is no member, and reads
+the publisher's descriptions at the store, a bucket at a time. A bucket is one broadcast a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from rlinf.errors import RunFailed
+from rlinf.weights.broadcast import Member, make_process_group
+from rlinf.weights.buckets import BUCKET_BYTES, Named, group_into_buckets, layout
+from rlinf.weights.complete import finite
+from rlinf.weights.routes import BroadcastGroup
+from rlinf.weights.source import Broadcast, BucketSpec, TensorSpec
+
+MAKING = "making the group"
+LAST_WORDS = 5.0  # seconds that a worker has to say why its server left
+
+
+class ServerWire(Member):
+    """The publisher's end. Servers cannot tell tensors that are broken, so it sends none that is not finite."""
+
+    def __init__(self, group: BroadcastGroup, store: dist.Store, device: torch.device, timeout: float) -> None:
+        super().__init__(group, group.members[:1], store, timeout)
+        self.device = device
+        self.round = 0
+        self.keys: list[str] = []  # of the descriptions that are still there
+        there = store
+        for prefix in (group.name, f"{group.name}/", f"{device.type}/"):  # as torch.distributed names what a rendezvous made
+            there = dist.PrefixStore(prefix, there)
+        with self.together(MAKING):
+            self.process_group = make_process_group(there, 0, len(group.members), device, timeout)
+
+    def send(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> Broadcast:
+        """Broadcast the tensors; what was sent, with keys of its own. Raises RunFailed that names a tensor which is not finite."""
+        sent: list[BucketSpec] = []
+        with self.together(_coming(version, self.round)):
+            for bucket in group_into_buckets(tensors, bucket_bytes):
+                spoiled = next((name for name, tensor in bucket if not finite(tensor)), None)
+                if spoiled:
+                    raise RunFailed(f"weights of version {version} are not sent: tensor {spoiled} holds values that are not finite")
+                sent.append(self._describe(bucket, f"{self.group.name}, v{version}-{len(sent)}", len(sent)))
+                whole = [tensor.to(self.device).contiguous() for _, tensor in bucket]
+                for work in [self.process_group.broadcast(tensor, 0) for tensor in whole]:
+                    work.wait(timedelta(seconds=self.timeout))
+            self._say("", len(sent))
+        self.round += 1
+        return Broadcast(tuple(sent))
+
+    def who_stopped(self) -> str:
+        """A server's worker knows it a moment later."""
+        deadline = time.monotonic() + LAST_WORDS
+        while time.monotonic() < deadline:
+            for engine in self.group.engines:
+                if self.store.check([_words(engine)]):
+                    return f"rollout rank {engine} stopped: {self.store.get(_words(engine)).decode()}"
+            time.sleep(0.05)
+        return super().who_stopped()
+
+    def forget(self) -> None:
+        """Everybody has read what was described."""
+        for key in self.keys:
+            self.store.delete_key(key)
+        self.keys = []
+
+    def _describe(self, bucket: Sequence[Named], key: str, count: int) -> BucketSpec:
+        specs, nbytes = layout(bucket)
+        description = json.dumps([key, nbytes, specs])
+        self._say(description, count)
+        return BucketSpec(key, nbytes, specs, xxhash.xxh3_64_intdigest(description.encode()))
+
+    def _say(self, description: str, count: int) -> None:
+        self.keys.append(_place(self.round, count))
+        self.store.set(self.keys[-1], description)
+
+
+class Follower(Member):
+    """The worker beside one server: reads what comes, and speaks for the server where the members meet."""
+
+    def __init__(self, group: BroadcastGroup, engine: int, store: dist.Store, timeout: float) -> None:
+        super().__init__(group, group.names_of(engine), store, timeout)
+        self.engine = engine
+        self.first_rank = group.members.index(self.names[0])
+        self.round = 0
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        with super().together(what):
+            try:
+                yield
+            except RuntimeError as error:  # the server is gone, or stands still: the publisher, who waits for it, is told
+                self.store.set(_words(self.engine), str(error))
+                raise
+
+    def coming(self, version: int) -> str:
+        """What the members come together for next."""
+        return _coming(version, self.round)
+
+    def descriptions(self) -> Iterator[BucketSpec]:
+        """The buckets of the next round as the publisher comes to them; each is to be taken before the next is asked for. Blocks."""
+        count = 0
+        while description := self._wait_for(_place(self.round, count)):
+            key, nbytes, specs = json.loads(description)
+            tensors = tuple(TensorSpec(name, dtype, tuple(shape), *place) for name, dtype, shape, *place in specs)
+            yield BucketSpec(key, nbytes, tensors, xxhash.xxh3_64_intdigest(description))
+            count += 1
+        self.round += 1
+
+    def _wait_for(self, key: str) -> bytes:
+        self.store.wait([key], timedelta(seconds=self.timeout))
+        return self.store.get(key)
+
+
+def _place(round_: int, count: int) -> str:
+    return f"round {round_}, bucket {count}"
+
+
+def _coming(version: int, round_: int) -> str:
+    return f"version {version}, round {round_}"
+
+
+def _words(engine: int) -> str:
+    return f"last words of rollout rank {engine}"
