@@ -64,6 +64,7 @@ def test_an_unknown_option_is_refused_by_name(tmp_path: Path, name: str) -> None
 def test_the_death_of_a_process_breaks_every_request_at_once(tmp_path: Path, victim: str) -> None:
     engine = small_server(make_tiny_model(tmp_path / "model"), 4000)
     members = session_members(engine._server.process.pid)
+    assert re.fullmatch("[0-9a-f]{48}", engine._server.key)  # SGLang takes a word that begins with a dash for an option
 
     async def all_of(name: str) -> list[object]:
         request = GenerateRequest(name, prompt(8), 2, SamplingParams(), Stop(), 3900)

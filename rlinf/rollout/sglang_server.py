@@ -69,7 +69,7 @@ class SGLangServer:
         on_death: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.port = free_port()
-        self.key = secrets.token_urlsafe(24)
+        self.key = secrets.token_hex(24)  # never begins with a dash, which SGLang would take for an option
         self.log = log
         self.death: str | None = None
         self.on_death = on_death
