@@ -1,15 +1,14 @@
 """The SGLang rollout engine: the server as a child process behind the asynchronous contract of rollout engines.
 
 Everything goes through the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation,
-/update_weights_from_disk, /init_weights_update_group and /update_weights_from_distributed between /begin_weight_update and
-/end_weight_update, /weights_checker, /release_memory_occupation and /resume_memory_occupation, /start_profile and /stop_profile
-(docs/sglang.md).
+/update_weights_from_disk, /init_weights_update_group, /update_weights_from_distributed and /update_weights_from_tensor between
+/begin_weight_update and /end_weight_update, /weights_checker, /release_memory_occupation and /resume_memory_occupation, /start_profile
+and /stop_profile (docs/sglang.md).
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,14 +26,14 @@ from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sglang_http import Refused, SGLangHttp
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
 from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
+from rlinf.rollout.sglang_weights import offered
 from rlinf.weights.broadcast import open_store
 from rlinf.weights.complete import check_shapes, check_tensors
 from rlinf.weights.files import folders_of
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import MAKING, Follower
 from rlinf.weights.shared_memory import open_source
-from rlinf.weights.source import BucketSpec, Collective, Disk, Files, Receipt, SharedMemory, WeightSource
-from rlinf.weights.tensor_folder import write_tensors
+from rlinf.weights.source import BucketSpec, Collective, DeviceIpc, Disk, Files, Receipt, SharedMemory, WeightSource
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SLACK = 8  # positions of context that the server is given beyond those that requests use: it keeps some for itself
@@ -110,7 +109,7 @@ class SGLangEngine:
         self._loading = False
         self._proved = False
         self._groups: dict[str, Follower] = {}  # by name, of those that the server has joined
-        self._device, self._dtype = device, DTYPES[dtype]
+        self._device, self._dtype, self._tensor_parallel_size = device, DTYPES[dtype], tensor_parallel_size
         self._tracing = False
         self._closed = False
 
@@ -278,8 +277,7 @@ class SGLangEngine:
         return len(tensors), sum(t.nbytes for t in tensors.values())
 
     async def _take(self, source: WeightSource | Collective, version: int) -> tuple[Sequence[BucketSpec], str]:
-        """Into the server; from shared memory a bucket at a time, so that memory holds one bucket twice and not the model. Returns the
-        buckets, with checksums that have been verified, and the server's own checksum."""
+        """Into the server. Returns the buckets, with checksums that have been verified, and the server's own checksum."""
         buckets: Sequence[BucketSpec] = () if isinstance(source, (Disk, Collective)) else source.buckets
         if isinstance(source, Disk):
             await self._update(source.path, version)
@@ -289,12 +287,18 @@ class SGLangEngine:
         elif isinstance(source, Collective):
             buckets = await self._follow(source, version)
         else:
-            folder = self._server.folder / "bucket"
-            for bucket in buckets:
-                await asyncio.to_thread(write_tensors, folder, "model", open_source(SharedMemory((bucket,))), bucket.nbytes)
-                await self._update(str(folder), version)
-                shutil.rmtree(folder)
+            await self._hand_over(source, version)
         return buckets, await self._checksum()
+
+    async def _hand_over(self, source: SharedMemory | DeviceIpc, version: int) -> None:
+        """The server opens the buckets where they are."""
+        await self._ask("/begin_weight_update", {})
+        for bucket in source.buckets:
+            with offered(bucket, Path(f"{self._server.folder}-bucket")) as payload:
+                of_each_rank = [payload] * self._tensor_parallel_size
+                body = {"serialized_named_tensors": of_each_rank, "load_format": "flattened_bucket", "weight_version": str(version)}
+                await self._ask("/update_weights_from_tensor", body)
+        await self._ask("/end_weight_update", {})
 
     async def _follow(self, source: Collective, version: int) -> list[BucketSpec]:
         """Have the server take part in what is broadcast in its groups, in their order. Raises RunFailed unless that is the whole model."""

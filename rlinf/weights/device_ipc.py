@@ -49,8 +49,8 @@ class DeviceBuckets:
         return DeviceIpc(tuple(buckets))
 
     def withdraw(self) -> None:
-        """The engines have answered, and the memory is given up. Raises RunFailed when one of them still looks at it (seen on CPU only; on
-        a GPU torch keeps the memory until it does not)."""
+        """The engines have answered, and the memory is given up. Raises RunFailed when one of them still looks at it, which only a CPU's
+        segments tell."""
         looked_at = [key for key in self._offered if os.path.exists(key) and in_use(key)]
         self.close()
         if looked_at:

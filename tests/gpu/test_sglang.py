@@ -16,6 +16,7 @@ from rlinf import device as devices
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.sglang_engine import SGLangEngine
 from rlinf.weights.broadcast import open_store
+from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.routes import BROADCAST, Feed, broadcast_groups
 from rlinf.weights.server_groups import ServerWire
 from rlinf.weights.source import Broadcast, Collective, Disk
@@ -51,6 +52,21 @@ def test_a_sleeping_server_gives_its_memory_back_and_wakes_the_same(engine: SGLa
         await engine.load_weights(Disk(str(tmp_path / "model")), 1)
         await engine.wake(frozenset({"kv"}))
         assert await answer(engine, "after") == before
+
+    asyncio.run(whole())
+
+
+def test_weights_are_taken_from_the_gpu_and_nothing_of_theirs_is_kept(engine: SGLangEngine, tmp_path: Path) -> None:
+    async def whole() -> None:
+        before = await answer(engine, "before")
+        publisher = DeviceBuckets("gpu-sglang-test", devices.choose("cuda"))
+        tensors = list(open_hf_folder(tmp_path / "model").items())
+        for version, other in ((1, tensors), (2, [(name, t.flip(0)) for name, t in tensors])):
+            await engine.load_weights(publisher.publish(other, version, bucket_bytes=1 << 20), version)
+            for buffer in publisher._offered.values():
+                buffer.zero_()
+            publisher.withdraw()
+            assert (await answer(engine, f"after {version}") == before) == (version == 1)
 
     asyncio.run(whole())
 
