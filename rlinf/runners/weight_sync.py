@@ -45,10 +45,11 @@ class WeightSync:
         self.probed = [rank for rank in self.feeding if rank // width % dp == self.feeds[0].replica]
 
     def _feeds(self, on_gpu: bool) -> tuple[Feed, ...]:
-        """On a GPU `auto` hands weights over on it where that can be, but not where they are kept for an engine that is started anew: it is
-        the memory of rollout that they would lie in."""
+        """On a GPU `auto` hands weights over on it where that can be and the optimizer's state has made room for them, but not where they
+        are kept for an engine that is started anew: it is the memory of rollout that they would lie in."""
+        room = on_gpu and self.config.actor.offload_optimizer and not self.keep
         transport, actor, rollout = self.config.rollout.weight_transport, self.actor.seats, self.engines.group.seats
-        if transport == DEVICE_IPC or (transport == AUTO and on_gpu and not self.keep):
+        if transport == DEVICE_IPC or (transport == AUTO and room):
             feeds = feeds_on_devices(self.config, actor, rollout)
             if feeds is not None:
                 return feeds
