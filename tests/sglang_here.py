@@ -23,7 +23,7 @@ REASON = missing()
 needs_sglang = (pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON)))
 
 
-def small_server(model_dir: Path, max_context: int, native: dict[str, str] | None = None) -> SGLangEngine:
+def small_server(model_dir: Path, max_context: int, native: dict[str, str] | None = None, tensor_parallel_size: int = 1) -> SGLangEngine:
     log = model_dir.parent / "sglang.log"
     return SGLangEngine(
         str(model_dir),
@@ -34,4 +34,5 @@ def small_server(model_dir: Path, max_context: int, native: dict[str, str] | Non
         log=log,
         run_id=f"test-{model_dir.parent.name}",
         native=native,
+        tensor_parallel_size=tensor_parallel_size,
     )

@@ -128,7 +128,12 @@ class SGLangServer:
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions of slack that no request reaches
         }
-        return env | {"SGLANG_USE_CPU_ENGINE": "1"} if options["device"] == "cpu" else env
+        if options["device"] == "cpu":
+            env["SGLANG_USE_CPU_ENGINE"] = "1"
+            if options["tp_size"] > 1:  # unless it is told which cores each may have, SGLang refuses more ranks than NUMA nodes
+                cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+                env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([cores] * options["tp_size"]))
+        return env
 
     def _wait_until_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
