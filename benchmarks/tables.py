@@ -105,6 +105,7 @@ def weight_sync(result: dict[str, Any]) -> list[str]:
         f"| memcpy, {result['machine']['threads']} threads | {memcpy['all_threads']:.1f} |",
         f"| actor to shared memory, with checksums | {rates['publish']:.2f} |",
         f"| shared memory to engine, checked and repacked | {rates['load']:.2f} |",
+        f"| the way, summed on both sides: {percent(result['way_share_of_memcpy'])} of the faster memcpy | {rates['way']:.2f} |",
         f"| whole sync: {percent(result['share_of_memcpy'])} of the faster memcpy, aim {percent(result['aim'])} | {rates['sync']:.2f} |",
     ]
 

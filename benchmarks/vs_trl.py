@@ -160,6 +160,7 @@ def sides(args: argparse.Namespace, python: Path, new_tokens: int, work: Path) -
     ]
     words = [
         "cluster.backend=local", f"cluster.threads_per_worker={args.threads}", f"runner.output_dir={work}", f"runner.max_steps={steps}",
+        "rollout.offload=true", "runner.max_tokens_per_mbs=512",
         "runner.val_check_interval=0", "runner.save_interval=0", "runner.keep_groups=0", "runner.phase_timeout=-1",
         f"runner.seq_length={PROMPT_TOKENS + new_tokens}", f"rollout.model_dir={args.model_dir}", f"data.train_data_paths=[{data}]",
         "data.val_data_paths=[]", f"data.max_prompt_length={PROMPT_TOKENS}", f"data.rollout_batch_size={PROMPTS}",

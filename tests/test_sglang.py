@@ -156,6 +156,7 @@ def test_an_evaluation_with_sglang_is_that_of_the_embedded_engine(tmp_path: Path
         custom = {"n": 1, "temperature": 0.0, "max_tokens": 12, "template": "chat", "instruction": "''"}
         assert main(["eval", *words(folder, model, **custom), f"rollout.rollout_backend={backend}"]) == 0
         found[backend] = samples(folder, "tuned"), results(folder, "tuned")["scores"]
+        assert len([*folder.rglob("tuned/workers/rollout-0-engine.log")]) == (backend == "sglang")
     assert found["sglang"] == found["embedded"]
     rows, scores = found["sglang"]
     assert len(rows) == 16 and 0 < scores["avg@1"]["value"] and len({row["response"] for row in rows}) > 1

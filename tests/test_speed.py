@@ -54,12 +54,13 @@ def test_a_side_that_did_less_is_not_compared(other: dict[str, Any]) -> None:
 
 
 def test_the_share_of_memcpy_is_by_the_faster_copy_of_the_moment() -> None:
-    seconds = [{"publish": 0.01, "load": 0.02, "sync": s} for s in (0.04, 0.05, 0.02)]
+    seconds = [{"publish": 0.01, "way": 0.0125, "load": 0.02, "sync": s} for s in (0.04, 0.05, 0.02)]
     copies = [{"one_thread": 10.0, "all_threads": 8.0}, {"one_thread": 4.0, "all_threads": 10.0}, {"one_thread": 10.0, "all_threads": 10.0}]
     found = weight_sync.verdict(10**8, seconds, copies)  # 2.5, 2 and 5 GB/s of 10
     assert found["share_of_memcpy"] == pytest.approx(0.25) and not found["reached"]
+    assert found["way_share_of_memcpy"] == pytest.approx(0.8)
     assert (
-        found["gb_per_second"] == pytest.approx({"publish": 10.0, "load": 5.0, "sync": 2.5})
+        found["gb_per_second"] == pytest.approx({"publish": 10.0, "way": 8.0, "load": 5.0, "sync": 2.5})
         and found["memcpy_gb_per_second"]["one_thread"] == 10.0
     )
     assert weight_sync.verdict(2 * 10**8, seconds, copies)["reached"]

@@ -82,17 +82,18 @@ def prepare(config: Config, model: Model) -> Task:
     tokenizer = load_tokenizer(str(model.path), config.rollout.trust_remote_code)
     sets = load_sets(config, tokenizer)
     context = check_context(sets, positions, str(model.path))
-    return Task(model, worker_config(config, model.path, context, max(s.protocol.max_tokens for s in sets)), tokenizer, tuple(sets))
+    return Task(model, worker_config(config, model, context, max(s.protocol.max_tokens for s in sets)), tokenizer, tuple(sets))
 
 
-def worker_config(config: Config, model_dir: Path, context: int, max_tokens: int) -> Config:
-    """What rollout and reward workers are told: this model, this context, and no reward beside right and wrong."""
+def worker_config(config: Config, model: Model, context: int, max_tokens: int) -> Config:
+    """What rollout and reward workers are told: this model, this context, logs in its folder, and no reward beside right and wrong."""
     sampling = replace(config.algorithm.sampling_params, max_new_tokens=max_tokens)
+    out = str(Path(config.evaluation.output_dir).resolve())
     return replace(
         config,
-        runner=replace(config.runner, seq_length=context),
+        runner=replace(config.runner, seq_length=context, output_dir=out, experiment_name=model.name),
         algorithm=replace(config.algorithm, sampling_params=sampling),
-        rollout=replace(config.rollout, model_dir=str(model_dir)),
+        rollout=replace(config.rollout, model_dir=str(model.path)),
         reward=replace(config.reward, format_reward=0.0, four_levels=False, overlong_buffer=0, exploration_penalty=0.0),
     )
 

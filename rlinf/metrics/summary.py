@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -56,15 +57,17 @@ def wilson(successes: float, n: int) -> Interval:
 
 def before_after_table(before: Scores, after: Scores) -> Table:
     """Accuracy and format rate in percent, gain in points, mean response length."""
-    table = Table(title=f"{len(before.score_N)} held-out problems, 95 % confidence intervals")
+    table = Table(
+        title=f"{len(before.score_N)} held-out problems, 95 % confidence intervals", box=SIMPLE_HEAD, pad_edge=False
+    )  # fits 80 columns
     for column in ("", "before", "after", "gain"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, old_N, new_N in (("accuracy %", before.score_N, after.score_N), ("boxed %", before.boxed_N, after.boxed_N)):
         cells = [percent(wilson(float(x.sum()), len(x))) for x in (old_N, new_N)]
         table.add_row(name, *cells, percent(paired_gain(old_N, new_N), sign=True))
     gain = paired_gain(before.tokens_N, after.tokens_N)
     table.add_row(
-        "response tokens",
+        "length",
         f"{before.tokens_N.mean():.1f}",
         f"{after.tokens_N.mean():.1f}",
         f"{gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]",
