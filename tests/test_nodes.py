@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rlinf.rollout.sglang_server import find_interpreter
 from tests.namespaces import SUBNET, NamespaceNode, ip, possible
+from tests.sglang_here import REASON
 from tests.test_tiny_run import lines, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,3 +89,26 @@ def test_two_nodes_train_until_one_is_cut_off_which_ends_the_run_and_is_named(no
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and time.monotonic() - begun < 60
     assert f"node 1 has not answered at {SUBNET}.2" in errors or "(node 1, pid" in errors, errors[-3000:]
+
+
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.parametrize("nodes", [2], indirect=True)
+def test_one_engine_over_two_nodes_until_its_scheduler_on_the_second_is_killed(nodes: list[NamespaceNode]) -> None:
+    """A TP group of the actor and one of SGLang, both over both nodes; weights come by broadcast into both nodes' servers."""
+    folder = nodes[0].folder
+    engine = {
+        "rollout__rollout_backend": "sglang", "rollout__sglang_python": find_interpreter(None, cuda=False),
+        "rollout__tensor_parallel_size": 2, "rollout__weight_transport": "broadcast", "rollout__max_engine_restarts": 0,
+    }  # fmt: skip
+    run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 2, "0,2", "1,3", pp=1, steps=10_000, **engine)))
+    metrics = folder / "logs" / "tiny" / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert run.poll() is None and time.monotonic() < deadline, (run.kill(), run.communicate()[1][-4000:])
+        time.sleep(0.5)
+    assert one_policy(lines(folder)[:3])
+    kill = "for p in /proc/[0-9]*; do if grep -q ^sglang::scheduler $p/cmdline; then kill -9 ${p#/proc/}; fi; done"
+    nodes[1].popen("bash", "-c", kill).wait(60)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and "rollout_part rank 0 (node 1" in errors, errors[-3000:]
+    assert "the processes of SGLang on this node ended" in errors, errors[-3000:]

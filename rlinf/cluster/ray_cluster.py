@@ -129,6 +129,7 @@ class RayCluster(Cluster):
             0,
             self.run_id,
             self.config.threads_per_worker,
+            "127.0.0.1" if loopback else machine.host,
         )
         setup = Setup(
             str(self.log_file(seat)),
@@ -136,7 +137,7 @@ class RayCluster(Cluster):
             on_node.index(seat.rank),
             machine.devices,
             self.device == "cuda",
-            "127.0.0.1" if loopback else machine.host,
+            address.host,
             watched=seat.rank == on_node[0] and machine.ray_id != self.here,
         )
         options = {"num_cpus": 0, "num_gpus": part} if self.device == "cuda" else {"num_cpus": part}

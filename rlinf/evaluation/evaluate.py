@@ -33,7 +33,7 @@ from rlinf.evaluation.results import SetResult, benchmark_table, compare, read_t
 from rlinf.evaluation.runner import EvaluationRunner, Job, Progress
 from rlinf.metrics.logger import MetricLogger
 from rlinf.rollout.contract import SamplingParams, Stop
-from rlinf.runners.launch import WORKERS
+from rlinf.runners.launch import WORKERS, launch_parts
 from rlinf.scheduling.placement import build_evaluation_plan
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checksum import weights_checksum
@@ -138,6 +138,7 @@ def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
     cluster = Cluster.connect(task.config.cluster, run_id, out / name / "workers")
     try:
         plan = build_evaluation_plan(task.config, cluster.inventory())
+        launch_parts(cluster, plan, task.config)
         groups = [
             cluster.launch(plan, c, worker, task.config) for c, worker in (("rollout", WORKERS["rollout"]), ("reward", WORKERS["reward"]))
         ]

@@ -12,7 +12,7 @@ from rlinf.config.schema import Config
 from rlinf.device import limit_memory
 from rlinf.rollout.contract import RolloutEngine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
-from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.sglang_engine import SGLangEngine, Span
 
 
 class Tokenizer(Protocol):
@@ -22,11 +22,18 @@ class Tokenizer(Protocol):
 
 
 def build_engine(
-    config: Config, tokenizer: Tokenizer, device: str, log: Path, run_id: str, on_death: Callable[[], None] | None = None
+    config: Config,
+    tokenizer: Tokenizer,
+    device: str,
+    log: Path,
+    run_id: str,
+    on_death: Callable[[], None] | None = None,
+    span: Span | None = None,
 ) -> RolloutEngine:
     """The engine of rollout.rollout_backend with the weights of rollout.model_dir (version 0) on `device`.
 
-    log: where a server of its own writes; run_id: the mark of what it leaves in shared memory; on_death: called when that server dies.
+    log: where a server of its own writes; run_id: the mark of what it leaves in shared memory; on_death: called when that server dies;
+    span: which node's part of an engine that has several.
     """
     rollout = config.rollout
     if rollout.rollout_backend == "sglang":
@@ -47,6 +54,7 @@ def build_engine(
             trust_remote_code=rollout.trust_remote_code,
             start_timeout=config.cluster.start_timeout,
             on_death=on_death,
+            span=span,
         )
     limit_memory(torch.device(device), rollout.gpu_memory_utilization)
     return EmbeddedEngine(

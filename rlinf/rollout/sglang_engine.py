@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ REGIONS = {"kv": "kv_cache", "weights": "weights"}
 RETRY = 0.05  # seconds between two attempts to abort a sample that the scheduler has not heard of yet
 
 
+@dataclass(frozen=True)
+class Span:
+    """The place of a server among those of one engine, a node each. address: host:port of the first, where they meet."""
+
+    nodes: int
+    rank: int
+    address: str
+
+
 class SGLangEngine:
     """One server. Seeded when it runs with rollout.sglang.enable_deterministic_inference (which needs a GPU).
 
@@ -53,6 +62,7 @@ class SGLangEngine:
     under the new weights, their keys and values are computed anew; the server says which version decoded which token.
     dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. memory_saver: sleep() gives memory
     back (on a GPU). native: rollout.sglang.
+    span: of an engine that has several nodes; all but the first take no requests and have nothing to be asked.
     on_death: called from another thread when the server dies; running requests then end with what has arrived (finish ABORT) instead of
     raising, because somebody goes on with them.
     """
@@ -76,6 +86,7 @@ class SGLangEngine:
         trust_remote_code: bool = False,
         start_timeout: float = 600.0,
         on_death: Callable[[], None] | None = None,
+        span: Span | None = None,
     ) -> None:
         self._arch = architecture_for(model_dir, max_context)
         options: dict[str, Any] = {
@@ -88,14 +99,16 @@ class SGLangEngine:
             options |= ON_CPU | {"max_total_tokens": min(slots * (max_context + SLACK), CPU_KV_TOKENS)}
         else:
             options |= {"mem_fraction_static": memory_fraction} | ({"enable_memory_saver": True} if memory_saver else {})
-        given = {name: yaml.safe_load(value) for name, value in (native or {}).items()}
-        self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death)
+        if span is not None:
+            options |= {"nnodes": span.nodes, "node_rank": span.rank, "dist_init_addr": span.address}
+        given, serves = {name: yaml.safe_load(value) for name, value in (native or {}).items()}, span is None or span.rank == 0
+        self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death, serves)
         self._http = SGLangHttp(self._server.port, self._server.key)
         info = self._server.info
         self.capabilities = Capabilities(
-            seeded=bool(info["enable_deterministic_inference"]),
+            seeded=bool(info.get("enable_deterministic_inference")),
             retract_and_continue=True,
-            sleep=device != "cpu" and bool(info["enable_memory_saver"]),
+            sleep=device != "cpu" and bool(info.get("enable_memory_saver")),
             max_context=max_context,
             scores_at_any_temperature=False,
         )

@@ -61,12 +61,13 @@ class SGLangServer:
 
     options: SGLang's own, in the spelling of its command line with underscores. native: those of them that the user wrote.
     on_death: called from another thread when the server has died by itself.
+    serves: whether this is where requests go: not on the other nodes of an engine that spans several. `info` is empty there.
     Call from a thread that lives as long as the server should: the kernel ends the server with the thread that started it.
     """
 
     def __init__(
         self, python: str, options: dict[str, Any], native: dict[str, Any], log: Path, run_id: str, start_timeout: float,
-        on_death: Callable[[], None] | None = None,
+        on_death: Callable[[], None] | None = None, serves: bool = True,
     ) -> None:  # fmt: skip
         self.port = free_port()
         self.key = secrets.token_hex(24)  # never begins with a dash, which SGLang would take for an option
@@ -89,9 +90,9 @@ class SGLangServer:
             )
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
-            self._wait_until_ready(start_timeout)
-            self.info: dict[str, Any] = self._ask("/server_info")
-            unknown = sorted(name for name in native if name not in self.info)
+            self._wait_until_ready("/ready" if serves else "/health", start_timeout)
+            self.info: dict[str, Any] = self._ask("/server_info") if serves else {}
+            unknown = sorted(name for name in native if serves and name not in self.info)
             if unknown:  # argparse takes the beginning of a name for the name
                 raise UserError(f"{KEY}.{unknown[0]}: sglang {self.info['version']} has no such option; write its full name")
             on_failure.pop_all()
@@ -135,9 +136,9 @@ class SGLangServer:
                 env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([cores] * options["tp_size"]))
         return env
 
-    def _wait_until_ready(self, timeout: float) -> None:
+    def _wait_until_ready(self, path: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while not self._answers("/ready"):
+        while not self._answers(path):
             if self.process.poll() is not None:
                 tail = self._tail(self.log)
                 refused = REFUSAL.search(tail)
@@ -241,10 +242,10 @@ def is_tracker(pid: int) -> bool:
     return "resource_tracker" in command_of(pid)
 
 
-def free_port() -> int:
-    """A port of loopback that can be bound now."""
+def free_port(host: str = HOST) -> int:
+    """A port of one of this machine's addresses that can be bound now."""
     for port in random.SystemRandom().sample(PORTS, 100):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex((HOST, port)) != 0:
+            if probe.connect_ex((host, port)) != 0:
                 return port
-    raise RunFailed(f"no free port on {HOST} between {PORTS.start} and {PORTS.stop}")
+    raise RunFailed(f"no free port on {host} between {PORTS.start} and {PORTS.stop}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from rlinf.cluster.cluster import Cluster
 from rlinf.config.load import Resolved
 from rlinf.config.model import own_functions
 from rlinf.config.own_code import load_own
+from rlinf.config.schema import Config
 from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
@@ -18,7 +20,7 @@ from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.runners.run_folder import RunFolder, run_path
 from rlinf.runners.session import check_trackers, open_session, say
-from rlinf.scheduling.placement import build_plan
+from rlinf.scheduling.placement import PART, Plan, build_plan
 
 WORKERS = {
     "actor": "rlinf.workers.train:TrainWorker",
@@ -27,6 +29,7 @@ WORKERS = {
     "critic": "rlinf.workers.critic:CriticWorker",
     "token_reward": "rlinf.workers.token_reward:TokenRewardWorker",
 }
+ENGINE_PART = "rlinf.workers.rollout_part:RolloutPart"
 
 
 def train(resolved: Resolved) -> int:
@@ -69,6 +72,7 @@ def train_once(resolved: Resolved) -> int:
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         plan = build_plan(config, session.nodes)
+        launch_parts(session.cluster, plan, config)
         groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in WORKERS if config.has(name)}
         if config.cluster.backend == "ray":
             groups["rollout"].restarts = config.rollout.max_engine_restarts
@@ -81,3 +85,9 @@ def train_once(resolved: Resolved) -> int:
         first, last = min(runner.scores), max(runner.scores)
         show_summary(runner.scores[first].as_scores(), runner.scores[last].as_scores(), config.runner.output_dir)
     return 0
+
+
+def launch_parts(cluster: Cluster, plan: Plan, config: Config) -> None:
+    """What stands on the other nodes of engines that span several; nobody calls it."""
+    if plan.of(PART):
+        cluster.launch(plan, PART, ENGINE_PART, config)

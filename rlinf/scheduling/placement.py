@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
-from rlinf.weights.routes import DEVICE_IPC, Device, Feed, device_feeds, publisher
+from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, Device, Feed, device_feeds, publisher
 
 KEY = "cluster.component_placement"
 COMPONENTS = ("actor", "critic", "token_reward", "rollout", "reward")
 TRAINING = ("actor", "critic", "token_reward")  # those whose ranks are Megatron's
+PART = "rollout_part"  # seats of engines that span nodes, on all of their nodes but the first
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class WorkerAddress:
     master_port: int
     run_id: str
     threads: int
+    host: str = "127.0.0.1"  # of this worker's node, for peers
 
 
 def nodes_of(cluster: ClusterConfig) -> list[Node]:
@@ -91,6 +93,8 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
         *_rollout_seats(config.rollout.tensor_parallel_size, devices["rollout"]),
         *_reward_seats(devices["reward"]),
     ]
+    if any(s.component == PART for s in seats):
+        _check_spanning(config)
     if config.cluster.backend == "local" and any(s.rank for s in seats):
         counts = ", ".join(f"{c} {sum(s.component == c for s in seats)}" for c in COMPONENTS if c in devices)
         raise UserError(
@@ -160,7 +164,7 @@ def describe(plan: Plan, config: Config) -> str:
             f"  reward   {len(plan.of('reward'))} process(es) on the hosts",
         ]
     for node in sorted({s.node for s in plan.seats}):
-        seated = {c: [s for s in plan.of(c) if s.node == node] for c in COMPONENTS}
+        seated = {c: [s for s in plan.of(c) if s.node == node] for c in (*COMPONENTS, PART)}
         parts = [
             f"{c} {_ranges([s.rank for s in seats])} on {_ranges(sorted(d for s in seats for d in s.devices))}"
             for c, seats in seated.items()
@@ -250,15 +254,40 @@ def _rollout_seats(tp: int, devices: Sequence[Device]) -> list[Seat]:
             f"{key}: engines of {tp} devices do not fit the rollout's {len(devices)} devices; change it to one of {sizes}, "
             f"or change the rollout's devices in {KEY}"
         )
+    per_node = Counter(node for node, _ in devices)
+    if tp > max(per_node.values()) and len({*per_node.values()}) == 1 and tp % per_node[devices[0][0]] == 0:
+        return _spanning_seats(tp // per_node[devices[0][0]], devices)
     groups = _groups(devices, tp)
     crossing = next((g for g in groups if g[0][0] != g[-1][0]), None)
     if crossing:
-        per_node = ", ".join(f"{n} on node {node}" for node, n in sorted(Counter(node for node, _ in devices).items()))
         raise UserError(
-            f"{key}: an engine of {tp} devices must stay inside one node, but the rollout has {per_node}; "
+            f"{key}: an engine of {tp} devices stays inside one node, or has all of the rollout's devices on each of its nodes, as many "
+            f"everywhere; the rollout has {', '.join(f'{n} on node {node}' for node, n in sorted(per_node.items()))}; "
             f"give it a multiple of {tp} devices on every node in {KEY}, or lower {key}"
         )
     return [Seat("rollout", rank, group[0][0], tuple(i for _, i in group)) for rank, group in enumerate(groups)]
+
+
+def _spanning_seats(span: int, devices: Sequence[Device]) -> list[Seat]:
+    """Each engine has `span` nodes, one after the other; the first serves."""
+    by_node = [(node, tuple(i for _, i in found)) for node, found in itertools.groupby(devices, key=lambda d: d[0])]
+    first = [Seat("rollout", rank, *by_node[rank * span]) for rank in range(len(by_node) // span)]
+    others = [place for i, place in enumerate(by_node) if i % span]
+    return first + [Seat(PART, rank, *place) for rank, place in enumerate(others)]
+
+
+def _check_spanning(config: Config) -> None:
+    """What an engine that spans nodes cannot do."""
+    what = f"rollout.tensor_parallel_size: engines of {config.rollout.tensor_parallel_size} devices span nodes"
+    if config.rollout.rollout_backend != "sglang":
+        raise UserError(f"{what}, which only rollout.rollout_backend: sglang does")
+    if config.rollout.weight_transport not in (DISK, BROADCAST):
+        raise UserError(
+            f"{what}, and each reads weights that all of them see: set rollout.weight_transport to disk or broadcast, "
+            f"not {config.rollout.weight_transport}"
+        )
+    if config.rollout.max_engine_restarts:
+        raise UserError(f"{what}, and one that dies is not started anew: set rollout.max_engine_restarts to 0")
 
 
 def _reward_seats(devices: Sequence[Device]) -> list[Seat]:

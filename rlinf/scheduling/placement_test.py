@@ -9,7 +9,7 @@ import pytest
 
 from rlinf.config.schema import ClusterConfig, Config
 from rlinf.errors import UserError
-from rlinf.scheduling.placement import Node, Plan, build_plan, describe, nodes_of
+from rlinf.scheduling.placement import PART, Node, Plan, build_plan, describe, nodes_of
 
 
 def config_of(
@@ -18,6 +18,8 @@ def config_of(
     config = Config(cluster=ClusterConfig(backend=backend, num_nodes=nodes, num_gpus_per_node=per_node, component_placement=placement))
     config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
     config.actor.model.context_parallel_size, config.rollout.tensor_parallel_size = cp, rollout_tp
+    if rollout_tp > per_node:  # what engines that span nodes ask for
+        config.rollout.weight_transport, config.rollout.max_engine_restarts = "disk", 0
     return config
 
 
@@ -45,14 +47,21 @@ def test_weights_by_device_need_a_device_in_common() -> None:
 
 def check(plan: Plan, actor_devices: set, rollout_devices: set, tp: int, pp: int, rollout_tp: int) -> None:
     """What every legal plan must satisfy."""
-    actors, engines, rewards = plan.of("actor"), plan.of("rollout"), plan.of("reward")
-    assert len(actors) + len(engines) + len(rewards) == len(plan.seats)
-    for seats in (actors, engines, rewards):
+    actors, engines, parts, rewards = plan.of("actor"), plan.of("rollout"), plan.of(PART), plan.of("reward")
+    assert len(actors) + len(engines) + len(parts) + len(rewards) == len(plan.seats)
+    for seats in (actors, engines, parts, rewards):
         assert [s.rank for s in seats] == list(range(len(seats)))
         taken = Counter((s.node, d) for s in seats for d in s.devices)
         assert not taken or max(taken.values()) == 1
     assert {(s.node, s.devices[0]) for s in actors} == actor_devices and all(len(s.devices) == 1 for s in actors)
-    assert {(s.node, d) for s in engines for d in s.devices} == rollout_devices and all(len(s.devices) == rollout_tp for s in engines)
+    assert {(s.node, d) for s in engines + parts for d in s.devices} == rollout_devices and len(engines) * rollout_tp == len(
+        rollout_devices
+    )
+    for i, engine in enumerate(engines):
+        others = len(parts) // len(engines)
+        whole = [engine, *parts[i * others : (i + 1) * others]]
+        assert sum(len(s.devices) for s in whole) == rollout_tp and len({len(s.devices) for s in whole}) == 1
+        assert others == 0 or [s.node for s in whole] == list(range(engine.node, engine.node + len(whole)))
     assert len({s.node for s in rewards}) == len(rewards)
     assert len(actors) % (tp * pp) == 0
     dp = len(actors) // (tp * pp)
@@ -68,7 +77,7 @@ def check(plan: Plan, actor_devices: set, rollout_devices: set, tp: int, pp: int
 def test_every_layout_of_whole_nodes_seats_every_rank_once(nodes: int) -> None:
     world = nodes * 8
     for tp, pp, rollout_tp in itertools.product((1, 2, 3, 4, 8, 16), (1, 2, 3, 4), (1, 2, 3, 4, 8, 16)):
-        legal = world % (tp * pp) == 0 and world % rollout_tp == 0 and 8 % rollout_tp == 0
+        legal = world % (tp * pp) == 0 and world % rollout_tp == 0 and (8 % rollout_tp == 0 or rollout_tp % 8 == 0)
         if not legal:
             with pytest.raises(UserError, match=r"actor|rollout.tensor_parallel_size"):
                 plan_of(nodes, 8, ALL, tp, pp, rollout_tp)
@@ -87,7 +96,9 @@ def test_every_split_into_two_ranges_seats_every_rank_once(nodes: int) -> None:
         actor = {divmod(d, 8) for d in range(start, world)}
         rollout = {divmod(d, 8) for d in range(end)}
         per_node = Counter(node for node, _ in rollout)
-        legal = len(actor) % (tp * pp) == 0 and all(n % rollout_tp == 0 for n in per_node.values())
+        even = len(set(per_node.values())) == 1 and rollout_tp % max(per_node.values()) == 0 and len(rollout) % rollout_tp == 0
+        fits = all(n % rollout_tp == 0 for n in per_node.values()) or (even and rollout_tp > max(per_node.values()))
+        legal = len(actor) % (tp * pp) == 0 and fits
         if not legal:
             with pytest.raises(UserError):
                 plan_of(nodes, 8, placement, tp, pp, rollout_tp)
@@ -137,6 +148,20 @@ def test_engines_take_consecutive_devices() -> None:
     assert plan.mode == "disaggregated"
 
 
+def test_an_engine_that_spans_nodes_has_as_many_devices_on_each() -> None:
+    def plan(transport: str = "broadcast", restarts: int = 0, backend: str = "sglang") -> Plan:
+        config = config_of(4, 2, {"actor": "0,2,4,6", "rollout,reward": "1,3,5,7"}, rollout_tp=2)
+        config.rollout.weight_transport, config.rollout.max_engine_restarts, config.rollout.rollout_backend = transport, restarts, backend
+        return build_plan(config, nodes_of(config.cluster))
+
+    assert [(s.component, s.rank, s.node, s.devices) for s in plan().seats if s.component.startswith("rollout")] == [
+        ("rollout", 0, 0, (1,)), ("rollout", 1, 2, (1,)), ("rollout_part", 0, 1, (1,)), ("rollout_part", 1, 3, (1,)),
+    ]  # fmt: skip
+    for refused, word in (({"transport": "auto"}, "disk or broadcast"), ({"restarts": 1}, "to 0"), ({"backend": "embedded"}, "sglang")):
+        with pytest.raises(UserError, match=f"rollout.tensor_parallel_size: engines of 2 devices span nodes.*{word}"):
+            plan(**refused)
+
+
 def test_nodes_may_differ_in_size() -> None:
     config = config_of(2, 4, ALL)
     plan = build_plan(config, [Node(0, 4), Node(1, 2)])
@@ -153,7 +178,7 @@ def test_nodes_may_differ_in_size() -> None:
         ),
         ((1, 6, ALL), dict(tp=4), ["actor has 6 devices", "give it 4 or 8 devices"]),
         ((1, 6, ALL), dict(rollout_tp=4), ["rollout.tensor_parallel_size", "6 devices", "[1, 2, 3, 6]"]),
-        ((2, 3, ALL), dict(rollout_tp=2), ["rollout.tensor_parallel_size", "inside one node", "3 on node 0, 3 on node 1"]),
+        ((2, 3, ALL), dict(rollout_tp=2), ["rollout.tensor_parallel_size", "inside one node", "3 on node 0, 3 on node 1", "multiple of 2"]),
         ((1, 8, {"actor,reward": "all", "rollout": "0-8"}), {}, ["rollout", "device 8 does not exist", "0-7"]),
         ((1, 8, {"actor,reward": "all", "rollout": "0-3,3"}), {}, ["rollout", "device 3 is listed twice"]),
         ((1, 8, {"actor,reward": "all", "rollout": "7-4"}), {}, ["runs backwards", "4-7"]),

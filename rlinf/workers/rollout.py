@@ -19,6 +19,8 @@ from rlinf.device import choose, peak_memory
 from rlinf.errors import UserError
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest, GroupMember
+from rlinf.rollout.sglang_engine import Span
+from rlinf.rollout.sglang_server import free_port
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.receipts import merge_sources
@@ -26,6 +28,7 @@ from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.shared_memory import land, release
 from rlinf.weights.source import Buckets, Collective, Receipt
 from rlinf.workers.device import peak_flops
+from rlinf.workers.rollout_part import meeting_file, nodes_of_engine, tell
 
 FAREWELL = 1.0  # seconds that answers have to reach the driver
 
@@ -45,7 +48,11 @@ class RolloutWorker:
         self.asleep, self.waking = False, asyncio.Lock()
         self.wires: dict[str, Wire] = {}  # by the name of the broadcast group
         self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
-        self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None)
+        nodes, span = nodes_of_engine(config, address), None
+        if nodes > 1:
+            span = Span(nodes, 0, f"{address.host}:{free_port(address.host)}")
+            tell(meeting_file(self.folder, address.rank, address.run_id), span.address)
+        self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None, span)
         if config.rollout.offload and not self.engine.capabilities.sleep:
             raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")
 
