@@ -211,7 +211,9 @@ class RolloutConfig:
     sglang_python: str | None = key(
         None, "python interpreter that has sglang; null = the run's own if it has it, on CPU else the one of toolkits/setup/sglang_cpu.sh"
     )
-    tensor_parallel_size: int = key(1, "GPUs of one engine; the embedded engine runs on one device")
+    tensor_parallel_size: int = key(
+        1, "GPUs of one engine; the embedded engine runs on one device, one of SGLang also on those of several nodes (docs/sglang.md)"
+    )
     gpu_memory_utilization: float = key(0.55, "share of a GPU's memory for the engine's weights and KV cache")
     offload: bool = key(
         False,

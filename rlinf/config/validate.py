@@ -103,7 +103,8 @@ SET_BY_US: dict[str, str] = {  # options of the SGLang server
     "context_length": "runner.seq_length", "random_seed": "rollout.seed",
 } | dict.fromkeys(
     ("config", "host", "port", "api_key", "admin_api_key", "weight_version", "incremental_streaming_output", "sampling_defaults",
-     "skip_tokenizer_init", "dp_size", "data_parallel_size", "pp_size", "pipeline_parallel_size", "nnodes", "node_rank"),
+     "skip_tokenizer_init", "dp_size", "data_parallel_size", "pp_size", "pipeline_parallel_size", "nnodes", "node_rank",
+     "dist_init_addr"),
     "the engine",
 )  # fmt: skip
 LESS_THAN: dict[str, float] = {"rollout.gpu_memory_utilization": 1, "actor.optim.adam_beta1": 1, "actor.optim.adam_beta2": 1}
