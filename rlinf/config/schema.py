@@ -245,7 +245,7 @@ class RolloutConfig:
         "auto",
         "how weights reach the engines: `auto` (shared memory on a node, Ray's object store between nodes), `disk` (safetensors files in "
         "the run's folder), `broadcast` (a process group of each publisher and its engines, or the ranks of their SGLang servers: gloo, "
-        "NCCL between GPUs) or `device_ipc` (on the device that an engine shares with the actor; on a GPU `auto` does so too where it can)",
+        "NCCL between GPUs) or `device_ipc` (on the device that an engine shares with the actor)",
         ("auto", "disk", "broadcast", "device_ipc"),
     )
     verify_weights_every: int = key(

@@ -49,7 +49,7 @@ class ReasoningRunner(TrainingLoop):
             config, sampler, self.rollouts, Shelf(reward), self.orders, self.total_steps
         )
         self.learner = Learner(config, actor, critic, token_reward)
-        self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts, cluster.device == "cuda")
+        self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
         self.devices = SharedDevices(self.rollouts.engines, config.rollout.offload)
         self.scores: dict[int, ValidationScores] = {}
 

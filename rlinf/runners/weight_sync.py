@@ -15,7 +15,7 @@ from rlinf.runners.engines import Engines
 from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.scheduling.placement import feeds_on_devices
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
-from rlinf.weights.routes import AUTO, DEVICE_IPC, OBJECT_STORE, Feed, broadcast_groups, plan_feeds, publisher
+from rlinf.weights.routes import DEVICE_IPC, OBJECT_STORE, Feed, broadcast_groups, plan_feeds, publisher
 from rlinf.weights.source import Collective, Receipt
 
 PROBES = 4
@@ -24,7 +24,7 @@ PROBES = 4
 class WeightSync:
     """`metrics` are those of the last publish()."""
 
-    def __init__(self, config: Config, actor: WorkerGroup, engines: Engines, prompts: Sequence[Prompt], on_gpu: bool) -> None:
+    def __init__(self, config: Config, actor: WorkerGroup, engines: Engines, prompts: Sequence[Prompt]) -> None:
         self.config, self.actor, self.engines = config, actor, engines
         rollout, engines.load = engines.group, self.load_again
         self.keep = rollout.restarts > 0
@@ -36,7 +36,7 @@ class WeightSync:
         model = config.actor.model
         width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, actor.size // model.copy_ranks
         self.publishers = [[publisher(replica, stage, width, dp) for stage in range(pp)] for replica in range(dp)]
-        self.feeds = self._feeds(on_gpu)
+        self.feeds = self._feeds()
         self.joining = config.rollout.joins_groups
         engine_ranks = config.rollout.tensor_parallel_size if self.joining else 1
         self.groups = broadcast_groups(self.feeds, width, pp, dp, engine_ranks)
@@ -44,16 +44,11 @@ class WeightSync:
         self.feeding = [rank for rank, transports in enumerate(self.transports) if transports]
         self.probed = [rank for rank in self.feeding if rank // width % dp == self.feeds[0].replica]
 
-    def _feeds(self, on_gpu: bool) -> tuple[Feed, ...]:
-        """On a GPU `auto` hands weights over on it where that can be and the optimizer's state has made room for them, but not where they
-        are kept for an engine that is started anew: it is the memory of rollout that they would lie in."""
-        room = on_gpu and self.config.actor.offload_optimizer and not self.keep
+    def _feeds(self) -> tuple[Feed, ...]:
         transport, actor, rollout = self.config.rollout.weight_transport, self.actor.seats, self.engines.group.seats
-        if transport == DEVICE_IPC or (transport == AUTO and room):
-            feeds = feeds_on_devices(self.config, actor, rollout)
-            if feeds is not None:
-                return feeds
-        return plan_feeds([[actor[rank].node for rank in stages] for stages in self.publishers], [e.node for e in rollout], transport)
+        feeds = feeds_on_devices(self.config, actor, rollout) if transport == DEVICE_IPC else None
+        publishers = [[actor[rank].node for rank in stages] for stages in self.publishers]
+        return feeds or plan_feeds(publishers, [e.node for e in rollout], transport)
 
     async def publish(self, version: int) -> None:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""

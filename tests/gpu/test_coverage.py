@@ -42,7 +42,6 @@ BY_FILE = {  # file of rlinf/ -> function -> test
         "SGLangEngine.join": "test_a_server_joins_the_group_of_a_publisher_on_another_gpu",
         "SGLangEngine.start_trace": "test_a_trace_of_a_server_has_the_kernels_of_the_device",
     },
-    "runners/reasoning.py": {"ReasoningRunner.__init__": "toolkits/gpu_acceptance.sh"},
     "training/attention.py": {"PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give"},
     "training/model.py": {"layer_implementation": "test_transformer_engines_layers_give_what_the_local_ones_give"},
     "training/offload.py": {"Offloader.__init__": "test_offloading_frees_the_device_and_training_does_not_notice"},
