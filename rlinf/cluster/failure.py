@@ -19,6 +19,7 @@ class Failure:
         self._first: Future[RunFailed] = Future()
         self._lock = threading.Lock()
         self._views: dict[asyncio.AbstractEventLoop, asyncio.Future[RunFailed]] = {}
+        self._waiters: set[asyncio.Future[None]] = set()  # of that loop
 
     def report(self, error: RunFailed) -> None:
         """Only the first report counts."""
@@ -42,8 +43,31 @@ class Failure:
         """The report as a future of the running loop; one for all who wait."""
         loop = asyncio.get_running_loop()
         if loop not in self._views:
-            self._views = {loop: asyncio.wrap_future(self._first)}
+            self._views, self._waiters = {loop: asyncio.wrap_future(self._first)}, set()
+            self._views[loop].add_done_callback(self._wake)
         return self._views[loop]
+
+    async def first(self, answer: asyncio.Future[Any]) -> None:
+        """Return when `answer` is done, or a failure is reported.
+
+        Made for thousands of calls that wait at once: asyncio.wait searches all callbacks of the report, which they share, whenever one
+        of them returns.
+        """
+        self.future()
+        if answer.done() or self.error is not None:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda _: waiter.done() or waiter.set_result(None))
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def _wake(self, _: asyncio.Future[RunFailed]) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, or the failure as soon as there is one; `work` is then cancelled."""

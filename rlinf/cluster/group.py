@@ -69,8 +69,8 @@ class WorkerGroup(ABC):
         """Start the call; its `returns` handles."""
 
     @abstractmethod
-    async def resolve(self, handle: Any) -> Any:
-        """The value behind a handle, or the backend's error."""
+    def resolve(self, handle: Any) -> asyncio.Future[Any]:
+        """The value behind a handle, or the backend's error; it may be cancelled, and the call goes on."""
 
     @abstractmethod
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
@@ -147,18 +147,18 @@ class WorkerGroup(ABC):
     async def _value(self, ref: Ref) -> Any:
         running = self.in_flight[ref.rank]
         running[ref.method] += 1
-        task = asyncio.ensure_future(self.resolve(ref.handle))
+        answer = self.resolve(ref.handle)
         try:
-            await asyncio.wait({task, self.failure.future()}, return_when=asyncio.FIRST_COMPLETED)
-            error = task.exception() if task.done() else self.failure.error
-            if error is not None and task.done():
+            await self.failure.first(answer)
+            error = answer.exception() if answer.done() else self.failure.error
+            if error is not None and answer.done():
                 error = await self.explain(error, ref)
         finally:
             running -= Counter({ref.method: 1})
-            task.cancel()
+            answer.cancel()
         if error is not None:
             raise error
-        return task.result()
+        return answer.result()
 
 
 async def first_failure_or_all(refs: Sequence[Ref]) -> list[Any]:

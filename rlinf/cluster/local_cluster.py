@@ -114,8 +114,8 @@ class LocalWorkerGroup(WorkerGroup):
         whole = quiet(run())
         return [whole] if returns == 1 else [quiet(item(i)) for i in range(returns)]
 
-    async def resolve(self, handle: asyncio.Future[Any]) -> Any:
-        return await asyncio.shield(handle)
+    def resolve(self, handle: asyncio.Future[Any]) -> asyncio.Future[Any]:
+        return asyncio.shield(handle)
 
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
         if isinstance(error, (UserError, RunFailed)) or not isinstance(error, Exception):

@@ -97,8 +97,8 @@ class RayWorkerGroup(WorkerGroup):
             kept[returns] = self.actors[rank].call_packed.options(num_returns=returns)
         return kept[returns]
 
-    async def resolve(self, handle: Any) -> Any:
-        return await handle
+    def resolve(self, handle: Any) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(handle.future())
 
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
         if isinstance(error, UserError):
