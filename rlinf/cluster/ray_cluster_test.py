@@ -116,7 +116,7 @@ def test_a_failing_constructor_is_reported_without_waiting_for_its_peers(shared:
     started = time.monotonic()
     with pytest.raises(RunFailed, match=r"c rank 2 \(node 0\) failed in __init__ .*ValueError: no model here"):
         asyncio.run(group.ready())
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40  # they sleep for 60 s
 
 
 def test_a_failing_rank_is_reported_while_its_peers_are_stuck(shared: Cluster) -> None:
