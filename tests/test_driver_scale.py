@@ -10,30 +10,39 @@ import pytest
 
 from benchmarks import driver_scale as scale
 from benchmarks import light_workers
-from benchmarks.driver_scale import FITTED, ROOT, Load, Model, fit, growth, judge
+from benchmarks.driver_scale import FITTED, ROOT, Calls, Load, fit, growth, judge
 from rlinf.workers import interfaces
 
 
-def load(devices: int, samples: int, cpu: float) -> Load:
-    return Load(devices, samples, [cpu + 1.0, cpu, cpu - 0.25], [10.0], [1], {})
+def load(devices: int, samples: int, cpu: float, alone: dict[str, Calls]) -> Load:
+    return Load(devices, samples, [cpu + 1.0, cpu, cpu - 0.25], [10.0], [1], {}, alone)
 
 
-def test_the_model_is_the_plane_through_the_medians() -> None:
-    """0.1 s, 1 ms a group of 16, 2 ms a device."""
-    true = Model(0.1, 0.001, 0.002)
-    found = fit([load(devices, samples, 0.1 + 0.001 * samples / 16 + 0.002 * devices) for devices, samples in FITTED])
-    assert (found.fixed, found.per_group, found.per_device) == pytest.approx((0.1, 0.001, 0.002))
-    assert found.seconds(1024, 16384) == pytest.approx(0.1 + 1.024 + 2.048)
-    assert true.seconds(128, 8192) == pytest.approx(0.1 + 0.512 + 0.256)
+def made(devices: int, samples: int, seconds: float = 0.0) -> dict[str, Calls]:
+    """One call a group of 16 at 1 ms, one a device at 0.5 ms and 0.1 ms for each of its payloads; and so many seconds of others."""
+    groups, payloads = samples // 16, samples // 8
+    found = {"rollout.generate": Calls(groups, 0, 0.001 * groups)}
+    found["actor.train_step"] = Calls(devices, payloads, 0.0005 * devices + 0.0001 * payloads)
+    return found | {"rollout.stats": Calls(10, 0, seconds)}
+
+
+def test_the_model_is_a_cost_for_each_kind_of_call() -> None:
+    model = fit([load(devices, samples, 9.0, made(devices, samples)) for devices, samples in FITTED])
+    assert model.per_call == pytest.approx({"rollout.generate": 0.001, "actor.train_step": 0.0005, "rollout.stats": 0})
+    assert model.per_payload == pytest.approx({"rollout.generate": 0, "actor.train_step": 0.0001, "rollout.stats": 0})
+    assert model.seconds(made(1024, 16384)) == pytest.approx(1.024 + 0.512 + 0.2048)
 
 
 def test_the_worse_of_model_and_measurement_decides() -> None:
-    model = Model(0.0, 0.001, 0.002)  # 128 devices, 8,192 samples: 0.768 s; 1,024 devices: 2.56 s
-    near, far, over = judge(model, [load(16, 8192, 9.0), load(128, 8192, 1.9), load(1024, 8192, 4.9), load(128, 8192, 2.1)])
+    model = fit([load(devices, samples, 9.0, made(devices, samples)) for devices, samples in FITTED])
+    near, far, over = judge(
+        model, [load(*size, 2.5, made(*size, more)) for size, more in (((128, 8192), 1), ((1024, 8192), 1), ((128, 8192), 2))]
+    )
     assert (near["reached"], far["reached"], over["reached"]) == (True, True, False)
-    assert near["model_share"] == pytest.approx(0.00768) and near["measured_share"] == pytest.approx(0.019) and near["aim"] == 0.02
-    (slow,) = judge(Model(3.0, 0.0, 0.0), [load(128, 8192, 0.1)])
-    assert not slow["reached"]
+    assert near["model_share"] == pytest.approx(0.006784) and near["measured_share"] == pytest.approx(0.016784) and near["aim"] == 0.02
+    assert near["driver_share"] == pytest.approx(0.025) and near["calls"] == 512 + 128 + 10
+    slow = fit([load(devices, samples, 9.0, made(devices, samples, 3.0)) for devices, samples in FITTED])
+    assert not judge(slow, [load(128, 8192, 0.1, made(128, 8192))])[0]["reached"]
 
 
 def test_growth_is_the_slope_of_the_second_half() -> None:
@@ -59,17 +68,20 @@ def test_a_small_run_stays_within_the_budget_of_calls(tmp_path: Path) -> None:
         found = scale.measure(cluster, workers, tmp_path, devices=16, samples=512, steps=3)
     assert len(found.cpu) == len(found.wall) == len(found.rss) == 3 and min(found.cpu) > 0
     groups = 512 // scale.GROUP_SIZE
+    assert found.alone["rollout.generate"].count == found.alone["reward.judge"].count == found.alone["reward.judge"].payloads == groups
+    assert found.alone["actor.train_step"].count == 16 and found.alone["actor.train_step"].payloads >= 2 * groups  # TP 2: each to two
+    assert all(calls.seconds > 0 for calls in found.alone.values())
     assert found.calls["rollout"].pop("generate") == found.calls["reward"].pop("judge") == groups  # two calls a group
     start = {"actor": 3 * 16, "rollout": 2 * 16}  # the first weights and their probe
     for component, at_start in start.items():
-        assert sum(found.calls[component].values()) * 4 <= 3 * 16 * 4 + at_start, found.calls
+        assert sum(found.calls[component].values()) * 5 <= 3 * 16 * 5 + at_start, found.calls
     assert sum(found.calls["reward"].values()) == 0
 
 
 def test_the_kept_verdicts_are_those_of_the_kept_measurements() -> None:
     kept = json.loads(scale.RESULTS.read_text())
     assert {(v["devices"], v["samples"]) for v in kept["verdicts"]} == {(128, 8192), (128, 16384), (1024, 8192), (1024, 16384)}
-    loads = [Load(**{name: one[name] for name in ("devices", "samples", "cpu", "wall", "rss", "calls")}) for one in kept["loads"]]
+    loads = [Load(**one | {"alone": {kind: Calls(**calls) for kind, calls in one["alone"].items()}}) for one in kept["loads"]]
     model = fit([one for one in loads if (one.devices, one.samples) in FITTED])
     for was, now in zip(kept["verdicts"], judge(model, loads), strict=True):
         assert was["reached"] == now["reached"] and was["model_seconds"] == pytest.approx(now["model_seconds"])
@@ -78,4 +90,4 @@ def test_the_kept_verdicts_are_those_of_the_kept_measurements() -> None:
         assert of_groups == 2 * one.groups
     page = (ROOT / "docs" / "cluster.md").read_text()
     for v in kept["verdicts"]:  # and the page has these figures
-        assert f"| {v['devices']:,} | {v['samples']:,} | {v['model_seconds']:.1f} | {v['measured_seconds']:.1f} |" in page
+        assert f"| {v['devices']:,} | {v['samples']:,} | {v['calls']:,} | {v['measured_seconds']:.1f} | {v['model_seconds']:.1f} |" in page
