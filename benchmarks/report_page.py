@@ -1,6 +1,6 @@
 """How large is the report of a long run, and how soon does a browser show it?
 
-    python benchmarks/report_page.py [--steps 500] [--out benchmarks/results/report_page.json]
+    python -m benchmarks.report_page [--steps 500] [--out benchmarks/results/report_page.json]
 
 The run folder, 500 steps x 128 samples, is made by tests/run_folders.py. Prints and writes the size, the seconds to make the page, and
 the seconds from opening the file in headless Chromium to the page's saying that it is ready: five times, and their median. Limits: 20 MB,
