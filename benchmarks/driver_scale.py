@@ -142,14 +142,15 @@ class Model:
 
 
 def fit(loads: Sequence[Load]) -> Model:
-    """Least squares over the loads for each kind of call; where their payloads a call do not differ, all of the cost is the call's."""
+    """Least squares over the loads for each kind of call. All of the cost is the call's where it has as many payloads in all of them, and
+    where the noise is such that one of the two would be below zero."""
     per_call, per_payload = {}, {}
     for kind in loads[0].alone:
         found = [load.alone[kind] for load in loads]
-        rows = np.array([[calls.count, calls.payloads] for calls in found], float)
-        rank = np.linalg.matrix_rank(rows)
-        costs, *_ = np.linalg.lstsq(rows[:, :rank], np.array([calls.seconds for calls in found]), rcond=None)
-        per_call[kind], per_payload[kind] = float(costs[0]), float(costs[1]) if rank > 1 else 0.0
+        rows, seconds = np.array([[calls.count, calls.payloads] for calls in found], float), np.array([calls.seconds for calls in found])
+        both, _, rank, _ = np.linalg.lstsq(rows, seconds, rcond=None)
+        alone, *_ = np.linalg.lstsq(rows[:, :1], seconds, rcond=None)
+        per_call[kind], per_payload[kind] = map(float, both if rank == 2 and both.min() >= 0 else (alone[0], 0.0))
     return Model(per_call, per_payload)
 
 

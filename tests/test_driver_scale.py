@@ -31,6 +31,8 @@ def test_the_model_is_a_cost_for_each_kind_of_call() -> None:
     assert model.per_call == pytest.approx({"rollout.generate": 0.001, "actor.train_step": 0.0005, "rollout.stats": 0})
     assert model.per_payload == pytest.approx({"rollout.generate": 0, "actor.train_step": 0.0001, "rollout.stats": 0})
     assert model.seconds(made(1024, 16384)) == pytest.approx(1.024 + 0.512 + 0.2048)
+    noisy = fit([load(128, 8192, 9.0, {"x.y": Calls(128, 1000, 0.34)}), load(128, 16384, 9.0, {"x.y": Calls(128, 2000, 0.30)})])
+    assert noisy.per_call["x.y"] == pytest.approx(0.0025) and noisy.per_payload["x.y"] == 0.0  # no cost below zero
 
 
 def test_the_worse_of_model_and_measurement_decides() -> None:
