@@ -74,16 +74,13 @@ class LightRollout:
         group = Group(request.request_id, prompt, samples)
         return group.header(), group
 
-    async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
+    async def load_weights(self, source: SharedMemory, version: int, *stages: tuple[np.ndarray, ...]) -> tuple[Receipt, EngineStats]:
         self.version = version
         tensors, nbytes = sum(len(b.tensors) for b in source.buckets), sum(b.nbytes for b in source.buckets)
-        return Receipt(version, {b.key: b.checksum for b in source.buckets}, tensors, nbytes, 0.1)
+        return Receipt(version, {b.key: b.checksum for b in source.buckets}, tensors, nbytes, 0.1), EngineStats(decoded_tokens=1000)
 
     async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         return [np.zeros(len(s) - 1, np.float32) for s in sequences]
-
-    async def stats(self) -> EngineStats:
-        return EngineStats(decoded_tokens=1000)
 
 
 class LightReward:

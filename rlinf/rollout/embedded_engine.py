@@ -60,8 +60,14 @@ class EmbeddedEngine:
         )
         self._decode = decode
         self._vocab = arch.vocab
-        self._batcher = Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
+
+        def build() -> Batcher:
+            return Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
+
+        # All that computes does so on one thread: OpenMP gives each thread a team of its own, and with more of them than cores none waits
+        # awake between two operations. Waking a sleeping one costs more than most operations of a decode step.
+        self._batcher = self._thread.submit(build).result()
         self._inbox: deque[Job] = deque()  # submitted, not yet seen by the engine thread
         self._abandoned: deque[Job] = deque()
         self._outboxes: dict[Job, asyncio.Queue[Sample | BaseException]] = {}

@@ -63,7 +63,8 @@ class RolloutOnly(Half):
         headers = [header for header, _ in batch.scored]
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         outcome = () if self.config.has_critic else advantages_of(headers, self.config.algorithm)
-        metrics = rollout_metrics(batch.generated, outcome) | batch.metrics | await self.rollouts.measure(batch.generated)
+        metrics = rollout_metrics(batch.generated, outcome) | batch.metrics
+        metrics |= self.rollouts.measure(batch.generated, await self.rollouts.engines.ask_all("stats"))
         self.engine_stats, self.step_tokens = self.rollouts.stats, int(metrics["rollout/total_tokens"])
         self.memory = {"rollout": self.rollouts.memory}
         return metrics

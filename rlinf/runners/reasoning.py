@@ -76,7 +76,7 @@ class ReasoningRunner(TrainingLoop):
         await self.publish_weights()
         outcome = () if self.critic is not None else learned.advantages  # a critic's advantages are not the driver's numbers
         metrics = rollout_metrics(batch.generated, outcome) | staleness(headers, self.step - 1) | batch.metrics | learned.metrics
-        metrics |= self.sync.metrics | await self.rollouts.measure(batch.generated)
+        metrics |= self.sync.metrics | self.rollouts.measure(batch.generated, self.sync.engine_stats)
         metrics["perf/train_tokens_per_second"] = learned.tokens / self.timers.seconds["train"]
         self.engine_stats, self.step_tokens = self.rollouts.stats, int(metrics["rollout/total_tokens"])
         self.memory = self.learner.memory | {"rollout": self.rollouts.memory}

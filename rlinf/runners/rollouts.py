@@ -46,7 +46,7 @@ class Order:
 class Rollouts:
     """Seen from the driver a group is two remote calls; its tokens never pass here.
 
-    in_flight: group -> who has it now. stats: what each engine counted in the last step. timers: where the seconds of groups go.
+    in_flight: group -> who has it now. stats: what each engine counted in the last measured step. timers: where the seconds of groups go.
     """
 
     def __init__(self, config: Config, rollout: WorkerGroup, reward: WorkerGroup, stop: Stop, timers: Timers | None = None) -> None:
@@ -117,9 +117,9 @@ class Rollouts:
         finally:
             asked.cancel()
 
-    async def measure(self, generated: Sequence[GroupHeader]) -> dict[str, float]:
-        """What the engines counted since the last call, and how fast they were; `generated` is what the step got from them."""
-        self.stats = stats = await self.engines.ask_all("stats")
+    def measure(self, generated: Sequence[GroupHeader], stats: Sequence[EngineStats]) -> dict[str, float]:
+        """How fast the engines were, by what they counted in the step, and what the step got from them."""
+        self.stats = [*stats]
         decoded, busy = sum(s.decoded_tokens for s in stats), max(s.busy_seconds for s in stats)
         metrics = {
             "rollout/engine_restarts": float(self.engines.restarted),

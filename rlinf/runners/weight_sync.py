@@ -11,6 +11,7 @@ from rlinf.cluster.group import Ref, Shared, WorkerGroup, first_failure_or_all
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.errors import RunFailed
+from rlinf.rollout.contract import EngineStats
 from rlinf.runners.engines import Engines
 from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.scheduling.placement import feeds_on_devices
@@ -22,7 +23,7 @@ PROBES = 4
 
 
 class WeightSync:
-    """`metrics` are those of the last publish()."""
+    """Of the last publish(): `metrics`, and `engine_stats`, what each engine counted until it took the weights."""
 
     def __init__(self, config: Config, actor: WorkerGroup, engines: Engines, prompts: Sequence[Prompt]) -> None:
         self.config, self.actor, self.engines = config, actor, engines
@@ -33,6 +34,7 @@ class WeightSync:
         self.version: int | None = None
         self.syncs = 0
         self.metrics: dict[str, float] = {}
+        self.engine_stats: list[EngineStats] = []
         model = config.actor.model
         width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, actor.size // model.copy_ranks
         self.publishers = [[publisher(replica, stage, width, dp) for stage in range(pp)] for replica in range(dp)]
@@ -60,7 +62,7 @@ class WeightSync:
         published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks}
         writing = first_failure_or_all([written for written, _ in published.values()])
         if self.groups:  # sent and received at once
-            found, receipts = await gather_or_cancel([writing, gather_or_cancel(self._receive(version))])
+            found, taken = await gather_or_cancel([writing, gather_or_cancel(self._receive(version))])
         else:
             found = await writing
         parts = dict(zip(ranks, found))
@@ -76,7 +78,8 @@ class WeightSync:
             loads = [
                 self.engines.ask(engine, "load_weights", offer, version, *payload) for engine, (offer, payload) in enumerate(self.held)
             ]
-            receipts = await gather_or_cancel(loads)
+            taken = await gather_or_cancel(loads)
+        receipts, self.engine_stats = [receipt for receipt, _ in taken], [stats for _, stats in taken]
         check_receipts(sources, version, receipts)
         self.metrics = {
             "sync/gather_seconds": max(seconds for _, seconds in parts.values()),
@@ -99,7 +102,7 @@ class WeightSync:
         publishers = self.actor.call_ranks([group.publisher for group in self.groups], "join", store, groups)
         await gather_or_cancel([publishers, self.engines.ask_all("join", store, groups)])
 
-    def _receive(self, version: int) -> list[Coroutine[Any, Any, Receipt]]:
+    def _receive(self, version: int) -> list[Coroutine[Any, Any, tuple[Receipt, EngineStats]]]:
         """Have every engine take what its replica broadcasts, stage after stage."""
         streams = {d: Shared(Collective(tuple(g.name for g in self.groups if g.replica == d))) for d in {g.replica for g in self.groups}}
         return [self.engines.ask(engine, "load_weights", streams[feed.replica], version) for engine, feed in enumerate(self.feeds)]
@@ -113,9 +116,8 @@ class WeightSync:
         it has to wait for the next publish() when the actor is already past them."""
         if self.held:
             offer, payload = self.held[engine]
-            check_receipts(
-                [offer.value], self.version, [await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)]
-            )
+            receipt, _ = await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)
+            check_receipts([offer.value], self.version, [receipt])
 
     async def probe(self, version: int, expected: Sequence[np.ndarray]) -> float:
         """Largest gap between the engines' scores of the probes and the actor's."""

@@ -139,8 +139,11 @@ class RolloutWorker(Protocol):
         """End every running generate() with what it has; the finish of what is not complete is ABORT."""
         ...
 
-    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
-        """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage."""
+    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> tuple[Receipt, EngineStats]:
+        """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage.
+
+        Also returns what stats() would say then, so that a step needs no call for it.
+        """
         ...
 
     async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:

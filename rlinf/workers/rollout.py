@@ -78,7 +78,11 @@ class RolloutWorker:
         """Every group that is being generated ends with what it has."""
         await self.engine.abort()
 
-    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> Receipt:
+    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> tuple[Receipt, EngineStats]:
+        receipt = await self._load_weights(source, version, stages)
+        return receipt, await self.stats()
+
+    async def _load_weights(self, source: Buckets | Collective, version: int, stages: Sequence[tuple[np.ndarray, ...]]) -> Receipt:
         """What comes from another node, as arrays or by broadcast, is landed in this one's shared memory first: engines read buckets.
         Unless the engine takes part in broadcasts itself."""
         name = f"{self.address.run_id}-r{self.address.rank}"
