@@ -20,7 +20,7 @@ LAYERS = [  # from the roof down; rooms of one line may not import each other un
     {"weights"},
     {"data"},
     {"algorithms", "config", "metrics"},
-    {"device"},
+    {"device", "compute_thread"},
     {"errors"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}

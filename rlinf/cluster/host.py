@@ -20,13 +20,13 @@ import socket
 import struct
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from rlinf.cluster.processes import RUN_ID, die_with_parent, start_sentinel
+from rlinf.compute_thread import compute_thread
 from rlinf.scheduling.placement import WorkerAddress
 
 SIOCGIFADDR = 0x8915
@@ -73,7 +73,7 @@ class Holder:
         self.address = address
         self.worker: Any = None
         self.is_async = False
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=f"{address.component}-{address.rank}")
+        self.thread = compute_thread(f"{address.component}-{address.rank}")
         self.built = asyncio.Event()
 
     async def build(self, class_path: str, *args: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.cluster.health import PATIENCE, give_up
 from rlinf.cluster.host import Holder, cores, dotted, free_port
 from rlinf.cluster.processes import RUN_ID, end_run, start_sentinel
+from rlinf.compute_thread import common_thread
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.scheduling.placement import Node, Plan, Seat, WorkerAddress
@@ -23,7 +25,7 @@ VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_
 
 
 class LocalCluster(Cluster):
-    """One node with one device. Workers with async methods share the driver's event loop; others have a thread each."""
+    """One node with one device. Workers with async methods share the driver's event loop; all that computes does so on one thread."""
 
     def __init__(self, config: ClusterConfig, run_id: str, log_dir: Path) -> None:
         super().__init__(config, run_id, log_dir)
@@ -36,6 +38,8 @@ class LocalCluster(Cluster):
             raise UserError("cluster.device is cuda, but this machine has no visible NVIDIA GPU: set cluster.device to cpu or auto")
         self.device = config.device if config.device != "auto" else "cuda" if has_gpu() else "cpu"
         self.holders: list[Holder] = []
+        self.compute = ExitStack()
+        self.compute.enter_context(common_thread())
         self.closed = threading.Event()
         threading.Thread(target=self._end_when_stuck, name="rlinf-last-resort", daemon=True).start()
         self.sentinel = start_sentinel(run_id, os.getpid())
@@ -78,6 +82,7 @@ class LocalCluster(Cluster):
         for holder in self.holders:
             holder.end()
         self.holders = []
+        self.compute.close()
         end_run(self.run_id)
         self.sentinel.wait()
         for name, value in self.environment.items():

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch.profiler import profile
 
 from rlinf.data.records import Sample
+from rlinf.compute_thread import compute_thread
 from rlinf.device import recorder, synchronize
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.batcher import Batcher, Outcome
@@ -60,13 +60,11 @@ class EmbeddedEngine:
         )
         self._decode = decode
         self._vocab = arch.vocab
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-engine")
+        self._thread = compute_thread("embedded-engine")
 
         def build() -> Batcher:
             return Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
 
-        # All that computes does so on one thread: OpenMP gives each thread a team of its own, and with more of them than cores none waits
-        # awake between two operations. Waking a sleeping one costs more than most operations of a decode step.
         self._batcher = self._thread.submit(build).result()
         self._inbox: deque[Job] = deque()  # submitted, not yet seen by the engine thread
         self._abandoned: deque[Job] = deque()

@@ -11,8 +11,8 @@ from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.weights.architecture import Architecture
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-LOGITS_CHUNK = 1 << 26  # fp32 logits of one chunk: training.logprobs.CHUNK_BYTES
-CHUNK_COPIES = 4  # logits, their exponentials or gradient, the 16-bit gradient, a temporary
+LOGITS_CHUNK, LOGITS_BLOCK = 1 << 27, 1 << 26  # training.logprobs: logits of one chunk, and fp32 numbers of a part of it
+BLOCK_COPIES = 3  # logits, their exponentials or gradient, a temporary
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int) -> int
     and the gradient of the head's weight."""
     rows = -(-arch.vocab // model.tensor_model_parallel_size)
     size = BYTES[model.precision]
-    chunk = max(1, min(tokens, LOGITS_CHUNK // (4 * rows))) * rows * 4
-    return 3 * tokens * arch.hidden * size + CHUNK_COPIES * chunk + rows * arch.hidden * (4 + size)
+    logits = max(1, min(tokens, LOGITS_CHUNK // (size * rows))) * rows
+    chunk = logits * size + BLOCK_COPIES * min(logits * 4, LOGITS_BLOCK)
+    return 3 * tokens * arch.hidden * size + chunk + rows * arch.hidden * (4 + size)
 
 
 def engine_memory(arch: Architecture, config: Config) -> EngineMemory:

@@ -117,7 +117,7 @@ def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2-tied"])
 def test_activations_are_what_autograd_keeps(rank_pool: Any, tiny_models: dict[str, Path], family: str) -> None:
-    tokens = 1000  # long enough for flash attention
+    tokens = 1100  # long enough for flash attention
     (kept,) = rank_pool.run(saved_bytes, tiny_models[family], tokens, ranks=1)
     counted = stage_activations(shape(tiny_models[family]), ActorModelConfig(precision="bf16"), tokens, 1)
     assert 0.8 < kept / counted < 1.05, (kept, counted)  # one sequence: attention's outputs are not joined, which is counted

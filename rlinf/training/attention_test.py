@@ -60,14 +60,15 @@ def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(length, -1)
 
 
-@pytest.mark.parametrize("path", ["explicit", "sdpa"])
+@pytest.mark.parametrize("path", ["explicit", "in blocks", "sdpa"])
 @pytest.mark.parametrize("pad_to", [1, 4])
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("name", BATCHES)
 def test_packed_attention_equals_each_sample_alone(
     monkeypatch: pytest.MonkeyPatch, name: str, share_prefix: bool, pad_to: int, path: str
 ) -> None:
-    monkeypatch.setattr(attention, "EXPLICIT_SCORES", 1 << 40 if path == "explicit" else 0)
+    monkeypatch.setattr(attention, "CPU_SCORES", 0 if path == "sdpa" else 1 << 40)
+    monkeypatch.setattr(attention, "CPU_BLOCK", 1 if path == "in blocks" else 1 << 40)
     batch, sequences = make(BATCHES[name], share_prefix, pad_to, COMMON_MIN if name == "common start" else 0)
     rows = len(batch.token_ids)
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +131,7 @@ def test_both_paths_agree_in_half_precision(monkeypatch: pytest.MonkeyPatch, dty
     batch.share, batch.rope = share_of(batch, 0, 1), rope_tables(batch.positions, DIM, ARCH.rope_theta, dtype)
     outputs = []
     for limit in (1 << 40, 0):
-        monkeypatch.setattr(attention, "EXPLICIT_SCORES", limit)
+        monkeypatch.setattr(attention, "CPU_SCORES", limit)
         outputs.append(module(q, k, v, packed_seq_params=batch))
     assert outputs[0].dtype == dtype
     torch.testing.assert_close(outputs[0].float(), outputs[1].float(), rtol=0.02, atol=0.02)

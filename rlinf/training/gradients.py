@@ -11,7 +11,20 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 from torch.nn import Parameter
+
+
+PART = 1 << 20  # elements
+
+
+def add_to(total: Tensor, gradient: Tensor) -> None:
+    """total += gradient. For two precisions torch makes a copy in the wider one first: in parts, on CPU it does not leave the cache."""
+    if total.dtype == gradient.dtype or total.device.type != "cpu":
+        total.add_(gradient)
+        return
+    for into, part in zip(total.view(-1).split(PART), gradient.reshape(-1).split(PART)):
+        into.add_(part)
 
 
 class DataParallel(DistributedDataParallel):
@@ -39,7 +52,7 @@ class DataParallel(DistributedDataParallel):
                 param.main_grad.copy_(param.grad)
                 self.without_gradient.discard(param)
             else:
-                param.main_grad.add_(param.grad)
+                add_to(param.main_grad, param.grad)
             param.grad = None
 
         return store

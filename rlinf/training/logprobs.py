@@ -1,20 +1,24 @@
 """Log-probability and entropy of the target tokens, vocab-parallel and chunked.
 
 Extra memory is bounded by one chunk of rows, never [N, V]: the backward pass computes a chunk's logits again, except those of the last
-chunk, which are still there. Both numbers are of softmax(logits / temperature) in fp32.
+chunk, which are still there. Both numbers are of softmax(logits / temperature) in fp32; the logits themselves have the precision of the
+weights, so that fp32 numbers are only ever there for a block of rows.
 
 Shape legend: N rows, H hidden, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 27  # fp32 logits of one chunk
+CHUNK_BYTES = 1 << 27  # logits of one chunk
+BLOCK_BYTES = 1 << 26  # fp32 numbers of some of its rows
+CPU_BLOCK_BYTES = 1 << 22  # there they stay in the cache
 PADDING = -1e30  # logit of a padding row: probability 0, and 0 * logit is 0, not NaN
 
 
@@ -28,18 +32,14 @@ def target_logprobs(
     return _TargetLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature, vocab, group)
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float, n_valid: int) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    if temperature != 1.0:
-        logits /= temperature
-    if n_valid < logits.size(1):
-        logits[:, n_valid:] = PADDING
-    return logits
-
-
 def _even_chunk(n: int, most: int) -> int:
     """Rows of a chunk so that n rows are cut into as few chunks as `most` rows each allow, all of about the same size."""
     return -(-n // max(1, -(-n // most))) or 1
+
+
+def _blocks(logits_NV: Tensor) -> Iterator[slice]:
+    rows = max(1, (CPU_BLOCK_BYTES if logits_NV.device.type == "cpu" else BLOCK_BYTES) // (4 * logits_NV.size(1)))
+    return (slice(a, min(a + rows, len(logits_NV))) for a in range(0, len(logits_NV), rows))
 
 
 def _row_dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
@@ -54,55 +54,68 @@ class _TargetLogprobs(torch.autograd.Function):
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         rows = weight.size(0)
         local = targets - rank * rows
-        mine = (local >= 0) & (local < rows)
+        mine, columns = (local >= 0) & (local < rows), local.clamp(0, rows - 1)[:, None]
         ctx.temperature, ctx.n_valid = temperature, min(max(vocab - rank * rows, 0), rows)
-        ctx.chunk, ctx.kept = _even_chunk(len(targets), max(1, CHUNK_BYTES // (4 * rows))), None
-        logprob, lse, mean = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
+        ctx.chunk, ctx.kept = _even_chunk(len(targets), max(1, CHUNK_BYTES // (weight.element_size() * rows))), None
+        logprob, lse, entropy = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
         for a in range(0, len(targets), ctx.chunk):
             part = slice(a, a + ctx.chunk)
-            logits = _chunk_logits(hidden[part], weight, temperature, ctx.n_valid)
-            top = logits.amax(1)
+            logits = hidden[part] @ weight.t()
+            top = logits[:, : ctx.n_valid].amax(1).float() if ctx.n_valid else logits.new_full((len(logits),), PADDING, dtype=torch.float32)
             if ranks > 1:
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            logits -= top[:, None]
-            chosen = logits.gather(1, local[part].clamp(0, rows - 1)[:, None])[:, 0]
-            weights = logits.exp()
-            sums = torch.stack([weights.sum(1), torch.where(mine[part], chosen, 0.0), _row_dot(weights, logits)])
+            sums = torch.empty(3, len(logits), dtype=torch.float32, device=hidden.device)
+            for block in _blocks(logits):
+                below = _scaled(logits[block] - top[block, None], temperature, ctx.n_valid)
+                weights = below.exp()
+                sums[0, block] = weights.sum(1)
+                sums[1, block] = below.gather(1, columns[part][block])[:, 0]
+                sums[2, block] = _row_dot(weights, below)
+            sums[1].masked_fill_(~mine[part], 0.0)
             if ranks > 1:
                 dist.all_reduce(sums, group=group)
             log_total = sums[0].log()
             logprob[part] = sums[1] - log_total
-            lse[part] = top + log_total
-            mean[part] = top + sums[2] / sums[0]
+            lse[part] = top / temperature + log_total
+            entropy[part] = log_total - sums[2] / sums[0]
         if len(targets):
-            ctx.kept = logits, top
-        ctx.save_for_backward(hidden, weight, local, mine, lse, mean)
-        return logprob, lse - mean
+            ctx.kept = logits
+        ctx.save_for_backward(hidden, weight, columns, mine, lse, entropy)
+        return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, mine, lse, mean = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        n_chunks = -(-len(lse) // ctx.chunk)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if n_chunks != 1 else None
-        with_entropy = bool(grad_entropy.any())
+        hidden, weight, columns, mine, lse, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        one_chunk, with_entropy = len(lse) <= ctx.chunk, bool(grad_entropy.any())
+        by_logit, by_entropy = grad_logprob / ctx.temperature, grad_entropy / ctx.temperature
         for a in reversed(range(0, len(lse), ctx.chunk)):  # the last one first: then its logits go
             part = slice(a, a + ctx.chunk)
-            lse_part, mean_part = lse[part, None], mean[part, None]
-            if ctx.kept is not None:
-                (logits, top), ctx.kept = ctx.kept, None  # logits - top; changed in place below, so they serve once
-                lse_part, mean_part = lse_part - top[:, None], mean_part - top[:, None]
+            logits = hidden[part] @ weight.t() if ctx.kept is None else ctx.kept
+            ctx.kept = None  # they serve once: the gradient takes their place
+            for block in _blocks(logits):
+                rows = slice(a + block.start, a + block.stop)
+                below = _scaled(logits[block].float(), ctx.temperature, ctx.n_valid).sub_(lse[rows, None])
+                if with_entropy:  # dH/dz = -p (z - E[z]), and E[z] = lse - H
+                    grad = below.exp()
+                    grad *= below.add_(entropy[rows, None]).mul_(-by_entropy[rows, None]).sub_(by_logit[rows, None])
+                else:
+                    grad = below.exp_().mul_(-by_logit[rows, None])
+                grad.scatter_add_(1, columns[rows], torch.where(mine[rows], by_logit[rows], 0.0)[:, None])
+                logits[block] = grad
+            grad_hidden[part] = logits @ weight
+            product = logits.t() @ hidden[part]
+            if grad_weight is None:
+                grad_weight = product if one_chunk else product.float()
             else:
-                logits = _chunk_logits(hidden[part], weight, ctx.temperature, ctx.n_valid)
-            scale = grad_logprob[part, None] / ctx.temperature
-            if with_entropy:  # dH/dz = -p (z - E[z])
-                grad = (logits - lse_part).exp_()
-                grad *= -scale - (logits - mean_part) * (grad_entropy[part, None] / ctx.temperature)
-            else:
-                grad = logits.sub_(lse_part).exp_().mul_(-scale)
-            grad.scatter_add_(1, local[part].clamp(0, weight.size(0) - 1)[:, None], torch.where(mine[part, None], scale, 0.0))
-            grad = grad.to(weight.dtype)
-            grad_hidden[part] = grad @ weight
-            product = grad.t() @ hidden[part]
-            grad_weight = product if grad_weight is None else grad_weight.add_(product)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+                grad_weight.add_(product)
+        return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _scaled(logits_NV: Tensor, temperature: float, n_valid: int) -> Tensor:
+    """In place."""
+    if temperature != 1.0:
+        logits_NV /= temperature
+    if n_valid < logits_NV.size(1):
+        logits_NV[:, n_valid:] = PADDING
+    return logits_NV

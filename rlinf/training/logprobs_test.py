@@ -48,7 +48,8 @@ def parallel(
     kind = getattr(torch, dtype)
     hidden = torch.from_numpy(p["hidden"]).to(kind).requires_grad_()
     weight = torch.from_numpy(padded[at.tp_rank * shard : (at.tp_rank + 1) * shard]).to(kind).requires_grad_()
-    default, logprobs.CHUNK_BYTES = logprobs.CHUNK_BYTES, 4 * shard * chunk_rows
+    default, logprobs.CHUNK_BYTES = logprobs.CHUNK_BYTES, weight.element_size() * shard * chunk_rows
+    block, logprobs.CPU_BLOCK_BYTES = logprobs.CPU_BLOCK_BYTES, 4 * shard * 2  # two rows
     logprob, entropy = logprobs.target_logprobs(
         hidden, weight, torch.from_numpy(p["targets"]), temperature=temperature, vocab=VOCAB, group=mpu.get_tensor_model_parallel_group()
     )
@@ -56,7 +57,7 @@ def parallel(
     if with_entropy:
         loss = loss + (entropy * torch.from_numpy(p["grad_entropy"])).sum()
     loss.backward()
-    logprobs.CHUNK_BYTES = default
+    logprobs.CHUNK_BYTES, logprobs.CPU_BLOCK_BYTES = default, block
     values = {"logprob": logprob, "entropy": entropy, "hidden": hidden.grad, "weight": weight.grad}
     return {k: v.detach().float().numpy() for k, v in values.items()}
 

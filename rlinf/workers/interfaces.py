@@ -139,7 +139,9 @@ class RolloutWorker(Protocol):
         """End every running generate() with what it has; the finish of what is not complete is ABORT."""
         ...
 
-    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> tuple[Receipt, EngineStats]:
+    async def load_weights(
+        self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]
+    ) -> tuple[Receipt, EngineStats]:
         """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage.
 
         Also returns what stats() would say then, so that a step needs no call for it.

@@ -78,7 +78,9 @@ class RolloutWorker:
         """Every group that is being generated ends with what it has."""
         await self.engine.abort()
 
-    async def load_weights(self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]) -> tuple[Receipt, EngineStats]:
+    async def load_weights(
+        self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]
+    ) -> tuple[Receipt, EngineStats]:
         receipt = await self._load_weights(source, version, stages)
         return receipt, await self.stats()
 
