@@ -43,16 +43,17 @@ REQUIREMENTS = HERE / "requirements-trl.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PROMPT_TOKENS, PROMPTS, SAMPLES = 75, 8, 8
 STEPS = {20: 3, 256: 1}  # new tokens -> steps that count
+TRAINED_TOKENS = {20: 512, 256: 1100}  # at a time: two groups; half of one
 FIRST_NEW_TOKENS = 20  # of TRL's step that does not count
 FASTER = 3.0  # aim
-LOOK = 1.0  # seconds between two looks at memory
+LOOK = {20: 1.0, 256: 5.0}  # seconds between two looks at memory: each walks over all of it and slows the side down
 
 
 class Side:
     """One trainer in processes of its own that takes a step when told to."""
 
-    def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str], log: Path) -> None:
-        self.name, self.log = name, log
+    def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str], log: Path, look: float) -> None:
+        self.name, self.log, self.look = name, log, look
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
@@ -76,7 +77,7 @@ class Side:
         done, peak = threading.Event(), [0]
 
         def watch() -> None:
-            while not done.wait(LOOK):
+            while not done.wait(self.look):
                 peak[0] = max(peak[0], memory(self.process.pid))
 
         watcher = threading.Thread(target=watch)
@@ -160,14 +161,15 @@ def sides(args: argparse.Namespace, python: Path, new_tokens: int, work: Path) -
     ]
     words = [
         "cluster.backend=local", f"cluster.threads_per_worker={args.threads}", f"runner.output_dir={work}", f"runner.max_steps={steps}",
-        "rollout.offload=true", "runner.max_tokens_per_mbs=512",
+        "rollout.offload=true", f"runner.max_tokens_per_mbs={TRAINED_TOKENS[new_tokens]}",
         "runner.val_check_interval=0", "runner.save_interval=0", "runner.keep_groups=0", "runner.phase_timeout=-1",
         f"runner.seq_length={PROMPT_TOKENS + new_tokens}", f"rollout.model_dir={args.model_dir}", f"data.train_data_paths=[{data}]",
         "data.val_data_paths=[]", f"data.max_prompt_length={PROMPT_TOKENS}", f"data.rollout_batch_size={PROMPTS}",
         f"algorithm.group_size={SAMPLES}", f"algorithm.sampling_params.max_new_tokens={new_tokens}", "algorithm.sampling_params.stop=[]",
     ]  # fmt: skip
     ours = [sys.executable, "-m", "benchmarks.rlinf_side", "smollm2-135m-grpo-cpu", *words]
-    return {"trl": Side("trl", trl, environment, work / "trl.log"), "rlinf": Side("rlinf", ours, environment, work / "rlinf.log")}
+    commands, look = {"trl": trl, "rlinf": ours}, LOOK[new_tokens]
+    return {name: Side(name, command, environment, work / f"{name}.log", look) for name, command in commands.items()}
 
 
 def judge(steps: dict[str, list[dict[str, Any]]], new_tokens: int) -> dict[str, Any]:
