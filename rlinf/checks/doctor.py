@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from rlinf import device
-from rlinf.cluster.cluster import has_gpu
 from rlinf.cluster.host import PORTS
 from rlinf.cluster.node_probe import NodeView, look_at_nodes
 from rlinf.cluster.ray_node import default_port
@@ -27,6 +26,7 @@ from rlinf.config.load import ROOT, Resolved
 from rlinf.config.model import missing_paths, planned_model_config
 from rlinf.config.schema import Config
 from rlinf.errors import UserError
+from rlinf.hardware import has_gpu
 from rlinf.scheduling.memory import BYTES, rank_parameters
 from rlinf.weights.architecture import read_architecture
 

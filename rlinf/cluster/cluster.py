@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from pathlib import Path
@@ -60,9 +59,3 @@ class Cluster(ABC):
     async def guard(self, loop: Coroutine[Any, Any, T]) -> T:
         """Run the runner's loop; the death of a worker or node ends it with RunFailed even while it waits for something else."""
         return await self.failure.race(loop)
-
-
-def has_gpu() -> bool:
-    """Whether this machine has a CUDA device that this process may see; asks no library."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))

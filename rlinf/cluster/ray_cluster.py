@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlinf.cluster.cluster import Cluster, has_gpu
+from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.cluster.health import PATIENCE, PERIOD, Death, Door, Health, at_most
 from rlinf.cluster.host import Setup, WorkerProcess, dotted, process_environment
@@ -25,6 +25,7 @@ from rlinf.cluster.ray_group import RayWorkerGroup
 from rlinf.cluster.ray_session import RaySession
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
+from rlinf.hardware import has_gpu
 from rlinf.scheduling.placement import Node, Plan, Seat, WorkerAddress
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from rlinf.config.schema import BENCHMARKS, Config
 from rlinf.config.settings import COMMAND_LINE, Setting, parse, read_override, read_section
 from rlinf.config.values import convert, dump
 from rlinf.errors import UserError
+from rlinf.hardware import fast_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "math" / "config"
@@ -64,6 +65,11 @@ def load(name_or_path: str | None, overrides: Sequence[str] = ()) -> Resolved:
     for s in settings:
         values[s.key], provenance[s.key] = s.value, s.where
     resolved = _resolve(values, provenance, problems)
+    for name in (n for n in resolved if n.endswith(".precision") and resolved[n] == "auto"):
+        resolved[name], provenance[name] = (
+            fast_precision(resolved.get("cluster.device", "auto")),
+            f"{provenance[name]}: auto, by this machine",
+        )
     if problems:
         raise UserError(f"{show(source)}: this configuration cannot be used:\n" + "\n".join("  " + p for p in problems))
     return Resolved(_build(Config, "", resolved), provenance, source)

@@ -230,3 +230,13 @@ def test_keys_of_the_reference_that_are_gone_say_what_replaced_them(tmp_path: Pa
 )
 def test_values_of_the_reference_that_are_gone_say_what_replaced_them(tmp_path: Path, word: str, words: str) -> None:
     assert words in problems(tmp_path, "", word)
+
+
+@pytest.mark.parametrize(("fast", "precision"), [("bf16", "bf16"), ("fp32", "fp32")])
+def test_precision_auto_is_resolved_by_the_machine_and_says_so(fast: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("rlinf.config.load.fast_precision", lambda device: asked.append(device) or fast)
+    resolved = load("smollm2-135m-grpo-cpu", ["rollout.precision=auto"])
+    assert (resolved.config.actor.model.precision, resolved.config.rollout.precision) == (precision, precision)
+    assert asked == ["cpu", "cpu"] and resolved.config.critic.model.precision == "bf16"  # only what is auto is chosen
+    assert resolved.provenance["actor.model.precision"].endswith("smollm2-135m-grpo-cpu.yaml:43: auto, by this machine")

@@ -221,7 +221,9 @@ class RolloutConfig:
     )
     max_running_requests: int = key(64, "samples decoded at once by one engine")
     precision: str | None = key(
-        None, "dtype of the engine's weights and KV cache: fp32, bf16, fp16; null = the actor's", (None, "fp32", "bf16", "fp16")
+        None,
+        "dtype of the engine's weights and KV cache; auto as for actor.model.precision; null = the actor's",
+        (None, "fp32", "bf16", "fp16", "auto"),
     )
     seed: int = key(1234, "seed of the sampling noise")
     partial: bool = key(
@@ -264,7 +266,12 @@ class ActorModelConfig:
     pipeline_model_parallel_size: int = key(1, "pipeline stages")
     sequence_parallel: bool = key(False, "shard norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
     context_parallel_size: int = key(1, "ranks that share the tokens of each micro-batch; for sequences whose activations fit no one rank")
-    precision: str = key("bf16", "compute dtype; master weights, moments and gradients are fp32", ("fp32", "bf16", "fp16"))
+    precision: str = key(
+        "bf16",
+        "compute dtype; master weights, moments and gradients are fp32; auto = bf16 on a GPU and on a CPU that multiplies it, else fp32, "
+        "by the machine that starts the run",
+        ("fp32", "bf16", "fp16", "auto"),
+    )
     transformer_impl: str = key(
         "auto",
         "modules of the layers; auto = Transformer Engine's in 16 bits on a GPU where it is installed, else local",
