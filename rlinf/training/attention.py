@@ -17,7 +17,6 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from rlinf.training.context import Piece, gather_rows
 from rlinf.training.layout import PackedBatch
@@ -91,6 +90,8 @@ class PackedAttention(MegatronModule):
         if length == size:
             mask = None
         elif q.is_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo along, a second that CPU ranks do not need
+
             mask = causal_lower_right(length, size)  # a name for flash attention, not a matrix of length x size
         else:
             mask = torch.ones(length, size, dtype=torch.bool).tril(size - length)
