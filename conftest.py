@@ -16,6 +16,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # the longest first, so that at the end no worker waits for another's last file
     if Path("/dev/nvidiactl").exists():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")

@@ -97,17 +97,17 @@ def rollout_engine(result: dict[str, Any]) -> list[str]:
 
 
 def weight_sync(result: dict[str, Any]) -> list[str]:
-    rates, memcpy = result["gb_per_second"], result["memcpy_gb_per_second"]
-    return [
-        "| | GB/s |",
-        "|---|---|",
-        f"| memcpy, one thread | {memcpy['one_thread']:.1f} |",
-        f"| memcpy, {result['machine']['threads']} threads | {memcpy['all_threads']:.1f} |",
-        f"| actor to shared memory, with checksums | {rates['publish']:.2f} |",
-        f"| shared memory to engine, checked and repacked | {rates['load']:.2f} |",
-        f"| the way, summed on both sides: {percent(result['way_share_of_memcpy'])} of the faster memcpy | {rates['way']:.2f} |",
-        f"| whole sync: {percent(result['share_of_memcpy'])} of the faster memcpy, aim {percent(result['aim'])} | {rates['sync']:.2f} |",
+    lines = [
+        "| precision | memcpy, GB/s: one thread, all | actor to shared memory | the way, summed on both sides | to the engine | "
+        "whole sync | the way, of the faster memcpy | whole sync, of the faster memcpy | aim |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
+    for name, c in result["cases"].items():
+        memcpy, rates = c["memcpy_gb_per_second"], c["gb_per_second"]
+        speeds = " | ".join(f"{rates[part]:.2f}" for part in ("publish", "way", "load", "sync"))
+        shares = " | ".join(percent(c[share]) for share in ("way_share_of_memcpy", "share_of_memcpy", "aim"))
+        lines.append(f"| {name} | {memcpy['one_thread']:.1f}, {memcpy['all_threads']:.1f} | {speeds} | {shares} |")
+    return lines
 
 
 def vs_trl(result: dict[str, Any]) -> list[str]:

@@ -1,10 +1,11 @@
 """TRL's side of benchmarks/vs_trl.py, run by it in TRL's own environment: GRPOTrainer that waits for a line on stdin before each step.
 
-    python trl_side.py MODEL_DIR DATA.jsonl NEW_TOKENS STEPS FIRST_NEW_TOKENS THREADS WEIGHTS OUTPUT_DIR
+    python trl_side.py MODEL_DIR DATA.jsonl NEW_TOKENS STEPS FIRST_NEW_TOKENS THREADS WEIGHTS PRECISION OUTPUT_DIR
 
 Settings, as good for TRL on a CPU as was found: no gradient checkpointing, one group a micro-batch, fused Adam, torch's attention, its own
 `generate` for all 64 samples at once, no second look at the old policy. WEIGHTS bfloat16: weights, gradients and Adam's state are all in
-bf16 without an fp32 copy, less work and memory than ours, though small updates are rounded away; float32: fp32 weights under bf16 autocast.
+bf16 without an fp32 copy, less work and memory than ours, though small updates are rounded away; float32: fp32 weights under bf16 autocast,
+or, with PRECISION fp32, nothing but fp32.
 The end token is a token like others: nothing ends before NEW_TOKENS. The first step stops at FIRST_NEW_TOKENS.
 """
 
@@ -27,7 +28,7 @@ ANSWER = re.compile(r"\\boxed\{(-?\d+)\}")
 
 
 def main() -> None:
-    model_dir, data, new_tokens, steps, first_new_tokens, threads, weights, out = sys.argv[1:]
+    model_dir, data, new_tokens, steps, first_new_tokens, threads, weights, precision, out = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print does not come between
 
@@ -66,7 +67,7 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, weights), attn_implementation="sdpa")
     config = GRPOConfig(
-        output_dir=out, use_cpu=True, bf16=True, gradient_checkpointing=False, per_device_train_batch_size=SAMPLES,
+        output_dir=out, use_cpu=True, bf16=precision == "bf16", gradient_checkpointing=False, per_device_train_batch_size=SAMPLES,
         gradient_accumulation_steps=PROMPTS, num_generations=SAMPLES, max_completion_length=int(new_tokens), temperature=1.0, top_p=1.0,
         top_k=0, generation_kwargs={"eos_token_id": None}, beta=0.0, num_iterations=1, epsilon=0.2, learning_rate=2e-5, weight_decay=0.0,
         max_grad_norm=1.0, lr_scheduler_type="constant", optim="adamw_torch_fused", max_steps=int(steps), save_strategy="no",

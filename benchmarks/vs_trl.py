@@ -1,6 +1,6 @@
-"""A whole GRPO step beside TRL's GRPOTrainer on the same machine: 8 prompts x 8 samples, 75-token prompts, SmolLM2-135M in bf16.
+"""A whole GRPO step beside TRL's GRPOTrainer on the same machine: 8 prompts x 8 samples, 75-token prompts, SmolLM2-135M.
 
-    python -m benchmarks.vs_trl MODEL_DIR [--cases 20 256] [--trl-weights bfloat16] [--threads 2] [--venv DIR]
+    python -m benchmarks.vs_trl MODEL_DIR [--cases 20 256] [--precision auto] [--trl-weights bfloat16] [--threads 2] [--venv DIR]
 
 Makes TRL's own environment (benchmarks/requirements-trl.txt) in DIR, by default $RLINF_CACHE/trl-venv, if it is not there. Then starts both
 sides, each the trainer in one process, and lets them take steps in turn, TRL first in one pair and we in the next, one side at rest while
@@ -10,8 +10,8 @@ asked number of tokens, and have the same allocator and OpenMP settings. The fir
 tokens there, to save time. Memory is the largest PSS of a side's processes within a counted step. TRL's settings stand in
 benchmarks/trl_side.py, ours in examples/math/config/smollm2-135m-grpo-cpu.yaml, with cluster.backend: local.
 
---trl-weights float32 is another case: TRL with fp32 weights under bf16 autocast, as it loads a model by default, and an optimizer state as
-precise as ours.
+--precision is that of both sides, by default the one that this machine multiplies faster. In bf16 --trl-weights float32 is another case:
+TRL with fp32 weights under bf16 autocast, as it loads a model by default, and an optimizer state as precise as ours.
 
 Case 20 measures 3 steps in about three minutes, case 256 one step in about six. Writes benchmarks/results/vs_trl.json, case by case.
 """
@@ -35,6 +35,7 @@ import psutil
 from benchmarks.settings import machine, worker_environment
 from rlinf.cluster.usage import pss_bytes
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
+from rlinf.hardware import fast_precision
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "vs_trl.json"
@@ -157,10 +158,12 @@ def sides(args: argparse.Namespace, python: Path, new_tokens: int, work: Path) -
         FIRST_NEW_TOKENS,
         args.threads,
         args.trl_weights,
+        args.precision,
         work / "trl",
     ]
     words = [
         "cluster.backend=local", f"cluster.threads_per_worker={args.threads}", f"runner.output_dir={work}", f"runner.max_steps={steps}",
+        f"actor.model.precision={args.precision}",
         "rollout.offload=true", f"runner.max_tokens_per_mbs={TRAINED_TOKENS[new_tokens]}",
         "runner.val_check_interval=0", "runner.save_interval=0", "runner.keep_groups=0", "runner.phase_timeout=-1",
         f"runner.seq_length={PROMPT_TOKENS + new_tokens}", f"rollout.model_dir={args.model_dir}", f"data.train_data_paths=[{data}]",
@@ -210,19 +213,24 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--data", type=Path, default=CACHE / "data" / "arithmetic" / "train.jsonl")
     parser.add_argument("--cases", type=int, nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--precision", default=fast_precision("cpu"), choices=("fp32", "bf16"))
     parser.add_argument("--trl-weights", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--venv", type=Path, default=CACHE / "trl-venv")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.precision == "fp32":
+        args.trl_weights = "float32"
     python = make_venv(args.venv.absolute())
     cases = json.loads(args.out.read_text())["cases"] if args.out.exists() else {}
     for new_tokens in args.cases:
-        name = str(new_tokens) if args.trl_weights == "bfloat16" else f"{new_tokens}, TRL with fp32 weights"
+        name = (
+            f"{new_tokens}{', fp32' if args.precision == 'fp32' else '' if args.trl_weights == 'bfloat16' else ', TRL with fp32 weights'}"
+        )
         cases[name] = case = measure(args, python, new_tokens)
         pins = [line.split()[0] for line in REQUIREMENTS.read_text().splitlines() if line.startswith(("trl", "torch", "transformers"))]
         args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps({"model": args.model_dir.name, "precision": "bf16", "trl": pins, "cases": cases}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"model": args.model_dir.name, "trl": pins, "cases": cases}, indent=1) + "\n")
         sys.stdout.write(f"{new_tokens} new tokens: {case['faster']:.2f} x faster; GiB {case['peak_gib']}; reached {case['reached']}\n")
 
 

@@ -1,11 +1,12 @@
 """A weight sync through shared memory beside memcpy: GB/s of the actor's weights into the embedded engine, two processes of one machine.
 
-    python -m benchmarks.weight_sync MODEL_DIR [--repeats 15] [--threads 2]
+    python -m benchmarks.weight_sync MODEL_DIR [--precision auto] [--repeats 15] [--threads 2]
 
 A sync is all that a run does for one: the actor gathers, writes and sums its weights, the engine's process maps them, checks sums and
 values, puts them into the layout that decodes fastest and answers with a receipt, which is checked. The way alone, until the engine's
 process has the weights mapped and knows their sums to be right, is timed beside it. Each sync has other weights. Before each, a plain
-copy of as many bytes is timed, by one thread and by all. Writes benchmarks/results/weight_sync.json with medians; shares are of the faster
+copy of as many bytes is timed, by one thread and by all. Writes benchmarks/results/weight_sync.json with medians, a case for each
+precision (by default the one that this machine multiplies faster); shares are of the faster
 of the two copies, and the verdict is that of the whole sync. At the end the log-probabilities of both sides are compared.
 
 Allocator and OpenMP settings are those of a run's workers: the script starts itself again with them.
@@ -34,6 +35,7 @@ import torch
 from benchmarks.settings import machine, restart_as_worker
 from rlinf.config.schema import ActorModelConfig, OptimConfig
 from rlinf.data.tokenizer import load_tokenizer
+from rlinf.hardware import fast_precision
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
@@ -46,16 +48,15 @@ from rlinf.weights.source import Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 
 RESULTS = Path(__file__).parent / "results" / "weight_sync.json"
-PRECISION = "bf16"
 AIM = 0.30  # of memcpy
 PROBES = ("The capital of France is Paris, and the capital of Italy is Rome.", "Question: What is 2+3? Answer: 2+3=5.")
 WARM_UP = 3  # syncs: memory is allocated, kernels are made
 
 
-def serve(model_dir: str, threads: int, connection: Connection) -> None:
+def serve(model_dir: str, precision: str, threads: int, connection: Connection) -> None:
     """The engine's process: loads what it is told of, scores what it is sent, ends when the other side does."""
     torch.set_num_threads(threads)
-    engine = EmbeddedEngine(model_dir, dtype=PRECISION, slots=64, max_context=128, seed=0, load_weights=False)
+    engine = EmbeddedEngine(model_dir, dtype=precision, slots=64, max_context=128, seed=0, load_weights=False)
     while (asked := connection.recv()) is not None:
         method, arguments = asked
         connection.send(arrive(*arguments) if method == "arrive" else asyncio.run(getattr(engine, method)(*arguments)))
@@ -67,10 +68,10 @@ def arrive(source: SharedMemory) -> int:
     return sum(1 for _ in open_source(source))
 
 
-def open_actor(model_dir: Path) -> MegatronEngine:
+def open_actor(model_dir: Path, precision: str) -> MegatronEngine:
     at = parallel.initialize(1, 1, rank=0, world_size=1, device=torch.device("cpu"), address="127.0.0.1:29518")
     arch = read_architecture(json.loads((model_dir / "config.json").read_text()))
-    engine = MegatronEngine(arch, ActorModelConfig(precision=PRECISION), OptimConfig(), at, torch.device("cpu"))
+    engine = MegatronEngine(arch, ActorModelConfig(precision=precision), OptimConfig(), at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(model_dir))
     return engine
 
@@ -137,6 +138,7 @@ def verdict(nbytes: int, seconds: list[dict[str, float]], copies: list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
+    parser.add_argument("--precision", default=fast_precision("cpu"), choices=("fp32", "bf16"))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -145,9 +147,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     spawn = multiprocessing.get_context("spawn")
     engine, other = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(str(args.model_dir), args.threads, other), daemon=True)
+    process = spawn.Process(target=serve, args=(str(args.model_dir), args.precision, args.threads, other), daemon=True)
     process.start()
-    actor = open_actor(args.model_dir)
+    actor = open_actor(args.model_dir, args.precision)
     nbytes = sum(t.nbytes for _, t in actor.export())
     copies, publisher = Copies(nbytes, args.threads), Publisher(actor, f"benchmark-{os.getpid()}", Path(os.devnull))
     seconds, rates = [], []
@@ -156,15 +158,16 @@ def main() -> None:
         seconds.append(sync(publisher, engine, version))
     probes = [np.array(load_tokenizer(str(args.model_dir)).encode(text), np.int32) for text in PROBES]
     engine.send(("score", (probes, 1.0)))
-    gap = check_probes(version, PRECISION, score(actor, probes, 1.0), [engine.recv()])
+    gap = check_probes(version, args.precision, score(actor, probes, 1.0), [engine.recv()])
     engine.send(None)
     process.join(60)
     publisher.close()
     seconds, rates = seconds[WARM_UP:], rates[WARM_UP:]
     found = verdict(nbytes, seconds, rates) | {"probe_gap_max": gap}
-    report = {"model": args.model_dir.name, "precision": PRECISION, "bytes": nbytes, "machine": machine(args.threads), **found}
+    cases = json.loads(args.out.read_text())["cases"] if args.out.exists() else {}
+    cases[args.precision] = {"bytes": nbytes, "machine": machine(args.threads), **found, "seconds": seconds, "copies": rates}
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(report | {"seconds": seconds, "copies": rates}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"model": args.model_dir.name, "cases": cases}, indent=1) + "\n")
     say: Callable[[str], Any] = sys.stdout.write
     say(f"{nbytes / 1e6:.0f} MB; memcpy {found['memcpy_gb_per_second']}; sync {found['gb_per_second']} GB/s\n")
     way, whole = (f"{100 * found[name]:.0f} %" for name in ("way_share_of_memcpy", "share_of_memcpy"))

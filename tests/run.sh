@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tests, set-up included: run.sh [--full] [pytest arguments]
 # Without --full: the fast tier (not marked slow or gpu). With it: everything; tests that need a GPU skip themselves, with a reason.
+# As many files at a time as there are cores, four at most; -n 0 for one after the other.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -25,4 +26,4 @@ fi
 printf 'tests: set-up took %d s\n' "$SECONDS"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-exec python -m pytest "${tier[@]}" "$@" </dev/null
+exec python -m pytest "${tier[@]}" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" </dev/null

@@ -80,15 +80,15 @@ def test_the_kept_verdicts_follow_from_the_kept_numbers() -> None:
     for tokens, case in kept["cases"].items():
         again = vs_trl.judge(case["steps"], int(tokens.split(",")[0]))
         assert {name: case[name] for name in again} == again
-    kept = json.loads(weight_sync.RESULTS.read_text())
-    again = weight_sync.verdict(kept["bytes"], kept["seconds"], kept["copies"])
-    assert {name: kept[name] for name in again} == again
+    for kept in json.loads(weight_sync.RESULTS.read_text())["cases"].values():
+        again = weight_sync.verdict(kept["bytes"], kept["seconds"], kept["copies"])
+        assert {name: kept[name] for name in again} == again
     spoiled = copy.deepcopy(kept["seconds"])
     for s in spoiled:
         s["sync"] /= 2
     assert weight_sync.verdict(kept["bytes"], spoiled, kept["copies"])["share_of_memcpy"] == pytest.approx(2 * kept["share_of_memcpy"])
     kept = json.loads(rollout_engine.RESULTS.read_text())
-    assert set(kept["cases"]) == set(rollout_engine.AIMS)
+    assert set(kept["cases"]) >= set(rollout_engine.AIMS)
     for name, case in kept["cases"].items():
-        again = rollout_engine.verdict(name, case["engine_tokens_per_second"], case["transformers_tokens_per_second"])
+        again = rollout_engine.verdict(name.split(",")[0], case["engine_tokens_per_second"], case["transformers_tokens_per_second"])
         assert {key: case[key] for key in again} == again
