@@ -11,11 +11,12 @@ import os
 import secrets
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import ray
-from ray._private import ray_constants, worker
+from ray._private import parameter, ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from rlinf.cluster.processes import RUN_ID
@@ -31,6 +32,7 @@ PRIVATE_ENVIRONMENT = {
     "RAY_enable_worker_prestart": "0",  # every worker here has an environment of its own; spare ones are never used
     "RAY_prestart_worker_first_driver": "0",
 }
+RAY_PARAMS = parameter.RayParams
 
 
 class RaySession:
@@ -72,6 +74,8 @@ class RaySession:
         token.write_text(secrets.token_hex(32))
         self.set_environment({RUN_ID: self.run_id, "RAY_AUTH_TOKEN_PATH": str(token)} | PRIVATE_ENVIRONMENT)
         self.prepare(on_loopback=True)
+        # Not started: the autoscaler's process, and the one that sends logs to drivers. Each costs a CPU second and nothing here needs it.
+        parameter.RayParams = partial(RAY_PARAMS, no_monitor=True, include_log_monitor=False)
         ray.init(
             address="local",
             num_cpus=None if cuda else slots,
