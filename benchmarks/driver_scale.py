@@ -197,7 +197,7 @@ def widened(group: RayWorkerGroup, size: int) -> Recorder:
     seats = [replace(group.seats[k], rank=rank, node=rank // 8) for rank, k in enumerate(turns)]
     wide = Recorder(
         group.component, seats, lambda seat: group.actors[turns[seat.rank]], [group.logs[k] for k in turns], group.failure,
-        group.start_timeout, group.phase,
+        group.start_timeout, group.phase, lambda *_: None,
     )  # fmt: skip
     wide.starts = group.starts
     return wide

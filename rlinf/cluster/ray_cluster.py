@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import subprocess
-import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +40,7 @@ class RayCluster(Cluster):
         self.session = RaySession(run_id, self.log_dir)
         self.machines: list[Machine] = []
         self.groups: list[RayWorkerGroup] = []
+        self.ended: queue.SimpleQueue[tuple[RayWorkerGroup, int, int, BaseException | None]] = queue.SimpleQueue()  # ranks, by life
         self.bundles: PlacementGroup | None = None
         self.bundle_of: dict[tuple[int, int], int] = {}
         self.health: Health | None = None
@@ -89,8 +90,9 @@ class RayCluster(Cluster):
             self._reserve(plan)
         logs = [self.log_file(seat) for seat in seats]
         group = RayWorkerGroup(
-            component, seats, lambda seat: self._actor(plan, seat), logs, self.failure, self.config.start_timeout, lambda: self.phase
-        )
+            component, seats, lambda seat: self._actor(plan, seat), logs, self.failure, self.config.start_timeout, lambda: self.phase,
+            lambda *end: self.ended.put(end),
+        )  # fmt: skip
         group.start(dotted(worker_class), args)
         self.groups.append(group)
         return group
@@ -155,25 +157,14 @@ class RayCluster(Cluster):
         return self.log_dir / f"{seat.component}-{seat.rank}.log"
 
     def _deaths(self) -> Death | None:
-        watched = {
-            rest: (group, rank, life)
-            for group in list(self.groups)
-            for rank, (life, rest) in enumerate(zip(list(group.lives), group.rests))
-            if (rank, life) not in group.lost
-        }
-        if not watched:
-            time.sleep(PERIOD)
-            return None
-        gone, _ = ray.wait(list(watched), timeout=PERIOD)
-        if not gone:
-            return None
-        group, rank, life = watched[gone[0]]
         try:
-            ray.get(gone[0])
-        except ray.exceptions.RayError as error:
-            obituary = group.obituary(rank, error)
-            return Death(obituary, lambda: group.lose(rank, life, obituary))
-        raise RuntimeError(f"{group.where(rank)} stopped resting")
+            group, rank, life, error = self.ended.get(timeout=PERIOD)
+        except queue.Empty:
+            return None
+        if error is None:
+            raise RuntimeError(f"{group.where(rank)} stopped resting")
+        obituary = group.obituary(rank, error)
+        return Death(obituary, lambda: group.lose(rank, life, obituary))
 
     def close(self) -> None:
         with at_most(PATIENCE, "closing the Ray cluster"):

@@ -29,7 +29,8 @@ KILLED = "the process was killed (SIGKILL; perhaps by the kernel's out-of-memory
 
 
 class RayWorkerGroup(WorkerGroup):
-    """rests: for each rank, a call that never returns; its failure is the rank's death. process: makes the process of a seat."""
+    """process: makes the process of a seat. ended: is told, from any thread, when one has ended (group, rank, life, error); that is known
+    by the failure of a call that never returns."""
 
     def __init__(
         self,
@@ -40,11 +41,13 @@ class RayWorkerGroup(WorkerGroup):
         failure: Failure,
         start_timeout: float,
         phase: Callable[[], str],
+        ended: Callable[[RayWorkerGroup, int, int, BaseException | None], None],
     ) -> None:
         super().__init__(component, seats, failure, start_timeout)
-        self.process, self.logs, self.phase = process, logs, phase
+        self.process, self.logs, self.phase, self.ended = process, logs, phase, ended
         self.actors = [process(seat) for seat in seats]
-        self.rests = [actor.rest.remote() for actor in self.actors]
+        for rank in range(self.size):
+            self._rest(rank, 0)
         self.lost: dict[tuple[int, int], WorkerLost] = {}  # by rank and life
         self.entrances: list[dict[int, Any]] = [{} for _ in seats]  # by rank, then number of results
 
@@ -53,6 +56,9 @@ class RayWorkerGroup(WorkerGroup):
         port = self.actors[0].free_port.remote()
         self.made_from = (class_path, *(a.handle if isinstance(a, Ref) else a for a in args))
         self.starts = [Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)) for rank, actor in enumerate(self.actors)]
+
+    def _rest(self, rank: int, life: int) -> None:
+        self.actors[rank].rest.remote().future().add_done_callback(lambda rest: self.ended(self, rank, life, rest.exception()))
 
     def lose(self, rank: int, life: int, obituary: str) -> bool:
         """Whether the run goes on without the rank until restart(); called once for a death, from any thread."""
@@ -66,8 +72,8 @@ class RayWorkerGroup(WorkerGroup):
         self.in_flight[rank] = Counter()
         self.actors[rank] = actor = self.process(self.seats[rank])
         self.entrances[rank] = {}
-        self.rests[rank] = actor.rest.remote()
-        self.lives[rank] += 1  # after its rest is the new one: nobody may take the old death for the new life's
+        self._rest(rank, self.lives[rank] + 1)
+        self.lives[rank] += 1
         port = actor.free_port.remote()
         self.pids[rank] = await self._value(Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -103,15 +104,20 @@ class Process:
     def __getattr__(self, method: str) -> Any:
         return self
 
-    def remote(self, *args: Any) -> object:
-        return object()
+    def remote(self, *args: Any) -> Any:
+        return self
+
+    def future(self) -> Future[Any]:
+        return Future()
 
 
 def test_an_error_is_the_loss_of_the_life_that_was_asked() -> None:
     """Also when the next one stands already: the one who asks looks every 50 ms, and a restart begins at once."""
 
     async def run() -> None:
-        group = RayWorkerGroup("rollout", [Seat("rollout", 0, 0, (0,))], lambda seat: Process(), [], Failure(), 10.0, lambda: "step 3")
+        group = RayWorkerGroup(
+            "rollout", [Seat("rollout", 0, 0, (0,))], lambda seat: Process(), [], Failure(), 10.0, lambda: "step 3", lambda *_: None
+        )
         group.restarts = 1
         asked = Ref(group, 0, "generate", object())
         assert group.lose(0, 0, "killed")
