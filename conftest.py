@@ -1,6 +1,7 @@
 """What all tests share. Tests marked gpu are skipped, with the reason, on machines without a CUDA device."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ settings.register_profile("any machine", deadline=None)  # a busy one takes seco
 settings.load_profile("any machine")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--begin-until", type=float, help="tests whose turn comes after this moment (seconds since 1970) are skipped")
+
+
 def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; the runs that tests interrupt would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,10 +22,17 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)  # the longest first, so that at the end no worker waits for another's last file
+    items.sort(key=lambda item: item.path in slow)  # a mistake shows in a fast file first
     if Path("/dev/nvidiactl").exists():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until = item.config.getoption("begin_until")
+    if until is not None and time.time() > until:
+        pytest.skip("its turn did not come in the time that was given (--begin-until)")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests, set-up included: run.sh [--full] [pytest arguments]
 # Without --full: the fast tier (not marked slow or gpu). With it: everything; tests that need a GPU skip themselves, with a reason.
-# As many files at a time as there are cores, four at most; -n 0 for one after the other.
+# As many files at a time as there are cores, four at most; -n 0 for one after the other. --begin-until EPOCH skips what would begin later.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
