@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quickstart import run
+from rlinf.hardware import fast_precision
 from rlinf.metrics.logger import read_metrics
 
 MODEL = Path(os.environ.get("RLINF_CACHE") or "~/.cache/rlinf").expanduser() / "models" / "SmolLM2-135M-Instruct"
+CPU_SECONDS = {"bf16": 700, "fp32": 1100}  # twice the bytes and half the speed where the CPU does not multiply bf16 numbers
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
@@ -23,7 +25,7 @@ def test_the_quickstart_learns_to_add(tmp_path: Path) -> None:
     assert result["boxed_before"] >= 0.9 and 0.2 <= result["greedy_before"] <= 0.6
     assert result["reward_gain"] >= 3.5, result
     assert result["greedy_gain"] >= 0.15 and result["greedy_gain_low"] > 0.08, result
-    assert result["cpu_seconds"] <= 700 and result["peak_pss_gib"] <= 8, result
+    assert result["cpu_seconds"] <= CPU_SECONDS[fast_precision("cpu")] and result["peak_pss_gib"] <= 8, result
 
 
 def test_fp32_engine_and_actor_are_one_policy_on_the_real_model(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ BY_FILE = {  # file of rlinf/ -> function -> test
         "_uuid": "test_another_process_sees_the_buckets_of_this_one",
         "recorder": "test_a_profile_has_the_kernels_of_the_device",
     },
+    "hardware.py": {"fast_precision": "test_auto_is_the_device_of_this_machine"},
     "rollout/embedded_model.py": dict.fromkeys(
         ("EmbeddedModel._make_head", "EmbeddedModel._taken", "EmbeddedModel.logits"),
         "test_an_engine_on_the_same_device_runs_the_actors_weights",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlinf import device as devices
+from rlinf import device as devices, hardware
 from rlinf.checks.doctor import OK, collectives
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.ray_check import devices_of
@@ -29,7 +29,9 @@ MIB = 2**20
 
 def test_auto_is_the_device_of_this_machine(device: torch.device) -> None:
     assert devices.choose("auto") == devices.choose(device.type) == device
-    assert devices.usable() == (device.type == "cuda")
+    assert devices.usable() == hardware.has_gpu() == (device.type == "cuda")
+    assert hardware.fast_precision("auto") == hardware.fast_precision(device.type)
+    assert device.type == "cpu" or hardware.fast_precision("auto") == "bf16"
 
 
 def test_memory_of_a_tensor_is_seen_and_given_back(device: torch.device) -> None:
