@@ -1,8 +1,9 @@
 """The package. Pins live in requirements/; `bash toolkits/setup/venv.sh` makes an environment with the right build of torch."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -12,12 +13,27 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line]
 
 
+# rlinf/cpu_kernels.c, once for each instruction set. Not Python modules: rlinf/cpu_kernels.py opens the one that the CPU has. Optional:
+# without a C compiler the embedded engine takes torch's products.
+INSTRUCTIONS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma"],
+}
+kernels = [
+    Extension(
+        f"rlinf._cpu_kernels_{name}", ["rlinf/cpu_kernels.c"], extra_compile_args=["-O3", "-ffp-contract=fast", *flags], optional=True
+    )
+    for name, flags in INSTRUCTIONS.items()
+    if platform.system() == "Linux" and platform.machine() == "x86_64"
+]
+
 setup(
     name="rlinf",
     version="0.1.0",
     description="Distributed reinforcement learning of reasoning models, from a laptop to a cluster",
     packages=find_packages(include=["rlinf", "rlinf.*"]),
     package_data={"rlinf": ["**/*.html", "**/*.css", "**/*.js"]},
+    ext_modules=kernels,
     python_requires=">=3.10",
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "gpu", "rg", "docs", "dev")},

@@ -20,7 +20,7 @@ LAYERS = [  # from the roof down; rooms of one line may not import each other un
     {"weights"},
     {"data"},
     {"algorithms", "config", "metrics"},
-    {"device", "compute_thread"},
+    {"device", "compute_thread", "cpu_kernels"},
     {"errors", "hardware"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}

@@ -19,7 +19,8 @@ from torch import Tensor
 from rlinf.data.records import Finish, Sample
 from rlinf.rollout.attention import Span, causal_attention, decode_attention, prefill_attention
 from rlinf.rollout.contract import EngineStats
-from rlinf.rollout.embedded_model import LEAST_ROWS, EmbeddedModel
+from rlinf.rollout.embedded_model import EmbeddedModel
+from rlinf.rollout.linear import LEAST_ROWS
 from rlinf.rollout.sampling import draw, uniform
 from rlinf.rollout.sequence import Decode, Job, Sequence, sequences_of
 from rlinf.rollout.slot_cache import MINIMUM_REUSE, CachedPrompt, PrefixCache, SlotCache, common_prefix
@@ -61,9 +62,9 @@ class Batcher:
         self._waiting = deque(s for s in self._waiting if not chosen(s.job))
         return [self._end(sequence, Finish.ABORT) for sequence in ended]
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> tuple[int, int]:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], version: int, keep: bool = False) -> tuple[int, int]:
         """Take weights; running samples go back to the queue and are computed anew from their tokens. Returns (tensors, bytes)."""
-        loaded = self.model.load(tensors)
+        loaded = self.model.load(tensors, keep)
         self.version = version
         self.retract()
         return loaded

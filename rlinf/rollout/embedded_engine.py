@@ -26,7 +26,7 @@ from rlinf.rollout.embedded_model import EmbeddedModel
 from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sequence import Decode, Job
 from rlinf.weights.shared_memory import open_source
-from rlinf.weights.source import Disk, Receipt, WeightSource
+from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TURN_SECONDS = 0.02  # how long the engine thread works before it looks for new requests
@@ -201,7 +201,8 @@ class EmbeddedEngine:
     def _load(self, source: WeightSource, version: int) -> Receipt:
         start = time.perf_counter()
         try:
-            n_tensors, nbytes = self._batcher.load(open_source(source), version)
+            keep = isinstance(source, SharedMemory)  # who publishes there leaves what is looked at alone
+            n_tensors, nbytes = self._batcher.load(open_source(source), version, keep)
             synchronize(self._batcher.model.device)  # the source may be written again when this has answered
         except ValueError as error:
             if isinstance(source, Disk):

@@ -1,4 +1,4 @@
-"""The transformer of the embedded engine: weights in the layout that decodes fastest, and the forward pass over packed tokens.
+"""The transformer of the embedded engine: weights in the form that decodes fastest, and the forward pass over packed tokens.
 
 Legend: N packed tokens, H hidden, A attention heads, K key-value heads, D head dimension, V vocabulary.
 """
@@ -12,33 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlinf.rollout.linear import Linear, head, lies, linear
 from rlinf.weights.architecture import Architecture
 from rlinf.weights.complete import check_tensors
 
 # attend(layer, queries [N, A, D], keys [N, K, D], values [N, K, D]) -> [N, A * D]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-LEAST_ROWS = 4  # of a forward pass: with fewer, matrix products on CPU take another path, and round differently
-
-
-class Linear:
-    """x @ weight.T + bias. On CPU the weight is reordered once for oneDNN instead of at every call (benchmarks/rollout_engine.py).
-
-    What it keeps of a weight on CPU is a copy in any case.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        on_cpu = weight.device.type == "cpu"
-        self._packed = on_cpu and torch.backends.mkldnn.is_available()
-        if self._packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self._weight = weight.clone() if on_cpu and not self._packed else weight
-        self._bias = bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return F.linear(x, self._weight, self._bias)
 
 
 @dataclass
@@ -71,14 +50,18 @@ class EmbeddedModel:
         self._sin_TD = torch.cat([-sin, sin], -1).to(device, dtype)
 
     @torch.inference_mode()
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
-        """Take every weight, or raise ValueError that names the first tensor at fault and change nothing. Returns (tensors, bytes)."""
+    def load(self, tensors: Iterable[tuple[str, Tensor]], keep: bool = False) -> tuple[int, int]:
+        """Take every weight, or raise ValueError that names the first tensor at fault and change nothing. Returns (tensors, bytes).
+
+        keep: nobody writes to the tensors' memory as long as anybody holds it; what can be used where it lies is then not copied.
+        """
         arrived = check_tensors(self.arch, tensors)
-        self._head = self._head_VH = self._embedding_VH = None  # the new ones go where they were
-        self._embedding_VH = self._place(arrived["model.embed_tokens.weight"])
-        self._final_norm_H = self._place(arrived["model.norm.weight"])
-        head_VH = arrived["model.embed_tokens.weight" if self.arch.tied else "lm_head.weight"]
-        self._head = self._make_head(head_VH)
+        self._lies = lies(self.dtype, self.device)
+        self._keep = keep and self._lies
+        self._head = self._embedding_VH = None  # the new ones go where they were
+        self._embedding_VH = self._own(arrived["model.embed_tokens.weight"])
+        self._head = head(self._embedding_VH if self.arch.tied else self._own(arrived["lm_head.weight"]))
+        self._final_norm_H = self._own(arrived["model.norm.weight"])
         self._layers = self._layers or [None] * self.arch.n_layers  # type: ignore[list-item]
         for i in range(self.arch.n_layers):  # one layer at a time: at no moment two whole models in memory
             self._layers[i] = self._make_layer(i, arrived)
@@ -87,7 +70,7 @@ class EmbeddedModel:
     def free(self) -> None:
         """Give the weights' memory back; load() before the next use."""
         self._layers = []
-        self._head = self._head_VH = self._embedding_VH = None
+        self._head = self._embedding_VH = self._final_norm_H = None
 
     @torch.inference_mode()
     def forward(self, token_ids_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
@@ -110,26 +93,17 @@ class EmbeddedModel:
     @torch.inference_mode()
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] in float32, accumulated and stored in float32 also for bf16 weights."""
-        if self.device.type == "cuda" and self.dtype != torch.float32:
-            return torch.mm(hidden_NH, self._head_VH.t(), out_dtype=torch.float32)
-        n = len(hidden_NH)
-        return self._head(F.pad(hidden_NH.float(), (0, 0, 0, max(0, LEAST_ROWS - n))))[:n]
-
-    def _make_head(self, head_VH: Tensor) -> Linear | None:
-        if self.device.type == "cuda" and self.dtype != torch.float32:
-            self._head_VH = self._embedding_VH if self.arch.tied else self._place(head_VH)
-            return None
-        return Linear(self._taken(head_VH).float())  # rounding logits to bf16 would cost 0.06 nats at a logit of 20
+        return self._head(hidden_NH)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.arch.norm_eps)
 
-    def _taken(self, weight: Tensor) -> Tensor:
-        """For a Linear, which on CPU makes a copy itself."""
-        return weight.to(self.device, self.dtype, copy=self.device.type == "cuda")
+    def _own(self, *parts: Tensor) -> Tensor:
+        return joined(parts).to(self.device, self.dtype, copy=not self._keep)
 
-    def _place(self, *parts: Tensor) -> Tensor:
-        return joined(parts).to(self.device, self.dtype, copy=True)  # never keep a view of the sender's memory
+    def _matrix(self, *parts: Tensor) -> Tensor:
+        """For a product, which makes a copy itself where it needs another form."""
+        return joined(parts).to(self.device, self.dtype, copy=self._lies and not self._keep)
 
     def _make_layer(self, index: int, arrived: dict[str, Tensor]) -> Layer:
         def parts(*names: str) -> list[Tensor]:
@@ -138,21 +112,21 @@ class EmbeddedModel:
 
         def get(*names: str) -> Tensor | None:
             found = parts(*names)
-            return self._place(*found) if found else None
+            return self._own(*found) if found else None
 
-        def linear(block: str, *names: str) -> Linear:
-            weight = joined(parts(*(f"{block}.{n}_proj.weight" for n in names)))
-            return Linear(self._taken(weight), get(*(f"{block}.{n}_proj.bias" for n in names)))
+        def product(block: str, *names: str) -> Linear:
+            weight = self._matrix(*parts(*(f"{block}.{n}_proj.weight" for n in names)))
+            return linear(weight, get(*(f"{block}.{n}_proj.bias" for n in names)))
 
         return Layer(
             input_norm=get("input_layernorm.weight"),
-            qkv=linear("self_attn", "q", "k", "v"),
+            qkv=product("self_attn", "q", "k", "v"),
             q_norm=get("self_attn.q_norm.weight"),
             k_norm=get("self_attn.k_norm.weight"),
-            output=linear("self_attn", "o"),
+            output=product("self_attn", "o"),
             post_norm=get("post_attention_layernorm.weight"),
-            gate_up=linear("mlp", "gate", "up"),
-            down=linear("mlp", "down"),
+            gate_up=product("mlp", "gate", "up"),
+            down=product("mlp", "down"),
         )
 
 

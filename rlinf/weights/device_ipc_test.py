@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rlinf.errors import RunFailed
 from rlinf.weights import buckets, device_ipc
-from rlinf.weights.buckets import word_sum
+from rlinf.weights.buckets import checksum
 from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.receipts import check_receipts, merge_sources
 from rlinf.weights.shared_memory import open_source
@@ -123,7 +123,7 @@ def of_words(words: list[int]) -> torch.Tensor:
 def test_the_checksum_is_the_sum_that_it_says_it_is(words: list[int], at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets, "WORDS_AT_ONCE", at_once)
-        assert word_sum(of_words(words)) == sum((2 * i + 1) * x for i, x in enumerate(words)) % 2**64
+        assert checksum(of_words(words)) == sum((2 * i + 1) * (x % 2**32) for i, x in enumerate(words)) % 2**64
 
 
 @given(WORDS, st.data())
@@ -133,8 +133,8 @@ def test_a_changed_word_and_two_that_change_places_are_seen(words: list[int], da
     changed, swapped = [*words], [*words]
     changed[i] ^= 1 << bit
     swapped[i], swapped[j] = words[j], words[i]
-    assert word_sum(of_words(changed)) != word_sum(of_words(words))
-    assert (word_sum(of_words(swapped)) == word_sum(of_words(words))) == (words[i] == words[j])
+    assert checksum(of_words(changed)) != checksum(of_words(words))
+    assert (checksum(of_words(swapped)) == checksum(of_words(words))) == (words[i] == words[j])
 
 
 def test_the_sign_of_the_last_value_is_seen_to_change_places() -> None:
@@ -143,4 +143,4 @@ def test_the_sign_of_the_last_value_is_seen_to_change_places() -> None:
     far[0] = -(2**31)
     other = far.copy()
     other[0], other[1 << 15] = 0, far[0]
-    assert word_sum(torch.from_numpy(far).view(torch.uint8)) != word_sum(torch.from_numpy(other).view(torch.uint8))
+    assert checksum(torch.from_numpy(far).view(torch.uint8)) != checksum(torch.from_numpy(other).view(torch.uint8))

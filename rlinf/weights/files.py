@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import xxhash
+import torch
 from safetensors.torch import save
 
-from rlinf.weights.buckets import BUCKET_BYTES, Named, group_into_buckets
+from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, group_into_buckets
 from rlinf.weights.source import BucketSpec, Files, TensorSpec
 
 LENGTH_BYTES = 8  # at the front of a safetensors file: how long its header is
@@ -42,4 +42,4 @@ def _write(path: Path, bucket: Sequence[Named]) -> BucketSpec:
     header = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     begins = {name: header + entry["data_offsets"][0] for name, entry in json.loads(content[LENGTH_BYTES:header]).items()}
     specs = tuple(TensorSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), begins[name], t.nbytes) for name, t in bucket)
-    return BucketSpec(str(path), len(content), specs, xxhash.xxh3_64_intdigest(content))
+    return BucketSpec(str(path), len(content), specs, checksum(torch.frombuffer(bytearray(content), dtype=torch.uint8)))

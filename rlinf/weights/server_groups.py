@@ -20,7 +20,7 @@ import xxhash
 from rlinf.errors import RunFailed
 from rlinf.weights.broadcast import Member, make_process_group
 from rlinf.weights.buckets import BUCKET_BYTES, Named, group_into_buckets, layout
-from rlinf.weights.complete import finite
+from rlinf.weights.finite import finite
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.source import Broadcast, BucketSpec, TensorSpec
 

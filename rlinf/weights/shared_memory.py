@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlinf.errors import RunFailed
-from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, fill, group_into_buckets, layout, views
+from rlinf.weights.buckets import BUCKET_BYTES, Look, Named, checksum, fill, fill_and_look, group_into_buckets, layout, look_at, views
 from rlinf.weights.device_ipc import open_bucket
+from rlinf.weights.finite import finite
 from rlinf.weights.segments import FOLDER, create_segment, in_use, map_file, open_segment
-from rlinf.weights.source import BucketSpec, DeviceBucket, Disk, Files, SharedMemory, WeightSource
+from rlinf.weights.source import BucketSpec, DeviceIpc, Disk, Files, SharedMemory, TensorSpec, WeightSource
 from rlinf.weights.tensor_folder import open_hf_folder
 
 
@@ -41,44 +41,48 @@ class Segment:
 
 
 class Segments:
-    """The shared memory of one publisher, `/dev/shm/rlinf-<name>-v<version>-<i>` (mode 600), at most one version at a time.
+    """The shared memory of one publisher, `/dev/shm/rlinf-<name>-v<version>-<i>` (mode 600), at most one version at a time on offer.
 
-    The memory is written again for every version: fresh pages cost several times the copy. A segment that somebody still looks at is left
-    to them, and another takes its place.
+    The memory is written again for later versions: fresh pages cost several times the copy. A segment that somebody still looks at is left
+    to them, and another takes its place: an engine that computes with the weights where they lie goes on with one version while the next
+    is written, in the memory of the one before.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._offered: list[Segment] = []
         self._spare: list[Segment] = []
+        self._withdrawn = 0  # segments, of all versions
 
     def publish(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> SharedMemory:
         """Write the tensors in the place of the version before. A failure leaves no segment behind."""
         self.withdraw()
-        written = []
+        written: list[tuple[Segment, tuple[TensorSpec, ...], Look]] = []
         with ExitStack() as undo, ThreadPoolExecutor(torch.get_num_threads()) as pool:
             undo.callback(self.close)
             for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
+                if i > 1:
+                    written[-2][2].checksum()  # two at a time: what was gathered for them is in memory, too
                 specs, nbytes = layout(bucket)
                 segment = self._take(f"{FOLDER}/rlinf-{self.name}-v{version}-{i}", nbytes)
-                fill(segment.buffer, specs, bucket)
-                written.append((segment, specs, pool.submit(checksum, segment.buffer)))  # while the next bucket is filled
-            buckets = tuple(BucketSpec(s.path, len(s.buffer), specs, digest.result()) for s, specs, digest in written)
+                written.append((segment, specs, fill_and_look(segment.buffer, specs, bucket, pool)))
+            buckets = tuple(BucketSpec(s.path, len(s.buffer), specs, look.checksum()) for s, specs, look in written)
             undo.pop_all()
-        self._drop_spare()
+        self._drop_spare(lambda segment: not in_use(segment.path))
         return SharedMemory(buckets)
 
     def withdraw(self) -> None:
         """What was published is not to be had any more; its memory waits for the next version."""
-        for i, segment in enumerate(self._offered):
-            segment.rename(f"{FOLDER}/rlinf-{self.name}-spare-{i}")
+        for segment in self._offered:
+            segment.rename(f"{FOLDER}/rlinf-{self.name}-spare-{self._withdrawn}")
+            self._withdrawn += 1
         self._spare += self._offered
         self._offered = []
 
     def close(self) -> None:
         self._spare += self._offered
         self._offered = []
-        self._drop_spare()
+        self._drop_spare(lambda segment: True)
 
     def _take(self, path: str, nbytes: int) -> Segment:
         segment = next((s for s in self._spare if len(s.buffer) == nbytes and not in_use(s.path)), None)
@@ -90,10 +94,14 @@ class Segments:
         self._offered.append(segment)
         return segment
 
-    def _drop_spare(self) -> None:
+    def _drop_spare(self, drop: Callable[[Segment], bool]) -> None:
+        kept = []
         for segment in self._spare:
-            segment.remove()
-        self._spare = []
+            if drop(segment):
+                segment.remove()
+            else:
+                kept.append(segment)
+        self._spare = kept
 
 
 def collect(tensors: Iterable[Named], name: str, bucket_bytes: int = BUCKET_BYTES) -> tuple[SharedMemory, tuple[np.ndarray, ...]]:
@@ -128,19 +136,45 @@ def land(source: SharedMemory, arrays: Sequence[np.ndarray], run_id: str, versio
 def open_source(source: WeightSource) -> Iterator[Named]:
     """The tensors of a source in order; of buckets as views into a mapping whose checksum has just been verified.
 
-    Raises RunFailed when a bucket is missing, has the wrong size or other bytes than were sent, or when a name comes twice.
+    Raises RunFailed when a bucket is missing, has the wrong size or other bytes than were sent, or when a name comes twice; ValueError
+    that names a tensor that is not finite.
     """
+    for name, tensor, looked_at in _arriving(source):
+        if not looked_at and not finite(tensor):
+            raise ValueError(f"tensor {name} holds values that are not finite")
+        yield name, tensor
+
+
+def _arriving(source: WeightSource) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, tensor, and whether it is already known to be finite."""
     if isinstance(source, Disk):
-        yield from open_hf_folder(source.path).items()
+        yield from ((name, tensor, False) for name, tensor in open_hf_folder(source.path).items())
         return
     seen: set[str] = set()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for bucket, buffer in zip(source.buckets, pool.map(partial(_verified, in_file=isinstance(source, Files)), source.buckets)):
+        for bucket, (buffer, finite_names) in zip(source.buckets, _opened(source, pool)):
             for name, tensor in views(buffer, bucket.tensors):
                 if name in seen:
                     raise RunFailed(f"weight bucket {bucket.key}: tensor {name} was already in an earlier place of this source")
                 seen.add(name)
-                yield name, tensor
+                yield name, tensor, name in finite_names
+
+
+def _opened(source: SharedMemory | Files | DeviceIpc, pool: Executor) -> Iterator[tuple[Tensor, set[str]]]:
+    """The bytes of each bucket, verified, and which of its tensors are known to be finite. Raises ValueError that names one that is not."""
+    if isinstance(source, DeviceIpc):
+        yield from ((open_bucket(bucket), set()) for bucket in source.buckets)
+        return
+    opened = []
+    for bucket in source.buckets:
+        buffer = map_file(bucket.key, bucket.nbytes) if isinstance(source, Files) else open_segment(bucket.key, bucket.nbytes)
+        opened.append((bucket, buffer, look_at(buffer, bucket.tensors, pool)))
+    for bucket, buffer, look in opened:
+        if (received := look.checksum()) != bucket.checksum:
+            raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
+        if (spoiled := look.spoiled()) is not None:
+            raise ValueError(f"tensor {spoiled} holds values that are not finite")
+        yield buffer, look.known()
 
 
 def release(source: WeightSource) -> None:
@@ -148,13 +182,3 @@ def release(source: WeightSource) -> None:
     for bucket in () if isinstance(source, Disk) else source.buckets:
         if os.path.exists(bucket.key):
             os.unlink(bucket.key)
-
-
-def _verified(bucket: BucketSpec, in_file: bool) -> Tensor:
-    if isinstance(bucket, DeviceBucket):
-        return open_bucket(bucket)
-    buffer = (map_file if in_file else open_segment)(bucket.key, bucket.nbytes)
-    received = checksum(buffer)
-    if received != bucket.checksum:
-        raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
-    return buffer

@@ -21,7 +21,8 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketSpec:
-    """A flat run of bytes: where it is (for shared memory: the segment's name), what is in it, and its checksum as sent (xxh3-64)."""
+    """A flat run of bytes: where it is (for shared memory: the segment's name), what is in it, and its checksum as sent
+    (weights/buckets.py)."""
 
     key: str
     nbytes: int
@@ -38,8 +39,8 @@ class SharedMemory:
 
 @dataclass(frozen=True)
 class DeviceBucket(BucketSpec):
-    """A bucket in memory of a device. Its checksum is `buckets.word_sum`, which the device computes. handle: what CUDA needs to open it in
-    another process (device.share); empty on CPU, where key is the path of a segment."""
+    """A bucket in memory of a device. handle: what CUDA needs to open it in another process (device.share); empty on CPU, where key is
+    the path of a segment."""
 
     handle: tuple[Any, ...] = ()
 

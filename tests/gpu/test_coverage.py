@@ -35,10 +35,7 @@ BY_FILE = {  # file of rlinf/ -> function -> test
         "recorder": "test_a_profile_has_the_kernels_of_the_device",
     },
     "hardware.py": {"fast_precision": "test_auto_is_the_device_of_this_machine"},
-    "rollout/embedded_model.py": dict.fromkeys(
-        ("EmbeddedModel._make_head", "EmbeddedModel._taken", "EmbeddedModel.logits"),
-        "test_an_engine_on_the_same_device_runs_the_actors_weights",
-    ),
+    "rollout/linear.py": {"head": "test_an_engine_on_the_same_device_runs_the_actors_weights"},
     "rollout/sglang_engine.py": {
         "SGLangEngine.join": "test_a_server_joins_the_group_of_a_publisher_on_another_gpu",
         "SGLangEngine.start_trace": "test_a_trace_of_a_server_has_the_kernels_of_the_device",

@@ -18,7 +18,7 @@ from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed
 from rlinf.scheduling.placement import Plan, Seat
 from rlinf.weights.broadcast import Wire, open_store
-from rlinf.weights.buckets import word_sum
+from rlinf.weights.buckets import checksum
 from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.shared_memory import open_source
@@ -105,7 +105,7 @@ def test_another_process_sees_the_buckets_of_this_one(device: torch.device) -> N
         for version in (1, 2):
             tensors = [(name, torch.arange(MIB, device=device) * version) for name in "abc"]
             source = publisher.publish(tensors, version, bucket_bytes=10 * MIB)
-            assert [b.checksum for b in source.buckets] == [word_sum(b.cpu()) for b in publisher._offered.values()]
+            assert [b.checksum for b in source.buckets] == [checksum(b.cpu()) for b in publisher._offered.values()]
             assert other.submit(_looked_at, source, device).result() == {name: int(t.sum()) for name, t in tensors}
             assert len(list(open_source(source))) == 3  # this process looks at its own memory
             publisher._offered[source.buckets[-1].key][-1] ^= 1

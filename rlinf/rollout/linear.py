@@ -1,0 +1,75 @@
+"""The matrix products of the embedded engine: x @ weight.T + bias, each in the form that is fastest where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rlinf.cpu_kernels import LEAST_OUTPUTS, kernels
+from rlinf.hardware import cpu_multiplies_bf16
+
+Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
+
+LEAST_ROWS = 4  # of a forward pass: with fewer, torch's products on CPU take another path, and round differently
+MOST_ROWS = 128  # with more, reordering fp32 weights at every call costs less than it gains
+
+
+def lies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `linear` computes with weights where they lie, without a copy in another form.
+
+    So it is on GPUs, and on CPU unless the CPU multiplies bf16 numbers: oneDNN has the instructions for that, and reorders the weights for
+    them once. benchmarks/rollout_engine.py and benchmarks/weight_sync.py say what both cost.
+    """
+    if device.type != "cpu":
+        return True
+    return kernels() is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and not cpu_multiplies_bf16()))
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The weight's memory is ours to read as long as the product is used, where it `lies`."""
+    if weight.device.type != "cpu":
+        return partial(F.linear, weight=weight, bias=bias)
+    if lies(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
+        return AsItLies(weight, bias)
+    return _reordered(weight, bias)
+
+
+def head(weight: Tensor) -> Linear:
+    """Logits in fp32, accumulated in fp32 also for 16-bit weights: rounded to bf16 they would be off by 0.06 nats at a logit of 20."""
+    if weight.device.type == "cuda" and weight.dtype != torch.float32:
+        return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
+    if weight.device.type == "cuda":
+        return partial(F.linear, weight=weight)
+    if kernels() is not None and weight.dtype in (torch.float32, torch.bfloat16) and len(weight) >= LEAST_OUTPUTS:
+        product = AsItLies(weight, None)
+        return lambda x: product(x.float())
+    product = _reordered(weight.float(), None)
+    return lambda x: product(F.pad(x.float(), (0, 0, 0, max(0, LEAST_ROWS - len(x)))))[: len(x)]
+
+
+class AsItLies:
+    """A product of our own (cpu_kernels.c), accumulated in fp32; of many fp32 rows torch's."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self._bias_fp32 = None if bias is None else bias.float()
+        self._kernels = kernels()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > MOST_ROWS and self._weight.dtype == torch.float32:
+            return F.linear(x, self._weight, self._bias)
+        return self._kernels.linear(x.float(), self._weight, self._bias_fp32).to(x.dtype)
+
+
+def _reordered(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Once for oneDNN instead of at every call, where it has instructions for the type."""
+    onednn = torch.ops.mkldnn
+    instructions = {torch.bfloat16: onednn._is_mkldnn_bf16_supported, torch.float16: onednn._is_mkldnn_fp16_supported}
+    if not torch.backends.mkldnn.is_available() or not instructions.get(weight.dtype, lambda: True)():
+        return partial(F.linear, weight=weight.clone(), bias=bias)
+    packed = onednn._reorder_linear_weight(weight.contiguous())
+    return lambda x: onednn._linear_pointwise(x, packed, bias, "none", [], "")
