@@ -94,7 +94,7 @@ def test_an_engine_that_takes_nothing_is_found(pool: RankPool, tmp_path: Path) -
     def deaf(folder: Path) -> Any:
         engine = small_engine(folder)
         load = engine._batcher.model.load
-        engine._batcher.model.load = lambda tensors: load(sync.open_hf_folder(folder).items())
+        engine._batcher.model.load = lambda tensors, keep: load(sync.open_hf_folder(folder).items())
         return engine
 
     assert "the engine does not run the actor's weights" in find(pool, ROUTE, tmp_path, deaf).fault
