@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from rlinf.cluster.state import listens, state_folder
 from rlinf.config.load import ROOT, Resolved
 from rlinf.config.model import missing_paths, planned_model_config
 from rlinf.config.schema import Config
+from rlinf.cpu_kernels import VARIANTS, kernels
 from rlinf.errors import UserError
-from rlinf.hardware import has_gpu
+from rlinf.hardware import cpu_flags, has_gpu
 from rlinf.scheduling.memory import BYTES, rank_parameters
 from rlinf.weights.architecture import read_architecture
 
@@ -63,6 +64,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     size = BYTES[config.actor.model.precision] if config else 2
     yield python(sys.version_info[:2])
     yield from packages(pins("base"), installed_version)
+    yield compiled_code(cpu_flags(), kernels() is not None)
     if cuda:
         yield from packages(pins("gpu"), installed_version)
     yield from devices(cuda, has_gpu(), device.usable(), torch.version.cuda, driver_version())
@@ -85,6 +87,14 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
 def python(version: tuple[int, int]) -> Finding:
     text = ".".join(map(str, version))
     return Finding("python", OK, text) if version >= (3, 10) else Finding("python", FAIL, text, "use Python 3.10 or newer")
+
+
+def compiled_code(flags: Set[str], found: bool) -> Finding:
+    name = next((name for name, needed in VARIANTS.items() if needed <= flags), None)
+    if found or name is None:
+        return Finding("compiled code", OK, f"for {name}" if name else "none for this CPU; torch's products and numpy's sums do without")
+    text = "rlinf/cpu_kernels.c was not compiled; the embedded engine copies and reorders weights, checksums of weights are slower"
+    return Finding("compiled code", WARN, text, "install a C compiler, then pip install --no-deps -e . in the checkout")
 
 
 def pins(name: str) -> dict[str, str]:

@@ -77,6 +77,14 @@ def test_limits_of_the_machine(finding: Finding, status: str) -> None:
     assert told(finding) == [(finding.check, status)]
 
 
+def test_code_that_was_not_compiled_is_found_where_it_could_run() -> None:
+    avx2, avx512 = {"avx2", "fma"}, {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    assert doctor.compiled_code(avx512, True).text == "for avx512" and doctor.compiled_code(avx2, True).text == "for avx2"
+    missing = doctor.compiled_code(avx2, False)
+    assert missing.status == WARN and "C compiler" in missing.remedy
+    assert doctor.compiled_code({"asimd"}, False).status == OK
+
+
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(doctor.writable(tmp_path / "not" / "yet")) == [("output folder", OK)]
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
