@@ -60,7 +60,7 @@ def write_run(folder: Path, name: str = "tiny", **overrides: object) -> Path:
     return path
 
 
-def run(config: Path, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(config: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     return subprocess.run(
         [sys.executable, "-m", "rlinf", "train", str(config), *words], capture_output=True, text=True, timeout=timeout, env=env
