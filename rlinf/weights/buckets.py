@@ -86,6 +86,7 @@ class Look:
         wait(self.futures)
         for future in self.futures:
             future.result()
+        self.held = None  # a gathered bucket is as large as what was written of it
         return int(self.runs["sum"].sum(dtype=np.uint64))
 
     def spoiled(self) -> str | None:
