@@ -19,6 +19,8 @@ from rlinf.weights.routes import SHARED_MEMORY
 from rlinf.weights.source import BucketSpec, Receipt, SharedMemory
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
 
+LONGEST = 32_768  # tokens of a response
+
 
 @dataclass(frozen=True)
 class Light:
@@ -52,20 +54,22 @@ class LightActor:
 class LightRollout:
     def __init__(self, address: WorkerAddress, light: Light) -> None:
         self.random, self.mean_tokens, self.version = np.random.default_rng(address.rank), light.mean_tokens, 0
+        self.tokens = self.random.integers(0, 150_000, LONGEST, dtype=np.int32)  # every sample is a part of these
+        self.logprobs, self.mask = np.full(LONGEST, -0.3, np.float32), np.ones(LONGEST, np.uint8)
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         sigma = 0.8
         lengths = (
             np.exp(self.random.normal(np.log(self.mean_tokens) - sigma**2 / 2, sigma, request.n))
             .astype(int)
-            .clip(1, request.max_new_tokens)
+            .clip(1, min(request.max_new_tokens, LONGEST))
         )
         samples = tuple(
             Sample(
                 sample_id(request.request_id, k),
-                self.random.integers(0, 150_000, n, dtype=np.int32),
-                np.full(n, -0.3, np.float32),
-                np.ones(n, np.uint8),
+                self.tokens[:n],
+                self.logprobs[:n],
+                self.mask[:n],
                 ((self.version, int(n)),),
                 Finish.STOP,
             )

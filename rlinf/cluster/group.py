@@ -16,15 +16,17 @@ from rlinf.scheduling.placement import Seat
 
 
 class Ref:
-    """A result that stays where it was made: await it to fetch it, pass it to a call (as an argument of its own) to hand it on.
+    """A result that stays where it was made: await it to fetch it.
 
-    life: which of the workers that have stood at the rank was asked.
+    life: which of the workers that have stood at the rank was asked. payload: it is not the first result of its call, which is the
+    caller's, and can be handed on: as an argument of its own of another call.
     """
 
-    __slots__ = ("group", "rank", "life", "method", "handle")
+    __slots__ = ("group", "rank", "life", "method", "handle", "payload")
 
-    def __init__(self, group: WorkerGroup, rank: int, method: str, handle: Any) -> None:
+    def __init__(self, group: WorkerGroup, rank: int, method: str, handle: Any, payload: bool = False) -> None:
         self.group, self.rank, self.life, self.method, self.handle = group, rank, group.lives[rank], method, handle
+        self.payload = payload
 
     def __await__(self) -> Generator[Any, None, Any]:
         return self.group.fetch(self).__await__()
@@ -69,8 +71,12 @@ class WorkerGroup(ABC):
         """Start the call; its `returns` handles."""
 
     @abstractmethod
-    def resolve(self, handle: Any) -> asyncio.Future[Any]:
-        """The value behind a handle, or the backend's error; it may be cancelled, and the call goes on."""
+    def resolve(self, ref: Ref) -> asyncio.Future[Any]:
+        """The value, or the backend's error; it may be cancelled, and the call goes on."""
+
+    def opened(self, ref: Ref, value: Any) -> Any:
+        """The result as the worker returned it."""
+        return value
 
     @abstractmethod
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
@@ -84,9 +90,10 @@ class WorkerGroup(ABC):
         """Start a call and leave its results where they are made: a Ref, or a tuple of `returns` Refs (the method returns a tuple)."""
         self.failure.check()
         self.calls[method] += 1
-        values = tuple(a.handle if isinstance(a, Ref) else a for a in args)
-        refs = tuple(Ref(self, rank, method, handle) for handle in self.submit(rank, method, values, returns))
-        return refs[0] if returns == 1 else refs
+        values = tuple([handed_on(a) if isinstance(a, Ref) else a for a in args])
+        first, *payloads = self.submit(rank, method, values, returns)
+        answer = Ref(self, rank, method, first)
+        return (answer, *[Ref(self, rank, method, handle, payload=True) for handle in payloads]) if payloads else answer
 
     async def call(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
         """The result, or the tuple of `returns` results, of one rank."""
@@ -145,20 +152,28 @@ class WorkerGroup(ABC):
         return await self._value(ref)
 
     async def _value(self, ref: Ref) -> Any:
-        running = self.in_flight[ref.rank]
-        running[ref.method] += 1
-        answer = self.resolve(ref.handle)
+        running, method = self.in_flight[ref.rank], ref.method
+        running[method] += 1
+        answer = self.resolve(ref)
         try:
             await self.failure.first(answer)
             error = answer.exception() if answer.done() else self.failure.error
             if error is not None and answer.done():
                 error = await self.explain(error, ref)
         finally:
-            running -= Counter({ref.method: 1})
+            running[method] -= 1
+            if not running[method]:
+                del running[method]
             answer.cancel()
         if error is not None:
             raise error
-        return answer.result()
+        return self.opened(ref, answer.result())
+
+
+def handed_on(ref: Ref) -> Any:
+    if not ref.payload:
+        raise TypeError(f"{ref.method}: the first result of a call is its caller's; what is handed on is returned beside it")
+    return ref.handle
 
 
 async def first_failure_or_all(refs: Sequence[Ref]) -> list[Any]:

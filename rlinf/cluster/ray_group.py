@@ -17,7 +17,8 @@ from ray.exceptions import RayTaskError
 
 from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import Ref, WorkerGroup
-from rlinf.cluster.host import Fetched
+from rlinf.cluster.host import Call
+from rlinf.cluster.inbox import Inbox
 from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Seat
 
@@ -50,6 +51,7 @@ class RayWorkerGroup(WorkerGroup):
             self._rest(rank, 0)
         self.lost: dict[tuple[int, int], WorkerLost] = {}  # by rank and life
         self.entrances: list[dict[int, Any]] = [{} for _ in seats]  # by rank, then number of results
+        self.inbox: Inbox | None = None
 
     def start(self, class_path: str, args: tuple[Any, ...]) -> None:
         """Have every rank construct its worker, with a port that rank 0 found free."""
@@ -90,10 +92,9 @@ class RayWorkerGroup(WorkerGroup):
         return found
 
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
-        fetched = [a for a in args if isinstance(a, ray.ObjectRef)]  # Ray fetches what is an argument of its own
-        plain = [Fetched.HERE if isinstance(a, ray.ObjectRef) else a for a in args]  # here pickled: several times faster than Ray's way
-        packed = pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
-        handles = self._entrance(rank, returns).remote(method, packed, *fetched)
+        places = [i for i, a in enumerate(args) if isinstance(a, ray.ObjectRef)]  # Ray fetches what is an argument of its own
+        call = Call(method, [a for a in args if not isinstance(a, ray.ObjectRef)], places, returns)
+        handles = self._entrance(rank, returns).remote(pickle.dumps(call, pickle.HIGHEST_PROTOCOL), *[args[i] for i in places])
         return [handles] if returns == 1 else handles
 
     def _entrance(self, rank: int, returns: int) -> Any:
@@ -103,8 +104,14 @@ class RayWorkerGroup(WorkerGroup):
             kept[returns] = self.actors[rank].call_packed.options(num_returns=returns)
         return kept[returns]
 
-    def resolve(self, handle: Any) -> asyncio.Future[Any]:
-        return asyncio.wrap_future(handle.future())
+    def resolve(self, ref: Ref) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        if self.inbox is None or self.inbox.loop is not loop:
+            self.inbox = Inbox(loop)
+        return self.inbox.expect(ref.handle)
+
+    def opened(self, ref: Ref, value: Any) -> Any:
+        return value if ref.payload else pickle.loads(value)
 
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
         if isinstance(error, UserError):

@@ -35,9 +35,9 @@ class Recorded(WorkerGroup):
         report = TrainReport({"loss": 1.0}, {"time/x": float(rank)}, memory_bytes=(rank + 1) << 30)
         return [report, f"{self.component} {rank}"][:returns]
 
-    def resolve(self, handle: Any) -> asyncio.Future[Any]:
+    def resolve(self, ref: Ref) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
-        answer.set_result(handle)
+        answer.set_result(ref.handle)
         return answer
 
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
@@ -70,7 +70,7 @@ def test_every_rank_gets_its_groups_and_the_numbers_of_all_of_them(critic_layout
         payload = {}
         (critics, critic), (actors, actor) = role("critic", *critic_layout), role("actor", *actor_layout)
         for name in NAMES:
-            payload[name] = Ref(critics, 0, "generate", f"tokens of {name}")
+            payload[name] = Ref(critics, 0, "generate", f"tokens of {name}", payload=True)
         cut = (config, 1, batch, [np.ones(1)] * 8, [np.ones(1, bool)] * 8)
         critic_shares, actor_shares = critic.split(*cut), actor.split(*cut)
         _, values = await critic.work("values", (1,), critic_shares, payload)
