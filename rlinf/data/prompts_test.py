@@ -145,7 +145,8 @@ def test_at_most_twenty_bad_lines_are_listed(tmp_path: Path, tokenizer: TextToke
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "the file is empty"), (b"\n \n", "the file is empty"), (gzip.compress(b"{}", mtime=0), "gzip-compressed"), (b"PAR1xx", "a Parquet file"),
+    (b"", "the file is empty"), (b"\n \n", "the file is empty"), (gzip.compress(b"{}", mtime=0), "gzip-compressed"),
+    (b"PAR1xx", "a Parquet file"),
     (b"\x00\x01", "not a text file"), (b" [\n{}\n]", "a JSON array, not JSONL"),
 ])  # fmt: skip
 def test_a_file_that_is_no_jsonl(tmp_path: Path, tokenizer: TextTokenizer, content: bytes, said: str) -> None:
