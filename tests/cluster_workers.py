@@ -52,6 +52,10 @@ class Plain:
     def sum_of(self, *payloads: np.ndarray) -> int:
         return sum(int(p.sum()) for p in payloads)
 
+    def mixed(self, *args: int | np.ndarray) -> tuple[int, ...]:
+        """Numbers as they came, payloads as their sums, in the order of the arguments."""
+        return tuple(int(np.sum(a)) for a in args)
+
     def say(self, text: str) -> None:
         print(text)
         os.system(f"echo child of {text}")

@@ -71,11 +71,11 @@ class WorkerGroup(ABC):
         """Start the call; its `returns` handles."""
 
     @abstractmethod
-    def resolve(self, ref: Ref) -> asyncio.Future[Any]:
-        """The value, or the backend's error; it may be cancelled, and the call goes on."""
+    def resolve(self, handle: Any) -> asyncio.Future[Any]:
+        """The value behind a handle, or the backend's error; it may be cancelled, and the call goes on."""
 
     def opened(self, ref: Ref, value: Any) -> Any:
-        """The result as the worker returned it."""
+        """What the worker returned, of the value behind the handle: a backend may have packed it."""
         return value
 
     @abstractmethod
@@ -154,7 +154,7 @@ class WorkerGroup(ABC):
     async def _value(self, ref: Ref) -> Any:
         running, method = self.in_flight[ref.rank], ref.method
         running[method] += 1
-        answer = self.resolve(ref)
+        answer = self.resolve(ref.handle)
         try:
             await self.failure.first(answer)
             error = answer.exception() if answer.done() else self.failure.error
@@ -171,6 +171,7 @@ class WorkerGroup(ABC):
 
 
 def handed_on(ref: Ref) -> Any:
+    """The handle that stands for the result among a call's arguments. Raises TypeError for a first result, which may be packed."""
     if not ref.payload:
         raise TypeError(f"{ref.method}: the first result of a call is its caller's; what is handed on is returned beside it")
     return ref.handle

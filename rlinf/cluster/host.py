@@ -119,14 +119,15 @@ class Call:
 
     method: str
     args: list[Any]
-    places: list[int]
+    places: list[int]  # among all arguments, rising
     returns: int
 
     def with_payloads(self, payloads: Sequence[Any]) -> list[Any]:
         """All arguments in their order."""
-        for place, payload in zip(self.places, payloads):
-            self.args.insert(place, payload)
-        return self.args
+        args = [*self.args]
+        for place, payload in zip(self.places, payloads, strict=True):
+            args.insert(place, payload)
+        return args
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ class LocalWorkerGroup(WorkerGroup):
         whole = quiet(run())
         return [whole] if returns == 1 else [quiet(item(i)) for i in range(returns)]
 
-    def resolve(self, ref: Ref) -> asyncio.Future[Any]:
-        return asyncio.shield(ref.handle)
+    def resolve(self, handle: asyncio.Future[Any]) -> asyncio.Future[Any]:
+        return asyncio.shield(handle)
 
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
         if isinstance(error, (UserError, RunFailed)) or not isinstance(error, Exception):

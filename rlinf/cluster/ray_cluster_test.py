@@ -86,6 +86,9 @@ def test_payloads_stay_where_they_are_made_and_travel_between_workers(shared: Cl
         payloads = [payload for _, payload in refs]
         assert await plain.call(3, "sum_of", *payloads) == 200_040
         assert await rollout.call(0, "most_at_once") == 3
+        assert await plain.call(2, "mixed", 1, payloads[0], 3, payloads[2]) == (1, 10, 3, 30)
+        with pytest.raises(TypeError, match="generate: the first result of a call is its caller's"):
+            await plain.call(3, "sum_of", refs[0][0])
         header, payload = await rollout.call(1, "generate", 5, returns=2)
         assert header["size"] == 5 and payload.sum() == 5
 

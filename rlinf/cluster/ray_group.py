@@ -104,11 +104,11 @@ class RayWorkerGroup(WorkerGroup):
             kept[returns] = self.actors[rank].call_packed.options(num_returns=returns)
         return kept[returns]
 
-    def resolve(self, ref: Ref) -> asyncio.Future[Any]:
+    def resolve(self, handle: Any) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         if self.inbox is None or self.inbox.loop is not loop:
             self.inbox = Inbox(loop)
-        return self.inbox.expect(ref.handle)
+        return self.inbox.expect(handle)
 
     def opened(self, ref: Ref, value: Any) -> Any:
         return value if ref.payload else pickle.loads(value)

@@ -35,9 +35,9 @@ class Recorded(WorkerGroup):
         report = TrainReport({"loss": 1.0}, {"time/x": float(rank)}, memory_bytes=(rank + 1) << 30)
         return [report, f"{self.component} {rank}"][:returns]
 
-    def resolve(self, ref: Ref) -> asyncio.Future[Any]:
+    def resolve(self, handle: Any) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
-        answer.set_result(ref.handle)
+        answer.set_result(handle)
         return answer
 
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
