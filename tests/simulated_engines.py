@@ -30,8 +30,11 @@ class Engines:
         self.lengths: list[int] = []
         self.tokens = 0
 
-    def ref(self, rank: int, method: str, request: Any, prompt: Any, *before: Any, returns: int) -> tuple[asyncio.Future[GroupHeader], Any]:
+    def ref(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
+        if method == "abort":
+            return asyncio.ensure_future(self.abort(rank))
         assert (method, returns) == ("generate", 2)
+        request, prompt, *before = args
         payload = SimpleNamespace(versions=[Counter(v) for v in before[0].versions] if before else [Counter() for _ in range(request.n)])
         return asyncio.ensure_future(self.generate(rank, request, prompt, payload)), payload
 
@@ -57,8 +60,10 @@ class Engines:
                 self.tokens += min(40, left)
         return Finish.STOP if left == 0 else Finish.ABORT
 
-    async def call(self, rank: int, method: str) -> None:
-        assert method == "abort"
+    async def results(self, asked: list[asyncio.Future[None]]) -> list[None]:
+        return await asyncio.gather(*asked)
+
+    async def abort(self, rank: int) -> None:
         self.stopped[rank].set()
         self.stopped[rank] = asyncio.Event()
 

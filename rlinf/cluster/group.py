@@ -6,7 +6,8 @@ import asyncio
 import pickle
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -74,6 +75,10 @@ class WorkerGroup(ABC):
     def resolve(self, handle: Any) -> asyncio.Future[Any]:
         """The value behind a handle, or the backend's error; it may be cancelled, and the call goes on."""
 
+    def resolve_all(self, handles: Sequence[Any]) -> asyncio.Future[list[Any]]:
+        """The values behind handles, or the backend's error of one as soon as it has failed; it may be cancelled as resolve()'s."""
+        return asyncio.ensure_future(gathered(map(self.resolve, handles)))
+
     def opened(self, ref: Ref, value: Any) -> Any:
         """What the worker returned, of the value behind the handle: a backend may have packed it."""
         return value
@@ -107,11 +112,24 @@ class WorkerGroup(ABC):
     async def call_ranks(self, ranks: Iterable[int], method: str, *args: Any) -> list[Any]:
         """The same call on some ranks; results in their order. The first failure is raised at once."""
         common = [a if isinstance(a, Ref) else Shared(a) for a in args]
-        return await first_failure_or_all([self.ref(rank, method, *common) for rank in ranks])
+        return await self.results([self.ref(rank, method, *common) for rank in ranks])
 
     async def call_each(self, method: str, per_rank_args: Iterable[Sequence[Any]]) -> list[Any]:
         """One call a rank, with its own arguments; results by rank. The first failure is raised at once."""
-        return await first_failure_or_all([self.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)])
+        return await self.results([self.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)])
+
+    async def results(self, refs: Sequence[Ref]) -> list[Any]:
+        """What calls to this group returned, in their order. The first failure is raised at once."""
+        await self.ready()
+        answers = self.resolve_all([ref.handle for ref in refs])
+        try:
+            with self._running(refs):
+                await self.failure.first(answers)
+            if answers.done() and answers.exception() is None:
+                return [self.opened(ref, value) for ref, value in zip(refs, answers.result())]
+        finally:
+            answers.cancel()
+        return await first_failure_or_all(refs)  # which knows whose it is
 
     async def ready(self) -> None:
         """Return when every constructor has returned; raises what the first failing one raised."""
@@ -152,22 +170,32 @@ class WorkerGroup(ABC):
         return await self._value(ref)
 
     async def _value(self, ref: Ref) -> Any:
-        running, method = self.in_flight[ref.rank], ref.method
-        running[method] += 1
         answer = self.resolve(ref.handle)
         try:
-            await self.failure.first(answer)
-            error = answer.exception() if answer.done() else self.failure.error
-            if error is not None and answer.done():
-                error = await self.explain(error, ref)
+            with self._running([ref]):
+                await self.failure.first(answer)
+                error = answer.exception() if answer.done() else self.failure.error
+                if error is not None and answer.done():
+                    error = await self.explain(error, ref)
         finally:
-            running[method] -= 1
-            if not running[method]:
-                del running[method]
             answer.cancel()
         if error is not None:
             raise error
         return self.opened(ref, answer.result())
+
+    @contextmanager
+    def _running(self, refs: Sequence[Ref]) -> Iterator[None]:
+        """The calls are among those that a message about a death names."""
+        counters = [(self.in_flight[ref.rank], ref.method) for ref in refs]
+        for running, method in counters:
+            running[method] += 1
+        try:
+            yield
+        finally:
+            for running, method in counters:
+                running[method] -= 1
+                if not running[method]:
+                    del running[method]
 
 
 def handed_on(ref: Ref) -> Any:
@@ -177,7 +205,13 @@ def handed_on(ref: Ref) -> Any:
     return ref.handle
 
 
+async def gathered(answers: Iterable[asyncio.Future[Any]]) -> list[Any]:
+    """As a coroutine it can be cancelled quietly; a gathering future that nobody awaits complains."""
+    return await asyncio.gather(*answers)
+
+
 async def first_failure_or_all(refs: Sequence[Ref]) -> list[Any]:
+    """The results, or the first failure, of calls that are waited for one by one."""
     tasks = [asyncio.ensure_future(ref.group.fetch(ref)) for ref in refs]
     try:
         return await asyncio.gather(*tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import pytest
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.host import ALLOCATOR
 from rlinf.cluster.processes import marked, new_run_id
-from rlinf.cluster.ray_group import RayWorkerGroup
+from rlinf.cluster.ray_group import RayWorkerGroup, values_of
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.scheduling.placement import Plan, Seat
@@ -59,6 +60,15 @@ def test_calls_are_gathered_by_rank_and_counted(plain: RayWorkerGroup) -> None:
     assert asyncio.run(plain.call_each("add", [(rank, 10) for rank in range(SLOTS)])) == [10, 11, 12, 13]
     assert asyncio.run(plain.call(2, "add", 1, 2)) == 3
     assert plain.calls == {"add": SLOTS + 1}
+
+
+def test_who_waits_for_many_answers_can_give_them_up(plain: RayWorkerGroup) -> None:
+    handle, given_up, found = plain.ref(3, "sleep", 5.0).handle, threading.Event(), []
+    waiting = threading.Thread(target=lambda: found.append(values_of([handle], given_up)))
+    waiting.start()
+    given_up.set()
+    waiting.join(4.0)
+    assert not waiting.is_alive() and found == [[]]
 
 
 def test_a_user_error_in_a_worker_stays_a_user_error(plain: RayWorkerGroup) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import pickle
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Seat
 
 BLAME = 2.0  # seconds to wait, after an error, for the report of a death that explains it
+LOOK = 1.0  # seconds after which a thread that waits for answers sees that nobody else does
+WAITING = 32  # calls to many ranks that may be waited for at once
 LOG_TAIL = 15  # lines of a dead worker's log in the message
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 FATAL = "Fatal Python error"  # how faulthandler begins what it writes of a crash
@@ -52,6 +56,7 @@ class RayWorkerGroup(WorkerGroup):
         self.lost: dict[tuple[int, int], WorkerLost] = {}  # by rank and life
         self.entrances: list[dict[int, Any]] = [{} for _ in seats]  # by rank, then number of results
         self.inbox: Inbox | None = None
+        self.waiting = ThreadPoolExecutor(WAITING, f"rlinf-{component}-answers")
 
     def start(self, class_path: str, args: tuple[Any, ...]) -> None:
         """Have every rank construct its worker, with a port that rank 0 found free."""
@@ -110,6 +115,13 @@ class RayWorkerGroup(WorkerGroup):
             self.inbox = Inbox(loop)
         return self.inbox.expect(handle)
 
+    def resolve_all(self, handles: Sequence[Any]) -> asyncio.Future[list[Any]]:
+        """One thread waits for all: Ray hands each answer that has a future of its own to Python by itself, at 0.3 to 0.4 ms of CPU."""
+        given_up = threading.Event()
+        answers = asyncio.get_running_loop().run_in_executor(self.waiting, values_of, handles, given_up)
+        answers.add_done_callback(lambda _: given_up.set())
+        return answers
+
     def opened(self, ref: Ref, value: Any) -> Any:
         return value if ref.payload else pickle.loads(value)
 
@@ -155,3 +167,11 @@ class RayWorkerGroup(WorkerGroup):
     async def started(self) -> list[Any]:
         self.pids = await super().started()
         return self.pids
+
+
+def values_of(handles: Sequence[Any], given_up: threading.Event) -> list[Any]:
+    """ray.get() that can be given up. Raises the error of the first that fails, as soon as it has."""
+    while not given_up.is_set():
+        with suppress(ray.exceptions.GetTimeoutError):
+            return ray.get(handles, timeout=LOOK)
+    return []

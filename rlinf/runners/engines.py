@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from rlinf.cluster.group import WorkerGroup
+from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.errors import WorkerLost
 from rlinf.scheduling.dispatcher import Dispatcher
 
@@ -27,21 +27,35 @@ class Engines:
         self._reviving: dict[int, asyncio.Task[None]] = {}
         self._losses: dict[int, WorkerLost] = {}  # the last one of each rank that was made good
 
-    async def ask(self, rank: int, method: str, *args: Any) -> Any:
-        """The result of a call that may be made twice."""
-        while True:
-            life, asked = self.group.lives[rank], asyncio.ensure_future(self.group.call(rank, method, *args))
-            try:
-                if not (await asyncio.wait({asked}, timeout=self.stall_timeout or None))[0]:
-                    self.end(rank, life)
-                return await asked
-            except WorkerLost as loss:
-                await self.revive(rank, loss)
-            finally:
-                asked.cancel()
-
     async def ask_all(self, method: str, *args: Any) -> list[Any]:
-        return await asyncio.gather(*(self.ask(rank, method, *args) for rank in range(self.group.size)))
+        common = [Shared(a) for a in args]
+        return await self.ask_each(method, [common] * self.group.size)
+
+    async def ask_each(self, method: str, per_rank_args: Sequence[Sequence[Any]]) -> list[Any]:
+        """One call a rank that may be made twice; results by rank. They are waited for one by one only when something is amiss."""
+        asked = [self.group.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)]
+        together = asyncio.ensure_future(self.group.results(asked))
+        try:
+            done, _ = await asyncio.wait({together}, timeout=self.stall_timeout or None)
+            if done and together.exception() is None:
+                return together.result()
+        finally:
+            together.cancel()
+        return await asyncio.gather(*(self._insist(ref, args) for ref, args in zip(asked, per_rank_args)))
+
+    async def _insist(self, ref: Ref, args: Sequence[Any]) -> Any:
+        """The result of a call, made again for every worker that dies, or has to be ended, before it answers."""
+        while True:
+            answer = asyncio.ensure_future(self.group.fetch(ref))
+            try:
+                if not (await asyncio.wait({answer}, timeout=self.stall_timeout or None))[0]:
+                    self.end(ref.rank, ref.life)
+                return await answer
+            except WorkerLost as loss:
+                await self.revive(ref.rank, loss)
+            finally:
+                answer.cancel()
+            ref = self.group.ref(ref.rank, ref.method, *args)
 
     def end(self, rank: int, life: int) -> None:
         """End a worker that stands still, unless another already stands in its place."""

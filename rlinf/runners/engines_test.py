@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.exceptions import RayActorError
 
@@ -16,20 +16,34 @@ from rlinf.runners.engines import Engines
 from rlinf.scheduling.placement import Seat
 
 
+class Asked(NamedTuple):
+    """As much of a Ref as is asked for."""
+
+    rank: int
+    life: int
+    method: str
+
+
 class Group:
-    """One rank; its life answers at once, or only by its end."""
+    """Each life of rank 0 answers at once, or, while it is one of the mute ones, only by its end; the other ranks answer at once."""
 
-    def __init__(self, deaths_in_restart: int = 0, mute_lives: int = 0) -> None:
-        self.size, self.lives, self.restarts, self.killed = 1, [0], 9, []
+    def __init__(self, deaths_in_restart: int = 0, mute_lives: int = 0, size: int = 1) -> None:
+        self.size, self.lives, self.restarts = size, [0] * size, 9
         self.deaths_in_restart, self.mute_lives = deaths_in_restart, mute_lives
-        self.ends = asyncio.Event()
+        self.ends, self.killed, self.asked = asyncio.Event(), [], []
 
-    async def call(self, rank: int, method: str, *args: Any) -> str:
-        life = self.lives[rank]
-        if life < self.mute_lives:
+    def ref(self, rank: int, method: str, *args: Any) -> Asked:
+        self.asked.append(Asked(rank, self.lives[rank], method))
+        return self.asked[-1]
+
+    async def fetch(self, ref: Asked) -> str:
+        if ref.rank == 0 and ref.life < self.mute_lives:
             await self.ends.wait()
-            raise WorkerLost(f"life {life}")
-        return f"{method} by life {life}"
+            raise WorkerLost(f"life {ref.life}")
+        return f"{ref.method} by life {ref.life}"
+
+    async def results(self, refs: list[Asked]) -> list[str]:
+        return await asyncio.gather(*map(self.fetch, refs))
 
     def kill(self, rank: int) -> None:
         self.killed.append(self.lives[rank])
@@ -90,10 +104,23 @@ def test_who_does_not_answer_is_ended_once_and_asked_again() -> None:
     async def run() -> None:
         group = Group(mute_lives=1)
         engines = Engines(group, Seats(), 0.05)  # type: ignore[arg-type]
-        answers = await asyncio.gather(engines.ask(0, "score"), engines.ask(0, "stats"))
-        assert answers == ["score by life 1", "stats by life 1"] and set(group.killed) == {0} and group.lives == [1]
+        answers = await asyncio.gather(engines.ask_all("score"), engines.ask_all("stats"))
+        assert answers == [["score by life 1"], ["stats by life 1"]] and set(group.killed) == {0} and group.lives == [1]
         engines.end(0, life=0)  # somebody who noticed late
         assert set(group.killed) == {0}
+
+    asyncio.run(run())
+
+
+def test_only_the_one_that_dies_is_asked_again() -> None:
+    async def run() -> None:
+        group = Group(mute_lives=1, size=3)
+        engines = Engines(group, Seats(), 0)  # type: ignore[arg-type]
+        asked = asyncio.ensure_future(engines.ask_each("load", [("x",), ("y",), ("z",)]))
+        await asyncio.sleep(0.01)
+        group.ends.set()
+        assert await asked == ["load by life 1", "load by life 0", "load by life 0"] and group.lives == [1, 0, 0]
+        assert [(one.rank, one.life) for one in group.asked] == [(0, 0), (1, 0), (2, 0), (0, 1)]
 
     asyncio.run(run())
 

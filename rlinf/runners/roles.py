@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlinf.cluster.group import Ref, Shared, WorkerGroup, first_failure_or_all
+from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.packing import RankBatch, build_rank_batches
 from rlinf.data.records import GroupHeader
@@ -71,7 +71,7 @@ class Role:
         payloads = [[*(groups[g] for g in share.group_ids), *holding(share, parts)] for share in shares]
         share_of = [rank // self.stage_ranks % self.dp for rank in range(self.group.size)]
         calls = [self.group.ref(rank, method, *common, sent[i], *payloads[i], returns=2) for rank, i in enumerate(share_of)]
-        reports = await first_failure_or_all([report for report, _ in calls])
+        reports = await self.group.results([report for report, _ in calls])
         first = [((self.pp - 1) * self.dp + i) * self.stage_ranks for i in range(self.dp)]
         return reports, [Part(share, calls[rank][1]) for share, rank in zip(shares, first)]
 

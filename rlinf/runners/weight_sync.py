@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from rlinf.cluster.group import Ref, Shared, WorkerGroup, first_failure_or_all
+from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.errors import RunFailed
@@ -60,9 +59,9 @@ class WeightSync:
             await self._join()
         rounds = 2 if self.joining and self.groups and self.syncs == 0 else 1  # the second is for the proof that the engines do at first
         published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks}
-        writing = first_failure_or_all([written for written, _ in published.values()])
+        writing = self.actor.results([written for written, _ in published.values()])
         if self.groups:  # sent and received at once
-            found, taken = await gather_or_cancel([writing, gather_or_cancel(self._receive(version))])
+            found, taken = await gather_or_cancel([writing, self._receive(version)])
         else:
             found = await writing
         parts = dict(zip(ranks, found))
@@ -75,10 +74,7 @@ class WeightSync:
             for feed in self.feeds:
                 payload = [published[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
                 self.held.append((offers[feed], payload))
-            loads = [
-                self.engines.ask(engine, "load_weights", offer, version, *payload) for engine, (offer, payload) in enumerate(self.held)
-            ]
-            taken = await gather_or_cancel(loads)
+            taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.held])
         receipts, self.engine_stats = [receipt for receipt, _ in taken], [stats for _, stats in taken]
         check_receipts(sources, version, receipts)
         self.metrics = {
@@ -102,10 +98,10 @@ class WeightSync:
         publishers = self.actor.call_ranks([group.publisher for group in self.groups], "join", store, groups)
         await gather_or_cancel([publishers, self.engines.ask_all("join", store, groups)])
 
-    def _receive(self, version: int) -> list[Coroutine[Any, Any, tuple[Receipt, EngineStats]]]:
+    async def _receive(self, version: int) -> list[tuple[Receipt, EngineStats]]:
         """Have every engine take what its replica broadcasts, stage after stage."""
         streams = {d: Shared(Collective(tuple(g.name for g in self.groups if g.replica == d))) for d in {g.replica for g in self.groups}}
-        return [self.engines.ask(engine, "load_weights", streams[feed.replica], version) for engine, feed in enumerate(self.feeds)]
+        return await self.engines.ask_each("load_weights", [(streams[feed.replica], version) for feed in self.feeds])
 
     def let_go(self) -> None:
         """The actor is about to free the weights that it published."""
