@@ -68,14 +68,22 @@ SETTLE = 0.5  # seconds in which Ray frees what nobody has any more
 
 
 class Recorder(RayWorkerGroup):
-    """A group that notes its calls while `noted` is a list: rank, method, arguments, number of results."""
+    """A group that notes its calls while `noted` is a list: rank, method, arguments, number of results.
+
+    together: the methods whose results are waited for by all ranks at once.
+    """
 
     noted: list[tuple[int, str, tuple[Any, ...], int]] | None = None
+    together: frozenset[str] = frozenset()
 
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> list[Any]:
         if self.noted is not None:
             self.noted.append((rank, method, args, returns))
         return super().submit(rank, method, args, returns)
+
+    async def results(self, refs: Sequence[Ref]) -> list[Any]:
+        self.together |= {ref.method for ref in refs}
+        return await super().results(refs)
 
 
 class Meter(MetricLogger):
@@ -236,8 +244,11 @@ def measure(cluster: Cluster, workers: Mapping[str, RayWorkerGroup], folder: Pat
 async def again(groups: Mapping[str, Recorder]) -> dict[str, Calls]:
     """Make the noted calls once more, all of one kind at a time, until they are answered and their results are let go of."""
 
-    async def call(group: Recorder, rank: int, method: str, args: tuple[Any, ...], returns: int) -> None:
-        await Ref(group, rank, method, group.submit(rank, method, args, returns)[0])
+    def asked(group: Recorder, rank: int, method: str, args: tuple[Any, ...], returns: int) -> Ref:
+        return Ref(group, rank, method, group.submit(rank, method, args, returns)[0])
+
+    async def call(group: Recorder, one: tuple[int, str, tuple[Any, ...], int]) -> None:
+        await asked(group, *one)
 
     found = {}
     for name, group in groups.items():
@@ -245,7 +256,10 @@ async def again(groups: Mapping[str, Recorder]) -> dict[str, Calls]:
         for kind in dict.fromkeys(method for _, method, _, _ in noted):
             made = [one for one in noted if one[1] == kind]
             began = time.process_time()
-            await asyncio.gather(*(call(group, *one) for one in made))
+            if kind in group.together:
+                await group.results([asked(group, *one) for one in made])
+            else:
+                await asyncio.gather(*(call(group, one) for one in made))
             await asyncio.sleep(SETTLE)
             payloads = sum(isinstance(a, ray.ObjectRef) for _, _, args, _ in made for a in args)
             found[f"{name}.{kind}"] = Calls(len(made), payloads, time.process_time() - began)
