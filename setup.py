@@ -1,6 +1,7 @@
 """The package. Pins live in requirements/; `bash toolkits/setup/venv.sh` makes an environment with the right build of torch."""
 
 import platform
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -14,14 +15,20 @@ def requirements(name: str) -> list[str]:
 
 
 # rlinf/cpu_kernels.c, once for each instruction set. Not Python modules: rlinf/cpu_kernels.py opens the one that the CPU has. Optional:
-# without a C compiler the embedded engine takes torch's products.
+# without a C compiler the embedded engine takes torch's products. They carry the number of the source that they are made of, so that a
+# checkout whose source has changed since does not call them.
 INSTRUCTIONS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mfma"],
 }
+SOURCE = "rlinf/cpu_kernels.c"
 kernels = [
     Extension(
-        f"rlinf._cpu_kernels_{name}", ["rlinf/cpu_kernels.c"], extra_compile_args=["-O3", "-ffp-contract=fast", *flags], optional=True
+        f"rlinf._cpu_kernels_{name}",
+        [SOURCE],
+        define_macros=[("RLINF_SOURCE", f"{zlib.crc32((ROOT / SOURCE).read_bytes())}u")],
+        extra_compile_args=["-O3", "-ffp-contract=fast", *flags],
+        optional=True,
     )
     for name, flags in INSTRUCTIONS.items()
     if platform.system() == "Linux" and platform.machine() == "x86_64"

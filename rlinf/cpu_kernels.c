@@ -29,6 +29,9 @@
 #define PANEL (1 << 15) /* weights that stay in the second cache while x goes by */
 #define PARTS 8         /* of the weight for each thread: one that is held up leaves its own to the others */
 
+/* The number of this file, as it was compiled. */
+uint32_t rlinf_source(void) { return RLINF_SOURCE; }
+
 #define INLINE static inline __attribute__((always_inline))
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));

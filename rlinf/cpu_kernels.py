@@ -7,7 +7,9 @@ did not happen or the CPU has none of them; callers then take what torch has.
 from __future__ import annotations
 
 import ctypes
+import logging
 import sysconfig
+import zlib
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from rlinf.hardware import cpu_flags
+
+log = logging.getLogger(__name__)
 
 VARIANTS = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}, "avx2": {"avx2", "fma"}}  # best first; compiled in setup.py
 LEAST_OUTPUTS = 4  # of a product
@@ -36,10 +40,13 @@ EXPONENT = {torch.float32: (0x7F800000, 0x0080), torch.bfloat16: (0x7F807F80, 0x
 
 
 class Kernels:
-    """One compiled variant. Raises OSError when its file is missing."""
+    """One compiled variant. Raises OSError when its file is missing, or was compiled from another version of the source than lies here."""
 
     def __init__(self, name: str) -> None:
-        library = ctypes.CDLL(str(Path(__file__).with_name(f"_cpu_kernels_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")))
+        path = Path(__file__).with_name(f"_cpu_kernels_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+        self.library = library = ctypes.CDLL(str(path))
+        if not made_of(library, Path(__file__).with_name("cpu_kernels.c")):
+            raise OSError(f"{path} was compiled from another version of cpu_kernels.c: pip install --no-deps -e . in the checkout")
         pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
         self._linear = library.rlinf_linear
         self._linear.argtypes = (pointer, ctypes.c_int, pointer, pointer, ctypes.c_int, pointer, pointer, size, size, size)
@@ -71,14 +78,22 @@ class Kernels:
         self._look(runs.ctypes.data, len(runs))
 
 
+def made_of(library: ctypes.CDLL, source: Path) -> bool:
+    """Whether the library's number is the source's; true where there is none (an installed wheel has only the library)."""
+    if not source.exists():
+        return True
+    return hasattr(library, "rlinf_source") and ctypes.c_uint32(library.rlinf_source()).value == zlib.crc32(source.read_bytes())
+
+
 @cache
 def kernels() -> Kernels | None:
-    """Those for this CPU, or None."""
+    """Those for this CPU, or None, with a warning where they could have been compiled."""
     flags = cpu_flags()
     for name, needed in VARIANTS.items():
         if needed <= flags:
             try:
                 return Kernels(name)
-            except OSError:
+            except OSError as error:
+                log.warning("products of weights as they lie are left to torch: %s", error)
                 return None
     return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from rlinf.cpu_kernels import EXPONENT, RUN, VARIANTS, Kernels, kernels
+from rlinf import cpu_kernels
+from rlinf.cpu_kernels import EXPONENT, RUN, VARIANTS, Kernels, kernels, made_of
 from rlinf.hardware import cpu_flags
 from rlinf.weights.buckets import look_by_numpy
 
@@ -26,6 +30,15 @@ def test_the_best_variant_that_the_cpu_has_was_installed() -> None:
     assert kernels() is not None
     for name in RUNNABLE:
         Kernels(name)
+
+
+def test_code_that_was_compiled_from_another_source_is_not_called(tmp_path: Path) -> None:
+    source = Path(cpu_kernels.__file__).with_name("cpu_kernels.c")
+    changed, library = tmp_path / "cpu_kernels.c", Kernels(RUNNABLE[0]).library
+    changed.write_bytes(source.read_bytes() + b"\n")
+    assert made_of(library, source) and not made_of(library, changed)
+    assert made_of(library, tmp_path / "none.c")  # a wheel has no source
+    assert not made_of(ctypes.CDLL(None), source)  # an older library has no number
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

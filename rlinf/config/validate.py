@@ -299,6 +299,8 @@ def _rollout(c: Config) -> Iterator[Violation]:
             "engines that generate while the actor trains (algorithm.max_staleness) need their memory; "
             "set rollout.partial too, or set it to false",
         )
+    if c.rollout.stall_timeout and c.cluster.backend == "local":
+        yield "rollout.stall_timeout", "an engine that shares its process with the driver cannot be ended; set it to 0"
     if c.rollout.weight_transport == "broadcast":
         if c.cluster.backend == "local":
             yield "rollout.weight_transport", "broadcast needs a process for each rank, and cluster.backend: local has one; use auto"

@@ -139,6 +139,7 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["actor.optim.lr_decay_style=linear", "actor.optim.lr_decay_steps=5", "actor.optim.min_lr=1"], "must be at most actor.optim.lr"),
         (["reward.four_levels=true", "reward.format_reward=1"], "reward.four_levels pays for the format already"),
         (["reward.four_levels=true", "reward.undecided_reward=0"], "it counts as wrong; set it to null"),
+        (["rollout.stall_timeout=60", "cluster.backend=local"], "rollout.stall_timeout = 60 (command line): an engine that shares"),
         (["rollout.weight_transport=device_ipc"], "set rollout.max_engine_restarts to 0"),
         (["rollout.rollout_backend=embedded", "rollout.tensor_parallel_size=2"], "tensor_parallel_size = 2 (command line): the embedded"),
         (["cluster.backend=local", "cluster.num_nodes=2"], "cluster.backend = local (command line): local runs everything in one process"),
