@@ -34,28 +34,31 @@ class Engines:
     async def ask_each(self, method: str, per_rank_args: Sequence[Sequence[Any]]) -> list[Any]:
         """One call a rank that may be made twice; results by rank. They are waited for one by one only when something is amiss."""
         asked = [self.group.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)]
-        together = asyncio.ensure_future(self.group.results(asked))
-        try:
-            done, _ = await asyncio.wait({together}, timeout=self.stall_timeout or None)
+        loop, together = asyncio.get_running_loop(), asyncio.ensure_future(self.group.results(asked))
+        begun = loop.time()
+        try:  # for half the time: an engine that is well must have answered by itself before the other half is over
+            done, _ = await asyncio.wait({together}, timeout=self.stall_timeout / 2 or None)
             if done and together.exception() is None:
                 return together.result()
         finally:
             together.cancel()
-        return await asyncio.gather(*(self._insist(ref, args) for ref, args in zip(asked, per_rank_args)))
+        left = self.stall_timeout - (loop.time() - begun)
+        return await asyncio.gather(*(self._insist(ref, args, left) for ref, args in zip(asked, per_rank_args)))
 
-    async def _insist(self, ref: Ref, args: Sequence[Any]) -> Any:
-        """The result of a call, made again for every worker that dies, or has to be ended, before it answers."""
+    async def _insist(self, ref: Ref, args: Sequence[Any], patience: float) -> Any:
+        """The result of a call, made again for every worker that dies, or has to be ended, before it answers. patience: seconds that
+        the first has, where there is a stall_timeout."""
         while True:
             answer = asyncio.ensure_future(self.group.fetch(ref))
             try:
-                if not (await asyncio.wait({answer}, timeout=self.stall_timeout or None))[0]:
+                if not (await asyncio.wait({answer}, timeout=patience if self.stall_timeout else None))[0]:
                     self.end(ref.rank, ref.life)
                 return await answer
             except WorkerLost as loss:
                 await self.revive(ref.rank, loss)
             finally:
                 answer.cancel()
-            ref = self.group.ref(ref.rank, ref.method, *args)
+            ref, patience = self.group.ref(ref.rank, ref.method, *args), self.stall_timeout
 
     def end(self, rank: int, life: int) -> None:
         """End a worker that stands still, unless another already stands in its place."""

@@ -103,8 +103,10 @@ def test_a_worker_that_dies_while_it_starts_is_started_once_more() -> None:
 def test_who_does_not_answer_is_ended_once_and_asked_again() -> None:
     async def run() -> None:
         group = Group(mute_lives=1)
-        engines = Engines(group, Seats(), 0.05)  # type: ignore[arg-type]
+        engines = Engines(group, Seats(), 0.2)  # type: ignore[arg-type]
+        began = asyncio.get_running_loop().time()
         answers = await asyncio.gather(engines.ask_all("score"), engines.ask_all("stats"))
+        assert 0.2 <= asyncio.get_running_loop().time() - began < 0.35  # one stall_timeout and a restart, not two
         assert answers == [["score by life 1"], ["stats by life 1"]] and set(group.killed) == {0} and group.lives == [1]
         engines.end(0, life=0)  # somebody who noticed late
         assert set(group.killed) == {0}
