@@ -78,26 +78,26 @@ class Death:
 
 
 class Health(threading.Thread):
-    """`deaths` blocks for at most PERIOD seconds and says which worker died, if one did."""
+    """`deaths` blocks for at most PERIOD seconds until a worker dies; all who have died since it was asked last."""
 
-    def __init__(self, doors: list[Door], deaths: Callable[[], Death | None], failure: Failure, phase: Callable[[], str]) -> None:
+    def __init__(self, doors: list[Door], deaths: Callable[[], list[Death]], failure: Failure, phase: Callable[[], str]) -> None:
         super().__init__(name="rlinf-health", daemon=True)
         self.doors, self.deaths, self.failure, self.phase = doors, deaths, failure, phase
         self.closed = threading.Event()
 
     def run(self) -> None:
         while not self.closed.is_set() and self.failure.error is None:
-            death = self.deaths()
+            deaths = self.deaths()
             cause = self.knock()
-            if death and not cause:
+            if deaths and not cause:
                 self.closed.wait(PERIOD)  # a worker dies with its raylet: ask again whether that is the reason
                 cause = self.knock()
             if self.closed.is_set():
                 break
             if cause:
                 self.failure.report(RunFailed(f"{cause} (phase: {self.phase()})"))
-            elif death and not death.forgive():
-                self.failure.report(RunFailed(death.obituary))
+            elif fatal := [death for death in deaths if not death.forgive()]:
+                self.failure.report(RunFailed(fatal[0].obituary))
         if not self.closed.wait(PATIENCE):
             give_up(f"{self.failure.error}\nThe loop did not end within {PATIENCE:.0f} s of this failure; ending the process.")
 

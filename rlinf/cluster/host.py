@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlinf.cluster.processes import RUN_ID, die_with_parent, start_sentinel
+from rlinf.cluster.processes import RUN_ID, die_with_parent, start_node_sentinel
 from rlinf.compute_thread import compute_thread
 from rlinf.scheduling.placement import WorkerAddress
 
@@ -133,7 +133,7 @@ class Call:
 @dataclass(frozen=True)
 class Setup:
     """How a seat's process is prepared: its log, the driver's folder, its rank and the number of device slots on its node, whether it
-    uses GPUs, its own address for peers, and whether it is the process that this node's sentinel watches."""
+    uses GPUs, its own address for peers, and whether it starts a sentinel for its node."""
 
     log_file: str
     cwd: str
@@ -141,7 +141,7 @@ class Setup:
     slots: int
     cuda: bool
     host: str
-    watched: bool
+    sentinel: bool
 
 
 class WorkerProcess(Holder):
@@ -152,8 +152,8 @@ class WorkerProcess(Holder):
         redirect_output(Path(setup.log_file))
         if os.path.isdir(setup.cwd):
             os.chdir(setup.cwd)
-        if setup.watched:
-            start_sentinel(address.run_id, os.getpid())
+        if setup.sentinel:
+            start_node_sentinel(address.run_id)
         address = replace(address, threads=address.threads or max(1, cores() // setup.slots))
         os.environ.update(seat_environment(address, setup))
         super().__init__(address)

@@ -43,7 +43,7 @@ class LocalCluster(Cluster):
         self.compute.enter_context(common_thread())
         self.closed = threading.Event()
         threading.Thread(target=self._end_when_stuck, name="rlinf-last-resort", daemon=True).start()
-        self.sentinel = start_sentinel(run_id, os.getpid())
+        self.sentinel = start_sentinel(run_id)
         self.environment = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update({RUN_ID: run_id, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
 

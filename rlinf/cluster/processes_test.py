@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlinf.cluster.processes import RUN_ID, end_run, marked, new_run_id, start_sentinel, start_time
+from rlinf.cluster.processes import RUN_ID, end_run, marked, new_run_id, start_time
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
@@ -66,20 +66,64 @@ def test_a_zombie_is_dead() -> None:
     assert start_time(os.getpid()) is not None
 
 
-def test_the_sentinel_ends_the_run_when_the_watched_process_dies(tmp_path: Path) -> None:
+WATCHED = "import sys; from pathlib import Path; from rlinf.cluster.processes import *; {}; print(flush=True); time.sleep(60)"
+
+
+def speaking(program: str, run_id: str) -> subprocess.Popen:
+    """A process that carries the run's mark and has done what it was asked for."""
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(
+        command, env=os.environ | {RUN_ID: run_id}, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    return process
+
+
+def test_the_sentinel_ends_the_run_when_the_driver_dies(tmp_path: Path) -> None:
     run_id, folder = new_run_id(), tmp_path / "ray"
     folder.mkdir()
-    watched = subprocess.Popen(SLEEP)
-    worker, sentinel = spawn(run_id), start_sentinel(run_id, watched.pid, (folder,))
+    worker = spawn(run_id)
+    driver = speaking(WATCHED.format(f"start_sentinel('{run_id}', (Path('{folder}'),))"), run_id)
     segment = Path("/dev/shm") / f"rlinf-{run_id}-v1-0"
     segment.touch()
     time.sleep(0.3)
-    assert worker.poll() is None and sentinel.poll() is None
-    watched.kill()
-    watched.wait()
+    assert worker.poll() is None
+    driver.kill()
+    driver.wait()
     worker.wait(timeout=10)
-    assert sentinel.wait(timeout=10) == 0
-    assert not folder.exists() and not segment.exists()
+    deadline = time.monotonic() + 10
+    while folder.exists() or segment.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_nodes_sentinel_waits_for_its_last_worker() -> None:
+    """An engine that dies is started anew; the sentinel that it had started must not end the node's other workers."""
+    run_id = new_run_id()
+    other, first = spawn(run_id), speaking(WATCHED.format(f"start_node_sentinel('{run_id}')"), run_id)  # this test is their raylet
+    left = subprocess.Popen(
+        ["sh", "-c", f"{RUN_ID}={run_id} setsid {sys.executable} -S -c 'import time; time.sleep(60)' & echo $!"], stdout=subprocess.PIPE
+    )
+    orphan = int(left.stdout.readline())
+    left.wait()
+    first.kill()
+    first.wait()
+    time.sleep(1.5)
+    assert other.poll() is None and start_time(orphan) is not None
+    other.kill()
+    other.wait()
+    assert gone(orphan, 10)
+
+
+def test_what_was_started_later_can_be_spared() -> None:
+    run_id = new_run_id()
+    early = spawn(run_id)
+    time.sleep(0.05)
+    late = spawn(run_id)
+    assert end_run(run_id, by=start_time(early.pid)) == []
+    assert early.wait() == -signal.SIGTERM and late.poll() is None
+    late.kill()
+    late.wait()
 
 
 def test_a_child_dies_with_its_parent() -> None:

@@ -7,7 +7,7 @@ import os
 import queue
 import subprocess
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class RayCluster(Cluster):
             cuda = any(node["Resources"].get("GPU") for node in alive_nodes())
         self.device = "cuda" if cuda else "cpu"
         folders = (self.session.folder,) if self.session.folder else ()
-        self.sentinel = start_sentinel(self.run_id, os.getpid(), folders)
+        self.sentinel = start_sentinel(self.run_id, folders)
         self.machines = wait_for_machines(config, self.device)
         self.here = ray.get_runtime_context().get_node_id()
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -141,7 +141,7 @@ class RayCluster(Cluster):
             machine.devices,
             self.device == "cuda",
             address.host,
-            watched=seat.rank == on_node[0] and machine.ray_id != self.here,
+            sentinel=seat.rank == on_node[0] and machine.ray_id != self.here,
         )
         options = {"num_cpus": 0, "num_gpus": part} if self.device == "cuda" else {"num_cpus": part}
         return WorkerActor.options(
@@ -156,11 +156,15 @@ class RayCluster(Cluster):
     def log_file(self, seat: Seat) -> Path:
         return self.log_dir / f"{seat.component}-{seat.rank}.log"
 
-    def _deaths(self) -> Death | None:
-        try:
-            group, rank, life, error = self.ended.get(timeout=PERIOD)
-        except queue.Empty:
-            return None
+    def _deaths(self) -> list[Death]:
+        ended = []
+        with suppress(queue.Empty):
+            ended.append(self.ended.get(timeout=PERIOD))
+            while True:  # an out-of-memory killer takes several at once
+                ended.append(self.ended.get_nowait())
+        return [self._death(*one) for one in ended]
+
+    def _death(self, group: RayWorkerGroup, rank: int, life: int, error: BaseException | None) -> Death:
         if error is None:
             raise RuntimeError(f"{group.where(rank)} stopped resting")
         obituary = group.obituary(rank, error)

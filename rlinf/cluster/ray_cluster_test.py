@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -15,12 +16,12 @@ from rlinf.cluster.host import ALLOCATOR
 from rlinf.cluster.processes import marked, new_run_id
 from rlinf.cluster.ray_group import RayWorkerGroup, values_of
 from rlinf.config.schema import ClusterConfig
-from rlinf.errors import RunFailed, UserError
+from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Plan, Seat
 from tests import cluster_workers as workers
 
 SLOTS = 4
-PLAN = Plan(tuple(Seat(c, r, 0, (r,)) for c in "abcd" for r in range(SLOTS)), "collocated")
+PLAN = Plan(tuple(Seat(c, r, 0, (r,)) for c in "abcde" for r in range(SLOTS)), "collocated")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,27 @@ def test_a_worker_that_computes_can_be_asked_for_its_stacks(plain: RayWorkerGrou
 
     told = asyncio.run(main())
     assert 'cluster_workers.py"' in told[1] and "in sleep" in told[1] and "in sleep" not in told[0]
+
+
+def test_ranks_that_die_at_once_are_all_forgiven_and_a_new_one_has_its_time_to_start(shared: Cluster) -> None:
+    group = shared.launch(PLAN, "e", workers.Async)
+    group.restarts = SLOTS
+
+    async def main() -> None:
+        await group.ready()
+        waiting = [asyncio.ensure_future(group.call(rank, "forever")) for rank in range(SLOTS)]
+        await asyncio.sleep(0.3)
+        for pid in group.pids:
+            os.kill(pid, signal.SIGKILL)
+        assert [type(e) for e in await asyncio.gather(*waiting, return_exceptions=True)] == [WorkerLost] * SLOTS
+        assert group.restarts == 0
+        await group.restart(0)
+        assert await group.call(0, "most_at_once") == 0
+        group.start_timeout = 0.01
+        with pytest.raises(RunFailed, match=r"e rank 1 .*was not ready within cluster.start_timeout = 0.01 s after it was started anew"):
+            await group.restart(1)
+
+    asyncio.run(shared.guard(main()))
 
 
 def test_a_failing_constructor_is_reported_without_waiting_for_its_peers(shared: Cluster) -> None:

@@ -25,6 +25,7 @@ from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Seat
 
 BLAME = 2.0  # seconds to wait, after an error, for the report of a death that explains it
+FORGIVEN = 4.0  # the same where the rank may be started anew: such workers take a second to leave
 LOOK = 1.0  # seconds after which a thread that waits for answers sees that nobody else does
 WAITING = 32  # calls to many ranks that may be waited for at once
 LOG_TAIL = 15  # lines of a dead worker's log in the message
@@ -71,8 +72,8 @@ class RayWorkerGroup(WorkerGroup):
         """Whether the run goes on without the rank until restart(); called once for a death, from any thread."""
         if self.restarts == 0:
             return False
+        self.lost[rank, life] = WorkerLost(obituary)  # first: who waits for it looks whether deaths are allowed at all
         self.restarts -= 1
-        self.lost[rank, life] = WorkerLost(obituary)
         return True
 
     async def restart(self, rank: int) -> None:
@@ -82,7 +83,14 @@ class RayWorkerGroup(WorkerGroup):
         self._rest(rank, self.lives[rank] + 1)
         self.lives[rank] += 1
         port = actor.free_port.remote()
-        self.pids[rank] = await self._value(Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)))
+        made = self._value(Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)))
+        try:
+            self.pids[rank] = await asyncio.wait_for(made, self.start_timeout)
+        except TimeoutError:
+            raise RunFailed(
+                f"{self.where(rank)} was not ready within cluster.start_timeout = {self.start_timeout:g} s after it was started anew\n"
+                f"Its log: {self.logs[rank]}"
+            ) from None
 
     def kill(self, rank: int) -> None:
         ray.kill(self.actors[rank])
@@ -130,13 +138,14 @@ class RayWorkerGroup(WorkerGroup):
             return UserError(str(error.cause) if isinstance(error, RayTaskError) else str(error))
         if not isinstance(error, ray.exceptions.RayError):
             return error
-        deadline = time.monotonic() + BLAME
+        deadline = time.monotonic() + (FORGIVEN if self.restarts else BLAME)
         rank, of_it = ref.rank, (ref.rank, ref.life)
         while self.restarts and of_it not in self.lost and self.failure.error is None and time.monotonic() < deadline:
             await asyncio.sleep(0.05)  # the health thread is about to say what it was
+        if of_it not in self.lost:
+            await asyncio.wait({self.failure.future()}, timeout=max(0.0, deadline - time.monotonic()))
         if of_it in self.lost:
             return self.lost[of_it]
-        await asyncio.wait({self.failure.future()}, timeout=max(0.0, deadline - time.monotonic()))
         if self.failure.error is not None:  # a peer's error is often only the echo of a death
             return self.failure.error
         if not isinstance(error, RayTaskError):
