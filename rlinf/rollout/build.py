@@ -55,6 +55,7 @@ def build_engine(
             start_timeout=config.cluster.start_timeout,
             on_death=on_death,
             span=span,
+            decode=tokenizer.decode,
         )
     limit_memory(torch.device(device), rollout.gpu_memory_utilization)
     return EmbeddedEngine(

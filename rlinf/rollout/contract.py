@@ -6,7 +6,7 @@ top-p / top-k; an engine that truncates logs the truncated mass.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -37,6 +37,19 @@ class Stop:
 
     token_ids: tuple[int, ...] = ()
     strings: tuple[str, ...] = ()
+
+
+Decode = Callable[[list[int]], str]
+
+
+def completes_string(stop: Stop, context: list[int], begin: int, decode: Decode) -> bool:
+    """Whether the text at the end of a response, which is context[begin:], holds one of stop.strings.
+
+    Only the tail is decoded: a character takes at most 4 tokens (one a byte); the margin keeps the tail's left edge out of it.
+    """
+    tail = 4 * max(map(len, stop.strings), default=0) + 8
+    text = decode(context[max(begin, len(context) - tail) :]) if stop.strings else ""
+    return any(s in text for s in stop.strings)
 
 
 @dataclass(frozen=True)

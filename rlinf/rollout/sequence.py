@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rlinf.data.records import Finish, Sample
-from rlinf.rollout.contract import GenerateRequest
-
-Decode = Callable[[list[int]], str]
+from rlinf.rollout.contract import Decode, GenerateRequest, completes_string
 
 
 @dataclass(eq=False)
@@ -78,13 +75,9 @@ class Sequence:
         )
 
     def _completes_string(self, decode: Decode | None) -> bool:
-        """Only the tail is decoded: a character takes at most 4 tokens (one a byte); the margin keeps the tail's left edge out of it."""
         if decode is None:
             raise ValueError(f"request {self.job.request.request_id}: stop strings need an engine with a tokenizer")
-        strings = self.job.request.stop.strings
-        tail = 4 * max(len(s) for s in strings) + 8
-        text = decode(self.context[max(self.prompt_length, len(self.context) - tail) :])
-        return any(s in text for s in strings)
+        return completes_string(self.job.request.stop, self.context, self.prompt_length, decode)
 
 
 def sequences_of(job: Job) -> list[Sequence]:

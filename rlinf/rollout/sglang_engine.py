@@ -21,7 +21,7 @@ import yaml
 
 from rlinf.data.records import Finish, Sample
 from rlinf.errors import RunFailed, UserError
-from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
+from rlinf.rollout.contract import Capabilities, Decode, EngineStats, GenerateRequest
 from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sglang_http import Refused, SGLangHttp
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
@@ -64,7 +64,7 @@ class SGLangEngine:
     back (on a GPU). native: rollout.sglang.
     span: of an engine that has several nodes; all but the first take no requests and have nothing to be asked.
     on_death: called from another thread when the server dies; running requests then end with what has arrived (finish ABORT) instead of
-    raising, because somebody goes on with them.
+    raising, because somebody goes on with them. decode: finds stop strings at the end of an aborted sample.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class SGLangEngine:
         start_timeout: float = 600.0,
         on_death: Callable[[], None] | None = None,
         span: Span | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._arch = architecture_for(model_dir, max_context)
         options: dict[str, Any] = {
@@ -112,6 +113,7 @@ class SGLangEngine:
             max_context=max_context,
             scores_at_any_temperature=False,
         )
+        self._decode = decode
         self._version = 0
         self._seed = seed if self.capabilities.seeded else None
         self._running: dict[str, list[Arriving]] = {}
@@ -431,6 +433,7 @@ class SGLangEngine:
             self._count(busy_seconds=time.perf_counter() - self._busy_since)
 
     def _finished(self, request: GenerateRequest, sample: Arriving) -> None:
+        sample.look_again(request, self._decode)
         cut = request.sampling.temperature > 0 and (request.sampling.top_p < 1 or 0 < request.sampling.top_k < self._arch.vocab)
         self._count(
             prefilled_tokens=len(sample.input_ids) - sample.cached_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlinf.data.records import Finish, Sample
-from rlinf.rollout.contract import GenerateRequest
+from rlinf.rollout.contract import Decode, GenerateRequest, completes_string
 
 STREAM_INTERVAL = 16  # tokens of a sample in one event: what is lost when the server dies, against work for every event
 
@@ -64,6 +64,19 @@ class Arriving:
             self.spans = meta.get("weight_versions", [])
             self.cached_tokens = min(meta.get("cached_tokens", 0), len(self.input_ids))
         return new
+
+    def look_again(self, request: GenerateRequest, decode: Decode | None) -> None:
+        """An aborted sample may be complete: SGLang decodes one more token of it and does not look whether that was the last.
+
+        Going on with it would decode past its end.
+        """
+        if self.finish is not Finish.ABORT or not self.token_ids:
+            return
+        context, begin = self.input_ids + self.token_ids, len(request.prompt_ids)
+        if self.token_ids[-1] in request.stop.token_ids or (decode and completes_string(request.stop, context, begin, decode)):
+            self.finish = Finish.STOP
+        elif len(self.token_ids) >= self.room:
+            self.finish = Finish.WINDOW if self.limited_by_window else Finish.LENGTH
 
     def sample(self) -> Sample:
         n = len(self.token_ids)

@@ -53,6 +53,32 @@ def test_the_last_event_of_an_aborted_sample_repeats_a_token() -> None:
     assert sample.sample().token_ids.tolist() == [1, 2] and sample.sample().versions == ((3, 2),) and sample.finish is Finish.ABORT
 
 
+ABORTED = {"type": "abort", "message": "Abort request"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes", "context", "finish"),
+    [
+        ([1, 3], {"stop": Stop((3,))}, 100, Finish.STOP),
+        ([3, 1], {"stop": Stop((3,))}, 100, Finish.ABORT),
+        ([4, 5], {"stop": Stop((), ("c45",))}, 100, Finish.STOP),  # it began in the prefix
+        ([4, 5], {"stop": Stop((), ("7",))}, 100, Finish.ABORT),  # a stop string in the prompt is none
+        ([1] * 9, {}, 100, Finish.LENGTH),
+        ([1] * 9, {}, 13, Finish.WINDOW),
+        ([1] * 8, {}, 100, Finish.ABORT),
+    ],
+)
+def test_an_aborted_sample_whose_last_token_ends_it_is_complete(
+    ids: list[int], changes: dict[str, Any], context: int, finish: Finish
+) -> None:
+    """The server decodes one more token of what it is to abort, and does not look at it."""
+    asked = request(n=1, prefixes=(np.array([12], np.int32),), max_new_tokens=10 if context == 100 else 50, **changes)
+    (sample,) = arriving(asked, context)
+    sample.take(event(ids, len(ids), ABORTED, [(0, 0, len(ids))]))
+    sample.look_again(asked, lambda ids: "".join(f"{i:x}" for i in ids))
+    assert sample.sample().finish is finish
+
+
 def test_an_aborted_sample_without_tokens_is_empty() -> None:
     done = arriving(request(), 100)[0].sample()
     assert len(done) == 0 and done.versions == () and done.finish is Finish.ABORT
