@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -74,16 +75,24 @@ def test_four_nodes_train_one_model(nodes: list[NamespaceNode]) -> None:
 
 
 @pytest.mark.parametrize("nodes", [2], indirect=True)
-def test_two_nodes_train_until_one_is_cut_off_which_ends_the_run_and_is_named(nodes: list[NamespaceNode]) -> None:
-    """One TP group over both nodes, the engine on one: weights come through Ray's object store."""
+def test_two_nodes_train_past_a_dead_engine_until_one_is_cut_off_which_ends_the_run_and_is_named(nodes: list[NamespaceNode]) -> None:
+    """One TP group over both nodes, the engine on one: weights come through Ray's object store. The engine's death must not take the
+    actor's rank beside it along."""
     folder = nodes[0].folder
     run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 2, "0,2", "3", pp=1, steps=10_000)))
     metrics = folder / "logs" / "tiny" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
-        assert run.poll() is None and time.monotonic() < deadline, (run.kill(), run.communicate()[1][-4000:])
-        time.sleep(0.5)
-    assert one_policy(lines(folder)[:2])
+
+    def reach(step: int) -> None:
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text().count("\n") >= step):
+            assert run.poll() is None and time.monotonic() < deadline, (run.kill(), run.communicate()[1][-4000:])
+            time.sleep(0.5)
+
+    reach(2)
+    pid = re.search(r"rollout rank 0 of 1, node 1, .* pid (\d+)", (folder / "logs" / "tiny" / "workers" / "rollout-0.log").read_text())[1]
+    nodes[1].popen("kill", "-9", pid).wait(60)
+    reach(metrics.read_text().count("\n") + 3)
+    assert one_policy(lines(folder)) and sum(m["rollout/engine_restarts"] for m in lines(folder)) >= 1
     nodes[1].cut_off()
     begun = time.monotonic()
     _, errors = run.communicate(timeout=120)
