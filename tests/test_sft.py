@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from safetensors.torch import load_file
 
 from rlinf.cli import main
 from rlinf.metrics.names import undocumented
+from tests import test_tiny_run
 from tests.tiny import make_tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 5
 LOCAL = {"cluster__backend": "local", "cluster__num_gpus_per_node": 1, "actor__model__tensor_model_parallel_size": 1}
 
@@ -53,10 +51,7 @@ def write_run(folder: Path, model: Path, name: str = "tiny", **overrides: Any) -
 
 
 def run(config: Path, *words: str, command: str = "sft") -> subprocess.CompletedProcess[str]:
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.run(
-        [sys.executable, "-m", "rlinf", command, str(config), *words], capture_output=True, text=True, timeout=180, env=env
-    )
+    return test_tiny_run.run(config, *words, command=command)
 
 
 def metrics(folder: Path, name: str = "tiny") -> list[dict[str, float]]:

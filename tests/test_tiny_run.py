@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from rlinf.data.token_values import decode
 from rlinf.metrics.names import undocumented
 from tests.tiny import make_tiny_model
+from tests.warm import warm_rlinf
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
@@ -60,10 +61,13 @@ def write_run(folder: Path, name: str = "tiny", **overrides: object) -> Path:
     return path
 
 
-def run(config: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run(config: Path, *words: str, timeout: float = 240, command: str = "train") -> subprocess.CompletedProcess[str]:
+    """`python -m rlinf`. A run that is one process is forked from a process that has imported everything."""
+    if yaml.safe_load(config.read_text())["cluster"].get("backend") == "local" and not any("cluster.backend" in word for word in words):
+        return warm_rlinf(command, str(config), *words, timeout=timeout)
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     return subprocess.run(
-        [sys.executable, "-m", "rlinf", "train", str(config), *words], capture_output=True, text=True, timeout=timeout, env=env
+        [sys.executable, "-m", "rlinf", command, str(config), *words], capture_output=True, text=True, timeout=timeout, env=env
     )
 
 
