@@ -16,14 +16,13 @@ from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
 from rlinf.runners.learner import Learner
-from rlinf.runners.requests import validation_sampling
 from rlinf.runners.rollouts import Order, Rollouts
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
-from rlinf.runners.selection import name_groups, training_orders
+from rlinf.runners.selection import training_orders
 from rlinf.runners.shared_devices import SharedDevices
 from rlinf.runners.training_loop import TrainingLoop
-from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
+from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics, validation_orders
 from rlinf.runners.weight_sync import WeightSync
 from rlinf.scheduling.rollout_metrics import rollout_metrics
 from rlinf.scheduling.staleness import staleness
@@ -101,9 +100,8 @@ class ReasoningRunner(TrainingLoop):
         if not self.val_prompts:
             return {}
         with self.phase("validate", "validation"):
-            dump, names = str(self.folder.validation(self.step)), name_groups(self.step, self.val_prompts, Counter())
-            orders = [Order(name, prompt, 1, validation_sampling(), dump, "validate") for name, prompt in zip(names, self.val_prompts)]
-            scored = await self.rollouts.all(orders)
+            dump = str(self.folder.validation(self.step))
+            scored = await self.rollouts.all(validation_orders(self.val_prompts, self.step, dump))
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])
 

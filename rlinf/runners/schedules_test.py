@@ -18,6 +18,7 @@ from rlinf.errors import UserError
 from rlinf.rollout.contract import SamplingParams, Stop
 from rlinf.runners.rollouts import Order, Rollouts
 from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
+from rlinf.runners.validation import validation_orders
 from rlinf.scheduling.staleness import staleness
 from tests.simulated_engines import LONGEST, Engines, Judges
 from tests.virtual_time import run_virtually
@@ -135,6 +136,25 @@ def test_engines_stand_still_while_the_actor_trains_and_nothing_is_lost() -> Non
     assert max(m["rollout/carried_over"] for m in found.metrics) > 0
     assert sum(found.lengths) == found.engines.tokens  # not one token was decoded twice
     assert found.seconds < play("logical", 0, steps).seconds
+
+
+def test_validation_leaves_carried_over_groups_of_the_same_prompts_alone() -> None:
+    """Training data and validation data may name their prompts alike."""
+
+    async def run() -> None:
+        schedule, engines, rollouts, _ = make(config_of("wallclock", 1, partial=True), 40, 0)
+        await schedule.take(1)
+        await schedule.clear()
+        kept = dict(rollouts.unfinished)
+        prompts = [SimpleNamespace(prompt_id=name.partition(".")[2], token_ids=np.ones(3, np.int32)) for name in kept]
+        scored = await rollouts.all(validation_orders(prompts, 1, "validation"))
+        assert kept and [len(header.sample_ids) for header, _ in scored] == [1] * len(kept)
+        assert all(header.versions == (((0, header.response_lengths[0]),),) for header, _ in scored)
+        assert rollouts.unfinished == kept
+        engines.version = 1
+        assert len((await schedule.take(2)).scored) == GROUPS
+
+    run_virtually(run())
 
 
 def test_over_provisioning_bounds_what_is_on_its_way() -> None:
