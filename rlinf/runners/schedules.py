@@ -223,10 +223,12 @@ class Wallclock:
     async def keep(self, folder: Path) -> dict[str, Any]:
         """What is done, and what is carried over, is kept with its tokens; what an engine is at is begun again after a resumption."""
         self.collect()
-        files = {name: f"{i:05d}" for i, name in enumerate(n for n in self.wanted if n in self.done or n in self.rollouts.unfinished)}
+        # before anything is awaited: groups end while others are written
+        held: dict[str, tuple[Ref, tuple[Verdict | None, ...]]] = {name: (tokens, ()) for name, tokens in self.rollouts.unfinished.items()}
+        held |= {name: (tokens, header.verdicts) for name, (header, tokens) in self.done.items()}
+        files = {name: f"{i:05d}" for i, name in enumerate(n for n in self.wanted if n in held)}
         for name, file in files.items():
-            header, tokens = self.done[name] if name in self.done else (None, self.rollouts.unfinished[name])
-            await self.shelf.put(folder, file, tokens, header.verdicts if header else ())
+            await self.shelf.put(folder, file, *held[name])
         return {
             "ledger": self.ledger.state(),
             "wanted": [[name, prompt, step] for name, (prompt, step) in self.wanted.items()],

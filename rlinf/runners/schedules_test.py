@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,6 +154,30 @@ def test_validation_leaves_carried_over_groups_of_the_same_prompts_alone() -> No
         assert rollouts.unfinished == kept
         engines.version = 1
         assert len((await schedule.take(2)).scored) == GROUPS
+
+    run_virtually(run())
+
+
+def test_a_group_that_is_done_while_a_checkpoint_is_written_is_kept_as_it_was() -> None:
+    """Without rollout.partial groups go on meanwhile, those of an engine that died with what it had handed over."""
+
+    async def run() -> None:
+        schedule, _, rollouts, judges = make(config_of("wallclock", 1), 40, 0)
+        await schedule.take(1)
+        handed_over = {name: SimpleNamespace(versions=[]) for name in list(schedule.tasks)[:3]}
+        rollouts.unfinished |= handed_over
+        write = judges.call
+
+        async def write_when_they_are_done(rank: int, method: str, *args: Any) -> Any:
+            if method == "keep":
+                rollouts.unfinished.clear()
+            return await write(rank, method, *args)
+
+        judges.call = write_when_they_are_done
+        state = await schedule.keep(Path("waiting"))
+        assert [judges.files[f"waiting/{state['files'][name]}.safetensors"] for name in handed_over] == [
+            (tokens, ()) for tokens in handed_over.values()
+        ]
 
     run_virtually(run())
 
