@@ -169,7 +169,9 @@ class AlgorithmConfig:
     dynamic_sampling: bool = key(
         False, "train on groups with both right and wrong answers only, generating until rollout_batch_size are there"
     )
-    dynamic_sampling_batch_size: int | None = key(None, "prompts generated at a time with dynamic_sampling; null = data.rollout_batch_size")
+    dynamic_sampling_batch_size: int | None = key(
+        None, "with dynamic_sampling and schedule logical: prompts generated at a time; null = data.rollout_batch_size"
+    )
     dynamic_sampling_max_batches: int = key(10, "with dynamic_sampling: such batches a step may take at most; needing more is an error")
     max_staleness: int = key(
         0, "how many versions of the weights generation may run ahead of training (η); 0 = each step waits for its own groups"

@@ -274,6 +274,11 @@ def _selection(c: Config) -> Iterator[Violation]:
         yield "algorithm.dynamic_sampling", "a group of one response is never both right and wrong; use algorithm.group_size of at least 2"
     if a.dynamic_sampling_batch_size is not None and not a.dynamic_sampling:
         yield "algorithm.dynamic_sampling_batch_size", "has a meaning only with algorithm.dynamic_sampling: true; set it to null"
+    elif a.dynamic_sampling_batch_size is not None and a.schedule == "wallclock":
+        yield (
+            "algorithm.dynamic_sampling_batch_size",
+            "has a meaning only with algorithm.schedule: logical; wallclock begins a group for each that taught nothing; set it to null",
+        )
 
 
 def _sampling(c: Config) -> Iterator[Violation]:

@@ -65,6 +65,7 @@ def test_the_examples_are_valid(name: str) -> None:
         ["algorithm.num_update_sample_per_prompt=2", "algorithm.n_minibatches=1024"],
         ["algorithm.num_update_sample_per_prompt=99"],
         ["algorithm.dynamic_sampling=true", "algorithm.dynamic_sampling_batch_size=1536", "algorithm.overlong_filtering=true"],
+        ["algorithm.dynamic_sampling=true", "algorithm.schedule=wallclock", "algorithm.max_staleness=1"],
     ],
 )
 def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
@@ -133,6 +134,10 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         ),
         (["algorithm.dynamic_sampling=true", "algorithm.group_size=1", "algorithm.adv_type=reinforce++"], "never both right and wrong"),
         (["algorithm.dynamic_sampling_batch_size=9"], "only with algorithm.dynamic_sampling: true"),
+        (
+            ["algorithm.dynamic_sampling=true", "algorithm.dynamic_sampling_batch_size=9", "algorithm.schedule=wallclock"],
+            "algorithm.dynamic_sampling_batch_size = 9 (command line): has a meaning only with algorithm.schedule: logical",
+        ),
         (["algorithm.clip_ratio_c=1"], "algorithm.clip_ratio_c = 1.0 (command line): must be greater than 1"),
         (["algorithm.clip_ratio_c=3", "algorithm.loss_type=gspo"], "the dual clip belongs to loss_type ppo and decoupled-ppo, not gspo"),
         (["actor.optim.lr_decay_style=linear"], "actor.optim.lr_decay_steps = 0 (default): lr_decay_style linear needs more steps"),

@@ -148,7 +148,13 @@ class Wallclock:
 
     @property
     def exhausted(self) -> bool:
-        return self.sampler.exhausted(self.max_epochs) and len(self.ledger.groups) < self.sampler.batch_size
+        waiting = len(self.ledger.groups) + len(self.dropped)  # as at the end of take(): a checkpoint, which collects, changes no answer
+        return self.left + waiting < self.sampler.batch_size
+
+    @property
+    def left(self) -> int:
+        """Prompts of runner.max_epochs that were not begun yet."""
+        return self.sampler.n * self.max_epochs - self.sampler.handed_out
 
     async def take(self, step: int) -> StepBatch:
         version = step - 1
@@ -178,8 +184,8 @@ class Wallclock:
         room = min(self.ledger.room(version), self.total_steps * size - self.ledger.begun)
         if most:
             room = min(room, int(most * size) - len(self.ledger.groups))
-        if not self.algorithm.dynamic_sampling:
-            room = min(room, self.sampler.n * self.max_epochs - self.sampler.handed_out)
+        # where too many of the last groups teach nothing, the step is completed from a further epoch: it is not to wait for ever
+        room = min(room, max(self.left, size - len(self.ledger.groups)))
         for prompt in self.sampler.next_batch(max(0, room)):
             step = self.begun // size + 1
             self.met = self.met if self.met[0] == step else (step, Counter())

@@ -19,6 +19,7 @@ from rlinf.errors import UserError
 from rlinf.rollout.contract import SamplingParams, Stop
 from rlinf.runners.rollouts import Order, Rollouts
 from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
+from rlinf.runners.selection import name_groups
 from rlinf.runners.validation import validation_orders
 from rlinf.scheduling.staleness import staleness
 from tests.simulated_engines import LONGEST, Engines, Judges
@@ -46,20 +47,19 @@ def config_of(schedule: str, eta: int, **rollout: Any) -> Config:
     config.rollout.max_running_requests = 2 * GROUPS * SAMPLES
     config.runner.max_epochs = 10
     for name, value in rollout.items():
-        setattr(config.algorithm if hasattr(config.algorithm, name) else config.rollout, name, value)
+        (section,) = [part for part in (config.algorithm, config.rollout, config.runner) if hasattr(part, name)]
+        setattr(section, name, value)
     return config
 
 
-def make(config: Config, steps: int, seed: int, right: float = 0.5) -> tuple[Schedule, Engines, Rollouts, Judges]:
+def make(config: Config, steps: int, seed: int, right: float = 0.5, prompts: int = PROMPTS) -> tuple[Schedule, Engines, Rollouts, Judges]:
     engines, judges = Engines(2, 2 * GROUPS * SAMPLES, seed), Judges(right)
     rollouts = Rollouts(config, engines, judges, Stop())
-    sampler = PromptSampler(PROMPTS, GROUPS, True, seed)
+    sampler = PromptSampler(prompts, GROUPS, True, seed)
 
     def orders(step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
         prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
-        names = [f"{step}.{p.prompt_id}" + "+" * met[p.prompt_id] for p in prompts]
-        met.update(p.prompt_id for p in prompts)
-        return [Order(name, p, SAMPLES, SamplingParams(), f"{name}") for name, p in zip(names, prompts)]
+        return [Order(name, p, SAMPLES, SamplingParams(), name) for name, p in zip(name_groups(step, prompts, met), prompts)]
 
     kind = {"logical": Logical, "wallclock": Wallclock}[config.algorithm.schedule]
     return kind(config, sampler, rollouts, Shelf(judges), orders, steps), engines, rollouts, judges
@@ -198,3 +198,35 @@ def test_groups_that_teach_nothing_make_room_and_too_many_are_an_error() -> None
     assert 0.25 < filtered / (filtered + 30 * GROUPS) < 0.6  # (1 - 0.2)^4 = 0.41 are all wrong
     with pytest.raises(UserError, match="dynamic_sampling"):
         play("wallclock", 1, 30, right=0.0, dynamic_sampling=True, dynamic_sampling_max_batches=2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("schedule", "eta", "over_provisioning"), [
+    ("logical", 0, 0), ("logical", 1, 0), ("wallclock", 0, 0), ("wallclock", 1, 0), ("wallclock", 2, 0), ("wallclock", 2, 1.0),
+])  # fmt: skip
+def test_dynamic_sampling_ends_with_the_data(schedule: str, eta: int, over_provisioning: float, seed: int) -> None:
+    """A step is begun while the epochs hold a batch for it; only the last one may need prompts of a further epoch to be complete."""
+    prompts, most = 160, 160 // GROUPS
+    config = config_of(schedule, eta, dynamic_sampling=True, max_epochs=1, over_provisioning=over_provisioning)
+    taken: list[str] = []
+    handed_out: list[int] = []
+
+    async def run() -> int:
+        plan, engines, _, _ = make(config, most, seed, 0.2, prompts)
+        while len(handed_out) < most and not plan.exhausted:
+            handed_out.append(plan.sampler.handed_out)
+            step = len(handed_out)
+            batch = await plan.take(step)
+            taken.extend(h.group_id for h, _ in batch.scored)
+            await plan.clear()
+            await asyncio.sleep(UPDATE)
+            await plan.settle()
+            engines.version, last = step, plan.exhausted
+            await plan.keep(Path("waiting"))
+            assert plan.exhausted == last  # the loop asks before and after a checkpoint
+        over = len(plan.ledger.groups) if isinstance(plan, Wallclock) else 0
+        assert prompts - plan.sampler.handed_out + over < GROUPS
+        return plan.sampler.handed_out
+
+    assert run_virtually(run()) < prompts + 3 * GROUPS and max(handed_out) <= prompts
+    assert len(set(taken)) == len(taken) == GROUPS * len(handed_out) and 4 <= len(handed_out) <= 6  # (1 - 0.2)^4 = 0.41 are all wrong
