@@ -45,20 +45,29 @@ class Engines:
         left = self.stall_timeout - (loop.time() - begun)
         return await asyncio.gather(*(self._insist(ref, args, left) for ref, args in zip(asked, per_rank_args)))
 
+    async def ask_once(self, rank: int, method: str, *args: Any) -> Any:
+        """One call that is not made again: raises WorkerLost for a worker that dies, or has to be ended, before it answers."""
+        return await self._in_time(self.group.ref(rank, method, *args), self.stall_timeout)
+
     async def _insist(self, ref: Ref, args: Sequence[Any], patience: float) -> Any:
         """The result of a call, made again for every worker that dies, or has to be ended, before it answers. patience: seconds that
         the first has, where there is a stall_timeout."""
         while True:
-            answer = asyncio.ensure_future(self.group.fetch(ref))
             try:
-                if not (await asyncio.wait({answer}, timeout=patience if self.stall_timeout else None))[0]:
-                    self.end(ref.rank, ref.life)
-                return await answer
+                return await self._in_time(ref, patience)
             except WorkerLost as loss:
                 await self.revive(ref.rank, loss)
-            finally:
-                answer.cancel()
             ref, patience = self.group.ref(ref.rank, ref.method, *args), self.stall_timeout
+
+    async def _in_time(self, ref: Ref, patience: float) -> Any:
+        """The result of a call; a worker that does not answer within its patience is ended, where there is a stall_timeout."""
+        answer = asyncio.ensure_future(self.group.fetch(ref))
+        try:
+            if not (await asyncio.wait({answer}, timeout=patience if self.stall_timeout else None))[0]:
+                self.end(ref.rank, ref.life)
+            return await answer
+        finally:
+            answer.cancel()
 
     def end(self, rank: int, life: int) -> None:
         """End a worker that stands still, unless another already stands in its place."""

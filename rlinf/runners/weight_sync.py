@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ class WeightSync:
         rollout, engines.load = engines.group, self.load_again
         self.keep = rollout.restarts > 0
         self.held: list[tuple[Shared, list[Ref]]] = []  # by engine: where the current weights still are
+        self.replacing = asyncio.Lock()  # nobody reads what the actor withdraws, and who comes while it writes waits for the new weights
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
         self.version: int | None = None
         self.syncs = 0
@@ -53,27 +55,28 @@ class WeightSync:
 
     async def publish(self, version: int) -> None:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
-        self.held = []
         ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # the others have learned that they feed nobody
         if self.groups and self.syncs == 0:
             await self._join()
         rounds = 2 if self.joining and self.groups and self.syncs == 0 else 1  # the second is for the proof that the engines do at first
-        published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks}
-        writing = self.actor.results([written for written, _ in published.values()])
-        if self.groups:  # sent and received at once
-            found, taken = await gather_or_cancel([writing, self._receive(version)])
-        else:
-            found = await writing
-        parts = dict(zip(ranks, found))
-        offers = {
-            feed: Shared(merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]]))
-            for feed in set(self.feeds)
-        }
-        self.version, sources = version, [offers[feed].value for feed in self.feeds]
-        if not self.groups:
-            for feed in self.feeds:
+        async with self.replacing:
+            self.held = []
+            published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks}
+            writing = self.actor.results([written for written, _ in published.values()])
+            if self.groups:  # sent and received at once; no engine is started anew then
+                found, taken = await gather_or_cancel([writing, self._receive(version)])
+            else:
+                found = await writing
+            parts = dict(zip(ranks, found))
+            offers = {
+                feed: Shared(merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]]))
+                for feed in set(self.feeds)
+            }
+            self.version, sources = version, [offers[feed].value for feed in self.feeds]
+            for feed in () if self.groups else self.feeds:
                 payload = [published[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
                 self.held.append((offers[feed], payload))
+        if not self.groups:
             taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.held])
         receipts, self.engine_stats = [receipt for receipt, _ in taken], [stats for _, stats in taken]
         check_receipts(sources, version, receipts)
@@ -110,10 +113,11 @@ class WeightSync:
     async def load_again(self, engine: int) -> None:
         """The current weights for an engine that was restarted;
         it has to wait for the next publish() when the actor is already past them."""
-        if self.held:
-            offer, payload = self.held[engine]
-            receipt, _ = await self.engines.group.call(engine, "load_weights", offer, self.version, *payload)
-            check_receipts([offer.value], self.version, [receipt])
+        async with self.replacing:
+            if self.held:
+                offer, payload = self.held[engine]
+                receipt, _ = await self.engines.ask_once(engine, "load_weights", offer, self.version, *payload)
+                check_receipts([offer.value], self.version, [receipt])
 
     async def probe(self, version: int, expected: Sequence[np.ndarray]) -> float:
         """Largest gap between the engines' scores of the probes and the actor's."""

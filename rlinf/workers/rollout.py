@@ -45,7 +45,7 @@ class RolloutWorker:
         log = self.folder / "workers" / f"rollout-{address.rank}-engine.log"
         self.device = choose(config.cluster.device)
         self.start_timeout = config.cluster.start_timeout
-        self.asleep, self.waking = False, asyncio.Lock()
+        self.asleep, self.waking, self.loading = False, asyncio.Lock(), asyncio.Lock()
         self.wires: dict[str, Wire] = {}  # by the name of the broadcast group
         self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
         nodes, span = nodes_of_engine(config, address), None
@@ -81,7 +81,8 @@ class RolloutWorker:
     async def load_weights(
         self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]
     ) -> tuple[Receipt, EngineStats]:
-        receipt = await self._load_weights(source, version, stages)
+        async with self.loading:  # when it was started anew in the middle of a sync, it is given the weights twice
+            receipt = await self._load_weights(source, version, stages)
         return receipt, await self.stats()
 
     async def _load_weights(self, source: Buckets | Collective, version: int, stages: Sequence[tuple[np.ndarray, ...]]) -> Receipt:
