@@ -110,7 +110,7 @@ def _tokenize(records: Sequence[_Record], config: Config, tokenizer: TextTokeniz
     examples, too_long = [], []
     for name, r, prompt_ids, response_ids in zip(names, records, prompts, responses):
         if config.sft.append_end_token and response_ids[-1] not in tokenizer.eos_token_ids:
-            response_ids = [*response_ids, tokenizer.eos_token_ids[0]]
+            response_ids = [*response_ids, tokenizer.end_token_id]
         length = len(prompt_ids) + len(response_ids)
         if length > config.runner.seq_length:
             too_long.append(Fault(r.file, r.line, f"{length} tokens, runner.seq_length is {config.runner.seq_length}"))

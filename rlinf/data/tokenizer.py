@@ -53,6 +53,16 @@ class TextTokenizer:
         return [ids if ids[:1] == [self.bos_token_id] else [self.bos_token_id, *ids] for ids in encoded]
 
     @property
+    def end_token_id(self) -> int:
+        """The token that ends what a person writes for the model to learn: the tokenizer's own, with which a chat template ends a turn.
+
+        Other files may name more, and another one first.
+        """
+        own = _content(self._settings.get("eos_token"))
+        found = None if own is None else self._backend.token_to_id(own)
+        return self.eos_token_ids[0] if found is None else found
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._settings.get("chat_template"))
 

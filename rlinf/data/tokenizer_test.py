@@ -77,7 +77,13 @@ def test_pieces_of_tokens_join_to_the_text(tmp_path: Path) -> None:
 
 def test_end_tokens_are_the_union_of_the_three_files(tmp_path: Path) -> None:
     files = {"generation_config.json": {"eos_token_id": [7, 257]}, "config.json": {"eos_token_id": 9}}
-    assert load_tokenizer(str(make_folder(tmp_path, files=files))).eos_token_ids == (7, 257, 9)
+    tokenizer = load_tokenizer(str(make_folder(tmp_path, files=files)))
+    assert tokenizer.eos_token_ids == (7, 257, 9) and tokenizer.end_token_id == 257  # the tokenizer's own ends what is learned
+
+
+def test_without_an_own_end_token_the_first_of_the_model_ends_what_is_learned(tmp_path: Path) -> None:
+    files = {"generation_config.json": {"eos_token_id": [7, 9]}}
+    assert load_tokenizer(str(make_folder(tmp_path, eos_token=None, files=files))).end_token_id == 7
 
 
 def test_a_model_without_an_end_token_is_refused(tmp_path: Path) -> None:
