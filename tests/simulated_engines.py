@@ -35,20 +35,17 @@ class Engines:
             return asyncio.ensure_future(self.abort(rank))
         assert (method, returns) == ("generate", 2)
         request, prompt, *before = args
-        payload = SimpleNamespace(versions=[Counter(v) for v in before[0].versions] if before else [Counter() for _ in range(request.n)])
-        return asyncio.ensure_future(self.generate(rank, request, prompt, payload)), payload
+        versions = [Counter(v) for v in before[0].versions] if before else [Counter() for _ in range(request.n)]
+        payload = SimpleNamespace(name=request.request_id, prompt_id=prompt.prompt_id, versions=versions)
+        return asyncio.ensure_future(self.generate(rank, request, payload)), payload
 
-    async def generate(self, rank: int, request: Any, prompt: Any, payload: Any) -> GroupHeader:
+    async def generate(self, rank: int, request: Any, payload: Any) -> GroupHeader:
         stopped = self.stopped[rank]
         finishes = await asyncio.gather(*(self.sample(rank, request.request_id, k, payload.versions[k], stopped) for k in range(request.n)))
-        lengths = tuple(sum(v.values()) for v in payload.versions)
+        header = header_of(payload, tuple(finishes), (None,) * request.n)
         if Finish.ABORT not in finishes:
-            self.lengths += lengths
-        versions = tuple(tuple(sorted(v.items())) for v in payload.versions)
-        names = tuple(sample_id(request.request_id, k) for k in range(request.n))
-        return GroupHeader(
-            request.request_id, prompt.prompt_id, "math", 1, names, lengths, lengths, tuple(finishes), versions, (None,) * request.n
-        )
+            self.lengths += header.response_lengths
+        return header
 
     async def sample(self, rank: int, name: str, k: int, versions: Counter[int], stopped: asyncio.Event) -> Finish:
         """Forty tokens at a time, under whatever weights are there."""
@@ -73,7 +70,7 @@ class Judges:
 
     def __init__(self, right: float = 0.5) -> None:
         self.size, self.right = 1, right
-        self.files: dict[str, tuple[GroupHeader, Any]] = {}
+        self.files: dict[str, tuple[Any, Any]] = {}  # path -> (payload, verdicts)
 
     async def call(self, rank: int, method: str, *args: Any) -> Any:
         if method == "keep":
@@ -85,6 +82,20 @@ class Judges:
         payload, name = args
         chance = np.random.default_rng([len(payload.versions), *name.encode()])
         return tuple(verdict(chance.random() < self.right) for _ in payload.versions)
+
+    def ref(self, rank: int, method: str, path: str, returns: int) -> Any:
+        assert (method, returns) == ("fetch", 2)
+        payload, verdicts = self.files[path]
+        n = len(payload.versions)
+        header: asyncio.Future[GroupHeader] = asyncio.get_running_loop().create_future()
+        header.set_result(header_of(payload, (Finish.STOP,) * n, tuple(verdicts) or (None,) * n))
+        return header, payload
+
+
+def header_of(payload: Any, finishes: tuple[Finish, ...], verdicts: tuple[Verdict | None, ...]) -> GroupHeader:
+    lengths, names = tuple(sum(v.values()) for v in payload.versions), tuple(sample_id(payload.name, k) for k in range(len(finishes)))
+    versions = tuple(tuple(sorted(v.items())) for v in payload.versions)
+    return GroupHeader(payload.name, payload.prompt_id, "math", 1, names, lengths, lengths, finishes, versions, verdicts)
 
 
 def verdict(right: bool) -> Verdict:

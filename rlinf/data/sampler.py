@@ -74,13 +74,17 @@ class PromptSampler:
         """Whether max_epochs epochs hold no whole batch any more."""
         return self.n * max_epochs - self.handed_out < self.batch_size
 
-    def total_steps(self, max_epochs: int, max_steps: int) -> int:
-        """Steps of a run: whole batches in max_epochs epochs, cut off at max_steps unless that is -1."""
-        by_epochs = self.n * max_epochs // self.batch_size
+    def total_steps(self, max_epochs: int, max_steps: int, done: int = 0, waiting: int = 0) -> int:
+        """Steps of a run: whole batches in max_epochs epochs, cut off at max_steps unless that is -1.
+
+        done: steps that were made so far, with batches of any size. waiting: prompts that were handed out for later ones.
+        """
+        left = self.n * max_epochs - self.handed_out + waiting
+        by_epochs = done + max(0, left // self.batch_size)
         return by_epochs if max_steps == -1 else min(by_epochs, max_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values. The batch size is not part of it: it may change on resume without a prompt being lost or repeated."""
+        """Plain JSON values. The batch size is not part of it: the stream goes on in batches of any size."""
         return {"epoch": self.epoch, "cursor": self.cursor} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

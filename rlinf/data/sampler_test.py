@@ -73,6 +73,18 @@ def test_total_steps_never_needs_more_prompts_than_the_epochs_hold(shape: tuple[
     assert steps == max_steps or (steps + 1) * batch_size > n * epochs
 
 
+@given(st.integers(2, 30), seeds, st.integers(0, 9), st.integers(1, 3), st.data())
+def test_the_steps_that_are_left_are_counted_in_prompts(n: int, seed: int, done: int, epochs: int, data: st.DataObject) -> None:
+    """`waiting` of the prompts are on their way to a step: after the last step less than a batch is over, whatever the batches were."""
+    sampler, batch_size = PromptSampler(n, data.draw(st.integers(1, n)), True, seed), data.draw(st.integers(1, n))
+    handed_out = sampler.next_batch(data.draw(st.integers(0, n * epochs)))
+    waiting = data.draw(st.integers(0, len(handed_out)))
+    sampler.batch_size = batch_size
+    total = sampler.total_steps(epochs, -1, done, waiting)
+    assert 0 <= n * epochs - len(handed_out) + waiting - (total - done) * batch_size < batch_size
+    assert sampler.total_steps(epochs, done + 1, done, waiting) == min(total, done + 1)
+
+
 def test_the_order_is_fixed_for_all_time() -> None:
     assert epoch_order(8, True, 1234, 0).tolist() == [7, 3, 0, 1, 4, 2, 5, 6]
     assert epoch_order(8, True, 1234, 1).tolist() == [0, 5, 6, 4, 2, 1, 7, 3]

@@ -15,6 +15,7 @@ from rlinf.runners.halves import RolloutOnly, TrainOnly
 from rlinf.runners.launch import WORKERS, launch_parts
 from rlinf.runners.recorded import RecordedSteps, ranges
 from rlinf.runners.requests import stop_of
+from rlinf.runners.resuming import TRAIN_ONLY
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.session import check_trackers, open_session, say
 from rlinf.scheduling.placement import build_plan
@@ -54,7 +55,7 @@ def train_only(resolved: Resolved, source: Path, first: int = 1) -> int:
     config = resolved.config
     check_trackers(config.runner.logger.logger_backends)
     steps = RecordedSteps(source)
-    folder = RunFolder(resolved)
+    folder = RunFolder(resolved, TRAIN_ONLY)
     first = folder.resume.step + 1 if folder.resume else first
     last = steps.total_steps(config.runner.max_epochs, config.runner.max_steps)
     missing = sorted({*range(first, last + 1)} - {*steps.steps})

@@ -122,7 +122,8 @@ class ReasoningRunner(TrainingLoop):
     async def restore(self, folder: Path, state: dict[str, Any]) -> None:
         self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
         self.rollouts.lengths.update(state["response_lengths"])
-        await self.schedule.restore(folder / "waiting", state["schedule"])
+        self.schedule.total_steps = self.total_steps
+        await self.schedule.restore(folder / "waiting", state["schedule"], self.step)
 
     @property
     def finished(self) -> bool:

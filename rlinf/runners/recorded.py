@@ -27,8 +27,8 @@ class RecordedSteps:
                 f"{run_dir}: no step of this run is journalled (samples/order_*.jsonl); runs keep them unless runner.keep_groups is 0"
             )
 
-    def total_steps(self, max_epochs: int, max_steps: int) -> int:
-        """The last step; earlier when max_steps says so."""
+    def total_steps(self, max_epochs: int, max_steps: int, done: int = 0, waiting: int = 0) -> int:
+        """The last step; earlier when max_steps says so. The rest is for a sampler."""
         return self.steps[-1] if max_steps == -1 else min(self.steps[-1], max_steps)
 
     def state_dict(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ from rlinf.config.schema import RunnerConfig
 from rlinf.data.lines import append_lines
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
+from rlinf.runners.resuming import TRAIN, made_with, refuse_changes
 from rlinf.weights.tensor_folder import read_json, sync, write_json
 
 STATE = "run_state.json"
@@ -42,10 +43,10 @@ class Resume:
 
 
 class RunFolder:
-    """<runner.output_dir>/<runner.experiment_name>, held by one driver at a time. command: the one that runs here, `train` or `sft`."""
+    """<runner.output_dir>/<runner.experiment_name>, held by one driver at a time. command: the one that runs here, as the user calls it."""
 
-    def __init__(self, resolved: Resolved, command: str = "train") -> None:
-        runner, self.command = resolved.config.runner, command
+    def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
+        runner, self.command, self.config = resolved.config.runner, command, resolved.config
         self.path = run_path(runner)
         self.keep, self.keep_groups, self.ahead = runner.keep_checkpoints, runner.keep_groups, resolved.config.algorithm.max_staleness
         _make(self.path)
@@ -90,7 +91,8 @@ class RunFolder:
 
     def finish_checkpoint(self, partial: Path, state: dict[str, Any]) -> Path:
         """Make what was written the latest checkpoint; an interruption at any instant leaves it or the one before it in force."""
-        write_json(partial / STATE, {"command": self.command} | state)
+        settings = {"made_with": made_with(self.config)} if self.command == TRAIN else {}
+        write_json(partial / STATE, {"command": self.command} | settings | state)
         for folder in [p for p in partial.rglob("*") if p.is_dir()]:
             sync(folder)
         write_json(partial / COMPLETE, inventory(partial))
@@ -201,11 +203,7 @@ class RunFolder:
         if step_dir is None:
             return None
         resume = read_checkpoint(step_dir.resolve())
-        if resume.state["command"] != self.command:
-            raise UserError(
-                f"runner.resume_dir: {resume.step_dir} is a checkpoint of `rlinf {resume.state['command']}`, and this is "
-                f"`rlinf {self.command}`; to start from its weights set rollout.model_dir={resume.step_dir / 'hf'}, in a new run"
-            )
+        refuse_changes(resume.step_dir, resume.state, self.command, self.config)
         return resume
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from rlinf.config.load import load
 from rlinf.errors import UserError
-from rlinf.runners.run_folder import COMPLETE, RunFolder, read_checkpoint
+from rlinf.runners.resuming import TRAIN_ONLY
+from rlinf.runners.run_folder import COMPLETE, RunFolder, inventory, read_checkpoint
+from rlinf.weights.tensor_folder import write_json
 
 
 def open_folder(tmp_path: Path, *words: str) -> RunFolder:
@@ -23,12 +25,12 @@ def close(folder: RunFolder) -> None:
     folder._lock.close()
 
 
-def checkpoint(folder: RunFolder, step: int) -> Path:
+def checkpoint(folder: RunFolder, step: int, **state: object) -> Path:
     partial = folder.begin_checkpoint(step)
     (partial / "actor").mkdir()
     (partial / "actor" / "weights.safetensors").write_text(str(step))
     (partial / "actor" / "index.json").write_text(json.dumps({"step": step}))
-    return folder.finish_checkpoint(partial, {"step": step})
+    return folder.finish_checkpoint(partial, {"step": step} | state)
 
 
 def with_steps(folder: RunFolder) -> None:
@@ -219,6 +221,96 @@ def test_a_branch_of_another_run_goes_on_from_its_start_until_it_has_a_checkpoin
     close(branch)
     branch = open_folder(tmp_path, "runner.resume_dir=auto")
     assert branch.resume is not None and branch.resume.step_dir.parent == branch.checkpoints
+
+
+LOGICAL = {"begun": 2, "waiting": [{"scored": ["00-00000", "00-00001"]}]}
+WALLCLOCK = {"ledger": {"begun": 24, "groups": [["3.a", 1, True], ["3.b", 1, False]]}, "wanted": []}
+NOTHING = {"begun": 1, "waiting": []}
+SIXTEEN = ("data.rollout_batch_size=16", "algorithm.group_size=8")
+
+
+def resumed_with(tmp_path: Path, schedule: dict[str, object], before: tuple[str, ...], after: tuple[str, ...]) -> RunFolder:
+    folder = open_folder(tmp_path, *SIXTEEN, *before)
+    checkpoint(folder, 1, schedule=schedule, sampler={"epoch": 0})
+    folder.samples(2).parent.mkdir()
+    folder.samples(2).write_text("made after the checkpoint")
+    close(folder)
+    try:
+        return open_folder(tmp_path, "runner.resume_dir=auto", *SIXTEEN, *before, *after)
+    except UserError:
+        assert folder.samples(2).exists()  # nothing was set aside for it
+        raise
+
+
+AHEAD = ("algorithm.max_staleness=2",)
+CLOCK = (*AHEAD, "algorithm.schedule=wallclock")
+
+
+@pytest.mark.parametrize(("schedule", "before", "after", "says"), [
+    (WALLCLOCK, CLOCK, "algorithm.max_staleness=1", "algorithm.max_staleness: 2 instead of 1"),
+    (WALLCLOCK, CLOCK, "data.rollout_batch_size=32", "data.rollout_batch_size: 16 instead of 32"),
+    (WALLCLOCK, CLOCK, "algorithm.schedule=logical", "algorithm.schedule: 'wallclock' instead of 'logical'"),
+    (WALLCLOCK, CLOCK, "algorithm.group_size=4", "algorithm.group_size: 8 instead of 4"),
+    (LOGICAL, AHEAD, "algorithm.schedule=wallclock", "algorithm.schedule: 'logical' instead of 'wallclock'"),
+    (LOGICAL, AHEAD, "algorithm.max_staleness=0", "algorithm.max_staleness: 2 instead of 0"),
+    (LOGICAL, AHEAD, "data.rollout_batch_size=8", "data.rollout_batch_size: 16 instead of 8"),
+])  # fmt: skip
+def test_settings_that_the_groups_generated_ahead_do_not_fit_are_refused_before_anything_is_touched(
+    tmp_path: Path, schedule: dict[str, object], before: tuple[str, ...], after: str, says: str
+) -> None:
+    with pytest.raises(UserError, match="holds . groups that were generated ahead") as error:
+        resumed_with(tmp_path, schedule, before, (after,))
+    step_dir = tmp_path / "run" / "checkpoints" / "step_000001"
+    assert says in str(error.value) and f"rollout.model_dir={step_dir / 'hf'}" in str(error.value)
+
+
+@pytest.mark.parametrize(("schedule", "before", "after"), [
+    (WALLCLOCK, CLOCK, ("algorithm.max_staleness=3",)),
+    (LOGICAL, AHEAD, ("algorithm.max_staleness=3",)),
+    (LOGICAL, AHEAD, ("runner.max_steps=50", "data.seed=7")),
+    (NOTHING, (), ("data.rollout_batch_size=32", "algorithm.schedule=wallclock", "algorithm.max_staleness=1")),
+    (NOTHING, AHEAD, ("algorithm.max_staleness=0", "algorithm.group_size=4")),
+])  # fmt: skip
+def test_other_settings_may_change(tmp_path: Path, schedule: dict[str, object], before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    resumed = resumed_with(tmp_path, schedule, before, after)
+    assert resumed.resume is not None and resumed.resume.step == 1
+
+
+def without_settings(folder: RunFolder, step: int, **state: object) -> Path:
+    """A checkpoint as they were before they told the settings."""
+    partial = folder.begin_checkpoint(step)
+    final = folder.finish_checkpoint(partial, {"step": step} | state)
+    old = json.loads((final / "run_state.json").read_text())
+    old.pop("made_with", None)
+    (final / "run_state.json").write_text(json.dumps(old))
+    (final / COMPLETE).unlink()
+    write_json(final / COMPLETE, inventory(final))
+    return final
+
+
+def test_a_checkpoint_that_does_not_tell_its_settings_is_gone_on_from(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path, *CLOCK)
+    without_settings(folder, 1, schedule=WALLCLOCK, sampler={"epoch": 0})
+    close(folder)
+    assert close(open_folder(tmp_path, "runner.resume_dir=auto", *CLOCK, "data.rollout_batch_size=8")) is None
+    with pytest.raises(UserError, match="algorithm.schedule: 'wallclock' instead of 'logical'"):
+        open_folder(tmp_path, "runner.resume_dir=auto")
+
+
+def test_training_alone_goes_on_from_any_training_but_not_the_other_way_round(tmp_path: Path) -> None:
+    """Without a sampler there is no place in the data to go on from."""
+    folder = open_folder(tmp_path)
+    whole = checkpoint(folder, 1, schedule=LOGICAL, sampler={"epoch": 0})
+    close(folder)
+    words = [f"runner.output_dir={tmp_path}", "runner.experiment_name=half", f"runner.resume_dir={whole}", *CLOCK]
+    half = RunFolder(load("smollm2-135m-grpo-cpu", words), TRAIN_ONLY)
+    made = [checkpoint(half, 2, sampler={}), without_settings(half, 3, command="train", sampler={})]
+    close(half)
+    for step_dir in reversed(made):
+        with pytest.raises(UserError, match="is a checkpoint of `rlinf train --debug-train-only`, and this is `rlinf train`"):
+            open_folder(tmp_path, f"runner.resume_dir={step_dir}")
+        words[2] = f"runner.resume_dir={step_dir}"
+        close(RunFolder(load("smollm2-135m-grpo-cpu", words), TRAIN_ONLY))
 
 
 @pytest.mark.parametrize("file", ["run_state.json", "actor/index.json", "actor/weights.safetensors"])

@@ -26,7 +26,9 @@ Orders = Callable[[int, Sequence[int], Counter[str]], list[Order]]  # (step, pro
 
 
 class Schedule(Protocol):
-    """exhausted: whether the data hold no further batch."""
+    """exhausted: whether the data hold no further batch. total_steps: of the run."""
+
+    total_steps: int
 
     @property
     def exhausted(self) -> bool: ...
@@ -47,7 +49,9 @@ class Schedule(Protocol):
         """Write the groups that wait into `folder`; what restore() needs beside them, as JSON values."""
         ...
 
-    async def restore(self, folder: Path, state: dict[str, Any]) -> None: ...
+    async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
+        """Go on behind `step`. A state in which no group waits may be that of another schedule, and of other batches."""
+        ...
 
 
 class Shelf:
@@ -118,9 +122,10 @@ class Logical:
             waiting.append({"scored": list(names.values()), "generated": generated, "metrics": batch.metrics})
         return {"begun": self.begun, "waiting": waiting}
 
-    async def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        self.begun = state["begun"]
-        for kept in state["waiting"]:
+    async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
+        waiting = state.get("waiting", [])
+        self.begun = step + len(waiting)
+        for kept in waiting:
             scored = dict(zip(kept["scored"], await asyncio.gather(*(self.shelf.get(folder, name) for name in kept["scored"]))))
             generated = [scored[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
             ready: asyncio.Future[StepBatch | None] = asyncio.get_running_loop().create_future()
@@ -243,7 +248,11 @@ class Wallclock:
             "met": [self.met[0], dict(self.met[1])],
         }
 
-    async def restore(self, folder: Path, state: dict[str, Any]) -> None:
+    async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
+        if not state.get("wanted"):
+            size, named = self.sampler.batch_size, state.get("met", [0])[0]  # no group is named as one before the checkpoint
+            self.ledger.begun, self.begun = step * size, max(step, named) * size
+            return
         self.ledger.restore(state["ledger"])
         self.wanted = {name: (prompt, step) for name, prompt, step in state["wanted"]}
         self.begun, self.met = state["begun"], (state["met"][0], Counter(state["met"][1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,10 +53,12 @@ def config_of(schedule: str, eta: int, **rollout: Any) -> Config:
     return config
 
 
-def make(config: Config, steps: int, seed: int, right: float = 0.5, prompts: int = PROMPTS) -> tuple[Schedule, Engines, Rollouts, Judges]:
+def make(
+    config: Config, steps: int, seed: int, right: float = 0.5, prompts: int = PROMPTS, groups: int = GROUPS
+) -> tuple[Schedule, Engines, Rollouts, Judges]:
     engines, judges = Engines(2, 2 * GROUPS * SAMPLES, seed), Judges(right)
     rollouts = Rollouts(config, engines, judges, Stop())
-    sampler = PromptSampler(prompts, GROUPS, True, seed)
+    sampler = PromptSampler(prompts, groups, True, seed)
 
     def orders(step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
         prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
@@ -180,6 +183,41 @@ def test_a_group_that_is_done_while_a_checkpoint_is_written_is_kept_as_it_was() 
         ]
 
     run_virtually(run())
+
+
+async def go_on(first: tuple[str, int, int], second: tuple[str, int, int], at: int, steps: int) -> list[list[str]]:
+    """The steps of (schedule, eta, groups of a step) until step `at`, and those of another such life behind its checkpoint."""
+    taken: list[list[str]] = []
+    kept, state, files = {}, {}, {}
+    for (kind, eta, groups), begin, end in ((first, 0, at), (second, at, steps)):
+        schedule, engines, _, judges = make(config_of(kind, eta), steps, 0, groups=groups)
+        judges.files, engines.version = files, begin
+        if begin:
+            schedule.sampler.load_state_dict(state)
+            await schedule.restore(Path("kept"), kept, begin)
+        for step in range(begin + 1, end + 1):
+            batch = await schedule.take(step)
+            await schedule.clear()
+            headers = [h for h, _ in batch.scored]
+            assert len(headers) == groups and staleness(headers, step - 1)["rollout/staleness_max"] <= eta
+            taken.append([h.group_id for h in headers])
+            await schedule.settle()
+            engines.version = step
+        kept, state, files = json.loads(json.dumps(await schedule.keep(Path("kept")))), schedule.sampler.state_dict(), judges.files
+    return taken
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    (("logical", 0, 16), ("logical", 0, 32)), (("logical", 0, 16), ("wallclock", 2, 8)), (("wallclock", 0, 16), ("logical", 1, 24)),
+    (("wallclock", 0, 16), ("wallclock", 2, 24)), (("logical", 1, 16), ("logical", 3, 16)), (("wallclock", 1, 16), ("wallclock", 3, 16)),
+])  # fmt: skip
+def test_what_may_change_behind_a_checkpoint_loses_and_doubles_nothing(first: tuple[str, int, int], second: tuple[str, int, int]) -> None:
+    at, steps = 6, 12
+    names = [name for step in run_virtually(go_on(first, second, at, steps)) for name in step]
+    prompts = [name.split(".")[1] for name in names]
+    used = PromptSampler(PROMPTS, 1, True, 0).next_batch(at * first[2] + (steps - at) * second[2])
+    assert sorted(prompts) == sorted(f"p{i}" for i in used)
+    assert max(int(name.split(".")[0]) for name in names) == steps  # named by the step that a group was begun for
 
 
 def test_over_provisioning_bounds_what_is_on_its_way() -> None:

@@ -1,0 +1,56 @@
+"""What a checkpoint holds that binds the run which goes on from it.
+
+Where nothing was generated ahead, step and place in the data are all there is, and any schedule and batch size can go on from there. Groups
+that were generated ahead belong to batches, and were begun under the staleness that was allowed then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlinf.config.load import value_of
+from rlinf.config.schema import Config
+from rlinf.errors import UserError
+
+TRAIN, TRAIN_ONLY = "train", "train --debug-train-only"  # commands; the second has no place in the data to go on from
+STALENESS = "algorithm.max_staleness"
+BINDING = ("algorithm.schedule", STALENESS, "algorithm.group_size", "data.rollout_batch_size")
+
+
+def made_with(config: Config) -> dict[str, Any]:
+    """What run_state.json says of the settings that groups generated ahead depend on."""
+    return {key: value_of(config, key) for key in BINDING}
+
+
+def ahead(state: Mapping[str, Any]) -> int:
+    """Groups of a checkpoint that were begun and not yet trained on."""
+    schedule = state.get("schedule", {})
+    if "ledger" in schedule:
+        return len(schedule["ledger"]["groups"])
+    return sum(len(batch["scored"]) for batch in schedule.get("waiting", ()))
+
+
+def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, config: Config) -> None:
+    """Raise UserError when `command` with this configuration cannot go on from the checkpoint."""
+    start = f"rollout.model_dir={step_dir / 'hf'}"
+    made_by = TRAIN_ONLY if state.get("sampler") == {} else state["command"]  # older checkpoints call both `train`
+    if command != made_by and (command, made_by) != (TRAIN_ONLY, TRAIN):
+        raise UserError(
+            f"runner.resume_dir: {step_dir} is a checkpoint of `rlinf {made_by}`, and this is `rlinf {command}`; "
+            f"to start from its weights set {start}, in a new run"
+        )
+    if command == TRAIN and ahead(state):
+        older = {"algorithm.schedule": "wallclock" if "ledger" in state["schedule"] else "logical"}  # that told nothing more
+        then, now = state.get("made_with", older), made_with(config)
+        changed = [
+            f"{key}: {value!r} instead of {now[key]!r}"
+            for key, value in then.items()
+            if (now[key] < value if key == STALENESS else now[key] != value)
+        ]
+        if changed:
+            raise UserError(
+                f"runner.resume_dir: {step_dir} holds {ahead(state)} groups that were generated ahead, with {', '.join(changed)}, and they "
+                f"do not fit this run. Put it back ({STALENESS} may grow), or start a new run from the weights: {start}"
+            )
