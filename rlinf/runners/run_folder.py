@@ -23,6 +23,7 @@ from rlinf.data.lines import append_lines
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
 from rlinf.runners.resuming import TRAIN, made_with, refuse_changes
+from rlinf.weights.files import FOLDER, remove_published
 from rlinf.weights.tensor_folder import read_json, sync, write_json
 
 STATE = "run_state.json"
@@ -55,6 +56,7 @@ class RunFolder:
         self.continues = self._has_steps()
         self.resume = self._find_resume(runner.resume_dir)
         self._set_aside(self.resume.step if self.resume else -1)
+        remove_published(self.path / FOLDER)
         (self.path / "config.yaml").write_text(to_yaml(resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
 
@@ -120,7 +122,8 @@ class RunFolder:
                 order.unlink()
 
     def release(self) -> None:
-        """Another driver may have the folder."""
+        """The workers are gone, and another driver may have the folder."""
+        remove_published(self.path / FOLDER)
         self._lock.close()
 
     def finish(self) -> None:

@@ -51,6 +51,31 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_weights_on_their_way_to_the_engines_go_with_the_run_that_wrote_them(tmp_path: Path) -> None:
+    """When the run ends, or when it goes on where it had no time for that; nothing else in the folder, and not those of a run that lives."""
+    folder = open_folder(tmp_path)
+    published, own = folder.path / "weights" / "d0-s1" / "v3", folder.path / "weights" / "drafts-self"
+
+    def publish() -> None:
+        for place in (published, own):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "00000.safetensors").write_text("a copy of the model")
+
+    publish()
+    with pytest.raises(UserError, match="another run is writing here now"):
+        open_folder(tmp_path)
+    assert (published / "00000.safetensors").exists()
+    folder.release()
+    assert not published.parent.exists() and (own / "00000.safetensors").exists()
+    publish()
+    with_steps(folder)
+    with pytest.raises(UserError, match="there is a run here already"):
+        open_folder(tmp_path)
+    assert (published / "00000.safetensors").exists()
+    folder = open_folder(tmp_path, "runner.resume_dir=auto")
+    assert not published.parent.exists() and (own / "00000.safetensors").exists()
+
+
 @pytest.mark.parametrize("finished, words", [(True, "has finished"), (False, "stopped before its end")])
 def test_a_run_is_never_overwritten(tmp_path: Path, finished: bool, words: str) -> None:
     folder = open_folder(tmp_path)

@@ -13,7 +13,7 @@ from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
 from rlinf.weights.broadcast import Wire
 from rlinf.weights.buckets import BUCKET_BYTES
-from rlinf.weights.files import publish_files
+from rlinf.weights.files import publish_files, publisher_name
 from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, SHARED_MEMORY
 from rlinf.weights.server_groups import ServerWire
@@ -37,7 +37,7 @@ class Publisher:
 
     def __init__(self, engine: MegatronEngine, run_id: str, folder: Path, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.engine, self.folder, self.bucket_bytes = engine, folder, bucket_bytes
-        self.place = f"d{engine.at.dp_rank}-s{engine.at.pp_rank}"
+        self.place = publisher_name(engine.at.dp_rank, engine.at.pp_rank)
         self.segments = Segments(f"{run_id}-{self.place}")
         self.on_device = DeviceBuckets(self.segments.name, engine.device)
         self.wire: Wire | ServerWire | None = None

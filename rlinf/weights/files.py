@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,13 @@ from safetensors.torch import save
 from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, group_into_buckets
 from rlinf.weights.source import BucketSpec, Files, TensorSpec
 
+FOLDER = "weights"  # in the run's folder; below it each publisher has one of its own
+PUBLISHER = re.compile(r"d\d+-s\d+")  # what publisher_name() gives
 LENGTH_BYTES = 8  # at the front of a safetensors file: how long its header is
+
+
+def publisher_name(replica: int, stage: int) -> str:
+    return f"d{replica}-s{stage}"
 
 
 def publish_files(tensors: Iterable[Named], folder: Path, version: int, bucket_bytes: int = BUCKET_BYTES) -> Files:
@@ -27,6 +34,13 @@ def publish_files(tensors: Iterable[Named], folder: Path, version: int, bucket_b
     return Files(
         tuple(_write(place / f"{i:05d}.safetensors", bucket) for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)))
     )
+
+
+def remove_published(folder: Path) -> None:
+    """Publishers that lost their process could not withdraw what they had written below `folder`."""
+    for place in folder.glob("*"):
+        if PUBLISHER.fullmatch(place.name):
+            shutil.rmtree(place, ignore_errors=True)  # a node may still be closing a file: the next start of the run removes the rest
 
 
 def folders_of(source: Files) -> list[Path]:
