@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from rlinf.cluster.cluster import Cluster
 from rlinf.config.load import Resolved
 from rlinf.config.model import own_functions
@@ -13,12 +11,12 @@ from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
-from rlinf.errors import Hang
 from rlinf.metrics.summary import show_summary
 from rlinf.rewards.tasks import check_tasks
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
-from rlinf.runners.run_folder import RunFolder, run_path
+from rlinf.runners.restarts import with_restarts
+from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.session import check_trackers, open_session, say
 from rlinf.scheduling.placement import PART, Plan, build_plan
 
@@ -33,26 +31,8 @@ ENGINE_PART = "rlinf.workers.rollout_part:RolloutPart"
 
 
 def train(resolved: Resolved) -> int:
-    """Run to the end; 0 when it finished. Everything that was started is ended, however this returns.
-
-    With runner.on_hang restart a run that hangs is started anew from its latest checkpoint, runner.max_restarts times at most.
-    """
-    restarts, runner = 0, resolved.config.runner
-    while True:
-        try:
-            return train_once(resolved)
-        except Hang as hang:
-            if runner.on_hang != "restart" or restarts == runner.max_restarts or not (run_path(runner) / "checkpoints" / "latest").exists():
-                raise
-            restarts += 1
-            say(f"rlinf: {hang}\nrlinf: restart {restarts} of at most {runner.max_restarts}, from the latest checkpoint")
-            resolved = going_on(resolved)
-
-
-def going_on(resolved: Resolved) -> Resolved:
-    """The same run from its latest checkpoint."""
-    config = replace(resolved.config, runner=replace(resolved.config.runner, resume_dir="auto"))
-    return replace(resolved, config=config, provenance=resolved.provenance | {"runner.resume_dir": "restart after a hang"})
+    """Run to the end, behind hangs too; 0 when it finished. Everything that was started is ended, however this returns."""
+    return with_restarts(train_once, resolved)
 
 
 def train_once(resolved: Resolved) -> int:

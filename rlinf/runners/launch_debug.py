@@ -15,6 +15,7 @@ from rlinf.runners.halves import RolloutOnly, TrainOnly
 from rlinf.runners.launch import WORKERS, launch_parts
 from rlinf.runners.recorded import RecordedSteps, ranges
 from rlinf.runners.requests import stop_of
+from rlinf.runners.restarts import with_restarts
 from rlinf.runners.resuming import TRAIN_ONLY
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.session import check_trackers, open_session, say
@@ -51,7 +52,11 @@ def rollout_only(resolved: Resolved) -> int:
 
 def train_only(resolved: Resolved, source: Path, first: int = 1) -> int:
     """Train on the journalled groups of the run in `source`, step by step from `first` (after a resumption: from the step behind the
-    checkpoint); there are no engines."""
+    checkpoint), behind hangs too; there are no engines."""
+    return with_restarts(lambda again: train_only_once(again, source, first), resolved)
+
+
+def train_only_once(resolved: Resolved, source: Path, first: int) -> int:
     config = resolved.config
     check_trackers(config.runner.logger.logger_backends)
     steps = RecordedSteps(source)

@@ -7,6 +7,7 @@ from rlinf.data.examples import load_examples
 from rlinf.data.records import Group
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
+from rlinf.runners.restarts import with_restarts
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.session import check_trackers, open_session, say
 from rlinf.runners.sft import SftRunner
@@ -16,7 +17,11 @@ SFT_WORKER = "rlinf.workers.sft:SftWorker"
 
 
 def finetune(resolved: Resolved) -> int:
-    """Run to the end; 0 when it finished. Everything that was started is ended, however this returns."""
+    """Run to the end, behind hangs too; 0 when it finished. Everything that was started is ended, however this returns."""
+    return with_restarts(finetune_once, resolved)
+
+
+def finetune_once(resolved: Resolved) -> int:
     config = resolved.config
     check_trackers(config.runner.logger.logger_backends)
     folder = RunFolder(resolved, "sft")

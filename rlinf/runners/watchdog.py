@@ -92,7 +92,7 @@ class Watchdog:
         message = "\n  ".join(["the run hangs:", *lines])
         if self.runner.on_hang == "report" or self.is_driver(now):  # a driver that is stuck can tell nothing itself
             sys.stderr.write(f"rlinf: {message}\n")
-        if self.runner.on_hang != "report":  # runners.launch decides what follows
+        if self.runner.on_hang != "report":  # runners.restarts decides what follows
             self.failure.report(Hang(message))
 
     def is_driver(self, now: float) -> bool:

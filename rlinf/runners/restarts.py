@@ -1,0 +1,31 @@
+"""What follows on a hang: the end of the command, or another life of the run from its latest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from rlinf.config.load import Resolved
+from rlinf.errors import Hang
+from rlinf.runners.run_folder import run_path
+from rlinf.runners.session import say
+
+
+def with_restarts(once: Callable[[Resolved], int], resolved: Resolved) -> int:
+    """once(resolved); with runner.on_hang restart again from the latest checkpoint when it hangs, runner.max_restarts times at most."""
+    restarts, runner = 0, resolved.config.runner
+    while True:
+        try:
+            return once(resolved)
+        except Hang as hang:
+            if runner.on_hang != "restart" or restarts == runner.max_restarts or not (run_path(runner) / "checkpoints" / "latest").exists():
+                raise
+            restarts += 1
+            say(f"rlinf: {hang}\nrlinf: restart {restarts} of at most {runner.max_restarts}, from the latest checkpoint")
+            resolved = going_on(resolved)
+
+
+def going_on(resolved: Resolved) -> Resolved:
+    """The same run from its latest checkpoint."""
+    config = replace(resolved.config, runner=replace(resolved.config.runner, resume_dir="auto"))
+    return replace(resolved, config=config, provenance=resolved.provenance | {"runner.resume_dir": "restart after a hang"})
