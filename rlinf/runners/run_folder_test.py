@@ -52,7 +52,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_weights_on_their_way_to_the_engines_go_with_the_run_that_wrote_them(tmp_path: Path) -> None:
-    """When the run ends, or when it goes on where it had no time for that; nothing else in the folder, and not those of a run that lives."""
+    """When the run ends, or when it goes on where it had no time for that; nothing else in there, and not those of a run that lives."""
     folder = open_folder(tmp_path)
     published, own = folder.path / "weights" / "d0-s1" / "v3", folder.path / "weights" / "drafts-self"
 
