@@ -71,6 +71,7 @@ class Judges:
     def __init__(self, right: float = 0.5) -> None:
         self.size, self.right = 1, right
         self.files: dict[str, tuple[Any, Any]] = {}  # path -> (payload, verdicts)
+        self.written: list[tuple[str, str]] = []  # (samples file, group), a line of the record
 
     async def call(self, rank: int, method: str, *args: Any) -> Any:
         if method == "keep":
@@ -79,13 +80,16 @@ class Judges:
             return None
         assert method == "judge"
         await asyncio.sleep(1)
-        payload, name = args
-        chance = np.random.default_rng([len(payload.versions), *name.encode()])
+        payload, dump = args
+        self.written.append((dump, payload.name))
+        chance = np.random.default_rng([len(payload.versions), *payload.name.encode()])
         return tuple(verdict(chance.random() < self.right) for _ in payload.versions)
 
-    def ref(self, rank: int, method: str, path: str, returns: int) -> Any:
+    def ref(self, rank: int, method: str, path: str, dump: str | None, returns: int) -> Any:
         assert (method, returns) == ("fetch", 2)
         payload, verdicts = self.files[path]
+        if dump is not None:
+            self.written.append((dump, payload.name))
         n = len(payload.versions)
         header: asyncio.Future[GroupHeader] = asyncio.get_running_loop().create_future()
         header.set_result(header_of(payload, (Finish.STOP,) * n, tuple(verdicts) or (None,) * n))

@@ -52,6 +52,16 @@ def test_logical_runs_are_equal_to_the_bit_also_after_a_resumption(tmp_path: Pat
         assert all(first[step][k] == second[step][k] for k in first[step] if k.startswith(("train/", "rollout/")) and "tokens_per" not in k)
     assert weights(tmp_path, "whole", STEPS) == weights(tmp_path, "again", STEPS)
     check_complete(tmp_path, "whole")
+    assert [samples(tmp_path, "again", step) for step in (3, 4, 5)] == [samples(tmp_path, "whole", step) for step in (3, 4, 5)]
+    for step in (3, 4):  # whose groups came with the checkpoint: the branch has their journal too
+        files = [tmp_path / "logs" / name / "samples" / f"groups_{step:06d}.jsonl" for name in ("whole", "again")]
+        assert sorted(files[0].open()) == sorted(files[1].open())
+
+
+def samples(folder: Path, name: str, step: int) -> list[tuple[str, str]]:
+    """(sample, response) as they were judged for the step."""
+    file = folder / "logs" / name / "samples" / f"step_{step:06d}.jsonl"
+    return sorted((row["sample_id"], row["response"]) for row in map(json.loads, file.open()))
 
 
 def check_replays(run_dir: Path, steps: list[int]) -> None:
@@ -83,6 +93,8 @@ def test_wallclock_runs_lose_and_double_nothing(tmp_path: Path, partial: bool) -
     again = run(config, f"runner.resume_dir={step_dir}")
     assert again.returncode == 0, again.stderr[-4000:]
     check_complete(tmp_path, "wall")
+    judged = [name for step in range(1, STEPS + 1) for name, _ in samples(tmp_path, "wall", step)]
+    assert len(judged) == len(set(judged)) and {name for step in trained(tmp_path, "wall") for name in step} <= {*judged}
     check_replays(tmp_path / "logs" / "wall", [3])
     prompts = Counter(name.split(".")[1].split("/")[0] for step in trained(tmp_path, "wall") for name in step)
     assert set(prompts.values()) == {4}  # 20 of 24 prompts, each with all its samples

@@ -45,7 +45,7 @@ class ReasoningRunner(TrainingLoop):
         self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
-            config, sampler, self.rollouts, Shelf(reward), self.orders, self.total_steps
+            config, sampler, self.rollouts, Shelf(reward, folder.samples), self.orders, self.total_steps
         )
         self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)

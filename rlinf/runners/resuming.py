@@ -32,6 +32,15 @@ def ahead(state: Mapping[str, Any]) -> int:
     return sum(len(batch["scored"]) for batch in schedule.get("waiting", ()))
 
 
+def recorded_again(state: Mapping[str, Any]) -> dict[int, set[str]]:
+    """Groups of a checkpoint, by the step that they were begun for, which the run that goes on writes down itself: as it
+    judges them or, where they were done, as it reads them. Logical batches are all for later steps."""
+    found: dict[int, set[str]] = {}
+    for name, _, step in state.get("schedule", {}).get("wanted", ()):
+        found.setdefault(step, set()).add(name)
+    return found
+
+
 def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, config: Config) -> None:
     """Raise UserError when `command` with this configuration cannot go on from the checkpoint."""
     start = f"rollout.model_dir={step_dir / 'hf'}"

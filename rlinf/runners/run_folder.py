@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from rlinf.config.schema import RunnerConfig
 from rlinf.data.lines import append_lines
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
-from rlinf.runners.resuming import TRAIN, made_with, refuse_changes
+from rlinf.runners.resuming import TRAIN, made_with, recorded_again, refuse_changes
 from rlinf.weights.files import FOLDER, remove_published
 from rlinf.weights.tensor_folder import read_json, sync, write_json
 
@@ -165,6 +165,10 @@ class RunFolder:
         for file in sorted((self.path / "samples").glob("*_*.jsonl"), reverse=True):
             if int(file.stem.rpartition("_")[2]) > step:
                 _replaced(file)
+        if self.resume is not None and self.command == TRAIN:
+            for at, groups in recorded_again(self.resume.state).items():
+                for file in (self.samples(at), self.groups(at)):
+                    _take_out(file, groups)
 
     def _point_latest_to(self, step_dir: Path) -> None:
         """Also to a checkpoint of another run, until there is one of this run."""
@@ -245,11 +249,44 @@ def _step(checkpoint: Path) -> int:
 
 
 def _replaced(path: Path) -> None:
-    """Give the path the first free name of the form <name>.replaced-N."""
+    path.rename(_aside(path))
+
+
+def _aside(path: Path) -> Path:
+    """The first free name of the form <name>.replaced-N."""
     number = 1
     while (other := path.with_name(f"{path.name}.replaced-{number}")).exists():
         number += 1
-    path.rename(other)
+    return other
+
+
+def _take_out(path: Path, groups: Set[str]) -> None:
+    """Lines of these groups are kept under the first free name of the form <name>.replaced-N, the others stay where they are.
+
+    A line that is torn goes too: what was written down at a checkpoint was whole.
+    """
+    if not path.exists():
+        return
+    go, rest = [], path.with_name(f"{path.name}.partial")
+    with path.open("rb") as file, rest.open("wb") as stay:
+        for line in file:
+            if _group_of(line) in {*groups, None}:
+                go.append(line)
+            else:
+                stay.write(line)
+    if go:
+        _aside(path).write_bytes(b"".join(go))
+        rest.replace(path)
+    else:
+        rest.unlink()
+
+
+def _group_of(line: bytes) -> str | None:
+    """Of a line of samples or of a journal; None where the line is torn, or glued to one that was."""
+    try:
+        return json.loads(line)["group_id"]
+    except ValueError:
+        return None
 
 
 def _remove(checkpoint: Path) -> None:

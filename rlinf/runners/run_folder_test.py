@@ -379,6 +379,27 @@ def test_samples_of_repeated_steps_are_set_aside_not_lost_nor_mixed(tmp_path: Pa
     assert (folder.samples(2).parent / "step_000002.jsonl.replaced-1").read_text() == "old 2"
 
 
+def test_groups_that_a_checkpoint_holds_are_written_down_again(tmp_path: Path) -> None:
+    """3.b was not done and is judged again, 2.a was done and comes from the checkpoint; the disk filled up when 3.b was written."""
+    row = lambda name: json.dumps({"group_id": name, "x": "\u2028"}, ensure_ascii=False) + "\n"
+    record = [(2, row("2.a") + row("2.x")), (3, row("3.x") + row("3.a") + row("3.b")[:9] + row("3.c") + row("3.y")), (4, row("4.a"))]
+    again = {2: row("2.a"), 3: row("3.a") + row("3.b")[:9] + row("3.c")}
+    wanted = [[name, 0, int(name[0])] for name in ("2.a", "3.a", "3.b", "3.c", "4.a", "5.a")]
+    folder = open_folder(tmp_path, *CLOCK)
+    (folder.path / "samples").mkdir()
+    for step, text in record:
+        folder.samples(step).write_text(text)
+        folder.groups(step).write_text(text)
+    checkpoint(folder, 3, schedule=WALLCLOCK | {"wanted": wanted}, sampler={"epoch": 0})
+    close(folder)
+    for _ in range(2):  # the second time there is nothing left to be moved
+        close(open_folder(tmp_path, "runner.resume_dir=auto", *CLOCK))
+        for files in (folder.samples, folder.groups):
+            assert files(2).read_text() == row("2.x") and files(3).read_text() == row("3.x") + row("3.y") and not files(4).exists()
+            assert {step: files(step).with_name(f"{files(step).name}.replaced-1").read_text() for step in again} == again
+    assert len(list((folder.path / "samples").iterdir())) == 2 * 5
+
+
 @pytest.mark.parametrize(
     ("keep", "ahead", "kept"), [(2, 0, [1, 4, 6, 7]), (2, 1, [1, 3, 4, 6, 7]), (0, 0, []), (-1, 0, [1, 2, 3, 4, 5, 6, 7])]
 )

@@ -55,16 +55,18 @@ class Schedule(Protocol):
 
 
 class Shelf:
-    """Groups that wait in a checkpoint, a file each; reward workers write and read them."""
+    """Groups that wait in a checkpoint, a file each; reward workers write and read them. samples: the file for those of a step."""
 
-    def __init__(self, reward: WorkerGroup) -> None:
-        self.reward, self.turn = reward, 0
+    def __init__(self, reward: WorkerGroup, samples: Callable[[int], Path]) -> None:
+        self.reward, self.samples, self.turn = reward, samples, 0
 
     async def put(self, folder: Path, name: str, tokens: Ref, verdicts: tuple[Verdict | None, ...] = ()) -> None:
         await self.reward.call(self._next(), "keep", str(folder / f"{name}.safetensors"), tokens, verdicts)
 
-    async def get(self, folder: Path, name: str) -> Scored:
-        header, tokens = self.reward.ref(self._next(), "fetch", str(folder / f"{name}.safetensors"), returns=2)
+    async def get(self, folder: Path, name: str, step: int | None = None) -> Scored:
+        """step: that a group was begun for which is done; its samples and its journal are written down in this life of the run too."""
+        dump = None if step is None else str(self.samples(step))
+        header, tokens = self.reward.ref(self._next(), "fetch", str(folder / f"{name}.safetensors"), dump, returns=2)
         return await header, tokens
 
     def _next(self) -> int:
@@ -125,8 +127,8 @@ class Logical:
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
         waiting = state.get("waiting", [])
         self.begun = step + len(waiting)
-        for kept in waiting:
-            scored = dict(zip(kept["scored"], await asyncio.gather(*(self.shelf.get(folder, name) for name in kept["scored"]))))
+        for at, kept in enumerate(waiting, step + 1):
+            scored = dict(zip(kept["scored"], await asyncio.gather(*(self.shelf.get(folder, name, at) for name in kept["scored"]))))
             generated = [scored[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
             ready: asyncio.Future[StepBatch | None] = asyncio.get_running_loop().create_future()
             ready.set_result(StepBatch(list(scored.values()), generated, kept["metrics"]))
@@ -257,8 +259,9 @@ class Wallclock:
         self.wanted = {name: (prompt, step) for name, prompt, step in state["wanted"]}
         self.begun, self.met = state["begun"], (state["met"][0], Counter(state["met"][1]))
         for name, file in state["files"].items():
-            header, tokens = await self.shelf.get(folder, file)
-            if self.ledger.groups[name].done:
+            done = self.ledger.groups[name].done
+            header, tokens = await self.shelf.get(folder, file, self.wanted[name][1] if done else None)
+            if done:
                 self.done[name] = header, tokens
             else:
                 self.rollouts.unfinished[name] = tokens

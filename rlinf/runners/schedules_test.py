@@ -62,10 +62,14 @@ def make(
 
     def orders(step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
         prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
-        return [Order(name, p, SAMPLES, SamplingParams(), name) for name, p in zip(name_groups(step, prompts, met), prompts)]
+        return [Order(name, p, SAMPLES, SamplingParams(), samples(step)) for name, p in zip(name_groups(step, prompts, met), prompts)]
 
     kind = {"logical": Logical, "wallclock": Wallclock}[config.algorithm.schedule]
-    return kind(config, sampler, rollouts, Shelf(judges), orders, steps), engines, rollouts, judges
+    return kind(config, sampler, rollouts, Shelf(judges, samples), orders, steps), engines, rollouts, judges
+
+
+def samples(step: int) -> str:
+    return f"samples of {step}"
 
 
 async def loop(config: Config, steps: int, seed: int, right: float, look: Callable[[Schedule, Engines], None] = lambda *_: None) -> Outcome:
@@ -185,14 +189,19 @@ def test_a_group_that_is_done_while_a_checkpoint_is_written_is_kept_as_it_was() 
     run_virtually(run())
 
 
-async def go_on(first: tuple[str, int, int], second: tuple[str, int, int], at: int, steps: int) -> list[list[str]]:
-    """The steps of (schedule, eta, groups of a step) until step `at`, and those of another such life behind its checkpoint."""
+async def go_on(
+    first: tuple[str, int, int], second: tuple[str, int, int], at: int, steps: int, record: list[tuple[str, str]] | None = None
+) -> list[list[str]]:
+    """The steps of (schedule, eta, groups of a step) until step `at`, and those of another such life behind its checkpoint.
+
+    record: what the second life writes down."""
     taken: list[list[str]] = []
     kept, state, files = {}, {}, {}
     for (kind, eta, groups), begin, end in ((first, 0, at), (second, at, steps)):
         schedule, engines, _, judges = make(config_of(kind, eta), steps, 0, groups=groups)
         judges.files, engines.version = files, begin
         if begin:
+            judges.written = judges.written if record is None else record
             schedule.sampler.load_state_dict(state)
             await schedule.restore(Path("kept"), kept, begin)
         for step in range(begin + 1, end + 1):
@@ -218,6 +227,16 @@ def test_what_may_change_behind_a_checkpoint_loses_and_doubles_nothing(first: tu
     used = PromptSampler(PROMPTS, 1, True, 0).next_batch(at * first[2] + (steps - at) * second[2])
     assert sorted(prompts) == sorted(f"p{i}" for i in used)
     assert max(int(name.split(".")[0]) for name in names) == steps  # named by the step that a group was begun for
+
+
+@pytest.mark.parametrize(("schedule", "eta"), [("logical", 0), ("logical", 2), ("wallclock", 2)])
+def test_what_a_checkpoint_brought_along_is_written_down_like_what_is_judged(schedule: str, eta: int) -> None:
+    """Each group that the second life trains on, once, with those of the step that it was begun for."""
+    record: list[tuple[str, str]] = []
+    life = (schedule, eta, GROUPS)
+    trained = [name for step in run_virtually(go_on(life, life, 5, 9, record))[5:] for name in step]
+    assert len(set(record)) == len(record) and {name for _, name in record} >= {*trained}
+    assert all(file == samples(int(name.partition(".")[0])) for file, name in record)
 
 
 def test_over_provisioning_bounds_what_is_on_its_way() -> None:

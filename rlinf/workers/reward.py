@@ -49,24 +49,34 @@ class RewardWorker:
     def keep(self, path: str, group: Group, verdicts: tuple[Verdict | None, ...]) -> None:
         write_group(Path(path), replace(group, verdicts=verdicts))
 
-    def fetch(self, path: str) -> tuple[GroupHeader, Group]:
+    def fetch(self, path: str, dump_path: str | None = None) -> tuple[GroupHeader, Group]:
+        """A group that was kept. With dump_path it is written there as when it was judged: that was in another folder, or is set aside."""
         group = read_group(Path(path))
+        if dump_path:
+            self._record(Path(dump_path), group, *self._texts(group))
         return group.header(), group
 
     def close(self) -> None:
         self.verifier.close()
 
     def _judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
-        prompt = group.prompt.text or self.tokenizer.decode(group.prompt.token_ids.tolist())
-        texts = [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
+        prompt, texts = self._texts(group)
         judged = self.verifier.verify_many([Item(text, group.prompt.solutions, group.prompt.task, prompt) for text in texts])
         verdicts = tuple(self.shaping.apply(v, prompt, text, len(s)) for v, text, s in zip(judged, texts, group.samples, strict=True))
         if dump_path:
-            dump(Path(dump_path), group, prompt, texts, verdicts)
-            journal = journal_of(Path(dump_path)) if self.journals else None
-            if journal is not None:
-                append_lines(journal, [group_line(replace(group, verdicts=verdicts))])
+            self._record(Path(dump_path), replace(group, verdicts=verdicts), prompt, texts)
         return verdicts
+
+    def _texts(self, group: Group) -> tuple[str, list[str]]:
+        """The prompt and the responses, as they are read."""
+        prompt = group.prompt.text or self.tokenizer.decode(group.prompt.token_ids.tolist())
+        return prompt, [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
+
+    def _record(self, path: Path, group: Group, prompt: str, texts: list[str]) -> None:
+        dump(path, group, prompt, texts, group.verdicts)
+        journal = journal_of(path) if self.journals else None
+        if journal is not None:
+            append_lines(journal, [group_line(group)])
 
 
 def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tuple[Verdict, ...]) -> None:

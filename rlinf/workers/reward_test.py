@@ -47,6 +47,19 @@ def worker(model: Path, keep_groups: int = -1, **reward: float) -> RewardWorker:
     return RewardWorker(ADDRESS, config)
 
 
+def test_a_group_from_a_checkpoint_is_written_down_as_when_it_was_judged(model: Path, tmp_path: Path) -> None:
+    judge, shelf = worker(model), str(tmp_path / "00000.safetensors")
+    before, after = (tmp_path / folder / "step_000001.jsonl" for folder in ("before", "after"))
+    judged = group(model, "Q", ["\\boxed{2}", "</think>\\boxed{3}"], ("3",))
+    verdicts = asyncio.run(judge.judge(judged, str(before)))
+    judge.keep(shelf, judged, verdicts)
+    assert judge.fetch(shelf)[0].verdicts == verdicts and not after.exists()
+    assert judge.fetch(shelf, str(after))[0].verdicts == verdicts
+    judge.close()
+    assert after.read_text() == before.read_text()
+    assert after.with_name("groups_000001.jsonl").read_text() == before.with_name("groups_000001.jsonl").read_text()
+
+
 def test_a_group_is_judged_and_written_down(model: Path, tmp_path: Path) -> None:
     judge = worker(model)
     path = tmp_path / "samples" / "step_000001.jsonl"
