@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from rlinf.config.schema import Config
-from rlinf.device import limit_memory
+from rlinf.device import choose, limit_memory
 from rlinf.rollout.contract import RolloutEngine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.rollout.sglang_engine import SGLangEngine, Span
@@ -57,7 +55,8 @@ def build_engine(
             span=span,
             decode=tokenizer.decode,
         )
-    limit_memory(torch.device(device), rollout.gpu_memory_utilization)
+    if config.cluster.backend == "ray":  # in one process the limit would be the actor's too
+        limit_memory(choose(device), rollout.gpu_memory_utilization)
     return EmbeddedEngine(
         rollout.model_dir,
         dtype=rollout.precision or config.actor.model.precision,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ import torch
 from rlinf import device as devices
 from rlinf.checks.layout import deviations, worst
 from rlinf.checks.tiny_model import VOCAB, write_tiny_model
-from rlinf.config.schema import ActorConfig, Config, RunnerConfig
+from rlinf.config.schema import ActorConfig, Config, RolloutConfig, RunnerConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.errors import UserError
-from rlinf.rollout.embedded_engine import EmbeddedEngine
+from rlinf.rollout.build import build_engine
 from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.engine import MegatronEngine
@@ -165,10 +166,12 @@ def test_a_token_reward_model_is_parked_while_it_does_not_score(device: torch.de
 def test_an_engine_on_the_same_device_runs_the_actors_weights(
     device: torch.device, at: Any, models: dict[str, Path], precision: str, transport: str, tmp_path: Path
 ) -> None:
-    """Also when what it took them from holds something else."""
+    """Also when what it took them from holds something else. The engine is made as a worker makes it."""
     actor = engine_on(device, at, models["qwen2-tied"], precision)
     update(actor, minibatches(actor)[0])
-    engine = EmbeddedEngine(str(models["qwen2-tied"]), dtype=precision, slots=4, max_context=64, seed=0, device=device.type)
+    config = Config(runner=RunnerConfig(seq_length=64))
+    config.rollout = RolloutConfig(str(models["qwen2-tied"]), rollout_backend="embedded", precision=precision, gpu_memory_utilization=1.0)
+    engine = build_engine(config, SimpleNamespace(decode=str), device.type, tmp_path / "engine.log", "gpu-test")
     publisher = Publisher(actor, f"gpu-test-{precision}", tmp_path)
     try:
         asyncio.run(engine.load_weights(publisher.hand_out(1, [transport]).sources[transport], 1))
