@@ -53,6 +53,27 @@ def test_the_image_installs_the_extras_of_setup_py_under_the_lock() -> None:
     assert named == set()  # pins stand in requirements/ and nowhere else
 
 
+def test_setup_py_has_what_it_reads_where_the_extras_are_installed(tmp_path: Path) -> None:
+    """The steps of the build stage themselves, with a pip that asks setup.py alone what it would install."""
+    stage = DOCKERFILE[DOCKERFILE.index("WORKDIR /opt/rlinf") : DOCKERFILE.index("AS run")].replace("\\\n", "")
+    folder, pip = tmp_path / "rlinf", tmp_path / "bin" / "pip"
+    folder.mkdir()
+    pip.parent.mkdir()
+    pip.write_text(f'#!/bin/sh\ncase "$*" in *".[gpu]"*) exec {sys.executable} setup.py -q egg_info;; esac\n')
+    pip.chmod(0o755)
+    env = {"PATH": f"{pip.parent}:{os.environ['PATH']}"}
+    for what, words in re.findall(r"^(COPY|RUN) (.*)$", stage, re.M):
+        if what == "COPY":
+            *sources, target = words.split()
+            for source in sources:
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                copy(ROOT / source, folder / target)
+        else:
+            done = subprocess.run(["sh", "-c", words], cwd=folder, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    assert "sglang" in (folder / "rlinf.egg-info" / "requires.txt").read_text().partition("[gpu]")[2]
+
+
 @pytest.mark.parametrize("file", ["base.txt", "gpu.txt"])
 def test_the_lock_agrees_with_the_requirements(file: str) -> None:
     versions = locked()
