@@ -239,6 +239,8 @@ def seat_environment(address: WorkerAddress, setup: Setup) -> dict[str, str]:
         "OMP_NUM_THREADS": str(address.threads),
         "CUDA_VISIBLE_DEVICES": visible_devices(address.devices, os.environ.get("CUDA_VISIBLE_DEVICES")) if setup.cuda else "",
     }
+    if setup.cuda:  # SGLang has 0 in its processes unless they inherit another, and both ends of a broadcast on a node need the same
+        env["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "0")
     interface = interface_of(setup.host)
     if interface:
         env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}

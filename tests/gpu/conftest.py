@@ -3,6 +3,7 @@ inert on a GPU machine, so that there the twins would not run."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from rlinf import device as devices
 from rlinf.checks.tiny_model import FAMILIES, write_tiny_model
 from rlinf.cluster.host import free_port
+
+os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as in every seat on a GPU (cluster/host.py); NCCL reads it once in a process
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

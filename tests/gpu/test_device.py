@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_a_ray_worker_sees_its_own_gpu_alone(tmp_path: Path) -> None:
     try:
         group = cluster.launch(Plan((Seat("actor", 0, 0, (0,)),), "collocated"), "actor", "tests.cluster_workers:Plain")
         (told,) = asyncio.run(group.call_all("describe"))
-        assert told["env"]["CUDA_VISIBLE_DEVICES"] == "0"
+        assert told["env"]["CUDA_VISIBLE_DEVICES"] == "0" and told["env"]["NCCL_CUMEM_ENABLE"] == os.environ["NCCL_CUMEM_ENABLE"]
         assert cluster.device == "cuda" and [node.devices for node in cluster.inventory()] == [1]
     finally:
         cluster.close()
