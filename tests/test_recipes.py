@@ -15,7 +15,7 @@ SHARED = {
     "actor.model.sequence_parallel": True, "actor.model.pipeline_model_parallel_size": 1, "actor.model.recompute_granularity": "full",
     "actor.model.recompute_method": "block", "actor.model.recompute_num_layers": 20, "actor.optim.lr": 2e-5, "actor.optim.adam_beta2": 0.95,
     "actor.optim.adam_eps": 1e-5, "actor.optim.weight_decay": 0.05, "reward.reward_scale": 5.0, "actor.offload_weight": True,
-    "actor.offload_grad": True, "actor.offload_optimizer": True,
+    "actor.offload_grad": True, "actor.offload_optimizer": True, "rollout.offload": True,
 }  # fmt: skip
 OWN = {
     "qwen2.5-1.5b-grpo-megatron": {

@@ -120,7 +120,7 @@ def part_run(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
         "data": {"train_data_paths": [str(data)], "max_prompt_length": 64, "rollout_batch_size": 2 if cpu else 16},
         "algorithm": {"group_size": 4, "n_minibatches": 2, "sampling_params": {"max_new_tokens": new_tokens}},
         "rollout": {"model_dir": str(weights), "rollout_backend": engine, "max_running_requests": 32, "verify_weights_every": 1,
-                    "gpu_memory_utilization": 0.4},
+                    "gpu_memory_utilization": 0.4, "offload": True},
         "actor": {"model": {"precision": "fp32" if cpu else "bf16"}, "optim": {"lr": 1e-5}, "offload_weight": True, "offload_grad": True,
                   "offload_optimizer": True},
     }  # fmt: skip

@@ -75,19 +75,19 @@ def forecast(config: Config, arch: Architecture, device: Device, mean_response: 
 
 
 def _gpu_phases(config: Config, plan: Plan, device: Device, stages: tuple[ActorMemory, ...], engine: EngineMemory) -> dict[str, int]:
-    """Bytes on the fullest GPU while training and while generating.
+    """Bytes on the fullest GPU while training, while weights move and while generating.
 
-    SGLang sleeps while its GPU trains; the embedded engine keeps its own.
+    Engines that share it keep what they have, unless they sleep while it trains (rollout.offload).
     """
     actor, sglang = max(stages, key=lambda s: s.total), config.rollout.rollout_backend == "sglang"
     shared = plan.shares_device("actor", "rollout")
     serving = device.context + (SGLANG_WORKSPACE if sglang else 0)
     held = int(config.rollout.gpu_memory_utilization * device.memory) if sglang else engine.weights + engine.kv_token * engine.tokens
-    kept = device.context + (serving if sglang else serving + held) if shared else device.context
+    asleep, woken = (0, engine.weights) if config.rollout.offload else (held, held)
     left = _left_on_device(config, actor) + device.context if shared else 0
     return {
-        "training": actor.total + kept,
-        "weights": engine.weights + serving + BUCKETS + (actor.weights + _left_on_device(config, actor) + device.context if shared else 0),
+        "training": actor.total + device.context + (asleep + serving if shared else 0),
+        "weights": woken + serving + BUCKETS + left + (actor.weights if shared and config.actor.offload_weight else 0),
         "rollout": held + serving + left,
     }
 
@@ -165,6 +165,8 @@ def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
         yield {"runner.max_tokens_per_mbs": budget}
     if config.runner.max_tokens_per_mbs > config.runner.seq_length:
         yield {"runner.max_tokens_per_mbs": config.runner.seq_length}
+    if not config.rollout.offload:
+        yield {"rollout.offload": True}
     for percent in range(30, 95, 5):
         yield {"rollout.gpu_memory_utilization": percent / 100}
     for key in ("actor.offload_weight", "actor.offload_grad", "actor.offload_optimizer"):

@@ -46,7 +46,12 @@ def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("rtx4090", []), ("a100-40g", []), ("h100", ["rollout.gpu_memory_utilization=0.97"]), ("l40s", ["rollout.rollout_backend=embedded"])],
+    [
+        ("rtx4090", []),
+        ("a100-40g", []),
+        ("h100", ["rollout.gpu_memory_utilization=0.97"]),
+        ("l40s", ["rollout.rollout_backend=embedded", "rollout.offload=false"]),
+    ],
 )
 def test_what_does_not_fit_is_named_and_the_change_fits(capsys: pytest.CaptureFixture[str], device: str, words: list[str]) -> None:
     name = "qwen2.5-1.5b-single-gpu"
@@ -79,7 +84,38 @@ def test_offloading_keeps_the_actor_out_of_the_rollout() -> None:
     actor = away.stages[0]
     assert kept.phases["rollout"] - away.phases["rollout"] == actor.weights + actor.gradients + actor.optimizer
     assert kept.phases["training"] == away.phases["training"]
+    assert kept.phases["weights"] - away.phases["weights"] == actor.gradients + actor.optimizer
     assert kept.seconds["weights"] < away.seconds["weights"]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b-single-gpu", "qwen2.5-7b-grpo-megatron"])
+def test_an_engine_that_does_not_sleep_keeps_its_memory_while_the_actor_trains(name: str) -> None:
+    config, arch, hf = read(name)
+    device = GPUS["h100"]
+    asleep = forecast(config, arch, device)
+    config.rollout.offload = False
+    awake = forecast(config, arch, device)
+    held = int(config.rollout.gpu_memory_utilization * device.memory)
+    assert awake.phases["training"] - asleep.phases["training"] == held
+    assert awake.phases["weights"] - asleep.phases["weights"] == held - awake.engine.weights
+    assert awake.phases["rollout"] == asleep.phases["rollout"]
+    assert [t.split(":")[0] for t in awake.trouble] == ["training"] and not asleep.trouble
+    assert nearest_fit(config, arch, hf, device, None) == {"rollout.offload": True}
+
+
+def test_an_embedded_engine_sleeps_too() -> None:
+    config, arch, _ = read("qwen2.5-1.5b-single-gpu", "rollout.rollout_backend=embedded")
+    asleep = forecast(config, arch, GPUS["h100"])
+    config.rollout.offload = False
+    engine = asleep.engine
+    held = engine.weights + engine.kv_token * engine.tokens
+    assert forecast(config, arch, GPUS["h100"]).phases["training"] - asleep.phases["training"] == held
+
+
+def test_engines_with_gpus_of_their_own_take_nothing_from_the_actor() -> None:
+    config, arch, _ = read("qwen2.5-1.5b-grpo-megatron-pipeline")
+    plan = forecast(config, arch, GPUS["h100"])
+    assert plan.phases["training"] == plan.stages[0].total + GPUS["h100"].context and not config.rollout.offload
 
 
 def test_time_moves_the_right_way() -> None:
