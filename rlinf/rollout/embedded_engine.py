@@ -18,7 +18,7 @@ from torch.profiler import profile
 
 from rlinf.data.records import Sample
 from rlinf.compute_thread import compute_thread
-from rlinf.device import recorder, synchronize
+from rlinf.device import give_back_free_memory, recorder, synchronize
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.batcher import Batcher, Outcome
 from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
@@ -123,6 +123,7 @@ class EmbeddedEngine:
             await self._call(self._batcher.free_cache)
         if "weights" in tags:
             await self._call(self._batcher.model.free)
+        await self._call(give_back_free_memory, self._batcher.model.device)  # torch would keep it for this process
         self._asleep |= tags
 
     async def wake(self, tags: frozenset[str]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from rlinf.data.records import Sample
+from rlinf.rollout import embedded_engine
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from tests.tiny import make_tiny_model
@@ -41,3 +45,22 @@ def test_a_sample_has_the_same_bits_alone_and_in_any_company(tmp_path: Path) -> 
         for name, sample in generate(model, *others).items():
             assert sample.token_ids.tolist() == company[name].token_ids.tolist()
             assert sample.rollout_logprobs.tobytes() == company[name].rollout_logprobs.tobytes()
+
+
+def test_an_engine_that_sleeps_hands_its_memory_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator keeps what is freed until it is told: when nothing of the tags is held any more, on the engine's thread."""
+    engine = EmbeddedEngine(str(make_tiny_model(tmp_path / "model")), dtype="fp32", slots=4, max_context=64, seed=1)
+    told: list[tuple[torch.device, int, bool, bool]] = []
+
+    def give_back(device: torch.device) -> None:
+        batcher = engine._batcher
+        told.append((device, batcher._slots.capacity, bool(batcher.model._layers), threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(embedded_engine, "give_back_free_memory", give_back)
+    try:
+        asyncio.run(engine.score([np.arange(1, 9, dtype=np.int32)], 1.0))
+        asyncio.run(engine.sleep(frozenset({"kv"})))
+        asyncio.run(engine.sleep(frozenset({"kv", "weights"})))
+    finally:
+        engine.close()
+    assert told == [(torch.device("cpu"), 0, True, False), (torch.device("cpu"), 0, False, False)]

@@ -20,6 +20,7 @@ from rlinf.data.packing import build_rank_batches
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.errors import UserError
 from rlinf.rollout.build import build_engine
+from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.engine import MegatronEngine
@@ -31,6 +32,7 @@ from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
 from rlinf.workers.device import peak_flops
 from rlinf.workers.token_reward import TokenRewardWorker
+from tests.tiny import make_tiny_model
 from tests.training_ranks import build, logprobs, minibatches, snapshot, update
 
 PROBES = [np.random.default_rng(i).integers(1, 130, 20 + i).astype(np.int32) for i in range(3)]
@@ -180,6 +182,21 @@ def test_an_engine_on_the_same_device_runs_the_actors_weights(
         check_probes(1, precision, score(actor, PROBES, 1.0), [asyncio.run(engine.score(PROBES, 1.0))])
     finally:
         publisher.close()
+        engine.close()
+
+
+@pytest.mark.gpu
+def test_a_sleeping_embedded_engine_gives_its_memory_back(tmp_path: Path) -> None:
+    """To other processes: what this one's allocator keeps is no use to an actor."""
+    folder, device = make_tiny_model(tmp_path / "model", hidden=1024, heads=8), devices.choose("cuda")
+    weights = (folder / "model.safetensors").stat().st_size
+    engine = EmbeddedEngine(str(folder), dtype="fp32", slots=4, max_context=64, seed=0, device=device.type)
+    try:
+        devices.give_back_free_memory(device)  # what other tests have left, and what loading took
+        awake = devices.free_gpu_memory()
+        asyncio.run(engine.sleep(frozenset({"kv", "weights"})))
+        assert devices.free_gpu_memory() - awake >= 0.9 * weights
+    finally:
         engine.close()
 
 
