@@ -1,7 +1,8 @@
 """The SGLang server as a child process: which interpreter has SGLang, how the server is started, watched and ended.
 
 The server is a tree of processes (HTTP front, one scheduler a GPU, detokenizer). The death of any of them is the death of the engine:
-it is seen at once through pidfds, and the whole tree is killed, so that every open connection breaks instead of waiting forever.
+it is seen at once through pidfds, and the whole tree is killed, so that every open connection breaks instead of waiting forever. Helpers
+of theirs (those that compile kernels, a resource tracker) come and go.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rlinf.rollout.sglang_http import HOST
 
 KEY = "rollout.sglang"
 PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
+TITLE = "sglang::"  # how the names of the server's own processes begin, but for the front's
 LOG_TAIL = 12
 REFUSAL = re.compile(r"error: (unrecognized arguments: .*|argument .*)|(Unsupported config option .*)")
 
@@ -128,6 +130,7 @@ class SGLangServer:
             "TMPDIR": str(self.folder),  # its sockets
             "HF_HUB_OFFLINE": "1",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions of slack that no request reaches
+            "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # an actor may hold more of one GPU of an engine than of another
         }
         if options["device"] == "cpu":
             env["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -167,10 +170,9 @@ class SGLangServer:
         return json.loads(body or b"{}") if answer.status == 200 else None
 
     def _tree(self) -> dict[int, str]:
-        """The server's processes and their names; also notes the shared memory that they would leave behind when killed."""
-        tree = {
-            pid: command_of(pid).split()[0].removeprefix("sglang::") for pid in session_members(self.process.pid) if not is_tracker(pid)
-        }
+        """The server's own processes and their names; also notes the shared memory that they would leave behind when killed."""
+        names = {pid: command_of(pid).partition(" ")[0] for pid in session_members(self.process.pid)}
+        tree = {pid: name.removeprefix(TITLE) for pid, name in names.items() if name.startswith(TITLE)}
         tree[self.process.pid] = "HTTP front"
         for pid in tree:
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
