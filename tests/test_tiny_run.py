@@ -151,3 +151,34 @@ def test_one_process_without_ray_in_which_actor_and_engine_take_turns(tmp_path: 
     assert done.returncode == 0, done.stderr[-4000:]
     assert [m["step"] for m in lines(tmp_path)] == [0, 1, 2, 3]
     assert list((tmp_path / "logs" / "tiny" / "weights").iterdir()) == []  # by which they came
+
+
+ON_GPUS = """
+import sys
+from rlinf.cli import main
+from rlinf.runners import launch
+
+class OnGpus:
+    device = "cuda"
+    def __init__(self, cluster): self.cluster = cluster
+    def __getattr__(self, name): return getattr(self.cluster, name)
+
+launch_workers = launch.launch_workers
+launch.launch_workers = lambda cluster, plan, config: launch_workers(OnGpus(cluster), plan, config)
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_engines_that_wait_for_the_actor_and_sleep_until_the_first_weights_change_no_number(tmp_path: Path) -> None:
+    """As on GPUs that both share; also from a checkpoint."""
+    words = {"rollout__offload": True, "actor__offload_grad": True}
+    plain = run(write_run(tmp_path, "plain", **words))
+    assert plain.returncode == 0, plain.stderr[-4000:]
+    env, checkpoint = dict(os.environ, PYTHONPATH=str(ROOT)), tmp_path / "logs" / "waiting" / "checkpoints" / "step_000002"
+    command = [sys.executable, "-c", ON_GPUS, str(write_run(tmp_path, "waiting", **words))]
+    for resumed in ((), (f"runner.resume_dir={checkpoint}",)):
+        done = subprocess.run([*command, *resumed], capture_output=True, text=True, timeout=240, env=env)
+        assert done.returncode == 0, done.stderr[-4000:]
+        losses = [[m.get("train/loss") for m in lines(tmp_path, name)] for name in ("plain", "waiting")]
+        assert losses[0] == losses[1] and len(losses[0]) == 4

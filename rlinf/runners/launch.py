@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.group import WorkerGroup
 from rlinf.config.load import Resolved
 from rlinf.config.model import own_functions
 from rlinf.config.own_code import load_own
@@ -19,6 +22,7 @@ from rlinf.runners.restarts import with_restarts
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.session import check_trackers, open_session, say
 from rlinf.scheduling.placement import PART, Plan, build_plan
+from rlinf.scheduling.turns import ENGINES_GIVE, Turn
 
 WORKERS = {
     "actor": "rlinf.workers.train:TrainWorker",
@@ -27,6 +31,7 @@ WORKERS = {
     "critic": "rlinf.workers.critic:CriticWorker",
     "token_reward": "rlinf.workers.token_reward:TokenRewardWorker",
 }
+LEARNERS = ("actor", "critic", "token_reward")  # the components that leave a device to its engine
 ENGINE_PART = "rlinf.workers.rollout_part:RolloutPart"
 
 
@@ -52,8 +57,7 @@ def train_once(resolved: Resolved) -> int:
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         plan = build_plan(config, session.nodes)
-        launch_parts(session.cluster, plan, config)
-        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in WORKERS if config.has(name)}
+        groups = launch_workers(session.cluster, plan, config)
         if config.cluster.backend == "ray":
             groups["rollout"].restarts = config.rollout.max_engine_restarts
         stop = stop_of(config.algorithm, tokenizer)
@@ -65,6 +69,22 @@ def train_once(resolved: Resolved) -> int:
         first, last = min(runner.scores), max(runner.scores)
         show_summary(runner.scores[first].as_scores(), runner.scores[last].as_scores(), config.runner.output_dir)
     return 0
+
+
+def launch_workers(cluster: Cluster, plan: Plan, config: Config) -> dict[str, WorkerGroup]:
+    """All of a run. They start at the same time, except on GPUs that engines share: an engine takes its share of what is free when it
+    starts, so it waits until the others are there and have left; and it sleeps until the first weights, since an actor that goes on
+    from a checkpoint comes back before them."""
+    first = [name for name in LEARNERS if config.has(name)]
+    turns = cluster.device == "cuda" and config.cluster.backend == "ray" and any(plan.shares_device(name, "rollout") for name in first)
+    groups = {name: cluster.launch(plan, name, WORKERS[name], config) for name in first}
+    for name in first if turns else ():
+        asyncio.run(cluster.guard(groups[name].call_all("hand_over")))
+    launch_parts(cluster, plan, config)
+    groups |= {name: cluster.launch(plan, name, WORKERS[name], config) for name in ("rollout", "reward")}
+    if turns and config.rollout.offload:
+        asyncio.run(cluster.guard(groups["rollout"].call_all("sleep", ENGINES_GIVE[Turn.TRAIN])))
+    return groups
 
 
 def launch_parts(cluster: Cluster, plan: Plan, config: Config) -> None:

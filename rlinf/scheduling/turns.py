@@ -1,7 +1,7 @@
 """Whose turn it is on devices that actor and engines share. Pure: five turns, and which may follow which.
 
     turn      actor has                            engines have
-    START     everything                           everything
+    START     everything                           everything; on GPUs nothing
     SYNC      its weights                          weights, as they arrive
     ROLLOUT   nothing                              weights, KV cache from the first request on
     TRAIN     everything                           nothing

@@ -32,6 +32,8 @@ def steps_with_and_without(at: Any, folder: Path, precision: str) -> dict[str, A
     batches = minibatches(engine, n=3)
     offloader = Offloader(engine, ActorConfig(offload_weight=True, offload_grad=True, offload_optimizer=True))
     offloader.optimizer = True  # as on a GPU
+    offloader.after_training()  # as an actor whose engines are to start
+    offloader.after_publishing()
     freed = []
     for mini in batches:
         offloader.before_use()

@@ -35,7 +35,7 @@ class TokenRewardWorker:
         self.engine = open_engine(address, config, "token_reward")
         _, self.bias = with_scoring_head(open_hf_folder(config.token_reward.model_dir), self.engine.arch.hidden)
         self.parked = Parked()
-        self._park()
+        self.hand_over()
 
     def scores(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
         if [g.group_id for g in groups] != list(batch.group_ids):
@@ -46,7 +46,7 @@ class TokenRewardWorker:
         packed = lambda refs: pack(whole, refs, share_prefix=True, temperature=1.0, pad_to=engine.pad_to, device=engine.device)
         packs = [packed(refs) for mini in batch.mini_batches for refs in mini.micro_batches]
         outputs = engine.scores(packs)
-        self._park()
+        self.hand_over()
         rewards, of_response = TokenRewards(), {}
         if engine.at.leads:  # and on all but the last stage there are no outputs
             rows = merged([by_sample(b, values) for b, values in zip(packs, outputs)])
@@ -65,7 +65,8 @@ class TokenRewardWorker:
         logits = row.astype(np.float64) + self.bias
         return logits if self.config.token_reward.output == "logit" else 1 / (1 + np.exp(-logits))
 
-    def _park(self) -> None:
+    def hand_over(self) -> None:
+        """Leave the device to those that share it."""
         if self.config.token_reward.offload_weight and self.engine.device.type == "cuda":
             self.parked.park(self.engine.model.parameters())
 

@@ -191,6 +191,7 @@ class TrainWorker(Checkpointed):
         started = time.perf_counter()
         self.feeds_nobody = not transports
         self.offloader.after_training()
+        self.offloader.before_forward()  # before the first step the weights may be away, so that engines could start
         handed = self.publisher.hand_out(version, transports)
         return (handed.sources, time.perf_counter() - started), handed.arrays
 

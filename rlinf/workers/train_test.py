@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from rlinf.algorithms.objective import MetricSums
 from rlinf.metrics.names import undocumented
 from rlinf.training.engine import Update
-from rlinf.workers.train import step_metrics
+from rlinf.training.publishing import HandedOut
+from rlinf.workers.train import TrainWorker, step_metrics
 
 NAMES = ("loss", "tokens", "entropy", "ratio", "clipped", "dual_clipped", "approx_kl", "gap", "gap_tokens")
 
@@ -39,3 +41,13 @@ def test_the_loss_scale_is_logged_where_there_is_one() -> None:
     scaled = step_metrics([update(1.0, 1, 1.0, 0.0, 1.0, scale=2.0**16), update(1.0, 1, 1.0, 0.0, 1.0, scale=2.0**15)])
     assert scaled["train/loss_scale"] == 2.0**15 and undocumented(set(scaled)) == []
     assert "train/loss_scale" not in step_metrics([update(1.0, 1, 1.0, 0.0, 1.0)])
+
+
+def test_weights_are_brought_back_to_be_published_before_the_first_step() -> None:
+    """An actor leaves a GPU for its engines to start; the rest of it stays away."""
+    worker, called = TrainWorker.__new__(TrainWorker), Mock()
+    worker.offloader, worker.publisher = called.offloader, called.publisher
+    called.publisher.hand_out.return_value = HandedOut({"auto": None})
+    (sources, _), _ = worker.publish(0, ("auto",))
+    assert [name for name, *_ in called.mock_calls] == ["offloader.after_training", "offloader.before_forward", "publisher.hand_out"]
+    assert sources == {"auto": None} and not worker.feeds_nobody

@@ -40,11 +40,12 @@ BY_FILE = {  # file of rlinf/ -> function -> test
         "SGLangEngine.join": "test_a_server_joins_the_group_of_a_publisher_on_another_gpu",
         "SGLangEngine.start_trace": "test_a_trace_of_a_server_has_the_kernels_of_the_device",
     },
+    "runners/launch.py": {"launch_workers": "toolkits/gpu_acceptance.sh"},
     "training/attention.py": {"PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give"},
     "training/model.py": {"layer_implementation": "test_transformer_engines_layers_give_what_the_local_ones_give"},
     "training/offload.py": {"Offloader.__init__": "test_offloading_frees_the_device_and_training_does_not_notice"},
     "weights/broadcast.py": {"make_process_group": "test_a_publisher_broadcasts_from_its_device"},
-    "workers/token_reward.py": {"TokenRewardWorker._park": "test_a_token_reward_model_is_parked_while_it_does_not_score"},
+    "workers/token_reward.py": {"TokenRewardWorker.hand_over": "test_a_token_reward_model_is_parked_while_it_does_not_score"},
     "workers/device.py": {"peak_flops": "test_peak_operations_are_those_of_the_data_sheet"},
     "training/parallel.py": {"initialize": "test_a_step_in_16_bits_is_close_to_the_one_in_fp32"},
 }
