@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from rlinf.data.records import Finish, Sample
+from rlinf.device import choose, give_back_free_memory
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.contract import Capabilities, Decode, EngineStats, GenerateRequest
 from rlinf.rollout.limits import architecture_for, check_request
@@ -289,7 +290,11 @@ class SGLangEngine:
             if isinstance(source, Disk):
                 raise UserError(f"{source.path}: {error}; the weights do not fit its config.json") from error
             raise RunFailed(f"weights of version {version} were refused: {error}") from error
-        return len(tensors), sum(t.nbytes for t in tensors.values())
+        found = len(tensors), sum(t.nbytes for t in tensors.values())
+        if isinstance(source, DeviceIpc):  # what the look took of the GPU is the server's and the actor's again
+            del tensors
+            give_back_free_memory(choose(self._device))
+        return found
 
     async def _take(self, source: WeightSource | Collective, version: int) -> tuple[Sequence[BucketSpec], str]:
         """Into the server. Returns the buckets, with checksums that have been verified, and the server's own checksum."""

@@ -163,7 +163,13 @@ def checksum(buffer: Tensor) -> int:
         run["source"], run["nbytes"] = buffer.data_ptr(), len(buffer)
         (look_by_numpy if kernels() is None else kernels().look)(run)
         return int(run["sum"][0])
-    words = torch.nn.functional.pad(buffer, (0, -len(buffer) % 4)).view(torch.int32)
+    return device_checksum(buffer)
+
+
+def device_checksum(buffer: Tensor) -> int:
+    """By torch's operations, a part at a time: a GPU may have no room for a second bucket as large as an embedding."""
+    whole = buffer if len(buffer) % 4 == 0 else torch.nn.functional.pad(buffer, (0, -len(buffer) % 4))  # pad() copies in any case
+    words = whole.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=buffer.device)
     for start in range(0, len(words), WORDS_AT_ONCE):
         part = words[start : start + WORDS_AT_ONCE].long() & 0xFFFFFFFF

@@ -125,6 +125,16 @@ def _looked_at(source: DeviceIpc, device: torch.device) -> dict[str, int]:
 
 
 @pytest.mark.gpu
+def test_a_checksum_makes_no_copy_of_the_bucket() -> None:
+    device = devices.choose("cuda")
+    buffer = torch.ones(512 * MIB, dtype=torch.uint8, device=device)
+    devices.forget_peak(device)
+    before = devices.memory_in_use(device)
+    assert checksum(buffer) == checksum(buffer.cpu())
+    assert devices.peak_memory(device) - before <= 256 * MIB
+
+
+@pytest.mark.gpu
 def test_memory_that_nobody_opens_comes_back() -> None:
     device = devices.choose("cuda")
     publisher = DeviceBuckets("gpu-test", device)
