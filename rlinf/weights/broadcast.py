@@ -64,6 +64,7 @@ def make_process_group(
 ) -> dist.ProcessGroupNCCL | dist.ProcessGroupGloo:
     """NCCL between GPUs, else gloo. It is not in torch's list of groups: no collective of training knows it."""
     if device.type == "cuda":
+        store.set_timeout(timedelta(seconds=timeout))  # its members meet in the first broadcast, as long as the store waits
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout)
         return dist.ProcessGroupNCCL(store, rank, size, options)

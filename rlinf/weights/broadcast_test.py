@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rlinf.errors import RunFailed
+from rlinf.weights import broadcast
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.buckets import Named
 from rlinf.weights.receipts import merge_sources
@@ -66,6 +70,25 @@ def test_a_member_that_does_not_come_is_named() -> None:
     store = open_store("127.0.0.1", 0, keeps=True)
     with pytest.raises(RunFailed, match="actor rank 0 waited for 1 s at most; rollout rank 0, rollout rank 1 did not come"):
         Wire(GROUPS[0], "actor rank 0", open_store("127.0.0.1", store.port, keeps=False), CPU, 1.0)
+
+
+def test_members_that_meet_over_nccl_have_the_whole_timeout_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL makes its group in the first broadcast; who is early waits at the store, by the store's own timeout."""
+    made: list[float] = []
+
+    def process_group(store: dist.Store, rank: int, size: int, options: SimpleNamespace) -> None:
+        began = time.monotonic()
+        with pytest.raises(RuntimeError):
+            store.get("the publisher's id")
+        made.append(time.monotonic() - began)
+
+    process_group.Options = SimpleNamespace
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", process_group, raising=False)
+    monkeypatch.setattr(broadcast, "GRACE", 0.1)
+    store = open_store("127.0.0.1", 0, keeps=True)
+    there = dist.PrefixStore("a group", open_store("127.0.0.1", store.port, keeps=False))
+    broadcast.make_process_group(there, 1, 2, torch.device("cuda"), 1.5)
+    assert made[0] >= 1.4
 
 
 def test_an_engine_that_stops_between_two_versions_is_named(name: str) -> None:
