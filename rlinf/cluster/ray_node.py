@@ -5,7 +5,8 @@ Environment:
     HEAD_ADDRESS               address[:port] of the head, where ray_utils is not a shared folder (copy ray_token to the node)
     RLINF_NIC                  network interface to use; default: the one that leads to the head, or out
     RLINF_RAY_PORT             port of the head, default 6379
-    RLINF_NUM_GPUS, RLINF_NUM_CPUS    devices of this node; default: its GPUs, and its cores (the process slots of a CPU node)
+    RLINF_NUM_GPUS, RLINF_NUM_CPUS    devices of this node; default: its GPUs (those of CUDA_VISIBLE_DEVICES where that is set), and its
+                               cores (the process slots of a CPU node)
     RLINF_OBJECT_STORE_BYTES   default: 5 % of the memory, between 512 MiB and 64 GiB
     RLINF_START_TIMEOUT        seconds to wait for the head, default 600
     RLINF_CLUSTER_ID           same on all nodes: an address file with another id is not this cluster's
@@ -103,7 +104,7 @@ def start(shared: Path, head_address: str | None) -> None:
 
 def launch(rank: int, head: Head, state: Path, mark: str) -> None:
     """`ray start`, which returns when the node has joined."""
-    gpus = os.environ.get("RLINF_NUM_GPUS") or str(sum(1 for _ in Path("/proc/driver/nvidia/gpus").glob("*")))
+    gpus = os.environ.get("RLINF_NUM_GPUS") or visible_gpus()
     node_ip = head.host if rank == 0 else own_address(head.host)
     command = [
         sys.executable,
@@ -240,6 +241,12 @@ def status() -> bool:
     alive = any(name_of(pid) == "raylet" for pid in marked((state / "mark").read_text(), MARK)) and listens(address)
     say(f"node {rank} of the Ray cluster at {address} " + ("is up" if alive else "is dead: run start_ray.sh again"))
     return alive
+
+
+def visible_gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """GPUs of this machine that the processes of its node may see: Ray refuses to offer more."""
+    there, visible = sum(1 for _ in driver.glob("*")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if visible is None or not there else len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])
 
 
 def own_address(towards: str) -> str:
