@@ -111,6 +111,13 @@ def test_the_image_is_not_root_and_bakes_no_mirror_in() -> None:
     assert not re.search(r"index-url|trusted-host|mirror|https?://", DOCKERFILE)
 
 
+def test_a_user_of_ones_own_is_told_to_have_a_home() -> None:
+    """One without an entry in the image has `/` for it, where nothing can be written; the folder of runs is mounted from one of theirs."""
+    told = re.findall(r"`(--user [^`]*)`", (ROOT / "docker/README.md").read_text())
+    assert told and all("-e HOME=/work" in words for words in told)
+    assert "WORKDIR /work" in DOCKERFILE and "-v /shared/runs:/work" in (ROOT / "docker/README.md").read_text()
+
+
 def test_hadolint_has_nothing_to_say() -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:
