@@ -90,12 +90,22 @@ class PackedAttention(MegatronModule):
         if length == size:
             mask = None
         elif q.is_cuda:
-            from torch.nn.attention.bias import causal_lower_right  # brings torch._dynamo along, a second that CPU ranks do not need
-
-            mask = causal_lower_right(length, size)  # a name for flash attention, not a matrix of length x size
+            mask = _to_the_end(length, size)
         else:
             mask = torch.ones(length, size, dtype=torch.bool).tril(size - length)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale).transpose(1, 2)
+
+
+def _to_the_end(length: int, size: int) -> Tensor:
+    """Torch's name for causal attention aligned to the end of the keys, by which flash attention knows it; not a matrix.
+
+    Torch's own causal_lower_right() reserves 2 x length x size numbers of host memory with it, which nothing reads.
+    """
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # brings torch._dynamo along, a second that CPU ranks do not need
+
+    mask = CausalBias.__new__(CausalBias)
+    mask.__init__(CausalVariant.LOWER_RIGHT, length, size)
+    return mask
 
 
 class _CpuAttention(torch.autograd.Function):

@@ -142,3 +142,13 @@ def test_dropout_is_refused() -> None:
     config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="no dropout"):
         PackedAttention(config, layer_number=1)
+
+
+@pytest.mark.parametrize(("length", "size"), [(3, 7), (1, 2), (5, 6)])
+def test_the_mask_of_a_gpu_is_aligned_to_the_end_of_the_keys_and_is_no_matrix(length: int, size: int) -> None:
+    mask = attention._to_the_end(length, size)
+    assert mask.untyped_storage().nbytes() == 0
+    q, k, v = torch.randn(2, HEADS, length, DIM), torch.randn(2, HEADS, size, DIM), torch.randn(2, HEADS, size, DIM)
+    written_out = torch.ones(length, size, dtype=torch.bool).tril(size - length)
+    found, expected = (torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m, scale=0.3) for m in (mask, written_out))
+    assert torch.allclose(found, expected, atol=1e-6)
