@@ -1,4 +1,4 @@
-"""Commands in a fresh process each, forked from one that has imported torch, Megatron and rlinf already: that is most of a small run's time.
+"""Commands in a fresh process each, forked from one that has imported torch, Megatron and rlinf: that is most of a small run's time.
 
 python -m tests.warm        (the process that forks: a JSON request a line on stdin; the child's pid, then its exit code on stdout)
 """
@@ -32,10 +32,10 @@ class Warm:
     """The forking process of this test process, and what is asked of it."""
 
     def __init__(self) -> None:
+        env = dict(os.environ, PYTHONPATH=str(ROOT), OPENBLAS_NUM_THREADS="1")  # its threads would be lost in a fork
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT), OPENBLAS_NUM_THREADS="1"), stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.warm"], cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         atexit.register(self.process.kill)
 
     def run(self, words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:

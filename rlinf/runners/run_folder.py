@@ -111,15 +111,20 @@ class RunFolder:
         if self.keep_groups == 0:
             return
         append_lines(self.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
-        pinned = {1, *(_step(c) + 1 for c in self._complete())} if self.keep_groups > 0 else None
-        stay = pinned and {
-            s - k for s in pinned for k in range(self.ahead + 1)
-        }  # a group is journalled with the step that it was begun for
-        for order in (self.path / "samples").glob("order_*.jsonl"):
-            old = int(order.stem.rpartition("_")[2])
-            if stay is not None and old <= step - self.keep_groups and old not in stay:
-                self.groups(old).unlink(missing_ok=True)
+        if self.keep_groups < 0:
+            return
+        pinned = {1, *(_step(c) + 1 for c in self._complete())}
+        for order in self._journals("order"):
+            if _step(order) <= step - self.keep_groups and _step(order) not in pinned:
                 order.unlink()
+        kept = {_step(order) for order in self._journals("order")}
+        for groups in self._journals("groups"):  # named by the step that they were begun for; some later one trains on them
+            trains = range(_step(groups), _step(groups) + self.ahead + 1)
+            if trains[-1] <= step and kept.isdisjoint(trains):
+                groups.unlink()
+
+    def _journals(self, kind: str) -> list[Path]:
+        return [*(self.path / "samples").glob(f"{kind}_*.jsonl")]
 
     def release(self) -> None:
         """The workers are gone, and another driver may have the folder."""
@@ -244,8 +249,9 @@ def describe(file: Path) -> dict[str, Any]:
     return size if file.suffix == ".safetensors" else size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_").partition(".")[0])
+def _step(path: Path) -> int:
+    """Of a checkpoint, or of a journal."""
+    return int(path.name.partition(".")[0].rpartition("_")[2])
 
 
 def _replaced(path: Path) -> None:

@@ -96,6 +96,7 @@ class TrainingLoop(ABC):
         await self.ready()
         if self.folder.resume is not None:
             folder, state = self.folder.resume.step_dir, self.folder.resume.state
+            self.cluster.phase = "start, resume"  # which has a budget, as the start has not: a folder on the network may hang
             for group in self.saving.groups:
                 await group.call_all("load", str(folder))
             self.sampler.load_state_dict(state["sampler"])
