@@ -134,8 +134,9 @@ def heading(node: Node) -> str | None:
         return "".join(a.value for a in node.args)
     if node.op == "mul" and len(node.args) == 2 and node.args[0].op == "sym" and node.args[1].op == "tuple":
         return node.args[0].value
-    if node.op == "div" and all(heading(a) for a in node.args):
-        return "/".join(heading(a) for a in node.args)
+    if node.op == "div":  # each side once: x/x/x/... would double the work at every stroke
+        parts = [heading(a) for a in node.args]
+        return "/".join(parts) if all(parts) else None
     if node.op == "tuple" and all(a.op == "sym" for a in node.args):
         return f"({','.join(a.value for a in node.args)})"
     if node.op == "fn" and node.value in (
