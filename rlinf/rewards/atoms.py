@@ -70,8 +70,8 @@ def repeating(text: str, block: str | None) -> Node:
     r"""`0.1\overline{6}`; with block None, `0.1666...`: the shortest block that ends the digits at least twice (3 digits at least)."""
     whole, _, decimals = text.partition(".")
     if block is None:
-        match = re.search(r"(\d+?)\1+$", decimals)
-        if len(decimals) > 60 or match is None or len(match[0]) < 3:
+        match = re.search(r"(\d+?)\1+$", decimals) if len(decimals) <= 60 else None
+        if match is None or len(match[0]) < 3:
             raise Malformed("dots after digits that do not repeat")
         block, decimals = match[1], decimals[: match.start()]
     if len(decimals) + len(block) > 500:
@@ -93,6 +93,7 @@ class AtomParser:
         self.tokens, self.pos, self.depth, self.max_depth = tokens, 0, 0, max_depth
         self.bars = 0  # open |
         self.builder = 0  # open \{, where a | ends the variable
+        self.fractions: dict[int, tuple[Node, int]] = {}  # by position: read while looking for a mixed number, with where they end
 
     def peek(self, ahead: int = 0) -> Token | None:
         i = self.pos + ahead
@@ -204,6 +205,7 @@ class AtomParser:
                 return Node("num", (), whole.value + top.value / bottom.value)
             if top.op == bottom.op == "num":
                 raise Malformed("a mixed number with an improper fraction")
+            self.fractions[start] = (Node("div", (top, bottom)), self.pos)  # read once: nested ones would double the work each time
             self.pos = start
             return whole
         top, bottom = self.value(), self.value(2)
@@ -287,6 +289,9 @@ class AtomParser:
         if value in EMPTY:
             return EMPTY_SET
         if value == "\\frac":
+            if found := self.fractions.pop(self.pos - 1, None):
+                node, self.pos = found
+                return node
             return Node("div", (self.group(), self.group()))
         if value in BINOMIALS:
             return Node("fn", (self.group(), self.group()), "binomial")

@@ -52,7 +52,10 @@ def _checked(value: Fraction, bits: int) -> Fraction:
 
 
 def _add(_: Node, values: list[Fraction], bits: int) -> Fraction:
-    return _checked(sum(values, Fraction(0)), bits * 2)
+    total = Fraction(0)
+    for value in values:  # checked at every step: a long sum of unlike denominators is slow before it is big
+        total = _checked(total + value, bits * 2)
+    return total
 
 
 def _mul(_: Node, values: list[Fraction], bits: int) -> Fraction:
@@ -65,7 +68,7 @@ def _mul(_: Node, values: list[Fraction], bits: int) -> Fraction:
 def _div(_: Node, values: list[Fraction], bits: int) -> Fraction:
     if values[1] == 0:
         raise NoValue("division by zero")
-    return values[0] / values[1]
+    return _checked(values[0] / values[1], bits * 2)
 
 
 def _pow(_: Node, values: list[Fraction], bits: int) -> Fraction | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rlinf.rewards.math import judge_cheap
 from rlinf.rewards.verifier import Item, Verifier
 
 HOSTILE = {
@@ -79,6 +81,33 @@ def test_every_hostile_input_is_decided_in_time_and_the_batch_is_unaffected(veri
     for pid in verifier.worker_pids():
         peak = int(Path(f"/proc/{pid}/status").read_text().split("VmPeak:")[1].split()[0])
         assert peak <= 1 << 20  # KiB
+
+
+def nested_products(depth: int) -> str:
+    text = "x"
+    for _ in range(depth):
+        text = f"2\\frac{{{text}}}{{x}}"
+    return text
+
+
+PRIMES = [p for p in range(2, 500) if all(p % q for q in range(2, p))]
+COSTLY = {  # doubled their work with every level, or tested a bound too late, in the process that also trains
+    "chain_of_letters": "/".join("x" * 40) + "=5",
+    "zeros_before_dots": "0." + "0" * 4900 + r"1\ldots",
+    "sum_of_powers": "+".join(f"{p}^{{-{19900 // (p.bit_length() + 1)}}}" for p in PRIMES),
+    "many_braces": "{" * 2490 + "5" + "}" * 2490,
+    "nested_products": nested_products(38),
+    "many_inequalities": ",".join(f"{i}<x<{i + 1}" for i in range(1, 331)),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_no_box_costs_its_own_process_a_second(name: str) -> None:
+    started = time.process_time()
+    for gold in ("42", "(1,2)", "x^2"):
+        decision = judge_cheap(COSTLY[name], (gold,))
+        assert decision is None or decision.status != "right"
+    assert time.process_time() - started < 1
 
 
 def test_a_hostile_gold_is_no_excuse(verifier: Verifier) -> None:

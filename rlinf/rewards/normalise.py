@@ -48,6 +48,7 @@ _SPACED_DIGITS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?!,[0-9])")
 _LEAD_IN = re.compile(r"(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?(?:answer|solution)\s*(?:is|:|=)\s*:?\s*\}?", re.IGNORECASE)
 _PREFIX = re.compile(r"(?:\\(?:approx|therefore|implies|Rightarrow|Longrightarrow|to|rightarrow|sim)(?![A-Za-z])|=(?!=))\s*")
+MAX_BRACES = 40  # braces around everything that are taken off, each with a pass over the text
 _PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 
 
@@ -75,7 +76,10 @@ def clean(answer: str) -> str:
     s = _without_end(" ".join(s.split())).lstrip(" :")
     while s and (prefix := _PREFIX.match(s)):
         s = s[prefix.end() :]
-    while (inner := _unwrapped(s)) is not None:
+    for _ in range(MAX_BRACES):
+        inner = _unwrapped(s)
+        if inner is None:
+            break
         s = _without_end(inner.strip())
     return _SPACED_DIGITS.sub(lambda m: m[0].replace(" ", ""), s)
 

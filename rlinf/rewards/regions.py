@@ -189,4 +189,6 @@ def _complement(a: Region) -> Region:
 
 def _disjoint(parts: list[Region]) -> bool:
     total = [span for part in parts for span in part]
+    if len(total) > MAX_SPANS:
+        raise TooDeep("too many intervals")
     return all(not _meet((s,), (t,)) for i, s in enumerate(total) for t in total[:i])
