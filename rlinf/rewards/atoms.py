@@ -12,6 +12,7 @@ from rlinf.rewards.forms import (
     Malformed,
     Node,
     TooDeep,
+    Unknown,
     Unsupported,
 )
 from rlinf.rewards.lexer import FUNCTIONS, GREEK, INFINITIES, Token
@@ -39,6 +40,14 @@ ATOMS = (
     | frozenset(FENCES)
     | frozenset(CONSTANTS)
     | frozenset(("\\frac", "\\sqrt", "\\mathbb", "\\angle", "\\triangle", "\\imath"))
+)
+BEYOND = frozenset("\\int \\iint \\iiint \\sum \\prod \\lim".split())
+OPERATORS = frozenset(  # and relations: none of them says anything without what stands before it
+    """neg lnot not ne neq notin in ni subset subseteq subsetneq supset supseteq cup cap vee wedge lor land le ge leq geq lt gt leqslant
+    geqslant nless ngtr nleq ngeq ll gg approx sim simeq cong equiv asymp doteq propto prec succ preceq succeq mid nmid parallel nparallel perp
+    pm mp times div cdot ast star circ bullet oplus otimes setminus smallsetminus backslash to mapsto rightarrow leftarrow leftrightarrow gets
+    Rightarrow Leftarrow Leftrightarrow Longrightarrow implies iff forall exists nexists over atop choose colon because therefore mod bmod
+    pmod pod prime""".split()
 )
 MATRICES = frozenset("pmatrix bmatrix matrix smallmatrix Bmatrix array".split())
 SYSTEMS = frozenset("cases aligned align gathered split".split())
@@ -308,7 +317,13 @@ class AtomParser:
             return Node("sym", (), f"{name} {self.raw_group() if self.value() == '{' else self.letters()}")
         if value in DOTS:
             return Node("sym", (), "...")
-        raise Unsupported(f"{value} is not in the grammar")
+        if value in BEYOND:
+            if value in ("\\sum", "\\prod", "\\lim") and self.value() != "_":
+                raise Malformed(f"{value} over nothing")  # another reader would drop it
+            raise Unsupported(f"{value} is not in the grammar")
+        if name in OPERATORS or not name.isalpha():
+            raise Malformed(f"{value} has nothing before it")
+        raise Unknown(f"{value} is not known")
 
     def letters(self) -> str:
         start = self.pos
@@ -408,7 +423,7 @@ class AtomParser:
     def environment(self, token: Token) -> Node:
         name = token.value[token.value.index("{") + 1 : -1].rstrip("*")
         if not token.value.startswith("\\begin") or name not in MATRICES | SYSTEMS:
-            raise Unsupported(f"{token.value} is not in the grammar")
+            raise (Unsupported if "matrix" in name else Unknown)(f"{token.value} is not in the grammar")
         if name == "array" and self.value() == "{":
             self.raw_group()
         rows: list[list[Node]] = [[]]

@@ -25,6 +25,10 @@ class Unsupported(Malformed):
     """Mathematics that our grammar leaves to math-verify (integrals, sums, limits, ...)."""
 
 
+class Unknown(Malformed):
+    """A command that we do not know: what it does to the rest cannot be told."""
+
+
 class TooDeep(ValueError):
     """Nested deeper than the parser goes."""
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from rlinf.rewards.compare import APPROXIMATE_DIGITS, Judge, equal
 from rlinf.rewards.evaluate import NoValue, TooBig
 from rlinf.rewards.extract import last_box
-from rlinf.rewards.forms import Malformed, Node, TooDeep, Unsupported
+from rlinf.rewards.forms import Malformed, Node, TooDeep, Unknown, Unsupported
 from rlinf.rewards.judges import NeedsCage, NumericJudge, RationalJudge, rounds_exactly
 from rlinf.rewards.normalise import LookAlike, clean, readings
 from rlinf.rewards.parse import parse
@@ -48,12 +48,16 @@ class Reading(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A cleaned answer with its readings. unsupported: our grammar does not read it but it may be mathematics."""
+    """A cleaned answer with its readings. unsupported: mathematics that our grammar does not read. unknown: it holds an unknown command."""
 
     text: str
     readings: tuple[Reading, ...]
     unsupported: bool
     deep: bool
+    unknown: bool = False
+
+    def readable(self) -> bool:
+        return self.unsupported or any(r.node is not None or r.letter for r in self.readings)
 
 
 @lru_cache(maxsize=65536)
@@ -105,7 +109,7 @@ def read(answer: str, depth: int = CHEAP_DEPTH) -> Read:
         return Read(text, (), False, False)
     labelled = choice(text)
     letter, rest = labelled if labelled else ("", text)
-    found, unsupported, deep = [], False, False
+    found, unsupported, deep, unknown = [], False, False, False
     for reading in readings(rest) if rest else ():
         try:
             found.append(Reading(_node(reading, depth), letter, ""))
@@ -113,13 +117,14 @@ def read(answer: str, depth: int = CHEAP_DEPTH) -> Read:
             unsupported = True
             found.append(Reading(None, letter, str(error)))
         except Malformed as error:
+            unknown |= isinstance(error, Unknown)
             found.append(Reading(_as_words(reading), letter, str(error)))
         except TooDeep as error:
             deep = True
             found.append(Reading(None, letter, str(error)))
     if letter and not found:
         found.append(Reading(None, letter, ""))
-    return Read(text, tuple(found), unsupported, deep)
+    return Read(text, tuple(found), unsupported, deep, unknown)
 
 
 def _node(text: str, depth: int) -> Node:
@@ -172,7 +177,7 @@ def judge_caged(answer: str, solutions: tuple[str, ...]) -> Decision:
     decision = _decide(got, wants, NumericJudge())
     if decision is None or decision.status == "right":
         return decision or Decision("undecided", "limit")
-    if got.unsupported or any(w.unsupported or all(r.node is None and not r.letter for r in w.readings) for w in wants):
+    if got.readable() and (got.unsupported or any(w.unsupported for w in wants)):
         return _ask_math_verify(got, wants, decision)
     return decision
 
@@ -231,6 +236,8 @@ def _decide(got: Read, wants: list[Read], judge: Judge) -> Decision | None:
         return Decision("undecided", "limit", limit or (got.readings[0].fault if got.readings else "") or "too long")
     if all(r.node is None and not r.letter for w in wants for r in w.readings):
         return Decision("undecided", "gold_unreadable", wants[0].readings[0].fault if wants[0].readings else "an empty gold")
+    if got.unknown and not got.readable():
+        return Decision("undecided", "unreadable", got.readings[0].fault)
     faults = [r.fault for r in got.readings if r.fault and r.node is None]
     return Decision("wrong", "malformed", faults[0]) if faults else Decision("wrong", route, _forms(got, *wants))
 
@@ -270,6 +277,19 @@ def near_texts(text: str) -> list[str]:
     return near + [text[: letters[-1]] + ("w" if text[letters[-1]] != "w" else "v") + text[letters[-1] + 1 :]] if letters else near
 
 
+def values_of(text: str) -> list[str]:
+    """The sides of a chain of equal values (beside names) where there are several: math-verify reads the last alone."""
+    depth, sides = 0, [""]
+    for c in text:
+        depth += (c in "{(") - (c in "})")
+        if c == "=" and depth == 0:
+            sides.append("")
+        else:
+            sides[-1] += c
+    values = [s for s in sides if not re.fullmatch(r"\s*(?:[A-Za-z]|[A-Za-z]\([A-Za-z]\))\s*", s)]
+    return values if len(values) > 1 else []
+
+
 def _words(text: str) -> set[str]:
     """Words of prose; math-verify drops them, so an answer must not say more than the gold."""
     return set(re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)) - {"dx", "dy", "dt", "dz"}
@@ -280,19 +300,22 @@ def _ask_math_verify(got: Read, wants: list[Read], decision: Decision) -> Decisi
     from math_verify import parse as mv_parse
     from math_verify import verify as mv_verify
 
-    answer = mv_parse(f"\\boxed{{{got.text}}}", parsing_timeout=None)
-    if len(answer) < 2:  # only its own text came back
+    def read_by_it(text: str) -> list:
+        return mv_parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+
+    answer, sides = read_by_it(got.text), [read_by_it(side) for side in values_of(got.text)]
+    if len(answer) < 2 or any(len(side) < 2 for side in sides):  # only its own text came back
         return Decision("undecided", "unreadable", got.readings[0].fault if got.readings else "")
     golds_read = True
     for want in wants:
-        if not (want.unsupported or got.unsupported) or _words(got.text) - _words(want.text):
+        if not (want.unsupported or got.unsupported and want.readable()) or _words(got.text) - _words(want.text):
             continue
-        gold = mv_parse(f"\\boxed{{{want.text}}}", parsing_timeout=None)
+        gold = read_by_it(want.text)
         golds_read &= len(gold) >= 2
-        if len(gold) >= 2 and mv_verify(gold, answer, timeout_seconds=None):
+        if len(gold) >= 2 and all(mv_verify(gold, side, timeout_seconds=None) for side in [answer, *sides]):
             for text, other in ((got.text, gold), (want.text, answer)):
                 for near in near_texts(text):  # does it read what it accepts?
-                    if mv_verify(mv_parse(f"\\boxed{{{near}}}", parsing_timeout=None), other, timeout_seconds=None):
+                    if mv_verify(read_by_it(near), other, timeout_seconds=None):
                         return Decision("undecided", "unreadable", "math-verify accepts other numbers as well")
             return Decision("right", "math-verify", _forms(got, want))
     return Decision("wrong", "math-verify", _forms(got, *wants)) if golds_read and decision.route != "limit" else decision

@@ -15,15 +15,17 @@ from fractions import Fraction
 
 from rlinf.rewards.atoms import (
     ATOMS,
+    BEYOND,
     CURRENCIES,
     DECORATIONS,
+    DOTS,
     MAX_PARTS,
     TIMES,
     AtomParser,
     number_node,
     signed,
 )
-from rlinf.rewards.forms import Malformed, Node, TooDeep, Unsupported, height
+from rlinf.rewards.forms import Malformed, Node, TooDeep, Unknown, Unsupported, height
 from rlinf.rewards.lexer import FUNCTIONS, GREEK, INFINITIES, Token, lex
 from rlinf.rewards.units import MULTIPLIERS, UNITS, Unit, lookup, make_unit
 
@@ -41,19 +43,33 @@ SET_OPERATORS = {
     "\\bigcap": "intersection",
 }
 NOT_FACTORS = frozenset("and or in mod percent pct percentage degree degrees deg per base".split())
-BEYOND = frozenset("\\int \\iint \\oint \\sum \\prod \\lim \\partial \\nabla \\det".split())
+MORE_COMMANDS = frozenset("\\to \\rightarrow \\infty \\circ \\prime \\{ \\} \\% \\\\ \\choose \\mid".split())
 _UNION_LETTER = re.compile(r"(?<=[)\]}])\s*U\s*(?=[(\[\\])")
 
 
 def parse(s: str, max_depth: int = 40) -> Node:
-    """The tree of a cleaned answer. Raises Malformed (Unsupported for mathematics beyond the grammar) or TooDeep."""
-    parser = Parser(lex(_UNION_LETTER.sub(r"\\cup ", s)), max_depth)
-    node = parser.answer()
+    """The tree of a cleaned answer. Raises Malformed (Unsupported for mathematics beyond the grammar, Unknown) or TooDeep."""
+    tokens = lex(_UNION_LETTER.sub(r"\\cup ", s))
+    parser = Parser(list(tokens), max_depth)
+    try:
+        node = parser.answer()
+    except Unsupported:
+        if strange := next((t.value for t in tokens if not _is_known(t)), None):  # another reader would drop it
+            raise Unknown(f"{strange} is not known here") from None
+        raise
     if parser.peek() is not None:
         raise Malformed(f"cannot read from {parser.value()[:20]!r} on")
     if height(node) > 2 * max_depth:  # chains such as 1/2/3/... grow a tree without nesting
         raise TooDeep("a chain too long")
     return node
+
+
+def _is_known(token: Token) -> bool:
+    value = token.value
+    if token.kind == "op":
+        return value not in ("<", ">", "<=", ">=", "!=", "~", "->", "?")
+    groups = (ATOMS, BEYOND, TIMES, DECORATIONS, DOTS, MORE_COMMANDS)
+    return token.kind != "cmd" or value[1:] in FUNCTIONS or value[1:] in GREEK or any(value in group for group in groups)
 
 
 class Parser(AtomParser):
