@@ -193,6 +193,9 @@ class Parser(AtomParser):
             return value.startswith("\\begin")
         if token.kind == "cmd":
             return value in ATOMS or value[1:] in FUNCTIONS or value[1:] in GREEK or value in DECORATIONS or value in BEYOND
+        if token.kind == "num":  # n2^{n-1}, 2^a 3^b; but 2 3, x 3 and 1/2 3 are nothing
+            power = self.value(1) in ("^", "**") and before.op not in ("num", "dec", "neg")
+            return power and not token.text and not (before.op == "div" and self.tokens[self.pos - 1].kind == "num")
         if value == "|":
             return not self.bars and not self.builder
         if token.text and value == "(":
