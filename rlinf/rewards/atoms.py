@@ -110,7 +110,7 @@ class AtomParser:
 
     def value(self, ahead: int = 0) -> str:
         i = self.pos + ahead
-        return self.tokens[i].value if i < len(self.tokens) else ""
+        return self.tokens[i].value if 0 <= i < len(self.tokens) else ""
 
     def take(self, *values: str) -> bool:
         if self.value() in values and self.peek() is not None:
@@ -176,6 +176,16 @@ class AtomParser:
             self.pos += 1
             return number_node(token.value[0])
         return self.atom()
+
+    def exponent(self) -> Node:
+        r"""What stands after ^. Without braces it is one number or atom: x^2\frac{1}{2} is no mixed number above."""
+        if self.value() == "{":
+            return self.group()
+        sign, token = self.sign(), self.peek()
+        if token is not None and token.kind == "num":
+            self.pos += 1
+            return signed(sign, number_node(token.value))
+        return signed(sign, self.atom())
 
     # -- numbers
 
@@ -355,7 +365,7 @@ class AtomParser:
                 base = self.group()
             else:
                 self.pos += 1
-                power = self.group() if self.value() == "{" else signed(self.sign(), self.atom())
+                power = self.exponent()
         if power is not None and power == Node("neg", (Node("num", (), Fraction(1)),)) and not name.startswith("a"):
             name, power = f"arc{name}", None
         arguments = self.arguments()

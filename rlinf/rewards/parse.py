@@ -195,7 +195,7 @@ class Parser(AtomParser):
             return value in ATOMS or value[1:] in FUNCTIONS or value[1:] in GREEK or value in DECORATIONS or value in BEYOND
         if token.kind == "num":  # n2^{n-1}, 2^a 3^b; but 2 3, x 3 and 1/2 3 are nothing
             power = self.value(1) in ("^", "**") and before.op not in ("num", "dec", "neg")
-            return power and not token.text and not (before.op == "div" and self.tokens[self.pos - 1].kind == "num")
+            return power and not token.text and self.value(-2) not in ("/", "\\div")
         if value == "|":
             return not self.bars and not self.builder
         if token.text and value == "(":
@@ -234,8 +234,7 @@ class Parser(AtomParser):
             return self.degrees(base) if self.value(-2) != "\\prime" else Node("sym", (), f"{base.value}'")
         if self.take("\\prime"):
             return Node("sym", (), f"{base.value}'")
-        exponent = self.group() if self.value() == "{" else signed(self.sign(), self.atom())
-        return Node("pow", (base, exponent))
+        return Node("pow", (base, self.exponent()))
 
     def degrees(self, node: Node) -> Node:
         r"""What follows ^\circ: nothing, C or F (a temperature), or minutes (30')."""
