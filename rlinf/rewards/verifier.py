@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,13 @@ from typing import NamedTuple
 from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import RewardConfig
 from rlinf.data.records import Status, Verdict
+from rlinf.rewards.copied import copies_question
 from rlinf.rewards.extract import extract
-from rlinf.rewards.math import Decision, gold_answer
+from rlinf.rewards.math import Decision
 from rlinf.rewards.pool import Pool, Reply
 from rlinf.rewards.tasks import judge_cheap
 
 REMEMBERED = 65536  # decided (task, answer, solutions) triples kept, so that a duplicate is judged once
-_OPERATOR = re.compile(r"[-+*/^=<>!]|\\(?:frac|cdot|times|div|sqrt|binom|pm)")
 
 
 class Item(NamedTuple):
@@ -132,21 +131,7 @@ class Verifier:
             self._decided[key] = decision
 
     def _verdict(self, decision: Decision, answer: str | None, item: Item, seconds: float) -> Verdict:
-        if decision.status == "right" and item.prompt and item.task == "math" and copies_question(answer, item):
+        if decision.status == "right" and item.prompt and item.task == "math" and copies_question(answer, item.solutions, item.prompt):
             decision = Decision("wrong", "copied_question", "the box holds a formula of the question, not its value")
         status = Status(decision.status)
         return Verdict(self._rewards[status], status, answer, decision.route, seconds, decision.reason)
-
-
-def copies_question(answer: str, item: Item) -> bool:
-    r"""Whether the answer is a formula of the prompt (\boxed{23+45} to "What is 23+45?") and not the gold's own form."""
-    text = "".join(answer.split()).strip("$")
-    if not _OPERATOR.search(text.lstrip("+-")) or any(text == "".join(gold_answer(s).split()) for s in item.solutions):
-        return False
-    at = (prompt := "".join(item.prompt.split())).find(text)
-    while at >= 0:  # as a whole: 1/2 is not a copy from 11/23
-        before, after = prompt[at - 1 : at], prompt[at + len(text) : at + len(text) + 1]
-        if not (before.isdigit() and text[0].isdigit()) and not (after.isdigit() and text[-1].isdigit()):
-            return True
-        at = prompt.find(text, at + 1)
-    return False
