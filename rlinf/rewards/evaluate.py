@@ -148,11 +148,11 @@ def _integer_root(value: int, n: int) -> int | None:
 
 
 class Numeric:
-    """Evaluates with mpmath at the current precision of `mp`; remembers the largest magnitude met, to choose the precision by."""
+    """Evaluates with mpmath at the current precision of `mp`; remembers how large and how small values were, to choose the precision by."""
 
     def __init__(self, mp: Any) -> None:
         self.mp = mp
-        self.magnitude = 0  # binary exponent of the largest value met
+        self.largest = self.smallest = 0  # binary exponents met; a sum that cancels or a sine may be small by rounding alone and does not count
 
     def value(self, node: Node, point: Mapping[str, Any]) -> Any:
         result = self._value(node, point)
@@ -162,7 +162,9 @@ class Numeric:
             exponent = int(self.mp.mag(abs(result)))
             if exponent > 20_000:
                 raise TooBig("a value too large to compare")
-            self.magnitude = max(self.magnitude, exponent)
+            self.largest = max(self.largest, exponent)
+            if node.op not in ("add", "fn") or node.value == "exp":
+                self.smallest = min(self.smallest, exponent)
         return result
 
     def _value(self, node: Node, point: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from rlinf.rewards.forms import Node, symbols
 from rlinf.rewards.regions import INF, Number
 
 DIGITS = 60
+MAX_DIGITS = 8_000
 _TENTHS = (17, 29, 23, 31, 13, 37, 19, 41, 11, 43, 47, 7, 53, 59, 61, 67)  # no simple relation among them
 
 
@@ -216,42 +217,60 @@ class NumericJudge:
             yield {n: Fraction(2 + k + 2 * i) for i, n in enumerate(ordered)}, True
 
     def _same_at(self, a: Node, b: Node, point: dict[str, Fraction], real_only: bool) -> bool | None:
-        """None where one side is undefined (or not real, when only reals count)."""
+        """None where one side is undefined (or not real, when only reals count).
+
+        A true difference is the same number at every precision; one that rounding made shrinks as the precision grows.
+        """
+        digits, differences = DIGITS, []
         try:
-            x, y, digits = self._pair(a, b, point, DIGITS)
-            if self._far(x, y, digits) and max(abs(x), abs(y)) > self.mp.mpf(10) ** -(digits // 2):
-                return None if real_only and (self.mp.im(x) != 0 or self.mp.im(y) != 0) else False
-            x2, y2, digits = self._pair(a, b, point, digits + DIGITS)  # equal so far: again, with digits to spare
+            while len(differences) < 3:
+                x, y, digits, _ = self._pair(a, b, point, digits)
+                with self.mp.workdps(digits):
+                    differences.append(x - y)
+                    if len(differences) == 1 and abs(x - y) > max(1, abs(x), abs(y)) * self.mp.mpf(10) ** (-DIGITS // 2):
+                        return None if real_only and (self.mp.im(x) != 0 or self.mp.im(y) != 0) else False
+                    same = self._shrinks(differences)
+                if same is not None:
+                    break
+                digits += DIGITS
         except NoValue:
             return None
-        if real_only and (self._imaginary(x2) or self._imaginary(y2)):
-            return None
-        return not self._far(x2, y2, digits) or (self._vanishes(x, x2) and self._vanishes(y, y2))
+        return None if real_only and (self._imaginary(x) or self._imaginary(y)) else bool(same)
 
-    def _pair(self, a: Node, b: Node, point: dict[str, Fraction], digits: int) -> tuple[Any, Any, int]:
-        """Both values, to `digits` beyond the largest intermediate value."""
-        for _ in range(2):
+    def _shrinks(self, differences: list[Any]) -> bool | None:
+        """Whether the last difference is one of rounding; None: another evaluation must tell."""
+        last, before = differences[-1], differences[-2] if len(differences) > 1 else None
+        if before is None:
+            return None
+        if last == 0 or abs(last) <= abs(before) * self.mp.mpf(10) ** (-(DIGITS - 10)):
+            return True
+        if abs(last - before) <= abs(last) * self.mp.mpf(10) ** -10:
+            return False
+        return abs(last) <= abs(before) * self.mp.mpf(10) ** -15 if len(differences) > 2 else None
+
+    def _pair(self, a: Node, b: Node, point: dict[str, Fraction], digits: int, spare: int = DIGITS) -> tuple[Any, Any, int, Any]:
+        """Both values with `spare` digits between the largest and the smallest value met; the digits; a bound of the rounding."""
+        for last in (False, False, True):
             with self.mp.workdps(digits):
                 numeric = Numeric(self.mp)
                 values = {n: self.mp.mpf(v.numerator) / v.denominator for n, v in point.items()}
-                x, y = numeric.value(a, values), numeric.value(b, values)
-            needed = DIGITS + int(numeric.magnitude * 0.302)
-            if needed <= digits:
-                break
+                fault = None
+                try:
+                    x, y = numeric.value(a, values), numeric.value(b, values)
+                except NoValue as error:  # what is small looks like zero as long as the digits are few
+                    fault = error
+                needed = spare + int((numeric.largest - numeric.smallest) * 0.302)
+                if needed > MAX_DIGITS:
+                    raise TooBig("values too far apart to compare")
+                if needed <= digits or last:
+                    if fault is not None:
+                        raise fault
+                    return x, y, digits, self.mp.mpf(10) ** (int(numeric.largest * 0.302) + 20 - digits)
             digits = needed
-        return x, y, digits
-
-    def _far(self, x: Any, y: Any, digits: int) -> bool:
-        with self.mp.workdps(digits):
-            return abs(x - y) > max(abs(x), abs(y)) * self.mp.mpf(10) ** (-digits * 2 // 3)
+        raise AssertionError("the last evaluation returns")
 
     def _imaginary(self, x: Any) -> bool:
         return self.mp.im(x) != 0 and abs(self.mp.im(x)) > abs(x) * self.mp.mpf(10) ** -30
-
-    def _vanishes(self, x: Any, more_precise: Any) -> bool:
-        """A true zero shrinks as the precision grows; a small number does not."""
-        bound = abs(x) * self.mp.mpf(10) ** -20 if x != 0 else self.mp.mpf(10) ** -DIGITS
-        return more_precise == 0 or abs(more_precise) < bound
 
     # -- equations
 
@@ -259,16 +278,21 @@ class NumericJudge:
         ratios = []
         for point, _ in list(self._points(names))[:4]:
             try:
-                x, y, digits = self._pair(f, g, point, 2 * DIGITS)
+                x, y, digits, rounding = self._pair(f, g, point, 2 * DIGITS, 2 * DIGITS)
             except NoValue:
                 continue
             with self.mp.workdps(digits):
                 if abs(x) < self.mp.mpf(10) ** -50 or abs(y) < self.mp.mpf(10) ** -50:
                     return None
-                ratios.append(x / y)
-        if len(ratios) < 3 or any(self._far(r, ratios[0], DIGITS) for r in ratios):
+                ratios.append((x / y, rounding * (1 / abs(x) + 1 / abs(y)), digits))
+        if len(ratios) < 3:
             return None
-        return ratios[0]
+        first, first_error, _ = ratios[0]
+        for ratio, error, digits in ratios[1:]:
+            with self.mp.workdps(digits):
+                if abs(ratio - first) > abs(first) * (error + first_error):
+                    return None
+        return first
 
     def _solves(self, solved: Node, other: Node) -> bool:
         """`solved` is y = f(x): putting f(x) for y makes `other` vanish, and `other` is linear in y."""
