@@ -32,8 +32,8 @@ class Judge(Protocol):
         """Whether two equations or inequalities have the same solutions."""
         ...
 
-    def rounds_to(self, node: Node, decimal: Node) -> bool:
-        """Whether the decimal is the value of the expression, rounded or cut at its last digit."""
+    def rounds_to(self, node: Node, decimal: Node, cut: bool) -> bool:
+        """Whether the decimal is the value of the expression, rounded (or cut, where that counts) at its last digit."""
         ...
 
     def is_finite_decimal(self, node: Node) -> bool:
@@ -197,18 +197,23 @@ def _assigned_tuple(one: Node, other: Node, judge: Judge) -> bool:
 
 
 def _inconsistent(node: Node, judge: Judge) -> bool:
-    """`x = 3 = 4` and `2 + 2 = 5` assert nothing."""
+    """`x = 3 = 4`, `2 + 2 = 5`, `42.9 ~ 42` and `5/2 ~ 3 ~ 2` assert nothing."""
     value = node.args[0]
-    for side in node.args[1 if node.value == "" else 2 :]:
+    sides = node.args[1 if node.value == "" else 2 :]
+    if sum(side.op == "approx" for side in sides) > 1:
+        return True
+    for side in sides:
         if side.op == "approx":
-            decimal, tag = _untagged(side.args[0])
-            if (decimal.args[0] if decimal.op == "neg" else decimal).op not in ("dec", "num") or not judge.rounds_to(
-                _untagged(value)[0], decimal
-            ):
+            decimal = _untagged(side.args[0])[0]
+            if _unsigned(decimal).op not in ("dec", "num") or not judge.rounds_to(_untagged(value)[0], decimal, cut=False):
                 return True
         elif not _equal(side, value, judge):
             return True
     return False
+
+
+def _unsigned(node: Node) -> Node:
+    return node.args[0] if node.op == "neg" else node
 
 
 def _same_assignment(g: Node, a: Node, judge: Judge) -> bool:
@@ -216,7 +221,7 @@ def _same_assignment(g: Node, a: Node, judge: Judge) -> bool:
         return False
     for one, other in ((g, a), (a, g)):  # 2\sqrt{3} ~ 3.46 also says 3.46
         for side in one.args if one.op == "assign" else ():
-            if side.op == "approx" and _equal(side.args[0], other.args[0] if other.op == "assign" else other, judge):
+            if side.op == "approx" and not (one is a and _coarse(side.args[0], a.args[0])) and _equal(side.args[0], other.args[0] if other.op == "assign" else other, judge):
                 return True
     if g.op == a.op:
         if _compatible_names(g.value, a.value) and _equal(g.args[0], a.args[0], judge):
@@ -230,6 +235,12 @@ def _same_assignment(g: Node, a: Node, judge: Judge) -> bool:
     if not is_simple_name(assign.args[1]) and assign is g and assign.value:
         return False  # the gold is an equation such as x + y = 5, not a value with a name
     return _equal(g.args[0] if g is assign else g, a.args[0] if a is assign else a, judge)
+
+
+def _coarse(approximation: Node, value: Node) -> bool:
+    """An answer that gives an exact fraction does not also give the whole number beside it."""
+    exactly = exact(_untagged(value)[0])
+    return _unsigned(_untagged(approximation)[0]).op == "num" and exactly is not None and exactly.denominator != 1
 
 
 def _as_relation(node: Node) -> Node:
@@ -356,7 +367,7 @@ def _same_value(g: Node, a: Node, judge: Judge) -> bool:
             and value.op != "dec"
             and not (value.op == "neg" and value.args[0].op == "dec")
         ):
-            return judge.same(g, a) or (not judge.is_finite_decimal(value) and judge.rounds_to(value, decimal))
+            return judge.same(g, a) or (not judge.is_finite_decimal(value) and judge.rounds_to(value, decimal, cut=True))
     return judge.same(g, a)
 
 

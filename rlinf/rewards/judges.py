@@ -45,9 +45,9 @@ def is_finite(value: Fraction) -> bool:
     return rest == 1
 
 
-def _is_rounded(value: Fraction, decimal: Fraction, places: int) -> bool:
+def _is_rounded(value: Fraction, decimal: Fraction, places: int, cut: bool = True) -> bool:
     ulp = Fraction(1, 10**places)
-    return abs(value - decimal) <= ulp / 2 or 0 <= abs(value) - abs(decimal) < ulp and value * decimal >= 0
+    return abs(value - decimal) <= ulp / 2 or cut and 0 <= abs(value) - abs(decimal) < ulp and value * decimal >= 0
 
 
 def decimal_parts(node: Node) -> tuple[Fraction, int]:
@@ -80,11 +80,11 @@ class RationalJudge:
             return True
         raise NeedsCage
 
-    def rounds_to(self, node: Node, decimal: Node) -> bool:
+    def rounds_to(self, node: Node, decimal: Node, cut: bool) -> bool:
         value = _exact(node)
         if value is None:
             raise NeedsCage
-        return _is_rounded(value, *decimal_parts(decimal))
+        return _is_rounded(value, *decimal_parts(decimal), cut)
 
     def is_finite_decimal(self, node: Node) -> bool:
         value = _exact(node)
@@ -137,11 +137,11 @@ class NumericJudge:
                 raise NoValue("an end point that is not real")
             return Fraction(int(self.mp.nint(self.mp.re(x) * self.mp.mpf(10) ** 40)), 10**40)
 
-    def rounds_to(self, node: Node, decimal: Node) -> bool:
+    def rounds_to(self, node: Node, decimal: Node, cut: bool) -> bool:
         target, places = decimal_parts(decimal)
         value = exact(node, CAGE_BITS)
         if value is not None:
-            return _is_rounded(value, target, places)
+            return _is_rounded(value, target, places, cut)
         if symbols(node):
             return False
         with self.mp.workdps(DIGITS + places):
@@ -149,7 +149,7 @@ class NumericJudge:
             if self.mp.im(x) != 0:
                 return False
             scale = 10 ** (places + 30)
-            return _is_rounded(Fraction(int(self.mp.nint(self.mp.re(x) * scale)), scale), target, places)
+            return _is_rounded(Fraction(int(self.mp.nint(self.mp.re(x) * scale)), scale), target, places, cut)
 
     def is_finite_decimal(self, node: Node) -> bool:
         value = exact(node, CAGE_BITS)
