@@ -46,7 +46,11 @@ _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
 _INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _SPACED_DIGITS = re.compile(r"(?<![0-9.,_^])[0-9]{1,3}(?: [0-9]{3})+(?![0-9])")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?!,[0-9])")
-_LEAD_IN = re.compile(r"(?:\\text\{)?\s*(?:the\s+)?(?:final\s+)?(?:answer|solution)\s*(?:is|:|=)\s*:?\s*\}?", re.IGNORECASE)
+_LEAD_IN = re.compile(
+    r"\s*(\\(?:text|textbf|mathrm)\s*\{)?\s*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?"
+    r"(?:answer|solution)\s*(?:is|:|=)\s*:?\s*(\})?",
+    re.IGNORECASE,
+)
 _PREFIX = re.compile(r"(?:\\(?:approx|therefore|implies|Rightarrow|Longrightarrow|to|rightarrow|sim)(?![A-Za-z])|=(?!=))\s*")
 MAX_BRACES = 40  # braces around everything that are taken off, each with a pass over the text
 _PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
@@ -72,7 +76,9 @@ def clean(answer: str) -> str:
     if "\\over" in s:
         s = _OVER.sub(r"\\frac{\1}{\2}", s)
     s = _dollars(s)
-    s = _LEAD_IN.sub("", s, count=1) if "nswer" in s or "olution" in s else s
+    if lead_in := _LEAD_IN.match(s):
+        group, closed = lead_in.groups()
+        s = (group if group and not closed else "") + s[lead_in.end() :]
     s = _without_end(" ".join(s.split())).lstrip(" :")
     while s and (prefix := _PREFIX.match(s)):
         s = s[prefix.end() :]
