@@ -252,7 +252,7 @@ def _compatible_names(g: str, a: str) -> bool:
     if g == a or not g or not a or g.startswith("text ") or a.startswith("text "):
         return True
     if "=" in g or "=" in a:  # x = y = 5
-        return g in a.split("=") or a in g.split("=")
+        return set(g.split("=")) <= set(a.split("="))
     base = [n.split("_")[0].rstrip("'") for n in (g, a)]
     if base[0] == base[1]:
         return "_" not in g or "_" not in a
@@ -419,7 +419,10 @@ def _same_ratio(g: Node, a: Node, judge: Judge) -> bool:
     if g.op == a.op == "ratio":
         if len(g.value) != len(a.value):
             return False
-        return all(x * a.value[0] == y * g.value[0] for x, y in zip(g.value, a.value)) and any(g.value) == any(a.value)
+        at = next((i for i, x in enumerate(g.value) if x), None)
+        if at is None or not a.value[at]:
+            return at is None and not any(a.value)
+        return all(x * a.value[at] == y * g.value[at] for x, y in zip(g.value, a.value))
     ratio, other = (g, a) if g.op == "ratio" else (a, g)
     if ratio.op != "ratio" or other.op in _SPECIAL or len(ratio.value) != 2 or ratio.value[1] == 0:
         return False

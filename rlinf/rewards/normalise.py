@@ -37,7 +37,7 @@ _SPACES = re.compile(
 )
 _TIGHT_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!)\s*(?=[0-9])")
 _DROPPED = re.compile(
-    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tt|mathstrut|strut|centering|large|Large|normalsize|small|protect|allowbreak|nobreak)(?![A-Za-z])\.?"
+    r"\\(?:left|right|middle)(?![A-Za-z])\.?|\\(?:[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|rm|bf|it|tt|mathstrut|strut|centering|large|Large|normalsize|small|protect|allowbreak|nobreak)(?![A-Za-z])"
 )
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]/-]|\\\\(?=\s*$)")
 _COLOR = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}")

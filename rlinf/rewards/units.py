@@ -104,7 +104,11 @@ _NOT_NOUNS = frozenset(
     positive     half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths tenth tenths hundredth hundredths
     thousandth thousandths millionth millionths squared cubed square factorial mod base where when with without
     either neither both any all some except between to through from for false true wrong yes maybe possibly perhaps because since then
-    unless until by up down equals equal correct incorrect error answer solution""".split()
+    unless until by up down equals equal correct incorrect error answer solution
+    choose remainder remainders halved doubled tripled quadrupled dozens gross hundreds thousands millions billions trillions
+    sevenths eighths ninths elevenths twelfths thirteenths fifteenths sixteenths twentieths
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen
+    twenty thirty forty fifty sixty seventy eighty ninety""".split()
 )
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWERS_AFTER = {"squared": 2, "cubed": 3}

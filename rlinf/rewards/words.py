@@ -75,6 +75,7 @@ _EVERYTHING = frozenset(
 )
 _UNDEFINED = frozenset(("undefined", "does not exist", "dne", "doesnt exist"))
 _TEXT = re.compile(r"[^\W\d_][^\W\d_'\-.,;&/ ]*(?:[ '\-.,;&/]+[^\W\d_]+)*[.!?]?")
+_PUNCTUATION = re.compile(r"(?!(?<=[0-9])[./:](?=[0-9])|(?<!\w)-(?=[0-9]))[^\w\s]")  # 1/5, 1.5 and -5 keep theirs
 _SEPARATOR = re.compile(r"\s*(?:,|;|&)\s*(?:and|or)?\s+|\s*[,;&]\s*|\s+(?:and|or)\s+")
 
 
@@ -127,7 +128,7 @@ def choice(s: str) -> tuple[str, str] | None:
 
 def fold(text: str) -> str:
     """Case, punctuation and articles do not count in a text answer."""
-    text = re.sub(r"[^\w\s]", " ", text.casefold().replace("'", "").replace("’", ""))
+    text = _PUNCTUATION.sub(" ", text.casefold().replace("'", "").replace("’", ""))
     words = text.split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
