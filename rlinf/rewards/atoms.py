@@ -398,6 +398,7 @@ class AtomParser:
             if is_set:
                 return EMPTY_SET
             raise Malformed("empty brackets")
+        start, before = self.pos, self.value(-2)
         bars, self.bars = self.bars, 0
         self.builder += is_set
         items = [self.relation()]
@@ -419,6 +420,8 @@ class AtomParser:
             if len(items) > 2 and OPENERS[opener] != closer:
                 raise Malformed("brackets that do not match")
             return Node("tuple", tuple(items), "()" if opener == "\\langle" else opener + closer)
+        if closer == ")" and items[0].op == "rel" and before == "P":  # P(X = 2) is a name
+            return Node("sym", (), " ".join(t.value for t in self.tokens[start : self.pos - 1]).replace("=", "is"))
         if OPENERS[opener] != closer or items[0].op == "rel":
             raise Malformed("brackets that do not match")
         return items[0]

@@ -2,9 +2,12 @@ r"""One shape for answers that say the same in different forms: `x = 5`, `x \in 
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from rlinf.rewards.forms import Malformed, Node, symbols
 
 _UNKNOWNS = "xyzabc"  # xy = 1 is an equation; AB = 1, f(x) = 1 and P(A) = 1 give names
+_FUNCTION_NAMES = frozenset("fghFGHP")
 _TAGS = ("percent", "degree", "quantity")
 
 
@@ -134,6 +137,8 @@ def heading(node: Node) -> str | None:
         return "".join(a.value for a in node.args)
     if node.op == "mul" and len(node.args) == 2 and node.args[0].op == "sym" and node.args[1].op == "tuple":
         return node.args[0].value
+    if (named := _applied(node)) is not None:
+        return named
     if node.op == "div":  # each side once: x/x/x/... would double the work at every stroke
         parts = [heading(a) for a in node.args]
         return "/".join(parts) if all(parts) else None
@@ -158,9 +163,27 @@ def heading(node: Node) -> str | None:
     ):
         inner = [heading(a) for a in node.args]
         return f"{node.value} {' '.join(i for i in inner if i)}" if all(inner) else None
-    if node.op == "add" and all(a.op == "sym" for a in node.args):
-        return "+".join(a.value for a in node.args)
+    if node.op == "add" and all(a.op == "sym" or a.op == "neg" and a.args[0].op == "sym" for a in node.args):
+        return "+".join(a.value if a.op == "sym" else f"-{a.args[0].value}" for a in node.args)
     return None
+
+
+def _applied(node: Node) -> str | None:
+    r"""The name of `f(2)` and `f^{-1}(x)`, which the grammar reads as products; only where f is a usual name of a function."""
+    if node.op != "mul" or len(node.args) != 2:
+        return None
+    function, argument = node.args
+    inverse = function.op == "pow" and function.args[1] == Node("neg", (Node("num", (), Fraction(1)),))
+    function = function.args[0] if inverse else function
+    negative = argument.op == "neg"
+    inner = argument.args[0] if negative else argument
+    if function.op != "sym" or function.value not in _FUNCTION_NAMES or inner.op not in (("num", "sym") if inverse else ("num",)):
+        return None
+    return f"{function.value}{'^-1' if inverse else ''}({'-' if negative else ''}{inner.value})"
+
+
+def _is_derivative(node: Node) -> bool:
+    return node.op == "div" and all(a.op == "mul" and len(a.args) == 2 and a.args[0] == Node("sym", (), "d") for a in node.args)
 
 
 def is_simple_name(node: Node) -> bool:
@@ -169,7 +192,7 @@ def is_simple_name(node: Node) -> bool:
         return False
     if node.op in ("fn", "div"):  # |AB| = 1 and AB/CD = 2, not |x| = 1
         return all(a.op == "mul" and is_simple_name(a) for a in node.args)
-    return node.op != "mul" or node.args[0].value[0] not in _UNKNOWNS
+    return node.op != "mul" or _applied(node) is not None or node.args[0].value[0] not in _UNKNOWNS
 
 
 def _relation(node: Node) -> Node:
@@ -216,6 +239,8 @@ def _equality(node: Node) -> Node:
 
 def _free_names(node: Node) -> frozenset[str]:
     """The symbols that the right side may not hold if this is to be its name: of f(x), only f."""
+    if _is_derivative(node):  # of dy/dx, only y
+        return symbols(node.args[0].args[1])
     return symbols(node.args[0]) if node.op == "mul" and is_simple_name(node) else symbols(node)
 
 

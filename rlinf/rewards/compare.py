@@ -53,6 +53,10 @@ def _equal(g: Node, a: Node, judge: Judge) -> bool:
         return judge.same_relation(g, a)
     if is_region(g) or is_region(a):
         return _same_region(g, a, judge)
+    for one, other in ((g, a), (a, g)):
+        if one.op == "assign" and "=" in one.value and other.op in ("list", "tuple"):  # x = y = 1 is (1, 1), and x = 1, y = 1
+            parts = _one_by_one(one)
+            return not _inconsistent(one, judge) and _same_collection(*((parts, a) if one is g else (g, parts)), judge)
     if "list" in (g.op, a.op) or "set" in (g.op, a.op):
         return _same_collection(g, a, judge)
     if "assign" in (g.op, a.op):
@@ -67,6 +71,12 @@ def _equal(g: Node, a: Node, judge: Judge) -> bool:
     if special is not None:
         return special(g, a, judge)
     return _same_scalar(g, a, judge)
+
+
+def _one_by_one(node: Node) -> Node:
+    """`x = y = 1` as `x = 1, y = 1`."""
+    names = [Node("sym", (), name) for name in node.value.split("=")]
+    return Node("list", tuple(Node("assign", (node.args[0], name), name.value) for name in names), "and")
 
 
 # -- collections
