@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from rlinf.rewards.forms import Malformed, Node, symbols
+from rlinf.rewards.forms import Malformed, Node, has, symbols
 
 _UNKNOWNS = "xyzabc"  # xy = 1 is an equation; AB = 1, f(x) = 1 and P(A) = 1 give names
 _FUNCTION_NAMES = frozenset("fghFGHP")
@@ -13,7 +13,7 @@ _TAGS = ("percent", "degree", "quantity")
 
 def canonical(node: Node) -> Node:
     """Tags (unit, percent, degree) outside, \\pm written out, headings (`x =`) as `assign` nodes, nested lists flat."""
-    if _has(node, "pm"):
+    if has(node, "pm"):
         return canonical(Node("list", tuple(_with_sign(node, s) for s in (1, -1)), ","))
     if node.op == "list":
         return _list(node)
@@ -83,17 +83,13 @@ def items_of(node: Node) -> tuple[Node, ...]:
     return node.args if node.op in ("list", "set") else (node,)
 
 
-def _has(node: Node, op: str) -> bool:
-    return node.op == op or any(_has(a, op) for a in node.args)
-
-
 def _with_sign(node: Node, sign: int) -> Node:
     if node.op == "pm":
         positive = (node.value == "\\pm") == (sign > 0)
         inner = _with_sign(node.args[0], sign)
         return inner if positive else Node("neg", (inner,))
     if node.op == "list":  # only the items that hold the sign double
-        return Node("list", tuple(_with_sign(a, sign) for a in node.args if sign > 0 or _has(a, "pm")), node.value)
+        return Node("list", tuple(_with_sign(a, sign) for a in node.args if sign > 0 or has(a, "pm")), node.value)
     return node._replace(args=tuple(_with_sign(a, sign) for a in node.args)) if node.args else node
 
 
@@ -142,6 +138,9 @@ def heading(node: Node) -> str | None:
     if node.op == "div":  # each side once: x/x/x/... would double the work at every stroke
         parts = [heading(a) for a in node.args]
         return "/".join(parts) if all(parts) else None
+    if node.op == "ratio":
+        parts = [heading(a) for a in node.args]
+        return ":".join(parts) if parts and all(parts) else None
     if node.op == "tuple" and all(a.op == "sym" for a in node.args):
         return f"({','.join(a.value for a in node.args)})"
     if node.op == "fn" and node.value in (
@@ -188,7 +187,7 @@ def _is_derivative(node: Node) -> bool:
 
 def is_simple_name(node: Node) -> bool:
     """x, x_1, f(x), (x, y), Area, AB: what a solution is given for; not the sum or the function that an equation may hold."""
-    if heading(node) is None or node.op not in ("sym", "tuple", "mul", "fn", "div"):
+    if heading(node) is None or node.op not in ("sym", "tuple", "mul", "fn", "div", "ratio"):
         return False
     if node.op in ("fn", "div"):  # |AB| = 1 and AB/CD = 2, not |x| = 1
         return all(a.op == "mul" and is_simple_name(a) for a in node.args)

@@ -331,7 +331,7 @@ def _same_scalar(g: Node, a: Node, judge: Judge) -> bool:
         agree = "percent" not in tags and ("degree" not in tags or bool(tags & {"celsius", "fahrenheit"}))
         return agree and _same_value(gold, answer, judge)
     if gold_tag == answer_tag:
-        return _same_value(gold, answer, judge)
+        return _same_value(gold, answer, judge) or (gold_tag is None and _same_but_for_degrees(gold, answer, judge))
     if "percent" in (gold_tag, answer_tag):
         if "degree" in (gold_tag, answer_tag):
             return False
@@ -340,6 +340,19 @@ def _same_scalar(g: Node, a: Node, judge: Judge) -> bool:
     return _same_value(gold, answer, judge) or (
         bool(symbols(turned) or _has_pi(answer if gold_tag else gold)) and judge.same(turned, answer if gold_tag else gold)
     )
+
+
+def _same_but_for_degrees(gold: Node, answer: Node, judge: Judge) -> bool:
+    """90 - a/2 for 90° - a/2: the sign may be left out of all numbers of a side, but not inside a function."""
+    bare = [_without_degrees(x) for x in (gold, answer)]
+    one_side = (bare[0] == gold) is not (bare[1] == answer)
+    return one_side and bool(symbols(gold) and symbols(answer)) and not any(map(_has_pi, bare)) and judge.same(*bare)
+
+
+def _without_degrees(node: Node) -> Node:
+    if node.op == "degree":
+        return node.args[0]
+    return node._replace(args=tuple(_without_degrees(a) for a in node.args)) if node.op in ("add", "neg", "mul", "div") else node
 
 
 def _same_percent(gold: Node, gold_has: bool, answer: Node, answer_has: bool, judge: Judge) -> bool:
@@ -404,7 +417,7 @@ def _same_based(g: Node, a: Node, judge: Judge) -> bool:
 
 
 def _same_clock(g: Node, a: Node, judge: Judge) -> bool:
-    if "ratio" in (g.op, a.op):
+    if "ratio" in (g.op, a.op) or "range" in (g.op, a.op):
         return _same_ratio(*(_clock_as_ratio(x) for x in (g, a)), judge)
     if g.op != a.op:
         return False
@@ -426,17 +439,36 @@ def _same_date(g: Node, a: Node, _: Judge) -> bool:
 
 
 def _same_ratio(g: Node, a: Node, judge: Judge) -> bool:
+    if "range" in (g.op, a.op):
+        return _same_range(g, a, judge)
     if g.op == a.op == "ratio":
-        if len(g.value) != len(a.value):
-            return False
-        at = next((i for i, x in enumerate(g.value) if x), None)
-        if at is None or not a.value[at]:
-            return at is None and not any(a.value)
-        return all(x * a.value[at] == y * g.value[at] for x, y in zip(g.value, a.value))
+        left, right = _terms(g), _terms(a)
+        return len(left) == len(right) and _proportional(left, right, judge)
     ratio, other = (g, a) if g.op == "ratio" else (a, g)
-    if ratio.op != "ratio" or other.op in _SPECIAL or len(ratio.value) != 2 or ratio.value[1] == 0:
+    terms = _terms(ratio)
+    if other.op in _SPECIAL or len(terms) != 2 or exact(terms[1]) == 0:
         return False
-    return judge.same(Node("num", (), ratio.value[0] / ratio.value[1]), other)
+    return judge.same(Node("div", terms), other)
 
 
-_SPECIAL = {"text": _same_text, "clock": _same_clock, "date": _same_date, "ratio": _same_ratio, "based": _same_based}
+def _terms(ratio: Node) -> tuple[Node, ...]:
+    return ratio.args or tuple(Node("num", (), x) for x in ratio.value)
+
+
+def _proportional(left: Sequence[Node], right: Sequence[Node], judge: Judge) -> bool:
+    zero = Node("num", (), Fraction(0))
+    zeros = [[judge.same(x, zero) for x in side] for side in (left, right)]
+    if zeros[0] != zeros[1] or all(zeros[0]):
+        return zeros[0] == zeros[1]
+    at = zeros[0].index(False)
+    return all(judge.same(Node("mul", (x, right[at])), Node("mul", (y, left[at]))) for x, y in zip(left, right))
+
+
+def _same_range(g: Node, a: Node, judge: Judge) -> bool:
+    """`3 to 2` is 3:2, but 5 to 7 is not 10 to 14."""
+    if g.op == a.op:
+        return g.value == a.value
+    return {"ratio", "range"} == {g.op, a.op} and _same_ratio(*(x._replace(op="ratio") for x in (g, a)), judge)
+
+
+_SPECIAL = {"range": _same_range, "text": _same_text, "clock": _same_clock, "date": _same_date, "ratio": _same_ratio, "based": _same_based}

@@ -30,7 +30,7 @@ _SIGNS = [
 ]
 _INNER_FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _PRODUCT = re.compile(r"(?<=[0-9)])\(")
-_VALUES = frozenset("num dec const sym text clock date based reals".split())
+_VALUES = frozenset("num dec const sym text clock date range based reals".split())
 _HOLDERS = frozenset("neg pm percent degree quantity tuple set list union intersection minus builder member matrix".split())
 
 
@@ -54,7 +54,7 @@ def finished(node: Node) -> bool:
     if node.op in _VALUES:
         return True
     if node.op == "ratio":
-        return all(x.denominator == 1 for x in node.value) and math.gcd(*(int(x) for x in node.value)) == 1
+        return all(finished(a) for a in node.args) if node.args else all(x.denominator == 1 for x in node.value) and math.gcd(*(int(x) for x in node.value)) == 1
     if node.op == "add" and len(node.args) == 2:  # 3+4i
         return all(_multiple(a) is not None for a in node.args) and [_multiple(a)[1] for a in node.args] in (["", "i"], ["i", ""])
     if node.op in ("mul", "div"):

@@ -43,6 +43,10 @@ def flat(op: str, args: list[Node]) -> Node:
     return args[0] if len(args) == 1 else Node(op, tuple(args))
 
 
+def has(node: Node, op: str) -> bool:
+    return node.op == op or any(has(a, op) for a in node.args)
+
+
 def symbols(node: Node) -> frozenset[str]:
     """Names of the free symbols."""
     if node.op == "sym":

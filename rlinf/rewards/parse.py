@@ -1,7 +1,8 @@
 r"""The upper half of the grammar of answers: tokens -> Node. Recursive descent, bounded depth, linear.
 
 answer   = relation ((, | ; | and | or) relation)*
-relation = sets ((= | < | \in | ...) sets)* [mod n]
+relation = ratio ((= | < | \in | ...) ratio)* [mod n]
+ratio    = sets (: sets)*
 sets     = sum ((\cup | \cap | \setminus) sum)*
 sum      = [+ | - | \pm] term ((+ | - | \pm) term)* [unit]
 term     = power ((* | / | nothing) power)*
@@ -25,7 +26,7 @@ from rlinf.rewards.atoms import (
     number_node,
     signed,
 )
-from rlinf.rewards.forms import Malformed, Node, TooDeep, Unknown, Unsupported, height
+from rlinf.rewards.forms import Malformed, Node, TooDeep, Unknown, Unsupported, has, height
 from rlinf.rewards.lexer import FUNCTIONS, GREEK, INFINITIES, Token, lex
 from rlinf.rewards.units import MULTIPLIERS, UNITS, Unit, lookup, make_unit
 
@@ -100,12 +101,23 @@ class Parser(AtomParser):
             self.pos += 1
         return found
 
+    def ratio(self) -> Node:
+        r"""`1:\sqrt{3}`; in the first half of a set, the : ends the variable."""
+        terms = [self.sets()]
+        while not self.builder and self.take(":", "\\colon"):
+            terms.append(self.sets())
+            if len(terms) > MAX_PARTS:
+                raise TooDeep("too many terms")
+        if len(terms) > 1 and any(has(t, "quantity") for t in terms):
+            raise Malformed("a ratio of quantities")
+        return terms[0] if len(terms) == 1 else Node("ratio", tuple(terms))
+
     def relation(self) -> Node:
-        sides, operators = [self.sets()], []
+        sides, operators = [self.ratio()], []
         while self.value() in RELATIONS or (self.value() == "in" and self.value(1) in ("(", "[", "\\{", "\\mathbb")):
             operators.append(RELATIONS.get(self.value(), "in"))
             self.pos += 1
-            sides.append(self.sets())
+            sides.append(self.ratio())
         return self.modulus(Node("rel", tuple(sides), tuple(operators)) if operators else sides[0])
 
     def modulus(self, node: Node) -> Node:
@@ -242,7 +254,9 @@ class Parser(AtomParser):
             return Node("quantity", (node,), UNITS[f"deg{self.need('C', 'F')}"])
         token = self.peek()
         if token is not None and token.kind == "num":
-            primes = 2 if self.value(1) in ("'", "\\prime") else 3 if self.value(1) == "^" and self.value(2) == "\\prime" else 0
+            after = [self.value(i) for i in range(1, 5)]
+            primes = 2 if after[0] in ("'", "\\prime") else 3 if after[:2] == ["^", "\\prime"] else 0
+            primes = 5 if after == ["^", "{", "\\prime", "}"] else primes
             if primes:
                 self.pos += primes
                 minutes = Node("div", (number_node(token.value), Node("num", (), Fraction(60))))

@@ -14,6 +14,7 @@ _CLOCK = re.compile(
     re.IGNORECASE,
 )
 _RATIO = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:\s*(?::|\\colon)\s*-?[0-9]+(?:\.[0-9]+)?)+")
+_RANGE = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?) to (-?[0-9]+(?:\.[0-9]+)?)")
 _CHOICE = re.compile(r"(?:\(\s*([A-Ja-j])\s*\)|([A-J])\s*[).:])\s*[.:]?\s*(.*)", re.DOTALL)
 _OTHER_LETTER = re.compile(r"\b(?:or|and|not|nor)\b|\([A-Ja-j]\)|(?<![A-Za-z])[A-J][).:]|^\s*[,;&/]|^[A-J]$")
 _OPTION = re.compile(r"(?:choice|option|answer)\s+\(?([A-J])\)?", re.IGNORECASE)
@@ -75,7 +76,7 @@ _EVERYTHING = frozenset(
 )
 _UNDEFINED = frozenset(("undefined", "does not exist", "dne", "doesnt exist"))
 _TEXT = re.compile(r"[^\W\d_][^\W\d_'\-.,;&/ ]*(?:[ '\-.,;&/]+[^\W\d_]+)*[.!?]?")
-_PUNCTUATION = re.compile(r"(?!(?<=[0-9])[./:](?=[0-9])|(?<!\w)-(?=[0-9]))[^\w\s]")  # 1/5, 1.5 and -5 keep theirs
+_PUNCTUATION = re.compile(r"(?!(?<=[0-9])[./:](?=[0-9])|(?<!\w)-(?=[0-9])|(?<=[0-9])%)[^\w\s]")  # 1/5, -5, 5% keep theirs
 _SEPARATOR = re.compile(r"\s*(?:,|;|&)\s*(?:and|or)?\s+|\s*[,;&]\s*|\s+(?:and|or)\s+")
 
 
@@ -128,7 +129,7 @@ def choice(s: str) -> tuple[str, str] | None:
 
 def fold(text: str) -> str:
     """Case, punctuation and articles do not count in a text answer."""
-    text = _PUNCTUATION.sub(" ", text.casefold().replace("'", "").replace("’", ""))
+    text = _PUNCTUATION.sub(" ", text.casefold().replace("\\%", "%").replace("'", "").replace("’", ""))
     words = text.split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
@@ -193,6 +194,8 @@ def _date(s: str) -> Node | None:
 
 
 def _ratio(s: str) -> Node | None:
+    if len(s) <= 200 and (match := _RANGE.fullmatch(s)):  # a ratio or a range: against another of its kind, the same numbers
+        return Node("range", (), (Fraction(match[1]), Fraction(match[2])))
     if ":" in s and "=" in s:  # a : b = 3 : 2
         names, _, s = s.rpartition("=")
         if ":" not in names or any(c.isdigit() for c in re.sub(r"_\{?[0-9]+\}?", "", names)):
