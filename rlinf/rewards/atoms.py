@@ -21,6 +21,10 @@ from rlinf.rewards.units import UNITS
 TIMES = frozenset(("*", "\\cdot", "\\times", "\\ast", "\\bullet"))
 DECORATIONS = frozenset("\\overline \\bar \\vec \\hat \\widehat \\tilde \\widetilde \\overrightarrow \\dot \\ddot \\overarc".split())
 SETS = {"R": REALS, "Z": Node("sym", (), "ZZ"), "N": Node("sym", (), "NN"), "Q": Node("sym", (), "QQ"), "C": Node("sym", (), "CC")}
+_NARROWED = {  # what stands above or below R, by the condition that it means; N^* and Z^+ are the same numbers
+    "+": ">0", "-": "<0", ">0": ">0", "<0": "<0", "\\gt0": ">0", "\\lt0": "<0", ">=0": ">=0", "\\ge0": ">=0", "\\geq0": ">=0",
+    "\\geqslant0": ">=0", "<=0": "<=0", "\\le0": "<=0", "\\leq0": "<=0", "\\leqslant0": "<=0", "*": "*",
+}  # fmt: skip
 OPENERS = {"(": ")", "[": "]", "\\{": "\\}", "\\lbrace": "\\rbrace", "\\langle": "\\rangle"}
 CURRENCIES = {"\\$": "$", "€": "€", "£": "£", "¥": "¥", "₹": "₹", "\\pounds": "£", "\\euro": "€", "\\yen": "¥"}
 DOTS = frozenset(("...", "\\ldots", "\\dots", "\\cdots"))
@@ -317,7 +321,7 @@ class AtomParser:
         if value == "\\sqrt":
             return self.root()
         if value == "\\mathbb":
-            return SETS.get(self.raw_group()) or Node("sym", (), "set")
+            return self.number_set(self.raw_group())
         if value in FENCES:
             close, function = FENCES[value]
             inside = self.sum()
@@ -334,6 +338,27 @@ class AtomParser:
         if name in OPERATORS or not name.isalpha():
             raise Malformed(f"{value} has nothing before it")
         raise Unknown(f"{value} is not known")
+
+    def number_set(self, letter: str) -> Node:
+        r"""\mathbb{R}, and with what narrows it: \mathbb{R}^+, \mathbb{N}^*, \mathbb{R}_{\ge 0}."""
+        whole = SETS.get(letter) or Node("sym", (), "set")
+        mark, start = self.value(), self.pos
+        if mark not in ("^", "_") or letter not in SETS or self.value(1) not in ("+", "-", "*", "{"):
+            return whole
+        self.pos += 1
+        narrowing = _NARROWED.get(self.raw_group())
+        if narrowing == "*":
+            narrowing = ">0" if letter == "N" else "!=0"
+        if narrowing is None:
+            self.pos = start  # a power: R^{2}
+            return whole
+        if letter != "R":
+            return Node("sym", (), "ZZ>0" if narrowing == ">0" and letter in "NZ" else whole.value + narrowing)
+        zero = Node("num", (), Fraction(0))
+        if narrowing == "!=0":
+            return Node("minus", (REALS, Node("set", (zero,))))
+        ends = (zero, INFINITY) if ">" in narrowing else (Node("neg", (INFINITY,)), zero)
+        return Node("tuple", ends, {">0": "()", ">=0": "[)", "<0": "()", "<=0": "(]"}[narrowing])
 
     def letters(self) -> str:
         start = self.pos

@@ -20,7 +20,7 @@ from rlinf.rewards.evaluate import NoValue, TooBig
 from rlinf.rewards.extract import last_box
 from rlinf.rewards.forms import Malformed, Node, TooDeep, Unknown, Unsupported
 from rlinf.rewards.judges import NeedsCage, NumericJudge, RationalJudge, rounds_exactly
-from rlinf.rewards.normalise import LookAlike, clean, readings
+from rlinf.rewards.normalise import LookAlike, clean, readings, without_domain
 from rlinf.rewards.parse import parse
 from rlinf.rewards.words import choice, special, text_node
 
@@ -40,11 +40,12 @@ class Decision(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One way to read an answer; letter: the choice label in front of it."""
+    """One way to read an answer; letter: the choice label in front of it; domain: what was left out of it (`k in Z`)."""
 
     node: Node | None
     letter: str
     fault: str
+    domain: str = ""
 
 
 class Read(NamedTuple):
@@ -122,9 +123,20 @@ def read(answer: str, depth: int = CHEAP_DEPTH) -> Read:
         except TooDeep as error:
             deep = True
             found.append(Reading(None, letter, str(error)))
+    bare, domain = without_domain(rest) if "\\in" in rest else (rest, "")
+    if domain:
+        found += _bare_readings(bare, letter, domain, depth)
     if letter and not found:
         found.append(Reading(None, letter, ""))
     return Read(text, tuple(found), unsupported, deep, unknown)
+
+
+def _bare_readings(text: str, letter: str, domain: str, depth: int) -> list[Reading]:
+    """The answer without the domain of its parameter, which may be given or left out."""
+    try:
+        return [Reading(_node(text, depth), letter, "", domain)]
+    except (Malformed, TooDeep):
+        return []
 
 
 def _node(text: str, depth: int) -> Node:
@@ -245,6 +257,8 @@ def _decide(got: Read, wants: list[Read], judge: Judge) -> Decision | None:
 def _pairs(got: Read, want: Read) -> Iterator[tuple[Reading, Reading]]:
     for gold in want.readings:
         for answer in got.readings:
+            if gold.domain and answer.domain and gold.domain != answer.domain:
+                continue  # both give one
             yield _with_letters(gold, answer)
 
 

@@ -51,6 +51,10 @@ _LEAD_IN = re.compile(
     r"(?:answer|solution)\s*(?:is|:|=)\s*:?\s*(\})?",
     re.IGNORECASE,
 )
+_DOMAIN = re.compile(
+    r"(?P<all>(?:\\text\s*\{\s*)?for\s+(?:all|any|every|each)\s*\}?|\\forall(?![A-Za-z]))?\s*(?P<name>[A-Za-z])\s*"
+    r"\\in(?![A-Za-z])\s*(?P<set>(?:\\mathbb\s*)?\{?[NZQRC]\}?\s*(?:\^\{?[*+]\}?|_\{?(?:\\geq?(?![A-Za-z])|>)?\s*[0+]\}?)?)\s*\)?$"
+)
 _PREFIX = re.compile(r"(?:\\(?:approx|therefore|implies|Rightarrow|Longrightarrow|to|rightarrow|sim)(?![A-Za-z])|=(?!=))\s*")
 MAX_BRACES = 40  # braces around everything that are taken off, each with a pass over the text
 _PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
@@ -100,6 +104,24 @@ def readings(s: str) -> list[str]:
     if any(c in s for c in "([") or "\\{" in s:
         return [_THOUSANDS.sub(lambda m: m[0].replace(",", ""), s), s] if ", " in s else [s]
     return [_THOUSANDS.sub(lambda m: m[0].replace(",", ""), s), s]
+
+
+def without_domain(s: str) -> tuple[str, str]:
+    r"""(`x=k\pi`, "k in Z") of `x=k\pi, k\in\mathbb{Z}`, `x=k\pi (k\in\mathbb{Z})`, `x=k\pi \text{ for all } k\in\mathbb{Z}`; else (s, "")."""
+    match = _DOMAIN.search(s)
+    if match is None:
+        return s, ""
+    head = s[: match.start()].rstrip()
+    opened = head.endswith("(")
+    if opened is not s.endswith(")"):
+        return s, ""
+    head = head.removesuffix("(").rstrip(" ,;")
+    name = match["name"]
+    in_head = re.search(rf"(?<![A-Za-z\\]){name}(?![A-Za-z])", head)
+    marked = opened or match["all"] or s[len(head) : match.start()].strip(" ")
+    if not in_head or not marked or re.search(r"[<>]|\\(?:l|g|n)(?:t|e|eq|eqslant)(?![A-Za-z])|\\in(?![A-Za-z])", head):
+        return s, ""  # of an inequality, the domain is a part of what is said
+    return head, f"{name} in {re.sub(r'[^A-Z*+>=0]|mathbb', '', match['set'] or '')}"
 
 
 def _ascii(s: str) -> str:
