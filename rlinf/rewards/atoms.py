@@ -47,11 +47,11 @@ ATOMS = (
 )
 BEYOND = frozenset("\\int \\iint \\iiint \\sum \\prod \\lim".split())
 OPERATORS = frozenset(  # and relations: none of them says anything without what stands before it
-    """neg lnot not ne neq notin in ni subset subseteq subsetneq supset supseteq cup cap vee wedge lor land le ge leq geq lt gt leqslant
-    geqslant nless ngtr nleq ngeq ll gg approx sim simeq cong equiv asymp doteq propto prec succ preceq succeq mid nmid parallel nparallel perp
-    pm mp times div cdot ast star circ bullet oplus otimes setminus smallsetminus backslash to mapsto rightarrow leftarrow leftrightarrow gets
-    Rightarrow Leftarrow Leftrightarrow Longrightarrow implies iff forall exists nexists over atop choose colon because therefore mod bmod
-    pmod pod prime""".split()
+    """neg lnot not ne neq notin in ni subset subseteq subsetneq supset supseteq cup cap vee wedge lor land le ge leq geq lt gt
+    leqslant geqslant nless ngtr nleq ngeq ll gg approx sim simeq cong equiv asymp doteq propto prec succ preceq succeq mid nmid
+    parallel nparallel perp pm mp times div cdot ast star circ bullet oplus otimes setminus smallsetminus backslash to mapsto
+    rightarrow leftarrow leftrightarrow gets Rightarrow Leftarrow Leftrightarrow Longrightarrow implies iff forall exists nexists
+    over atop choose colon because therefore mod bmod pmod pod prime""".split()
 )
 MATRICES = frozenset("pmatrix bmatrix matrix smallmatrix Bmatrix array".split())
 SYSTEMS = frozenset("cases aligned align gathered split".split())

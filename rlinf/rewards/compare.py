@@ -230,8 +230,10 @@ def _same_assignment(g: Node, a: Node, judge: Judge) -> bool:
     if any(x.op == "assign" and _inconsistent(x, judge) for x in (g, a)):
         return False
     for one, other in ((g, a), (a, g)):  # 2\sqrt{3} ~ 3.46 also says 3.46
-        for side in one.args if one.op == "assign" else ():
-            if side.op == "approx" and not (one is a and _coarse(side.args[0], a.args[0])) and _equal(side.args[0], other.args[0] if other.op == "assign" else other, judge):
+        for side in (s.args[0] for s in one.args if s.op == "approx") if one.op == "assign" else ():
+            if one is a and _coarse(side, a.args[0]):
+                continue
+            if _equal(side, other.args[0] if other.op == "assign" else other, judge):
                 return True
     if g.op == a.op:
         if _compatible_names(g.value, a.value) and _equal(g.args[0], a.args[0], judge):

@@ -1,7 +1,7 @@
 r"""Whether a right answer is only a formula of the question: \boxed{23+45} does not answer "What is 23+45?".
 
-Answer and prompt are brought to one notation, so that brackets, a name in front, a unit behind or another sign for times hide nothing. What is
-already a finished value (a number in lowest terms, an interval of such numbers, `x = 2`) or has the gold's own form is never a copy.
+Answer and prompt are brought to one notation, so that brackets, a name in front, a unit behind or another sign for times hide nothing.
+What is already a finished value (a number in lowest terms, an interval of such numbers, `x = 2`) or has the gold's own form is no copy.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def finished(node: Node) -> bool:
     if node.op in _VALUES:
         return True
     if node.op == "ratio":
-        return all(finished(a) for a in node.args) if node.args else all(x.denominator == 1 for x in node.value) and math.gcd(*(int(x) for x in node.value)) == 1
+        if node.args:
+            return all(finished(a) for a in node.args)
+        return all(x.denominator == 1 for x in node.value) and math.gcd(*(int(x) for x in node.value)) == 1
     if node.op == "add" and len(node.args) == 2:  # 3+4i
         return all(_multiple(a) is not None for a in node.args) and [_multiple(a)[1] for a in node.args] in (["", "i"], ["i", ""])
     if node.op in ("mul", "div"):

@@ -152,7 +152,8 @@ class Numeric:
 
     def __init__(self, mp: Any) -> None:
         self.mp = mp
-        self.largest = self.smallest = 0  # binary exponents met; a sum that cancels or a sine may be small by rounding alone and does not count
+        # Binary exponents met. A sum that cancels or a sine may be small by rounding alone: it does not count among the smallest.
+        self.largest = self.smallest = 0
 
     def value(self, node: Node, point: Mapping[str, Any]) -> Any:
         result = self._value(node, point)

@@ -107,7 +107,7 @@ def readings(s: str) -> list[str]:
 
 
 def without_domain(s: str) -> tuple[str, str]:
-    r"""(`x=k\pi`, "k in Z") of `x=k\pi, k\in\mathbb{Z}`, `x=k\pi (k\in\mathbb{Z})`, `x=k\pi \text{ for all } k\in\mathbb{Z}`; else (s, "")."""
+    r"""(`x=k\pi`, "k in Z") of `x=k\pi, k\in\mathbb{Z}`, and of it in brackets or after "for all"; (s, "") without a domain at the end."""
     match = _DOMAIN.search(s)
     if match is None:
         return s, ""
