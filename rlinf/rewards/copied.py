@@ -36,13 +36,15 @@ _HOLDERS = frozenset("neg pm percent degree quantity tuple set list union inters
 
 def copies_question(answer: str, solutions: tuple[str, ...], prompt: str) -> bool:
     """Whether the answer, which is right, is a formula of the prompt and neither finished nor the gold's own form."""
-    if len(answer) > MAX_ANSWER or _NO_FORMULA.fullmatch(answer):  # so long and right: the gold itself or an integer
+    if len(answer) > MAX_ANSWER or _NO_FORMULA.fullmatch(untext(answer)):  # so long and right: the gold itself or an integer
+        return False
+    golds, bare = [gold_answer(s) for s in solutions], "".join(answer.split())
+    if any("".join(gold.split()) == bare for gold in golds):
         return False
     nodes = [reading.node for reading in read(answer).readings]
     forms = _forms(answer, any(node is not None and node.op == "quantity" for node in nodes))
     if not any(_stands_in(form, _prompt_notation(prompt)) for form in forms):
         return False
-    golds = [gold_answer(s) for s in solutions]
     if any(form in forms for gold in golds for form in _forms(gold, False)):
         return False
     own = {_ordered(r.node) for gold in golds for r in read(gold).readings if r.node is not None}

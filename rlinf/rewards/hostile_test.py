@@ -215,6 +215,7 @@ def test_reward_hacking_patterns_are_never_right(verifier: Verifier, name: str) 
         ("\\gcd(12,18)", "Compute $\\gcd(12,18)$.", "6", False),
         ("(x+1)^2", "Expand $(x+1)^2$.", "x^2+2x+1", False),
         ("2x-y+1=0", "Solve $2x-y+1=0$ for $y$.", "y=2x+1", False),
+        ("5\\text{ million}", "Of the 5 million people, all came. How many?", "5000000", True),
         ("1/2", "A coin lands heads with probability 1/2. And tails?", "\\frac{1}{2}", True),
         ("\\frac{1}{2}", "The slope is $\\frac{1}{2}$ or $2$. Which?", "\\frac12", True),
         ("1/2", "Choose: (A) 1/2 (B) 1/3", "\\frac12", True),
