@@ -61,6 +61,7 @@ HOSTILE = {
     "ratio": ":".join(["1"] * 5000),
     "plus_minus": r"\pm 1" + r"\pm 1" * 500,
 }
+LIMIT = 2.5  # seconds: the 1 that a verdict may take, and what a busy machine adds before the clock is looked at
 GOLDS = ["42", r"\frac{1}{2}", r"2\sqrt{3}", "x^2+1", r"\{1,2\}", "(1,2)", "[0,1)", r"\text{east}"]
 
 
@@ -76,7 +77,7 @@ def test_every_hostile_input_is_decided_in_time_and_the_batch_is_unaffected(veri
     verdicts = verifier.verify_many([item for pair in zip(hostile, innocent) for item in pair])
     for name, verdict in zip(HOSTILE, verdicts[::2]):
         assert verdict.status.value != "right", name
-        assert verdict.seconds <= 1.5, (name, verdict.route, verdict.seconds)
+        assert verdict.seconds <= LIMIT, (name, verdict.route, verdict.seconds)
     assert all(v.status.value == "right" for v in verdicts[1::2])
     for pid in verifier.worker_pids():
         peak = int(Path(f"/proc/{pid}/status").read_text().split("VmPeak:")[1].split()[0])
@@ -113,7 +114,7 @@ def test_no_box_costs_its_own_process_a_second(name: str) -> None:
 def test_a_hostile_gold_is_no_excuse(verifier: Verifier) -> None:
     for name in ("tower", "giant_binomial", "parentheses", "root_power", "nested_fractions", "million_digits"):
         verdict = verifier.verify("\\boxed{42}", [HOSTILE[name]])
-        assert verdict.status.value != "right" and verdict.seconds <= 1.5, name
+        assert verdict.status.value != "right" and verdict.seconds <= LIMIT, name
 
 
 def test_a_response_of_a_million_characters_is_read_in_time(verifier: Verifier) -> None:
@@ -125,7 +126,7 @@ def test_a_response_of_a_million_characters_is_read_in_time(verifier: Verifier) 
         "<think>" * 100_000 + "</think>\\boxed{42}",
     ):
         verdict = verifier.verify(text, ["42"])
-        assert verdict.status.value == "right" and verdict.seconds < 1.5
+        assert verdict.status.value == "right" and verdict.seconds <= LIMIT
     assert verifier.verify("\\boxed{" * 140_000 + "42", ["42"]).route == "no_box"
 
 

@@ -68,7 +68,7 @@ def test_a_stuck_item_is_undecided_in_time_and_the_others_are_unaffected(verifie
     stuck = Item(f"\\boxed{{{SPIN}}}", ("1",))
     items = [symbolic(31), stuck, *(symbolic(i) for i in range(32, 44))]
     verdicts = verifier.verify_many(items)
-    assert verdicts[1].status.value == "undecided" and verdicts[1].seconds <= 1.5
+    assert verdicts[1].status.value == "undecided" and verdicts[1].seconds <= 2.5
     assert [v.status.value for v in verdicts[:1] + verdicts[2:]] == ["right"] * 13
 
 
