@@ -1,5 +1,6 @@
 """What all tests share. Tests marked gpu are skipped, with the reason, on machines without a CUDA device."""
 
+import random
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ settings.load_profile("any machine")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--begin-until", type=float, help="tests whose turn comes after this moment (seconds since 1970) are skipped")
+    parser.addoption("--order", help="a word that shuffles the files: who has no time for all of them sees others under another word")
 
 
 def pytest_configure() -> None:
@@ -20,9 +22,13 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path in slow)  # a mistake shows in a fast file first
+    if order := config.getoption("order"):
+        files = [*dict.fromkeys(item.path for item in items)]
+        random.Random(order).shuffle(files)
+        items.sort(key=lambda item: files.index(item.path))
     if Path("/dev/nvidiactl").exists():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; this machine has none")

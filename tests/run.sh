@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
 # The tests, set-up included: run.sh [--full] [pytest arguments]
-# Without --full: the fast tier (not marked slow or gpu). With it: everything; tests that need a GPU skip themselves, with a reason.
-# As many files at a time as there are cores, four at most; -n 0 for one after the other. --begin-until EPOCH skips what would begin later.
+# Without --full: the fast tier (not marked slow or gpu), as many files at a time as there are cores, four at most. With it: then the slow
+# tier, too, one test after the other, since most of them are runs of many processes with limits of time; tests that need a GPU skip
+# themselves, with a reason. --begin-until EPOCH skips what would begin later.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 export RLINF_CACHE="${RLINF_CACHE:-$HOME/.cache/rlinf}"
 
-tier=(-m "not slow and not gpu")
 full=
 if [[ "${1:-}" == --full ]]; then
   full=1
-  tier=()
   shift
 fi
 
@@ -26,4 +25,10 @@ fi
 printf 'tests: set-up took %d s\n' "$SECONDS"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-exec python -m pytest "${tier[@]}" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" </dev/null
+failed=0
+python -m pytest -m "not slow and not gpu" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" </dev/null || failed=$?
+if [[ -n "$full" ]]; then
+  if ((failed == 5)); then failed=0; fi # the arguments select slow tests only
+  python -m pytest -m "slow or gpu" -n 0 "$@" </dev/null || { code=$? && ((code == 5)) || failed=$code; }
+fi
+exit "$failed"

@@ -99,6 +99,7 @@ def test_the_documented_block_runs_literally_as_two_nodes(nodes: list[Node]) -> 
     (_, other_errors), (output, errors) = [b.communicate(timeout=240) for b in blocks]
     assert "node 1 of the Ray cluster" in other_errors, other_errors
     assert "check_ray: 4 of 4 devices on 2 nodes: node 0" in errors and "config grpo-1.5b-megatron" in errors, errors
+    assert output, errors
     told = json.loads(output)
     assert told["totals"] == [6.0] * 4 and told["sums"] == [400_000] * 4
     assert told["node_of_rank"] == ["0", "0", "1", "1"] and told["local_ranks"] == ["0", "1", "0", "1"]  # by RANK, not by Ray's order
