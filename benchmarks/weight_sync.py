@@ -43,6 +43,7 @@ from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.receipts import check_probes, check_receipts
 from rlinf.weights.routes import SHARED_MEMORY
+from rlinf.weights.segments import Mappings
 from rlinf.weights.shared_memory import open_source
 from rlinf.weights.source import Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
@@ -57,15 +58,16 @@ def serve(model_dir: str, precision: str, threads: int, connection: Connection) 
     """The engine's process: loads what it is told of, scores what it is sent, ends when the other side does."""
     torch.set_num_threads(threads)
     engine = EmbeddedEngine(model_dir, dtype=precision, slots=64, max_context=128, seed=0, load_weights=False)
+    mappings = Mappings()
     while (asked := connection.recv()) is not None:
         method, arguments = asked
-        connection.send(arrive(*arguments) if method == "arrive" else asyncio.run(getattr(engine, method)(*arguments)))
+        connection.send(arrive(*arguments, mappings) if method == "arrive" else asyncio.run(getattr(engine, method)(*arguments)))
     engine.close()
 
 
-def arrive(source: SharedMemory) -> int:
+def arrive(source: SharedMemory, mappings: Mappings) -> int:
     """What every load begins with: map the buckets and verify their sums. Returns the number of tensors."""
-    return sum(1 for _ in open_source(source))
+    return sum(1 for _ in open_source(source, mappings))
 
 
 def open_actor(model_dir: Path, precision: str) -> MegatronEngine:

@@ -25,6 +25,7 @@ from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
 from rlinf.rollout.embedded_model import EmbeddedModel
 from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sequence import Decode, Job
+from rlinf.weights.segments import Mappings
 from rlinf.weights.shared_memory import open_source
 from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
 
@@ -66,6 +67,7 @@ class EmbeddedEngine:
             return Batcher(EmbeddedModel(arch, DTYPES[dtype], torch.device(device), max_context), slots, max_context, seed, decode)
 
         self._batcher = self._thread.submit(build).result()
+        self._mappings = Mappings()
         self._inbox: deque[Job] = deque()  # submitted, not yet seen by the engine thread
         self._abandoned: deque[Job] = deque()
         self._outboxes: dict[Job, asyncio.Queue[Sample | BaseException]] = {}
@@ -203,7 +205,7 @@ class EmbeddedEngine:
         start = time.perf_counter()
         try:
             keep = isinstance(source, SharedMemory)  # who publishes there leaves what is looked at alone
-            n_tensors, nbytes = self._batcher.load(open_source(source), version, keep)
+            n_tensors, nbytes = self._batcher.load(open_source(source, self._mappings), version, keep)
             synchronize(self._batcher.model.device)  # the source may be written again when this has answered
         except ValueError as error:
             if isinstance(source, Disk):

@@ -52,11 +52,13 @@ class ModelState:
         """
         own = [(r, p) for r, p in self.params if r.megatron != "output_layer.weight" or not self.arch.tied]
         run: list[tuple[Rule, Tensor]] = []
+        nbytes = 0
         for rule, param in own:
             run.append((rule, source(param)))
-            if sum(t.nbytes for _, t in run) >= GATHER_BYTES:
+            nbytes += run[-1][1].nbytes
+            if nbytes >= GATHER_BYTES:
                 yield from self._gather(run)
-                run = []
+                run, nbytes = [], 0
         yield from self._gather(run)
 
     def _gather(self, run: list[tuple[Rule, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -57,15 +57,18 @@ def layout(bucket: Sequence[Named]) -> tuple[tuple[TensorSpec, ...], int]:
 
 def fill(buffer: Tensor, specs: Sequence[TensorSpec], bucket: Sequence[Named]) -> None:
     """Copy the tensors of a bucket into `buffer` (uint8, at least the bytes that `layout` named)."""
-    for (_, view), (_, tensor) in zip(views(buffer, specs), bucket, strict=True):
-        view.copy_(tensor)
+    for (_, target), (_, tensor) in zip(views(buffer, specs), bucket, strict=True):
+        target.copy_(tensor)
 
 
 def views(buffer: Tensor, specs: Sequence[TensorSpec]) -> Iterator[Named]:
     """The tensors of a bucket as views into its bytes."""
     for spec in specs:
-        flat = buffer[spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype))
-        yield spec.name, flat.view(spec.shape)
+        yield spec.name, view(buffer, spec)
+
+
+def view(buffer: Tensor, spec: TensorSpec) -> Tensor:
+    return buffer[spec.offset : spec.offset + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
 class Look:
@@ -120,20 +123,21 @@ def fill_and_look(buffer: Tensor, specs: Sequence[TensorSpec], bucket: Sequence[
     names: list[str] = []
     ends = [*(spec.offset for spec in specs[1:]), len(buffer)]
     start = buffer.data_ptr()
-    for (_, view), (name, tensor), spec, end in zip(views(buffer, specs), bucket, specs, ends, strict=True):
+    for (name, tensor), spec, end in zip(bucket, specs, ends, strict=True):
         words = spec.offset + spec.nbytes // 4 * 4
         source, to = tensor.data_ptr(), start + spec.offset
         if words < end:
             buffer[words:end] = 0
-        if tensor.dtype != view.dtype or tensor.device.type != "cpu" or not tensor.is_contiguous() or spec.nbytes % 4:
-            view.copy_(tensor)
+        dtype = getattr(torch, spec.dtype)
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous() or spec.nbytes % 4:
+            view(buffer, spec).copy_(tensor)
             source, to, words = to, 0, end
         elif words < end:
             rows.append((start + words, 0, end - words, words, torch.uint8))
             names.append("")
         for at in range(spec.offset, words, PIECE_BYTES):
             done = at - spec.offset
-            rows.append((source + done, to and to + done, min(PIECE_BYTES, words - at), at, view.dtype))
+            rows.append((source + done, to and to + done, min(PIECE_BYTES, words - at), at, dtype))
             names.append(name)
     return Look(rows, names, (buffer, bucket), pool)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}
 
 def merge_sources(parts: Sequence[Buckets]) -> Buckets:
     """One source of what the pipeline stages published."""
-    return type(parts[0])(tuple(b for part in parts for b in part.buckets))
+    return replace(parts[0], buckets=tuple(b for part in parts for b in part.buckets))
 
 
 def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[Receipt]) -> None:

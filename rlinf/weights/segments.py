@@ -9,7 +9,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import weakref
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -33,24 +36,87 @@ def create_segment(path: str, nbytes: int) -> Tensor:
     return whole[HEADER:]
 
 
-def map_file(path: str, nbytes: int, header: int = 0) -> Tensor:
-    """The bytes of a file behind its header, which the reader cannot change for others. Raises RunFailed unless there are `nbytes`.
-
-    Of a segment the mapping holds a shared lock, as long as anyone has a view of it (in_use).
-    """
-    if not os.path.exists(path):
-        raise RunFailed(f"weight bucket {path}: it does not exist; it was released, or never written where this machine sees it")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size - header
-        if size != nbytes:
-            raise RunFailed(f"weight bucket {path}: {size} bytes, expected {nbytes}")
-        if header:  # not every folder that machines share has locks
-            fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, which has the file open too
-        return torch.frombuffer(mmap.mmap(file.fileno(), header + size, access=mmap.ACCESS_COPY), dtype=torch.uint8)[header:]
+def map_file(path: str, nbytes: int) -> Tensor:
+    """The bytes of a file, which the reader cannot change for others. Raises RunFailed unless there are `nbytes`."""
+    with _opened(path, nbytes, header=0) as file:
+        return torch.frombuffer(_mapped(file), dtype=torch.uint8)
 
 
 def open_segment(path: str, nbytes: int) -> Tensor:
-    return map_file(path, nbytes, HEADER)
+    """map_file() of a segment's content. The mapping holds a shared lock as long as anyone has a view of it (in_use)."""
+    with _opened(path, nbytes, HEADER) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, which has the file open too
+        return torch.frombuffer(_mapped(file), dtype=torch.uint8)[HEADER:]
+
+
+@dataclass
+class Mapping:
+    """A segment that a reader has mapped; views: how many of its results are looked at, which is when it is locked."""
+
+    file: BinaryIO
+    memory: mmap.mmap
+    views: int = 0
+
+    def view(self) -> Tensor:
+        if self.views == 0:
+            fcntl.flock(self.file, fcntl.LOCK_SH)
+        self.views += 1
+        content = memoryview(self.memory)
+        weakref.finalize(content, self._leave).atexit = False  # torch's storage holds it until the last view has gone
+        return torch.frombuffer(content, dtype=torch.uint8)[HEADER:]
+
+    def _leave(self) -> None:
+        self.views -= 1
+        if self.views == 0:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def close_if_removed(self) -> bool:
+        """Whether nobody can need it any more."""
+        if self.views or os.fstat(self.file.fileno()).st_nlink:
+            return False
+        self.memory.close()
+        self.file.close()
+        return True
+
+
+class Mappings:
+    """The segments of one reader, which stay mapped while their publisher writes later versions into them: the first look at each page of
+    a new mapping costs about as much as the bytes in it do.
+
+    What the reader writes into a view it would see in later ones, so it must not. A segment that was removed is let go of at the next
+    open().
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], Mapping] = {}  # by device and number of the file
+
+    def open(self, path: str, nbytes: int) -> Tensor:
+        """As open_segment()."""
+        self._kept = {key: kept for key, kept in self._kept.items() if not kept.close_if_removed()}
+        with ExitStack() as undo:
+            file = undo.enter_context(_opened(path, nbytes, HEADER))
+            status = os.fstat(file.fileno())
+            key = status.st_dev, status.st_ino
+            if key not in self._kept:
+                self._kept[key] = Mapping(file, _mapped(file))
+                undo.pop_all()
+        return self._kept[key].view()
+
+
+def _opened(path: str, nbytes: int, header: int) -> BinaryIO:
+    if not os.path.exists(path):
+        raise RunFailed(f"weight bucket {path}: it does not exist; it was released, or never written where this machine sees it")
+    with ExitStack() as undo:
+        file = undo.enter_context(open(path, "rb"))
+        size = os.fstat(file.fileno()).st_size - header
+        if size != nbytes:
+            raise RunFailed(f"weight bucket {path}: {size} bytes, expected {nbytes}")
+        undo.pop_all()
+    return file
+
+
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def in_use(path: str) -> bool:

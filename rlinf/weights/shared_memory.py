@@ -16,7 +16,7 @@ from rlinf.errors import RunFailed
 from rlinf.weights.buckets import BUCKET_BYTES, Look, Named, checksum, fill, fill_and_look, group_into_buckets, layout, look_at, views
 from rlinf.weights.device_ipc import open_bucket
 from rlinf.weights.finite import finite
-from rlinf.weights.segments import FOLDER, create_segment, in_use, map_file, open_segment
+from rlinf.weights.segments import FOLDER, Mappings, create_segment, in_use, map_file, open_segment
 from rlinf.weights.source import BucketSpec, DeviceIpc, Disk, Files, SharedMemory, TensorSpec, WeightSource
 from rlinf.weights.tensor_folder import open_hf_folder
 
@@ -69,7 +69,7 @@ class Segments:
             buckets = tuple(BucketSpec(s.path, len(s.buffer), specs, look.checksum()) for s, specs, look in written)
             undo.pop_all()
         self._drop_spare(lambda segment: not in_use(segment.path))
-        return SharedMemory(buckets)
+        return SharedMemory(buckets, rewritten=True)
 
     def withdraw(self) -> None:
         """What was published is not to be had any more; its memory waits for the next version."""
@@ -133,26 +133,27 @@ def land(source: SharedMemory, arrays: Sequence[np.ndarray], run_id: str, versio
     return SharedMemory(tuple(buckets))
 
 
-def open_source(source: WeightSource) -> Iterator[Named]:
-    """The tensors of a source in order; of buckets as views into a mapping whose checksum has just been verified.
+def open_source(source: WeightSource, mappings: Mappings | None = None) -> Iterator[Named]:
+    """The tensors of a source in order; of buckets as views into a mapping whose checksum has just been verified. mappings: of this reader,
+    for segments that are written again; then it must not write into the views.
 
     Raises RunFailed when a bucket is missing, has the wrong size or other bytes than were sent, or when a name comes twice; ValueError
     that names a tensor that is not finite.
     """
-    for name, tensor, looked_at in _arriving(source):
+    for name, tensor, looked_at in _arriving(source, mappings):
         if not looked_at and not finite(tensor):
             raise ValueError(f"tensor {name} holds values that are not finite")
         yield name, tensor
 
 
-def _arriving(source: WeightSource) -> Iterator[tuple[str, Tensor, bool]]:
+def _arriving(source: WeightSource, mappings: Mappings | None) -> Iterator[tuple[str, Tensor, bool]]:
     """Name, tensor, and whether it is already known to be finite."""
     if isinstance(source, Disk):
         yield from ((name, tensor, False) for name, tensor in open_hf_folder(source.path).items())
         return
     seen: set[str] = set()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for bucket, (buffer, finite_names) in zip(source.buckets, _opened(source, pool)):
+        for bucket, (buffer, finite_names) in zip(source.buckets, _opened(source, mappings, pool)):
             for name, tensor in views(buffer, bucket.tensors):
                 if name in seen:
                     raise RunFailed(f"weight bucket {bucket.key}: tensor {name} was already in an earlier place of this source")
@@ -160,14 +161,16 @@ def _arriving(source: WeightSource) -> Iterator[tuple[str, Tensor, bool]]:
                 yield name, tensor, name in finite_names
 
 
-def _opened(source: SharedMemory | Files | DeviceIpc, pool: Executor) -> Iterator[tuple[Tensor, set[str]]]:
+def _opened(source: SharedMemory | Files | DeviceIpc, mappings: Mappings | None, pool: Executor) -> Iterator[tuple[Tensor, set[str]]]:
     """The bytes of each bucket, verified, and which of its tensors are known to be finite. Raises ValueError that names one that is not."""
     if isinstance(source, DeviceIpc):
         yield from ((open_bucket(bucket), set()) for bucket in source.buckets)
         return
-    opened = []
+    how, opened = map_file if isinstance(source, Files) else open_segment, []
+    if isinstance(source, SharedMemory) and source.rewritten and mappings is not None:
+        how = mappings.open
     for bucket in source.buckets:
-        buffer = map_file(bucket.key, bucket.nbytes) if isinstance(source, Files) else open_segment(bucket.key, bucket.nbytes)
+        buffer = how(bucket.key, bucket.nbytes)
         opened.append((bucket, buffer, look_at(buffer, bucket.tensors, pool)))
     for bucket, buffer, look in opened:
         if (received := look.checksum()) != bucket.checksum:

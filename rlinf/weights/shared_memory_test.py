@@ -12,7 +12,7 @@ import torch
 
 from rlinf.errors import RunFailed, UserError
 from rlinf.weights.shared_memory import Segments, collect, land, open_source, release
-from rlinf.weights.segments import HEADER
+from rlinf.weights.segments import HEADER, Mappings
 from rlinf.weights.source import Disk, SharedMemory
 
 TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]
@@ -121,6 +121,32 @@ def test_a_segment_that_is_looked_at_is_not_written(run_id: str) -> None:
     assert files(run_id)["v2-0"] == before["v1-0"] and files(run_id)["v2-1"] != before["v1-1"]
     assert torch.equal(dict(open_source(again))["big"], TENSORS[3][1] + 1)
     segments.close()
+
+
+def test_a_reader_keeps_its_mapping_of_what_is_written_again(run_id: str) -> None:
+    segments, mappings = Segments(run_id), Mappings()
+
+    def version(number: int) -> dict[str, torch.Tensor]:
+        tensors = dict(open_source(segments.publish(((name, t + number) for name, t in TENSORS), number, bucket_bytes=2048), mappings))
+        assert all(torch.equal(tensors[name], t + number) for name, t in TENSORS)
+        return tensors
+
+    first = version(1)
+    address, view = first["a"].data_ptr(), first.pop("scalar")
+    first.clear()
+    second = version(2)  # not where the first still is
+    assert second["a"].data_ptr() != address and view == TENSORS[2][1] + 1
+    del view
+    third = version(3)
+    assert third["a"].data_ptr() == address and torch.equal(second["a"], TENSORS[0][1] + 2)
+    segments.close()
+    assert not files(run_id) and torch.equal(third["big"], TENSORS[3][1] + 3)
+    second.clear()
+    third.clear()
+    other = Segments(run_id)
+    dict(open_source(other.publish(iter(TENSORS), 4), mappings)).clear()
+    assert len(mappings._kept) == 1  # the removed ones are gone
+    other.close()
 
 
 def test_a_folder_without_weights_is_the_users_mistake(tmp_path: Path) -> None:

@@ -32,9 +32,13 @@ class BucketSpec:
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """Buckets in POSIX shared memory of this machine; key = path of the segment under /dev/shm."""
+    """Buckets in POSIX shared memory of this machine; key = path of the segment under /dev/shm.
+
+    rewritten: later versions come in the same memory, which readers may leave mapped (segments.Mappings).
+    """
 
     buckets: tuple[BucketSpec, ...]
+    rewritten: bool = False
 
 
 @dataclass(frozen=True)
