@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlinf.runners.launch import WORKERS
 from rlinf.cli import main
 from rlinf.metrics.names import undocumented
+from rlinf.runners.launch import WORKERS
 from tests.eval_workers import SCRIPT
 from tests.tiny import make_tiny_model
 

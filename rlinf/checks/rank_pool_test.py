@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlinf.checks.rank_pool import RankPool
 from rlinf.cluster.processes import start_time
 from rlinf.errors import RunFailed
-from rlinf.checks.rank_pool import RankPool
 
 ROOT = Path(__file__).resolve().parents[2]
 

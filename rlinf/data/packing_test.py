@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlinf.data.records import Finish, GroupHeader
 from rlinf.data.packing import (
     Item,
     RankBatch,
@@ -20,6 +19,7 @@ from rlinf.data.packing import (
     sharing_pays,
     split_cost,
 )
+from rlinf.data.records import Finish, GroupHeader
 
 
 def header(name: str, prompt: int, lengths: list[int], loss_tokens: list[int] | None = None) -> GroupHeader:

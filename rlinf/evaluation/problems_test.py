@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rlinf.config.load import load
 from rlinf.config.schema import BENCHMARKS, Config
 from rlinf.data.tokenizer import TextTokenizer
-from rlinf.evaluation.problems import check_context, load_sets
 from rlinf.errors import UserError
+from rlinf.evaluation.problems import check_context, load_sets
 
 MARKERS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
 R1_CHAT = (

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlinf.rollout.embedded_model import Attend
-from rlinf.weights.architecture import Architecture
 from rlinf.rollout.slot_cache import SlotCache
+from rlinf.weights.architecture import Architecture
 
 
 @dataclass(frozen=True)

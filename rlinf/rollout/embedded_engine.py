@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.profiler import profile
 
-from rlinf.data.records import Sample
 from rlinf.compute_thread import compute_thread
+from rlinf.data.records import Sample
 from rlinf.device import give_back_free_memory, recorder, synchronize
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.batcher import Batcher, Outcome

@@ -17,7 +17,6 @@ from rlinf.data.packing import RankBatch, build_rank_batches
 from rlinf.data.records import GroupHeader
 from rlinf.workers.interfaces import TrainReport
 
-
 PARTS = {
     "forward_backward": "",
     "critic_update": "",

@@ -21,7 +21,6 @@ from torch import Tensor
 from rlinf.training.context import Piece, gather_rows
 from rlinf.training.layout import PackedBatch
 
-
 # Up to this many scores, attention on CPU keeps their weights for the backward pass, and takes half of flash attention's time.
 CPU_SCORES = 1 << 22
 CPU_BLOCK = 1 << 19  # scores at a time: they stay in the cache

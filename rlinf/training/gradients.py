@@ -14,7 +14,6 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.nn import Parameter
 
-
 PART = 1 << 20  # elements
 
 

@@ -23,10 +23,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from rlinf.data.examples import example
-from rlinf.data.records import Group, Sample
 from rlinf.data.packing import SampleRef
+from rlinf.data.records import Group, Sample
 from rlinf.training.context import Share
-
 
 COMMON_MIN = 16  # a shorter common start is not worth the concatenation of keys that it costs
 

@@ -13,8 +13,8 @@ from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
 from rlinf.weights.broadcast import Wire
 from rlinf.weights.buckets import BUCKET_BYTES
-from rlinf.weights.files import publish_files, publisher_name
 from rlinf.weights.device_ipc import DeviceBuckets
+from rlinf.weights.files import publish_files, publisher_name
 from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, SHARED_MEMORY
 from rlinf.weights.server_groups import ServerWire
 from rlinf.weights.shared_memory import Segments, collect

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from rlinf.weights.architecture import Architecture
 
-
 FUSED = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}  # matrix -> the norm in front of it
 
 

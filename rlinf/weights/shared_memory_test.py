@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rlinf.errors import RunFailed, UserError
-from rlinf.weights.shared_memory import Segments, collect, land, open_source, release
 from rlinf.weights.segments import HEADER, Mappings
+from rlinf.weights.shared_memory import Segments, collect, land, open_source, release
 from rlinf.weights.source import Disk, SharedMemory
 
 TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]

@@ -11,10 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
+from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group, GroupHeader, Prompt, Verdict
 from rlinf.data.token_values import DumpPlan
 from rlinf.rollout.contract import EngineStats, GenerateRequest
-from rlinf.data.packing import RankBatch
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.source import Buckets, Collective, Receipt
 

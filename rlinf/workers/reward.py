@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rlinf.config.schema import Config
+from rlinf.data.group_file import read_group, write_group
 from rlinf.data.journal import group_line, journal_of
 from rlinf.data.lines import append_lines
-from rlinf.data.group_file import read_group, write_group
 from rlinf.data.records import Group, GroupHeader, Verdict
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.rewards.shaping import Shaping

@@ -18,13 +18,13 @@ from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_m
 from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, token_advantages, value_targets
 from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import AlgorithmConfig, Config
+from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
 from rlinf.device import choose, peak_memory
 from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, by_sample, by_token, pack

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlinf import device as devices, hardware
+from rlinf import device as devices
+from rlinf import hardware
 from rlinf.checks.doctor import OK, collectives
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.ray_check import devices_of

@@ -26,8 +26,8 @@ from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
-from rlinf.training.publishing import Publisher, score
 from rlinf.training.profiling import profiled
+from rlinf.training.publishing import Publisher, score
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
