@@ -99,7 +99,7 @@ def test_what_to_yaml_prints_loads_to_the_same_configuration(tmp_path: Path) -> 
 TEXT = st.text(st.one_of(st.sampled_from("${}\\'\"#:\n\t ~!&*?-0e.1"), st.characters(exclude_categories=("Cs",))), max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(TEXT, st.lists(TEXT, max_size=3), st.dictionaries(TEXT, TEXT, max_size=2), st.floats(allow_nan=False, allow_infinity=False))
 def test_any_value_survives_printing_and_loading(name: str, stop: list[str], placement: dict[str, str], lr: float) -> None:
     with TemporaryDirectory() as folder:
