@@ -216,7 +216,9 @@ class RolloutConfig:
     tensor_parallel_size: int = key(
         1, "GPUs of one engine; the embedded engine runs on one device, one of SGLang also on those of several nodes (docs/sglang.md)"
     )
-    gpu_memory_utilization: float = key(0.55, "share of a GPU's memory for the engine's weights and KV cache")
+    gpu_memory_utilization: float = key(
+        0.55, "share of a GPU's memory for the engine's weights and KV cache; SGLang takes it of what is free when the engine starts"
+    )
     offload: bool = key(
         False,
         "give the engine's weights and KV cache back while the actor trains on the same GPU; SGLang then runs with enable_memory_saver",
