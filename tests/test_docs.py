@@ -7,13 +7,16 @@ than one machine says so in the paragraph above it; its commands are looked at a
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,11 +116,15 @@ def ray_script(words: list[str], here: Path) -> None:
 
 def described(words: list[str], here: Path) -> None:
     """The program's own parser takes the words; --help ends it before it does anything."""
-    program, rest = (words[1:3], words[3:]) if words[1] == "-m" else (words[1:2], words[2:])
-    done = subprocess.run(
-        [sys.executable, *program, *rest, "--help"], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0 and all(w in done.stdout for w in rest if w.startswith("--")), done.stderr
+    if words[1] == "-m":  # in this process, which has made the imports
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", [*words[2:], "--help"])
+            runpy.run_module(words[2], run_name="__main__")
+        assert ended.value.code == 0 and all(w in output.getvalue() for w in words if w.startswith("--"))
+        return
+    command = [sys.executable, *words[1:], "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and all(w in done.stdout for w in words if w.startswith("--")), done.stderr
 
 
 def installed(words: list[str], here: Path) -> None:
