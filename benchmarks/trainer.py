@@ -1,6 +1,6 @@
 """The training engine against plain transformers + torch, and a shared prompt against a copy for each sample: CPU seconds of one step.
 
-    python benchmarks/trainer.py MODEL_DIR [--pairs 15] [--threads 1] [--cases plain 75-20-8 256-32-8 64-256-8]
+    python -m benchmarks.trainer MODEL_DIR [--pairs 15] [--threads 1] [--cases plain 75-20-8 256-32-8 64-256-8]
 
 plain     eight sequences of 96 tokens, loss on the last 48: forward, backward, clipping, Adam on fp32 master weights, new bf16 weights.
           Both sides see the same tokens. The plain side is as good as it can be had: equal lengths, so nothing is padded and attention is
@@ -17,24 +17,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlinf.cluster.host import ALLOCATOR
-
-if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from benchmarks.settings import machine, restart_as_worker
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import ObjectiveSettings
 from rlinf.algorithms.supervised import supervised_objective
@@ -196,14 +190,6 @@ def shared_prefix(engine: MegatronEngine, name: str, pairs: int) -> dict[str, An
     )
 
 
-def machine(threads: int) -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_average": os.getloadavg(), "python": platform.python_version(),
-        "torch": torch.__version__, "environment": ALLOCATOR,
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
@@ -212,6 +198,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["plain", *SHAPES], choices=("plain", *SHAPES))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    restart_as_worker()
     torch.set_num_threads(args.threads)
     engine = open_engine(args.model_dir)
     earlier = json.loads(args.out.read_text())["cases"] if args.out.exists() else {}

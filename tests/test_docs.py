@@ -171,7 +171,7 @@ CLASSES: dict[tuple[str, ...], Callable[[list[str], Path], None]] = {
     ("python", "-m", "benchmarks.weight_sync"): described,
     ("python", "benchmarks/quickstart.py"): described,
     ("python", "benchmarks/sampling.py"): described,
-    ("python", "benchmarks/trainer.py"): described,
+    ("python", "-m", "benchmarks.trainer"): described,
     ("python", "benchmarks/verifier.py"): described,
     ("tensorboard", "--logdir"): installed,
     ("mkdocs", "build"): installed,
