@@ -11,7 +11,7 @@ import pytest
 
 from rlinf.cli import main
 from rlinf.metrics.logger import whole_lines
-from rlinf.report.compare import Comparison, compare, describe
+from rlinf.report.compare import Comparison, Difference, compare, describe, within
 from rlinf.report.compare_facts import read_run
 from tests.test_tiny_run import run, write_run
 from tests.tiny import make_tiny_model
@@ -90,6 +90,15 @@ def test_rounding_is_told_apart_from_divergence(base: Path, tmp_path: Path) -> N
     assert likely(c) == ["actor.model.tensor_model_parallel_size"]
     assert "agree on all 4 common steps, but for rounding" in describe(c)
     assert of(base, copy, tolerance=1e-12).divergence is not None
+
+
+def test_small_values_are_compared_relative_to_themselves() -> None:
+    def differ(name: str, a: float, b: float) -> bool:
+        return not within(Difference(1, "training", name, a, b), 1e-6)
+
+    assert differ("train/kl_loss", 2e-7, 9e-7) and differ("train/lr", 1e-6, 2e-6)
+    assert not differ("train/loss", 1e-10, -2e-10)  # zero but for rounding
+    assert not differ("train/rollout_logprob_gap_max", 1e-7, 3e-7) and differ("train/rollout_logprob_gap_max", 1e-5, 3e-5)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 
 from rlinf.config.schema import Config
 from rlinf.data.jsonl import BadLine, Fault, Row, describe, field, read_records
-from rlinf.data.prompts import id_of, prompt_of, unique_ids
+from rlinf.data.prompts import id_of, prompt_of, rendered, unique_ids
 from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
 from rlinf.data.tokenizer import Message, TextTokenizer
 from rlinf.errors import UserError
@@ -104,7 +104,7 @@ def _parse(row: Row, path: Path, number: int, config: Config) -> _Record:
 
 
 def _tokenize(records: Sequence[_Record], config: Config, tokenizer: TextTokenizer) -> tuple[list[Group], list[Fault]]:
-    prompts = tokenizer.encode_batch([r.prompt if isinstance(r.prompt, str) else tokenizer.render_chat(r.prompt) for r in records])
+    prompts = tokenizer.encode_batch([rendered(r, tokenizer) for r in records])
     responses = tokenizer.encode_batch([r.response for r in records], bos=False)
     names, _ = unique_ids([r.query_id for r in records])
     examples, too_long = [], []

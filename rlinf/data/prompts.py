@@ -18,7 +18,7 @@ import numpy as np
 from rlinf.config.schema import DataConfig
 from rlinf.data.jsonl import BadLine, Fault, Row, describe, field, read_records
 from rlinf.data.records import Prompt
-from rlinf.data.tokenizer import Message, TextTokenizer
+from rlinf.data.tokenizer import BadChat, Message, TextTokenizer
 from rlinf.errors import UserError
 
 
@@ -169,7 +169,7 @@ def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _tokenize(named: list[tuple[str, _Record]], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], list[Fault]]:
-    texts = [r.prompt if isinstance(r.prompt, str) else tokenizer.render_chat(r.prompt) for _, r in named]
+    texts = [rendered(r, tokenizer) for _, r in named]
     prompts, too_long = [], []
     for (name, r), text, ids in zip(named, texts, tokenizer.encode_batch(texts)):
         if len(ids) > data.max_prompt_length:
@@ -178,6 +178,16 @@ def _tokenize(named: list[tuple[str, _Record]], data: DataConfig, tokenizer: Tex
         metadata = {"file": r.file, "line": r.line}
         prompts.append(Prompt(name, np.array(ids, dtype=np.int32), r.task, r.solutions, text, metadata))
     return prompts, too_long
+
+
+def rendered(record: Any, tokenizer: TextTokenizer) -> str:
+    """The prompt of a record, which has `prompt`, `file` and `line`, as text."""
+    if isinstance(record.prompt, str):
+        return record.prompt
+    try:
+        return tokenizer.render_chat(record.prompt)
+    except BadChat as error:
+        raise UserError(f"{record.file}, line {record.line}: {error}; mend the line, or the template in the model folder") from error
 
 
 def _fingerprint(prompts: list[Prompt]) -> str:

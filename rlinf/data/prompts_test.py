@@ -91,6 +91,14 @@ def test_a_prompt_of_exactly_the_limit_stays(tmp_path: Path, tokenizer: TextToke
         load_prompts([path], DataConfig(max_prompt_length=20, filter_prompt_by_length=False), tokenizer)
 
 
+def test_a_chat_that_the_template_does_not_take_is_named_with_its_line(tmp_path: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    refusing = load_tokenizer(str(make_folder(tmp_path, chat_template=template)))
+    path = write(tmp_path, row(), row(prompt=[{"role": "system", "content": "Be brief."}], query_id="r"))
+    with pytest.raises(UserError, match="line 2: the model's chat template refuses the chat: no system turn; mend the line"):
+        load_prompts([path], DataConfig(apply_chat_template=True), refusing)
+
+
 def test_chat_template_wraps_strings_and_message_lists(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     path = write(tmp_path, row(prompt="1+1?"), row(prompt=chat, query_id="r"))

@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 
 ENCODE_AT_ONCE = 1024  # texts; an encoding is some hundred bytes a token until its ids are taken out
 
+UNSURE = 3  # bytes of a character that is not whole, at most: as many U+FFFD of a text may become one
+KEPT = 3 * UNSURE  # tokens that have as many U+FFFD at their end
+MOST_PENDING = 2 * KEPT  # tokens of which no whole character has come
+
 Message = Mapping[str, str]
 """One turn of a chat: {"role": ..., "content": ...}."""
+
+
+class BadChat(UserError):
+    """A chat that the model's template does not take."""
 
 
 class TextTokenizer:
@@ -67,13 +75,19 @@ class TextTokenizer:
         return bool(self._settings.get("chat_template"))
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """The chat as text, up to where the assistant's turn begins. Raises UserError when the model has no chat template."""
+        """The chat as text, up to where the assistant's turn begins. Raises UserError when the model has no chat template, BadChat when
+        that does not take the chat."""
         if not self.has_chat_template:
             raise UserError(
                 "data.apply_chat_template is true, but the model folder has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json): set it to false and put finished prompts into the data file"
             )
-        return self._for_chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._for_chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # it does not know some role or order of turns, or is no template
+            raise BadChat(f"the model's chat template refuses the chat: {error}") from error
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return self.encode(self.render_chat(messages))
@@ -85,14 +99,28 @@ class TextTokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text: "" where a character is not whole yet. Joined they are decode(ids)."""
         pieces: list[str] = []
-        start = read = 0  # the window begins at the last whole character, so that its left edge does not change how the rest is read
-        for end in range(1, len(ids) + 1):
-            known, text = self.decode(ids[start:read]), self.decode(ids[start:end])
-            whole = end == len(ids) or not text.endswith("\ufffd")
-            pieces.append(text[len(known) :] if whole else "")
-            if whole and len(text) > len(known):
-                start, read = read, end
+        context: list[int] = []  # what was told last: so that the left edge does not change how the rest is read
+        pending: list[int] = []
+        told = 0  # characters of decode(context + pending)
+        for i, token in enumerate(ids):
+            if token not in self._silent:
+                pending.append(token)
+            text = self.decode(context + pending)
+            whole = i + 1 == len(ids) or not text.endswith("\ufffd")
+            end = len(text) if whole else told
+            if not whole and len(pending) > MOST_PENDING:  # what is broken stays so, but for the last bytes
+                end = max(told, len(text) - min(UNSURE, len(text) - len(text.rstrip("\ufffd"))))
+            pieces.append(text[told:end])
+            if end > told:
+                held = len(text) - end
+                context, pending = pending if whole else (context + pending)[-KEPT:], []
+                told = len(self.decode(context)) - held
         return pieces
+
+    @cached_property
+    def _silent(self) -> frozenset[int]:
+        """Tokens that decode() leaves out."""
+        return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
     def chat_markers(self) -> list[str]:
         """The special tokens that the chat template writes; empty when there is no template."""
@@ -118,7 +146,7 @@ def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> TextToken
     if not folder.is_dir():
         raise UserError(f"rollout.model_dir: {folder} is not a folder; give the path of a local Hugging Face model folder")
     settings = _read_json(folder / "tokenizer_config.json")
-    wants_code = "AutoTokenizer" in settings.get("auto_map", {})
+    wants_code = "AutoTokenizer" in (settings.get("auto_map") or {})
     file = folder / "tokenizer.json"
     if file.is_file() and not (wants_code and trust_remote_code):
         backend = _read_backend(file)
@@ -150,7 +178,10 @@ def _backend_from_transformers(folder: Path, wants_code: bool, trust_remote_code
         raise UserError(f"{folder}: no tokenizer (tokenizer.json is missing); copy the tokenizer files of the model into the folder")
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its tokenizer cannot be read ({error}); copy the tokenizer files of the model once more") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{folder}: its tokenizer has no fast form; convert it to tokenizer.json (AutoTokenizer(...).save_pretrained)")

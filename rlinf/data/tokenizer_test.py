@@ -1,6 +1,7 @@
 """The tokenizer: one BOS where the model has one, every end token, and errors that name the file."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from rlinf.data.tokenizer import load_tokenizer
+from rlinf.data.tokenizer import BadChat, load_tokenizer
 from rlinf.errors import UserError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -75,6 +76,20 @@ def test_pieces_of_tokens_join_to_the_text(tmp_path: Path) -> None:
     assert tokenizer.pieces([]) == []
 
 
+def test_pieces_join_whatever_the_bytes_and_take_no_time_that_grows_with_the_square(tmp_path: Path) -> None:
+    tokenizer, rng = load_tokenizer(str(make_folder(tmp_path))), random.Random(0)
+    whole, broken = tokenizer.encode("数学😀é x"), tokenizer.encode("😀数")
+    for _ in range(300):
+        ids = [rng.choice(rng.choice([whole, broken[:3], [257], range(258)])) for _ in range(rng.randrange(90))]
+        pieces = tokenizer.pieces(ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
+    decoded: list[int] = []
+    tokenizer.decode = lambda ids, decode=tokenizer.decode: decoded.append(len(ids)) or decode(ids)  # type: ignore[method-assign]
+    for token in (broken[1], 257):
+        assert len(tokenizer.pieces([token] * 2000)) == 2000
+    assert max(decoded) < 40
+
+
 def test_end_tokens_are_the_union_of_the_three_files(tmp_path: Path) -> None:
     files = {"generation_config.json": {"eos_token_id": [7, 257]}, "config.json": {"eos_token_id": 9}}
     tokenizer = load_tokenizer(str(make_folder(tmp_path, files=files)))
@@ -108,6 +123,13 @@ def test_chat_template_is_found_wherever_it_stands(tmp_path: Path, where: str) -
 def test_a_missing_chat_template_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(str(make_folder(tmp_path))).encode_chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system turn, please') }}", "{% for %}", "{{ messages[0].x.y }}"])
+def test_a_template_that_does_not_take_a_chat_is_told(tmp_path: Path, template: str) -> None:
+    tokenizer = load_tokenizer(str(make_folder(tmp_path, chat_template=template, auto_map=None)))
+    with pytest.raises(BadChat, match="the model's chat template refuses the chat: ."):
+        tokenizer.render_chat([{"role": "system", "content": "Be brief."}])
 
 
 def test_folder_or_tokenizer_missing_or_broken(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import importlib.metadata
 import json
 import shutil
@@ -25,7 +26,7 @@ from rlinf.config.own_code import checksum_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
-from rlinf.evaluation.folder import SetFolder, hold, write_whole
+from rlinf.evaluation.folder import SetFolder, hold, read_json, write_whole
 from rlinf.evaluation.models import Model, models_of, parse_words
 from rlinf.evaluation.opencompass import export
 from rlinf.evaluation.problems import ProblemSet, check_context, load_sets
@@ -100,7 +101,7 @@ def worker_config(config: Config, model: Model, context: int, max_tokens: int) -
 
 def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
     """What the samples are a function of, paths and layout apart."""
-    rollout = task.config.rollout
+    rollout, reward = task.config.rollout, task.config.reward
     return {
         "weights": weights_checksum(task.model.path),
         "problems": problems.fingerprint(),
@@ -109,8 +110,11 @@ def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
             "backend": rollout.rollout_backend,
             "precision": rollout.precision or task.config.actor.model.precision,
             "seed": rollout.seed,
-        },
-        "judge": {"rlinf": rlinf.__version__, "answer_format": task.config.reward.answer_format} | own_judges(task.config.reward.own_tasks),
+            "end_tokens": list(task.tokenizer.eos_token_ids),  # generation_config.json names some, and is no part of the weights
+        }
+        | ({"sglang": dict(rollout.sglang)} if rollout.rollout_backend == "sglang" else {}),
+        "judge": {"rlinf": rlinf.__version__, "answer_format": reward.answer_format, "timeout": reward.timeout}
+        | own_judges(reward.own_tasks),
     }
 
 
@@ -196,14 +200,22 @@ def show(results: Sequence[SetResult], out: Path) -> None:
 
 
 def write_curves(results: Sequence[SetResult], folder: Path) -> None:
-    """TensorBoard scalars of each series over its steps. The folder of a series is derived data: it is written anew."""
-    for series in dict.fromkeys(r.series for r in results):
-        shutil.rmtree(folder / series, ignore_errors=True)
-        logger = MetricLogger(folder / series, ["tensorboard"])
-        for step in sorted({r.step for r in results if r.series == series}):
-            those = [r for r in results if r.series == series and r.step == step]
-            logger.log(step, {f"benchmark/{r.benchmark}/{name}": s.value for r in those for name, s in r.scores.items()})
-        logger.close()
+    """TensorBoard scalars of each series over its steps, those of earlier evaluations too: written anew, from points.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation may be of the same series
+        for series in dict.fromkeys(r.series for r in results):
+            file = folder / series / "points.json"
+            points: dict[str, dict[str, float]] = read_json(file) if file.exists() else {}
+            for r in (r for r in results if r.series == series):
+                scores = {f"benchmark/{r.benchmark}/{name}": score.value for name, score in r.scores.items()}
+                points[str(r.step)] = points.get(str(r.step), {}) | scores
+            shutil.rmtree(folder / series, ignore_errors=True)
+            logger = MetricLogger(folder / series, ["tensorboard"])
+            for step in sorted(points, key=int):
+                logger.log(int(step), points[step])
+            logger.close()
+            write_whole(file, [json.dumps(points, indent=1) + "\n"])
 
 
 def _say(line: str) -> None:

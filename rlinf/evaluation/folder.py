@@ -65,7 +65,8 @@ class SetFolder:
     def _claim(self, identity: dict[str, Any]) -> None:
         file = self.path / IDENTITY
         if not file.exists():
-            foreign = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            own = scratch_of(file).name  # of an evaluation that was killed as it began
+            foreign = sorted({p.name for p in self.path.iterdir()} - {own}) if self.path.is_dir() else []
             if foreign:
                 raise UserError(
                     f"{self.path}: the folder holds {foreign[0]} but no evaluation; set evaluation.output_dir to another folder"
@@ -111,13 +112,17 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
     """Replace the file by these lines, or leave it as it is."""
-    scratch = path.with_name(f".{path.name}.new")
+    scratch = scratch_of(path)
     with open(scratch, "w", encoding="utf-8", errors="replace") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
     sync(path.parent)
+
+
+def scratch_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _make(path: Path) -> None:

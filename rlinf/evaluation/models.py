@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ def parse_words(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]
     """The words of the command line as (CONFIG or None, model folders, key=value settings)."""
     config, folders, settings = None, [], []
     for word in words:
-        if Path(word).expanduser().is_dir():
+        if os.path.isdir(os.path.expanduser(word)):  # Path's raises OSError for a long key=value
             folders.append(word)
         elif "=" in word:
             settings.append(word)

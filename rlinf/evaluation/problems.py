@@ -93,7 +93,10 @@ def _load(section: str, config: Config, tokenizer: TextTokenizer) -> ProblemSet:
     protocol: BenchmarkConfig = getattr(config.evaluation, section)
     path = Path(str(protocol.path))
     name = section if section != "custom" else path.name.removesuffix(".jsonl")
-    data = replace(config.data, apply_chat_template=False, tasks=None, max_prompt_length=UNBOUNDED)
+    data = replace(  # what a configuration says of its training data is not said of benchmarks
+        config.data, apply_chat_template=False, tasks=None, max_prompt_length=UNBOUNDED,
+        prompt_key="prompt", answer_key="solutions", on_bad_record="error",
+    )  # fmt: skip
     found, _ = load_prompts([str(path)], data, tokenizer)
     check_tasks({p.task for p in found}, config.reward.own_tasks)
     _check_template(section, protocol.template, tokenizer)

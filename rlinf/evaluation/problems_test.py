@@ -77,6 +77,16 @@ def test_the_fingerprint_knows_question_gold_and_template(tmp_path: Path, r1: Te
     assert len(set(prints)) == 3
 
 
+def test_what_training_data_may_lack_no_benchmark_may(tmp_path: Path, r1: TextTokenizer) -> None:
+    config = config_of(tmp_path, "custom")
+    config.data.on_bad_record, config.data.prompt_key = "skip", "question"
+    assert len(load_sets(config, r1)[0].prompts) == 3
+    with (tmp_path / "set.jsonl").open("a") as file:
+        file.write('{"prompt": "p", "task": "math", "solutions": []}\n')
+    with pytest.raises(UserError, match="set.jsonl.*line 4|line 4"):
+        load_sets(config, r1)
+
+
 def test_the_context_is_that_of_the_longest_answer(tmp_path: Path, r1: TextTokenizer) -> None:
     sets = load_sets(config_of(tmp_path, "aime24", max_tokens=100), r1)
     longest = max(len(p.token_ids) for p in sets[0].prompts)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from rlinf.data.records import Finish, Status
@@ -143,7 +144,9 @@ def benchmark_table(results: Sequence[SetResult]) -> Table:
     """One benchmark, a row for each model; the gain is over the first."""
     first = results[0]
     n, k = first.tally.n, stability_size(first.tally.n)
-    table = Table(title=f"{first.benchmark}: {len(first.tally.problems)} problems, {n} sample(s) each, 95 % intervals over problems")
+    table = Table(
+        title=f"{escape(first.benchmark)}: {len(first.tally.problems)} problems, {n} sample(s) each, 95 % intervals over problems"
+    )
     names = [f"avg@{n}"] + [f"pass@{n}", f"maj@{n}"] * (n > 1) + [f"mg-pass@{k}"] * (k > 1)
     shares = ("truncated", "no_box", "undecided")
     table.add_column("model", overflow="fold")
@@ -158,5 +161,5 @@ def benchmark_table(results: Sequence[SetResult]) -> Table:
         if result is not first:
             versus = compare(first, result)
             cells += [percent(Interval(**versus["gain"]), sign=True), f"{versus['p_value']:.3f}"]
-        table.add_row(result.model, *cells)
+        table.add_row(escape(result.model), *cells)
     return table

@@ -51,3 +51,11 @@ def test_the_table_of_two_models_shows_the_gain_and_its_p_value() -> None:
     assert "+100.0 [+100.0, +100.0]" in row and "0.002" in row  # 2 / 2^10
     versus = compare(*results)
     assert versus["problems_better"] == 10 and versus["p_value"] == 2 / 2**10
+
+
+def test_names_with_brackets_are_shown_as_they_are() -> None:
+    right = np.ones((2, 1))
+    results = [SetResult(name, name, 0, "set[a]", tally(right), score(tally(right))) for name in ("base[lr=1e-5]", "base[lr=1e-6]")]
+    out = io.StringIO()
+    Console(file=out, width=200).print(benchmark_table(results))
+    assert all(name in out.getvalue() for name in ("set[a]", "base[lr=1e-5]", "base[lr=1e-6]"))

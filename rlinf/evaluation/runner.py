@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
@@ -93,4 +94,4 @@ class Progress:
             f"{name} {count / new:.3f}" for name, count in (("right", self.right), ("cut", self.cut), ("no box", self.no_box))
         )
         speed = f"tokens/s {self.tokens / spent:,.0f}  ETA {duration(left)}"
-        return f"[bold]{self.label}[/bold]  samples {self.done}/{self.samples}  {shares}  {speed}"
+        return f"[bold]{escape(self.label)}[/bold]  samples {self.done}/{self.samples}  {shares}  {speed}"

@@ -17,6 +17,8 @@ from typing import Any
 
 from rlinf.report.compare_facts import Run, Sample, read_run
 
+SMALLEST = 1e-3  # differences are relative to no less: what is zero but for rounding has no relative difference
+GAPS = "train/rollout_logprob_gap_*"  # differences of log-probabilities: in fp32 they are rounding themselves, and 1 is their scale
 STAGES = ("data", "generation", "verdicts", "training")
 NOT_COMPARED = ("time/*", "perf/*", "sync/*", "rollout/reused_tokens")  # the machine's doing, or the order of work
 STAGE_OF_KEY = (  # the first pattern that matches: where a key acts first; "" = it does not change what is computed
@@ -156,7 +158,12 @@ def within(d: Difference, tolerance: float) -> bool:
     """Whether a difference is one of rounding: two finite metrics that are close."""
     if not (isinstance(d.a, float) and isinstance(d.b, float) and math.isfinite(d.a) and math.isfinite(d.b)):
         return False
-    return abs(d.a - d.b) <= tolerance * max(abs(d.a), abs(d.b), 1.0)
+    return relative(d.what, d.a, d.b) <= tolerance
+
+
+def relative(metric: str, a: float, b: float) -> float:
+    """The difference of two values of a metric, relative to the larger one, or to what is none for rounding."""
+    return abs(a - b) / max(abs(a), abs(b), 1.0 if fnmatchcase(metric, GAPS) else SMALLEST)
 
 
 def _stage_of_metric(name: str, step: int) -> str:

@@ -13,6 +13,7 @@ import html
 import json
 import math
 import re
+import statistics
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -27,6 +28,9 @@ from rlinf.report.run_data import RunData, SampleFile, count_all, open_run
 
 MAX_BYTES = 20_000_000
 MAX_POINTS = 2000  # of a curve
+TILES = (
+    "rollout/rewards", "rollout/accuracy", "rollout/response_length", "eval/accuracy", "perf/tokens_per_second", "time/step",
+)  # fmt: skip
 INSIDE_TRAIN = {
     "pack",
     "recompute_logprobs",
@@ -105,6 +109,7 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: S
         "steps": [int(m["step"]) for m in lines],
         "metrics": metrics,
         "phases": phases(metrics),
+        "summary": summary(run.metrics),
         "meanings": {name: [METRICS[name].meaning, METRICS[name].healthy, METRICS[name].action] for name in names if name in METRICS},
         "findings": [vars(f) for f in findings],
         "rules": [rule.__name__.replace("_", " ") for rule in RULES],
@@ -112,6 +117,19 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: S
         "environment": run.environment,
         "files": [parts.describe(file) for file in run.files],
         "leftOut": left_out(run, parts, chosen, len(lines)),
+    }
+
+
+def summary(metrics: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """What the tiles say, of all steps, also those that the curves leave out: by metric the mean of the first three and of the last five
+    steps, the first and last validation, the median speed, and the seconds in steps with their number."""
+    columns = {name: [v for m in metrics if math.isfinite(v := m.get(name, math.nan))] for name in TILES}
+    held, speed, seconds = (columns[name] for name in ("eval/accuracy", "perf/tokens_per_second", "time/step"))
+    return {
+        "ends": {name: [statistics.fmean(values[:3]), statistics.fmean(values[-5:])] for name, values in columns.items() if values},
+        "held": [held[0], held[-1]] if len(held) > 1 else None,
+        "speed": statistics.median_high(speed) if speed else None,
+        "seconds": [sum(seconds), len(seconds)],
     }
 
 

@@ -15,8 +15,8 @@ import pytest
 from rlinf.cli import main
 from rlinf.data.records import Status
 from rlinf.report import page as report_page
-from rlinf.report.page import MAX_BYTES, fill, thinned, to_json, write_report
-from rlinf.report.parts import MAX_TEXT_STEPS, TEXTS_A_STEP, choose_files
+from rlinf.report.page import MAX_BYTES, fill, summary, thinned, to_json, write_report
+from rlinf.report.parts import MAX_TEXT_STEPS, TEXTS_A_STEP, Parts, choose_files
 from rlinf.report.run_data import SampleFile, open_run, read_settings
 from tests.chromium import BINARY, Page, chromium
 from tests.run_folders import BEHAVIOURS, HEALTHY, Answer, Behaviour, make_run
@@ -66,6 +66,28 @@ def test_the_page_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.Mo
     assert small.stat().st_size <= fixed + 60_000
     assert "did not fit" in data(small.read_text())["leftOut"][1] and not (run / "small.html").exists()
     assert part(small.read_text(), "h-step_000001") and part(small.read_text(), "h-step_000080")
+
+
+def test_lists_of_samples_that_are_too_large_by_themselves_go_with_their_texts(tmp_path: Path) -> None:
+    """60 steps of 8,192 samples have lists of 23 MB."""
+    chosen = [SampleFile(tmp_path / f"step_{i:06d}.jsonl", i, False) for i in range(1, 61)]
+    parts = Parts()
+    for file in chosen:
+        parts.headers[file.label] = "h" * 384_000
+        for rank in range(TEXTS_A_STEP):
+            parts.texts[file.label, rank], parts.ranks[file.label, rank] = "t" * 5_000, rank
+    parts.fit(MAX_BYTES, chosen)
+    assert sum(map(len, [*parts.headers.values(), *parts.texts.values()])) < MAX_BYTES
+    assert {chosen[0].label, chosen[-1].label} <= parts.headers.keys() and len(parts.headers) == 30 + 1
+    assert {label for label, _ in parts.texts} == parts.headers.keys()
+    assert len(parts.texts) == TEXTS_A_STEP * len(parts.headers) == TEXTS_A_STEP * 60 - parts.dropped_texts
+
+
+def test_the_tiles_are_of_all_steps_of_a_long_run() -> None:
+    metrics = [{"step": i, "time/step": 10.0, "rollout/rewards": float(i), "eval/accuracy": float("nan")} for i in range(4000)]
+    found = summary(metrics)
+    assert found["seconds"] == [40_000.0, 4000] and found["ends"]["rollout/rewards"] == [1.0, 3997.0]
+    assert found["held"] is None and found["speed"] is None and "eval/accuracy" not in found["ends"]
 
 
 def test_flagged_first_and_last_steps_have_texts(tmp_path: Path) -> None:

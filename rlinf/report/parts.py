@@ -41,14 +41,18 @@ class Parts:
             self.texts[key], self.ranks[key] = compress(sample_text(row)), rank
 
     def fit(self, room: int, chosen: Sequence[SampleFile]) -> None:
-        """Drop what exceeds `room` bytes: lists of samples of steps without texts first (every other one, and again),
-        then texts, the most telling kept."""
-        keep = {file.label for file in chosen}
-        spare = [label for label in self.headers if label not in keep]
-        while spare and size(self.headers) > HEADERS_SHARE * room:
-            for label in spare[1::2] or spare:
-                del self.headers[label]
-            spare = [label for label in spare if label in self.headers]
+        """Drop what exceeds `room` bytes: lists of samples of steps without texts first (every other one, and again), then those of steps
+        between the first and the last, with their texts; then texts, the most telling kept."""
+        keep = [file.label for file in chosen if file.label in self.headers]
+        for spare in [label for label in self.headers if label not in keep], keep[1:-1]:
+            while spare and size(self.headers) > HEADERS_SHARE * room:
+                for label in spare[1::2] or spare:
+                    del self.headers[label]
+                spare = [label for label in spare if label in self.headers]
+        without_list = [key for key in self.texts if key[0] not in self.headers]
+        for key in without_list:
+            del self.texts[key]
+        self.dropped_texts += len(without_list)
         left = room - size(self.headers)
         for key in sorted(self.texts, key=lambda k: self.ranks[k]):  # the first choice of every step, then the second ...
             left -= len(self.texts[key]) + 80

@@ -16,15 +16,13 @@ from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME, read_metrics
-from rlinf.report.compare import NOT_COMPARED
+from rlinf.report.compare import NOT_COMPARED, relative
 from rlinf.runners.launch import train
 from rlinf.runners.launch_debug import train_only
 from rlinf.runners.recorded import RecordedSteps, ranges
 from rlinf.runners.run_folder import COMPLETE, run_path
 
 FP32, HALF = 1e-5, 0.02  # difference that counts as rounding: another layout sums in another order
-SMALLEST = 1e-3  # differences are relative to no less: what is zero but for rounding has no relative difference
-GAPS = "train/rollout_logprob_gap_*"  # differences of log-probabilities: in fp32 they are rounding themselves, and 1 is their scale
 IGNORED = (*NOT_COMPARED, "eval/*")
 QUIET = (
     "runner.save_interval=0", "runner.val_check_interval=0", "runner.on_hang=abort", "runner.logger.logger_backends=[]",
@@ -44,8 +42,7 @@ class Line:
     def difference(self) -> float:
         if math.isnan(self.recorded) and math.isnan(self.replayed):
             return 0.0
-        least = 1.0 if fnmatchcase(self.name, GAPS) else SMALLEST
-        return abs(self.recorded - self.replayed) / max(abs(self.recorded), abs(self.replayed), least)
+        return relative(self.name, self.recorded, self.replayed)
 
 
 def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_start: bool, tolerance: float | None) -> int:

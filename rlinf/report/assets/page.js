@@ -31,6 +31,7 @@ function format(value) {
 }
 const percent = (value) => (value === null ? "–" : (100 * value).toFixed(1));
 function duration(seconds) {
+  if (seconds >= 59.95) seconds = Math.round(seconds); // 119.7 s are 2 min
   const m = Math.floor(seconds / 60), hours = Math.floor(m / 60);
   return hours ? `${hours} h ${m % 60} min` : m ? `${m} min ${Math.round(seconds % 60)} s` : `${seconds.toFixed(1)} s`;
 }
@@ -47,25 +48,19 @@ byId("theme").addEventListener("click", () => setTheme(document.documentElement.
 
 // ---- summary ----------------------------------------------------------------------------------------------------------------
 const column = (name) => D.metrics[name] || null;
-function ends(name) { // mean of the first three and of the last five steps
-  const values = known(column(name) || []);
-  return values.length ? [mean(values.slice(0, 3)), mean(values.slice(-5))] : null;
-}
 function summary() {
   byId("title").textContent = D.title;
   byId("subtitle").textContent = `${D.path} · ${D.state} · written ${D.written}`;
   const tile = (label, value, note) => h("div.tile", null, h("div.label", null, label), h("div.value", null, value), h("div.note", null, note || " "));
   const tiles = [tile("Steps", D.total ? `${D.step} of ${D.total}` : D.step, D.state)];
-  const two = (label, name, show) => { const e = ends(name); if (e) tiles.push(tile(label, `${show(e[0])} → ${show(e[1])}`, "first 3 → last 5 steps")); };
+  const two = (label, name, show) => { const e = D.summary.ends[name]; if (e) tiles.push(tile(label, `${show(e[0])} → ${show(e[1])}`, "first 3 → last 5 steps")); };
   two("Reward", "rollout/rewards", format);
   two("Accuracy while training, %", "rollout/accuracy", percent);
-  const held = known(column("eval/accuracy") || []);
-  if (held.length > 1) tiles.push(tile("Held-out accuracy, %", `${percent(held[0])} → ${percent(held[held.length - 1])}`, "first → last validation"));
+  const { held, speed, seconds: [seconds, steps] } = D.summary;
+  if (held) tiles.push(tile("Held-out accuracy, %", `${percent(held[0])} → ${percent(held[1])}`, "first → last validation"));
   two("Response length, tokens", "rollout/response_length", format);
-  const speed = known(column("perf/tokens_per_second") || []).sort((a, b) => a - b);
-  if (speed.length) tiles.push(tile("Tokens a second", format(speed[speed.length >> 1]), "median step"));
-  const time = known(column("time/step") || []);
-  if (time.length) tiles.push(tile("Time in steps", duration(time.reduce((a, b) => a + b, 0)), `${duration(mean(time))} a step`));
+  if (speed !== null) tiles.push(tile("Tokens a second", format(speed), "median step"));
+  if (steps) tiles.push(tile("Time in steps", duration(seconds), `${duration(seconds / steps)} a step`));
   byId("summary").append(...tiles);
 }
 
