@@ -109,9 +109,11 @@ def train(args: argparse.Namespace) -> int:
     warnings = _check_model(config, args.dry_run)
     plan = build_plan(config, nodes_of(config.cluster))
     if args.dry_run:
-        batch = config.data.rollout_batch_size * config.algorithm.group_size
+        group, kept = config.algorithm.group_size, config.algorithm.num_update_sample_per_prompt
+        batch = config.data.rollout_batch_size * min(group, kept or group)
         _say(f"config: {resolved.source}")
-        _say(f"step: {config.data.rollout_batch_size} prompts x {config.algorithm.group_size} responses = {batch} samples, "
+        _say(f"step: {config.data.rollout_batch_size} prompts x {group} responses = {config.data.rollout_batch_size * group} samples, "
+             f"{f'{kept} of each prompt are trained on, ' if kept and kept < group else ''}"
              f"{config.algorithm.n_minibatches} optimizer step(s) of {batch // config.algorithm.n_minibatches}")  # fmt: skip
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report

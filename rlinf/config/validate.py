@@ -35,6 +35,7 @@ AT_LEAST: dict[str, float] = {
     "algorithm.entropy_bonus": 0,
     "algorithm.importance_sampling_low": 0,
     "algorithm.num_update_sample_per_prompt": 1,
+    "actor.optim.initial_loss_scale": 1,  # Megatron's scaler goes no lower
     "algorithm.max_staleness": 0,
     "rollout.over_provisioning": 0,
     "rollout.max_engine_restarts": 0,
@@ -86,7 +87,6 @@ MORE_THAN: dict[str, float] = {
     "rollout.gpu_memory_utilization": 0,
     "actor.optim.adam_eps": 0,
     "actor.optim.loss_scale": 0,
-    "actor.optim.initial_loss_scale": 0,
     "critic.value_clip": 0,
     "runner.peak_tflops": 0,
     "token_reward.weight": 0,
@@ -243,8 +243,9 @@ def _importance(c: Config) -> Iterator[Violation]:
     if a.loss_type == "decoupled-ppo":
         if fix:
             yield "algorithm.importance_sampling_fix", "decoupled-ppo weighs actor over engine already, and twice is wrong; set it to false"
-    elif not fix:
-        for name, default in (("type", "token-truncate"), ("low", None), ("normalize", False)):
+    if not fix:
+        decoupled = a.loss_type == "decoupled-ppo"  # has the weights, with the bound of behav_imp_weight_cap
+        for name, default in (("type", "token-truncate"), ("low", None), *([] if decoupled else [("normalize", False)])):
             if getattr(a, f"importance_sampling_{name}") != default:
                 yield f"algorithm.importance_sampling_{name}", "has a meaning only with algorithm.importance_sampling_fix: true"
     if fix and a.importance_sampling_low is not None and not mask:

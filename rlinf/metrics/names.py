@@ -249,7 +249,8 @@ TRAIN = metrics(
     (
         "rollout_logprob_gap_mean",
         "mean distance between the log-probabilities that actor and rollout engine give the sampled tokens, same weights",
-        "fp32 below 1e-5; bf16 below 0.02",
+        "fp32 below 1e-5; bf16 below 0.02; always 0 with `recompute_logprobs: false`, where the engine's stand for the actor's: "
+        "then look at `first_minibatch_ratio`",
         "a step change after a weight sync: wrong weights; constantly high: different precision, temperature or template",
     ),
     ("rollout_logprob_gap_max", "largest such gap", "fp32 below 1e-4; bf16 below 1", "as for the mean"),

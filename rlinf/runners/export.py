@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlinf.errors import RunFailed, UserError
@@ -41,7 +42,11 @@ def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     name = str(wanted).removeprefix("torch.")
-    stored = finish_hf_folder(partial, model_dir, write_tensors(partial, "export", _cast(weights, wanted)), name)
+    try:
+        stored = finish_hf_folder(partial, model_dir, write_tensors(partial, "export", _cast(weights, wanted)), name)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{partial}: cannot be written ({error}); make room there, or name another folder") from error
     for _ in TensorFolder.of(partial, stored).values():  # each is compared with its checksum
         pass
     if open_hf_folder(partial).keys() != stored.keys():

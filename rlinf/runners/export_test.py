@@ -73,7 +73,6 @@ def test_without_hf_the_run_says_which_model_it_began_with(step_dirs: dict[str, 
     shutil.copytree(step_dirs["llama"].parents[1], run)
     step_dir = run / "checkpoints" / "step_000001"
     shutil.rmtree(step_dir / "hf")
-    complete(step_dir)
     export(step_dir / "actor", tmp_path / "out", "bf16", None)  # actor/ is what users of RLinf name
     made, kept = weights(tmp_path / "out", torch.bfloat16), weights(step_dirs["llama"] / "hf", torch.bfloat16)
     assert all(torch.equal(made[n], kept[n]) for n in kept)

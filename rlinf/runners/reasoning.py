@@ -17,7 +17,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
 from rlinf.runners.learner import Learner
 from rlinf.runners.rollouts import Order, Rollouts
-from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.run_folder import GROUPS_AHEAD, RunFolder
 from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
 from rlinf.runners.selection import training_orders
 from rlinf.runners.shared_devices import SharedDevices
@@ -116,14 +116,14 @@ class ReasoningRunner(TrainingLoop):
 
     async def state(self, folder: Path) -> dict[str, Any]:
         validation = {step: scores.to_json() for step, scores in self.scores.items()}
-        kept = await self.schedule.keep(folder / "waiting")
+        kept = await self.schedule.keep(folder / GROUPS_AHEAD)
         return {"weight_version": self.step, "validation": validation, "response_lengths": self.rollouts.lengths, "schedule": kept}
 
     async def restore(self, folder: Path, state: dict[str, Any]) -> None:
         self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
         self.rollouts.lengths.update(state["response_lengths"])
         self.schedule.total_steps = self.total_steps
-        await self.schedule.restore(folder / "waiting", state["schedule"], self.step)
+        await self.schedule.restore(folder / GROUPS_AHEAD, state["schedule"], self.step)
 
     @property
     def finished(self) -> bool:

@@ -50,6 +50,13 @@ def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, confi
             f"runner.resume_dir: {step_dir} is a checkpoint of `rlinf {made_by}`, and this is `rlinf {command}`; "
             f"to start from its weights set {start}, in a new run"
         )
+    sampler = state.get("sampler", {})
+    for name in ("seed", "shuffle"):
+        if name in sampler and sampler[name] != (own := value_of(config, f"data.{name}")):
+            raise UserError(
+                f"cannot resume: {step_dir} was made with data.{name} {sampler[name]!r}, this run has {own!r}. "
+                f"Put it back, or start a new run from the weights: {start}"
+            )
     if command == TRAIN and ahead(state):
         older = {"algorithm.schedule": "wallclock" if "ledger" in state["schedule"] else "logical"}  # that told nothing more
         then, now = state.get("made_with", older), made_with(config)

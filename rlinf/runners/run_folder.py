@@ -29,6 +29,7 @@ from rlinf.weights.tensor_folder import read_json, sync, write_json
 STATE = "run_state.json"
 COMPLETE = "COMPLETE"
 FINISHED = "FINISHED"
+GROUPS_AHEAD = "waiting"  # in a checkpoint: groups that were generated and not yet trained on
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,10 @@ class RunFolder:
         `latest` may be one behind, as a run can die between the two; or lead to another run, of which this is a branch.
         """
         complete, latest = self._complete(), self.checkpoints / "latest"
+        if not complete and latest.is_symlink() and not latest.exists():
+            raise UserError(
+                f"runner.resume_dir: this run goes on from {os.readlink(latest)}, which is gone; restore it, or name another step_* folder"
+            )
         return complete[-1] if complete else latest if latest.exists() else None
 
     def _has_steps(self) -> bool:
@@ -185,11 +190,13 @@ class RunFolder:
         sync(self.checkpoints)
 
     def _retire(self, newest: Path) -> None:
-        """Remove checkpoints beyond keep_checkpoints, and those of an earlier life of the run that this one has now made again."""
+        """Remove checkpoints beyond keep_checkpoints, and those of an earlier life of the run that this one has now made again: a branch
+        of another run does not make the steps before it."""
         for old in self._complete()[: -self.keep] if self.keep else []:
             _remove(old)
+        begun_after = self.resume.step if self.resume else -1
         for old in self.checkpoints.glob("step_*.replaced-*"):
-            if _step(old) <= _step(newest):
+            if begun_after < _step(old) <= _step(newest):
                 _remove(old)
 
     def _hold(self) -> None:
@@ -230,8 +237,10 @@ def read_checkpoint(step_dir: Path) -> Resume:
     if not (step_dir / COMPLETE).exists():
         raise UserError(f"{step_dir} is incomplete (no {COMPLETE} marker): its writing was interrupted; use an earlier one")
     for name, written in read_json(step_dir / COMPLETE).items():
+        if name.startswith("hf/") and not (step_dir / "hf").exists():
+            continue  # it can be made again (rlinf export), and nothing goes on from it
         file = step_dir / name
-        found = describe(file) if file.is_file() else None
+        found = {kind: value for kind, value in describe(file).items() if kind in written} if file.is_file() else None
         if found != written:
             what = "is missing" if found is None else f"is damaged: {found} instead of {written}"
             raise UserError(f"{file} {what}; restore it, or use an earlier checkpoint")
@@ -244,9 +253,13 @@ def inventory(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """Bytes, and the xxh3 of a file that is no store of tensors (those have a checksum for each tensor)."""
+    """Bytes, and the xxh3 of a file whose tensors have no checksums of their own, as those of weights and moments have."""
     size: dict[str, Any] = {"bytes": file.stat().st_size}
-    return size if file.suffix == ".safetensors" else size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
+    return (
+        size
+        if file.suffix == ".safetensors" and file.parent.name != GROUPS_AHEAD
+        else size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
+    )
 
 
 def _step(path: Path) -> int:

@@ -248,6 +248,55 @@ def test_a_branch_of_another_run_goes_on_from_its_start_until_it_has_a_checkpoin
     assert branch.resume is not None and branch.resume.step_dir.parent == branch.checkpoints
 
 
+def test_a_branch_whose_start_is_gone_does_not_begin_anew(tmp_path: Path) -> None:
+    other = open_folder(tmp_path / "other")
+    start = checkpoint(other, 7)
+    close(open_folder(tmp_path, f"runner.resume_dir={start}"))
+    shutil.rmtree(start)
+    with pytest.raises(UserError, match="goes on from .*step_000007, which is gone; restore it"):
+        open_folder(tmp_path, "runner.resume_dir=auto")
+
+
+def test_a_branch_into_a_run_keeps_the_steps_that_it_does_not_make_again(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    for step in (10, 60):
+        checkpoint(folder, step)
+    with_steps(folder)
+    close(folder)
+    branch = open_folder(tmp_path, f"runner.resume_dir={checkpoint(open_folder(tmp_path / 'other'), 50)}")
+    checkpoint(branch, 70)
+    kept = {p.name for p in branch.checkpoints.iterdir()}
+    assert kept == {"latest", "step_000070", "step_000010.replaced-1"}  # 60 was before 70 and is made again
+
+
+@pytest.mark.parametrize(("made", "word"), [({"seed": 1234}, "data.seed=7"), ({"shuffle": True}, "data.shuffle=false")])
+def test_another_order_of_the_data_is_refused_before_anything_is_touched(tmp_path: Path, made: dict[str, object], word: str) -> None:
+    folder = open_folder(tmp_path)
+    for step in (1, 2):
+        checkpoint(folder, step, sampler=made)
+    with_steps(folder)
+    close(folder)
+    before = {p.name for p in folder.checkpoints.iterdir()}
+    with pytest.raises(UserError, match=f"cannot resume: .*{word.partition('=')[0]}"):
+        open_folder(tmp_path, f"runner.resume_dir={folder.checkpoints / 'step_000001'}", word)
+    assert {p.name for p in folder.checkpoints.iterdir()} == before and (folder.checkpoints / "latest").resolve().name == "step_000002"
+
+
+def test_a_checkpoint_is_one_without_its_model_for_others(tmp_path: Path) -> None:
+    """hf/ can be made again; and groups that were generated ahead have no checksums of their own."""
+    folder = open_folder(tmp_path)
+    partial = folder.begin_checkpoint(1)
+    for name in ("hf", "waiting"):
+        (partial / name).mkdir()
+        (partial / name / "a.safetensors").write_bytes(bytes(100))
+    step_dir = folder.finish_checkpoint(partial, {"step": 1})
+    shutil.rmtree(step_dir / "hf")
+    assert read_checkpoint(step_dir).step == 1
+    (step_dir / "waiting" / "a.safetensors").write_bytes(bytes(99) + b"1")
+    with pytest.raises(UserError, match="waiting/a.safetensors is damaged"):
+        read_checkpoint(step_dir)
+
+
 LOGICAL = {"begun": 2, "waiting": [{"scored": ["00-00000", "00-00001"]}]}
 WALLCLOCK = {"ledger": {"begun": 24, "groups": [["3.a", 1, True], ["3.b", 1, False]]}, "wanted": []}
 NOTHING = {"begun": 1, "waiting": []}

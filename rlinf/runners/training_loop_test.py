@@ -47,7 +47,13 @@ def life(folder: Path, batch_size: int, max_steps: int = -1) -> Seen:
     place = [f"runner.output_dir={folder}", "runner.max_epochs=1"]
     resolved = load("smollm2-135m-grpo-cpu", words + place)
     run = RunFolder(resolved, "sft")
-    loop = Seen(resolved.config, run, SimpleNamespace(phase=""), PromptSampler(EXAMPLES, batch_size, True, 1), [])
+    loop = Seen(
+        resolved.config,
+        run,
+        SimpleNamespace(phase=""),
+        PromptSampler(EXAMPLES, batch_size, resolved.config.data.shuffle, resolved.config.data.seed),
+        [],
+    )
     asyncio.run(loop.run(SimpleNamespace(log=lambda *_: None, last_step=EXAMPLES)))
     run.release()
     return loop

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlinf.errors import RunFailed
+from rlinf.errors import RunFailed, UserError
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import KINDS, open_part, write_index
 from rlinf.weights.hf_folder import finish_hf_folder
+from rlinf.weights.mapping import hf_shapes
 from rlinf.weights.tensor_folder import Stored, TensorFolder, read_json, write_json, write_tensors
 
 WRITTEN = ("model", *KINDS)  # in this order: the gathers behind it are collective
@@ -145,6 +146,15 @@ def load(engine: MegatronEngine, step_dir: Path, role: str = "actor") -> None:
     """Restore weights, moments and step counts, whatever layout they were saved from."""
     part = step_dir / role
     state = read_json(part / "state.json")
-    engine.load_state(open_part(part), state["steps"], state["adam_steps"])
+    stored = open_part(part)
+    expected = hf_shapes(engine.arch, engine.model.head)
+    for name in sorted(stored["param"].keys() | expected.keys()):
+        found, wanted = stored["param"].shape(name), expected.get(name)  # raises UserError for one that is missing
+        if found != wanted:
+            raise UserError(
+                f"{part}: tensor {name} is {found}, but {wanted or 'not'} in the model of this run: a checkpoint goes on with the "
+                "model that it was made of; to begin with other weights set their folder in a new run"
+            )
+    engine.load_state(stored, state["steps"], state["adam_steps"])
     if state["loss_scaler"] and engine.loss_scaler():  # another precision starts its own
         engine.set_loss_scaler(state["loss_scaler"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlinf.checks.tiny_model import write_model
 from rlinf.config.schema import OptimConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.training import checkpoint
@@ -171,6 +172,30 @@ def refusal(at: Any, model: Path, step_dir: Path) -> str:
     with pytest.raises(UserError) as caught:
         checkpoint.load(engine, step_dir)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 140}, {"vocab_size": 120}, {"num_hidden_layers": 2}, {"tie_word_embeddings": True}])
+def test_a_checkpoint_of_another_model_is_refused(rank_pool: Any, saved_runs: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Nothing is cut, padded or left out to make it fit."""
+    folder, _ = saved_runs["qwen2", "fp32"]
+    config = json.loads((folder / "hf" / "config.json").read_text())
+    other = write_model(tmp_path / "other", config | change)
+    (message,) = rank_pool.run(refusal, other, folder, ranks=1)
+    assert "in the model of this run" in message and str(folder / "actor") in message
+
+
+def refused_model(at: Any, model: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        build(at, model, OPTIM)
+    return str(caught.value)
+
+
+def test_weights_that_do_not_fit_their_configuration_are_refused(rank_pool: Any, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_models["qwen2"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 9}))
+    (message,) = rank_pool.run(refused_model, tmp_path / "model", ranks=1)
+    assert "tensor model.embed_tokens.weight is (" in message and "by the model's config.json" in message
 
 
 def cut_short(path: Path) -> None:

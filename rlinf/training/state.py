@@ -16,8 +16,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn import Parameter
 
+from rlinf.errors import UserError
 from rlinf.training.model import PackedModel
-from rlinf.weights.mapping import Rule, model_rules, to_hf, to_megatron
+from rlinf.weights.mapping import Rule, hf_shapes, model_rules, to_hf, to_megatron
 
 GATHER_BYTES = 64 << 20
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
@@ -33,6 +34,7 @@ class ModelState:
         offset = get_transformer_layer_offset(config)
         layers = range(offset, offset + len(model.decoder.layers))
         rules = model_rules(self.arch, layers, model.pre_process, model.post_process, model.head, model.fused_norms)
+        self.shapes = hf_shapes(self.arch, model.head)
         named = dict(model.named_parameters())
         self.params: list[tuple[Rule, Parameter]] = [(r, named.pop(_local_name(r.megatron, offset))) for r in rules]
         if named:
@@ -43,7 +45,11 @@ class ModelState:
     def fill(self, hf: Mapping[str, Tensor], target: Callable[[Parameter, Tensor], None]) -> None:
         """Call target(param, local shard) for every parameter. `hf` may read lazily; a missing name raises KeyError."""
         for rule, param in self.params:
-            target(param, to_megatron(rule, [hf[name] for name in rule.hf], self.arch, self.tp, self.tp_rank))
+            whole = [hf[name] for name in rule.hf]
+            for name, tensor in zip(rule.hf, whole):
+                if tensor.shape != self.shapes[name]:
+                    raise UserError(f"tensor {name} is {tuple(tensor.shape)}, but {self.shapes[name]} by the model's config.json")
+            target(param, to_megatron(rule, whole, self.arch, self.tp, self.tp_rank))
 
     def export(self, source: Callable[[Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Whole HF tensors of this stage, gathered over TP in coalesced runs. source(param) gives the local shard.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlinf.weights.tensor_folder import Stored, read_json, sync, write_json
 
-TOKENIZER_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model")
+TOKENIZER_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")  # code: of trust_remote_code
 
 
 def finish_hf_folder(folder: Path, model_dir: Path, stored: Mapping[str, Stored], dtype: str, head: str = "lm") -> dict[str, Stored]:

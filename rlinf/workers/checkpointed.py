@@ -41,6 +41,7 @@ class Checkpointed:
     def load(self, step_dir: str) -> None:
         self.bring_back()
         checkpoint.load(self.engine, Path(step_dir), self.role)
+        self.hand_over()
 
     @property
     def checkpoint_written(self) -> bool:
