@@ -12,10 +12,13 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlinf.config.schema import RewardConfig
+from rlinf.config.schema import DataConfig, RewardConfig
+from rlinf.data.jsonl import Fault, read_file
+from rlinf.data.prompts import parse_prompt
 from rlinf.errors import UserError
 from rlinf.rewards.math import gold_answer, gold_reading, simple_number
 from rlinf.rewards.tasks import check_tasks, letter_of
@@ -23,7 +26,7 @@ from rlinf.rewards.verifier import Item, Verifier
 
 SHOWN = 10  # lines named for each kind of finding
 FAULTS = {
-    "bad_line": "not a record: JSON with `prompt`, `query_id` and a list `solutions`",
+    "bad_line": "not a record: JSON with `prompt`, `solutions` and, if you like, `task` and `query_id`",
     "unknown_task": "no verifier for the task (name the run's --config if it has reward.own_tasks, or leave the task out with data.tasks)",
     "gold_unreadable": "a solution that cannot be read; only the same characters would match it",
     "gold_not_right": "a solution that is not judged right against itself",
@@ -66,7 +69,7 @@ def main(path: str | Path, as_json: bool = False, reward: RewardConfig | None = 
 
 
 def check(path: Path, processes: int = 1, reward: RewardConfig | None = None) -> dict[str, Any]:
-    """The report as plain data. Raises UserError when the file cannot be read at all."""
+    """The report as plain data. Raises UserError when the file cannot be read at all, as a run does."""
     findings = Findings()
     rows = list(_rows(path, findings))
     _check_repetition(rows, findings)
@@ -122,28 +125,12 @@ def near_misses(gold: str) -> list[str]:
 
 
 def _rows(path: Path, findings: Findings) -> Iterator[Row]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a JSONL file in the AReaL-boba format")
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield _row(number, json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    findings.add("bad_line", number, str(error))
-
-
-def _row(number: int, row: Any) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    prompt, solutions, task = row.get("prompt"), row.get("solutions"), row.get("task", "math")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("`prompt` is not a string with text")
-    if not isinstance(solutions, list) or not solutions or not all(isinstance(s, str) and s.strip() for s in solutions):
-        raise ValueError("`solutions` is not a list of strings with text")
-    if not isinstance(task, str):
-        raise ValueError("`task` is not a string")
-    return Row(number, prompt, task, str(row.get("query_id", f"line {number}")), tuple(solutions))
+    """What a run whose section `data` is the default reads, by the same functions."""
+    for record in read_file(path, partial(parse_prompt, data=DataConfig())):
+        if isinstance(record, Fault):
+            findings.add("bad_line", record.line, record.reason)
+        else:
+            yield Row(record.line, str(record.prompt), record.task, record.query_id, record.solutions)
 
 
 def _known_tasks(rows: list[Row], own: Collection[str], findings: Findings) -> set[str]:

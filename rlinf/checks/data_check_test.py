@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from rlinf import cli
 from rlinf.checks.data_check import check, main, near_misses
+from rlinf.config.schema import DataConfig
+from rlinf.data.jsonl import read_records
+from rlinf.data.prompts import parse_prompt
 from rlinf.errors import UserError
 from rlinf.rewards.math_test import labelled_pairs, status
 
@@ -89,5 +93,32 @@ def test_near_misses_are_wrong() -> None:
 
 
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no such data file"):
         check(tmp_path / "nothing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": "a\xff?", "solutions": ["5"]}', "not UTF-8 (byte 13)"),
+        (b'{"prompt": "a\\ud800?", "solutions": ["5"]}', "half a surrogate pair"),
+        (b'{"prompt": "a?", "solutions": ["5"], "query_id": [1]}', "`query_id` is neither"),
+        (b'{"prompt": "a?", "solutions": ["5"], "n": ' + b"9" * 5000 + b"}", "not readable"),
+        (b'{"prompt": ["a?"], "solutions": ["5"]}', "data.apply_chat_template: true"),
+        (b'\xef\xbb\xbf{"prompt": "a?", "solutions": ["5"]}', ""),
+        (b'{"prompt": "a?", "solutions": "5", "task": null}', ""),
+    ],
+)
+def test_a_line_is_bad_when_a_run_would_refuse_it(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(line + b"\n")
+    report = check(path)
+    _, refused = read_records([str(path)], partial(parse_prompt, data=DataConfig()), "skip")
+    assert report["lines"].get("bad_line", []) == [{"line": f.line, "text": f.reason} for f in refused]
+    assert [reason in f.reason for f in refused] == [True] * bool(reason) and report["records"] == (not reason)
+
+
+def test_an_empty_file_is_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.jsonl").write_text("\n\n")
+    assert cli.main(["data", "check", str(tmp_path / "data.jsonl")]) == 2
+    assert capsys.readouterr() == ("", f"rlinf: {tmp_path}/data.jsonl: the file is empty\n")

@@ -38,7 +38,7 @@ def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_
 
     Raises UserError when a file is missing, empty or not JSONL, and when lines are bad unless on_bad_record (data.on_bad_record) is `skip`.
     """
-    parsed = [x for path in paths for x in _read_file(Path(path).expanduser(), parse)]
+    parsed = [x for path in paths for x in read_file(Path(path).expanduser(), parse)]
     faults = [x for x in parsed if isinstance(x, Fault)]
     if faults and on_bad_record == "error":
         raise UserError(describe(faults, "cannot be used", "mend or remove them, or set data.on_bad_record: skip to go on without them"))
@@ -70,7 +70,11 @@ def describe(faults: Sequence[Fault], what: str, remedy: str) -> str:
     return "\n".join([f"{subject} {what}:", *shown, remedy])
 
 
-def _read_file(path: Path, parse: Callable[[Row, Path, int], R]) -> Iterator[R | Fault]:
+def read_file(path: Path, parse: Callable[[Row, Path, int], R]) -> Iterator[R | Fault]:
+    """parse(row, file, line) of every line, or the Fault of a line that it, or JSON, did not take; read as one asks for them.
+
+    Raises UserError when the file is missing, empty or not JSONL.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such data file" if not path.exists() else f"{path}: not a file; give the JSONL files themselves")
     with open(path, "rb") as file:

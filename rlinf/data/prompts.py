@@ -56,7 +56,7 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """A good line. `prompt` is text, or the turns of a chat that the template will wrap."""
 
     file: str
@@ -73,7 +73,7 @@ def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenize
     Raises UserError when a file is missing, empty or not JSONL, when lines are bad (unless data.on_bad_record is `skip`), when a
     prompt is too long (unless data.filter_prompt_by_length), and when nothing is left.
     """
-    records, faults = read_records(paths, partial(_parse, data=data), data.on_bad_record)
+    records, faults = read_records(paths, partial(parse_prompt, data=data), data.on_bad_record)
     names, renamed = unique_ids([r.query_id for r in records])
     wanted = [(name, r) for name, r in zip(names, records) if data.tasks is None or r.task in data.tasks]
     prompts, too_long = _tokenize(wanted, data, tokenizer)
@@ -97,11 +97,12 @@ def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenize
     return prompts, report
 
 
-def _parse(row: Row, path: Path, number: int, data: DataConfig) -> _Record:
+def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
+    """Raises BadLine when the row is no prompt for training."""
     task = row.get("task")
     if task is not None and not isinstance(task, str):
         raise BadLine("`task` is not a string")
-    return _Record(
+    return Record(
         file=str(path),
         line=number,
         query_id=id_of(row, path, number),
@@ -168,7 +169,7 @@ def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:
     return names, renamed
 
 
-def _tokenize(named: list[tuple[str, _Record]], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], list[Fault]]:
+def _tokenize(named: list[tuple[str, Record]], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], list[Fault]]:
     texts = [rendered(r, tokenizer) for _, r in named]
     prompts, too_long = [], []
     for (name, r), text, ids in zip(named, texts, tokenizer.encode_batch(texts)):

@@ -151,16 +151,27 @@ def test_a_file_comes_back_line_by_line_with_its_verdicts(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "in.jsonl:2: not a JSON object"), ('{"solutions": ["1"]}', 'in.jsonl:2: needs "response"'),
+    [("{", "in.jsonl:2: not JSON"), ("[]", "in.jsonl:2: not a JSON object"), ("9" * 5000, "in.jsonl:2: not readable"),
+     ('{"response": "\udcff", "solutions": ["1"]}', "in.jsonl:2: not UTF-8 .byte 14"),
+     ('{"solutions": ["1"]}', 'in.jsonl:2: needs "response"'),
      ('{"response": "x", "solutions": "1"}', 'needs "solutions", a list'), ('{"response": "x", "solutions": []}', 'needs "solutions"'),
      ('{"response": "x", "solutions": ["1"], "task": "code"}', "no verifier")],
 )  # fmt: skip
 def test_a_bad_line_is_named_and_no_file_is_left(tmp_path: Path, line: str, message: str) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text('{"response": "\\\\boxed{1}", "solutions": ["1"]}\n' + line + "\n")
+    source.write_text('{"response": "\\\\boxed{1}", "solutions": ["1"]}\n' + line + "\n", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         verify_file(source, tmp_path / "out.jsonl", 1)
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_byte_order_mark_is_no_fault_and_an_empty_file_is_one(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('\ufeff{"response": "\\\\boxed{1}", "solutions": ["1"]}\n')
+    assert verify_file(source, tmp_path / "out.jsonl", 1)["right"] == 1
+    source.write_text("")
+    with pytest.raises(UserError, match="in.jsonl: the file is empty"):
+        verify_file(source, tmp_path / "out.jsonl", 1)
 
 
 # -- parts of the reward

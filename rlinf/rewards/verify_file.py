@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.schema import RewardConfig
+from rlinf.data.jsonl import BadLine, Fault, read_file
 from rlinf.data.records import Verdict
 from rlinf.errors import UserError
 from rlinf.rewards.tasks import check_tasks
@@ -23,11 +24,9 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, r
     """Write every line of in_path to out_path with `reward`, `status`, `route`, `extracted`, `seconds` and `reason`; return the counts.
 
     A line may also hold `prompt`. reward: the section of a run's configuration; None = its defaults.
-    The file appears whole or not at all. Raises UserError naming the line that cannot be graded.
+    The file appears whole or not at all. Raises UserError naming the line that cannot be graded, or what keeps the file from being read.
     """
     source, target = Path(in_path), Path(out_path)
-    if not source.is_file():
-        raise UserError(f"{source}: no such file; give a JSONL file of responses")
     if processes < 1:
         raise UserError(f"--processes: {processes} is not a number of processes; give 1 or more")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,28 +65,23 @@ def judged(verdict: Verdict) -> dict[str, Any]:
 
 def _rows(path: Path, own_tasks: Collection[str]) -> Iterator[tuple[dict[str, Any], Item]]:
     known: set[str] = set()
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            row, item = _row(f"{path}:{number}", line)
-            if item.task not in known:
-                check_tasks([item.task], own_tasks)
-                known.add(item.task)
-            yield row, item
+    for read in read_file(path, _row):
+        if isinstance(read, Fault):
+            raise UserError(f"{read.file}:{read.line}: {read.reason}")
+        row, item = read
+        if item.task not in known:
+            check_tasks([item.task], own_tasks)
+            known.add(item.task)
+        yield row, item
 
 
-def _row(where: str, line: str) -> tuple[dict[str, Any], Item]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not a JSON object on one line ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("response"), str):
-        raise UserError(f'{where}: needs "response", a string')
+def _row(row: dict[str, Any], path: Path, number: int) -> tuple[dict[str, Any], Item]:
+    if not isinstance(row.get("response"), str):
+        raise BadLine('needs "response", a string')
     solutions = row.get("solutions")
     if not isinstance(solutions, list) or not solutions or not all(isinstance(s, str) for s in solutions):
-        raise UserError(f'{where}: needs "solutions", a list of at least one string')
+        raise BadLine('needs "solutions", a list of at least one string')
     task, prompt = row.get("task", "math"), row.get("prompt", "")
     if not isinstance(task, str) or not isinstance(prompt, str):
-        raise UserError(f'{where}: "task" and "prompt" must be strings')
+        raise BadLine('"task" and "prompt" must be strings')
     return row, Item(row["response"], tuple(solutions), task, prompt)
