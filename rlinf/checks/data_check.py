@@ -167,9 +167,12 @@ def _check_golds(rows: list[Row], verifier: Verifier, findings: Findings) -> Non
                     findings.add("gold_unreadable", row.line, gold)
             elif row.task == "choice" and letter_of(gold) is None:
                 findings.add("gold_unreadable", row.line, f"{gold} is no letter")
+            elif row.task.startswith("rg/") and _entry_answer(solution) is None:
+                findings.add("gold_unreadable", row.line, f'no entry of reasoning-gym, {{"answer": ..., "metadata": ...}}: {solution}')
             if row.task == "math" and re.search(r"\\boxed\s*\{\s*" + re.escape(gold) + r"\s*\}", row.prompt):
                 findings.add("leaked_answer", row.line, gold)
-    for kind, judged in (("self", _self_items(rows)), ("near", _near_items(rows))):
+    readable = [r for r in rows if not r.task.startswith("rg/") or all(_entry_answer(s) is not None for s in r.solutions)]
+    for kind, judged in (("self", _self_items(readable)), ("near", _near_items(rows))):
         for (row, answer), verdict in zip(
             judged, verifier.verify_many([Item(f"\\boxed{{{answer}}}", row.solutions, row.task) for row, answer in judged])
         ):
@@ -186,8 +189,17 @@ def _self_items(rows: list[Row]) -> list[tuple[Row, str]]:
     items = []
     for row in rows:
         for solution in row.solutions:
-            items.append((row, str(json.loads(solution)["answer"]) if row.task.startswith("rg/") else gold_answer(solution)))
+            answer = _entry_answer(solution) if row.task.startswith("rg/") else gold_answer(solution)
+            items += [(row, answer)] if answer is not None else []
     return items
+
+
+def _entry_answer(solution: str) -> str | None:
+    """The answer inside an entry of reasoning-gym; None when the solution is no such entry."""
+    try:
+        return str(json.loads(solution)["answer"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _near_items(rows: list[Row]) -> list[tuple[Row, str]]:

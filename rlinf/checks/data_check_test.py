@@ -122,3 +122,13 @@ def test_an_empty_file_is_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "data.jsonl").write_text("\n\n")
     assert cli.main(["data", "check", str(tmp_path / "data.jsonl")]) == 2
     assert capsys.readouterr() == ("", f"rlinf: {tmp_path}/data.jsonl: the file is empty\n")
+
+
+def test_a_solution_that_is_no_entry_of_reasoning_gym_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    bad = ("\\boxed{5}", "7", "[]", "{}", '"5"')
+    path = write(tmp_path / "data.jsonl", *(record(k, "", task="rg/chain_sum", solutions=[text]) for k, text in enumerate(bad)))
+    report = check(path)
+    assert report["faults"] == {"gold_unreadable": len(bad)}
+    assert [f["line"] for f in report["lines"]["gold_unreadable"]] == [1, 2, 3, 4, 5]
+    assert all("no entry of reasoning-gym" in f["text"] for f in report["lines"]["gold_unreadable"])
