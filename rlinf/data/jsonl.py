@@ -5,16 +5,20 @@ A line that cannot be used is a Fault with file, line and reason.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rlinf.errors import UserError
 
 SHOWN_LINES = 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says, without naming the file
+HALF_A_PAIR = "holds half a surrogate pair, which is no character"
 MAGIC = {b"\x1f\x8b": "gzip-compressed", b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd-compressed"}
 Row = dict[str, Any]
 R = TypeVar("R")
@@ -47,11 +51,32 @@ def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_
 
 def write_jsonl(path: Path, records: Iterable[Row]) -> Path:
     """One record a line, the whole file or none; makes the folder. Returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(scratch, path)
+    with written_whole(path) as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
     return path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A file to write, which becomes `path` when the block ends well and is gone when it does not; makes the folder.
+
+    Raises UserError when it cannot be written, before the block where that can be known.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(scratch, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(scratch, path)
+    except OSError as error:
+        if not (error.errno in DISK_FULL or error.filename in (str(path), str(scratch), *map(str, path.parents))):
+            raise  # the block's own, about something else
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        if scratch.is_file():
+            scratch.unlink()
 
 
 def field(row: Row, name: str, key: str) -> Any:
@@ -115,12 +140,12 @@ def _row(raw: bytes) -> Row:
         raise BadLine(f"not readable ({error})") from error
     if not isinstance(row, dict):
         raise BadLine("not a JSON object")
-    if b"\\ud" in raw.lower() and not _is_unicode(row):
-        raise BadLine("holds half a surrogate pair, which is no character")
+    if b"\\ud" in raw.lower() and not is_unicode(row):
+        raise BadLine(HALF_A_PAIR)
     return row
 
 
-def _is_unicode(row: Row) -> bool:
+def is_unicode(row: Row) -> bool:
     """JSON may escape half a surrogate pair; no tokenizer takes that."""
     try:
         json.dumps(row, ensure_ascii=False).encode()

@@ -9,13 +9,13 @@ import csv
 import hashlib
 import importlib.util
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlinf.data.jsonl import HALF_A_PAIR, is_unicode, written_whole
 from rlinf.errors import UserError
 from rlinf.rewards.extract import last_box
 from rlinf.rewards.math import simple_number
@@ -57,12 +57,15 @@ def convert(benchmark: str, source: Path, out: Path, seed: int = 1234) -> dict[s
             if not isinstance(row, Mapping):
                 raise _BadRow("not an object with fields")
             question, answer = reader.read(row, seed)
+            record = {
+                "prompt": question, "task": reader.task, "query_id": f"{benchmark}-{_field(row, ID_FIELDS) or number - 1}",
+                "solutions": [_boxed(answer)], "source": {**origin, "row": number},
+            }  # fmt: skip
+            if not is_unicode(record):
+                raise _BadRow(HALF_A_PAIR)
         except _BadRow as bad:
             raise UserError(f"{source}, row {number}: {bad}") from bad
-        records.append({
-            "prompt": question, "task": reader.task, "query_id": f"{benchmark}-{_field(row, ID_FIELDS) or number - 1}",
-            "solutions": [f"\\boxed{{{answer}}}"], "source": {**origin, "row": number},
-        })  # fmt: skip
+        records.append(record)
     golds = Counter(r["solutions"][0] for r in records)
     if reader.task == "choice" and len(records) >= MIN_TO_JUDGE and len(golds) == 1:
         raise UserError(
@@ -95,7 +98,7 @@ def read_rows(path: Path) -> list[Any]:
                 raise UserError(f"{path}: give a .jsonl, .json, .csv or .parquet file")
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); fetch the file again") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:  # bytes that are no text; nested too deeply; a number of thousands of digits
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} text ({error}); fetch the file again") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: holds no list of problems")
@@ -110,6 +113,8 @@ def _read_lines(path: Path, text: str) -> list[Any]:
                 rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg}); fetch the file again") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
+            raise UserError(f"{path}, line {number}: not readable ({error}); fetch the file again") from error
     return rows
 
 
@@ -147,6 +152,13 @@ def _answer(row: Row) -> str:
         raise _BadRow(f"no answer; expected one of {', '.join(ANSWER_FIELDS)}; the row has {', '.join(map(str, row)) or 'nothing'}")
     boxed = last_box(given)
     return given if boxed is None else boxed.strip()
+
+
+def _boxed(answer: str) -> str:
+    solution = f"\\boxed{{{answer}}}"
+    if last_box(solution) != answer:
+        raise _BadRow(f"the answer {answer[:80]!r} has unbalanced braces; mend it in the file, or take another copy of it")
+    return solution
 
 
 def _aime(row: Row, seed: int) -> tuple[str, str]:
@@ -200,10 +212,8 @@ def shuffled_choices(question: str, choices: list[str], seed: int) -> tuple[str,
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    os.replace(scratch, path)
+    with written_whole(path) as file:
+        file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
 READERS = {

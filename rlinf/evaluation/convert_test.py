@@ -127,6 +127,13 @@ def test_the_report_counts_letters_and_warns_of_a_partial_set(tmp_path: Path) ->
         ("aime24", "a.jsonl", '{"problem": "P"}', ["row 1: no answer", "the row has problem"]),
         ("aime24", "a.jsonl", '{"problem": "P", "answer": "1000"}', ["row 1: the answer '1000' is no integer from 0 to 999"]),
         ("aime25", "a.jsonl", '{"problem": "P", "answer": "1/2"}', ["is no integer"]),
+        ("aime24", "a.jsonl", '{"problem": "P \\ud800", "answer": 1}', ["a.jsonl, row 1: holds half a surrogate pair"]),
+        ("aime24", "a.jsonl", f'{{"problem": "P", "answer": {"9" * 5000}}}', ["a.jsonl, line 1: not readable (Exceeds"]),
+        ("aime24", "a.jsonl", "[" * 100000, ["a.jsonl, line 1: not readable ("]),
+        ("aime24", "a.json", f'[{{"problem": "P", "answer": {"9" * 5000}}}]', ["a.json: cannot be read as json text (Exceeds"]),
+        ("aime24", "a.json", "[" * 100000, ["a.json: cannot be read as json text ("]),
+        ("math500", "a.jsonl", json.dumps({"problem": "P", "answer": "\\frac{1}{2"}), ["row 1: the answer '", "unbalanced braces"]),
+        ("math500", "a.jsonl", json.dumps({"problem": "P", "answer": "1}{2"}), ["row 1: the answer '1}{2' has unbalanced braces"]),
         ("gsm8k", "a.jsonl", '{"question": "Q", "answer": "so it is many"}', ["does not end with `#### NUMBER`"]),
         ("gpqa_diamond", "a.jsonl", '{"question": "Q", "answer": "right"}', ["the answer 'right' is no letter of ABCD"]),
         ("gpqa_diamond", "a.jsonl", '{"question": "Q without options", "answer": "A"}', ["does not list its options"]),
@@ -140,7 +147,7 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path, benchmark: str, name:
         convert(benchmark, tmp_path / name, tmp_path / "out.jsonl")
     for word in words or ["every answer is \\boxed{A}", "never shuffled"]:
         assert word in str(error.value)
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_a_missing_file_and_missing_pyarrow_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +157,12 @@ def test_a_missing_file_and_missing_pyarrow_are_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install pyarrow"):
         convert("aime24", tmp_path / "a.parquet", tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"problem": "P", "answer": 1}])
+    (tmp_path / "folder").mkdir()
+    for out in (tmp_path / "folder", source / "out.jsonl", source / "a" / "out.jsonl"):
+        with pytest.raises(UserError, match=f"{out}: cannot be written .(Is a|Not a|File exists)"):
+            convert("aime24", source, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "in.jsonl"]

@@ -174,6 +174,16 @@ def test_a_byte_order_mark_is_no_fault_and_an_empty_file_is_one(tmp_path: Path) 
         verify_file(source, tmp_path / "out.jsonl", 1)
 
 
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"response": "\\\\boxed{1}", "solutions": ["1"]}\n')
+    (tmp_path / "folder").mkdir()
+    for out in (tmp_path / "folder", source / "out.jsonl", source / "a" / "out.jsonl"):
+        with pytest.raises(UserError, match=f"{out}: cannot be written .(Is a|Not a|File exists)"):
+            verify_file(source, out, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "in.jsonl"]
+
+
 # -- parts of the reward
 
 

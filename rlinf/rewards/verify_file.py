@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator
 from itertools import islice
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.schema import RewardConfig
-from rlinf.data.jsonl import BadLine, Fault, read_file
+from rlinf.data.jsonl import BadLine, Fault, read_file, written_whole
 from rlinf.data.records import Verdict
 from rlinf.errors import UserError
 from rlinf.rewards.tasks import check_tasks
@@ -29,22 +28,16 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, r
     source, target = Path(in_path), Path(out_path)
     if processes < 1:
         raise UserError(f"--processes: {processes} is not a number of processes; give 1 or more")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
     statuses: Counter[str] = Counter()
     routes: Counter[str] = Counter()
-    try:
-        with Verifier.of(reward or RewardConfig(), processes) as verifier, open(scratch, "w", encoding="utf-8") as out:
-            rows = _rows(source, verifier.own_tasks)
-            while chunk := list(islice(rows, LINES_AT_ONCE)):
-                verdicts = verifier.verify_many([item for _, item in chunk])
-                for (row, _), verdict in zip(chunk, verdicts):
-                    out.write(json.dumps(row | judged(verdict)) + "\n")
-                    statuses[verdict.status.value] += 1
-                    routes[verdict.route] += 1
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with Verifier.of(reward or RewardConfig(), processes) as verifier, written_whole(target) as out:
+        rows = _rows(source, verifier.own_tasks)
+        while chunk := list(islice(rows, LINES_AT_ONCE)):
+            verdicts = verifier.verify_many([item for _, item in chunk])
+            for (row, _), verdict in zip(chunk, verdicts):
+                out.write(json.dumps(row | judged(verdict)) + "\n")
+                statuses[verdict.status.value] += 1
+                routes[verdict.route] += 1
     return {
         "lines": sum(statuses.values()),
         **{s: statuses[s] for s in ("right", "wrong", "undecided")},
