@@ -7,15 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.run_folders import BEHAVIOURS, HEALTHY, make_run
 
 HERE = Path(__file__).parent
 
 
-def run(folder: Path, door: str, *words: object) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, door: str, *words: object, script: str = "run.sh") -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    env.pop("PYTHONPATH", None)
     return subprocess.run(
-        ["bash", str(HERE / door / "run.sh"), *map(str, words)], capture_output=True, text=True, timeout=120, cwd=folder, env=env
+        ["bash", str(HERE / door / script), *map(str, words)], capture_output=True, text=True, timeout=120, cwd=folder, env=env
     )
 
 
@@ -36,3 +39,9 @@ def test_analysis_reports_and_compares(tmp_path: Path) -> None:
     assert compared.returncode == 0 and "part at step 1" in compared.stdout, compared.stdout + compared.stderr
     refused = run(tmp_path, "analysis", "delete", runs[0])
     assert refused.returncode == 2 and "report RUN_DIR" in refused.stderr
+
+
+@pytest.mark.parametrize("script", ["mg2hf.sh", "mg2hf_1.5b.sh", "mg2hf_7b.sh"])
+def test_the_converters_start_from_any_folder(tmp_path: Path, script: str) -> None:
+    refused = run(tmp_path, "ckpt_convertor", "step_000001", "out", script=script)
+    assert refused.returncode == 2 and refused.stderr.startswith(f"rlinf: {tmp_path}/step_000001 is not"), refused.stderr
