@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.cli import main
+from rlinf.errors import UserError
 from rlinf.metrics.logger import whole_lines
 from rlinf.report.compare import Comparison, Difference, compare, describe, within
 from rlinf.report.compare_facts import read_run
@@ -191,6 +192,21 @@ def test_what_is_no_run_is_refused(base: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "config.yaml").write_text("runner: [\n")
     assert main(["compare", str(tmp_path), str(base)]) == 2
     assert "not valid YAML" in capsys.readouterr().err
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for text in ("", "[1]\n", "runner\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="config.yaml: holds no settings"):
+            read_run(tmp_path)
+    (tmp_path / "config.yaml").write_bytes(b"a: \xff\n")
+    with pytest.raises(UserError, match="config.yaml: not valid YAML .*can't decode"):
+        read_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("runner: {seed: 1}\n")
+    (tmp_path / "environment.jsonl").write_text('{"first_step": 1}\n\0\0\n')
+    with pytest.raises(UserError, match="environment.jsonl, line 2: not JSON"):
+        read_run(tmp_path)
 
 
 @pytest.mark.slow

@@ -15,10 +15,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from rlinf.errors import UserError
 from rlinf.metrics.trackers import TRACKERS, Trackers
 
 BACKENDS = ("tensorboard", *TRACKERS)
 FILE_NAME = "metrics.jsonl"
+REMEDY = "take that line out, and keep a copy of the file"
 
 
 class MetricLogger:
@@ -76,13 +78,31 @@ class MetricLogger:
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, null as NaN; a torn last line (the machine died while it was written) is left out."""
-    whole, _ = whole_lines(run_dir / FILE_NAME)
-    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in whole]
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in whole_rows(run_dir / FILE_NAME)]
+
+
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The object of every complete line. Raises UserError that names the first line that holds none, as after a power cut."""
+    rows = []
+    for number, line in enumerate(whole_lines(path)[0], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); the file is damaged there: {REMEDY}") from error
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}, line {number}: not a JSON object; the file is damaged there: {REMEDY}")
+    return rows
 
 
 def whole_lines(path: Path) -> tuple[list[str], str]:
     """The complete lines of the file, each with its newline, and what is left after the last newline."""
-    *lines, torn = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): text may hold U+2028 and its like
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {number}: not UTF-8 (byte {error.start}); the file is damaged there: {REMEDY}") from error
+    *lines, torn = text.split("\n")  # not splitlines(): text may hold U+2028 and its like
     return [line + "\n" for line in lines], torn
 
 
@@ -94,9 +114,10 @@ def cut_after(path: Path, step: int) -> int:
     if not path.exists():
         return -1
     lines, torn = whole_lines(path)
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    replaced = [line for line in lines if json.loads(line)["step"] > step] + ([torn] if torn else [])
-    last = json.loads(kept[-1])["step"] if kept else -1
+    steps = [row["step"] for row in whole_rows(path)]
+    kept = [line for line, of in zip(lines, steps) if of <= step]
+    replaced = [line for line, of in zip(lines, steps) if of > step] + ([torn] if torn else [])
+    last = steps[len(kept) - 1] if kept else -1
     if not replaced:
         return last
     number = 1

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger, read_metrics
 from rlinf.metrics.names import METRICS, markdown, undocumented
 from rlinf.metrics.progress import Progress, duration
@@ -98,6 +99,19 @@ def test_a_run_that_goes_on_from_its_start_logs_step_0_again(tmp_path: Path) -> 
     second.log(0, {"x/y": 2.0})
     second.close()
     assert [line["x/y"] for line in read_metrics(tmp_path)] == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b"\0" * 8 + b'{"step": 2}', "not JSON"), (b"3", "not a JSON object"), (b'{"step": "\xff"}', "not UTF-8"), (b"", "not JSON")],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    for read in (read_metrics, lambda folder: MetricLogger(folder, [], resume_step=1)):
+        with pytest.raises(UserError, match=f"{file}, line 2: {said}.*take that line out"):
+            read(tmp_path)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_step_is_logged_once_and_a_file_is_never_overwritten(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from rlinf.errors import UserError
-from rlinf.metrics.logger import FILE_NAME, read_metrics
+from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_rows
 from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
 from rlinf.weights.checksum import weights_checksum
 
@@ -51,9 +50,12 @@ def read_run(path: Path) -> Run:
     if not (path / FILE_NAME).is_file() or not (lines := read_metrics(path)):
         raise UserError(f"{path}: no {FILE_NAME} with a step in it: the run ended before its first step, there is nothing to compare")
     try:
-        config = dict(_flat(yaml.safe_load((path / "config.yaml").read_text()), ""))
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path / 'config.yaml'}: not valid YAML ({error}); the file was changed by hand") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path / 'config.yaml'}: holds no settings; the file was emptied or changed by hand: bring back the run's own")
+    config = dict(_flat(tree, ""))
     metrics = {int(line["step"]): {k: v for k, v in line.items() if k not in ("step", "time")} for line in lines}
     return Run(path, config, tuple(_lines(path / ENVIRONMENT)), metrics)
 
@@ -74,4 +76,4 @@ def _samples(file: Path) -> dict[str, Sample]:
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a JSONL file; none when there is no file. Lines end at \\n only: texts may hold other separators."""
     if file.is_file():
-        yield from (json.loads(line) for line in file.read_bytes().split(b"\n")[:-1])
+        yield from whole_rows(file)

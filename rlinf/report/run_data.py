@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.errors import UserError
-from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_lines
+from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
 from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
 from rlinf.runners.status import FILE_NAME as STATUS
@@ -116,8 +116,7 @@ def sample_files(folder: Path) -> Iterator[SampleFile]:
 
 def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every whole line."""
-    lines, _ = whole_lines(path)
-    return [(number, json.loads(line)) for number, line in enumerate(lines, 1)]
+    return list(enumerate(whole_rows(path), 1))
 
 
 def read_settings(path: Path) -> list[Setting]:
