@@ -76,6 +76,7 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
     ("words", "expected"),
     [
         (["algorithm.group_size=1"], "algorithm.group_size = 1 (command line): adv_type grpo"),
+        (["data.seed=9223372036854775808"], "data.seed = 9223372036854775808 (command line): must be less than 9223372036854775808"),
         (
             ["algorithm.adv_type=gae"],
             "algorithm.adv_type = gae (command line): gae needs a critic; give it devices in cluster.component_placement",

@@ -43,8 +43,8 @@ class PromptSampler:
                 f"{batch_key} is {batch_size}, but data.train_data_paths hold only {n} prompts after filtering: "
                 "add data, or make the batch smaller"
             )
-        if seed < 0:
-            raise UserError(f"data.seed: {seed} is negative; use 0 or more")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"data.seed: {seed} is {'negative' if seed < 0 else 'too large'}; use 0 or more, and less than {2**63}")
         self.n, self.batch_size, self.shuffle, self.seed, self.fingerprint = n, batch_size, shuffle, seed, fingerprint
         self.epoch, self.cursor = 0, 0
         self._order = epoch_order(n, shuffle, seed, 0)

@@ -11,7 +11,7 @@ from rlinf.data.sampler import PromptSampler, epoch_order
 from rlinf.errors import UserError
 
 shapes = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
-seeds = st.integers(0, 2**63)
+seeds = st.integers(0, 2**63 - 1)
 
 
 @given(shapes, st.booleans(), seeds, st.integers(1, 5))
@@ -110,3 +110,10 @@ def test_a_state_of_other_data_is_refused(change: dict, said: str) -> None:
 def test_too_few_prompts_for_a_batch() -> None:
     with pytest.raises(UserError, match=r"rollout_batch_size is 8, but .* only 3 prompts"):
         PromptSampler(3, 8, True, 1)
+
+
+@pytest.mark.parametrize(("seed", "said"), [(-1, "is negative"), (2**63, "is too large"), (2**64, "is too large")])
+def test_a_seed_that_numpy_cannot_tell_from_others_is_refused(seed: int, said: str) -> None:
+    with pytest.raises(UserError, match=f"data.seed: {seed} {said}; use 0 or more, and less than {2**63}"):
+        PromptSampler(8, 4, True, seed)
+    assert epoch_order(50, True, 2**63 - 1, 1).tolist() != epoch_order(50, True, 2**63 - 2, 1).tolist()
