@@ -6,6 +6,7 @@ Exit codes: 0 good, 2 the user's mistake (one message), 1 ours, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ GROUPS = {
     "data": "generate, convert or check data files",
     "check": "proofs of this platform, on this machine",
 }
+WRONG_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
 COMMANDS: list[tuple[str, str, tuple[Argument, ...], Run]] = []  # name, help, arguments, function; in the order of --help
 
 
@@ -60,6 +62,13 @@ def config_argument(parser: argparse.ArgumentParser, **how: Any) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="set a key, e.g. runner.max_steps=10")
 
 
+def seed(text: str) -> int:
+    """What numpy's bit generators tell apart."""
+    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 0 to {2**63 - 1}")
+    return int(text)
+
+
 def optional_config(parser: argparse.ArgumentParser) -> None:
     config_argument(parser, nargs="?")
 
@@ -79,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except UserError as e:
         sys.stderr.write(f"rlinf: {e}\n")
+        return 2
+    except OSError as e:
+        if args.run in (train, sft) or e.filename is None or e.errno not in WRONG_PATH:  # in a run the fault is hardly the user's
+            raise
+        sys.stderr.write(f"rlinf: {e.filename}: {e.strerror}; give another path\n")
         return 2
     except RunFailed as e:
         sys.stderr.write(f"rlinf: {e}\n")
@@ -263,7 +277,7 @@ def config_explain(args: argparse.Namespace) -> int:
     arg("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas"),
     arg("--train", type=int, default=1300, help="training problems of each task (default 1300)"),
     arg("--val", type=int, default=256, help="held-out problems of each task (default 256)"),
-    arg("--seed", type=int, default=1234),
+    arg("--seed", type=seed, default=1234),
 )
 def data_generate(args: argparse.Namespace) -> int:
     if args.task == "arithmetic":

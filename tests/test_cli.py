@@ -15,6 +15,7 @@ import pytest
 from rlinf.cli import main
 from rlinf.config.load import EXAMPLES, ROOT
 from rlinf.errors import RunFailed
+from tests.run_folders import HEALTHY, make_run
 
 SCRIPTS = [ROOT / "examples/math/run_main_math_grpo_megatron.sh", ROOT / "examples/math/qwen2.5/run_main_math_grpo_megatron.sh"]
 
@@ -177,6 +178,41 @@ def test_data_generate_writes_both_splits(capsys: pytest.CaptureFixture[str], tm
     assert code == 2 and err.startswith("rlinf: arithmetic data")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data", "generate", "{file}"], "rlinf: {file}/train.jsonl: cannot be written ("),
+        (["report", "{run}", "--output", "{folder}/none/r.html"], "rlinf: {folder}/none/"),
+        (["report", "{run}", "--output", "{folder}/" + "r" * 300], "rlinf: {folder}/r"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "file").write_text("")
+    where = {"file": tmp_path / "file", "folder": tmp_path, "run": make_run(tmp_path / "run", HEALTHY, steps=2)}
+    code, out, err = run(capsys, *(word.format(**where) for word in words))
+    assert code == 2 and out == "" and err.startswith(message.format(**where)) and err.count("\n") == 1
+
+
+def test_report_names_a_damaged_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = make_run(tmp_path, HEALTHY, steps=2)
+    for name in ("samples/step_000002.jsonl", "metrics.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write("\0\0\0\n")
+        number = len((folder / name).read_text().splitlines())
+        code, out, err = run(capsys, "report", str(folder))
+        assert code == 2 and out == "" and f"{name}, line {number}: not JSON" in err
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error", "a"), OSError(2, "No such file or directory")])
+def test_another_fault_of_a_file_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def explain(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rlinf.config.explain.explain", explain)
+    with pytest.raises(OSError):
+        main(["config", "explain", "runner"])
+
+
 def test_data_generate_makes_puzzles_of_reasoning_gym(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     tasks = "rg/chain_sum,rg/spell_backward"
@@ -195,7 +231,10 @@ def test_data_generate_makes_puzzles_of_reasoning_gym(capsys: pytest.CaptureFixt
         assert code == 2 and message in err, err
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["train"], ["train", "x", "--fast"], ["data", "check", "a", "b"]])
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["nonsense"], ["train"], ["train", "x", "--fast"], ["data", "check", "a", "b"], ["data", "generate", "g", "--seed", "9" * 20]],
+)
 def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(argv)
