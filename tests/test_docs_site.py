@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("material") is None,
-    reason="mkdocs-material is not installed; pip install 'rlinf[docs]' (Python 3.11 or newer)",
+    reason="mkdocs-material is not installed; pip install '.[docs]' (Python 3.11 or newer)",
 )
 
 

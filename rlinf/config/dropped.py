@@ -41,7 +41,8 @@ KEYS: dict[str, str] = {
     "algorithm.len_reward_penalty": _NO_EFFECT,
     "algorithm.sampling_params.min_new_tokens": _NO_EFFECT,
     "algorithm.sampling_params.repetition_penalty": "it would make log-probabilities differ from those of the policy; remove it",
-    "algorithm.sampling_params.use_greedy": "use algorithm.sampling_params.do_sample: false",
+    "algorithm.sampling_params.use_greedy": "false is what do_sample: true, the default, says; remove it",
+    "algorithm.max_num_gen_batches": "use algorithm.dynamic_sampling: true with algorithm.dynamic_sampling_max_batches",
     # rollout
     "rollout.model.model_path": "use rollout.model_dir",
     "rollout.model_path": "use rollout.model_dir",
@@ -59,6 +60,10 @@ KEYS: dict[str, str] = {
     "rollout.distributed_executor_backend": _NO_EFFECT,
     "rollout.disable_log_stats": "engine counters are in metrics.jsonl; remove it",
     "rollout.enforce_eager": _FIXED,
+    "rollout.attention_backend": "an option of SGLang; write rollout.sglang: {attention_backend: ...}",
+    "rollout.use_torch_compile": "an option of SGLang; write rollout.sglang: {enable_torch_compile: true}",
+    "rollout.torch_compile_max_bs": "an option of SGLang; write rollout.sglang: {torch_compile_max_bs: ...}",
+    "rollout.sglang_decode_log_interval": "an option of SGLang; write rollout.sglang: {decode_log_interval: ...}",
     "rollout.cuda_graph_max_bs": "use rollout.max_running_requests",
     "rollout.vllm*": "vLLM is not an engine of this project; use rollout.rollout_backend: sglang",
     # data
@@ -81,7 +86,10 @@ KEYS: dict[str, str] = {
     "actor.megatron.*": _DISTCKPT,
     "actor.megatron": _DISTCKPT,
     "actor.model.megatron_checkpoint": "use runner.resume_dir",
+    "actor.model.variable_seq_lengths": "sequences are always packed, whatever their lengths; remove it",
     "actor.model.*seq_length*": "use runner.seq_length",
+    "actor.global_batch_size": "use data.rollout_batch_size x algorithm.group_size samples a step, in algorithm.n_minibatches",
+    "actor.micro_batch_size": "micro-batches are packed by tokens; use runner.max_tokens_per_mbs",
     "actor.model.activation": _FROM_HF,
     "actor.model.normalization": _FROM_HF,
     "actor.model.position_embedding_type": _FROM_HF,
@@ -108,6 +116,8 @@ KEYS: dict[str, str] = {
     "actor.lr_sched*": "use actor.optim.{lr, min_lr, lr_decay_style, lr_decay_steps, lr_warmup_steps}",
     "*.group_name": "groups of workers are named after their component; remove it",
     # reward, critic, inference
+    "reward.len_reward_penalty": "use reward.overlong_buffer and its neighbours for answers that are too long",
+    "reward.safe_length": "use reward.overlong_buffer and its neighbours for answers that are too long",
     "reward.use_reward_model": (
         "rewards come from the verifier of reward.reward_type; a model that scores responses is token_reward.model_dir"
     ),
@@ -122,6 +132,7 @@ KEYS |= {
 
 VALUES: dict[tuple[str, str], str] = {
     ("algorithm.loss_type", "actor"): "the reference's `actor` is `ppo` here",
+    ("algorithm.loss_type", "grpo"): "GRPO is adv_type: grpo; its loss is `ppo` here",
     ("algorithm.kl_penalty_type", "low_var_kl"): "the reference's `low_var_kl` is `k3` here",
     ("algorithm.kl_penalty_type", "kl"): "the reference's `kl` is `k1` here",
     ("algorithm.kl_penalty_type", "mse"): "the reference's `mse` is `k2` here",

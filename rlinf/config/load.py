@@ -129,12 +129,25 @@ def _chain(source: Path) -> list[tuple[Path, yaml.Node]]:
         if not extends:
             return chain
         where = f"{show(path)}:{extends[0][0].start_mark.line + 1}"
-        path = (path.parent / str(extends[0][1].value)).resolve()
-        if not path.is_file():
-            raise UserError(f"{where}: extends: {show(path)} does not exist; the path is relative to the file that names it")
+        path = _extended(path.parent, str(extends[0][1].value), where)
         if path in (p for p, _ in chain):
             raise UserError(f"{where}: extends: {show(path)} extends this file in turn; break the cycle")
     return chain
+
+
+def _extended(folder: Path, name: str, where: str) -> Path:
+    """The file of that name beside the one that extends it; or the example, so that a copy of one may lie anywhere."""
+    path = (folder / Path(name).expanduser()).resolve()
+    if path.is_file():
+        return path
+    stem = Path(name).name.removesuffix(".yaml")
+    example = EXAMPLES / f"{ALIASES.get(stem, stem)}.yaml"
+    if example.is_file() and Path(name).name == name:
+        return example.resolve()
+    names = ", ".join(sorted(p.stem for p in EXAMPLES.glob("*.yaml")))
+    raise UserError(
+        f"{where}: extends: {show(path)} does not exist; the path is relative to the file that names it, or the name of one of: {names}"
+    )
 
 
 def _resolve(values: Mapping[str, Any], provenance: Mapping[str, str], problems: list[str]) -> dict[str, Any]:

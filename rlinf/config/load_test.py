@@ -26,6 +26,15 @@ def problems(folder: Path, text: str, *overrides: str) -> str:
     return str(error.value)
 
 
+def test_a_copy_of_an_example_may_lie_anywhere(tmp_path: Path) -> None:
+    for name in ("qwen2.5-1.5b-grpo-megatron", "qwen2.5-1.5b-grpo-megatron.yaml", "grpo-1.5b-megatron"):
+        assert load(str(write(tmp_path, f"extends: {name}\n")), []).config.algorithm.group_size == 16
+    (tmp_path / "base.yaml").write_text("algorithm:\n  group_size: 4\n")
+    assert load(str(write(tmp_path, "extends: base.yaml\n")), []).config.algorithm.group_size == 4
+    with pytest.raises(UserError, match="or the name of one of: .*smollm2-135m-grpo-cpu"):
+        load(str(write(tmp_path, "extends: smollm\n")), [])
+
+
 def test_the_command_line_wins_over_the_file_over_extends_over_defaults(tmp_path: Path) -> None:
     write(tmp_path, "runner: {max_steps: 1, max_epochs: 2, seq_length: 3}", "base.yaml")
     path = write(tmp_path, "extends: base.yaml\nrunner:\n  max_epochs: 20\n  seq_length: 30\n")

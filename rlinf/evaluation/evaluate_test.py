@@ -64,3 +64,8 @@ def test_an_evaluation_that_was_killed_as_it_began_goes_on(tmp_path: Path) -> No
 def test_a_long_setting_is_no_folder(tmp_path: Path) -> None:
     word = "evaluation.custom.instruction=" + "Please think. " * 30
     assert parse_words([str(tmp_path), word]) == (None, [str(tmp_path)], [word])
+
+
+def test_a_mistyped_model_folder_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nope: no folder of a model or a checkpoint, and no configuration either"):
+        parse_words([str(tmp_path / "nope"), "evaluation.custom.path=x"])

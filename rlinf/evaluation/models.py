@@ -33,7 +33,10 @@ def parse_words(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]
         elif "=" in word:
             settings.append(word)
         elif config is None:
-            find(word)  # neither a folder nor a configuration: say so now
+            try:
+                find(word)  # neither a folder nor a configuration: say so now
+            except UserError as error:
+                raise UserError(f"{word}: no folder of a model or a checkpoint, and no configuration either\n  {error}") from error
             config = word
         else:
             raise UserError(f"{word}: {config} is the configuration already, and this is no model folder")

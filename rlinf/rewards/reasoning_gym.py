@@ -31,7 +31,7 @@ def check_family(family: str) -> None:
     if family in REFUSED:
         raise UserError(f"task 'rg/{family}': refused, because {REFUSED[family]}")
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise UserError(f"task 'rg/{family}': the package reasoning-gym is not installed; pip install 'rlinf[rg]'")
+        raise UserError(f"task 'rg/{family}': the package reasoning-gym is not installed; pip install '.[rg]'")
     if family not in families():
         raise UserError(f"task 'rg/{family}': reasoning-gym has no such family; it has {', '.join(sorted(families() - set(REFUSED)))}")
 
