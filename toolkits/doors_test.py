@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from tests.run_folders import BEHAVIOURS, HEALTHY, make_run
 
 HERE = Path(__file__).parent
+MARKED = "import os, sys; print(os.environ.get('MARK'), *sys.argv[1:])\n"
 
 
-def run(folder: Path, door: str, *words: object, script: str = "run.sh") -> subprocess.CompletedProcess[str]:
+def run(folder: Path, door: str | Path, *words: object, script: str = "run.sh") -> subprocess.CompletedProcess[str]:
     env = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     env.pop("PYTHONPATH", None)
     return subprocess.run(
@@ -42,6 +44,11 @@ def test_analysis_reports_and_compares(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["mg2hf.sh", "mg2hf_1.5b.sh", "mg2hf_7b.sh"])
-def test_the_converters_start_from_any_folder(tmp_path: Path, script: str) -> None:
-    refused = run(tmp_path, "ckpt_convertor", "step_000001", "out", script=script)
-    assert refused.returncode == 2 and refused.stderr.startswith(f"rlinf: {tmp_path}/step_000001 is not"), refused.stderr
+def test_the_converters_start_from_any_folder_with_the_environment_of_their_checkout(tmp_path: Path, script: str) -> None:
+    checkout = tmp_path / "checkout"
+    for name, text in {"rlinf/__init__.py": "", "rlinf/__main__.py": MARKED, ".venv/bin/activate": "export MARK=activated\n"}.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    shutil.copytree(HERE / "ckpt_convertor", checkout / "toolkits" / "ckpt_convertor")
+    started = run(tmp_path, checkout / "toolkits" / "ckpt_convertor", "step_000001", "out", script=script)
+    assert started.stdout == "activated export step_000001 out\n", started.stderr
