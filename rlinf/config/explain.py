@@ -15,9 +15,9 @@ HEADER = """# Configuration keys
 Written from `rlinf/config/schema.py` by `python -m rlinf.config.explain > docs/config.md`; a test keeps it up to date.
 
 A YAML file is merged as: defaults below, then the file named by a top-level `extends:` (relative to the file, or the name of an example;
-may chain), then the file, then `key=value` words of the command line. Lists and `cluster.component_placement` are replaced
-as a whole. `${runner.seq_length}` and `${oc.env:HOME}` are interpolated. `rlinf config show CONFIG` prints the result with who set each value; `rlinf config explain KEY`
-explains one key.
+may chain), then the file, then `key=value` words of the command line. Lists and `cluster.component_placement` are replaced as a whole.
+`${runner.seq_length}` and `${oc.env:HOME}` are interpolated. `rlinf config show CONFIG` prints the result with who set each value;
+`rlinf config explain KEY` explains one key.
 """
 
 
