@@ -25,9 +25,11 @@ from rlinf.cluster.state import listens, state_folder
 from rlinf.config.load import ROOT, Resolved
 from rlinf.config.model import missing_paths, planned_model_config
 from rlinf.config.schema import Config
+from rlinf.config.validate import validate, validate_sft
 from rlinf.cpu_kernels import VARIANTS, kernels
 from rlinf.errors import UserError
 from rlinf.hardware import cpu_flags, has_gpu
+from rlinf.rollout.sglang_server import find_interpreter
 from rlinf.scheduling.memory import BYTES, rank_parameters
 from rlinf.weights.architecture import read_architecture
 
@@ -68,6 +70,10 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     if cuda:
         yield from packages(pins("gpu"), installed_version)
     yield from devices(cuda, has_gpu(), device.usable(), torch.version.cuda, driver_version())
+    if resolved:
+        yield configuration(resolved)
+        yield from unseen_gpus(resolved.config, has_gpu())
+        yield from sglang(resolved.config, cuda)
     if cuda and config:
         yield enough_gpus(device.gpu_count(), config.cluster.num_gpus_per_node)
     yield collectives(cuda)
@@ -158,6 +164,35 @@ def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver:
         )
     else:
         yield Finding("gpu", OK, f"{device.gpu_count()} x {device.gpu_name()}, driver {driver}, CUDA {cuda}")
+
+
+def configuration(resolved: Resolved) -> Finding:
+    """Whether a run of it would begin."""
+    trains_alone = not any("rollout" in components for components in resolved.config.cluster.component_placement)
+    try:
+        (validate_sft if trains_alone else validate)(resolved.config, resolved.provenance)
+    except UserError as error:
+        return Finding("configuration", FAIL, str(error), "mend the keys that are named")
+    return Finding("configuration", OK, "its keys fit each other")
+
+
+def unseen_gpus(config: Config, present: bool) -> Iterator[Finding]:
+    """A recipe for GPUs where cluster.device: auto finds none, which a container without them looks like, too."""
+    if config.cluster.device == "auto" and not present and config.actor.model.precision == "fp16":
+        yield Finding(
+            "gpu", WARN, "no GPU can be seen, and actor.model.precision: fp16 is of a recipe for GPUs; the run would use the CPU",
+            "does nvidia-smi work here? in a container: --gpus all; if the CPU is meant, set cluster.device: cpu and precision: auto",
+        )  # fmt: skip
+
+
+def sglang(config: Config, cuda: bool) -> Iterator[Finding]:
+    """The interpreter that has SGLang, where it is the engine."""
+    if config.rollout.rollout_backend != "sglang":
+        return
+    try:
+        yield Finding("sglang", OK, find_interpreter(config.rollout.sglang_python, cuda))
+    except UserError as error:
+        yield Finding("sglang", FAIL, str(error), "see docs/sglang.md")
 
 
 def driver_version() -> str | None:
@@ -293,7 +328,9 @@ def cluster(views: Iterable[NodeView]) -> Iterator[Finding]:
 def files(config: Config) -> Iterator[Finding]:
     """Model and data of the configuration."""
     try:
-        _, warnings = planned_model_config(config.rollout.model_dir)
+        hf, warnings = planned_model_config(config.rollout.model_dir)
+        if hf:
+            read_architecture(hf)
     except UserError as error:
         warnings = [str(error)]
     absent = [*warnings, *missing_paths(config)]
@@ -323,7 +360,10 @@ def _parameters(config: Config) -> int:
     else:
         file = Path(config.rollout.model_dir) / "config.json"
         hf = json.loads(file.read_text()) if file.is_file() else None
-    return rank_parameters(read_architecture(hf), 1, 1, 0) if hf else 0
+    try:
+        return rank_parameters(read_architecture(hf), 1, 1, 0) if hf else 0
+    except UserError:  # files() says so
+        return 0
 
 
 def main(resolved: Resolved | None, as_json: bool) -> int:

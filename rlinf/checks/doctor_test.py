@@ -128,6 +128,28 @@ def test_missing_files_of_a_configuration_are_found() -> None:
     assert "/nowhere/a.jsonl" in found[1].text
 
 
+def test_a_configuration_that_cannot_be_run_is_found(tmp_path: Path) -> None:
+    assert told(doctor.configuration(load("smollm2-135m-grpo-cpu", []))) == [("configuration", OK)]
+    assert told(doctor.configuration(load("smollm2-135m-sft-cpu", []))) == [("configuration", OK)]
+    found = doctor.configuration(load("smollm2-135m-grpo-cpu", ["algorithm.group_size=1"]))
+    assert told(found) == [("configuration", FAIL)] and "algorithm.group_size" in found.text
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    strange = load("smollm2-135m-grpo-cpu", [f"rollout.model_dir={tmp_path}"]).config
+    assert doctor._parameters(strange) == 0 and any("architecture" in f.text for f in doctor.files(strange))
+
+
+def test_a_recipe_for_gpus_where_none_is_seen_and_sglang_that_is_not_there_are_found(tmp_path: Path) -> None:
+    recipe = load("qwen2.5-1.5b-grpo-megatron", []).config
+    assert told(doctor.unseen_gpus(recipe, present=False)) == [("gpu", WARN)] and told(doctor.unseen_gpus(recipe, present=True)) == []
+    laptop = load("smollm2-135m-grpo-cpu", []).config
+    assert told(doctor.unseen_gpus(laptop, present=False)) == told(doctor.sglang(laptop, False)) == []
+    named = load("smollm2-135m-grpo-cpu", ["rollout.rollout_backend=sglang", f"rollout.sglang_python={tmp_path}/nope"]).config
+    (found,) = doctor.sglang(named, False)
+    assert told([found]) == [("sglang", FAIL)] and "rollout.sglang_python" in found.text
+
+
 def test_gloo_works_here() -> None:
     assert told(doctor.collectives(False)) == [("gloo", OK)]
 
