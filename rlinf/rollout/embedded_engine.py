@@ -125,6 +125,7 @@ class EmbeddedEngine:
             await self._call(self._batcher.free_cache)
         if "weights" in tags:
             await self._call(self._batcher.model.free)
+            self._mappings = Mappings()  # what is mapped counts as this process's memory
         await self._call(give_back_free_memory, self._batcher.model.device)  # torch would keep it for this process
         self._asleep |= tags
 
