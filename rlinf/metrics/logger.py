@@ -98,11 +98,12 @@ def whole_lines(path: Path) -> tuple[list[str], str]:
     """The complete lines of the file, each with its newline, and what is left after the last newline."""
     data = path.read_bytes()
     try:
-        text = data.decode("utf-8")
+        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {number}: not UTF-8 (byte {error.start}); the file is damaged there: {REMEDY}") from error
-    *lines, torn = text.split("\n")  # not splitlines(): text may hold U+2028 and its like
+    torn = data[data.rfind(b"\n") + 1 :].decode("utf-8", errors="replace")  # it may end within a character
+    *lines, _ = text.split("\n")  # not splitlines(): text may hold U+2028 and its like
     return [line + "\n" for line in lines], torn
 
 
