@@ -14,19 +14,24 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line]
 
 
-# rlinf/cpu_kernels.c, once for each instruction set. Not Python modules: rlinf/cpu_kernels.py opens the one that the CPU has. Optional:
+# The C in rlinf/cpu, once for each instruction set. Not Python modules: rlinf/cpu_kernels.py opens the one that the CPU has. Optional:
 # without a C compiler the embedded engine takes torch's products. They carry the number of the source that they are made of, so that a
 # checkout whose source has changed since does not call them.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }
-SOURCE = "rlinf/cpu_kernels.c"
+SOURCES = sorted((ROOT / "rlinf" / "cpu").glob("*.[ch]"))
+NUMBER = zlib.crc32(b"".join(source.read_bytes() for source in SOURCES))
 kernels = [
     Extension(
         f"rlinf._cpu_kernels_{name}",
-        [SOURCE],
-        define_macros=[("RLINF_SOURCE", f"{zlib.crc32((ROOT / SOURCE).read_bytes())}u")],
+        [f"rlinf/cpu/{source.name}" for source in SOURCES if source.suffix == ".c" and (source.stem != "tiles" or name == "amx")],
+        depends=[str(source) for source in SOURCES],
+        define_macros=[("RLINF_SOURCE", f"{NUMBER}u")],
         extra_compile_args=["-O3", "-ffp-contract=fast", *flags],
         optional=True,
     )

@@ -99,7 +99,7 @@ def compiled_code(flags: Set[str], found: bool) -> Finding:
     name = next((name for name, needed in VARIANTS.items() if needed <= flags), None)
     if found or name is None:
         return Finding("compiled code", OK, f"for {name}" if name else "none for this CPU; torch's products and numpy's sums do without")
-    text = "rlinf/cpu_kernels.c was not compiled, or has changed since; weights are copied and reordered, and their checksums are slower"
+    text = "rlinf/cpu was not compiled, or has changed since; weights are copied and reordered, and their checksums are slower"
     return Finding("compiled code", WARN, text, "install a C compiler, then pip install --no-deps -e . in the checkout")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlinf.cpu_kernels import ATTENTION_DIM, ATTENTION_LANES, Kernels, kernels
 from rlinf.rollout.embedded_model import Attend
 from rlinf.rollout.slot_cache import SlotCache
 from rlinf.weights.architecture import Architecture
@@ -29,6 +30,10 @@ class Span:
 
 def decode_attention(cache: SlotCache, arch: Architecture, positions_R: Tensor) -> Attend:
     """One new token for each of the first R slots, at its position; it sees everything before it in its slot."""
+    if (own := _own_kernels(cache, arch)) is not None:
+        return lambda layer, queries, keys, values: own.decode_attention(
+            queries, keys, values, cache.layer(layer), positions_R, arch.head_dim**-0.5
+        ).flatten(1)
     rows, heads, dim = len(positions_R), arch.n_kv_heads, arch.head_dim
     addresses = cache.addresses(torch.arange(rows, device=positions_R.device), positions_R)
     hidden_RT = torch.arange(cache.capacity, device=positions_R.device) > positions_R[:, None]
@@ -49,6 +54,12 @@ def decode_attention(cache: SlotCache, arch: Architecture, positions_R: Tensor) 
         return torch.bmm(scores.softmax(-1), values).view(rows, -1)
 
     return attend
+
+
+def _own_kernels(cache: SlotCache, arch: Architecture) -> Kernels | None:
+    """Those that attend on this CPU; None where torch does."""
+    fits = arch.head_dim % ATTENTION_LANES == 0 and arch.head_dim <= ATTENTION_DIM
+    return kernels() if cache.device.type == "cpu" and cache.dtype in (torch.float32, torch.bfloat16) and fits else None
 
 
 def prefill_attention(cache: SlotCache, spans: Sequence[Span], device: torch.device) -> Attend:

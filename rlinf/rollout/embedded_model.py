@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlinf.rollout.linear import Linear, head, lies, linear
+from rlinf.rowwise import rms_norm, rotate, swiglu
 from rlinf.weights.architecture import Architecture
 from rlinf.weights.complete import check_tensors
 
@@ -45,9 +46,8 @@ class EmbeddedModel:
         inverse_D2 = 1.0 / arch.rope_theta ** (torch.arange(0, arch.head_dim, 2).float() / arch.head_dim)
         angle_TD2 = torch.outer(torch.arange(max_context).float(), inverse_D2)
         cos, sin = angle_TD2.cos(), angle_TD2.sin()
-        # rotate_half(x) * sin = roll(x, D/2) * (-sin, sin)
         self._cos_TD = torch.cat([cos, cos], -1).to(device, dtype)
-        self._sin_TD = torch.cat([-sin, sin], -1).to(device, dtype)
+        self._sin_TD = torch.cat([sin, sin], -1).to(device, dtype)
 
     @torch.inference_mode()
     def load(self, tensors: Iterable[tuple[str, Tensor]], keep: bool = False) -> tuple[int, int]:
@@ -78,16 +78,15 @@ class EmbeddedModel:
         a = self.arch
         rotated = a.n_heads + a.n_kv_heads
         x_NH = F.embedding(token_ids_N, self._embedding_VH)
-        cos_N1D, sin_N1D = self._cos_TD[positions_N][:, None], self._sin_TD[positions_N][:, None]
+        cos_ND, sin_ND = self._cos_TD[positions_N], self._sin_TD[positions_N]
         for i, layer in enumerate(self._layers):
             qkv = layer.qkv(self._norm(x_NH, layer.input_norm)).view(len(x_NH), rotated + a.n_kv_heads, a.head_dim)
             qk, values = qkv[:, :rotated], qkv[:, rotated:]
             if layer.q_norm is not None and layer.k_norm is not None:
                 qk = torch.cat([self._norm(qk[:, : a.n_heads], layer.q_norm), self._norm(qk[:, a.n_heads :], layer.k_norm)], 1)
-            qk = torch.addcmul(qk * cos_N1D, qk.roll(a.head_dim // 2, -1), sin_N1D)
+            qk = rotate(qk, cos_ND, sin_ND)
             x_NH = x_NH + layer.output(attend(i, qk[:, : a.n_heads], qk[:, a.n_heads :], values))
-            gate, up = layer.gate_up(self._norm(x_NH, layer.post_norm)).chunk(2, -1)
-            x_NH = x_NH + layer.down(F.silu(gate) * up)
+            x_NH = x_NH + layer.down(swiglu(layer.gate_up(self._norm(x_NH, layer.post_norm))))
         return self._norm(x_NH, self._final_norm_H)
 
     @torch.inference_mode()
@@ -96,7 +95,7 @@ class EmbeddedModel:
         return self._head(hidden_NH)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.arch.norm_eps)
+        return rms_norm(x, weight, self.arch.norm_eps)
 
     def _own(self, *parts: Tensor) -> Tensor:
         return joined(parts).to(self.device, self.dtype, copy=not self._keep)

@@ -15,18 +15,20 @@ from rlinf.hardware import cpu_multiplies_bf16
 Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
 LEAST_ROWS = 4  # of a forward pass: with fewer, torch's products on CPU take another path, and round differently
-MOST_ROWS = 128  # with more, reordering fp32 weights at every call costs less than it gains
+MOST_ROWS = 128  # with more, reordering weights at every call costs less than it gains
 
 
 def lies(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `linear` computes with weights where they lie, without a copy in another form.
 
-    So it is on GPUs, and on CPU unless the CPU multiplies bf16 numbers: oneDNN has the instructions for that, and reorders the weights for
-    them once. benchmarks/rollout_engine.py and benchmarks/weight_sync.py say what both cost.
+    So it is on GPUs, and on CPU where our own code knows the CPU's best instructions for the type: else oneDNN does, and reorders the
+    weights for them once. benchmarks/rollout_engine.py and benchmarks/weight_sync.py say what both cost.
     """
     if device.type != "cpu":
         return True
-    return kernels() is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and not cpu_multiplies_bf16()))
+    if (own := kernels()) is None:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and (own.multiplies_bf16 or not cpu_multiplies_bf16()))
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
@@ -45,24 +47,30 @@ def head(weight: Tensor) -> Linear:
     if weight.device.type == "cuda":
         return partial(F.linear, weight=weight)
     if kernels() is not None and weight.dtype in (torch.float32, torch.bfloat16) and len(weight) >= LEAST_OUTPUTS:
-        product = AsItLies(weight, None)
-        return lambda x: product(x.float())
+        return AsItLies(weight, None, torch.float32)
     product = _reordered(weight.float(), None)
     return lambda x: product(F.pad(x.float(), (0, 0, 0, max(0, LEAST_ROWS - len(x)))))[: len(x)]
 
 
 class AsItLies:
-    """A product of our own (cpu_kernels.c), accumulated in fp32; of many fp32 rows torch's."""
+    """A product of our own (rlinf/cpu), accumulated in fp32; of many rows torch's, where that is faster.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    dtype: of the result, by default the weight's.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
         self._weight, self._bias = weight, bias
         self._bias_fp32 = None if bias is None else bias.float()
-        self._kernels = kernels()
+        self._dtype = dtype or weight.dtype
+        own = self._kernels = kernels()
+        torch_is_faster = weight.dtype == torch.float32 or own.multiplies_bf16
+        torch_has_it = self._dtype == weight.dtype  # and no fp32 result of bf16 numbers
+        self._most_rows = MOST_ROWS if torch_is_faster and torch_has_it else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(x) > MOST_ROWS and self._weight.dtype == torch.float32:
+        if self._most_rows is not None and len(x) > self._most_rows:
             return F.linear(x, self._weight, self._bias)
-        return self._kernels.linear(x.float(), self._weight, self._bias_fp32).to(x.dtype)
+        return self._kernels.linear(x, self._weight, self._bias_fp32, self._dtype)
 
 
 def _reordered(weight: Tensor, bias: Tensor | None) -> Linear:

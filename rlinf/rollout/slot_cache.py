@@ -25,15 +25,15 @@ class SlotCache:
     def __init__(self, arch: Architecture, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self._arch = arch
         self._slots = slots
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device
         self.free()
 
     def free(self) -> None:
         """Give the memory back; the next reserve() starts from nothing."""
         a = self._arch
         self.capacity = 0
-        empty = torch.zeros(2, self._slots, a.n_kv_heads, 0, a.head_dim, dtype=self._dtype, device=self._device)
+        empty = torch.zeros(2, self._slots, a.n_kv_heads, 0, a.head_dim, dtype=self.dtype, device=self.device)
         self._layers = [empty] * a.n_layers
 
     def reserve(self, length: int) -> None:
@@ -58,7 +58,7 @@ class SlotCache:
 
     def addresses(self, rows_N: Tensor, positions_N: Tensor) -> Tensor:
         """Where the tokens at (row, position) are written, for every key-value head: [N * K], for write()."""
-        heads = torch.arange(self._arch.n_kv_heads, device=self._device)
+        heads = torch.arange(self._arch.n_kv_heads, device=self.device)
         return ((rows_N[:, None] * self._arch.n_kv_heads + heads) * self.capacity + positions_N[:, None]).reshape(-1)
 
     def write(self, layer: int, addresses: Tensor, keys_NKD: Tensor, values_NKD: Tensor) -> None:
@@ -66,6 +66,10 @@ class SlotCache:
         keys, values = self._layers[layer]
         keys.view(-1, dim).index_copy_(0, addresses, keys_NKD.reshape(-1, dim))
         values.view(-1, dim).index_copy_(0, addresses, values_NKD.reshape(-1, dim))
+
+    def layer(self, layer: int) -> Tensor:
+        """Keys and values of all slots, [2, R, K, C, D]; to be written to as well."""
+        return self._layers[layer]
 
     def read(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `rows` slots, [R, K, C, D]: the whole capacity, as a product copies what is not contiguous."""
@@ -83,7 +87,7 @@ class SlotCache:
 
     def restore(self, rows: Sequence[int], kv_L2KPD: Tensor, length: int) -> None:
         """Start some slots with the first `length` positions of a snapshot."""
-        index = torch.tensor(rows, device=self._device)
+        index = torch.tensor(rows, device=self.device)
         for layer, kv in zip(self._layers, kv_L2KPD, strict=True):
             layer[:, index, :, :length] = kv[:, None, :, :length]
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from rlinf.rowwise import rotate
 from rlinf.training.context import Piece, gather_rows
 from rlinf.training.layout import PackedBatch
 
@@ -43,7 +44,7 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         cos, sin = packed_seq_params.rope
         share = packed_seq_params.share
-        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if self.config.context_parallel_size > 1:
             both = gather_rows(torch.cat([key, value], 1), mpu.get_context_parallel_group())
             key, value = both.split(key.size(1), 1)
@@ -159,14 +160,9 @@ def _by_token(x: Tensor, b: int, length: int) -> Tensor:
     return x.view(b, groups, -1, length, dim).permute(0, 3, 1, 2, 4).reshape(b, length, -1, dim)
 
 
-def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x_THD.chunk(2, -1)
-    return x_THD * cos + torch.cat([-b, a], -1) * sin
-
-
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, D] of the rotate-half convention (Hugging Face's), computed in fp32."""
+    """cos and sin [T, D] of the rotate-half convention (Hugging Face's), computed in fp32."""
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions_T.device).float() / head_dim)
     angles = torch.outer(positions_T.float(), inverse)
-    angles = torch.cat([angles, angles], -1)[:, None]
+    angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

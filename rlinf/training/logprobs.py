@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlinf.cpu_kernels import kernels_for
+
 CHUNK_BYTES = 1 << 27  # logits of one chunk
 BLOCK_BYTES = 1 << 26  # fp32 numbers of some of its rows
 CPU_BLOCK_BYTES = 1 << 22  # there they stay in the cache
@@ -37,15 +39,6 @@ def _even_chunk(n: int, most: int) -> int:
     return -(-n // max(1, -(-n // most))) or 1
 
 
-def _blocks(logits_NV: Tensor) -> Iterator[slice]:
-    rows = max(1, (CPU_BLOCK_BYTES if logits_NV.device.type == "cpu" else BLOCK_BYTES) // (4 * logits_NV.size(1)))
-    return (slice(a, min(a + rows, len(logits_NV))) for a in range(0, len(logits_NV), rows))
-
-
-def _row_dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    return torch.bmm(a_NV[:, None], b_NV[:, :, None])[:, 0, 0]  # no [N, V] product in memory
-
-
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,16 +54,10 @@ class _TargetLogprobs(torch.autograd.Function):
         for a in range(0, len(targets), ctx.chunk):
             part = slice(a, a + ctx.chunk)
             logits = hidden[part] @ weight.t()
-            top = logits[:, : ctx.n_valid].amax(1).float() if ctx.n_valid else logits.new_full((len(logits),), PADDING, dtype=torch.float32)
+            top = _top(logits, ctx.n_valid)
             if ranks > 1:
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            sums = torch.empty(3, len(logits), dtype=torch.float32, device=hidden.device)
-            for block in _blocks(logits):
-                below = _scaled(logits[block] - top[block, None], temperature, ctx.n_valid)
-                weights = below.exp()
-                sums[0, block] = weights.sum(1)
-                sums[1, block] = below.gather(1, columns[part][block])[:, 0]
-                sums[2, block] = _row_dot(weights, below)
+            sums = _sums(logits, top, columns[part], temperature, ctx.n_valid)
             sums[1].masked_fill_(~mine[part], 0.0)
             if ranks > 1:
                 dist.all_reduce(sums, group=group)
@@ -93,16 +80,8 @@ class _TargetLogprobs(torch.autograd.Function):
             part = slice(a, a + ctx.chunk)
             logits = hidden[part] @ weight.t() if ctx.kept is None else ctx.kept
             ctx.kept = None  # they serve once: the gradient takes their place
-            for block in _blocks(logits):
-                rows = slice(a + block.start, a + block.stop)
-                below = _scaled(logits[block].float(), ctx.temperature, ctx.n_valid).sub_(lse[rows, None])
-                if with_entropy:  # dH/dz = -p (z - E[z]), and E[z] = lse - H
-                    grad = below.exp()
-                    grad *= below.add_(entropy[rows, None]).mul_(-by_entropy[rows, None]).sub_(by_logit[rows, None])
-                else:
-                    grad = below.exp_().mul_(-by_logit[rows, None])
-                grad.scatter_add_(1, columns[rows], torch.where(mine[rows], by_logit[rows], 0.0)[:, None])
-                logits[block] = grad
+            grads = (by_logit[part], by_entropy[part] if with_entropy else None)
+            _become_gradient(logits, columns[part], mine[part], lse[part], entropy[part], *grads, ctx.temperature, ctx.n_valid)
             grad_hidden[part] = logits @ weight
             product = logits.t() @ hidden[part]
             if grad_weight is None:
@@ -110,6 +89,63 @@ class _TargetLogprobs(torch.autograd.Function):
             else:
                 grad_weight.add_(product)
         return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _top(logits_NV: Tensor, valid: int) -> Tensor:
+    """Largest logit of each row [N] in fp32."""
+    if not valid:
+        return logits_NV.new_full((len(logits_NV),), PADDING, dtype=torch.float32)
+    own = kernels_for(logits_NV.dtype, logits_NV.device)
+    return logits_NV[:, :valid].amax(1).float() if own is None else own.head_top(logits_NV, valid)
+
+
+def _sums(logits_NV: Tensor, top_N: Tensor, columns_N1: Tensor, temperature: float, valid: int) -> Tensor:
+    """[3, N] fp32 of z = (logit - top) / temperature: sum of e^z, z of the column, sum of z e^z."""
+    if (own := kernels_for(logits_NV.dtype, logits_NV.device)) is not None:
+        return own.head_sums(logits_NV, columns_N1, top_N, temperature, valid)
+    sums = torch.empty(3, len(logits_NV), dtype=torch.float32, device=logits_NV.device)
+    for block in _blocks(logits_NV):
+        below = _scaled(logits_NV[block] - top_N[block, None], temperature, valid)
+        weights = below.exp()
+        sums[0, block] = weights.sum(1)
+        sums[1, block] = below.gather(1, columns_N1[block])[:, 0]
+        sums[2, block] = _row_dot(weights, below)
+    return sums
+
+
+def _become_gradient(
+    logits_NV: Tensor,
+    columns_N1: Tensor,
+    mine_N: Tensor,
+    lse_N: Tensor,
+    entropy_N: Tensor,
+    by_logit_N: Tensor,
+    by_entropy_N: Tensor | None,
+    temperature: float,
+    valid: int,
+) -> None:
+    """The gradient takes the logits' place. by_logit, by_entropy: of the loss by log-probability and entropy, over the temperature."""
+    if (own := kernels_for(logits_NV.dtype, logits_NV.device)) is not None:
+        own.head_back(logits_NV, columns_N1, mine_N, lse_N, entropy_N, by_logit_N, by_entropy_N, temperature, valid)
+        return
+    for rows in _blocks(logits_NV):
+        below = _scaled(logits_NV[rows].float(), temperature, valid).sub_(lse_N[rows, None])
+        if by_entropy_N is not None:  # dH/dz = -p (z - E[z]), and E[z] = lse - H
+            grad = below.exp()
+            grad *= below.add_(entropy_N[rows, None]).mul_(-by_entropy_N[rows, None]).sub_(by_logit_N[rows, None])
+        else:
+            grad = below.exp_().mul_(-by_logit_N[rows, None])
+        grad.scatter_add_(1, columns_N1[rows], torch.where(mine_N[rows], by_logit_N[rows], 0.0)[:, None])
+        logits_NV[rows] = grad
+
+
+def _blocks(logits_NV: Tensor) -> Iterator[slice]:
+    rows = max(1, (CPU_BLOCK_BYTES if logits_NV.device.type == "cpu" else BLOCK_BYTES) // (4 * logits_NV.size(1)))
+    return (slice(a, min(a + rows, len(logits_NV))) for a in range(0, len(logits_NV), rows))
+
+
+def _row_dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+    return torch.bmm(a_NV[:, None], b_NV[:, :, None])[:, 0, 0]  # no [N, V] product in memory
 
 
 def _scaled(logits_NV: Tensor, temperature: float, n_valid: int) -> Tensor:

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from rlinf.config.schema import ActorModelConfig
 from rlinf.errors import UserError
+from rlinf.rowwise import rms_norm, swiglu
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.context import gather_tokens, share_of
 from rlinf.training.layout import PackedBatch
@@ -35,6 +38,22 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedMLP(MLP):
+    """Megatron's with its local linear layers, and our activation. As a class, not as a spec: for a spec it warns of one that it does not know."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        tp = mpu.get_tensor_model_parallel_group()
+        super().__init__(config, linear, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp)
+
+    def forward(self, hidden_states: Tensor, per_token_scale: None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
+        gate_up, _no_bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(gate_up))
 
 
 def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp: int, cp: int = 1) -> TransformerConfig:
@@ -111,6 +130,7 @@ def layer_spec(config: TransformerConfig, implementation: str) -> TransformerBlo
         spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         layer, norm = spec.submodules, RMSNorm
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        layer.mlp = GatedMLP
         if config.qk_layernorm:
             layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
     layer.self_attention.submodules.core_attention = PackedAttention
