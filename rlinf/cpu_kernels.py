@@ -36,17 +36,19 @@ TILE = 16  # rows of the weight at least for a product by tiles
 PART = 16  # rows: a gradient that is summed over rows is summed over each part first
 ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t, "f": ctypes.c_float}
 FUNCTIONS = {  # after rlinf_; the first two arguments are a team of threads and how many of them
-    "linear": "pi" "ipppp" "innn",
-    "linear_amx": "pi" "pppp" "ip" "nnn",
-    "decode_attention": "pi" "pppppppp" "fi",
-    "norm": "pi" "pppp" "nnn" "fi",
-    "norm_back": "pi" "pppppp" "nnnn" "i",
-    "silu": "pi" "ppp" "nnn" "i",
-    "silu_back": "pi" "ppppp" "nnnnn" "i",
-    "rotate": "pi" "pppp" "nnnnn" "fi",
-    "head_top": "pi" "pp" "nnn" "i",
-    "head_sums": "pi" "pppp" "nnn" "fi",
-    "head_back": "pi" "ppppppp" "nnn" "fi",
+    "linear": "piippppinnn",
+    "linear_amx": "pippppipnnn",
+    "decode_attention": "pippppppppfi",
+    "norm": "pippppnnnfi",
+    "norm_back": "pippppppnnnni",
+    "silu": "pipppnnni",
+    "silu_back": "pipppppnnnnni",
+    "rotate": "pippppnnnnnfi",
+    "softmax": "pipnnnfi",
+    "softmax_back": "pippnnnfi",
+    "head_top": "pippnnni",
+    "head_sums": "pippppnnnfi",
+    "head_back": "pipppppppnnnfi",
     "look": "pn",
 }
 ONLY_AMX = {"linear_amx"}
@@ -118,7 +120,7 @@ class Kernels:
     ) -> Tensor:
         """Write the new keys and values to their positions in the caches, then attend to all up to there: [R, A, D], softmax in fp32.
 
-        All of one type, fp32 or bf16; D as ATTENTION_LANES and ATTENTION_DIM say; positions int64. The first R slots of the caches are meant.
+        All of one type, fp32 or bf16; D as ATTENTION_LANES and ATTENTION_DIM say; positions int64. It is about the caches' first R slots.
         """
         out_RAD = torch.empty(queries_RAD.shape, dtype=queries_RAD.dtype)
         rows, heads, dim = keys_RKD.shape
@@ -168,6 +170,17 @@ class Kernels:
         sizes = n, heads, dim // 2, x_NAD.stride(0), cos_ND.stride(0)
         self._rotate(*self._threads(), *addresses, *sizes, -1.0 if back else 1.0, _is_bf16(x_NAD))
         return out_NAD
+
+    def softmax(self, scores_NLS: Tensor, length: int, scale: float) -> None:
+        """Scores become softmax(scale * scores) of causal attention: row i sees S - length + 1 + i % length keys, the others get 0."""
+        n, rows, size = scores_NLS.shape
+        self._softmax(*self._threads(), scores_NLS.data_ptr(), n * rows // length, length, size, scale, _is_bf16(scores_NLS))
+
+    def softmax_back(self, weights_NLS: Tensor, grad_NLS: Tensor, length: int, scale: float) -> None:
+        """The gradient of the weights becomes that of the scores."""
+        n, rows, size = grad_NLS.shape
+        sizes = n * rows // length, length, size
+        self._softmax_back(*self._threads(), *_addresses(weights_NLS, grad_NLS), *sizes, scale, _is_bf16(grad_NLS))
 
     def head_top(self, logits_NV: Tensor, valid: int) -> Tensor:
         """The largest of the first `valid` logits of each row [N], fp32; NaN if one of them is."""

@@ -16,23 +16,26 @@ from rlinf.cpu_kernels import LEAST_LANES, kernels, kernels_for
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """x / root(mean(x^2) + eps) * weight over the last dimension."""
-    if x.dtype == weight_H.dtype and kernels_for(x.dtype, x.device) is not None:
-        return _RmsNorm.apply(x, weight_H, eps)
+    own = kernels_for(x.dtype, x.device)
+    if own is not None and x.dtype == weight_H.dtype:
+        return _RmsNorm.apply(x, weight_H, eps) if torch.is_grad_enabled() else own.norm(_rows(x), weight_H, eps).view(x.shape)
     return F.rms_norm(x, weight_H.shape, weight_H, eps)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, of gate and up side by side in the last dimension [..., 2F] -> [..., F]."""
-    if gate_up.shape[-1] >= 2 * LEAST_LANES and kernels_for(gate_up.dtype, gate_up.device) is not None:
-        return _Swiglu.apply(gate_up)
+    own = kernels_for(gate_up.dtype, gate_up.device)
+    if own is not None and gate_up.shape[-1] >= 2 * LEAST_LANES:
+        return _Swiglu.apply(gate_up) if torch.is_grad_enabled() else own.silu(_rows(gate_up)).view(*gate_up.shape[:-1], -1)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
 
 def rotate(x_NAD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
     """Rotary embedding of halves, Hugging Face's rotate_half; a row's heads lie side by side."""
-    if x_NAD.shape[-1] >= 2 * LEAST_LANES and kernels_for(x_NAD.dtype, x_NAD.device) is not None:
-        return _Rotate.apply(x_NAD, cos_ND, sin_ND)
+    own = kernels_for(x_NAD.dtype, x_NAD.device)
+    if own is not None and x_NAD.shape[-1] >= 2 * LEAST_LANES:
+        return _Rotate.apply(x_NAD, cos_ND, sin_ND) if torch.is_grad_enabled() else own.rotate(_heads(x_NAD), cos_ND, sin_ND)
     a, b = x_NAD.chunk(2, -1)
     return x_NAD * cos_ND[:, None] + torch.cat([-b, a], -1) * sin_ND[:, None]
 

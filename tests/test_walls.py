@@ -20,6 +20,7 @@ LAYERS = [  # from the roof down; rooms of one line may not import each other un
     {"weights"},
     {"data"},
     {"algorithms", "config", "metrics"},
+    {"rowwise"},
     {"device", "compute_thread", "cpu_kernels"},
     {"errors", "hardware"},
 ]

@@ -205,7 +205,7 @@ def process_environment(run_id: str) -> dict[str, str]:
     return {
         RUN_ID: run_id,
         "OMP_WAIT_POLICY": "PASSIVE",  # components that share cores take turns: a waiting thread must not burn them,
-        "GOMP_SPINCOUNT": "3000",  # beyond the few microseconds between two operations of one step
+        "GOMP_SPINCOUNT": "10000",  # half a millisecond at most: beyond the time between two operations of one step
         **ALLOCATOR,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -94,8 +94,9 @@ INLINE void put(const Product *p, const float sums[SIDE * SIDE], ptrdiff_t i, pt
   }
 }
 
-/* SIDE rows of the weight from r and from s on by PAIR rows of x. next: rows that are wanted soon, or NULL. */
-INLINE void tile(const Product *p, ptrdiff_t pair, ptrdiff_t r, ptrdiff_t s, const char *next) {
+/* SIDE rows of the weight from r and from s on by PAIR rows of x. next: where rows are that are wanted soon, of which `lines` cache lines are
+ * fetched at each step. */
+INLINE void tile(const Product *p, ptrdiff_t pair, ptrdiff_t r, ptrdiff_t s, const char *next, int lines) {
   const ptrdiff_t k = p->k, whole = k / DEPTH, stride = 2 * k;
   const uint16_t *upper = p->w + r * k, *lower = p->w + s * k;
   const uint32_t *left = p->turned + 2 * pair * p->depths * SIDE * SIDE, *right = left + p->depths * SIDE * SIDE;
@@ -107,8 +108,7 @@ INLINE void tile(const Product *p, ptrdiff_t pair, ptrdiff_t r, ptrdiff_t s, con
     if (j < whole) {
       _tile_loadd(4, upper + j * DEPTH, stride);
       _tile_loadd(5, lower + j * DEPTH, stride);
-      if (next)
-        for (int line = 0; line < PAIR; line++) __builtin_prefetch(next + (j * PAIR + line) * 64, 0, 2);
+      for (int line = 0; line < lines; line++) __builtin_prefetch(next + (j * lines + line) * 64, 0, 2);
     } else {
       words rest[2][SIDE];
       for (int c = 0; c < SIDE; c++) rest[0][c] = row(upper + c * k, j * DEPTH, k), rest[1][c] = row(lower + c * k, j * DEPTH, k);
@@ -143,8 +143,11 @@ static void rows(const Product *p, ptrdiff_t first, ptrdiff_t last) {
     const ptrdiff_t end = start + chunk < p->pairs ? start + chunk : p->pairs;
     for (ptrdiff_t r = first; r < last; r += PAIR) {
       const ptrdiff_t upper = r + SIDE <= last ? r : last - SIDE, lower = r + PAIR <= last ? r + SIDE : last - SIDE;
-      const char *next = r + 2 * PAIR <= last ? (const char *)(p->w + (r + PAIR) * p->k) : NULL;
-      for (ptrdiff_t pair = start; pair < end; pair++) tile(p, pair, upper, lower, pair == 0 ? next : NULL);
+      /* every tile fetches its share of the next rows: memory is never idle */
+      const ptrdiff_t lines = r + 2 * PAIR <= last && start == 0 ? (PAIR + end - 1) / end : 0, share = lines * (p->k / DEPTH) * 64;
+      const char *next = (const char *)(p->w + (r + PAIR) * p->k);
+      for (ptrdiff_t pair = start; pair < end; pair++)
+        tile(p, pair, upper, lower, next + pair * share, pair * lines < PAIR ? lines : 0);
     }
   }
 }

@@ -44,7 +44,7 @@ class Batcher:
         self._max_context = max_context
         self._seed = seed
         self._decode_text = decode
-        self._slots = SlotCache(model.arch, slots, model.dtype, model.device)
+        self._slots = SlotCache(model.arch, slots, max_context, model.dtype, model.device)
         self._prefixes = PrefixCache(slots * PREFIX_TOKENS_PER_SLOT)
         self._rows: list[Sequence | None] = [None] * slots
         self._waiting: deque[Sequence] = deque()

@@ -85,8 +85,8 @@ class EmbeddedModel:
             if layer.q_norm is not None and layer.k_norm is not None:
                 qk = torch.cat([self._norm(qk[:, : a.n_heads], layer.q_norm), self._norm(qk[:, a.n_heads :], layer.k_norm)], 1)
             qk = rotate(qk, cos_ND, sin_ND)
-            x_NH = x_NH + layer.output(attend(i, qk[:, : a.n_heads], qk[:, a.n_heads :], values))
-            x_NH = x_NH + layer.down(swiglu(layer.gate_up(self._norm(x_NH, layer.post_norm))))
+            x_NH += layer.output(attend(i, qk[:, : a.n_heads], qk[:, a.n_heads :], values))
+            x_NH += layer.down(swiglu(layer.gate_up(self._norm(x_NH, layer.post_norm))))
         return self._norm(x_NH, self._final_norm_H)
 
     @torch.inference_mode()

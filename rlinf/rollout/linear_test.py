@@ -6,19 +6,27 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rlinf.cpu_kernels import Kernels
+from rlinf.hardware import cpu_multiplies_bf16
 from rlinf.rollout import linear as module
 from rlinf.rollout.linear import MOST_ROWS, AsItLies, head, lies, linear
 
-FORMS = {"as it lies": (True, False), "bf16 instructions": (True, True), "nothing compiled": (False, False)}
+# whether our code is compiled, whether the CPU multiplies bf16, the variant of our code (None: the best)
+FORMS = {
+    "no bf16 instructions": (True, False, "avx2"),
+    "bf16 instructions that only oneDNN knows": (True, True, "avx2"),
+    "the best": (True, cpu_multiplies_bf16(), None),
+    "nothing compiled": (False, cpu_multiplies_bf16(), None),
+}
 
 
 @pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    compiled, multiplies = FORMS[request.param]
-    if not compiled:
-        monkeypatch.setattr(module, "kernels", lambda: None)
-    elif module.kernels() is None:
+    compiled, multiplies, variant = FORMS[request.param]
+    if compiled and module.kernels() is None:
         pytest.skip("no compiled code for this CPU")
+    own = Kernels(variant) if variant else module.kernels() if compiled else None
+    monkeypatch.setattr(module, "kernels", lambda: own)
     monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: multiplies)
     return request.param
 
@@ -55,6 +63,12 @@ def test_what_lies_is_used_where_it_lies_and_what_does_not_is_copied(form: str, 
     before = product(x)
     here = lies(dtype, weight.device)
     assert here == isinstance(product, AsItLies)
-    assert here == {"as it lies": dtype != torch.float16, "bf16 instructions": dtype == torch.float32, "nothing compiled": False}[form]
+    by_us = {
+        "no bf16 instructions": dtype != torch.float16,
+        "bf16 instructions that only oneDNN knows": dtype == torch.float32,
+        "the best": dtype == torch.float32 or (dtype == torch.bfloat16 and module.kernels() is not None),
+        "nothing compiled": False,
+    }
+    assert here == by_us[form]
     weight.zero_()
     assert torch.equal(product(x), torch.zeros_like(before) if here else before)

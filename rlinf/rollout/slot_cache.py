@@ -22,9 +22,11 @@ MINIMUM_REUSE = 8  # tokens: a shorter common prefix is not worth a copy
 class SlotCache:
     """Keys and values of the running samples, left-aligned, one tensor [2, R, K, C, D] a layer; C grows as the samples do."""
 
-    def __init__(self, arch: Architecture, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, arch: Architecture, slots: int, longest: int, dtype: torch.dtype, device: torch.device) -> None:
+        """longest: tokens that a sample may have."""
         self._arch = arch
         self._slots = slots
+        self._longest = longest
         self.dtype = dtype
         self.device = device
         self.free()
@@ -39,7 +41,7 @@ class SlotCache:
     def reserve(self, length: int) -> None:
         """Make room for samples of `length` tokens."""
         if length > self.capacity:
-            self._resize(max(length, self.capacity + self.capacity // 8))
+            self._resize(max(length, min(self.capacity + self.capacity // 4, self._longest)))
 
     def fit(self, length: int) -> None:
         """Make room for `length` tokens, and give back what is far beyond: attention reads the whole capacity."""
@@ -51,9 +53,9 @@ class SlotCache:
         capacity = -(-length // BLOCK) * BLOCK
         kept = min(capacity, self.capacity)
         for i, old in enumerate(self._layers):
-            # zeros, not empty: a masked position still enters 0 * value
-            self._layers[i] = torch.zeros(*old.shape[:3], capacity, old.shape[4], dtype=old.dtype, device=old.device)
+            self._layers[i] = torch.empty(*old.shape[:3], capacity, old.shape[4], dtype=old.dtype, device=old.device)
             self._layers[i][:, :, :, :kept] = old[:, :, :, :kept]
+            self._layers[i][:, :, :, kept:] = 0  # where torch attends, a masked position still enters 0 * value
         self.capacity = capacity
 
     def addresses(self, rows_N: Tensor, positions_N: Tensor) -> Tensor:

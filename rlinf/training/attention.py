@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from rlinf.cpu_kernels import kernels_for
 from rlinf.rowwise import rotate
 from rlinf.training.context import Piece, gather_rows
 from rlinf.training.layout import PackedBatch
@@ -119,33 +120,49 @@ class _CpuAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         (b, length, heads, _), (size, groups) = query.shape, key.shape[1:3]
         q, k, v = _by_group(query, groups), _by_group(key, groups), _by_group(value, groups)
-        hidden = torch.full((length, size), float("-inf")).triu(size - length + 1).repeat(heads // groups, 1)
         weights, out = q.new_empty(*q.shape[:2], size), torch.empty_like(q)
-        at_once = max(1, CPU_BLOCK // hidden.numel())
+        at_once = max(1, CPU_BLOCK // (heads // groups * length * size))
         ctx.parts = [slice(a, a + at_once) for a in range(0, len(q), at_once)]
         for part in ctx.parts:
-            scores = torch.bmm(q[part], k[part].transpose(1, 2)).float().mul_(scale).add_(hidden)
-            weights[part] = scores.softmax(-1)
+            torch.bmm(q[part], k[part].transpose(1, 2), out=weights[part])
+            _softmax(weights[part], length, scale)
             torch.bmm(weights[part], v[part], out=out[part])
-        ctx.save_for_backward(q, k, v, weights, out)
+        ctx.save_for_backward(q, k, v, weights)
         ctx.batch, ctx.scale = b, scale
         return _by_token(out, b, length)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, out = ctx.saved_tensors
+        q, k, v, weights = ctx.saved_tensors
         length, groups = grad.size(1), len(q) // ctx.batch
         grad = _by_group(grad, groups)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        mean = (grad.float() * out.float()).sum(-1, keepdim=True)  # of the gradient of a row's weights, under these weights
         for part in ctx.parts:
-            by_score = (
-                torch.bmm(grad[part], v[part].transpose(1, 2)).float().sub_(mean[part]).mul_(weights[part]).mul_(ctx.scale).to(q.dtype)
-            )
+            by_score = torch.bmm(grad[part], v[part].transpose(1, 2))
+            _softmax_back(weights[part], by_score, length, ctx.scale)
             torch.bmm(by_score, k[part], out=grad_q[part])
             torch.bmm(by_score.transpose(1, 2), q[part], out=grad_k[part])
             torch.bmm(weights[part].transpose(1, 2), grad[part], out=grad_v[part])
         return _by_token(grad_q, ctx.batch, length), _by_token(grad_k, ctx.batch, k.size(1)), _by_token(grad_v, ctx.batch, k.size(1)), None
+
+
+def _softmax(scores_NLS: Tensor, length: int, scale: float) -> None:
+    """Scores become weights. Rows are those of one or more heads, `length` queries each."""
+    if (own := kernels_for(scores_NLS.dtype, scores_NLS.device)) is not None:
+        own.softmax(scores_NLS, length, scale)
+        return
+    size = scores_NLS.size(2)
+    hidden = torch.full((length, size), float("-inf")).triu(size - length + 1).repeat(scores_NLS.size(1) // length, 1)
+    scores_NLS.copy_(scores_NLS.float().mul_(scale).add_(hidden).softmax(-1))
+
+
+def _softmax_back(weights_NLS: Tensor, grad_NLS: Tensor, length: int, scale: float) -> None:
+    """The gradient of the weights becomes that of the scores."""
+    if (own := kernels_for(grad_NLS.dtype, grad_NLS.device)) is not None:
+        own.softmax_back(weights_NLS, grad_NLS, length, scale)
+        return
+    weights, grad = weights_NLS.float(), grad_NLS.float()
+    grad_NLS.copy_(grad.sub_((weights * grad).sum(-1, keepdim=True)).mul_(weights).mul_(scale))
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:

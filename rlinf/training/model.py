@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class GatedMLP(MLP):
-    """Megatron's with its local linear layers, and our activation. As a class, not as a spec: for a spec it warns of one that it does not know."""
+    """Megatron's with its local linear layers, and our activation. A class, not a spec: of a spec that it does not know Megatron warns."""
 
     def __init__(self, config: TransformerConfig) -> None:
         linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
