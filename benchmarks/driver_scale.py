@@ -221,6 +221,7 @@ def measure(cluster: Cluster, workers: Mapping[str, RayWorkerGroup], folder: Pat
     """`steps` steps after one to warm up and before one whose calls are recorded, and then made again."""
     resolved = recipe(folder, f"{devices}-{samples}-{steps}", steps + 2, samples, SEATS)
     run_folder = RunFolder(resolved)
+    run_folder.begin()
     groups = {name: widened(group, max(1, devices // 8) if name == "reward" else devices) for name, group in workers.items()}
     data = prompts(2 * samples // GROUP_SIZE)
     sampler = PromptSampler(len(data), samples // GROUP_SIZE, True, 0)

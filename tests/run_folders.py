@@ -96,6 +96,7 @@ def make_run(
         "actor:\n  optim:\n    lr: 1.0e-6\n"
     )
     run = RunFolder(load(str(config)))
+    run.begin()
     model = folder / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")

@@ -20,7 +20,7 @@ from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.runners.restarts import with_restarts
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.session import check_trackers, open_session, say
+from rlinf.runners.session import check_trackers, is_done, open_session, say
 from rlinf.scheduling.placement import PART, Plan, build_plan
 from rlinf.scheduling.turns import ENGINES_GIVE, Turn
 
@@ -55,6 +55,8 @@ def train_once(resolved: Resolved) -> int:
     for _, function in own_functions(config):
         load_own(function)
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
+    if is_done(folder, sampler):
+        return 0
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         plan = build_plan(config, session.nodes)
         groups = launch_workers(session.cluster, plan, config)

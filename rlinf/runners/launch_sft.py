@@ -9,7 +9,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.runners.restarts import with_restarts
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.session import check_trackers, open_session, say
+from rlinf.runners.session import check_trackers, is_done, open_session, say
 from rlinf.runners.sft import SftRunner
 from rlinf.scheduling.placement import build_sft_plan
 
@@ -35,6 +35,8 @@ def finetune_once(resolved: Resolved) -> int:
     sampler = PromptSampler(
         len(examples), config.sft.batch_size, config.data.shuffle, config.data.seed, report.fingerprint, "sft.batch_size"
     )
+    if is_done(folder, sampler):
+        return 0
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         actor = session.cluster.launch(build_sft_plan(config, session.nodes), "actor", SFT_WORKER, config)
         runner = SftRunner(config, folder, session.cluster, actor, examples, val_examples, sampler)

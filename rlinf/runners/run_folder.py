@@ -20,9 +20,10 @@ import xxhash
 from rlinf.config.load import Resolved, to_yaml
 from rlinf.config.schema import RunnerConfig
 from rlinf.data.lines import append_lines
+from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
-from rlinf.runners.resuming import TRAIN, made_with, recorded_again, refuse_changes
+from rlinf.runners.resuming import TRAIN, ahead, made_with, recorded_again, refuse_changes
 from rlinf.weights.files import FOLDER, remove_published
 from rlinf.weights.tensor_folder import read_json, sync, write_json
 
@@ -45,7 +46,10 @@ class Resume:
 
 
 class RunFolder:
-    """<runner.output_dir>/<runner.experiment_name>, held by one driver at a time. command: the one that runs here, as the user calls it."""
+    """<runner.output_dir>/<runner.experiment_name>, held by one driver at a time. command: the one that runs here, as the user calls it.
+
+    Opening it changes nothing in there, so that a run which cannot go on is refused with everything in its place; begin() does.
+    """
 
     def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
         runner, self.command, self.config = resolved.config.runner, command, resolved.config
@@ -56,10 +60,27 @@ class RunFolder:
         self._hold()
         self.continues = self._has_steps()
         self.resume = self._find_resume(runner.resume_dir)
+        self._resolved = resolved
+
+    def begin(self) -> None:
+        """From here on the folder is this run's: what comes after the step that it goes on from is set aside."""
         self._set_aside(self.resume.step if self.resume else -1)
         remove_published(self.path / FOLDER)
-        (self.path / "config.yaml").write_text(to_yaml(resolved))
+        (self.path / "config.yaml").write_text(to_yaml(self._resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
+
+    def nothing_left(self, sampler: PromptSampler) -> bool:
+        """Whether the run has made all steps that its configuration asks for, and finished. The sampler goes to where the checkpoint left it.
+
+        Raises UserError when the checkpoint was made with other prompts.
+        """
+        if self.resume is None:
+            return False
+        state, runner = self.resume.state, self.config.runner
+        sampler.load_state_dict(state["sampler"])
+        total = sampler.total_steps(runner.max_epochs, runner.max_steps, self.resume.step, ahead(state))
+        own = self.resume.step_dir.parent == self.checkpoints
+        return own and (self.path / FINISHED).exists() and total <= self.resume.step
 
     @property
     def checkpoints(self) -> Path:

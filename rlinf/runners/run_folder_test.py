@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.config.load import load
+from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.runners.resuming import TRAIN_ONLY
 from rlinf.runners.run_folder import COMPLETE, RunFolder, inventory, read_checkpoint
@@ -16,9 +17,13 @@ from rlinf.weights.tensor_folder import write_json
 
 
 def open_folder(tmp_path: Path, *words: str) -> RunFolder:
-    return RunFolder(
-        load("smollm2-135m-grpo-cpu", [f"runner.output_dir={tmp_path}", "runner.experiment_name=run", "runner.keep_checkpoints=2", *words])
-    )
+    words = (f"runner.output_dir={tmp_path}", "runner.experiment_name=run", "runner.keep_checkpoints=2", *words)
+    return begun(RunFolder(load("smollm2-135m-grpo-cpu", [*words])))
+
+
+def begun(folder: RunFolder) -> RunFolder:
+    folder.begin()
+    return folder
 
 
 def close(folder: RunFolder) -> None:
@@ -377,7 +382,7 @@ def test_training_alone_goes_on_from_any_training_but_not_the_other_way_round(tm
     whole = checkpoint(folder, 1, schedule=LOGICAL, sampler={"epoch": 0})
     close(folder)
     words = [f"runner.output_dir={tmp_path}", "runner.experiment_name=half", f"runner.resume_dir={whole}", *CLOCK]
-    half = RunFolder(load("smollm2-135m-grpo-cpu", words), TRAIN_ONLY)
+    half = begun(RunFolder(load("smollm2-135m-grpo-cpu", words), TRAIN_ONLY))
     made = [checkpoint(half, 2, sampler={}), without_settings(half, 3, command="train", sampler={})]
     close(half)
     for step_dir in reversed(made):
@@ -471,3 +476,44 @@ def test_journals_of_the_last_steps_and_of_those_behind_a_checkpoint_stay(
     assert sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/groups_*")) == begun
     assert sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/order_*")) == kept
     assert all(json.loads(folder.order(step).read_text())["groups"] == [f"{step}.b", f"{step}.a"] for step in kept)
+
+
+def sampler(fingerprint: str = "ours") -> PromptSampler:
+    return PromptSampler(16, 4, True, 7, fingerprint)
+
+
+def at_step(folder: RunFolder, step: int) -> Path:
+    taken = sampler()
+    for _ in range(step):
+        taken.next_batch()
+    with_steps(folder)
+    return checkpoint(folder, step, sampler=taken.state_dict())
+
+
+def test_a_run_on_other_data_is_refused_with_everything_in_its_place(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    first, _ = at_step(folder, 1), at_step(folder, 2)
+    folder.finish()
+    close(folder)
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    words = (f"runner.output_dir={tmp_path}", "runner.experiment_name=run", f"runner.resume_dir={first}", "data.seed=7", "runner.max_steps=9")
+    again = RunFolder(load("smollm2-135m-grpo-cpu", [*words]))
+    with pytest.raises(UserError, match="made with training data 'ours', this run has 'another'"):
+        again.nothing_left(sampler("another"))
+    close(again)
+    assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(("words", "finished", "nothing"), [((), True, True), (("runner.max_steps=3",), True, False), ((), False, False)])
+def test_a_finished_run_has_nothing_left_unless_more_steps_are_asked_for(
+    tmp_path: Path, words: tuple[str, ...], finished: bool, nothing: bool
+) -> None:
+    folder = open_folder(tmp_path, "runner.max_steps=2", "data.seed=7")
+    assert not folder.nothing_left(sampler())
+    at_step(folder, 2)
+    if finished:
+        folder.finish()
+    close(folder)
+    place = [f"runner.output_dir={tmp_path}", "runner.experiment_name=run", "runner.max_steps=2", "data.seed=7", "runner.resume_dir=auto"]
+    again, stands = RunFolder(load("smollm2-135m-grpo-cpu", [*place, *words])), sampler()
+    assert again.nothing_left(stands) == nothing and stands.handed_out == 8

@@ -13,6 +13,7 @@ from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, value_of
 from rlinf.config.model import own_functions
+from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
@@ -54,6 +55,7 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
     settings = {name: value_of(config, name) for name in resolved.provenance}
     with ExitStack() as ends:  # in reverse order, each whatever the others raise
         ends.callback(folder.release)
+        folder.begin()
         logger = MetricLogger(folder.path, runner.logger.logger_backends, folder.resume_step, runner.logger.project_name, settings)
         run_id = new_run_id()
         say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
@@ -67,6 +69,15 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
         record_environment(folder.path, run_id, first_step, session.nodes, tokenizer, model, data_fingerprint, own)
         yield session
     say(session.usage.describe())
+
+
+def is_done(folder: RunFolder, sampler: PromptSampler) -> bool:
+    """Whether a run that goes on has nothing to do; then it says so, and the folder is released."""
+    if not folder.nothing_left(sampler):
+        return False
+    say(f"{folder.path}: all {folder.resume.step} steps are made; to train further raise runner.max_steps or runner.max_epochs")
+    folder.release()
+    return True
 
 
 def check_trackers(backends: Sequence[str]) -> None:

@@ -47,6 +47,7 @@ def life(folder: Path, batch_size: int, max_steps: int = -1) -> Seen:
     place = [f"runner.output_dir={folder}", "runner.max_epochs=1"]
     resolved = load("smollm2-135m-grpo-cpu", words + place)
     run = RunFolder(resolved, "sft")
+    run.begin()
     loop = Seen(
         resolved.config,
         run,
