@@ -70,7 +70,7 @@ class RunFolder:
         (self.path / FINISHED).unlink(missing_ok=True)
 
     def nothing_left(self, sampler: PromptSampler) -> bool:
-        """Whether the run has made all steps that its configuration asks for, and finished. The sampler goes to where the checkpoint left it.
+        """Whether the run has made all steps that its configuration asks for. The sampler goes to where the checkpoint left it.
 
         Raises UserError when the checkpoint was made with other prompts.
         """

@@ -496,7 +496,13 @@ def test_a_run_on_other_data_is_refused_with_everything_in_its_place(tmp_path: P
     folder.finish()
     close(folder)
     before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
-    words = (f"runner.output_dir={tmp_path}", "runner.experiment_name=run", f"runner.resume_dir={first}", "data.seed=7", "runner.max_steps=9")
+    words = (
+        f"runner.output_dir={tmp_path}",
+        "runner.experiment_name=run",
+        f"runner.resume_dir={first}",
+        "data.seed=7",
+        "runner.max_steps=9",
+    )
     again = RunFolder(load("smollm2-135m-grpo-cpu", [*words]))
     with pytest.raises(UserError, match="made with training data 'ours', this run has 'another'"):
         again.nothing_left(sampler("another"))
