@@ -152,7 +152,10 @@ async def sync_around(begun: float, loads: list[float], stall_timeout: float = 0
 
     death = asyncio.ensure_future(die(max(0.0, 100 + begun)))
     await asyncio.sleep(100)
-    await sync.publish(1)
+    try:
+        await sync.publish(1)
+    finally:  # asyncio would tell of an error that nobody asked for, whenever the task is collected
+        await asyncio.wait([death])
     await death
     return rollout, doors
 
