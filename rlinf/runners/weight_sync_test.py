@@ -155,7 +155,7 @@ async def sync_around(begun: float, loads: list[float], stall_timeout: float = 0
     try:
         await sync.publish(1)
     finally:  # asyncio would tell of an error that nobody asked for, whenever the task is collected
-        await asyncio.wait([death])
+        await asyncio.gather(death, return_exceptions=True)
     await death
     return rollout, doors
 
