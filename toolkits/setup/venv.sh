@@ -31,7 +31,7 @@ fi
 [[ "$device" == cpu || "$device" == gpu ]] || fail "RLINF_DEVICE is '$device'; it must be cpu or gpu"
 
 # Everything that decides what is installed, and where (console scripts name the folder).
-pins="$(cat "$root/setup.py" "$root"/rlinf/*.c "$root"/requirements/*.txt "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16) $device $root"
+pins="$(cat "$root/setup.py" "$root"/rlinf/cpu/* "$root"/requirements/*.txt "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16) $device $root"
 
 ready() { # the stamp names the pins; an environment with the dev set serves both
   [[ -f "$stamp" && -x "$venv/bin/rlinf" ]] || return 1
