@@ -1,7 +1,7 @@
 """What the CPU computes in our own C (rlinf/cpu): products with weights as they lie in memory, a decode step's attention, rows, the head, a
 look at bytes on their way.
 
-The installation compiles it where it finds a C compiler, for each instruction set of x86-64 that it knows. `variant()` is None where that
+The installation compiles it where it finds a C compiler, for each instruction set of x86-64 that it knows. `kernels()` is None where that
 did not happen or the CPU has none of them; callers then take what torch has.
 """
 
@@ -35,21 +35,21 @@ LEAST_LANES = 16  # of a row that is computed with by whole vectors
 TILE = 16  # rows of the weight at least for a product by tiles
 PART = 16  # rows: a gradient that is summed over rows is summed over each part first
 ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_ssize_t, "f": ctypes.c_float}
-FUNCTIONS = {  # after rlinf_; the first two arguments are a team of threads and how many of them
-    "linear": "piippppinnn",
-    "linear_amx": "pippppipnnn",
-    "decode_attention": "pippppppppfi",
-    "norm": "pippppnnnfi",
-    "norm_back": "pippppppnnnni",
-    "silu": "pipppnnni",
-    "silu_back": "pipppppnnnnni",
-    "rotate": "pippppnnnnnfi",
-    "softmax": "pipnnnfi",
-    "softmax_back": "pippnnnfi",
-    "head_top": "pippnnni",
-    "head_sums": "pippppnnnfi",
-    "head_back": "pipppppppnnnfi",
-    "look": "pn",
+FUNCTIONS = {  # after rlinf_: their arguments, the first two of which are a team of threads and how many of them
+    "linear": "pi ipppp innn",
+    "linear_amx": "pi pppp ip nnn",
+    "decode_attention": "pi ppppppp p fi",
+    "norm": "pi pppp nnn fi",
+    "norm_back": "pi pppppp nnnn i",
+    "silu": "pi ppp nnn i",
+    "silu_back": "pi ppppp nnnnn i",
+    "rotate": "pi pppp nnnnn fi",
+    "softmax": "pi p nnn fi",
+    "softmax_back": "pi pp nnn fi",
+    "head_top": "pi pp nnn i",
+    "head_sums": "pi pppp nnn fi",
+    "head_back": "pi ppppppp nnn fi",
+    "look": "p n",
 }
 ONLY_AMX = {"linear_amx"}
 SOURCES = Path(__file__).with_name("cpu")
@@ -86,7 +86,7 @@ class Kernels:
         for function, arguments in FUNCTIONS.items():
             if name == "amx" or function not in ONLY_AMX:
                 bound = getattr(library, f"rlinf_{function}")
-                bound.argtypes, bound.restype = tuple(ARGUMENTS[letter] for letter in arguments), None
+                bound.argtypes, bound.restype = tuple(ARGUMENTS[letter] for letter in arguments.replace(" ", "")), None
                 setattr(self, f"_{function}", bound)
         self.multiplies_bf16, self.tiles = bool(library.rlinf_multiplies_pairs()), name == "amx"
         if self.tiles and not library.rlinf_may_use_tiles():
