@@ -74,12 +74,15 @@ class Kernels:
     """One compiled variant.
 
     multiplies_bf16: it has products of bf16 numbers without a way through fp32; tiles: whole tiles of them.
-    Raises OSError when its file is missing, or was compiled from another version of the source than lies here; PermissionError when the
-    kernel lets no process use its instructions.
+    Raises OSError when it was compiled from another version of the source than lies here, FileNotFoundError when it was not compiled,
+    PermissionError when the kernel lets no process use its instructions.
     """
 
     def __init__(self, name: str) -> None:
+        self.name = name
         path = Path(__file__).with_name(f"_cpu_kernels_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: there was no C compiler that knows {name} when rlinf was installed")
         self.library = library = ctypes.CDLL(str(path))
         if not made_of(library, SOURCES):
             raise OSError(f"{path} was compiled from another version of {SOURCES}: pip install --no-deps -e . in the checkout")
@@ -253,14 +256,15 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
 @cache
 def kernels() -> Kernels | None:
     """Those for this CPU, or None, with a warning where they could have been compiled."""
-    flags = cpu_flags()
-    for name, needed in VARIANTS.items():
-        if needed <= flags:
-            try:
-                return Kernels(name)
-            except PermissionError as error:
-                log.info("%s; the next best is taken", error)
-            except OSError as error:
-                log.warning("products of weights as they lie are left to torch: %s", error)
-                return None
+    failures = []
+    for name in [name for name, needed in VARIANTS.items() if needed <= cpu_flags()]:
+        try:
+            return Kernels(name)
+        except (PermissionError, FileNotFoundError) as error:  # the next best is to be had
+            failures.append(str(error))
+        except OSError as error:
+            failures.append(str(error))
+            break
+    if failures:
+        log.warning("what rlinf/cpu computes is left to torch: %s", "; ".join(failures))
     return None

@@ -45,10 +45,11 @@ def test_code_that_was_compiled_from_another_source_is_not_called(tmp_path: Path
     assert not made_of(ctypes.CDLL(None), cpu_kernels.SOURCES)  # an older library has no number
 
 
-def test_where_tiles_are_not_allowed_the_next_best_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("why", [PermissionError, FileNotFoundError])
+def test_where_the_best_is_not_allowed_or_was_not_compiled_the_next_is_taken(monkeypatch: pytest.MonkeyPatch, why: type[OSError]) -> None:
     def refuse(name: str) -> str:
         if name == RUNNABLE[0]:
-            raise PermissionError("not here")
+            raise why("not here")
         return name
 
     monkeypatch.setattr(cpu_kernels, "Kernels", refuse)

@@ -66,7 +66,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     size = BYTES[config.actor.model.precision] if config else 2
     yield python(sys.version_info[:2])
     yield from packages(pins("base"), installed_version)
-    yield compiled_code(cpu_flags(), kernels() is not None)
+    yield compiled_code(cpu_flags(), own.name if (own := kernels()) else None)
     if cuda:
         yield from packages(pins("gpu"), installed_version)
     yield from devices(cuda, has_gpu(), device.usable(), torch.version.cuda, driver_version())
@@ -95,11 +95,17 @@ def python(version: tuple[int, int]) -> Finding:
     return Finding("python", OK, text) if version >= (3, 10) else Finding("python", FAIL, text, "use Python 3.10 or newer")
 
 
-def compiled_code(flags: Set[str], found: bool) -> Finding:
-    name = next((name for name, needed in VARIANTS.items() if needed <= flags), None)
-    if found or name is None:
-        return Finding("compiled code", OK, f"for {name}" if name else "none for this CPU; torch's products and numpy's sums do without")
-    text = "rlinf/cpu was not compiled, or has changed since; weights are copied and reordered, and their checksums are slower"
+def compiled_code(flags: Set[str], found: str | None) -> Finding:
+    """found: the variant that this process computes with."""
+    best = next((name for name, needed in VARIANTS.items() if needed <= flags), None)
+    if found == best:
+        return Finding("compiled code", OK, f"for {best}" if best else "none for this CPU; torch's products and numpy's sums do without")
+    if found:
+        text = f"for {found}, while this CPU could have {best}: the compiler did not know it, or the kernel does not allow it"
+        return Finding(
+            "compiled code", WARN, text, "install a newer C compiler (GCC 11 or later), then pip install --no-deps -e . in the checkout"
+        )
+    text = "rlinf/cpu was not compiled, or has changed since; weights are copied and reordered, and most operations are slower"
     return Finding("compiled code", WARN, text, "install a C compiler, then pip install --no-deps -e . in the checkout")
 
 

@@ -79,10 +79,11 @@ def test_limits_of_the_machine(finding: Finding, status: str) -> None:
 
 def test_code_that_was_not_compiled_is_found_where_it_could_run() -> None:
     avx2, avx512 = {"avx2", "fma"}, {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
-    assert doctor.compiled_code(avx512, True).text == "for avx512" and doctor.compiled_code(avx2, True).text == "for avx2"
-    missing = doctor.compiled_code(avx2, False)
+    assert doctor.compiled_code(avx512, "avx512").text == "for avx512" and doctor.compiled_code(avx2, "avx2").text == "for avx2"
+    missing, older = doctor.compiled_code(avx2, None), doctor.compiled_code(avx512, "avx2")
     assert missing.status == WARN and "C compiler" in missing.remedy
-    assert doctor.compiled_code({"asimd"}, False).status == OK
+    assert older.status == WARN and "for avx2, while this CPU could have avx512" in older.text
+    assert doctor.compiled_code({"asimd"}, None).status == OK
 
 
 def test_a_folder_that_cannot_be_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
