@@ -91,9 +91,9 @@ def test_one_rank_has_all_parameters_of_the_model(tiny_models: dict[str, Path], 
 
 
 def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
-    """Bytes that autograd keeps of one sequence's layers, beside parameters and the head.
+    """Bytes that autograd keeps of one sequence's layers and the rows that go into the head, beside parameters.
 
-    CPU's RMSNorm keeps two fp32 copies where CUDA's fused one keeps its 16-bit input: those are counted as the latter.
+    Torch's RMSNorm on CPU keeps two fp32 copies where CUDA's fused one and ours keep the 16-bit input: those are counted as the latter.
     """
     engine = build(at, folder, precision="bf16")
     ids, n = np.arange(tokens + 1, dtype=np.int32) % 100, tokens
@@ -105,7 +105,8 @@ def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and (tensor.ndim > 2 or tensor.shape[-1] == 2 * engine.arch.ffn):
+        rows = tensor.ndim > 2 or tensor.shape == (tokens, engine.arch.hidden) or tensor.shape[-1] == 2 * engine.arch.ffn
+        if storage.data_ptr() not in own and rows:
             norm = tensor.dtype == torch.float32 and tensor.shape == (tokens, 1, engine.arch.hidden)
             kept[storage.data_ptr()] = (storage.nbytes() // (4 if norm else 1), tensor)  # the tensor: its address stays its own
         return tensor
