@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.cpu_kernels import ATTENTION_DIM, ATTENTION_LANES, Kernels, kernels
+from rlinf.cpu_kernels import ATTENTION_DIM, ATTENTION_LANES, Kernels, kernels_for
 from rlinf.rollout.embedded_model import Attend
 from rlinf.rollout.slot_cache import SlotCache
 from rlinf.weights.architecture import Architecture
@@ -59,7 +59,7 @@ def decode_attention(cache: SlotCache, arch: Architecture, positions_R: Tensor) 
 def _own_kernels(cache: SlotCache, arch: Architecture) -> Kernels | None:
     """Those that attend on this CPU; None where torch does."""
     fits = arch.head_dim % ATTENTION_LANES == 0 and arch.head_dim <= ATTENTION_DIM
-    return kernels() if cache.device.type == "cpu" and cache.dtype in (torch.float32, torch.bfloat16) and fits else None
+    return kernels_for(cache.dtype, cache.device) if fits else None
 
 
 def prefill_attention(cache: SlotCache, spans: Sequence[Span], device: torch.device) -> Attend:
