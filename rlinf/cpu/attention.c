@@ -61,23 +61,9 @@ INLINE void score(Room *room, const char *keys, ptrdiff_t dim, ptrdiff_t count, 
 }
 
 #ifdef __AMX_BF16__
-#define SIDE 16
 #define TILES_DIM 128 /* at most: tiles 4 to 7 hold the queries */
-#define WRITTEN __asm__ volatile("" ::: "memory") /* GCC's tile loads do not tell it which memory they read */
 
 INLINE int by_tiles(const Attention *p) { return p->bf16 && p->dim <= TILES_DIM && p->capacity % SIDE == 0; }
-
-/* Tiles of 16 positions x 32 numbers of the keys, and of 16 pairs x 4 of the queries; sums of 16 positions x 4 query heads. */
-static void shape_tiles(void) {
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } shape __attribute__((aligned(64))) = {.palette = 1};
-  for (int t = 0; t < 8; t++) shape.bytes[t] = t == 1 ? 64 : 4 * HEADS, shape.rows[t] = SIDE;
-  WRITTEN;
-  _tile_loadconfig(&shape);
-}
 
 /* The bf16 queries in pairs: room->query as [dim / 2, HEADS] words, in tiles 4 and on. */
 INLINE void load_queries(Room *room, const uint16_t *queries, ptrdiff_t dim, int n) {
@@ -225,7 +211,7 @@ static void work(void *data) {
   int item, tiles = 0;
 #ifdef __AMX_BF16__
   tiles = by_tiles(p);
-  if (tiles) shape_tiles();
+  if (tiles) shape_tiles(~2, HEADS); /* 1: 16 positions x 32 numbers of the keys; of queries 16 pairs x HEADS, sums accordingly */
 #endif
   while ((item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->slots * p->heads)
     if (tiles)

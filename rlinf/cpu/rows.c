@@ -1,5 +1,5 @@
-/* What a transformer does to each row of numbers by itself: RMSNorm, the gated SiLU and the rotation by position, forward and backward, in fp32 and rounded
- * once.
+/* What a transformer does to each row of numbers by itself: RMSNorm, the gated SiLU and the rotation by position, forward and backward, in
+ * fp32 and rounded once.
  *
  * Rows are dealt out in parts of a fixed size, so that sums over rows do not depend on the number of threads.
  */
@@ -111,23 +111,11 @@ INLINE void rotate(const Rows *p, ptrdiff_t first, ptrdiff_t last, int bf16) {
 /* A thread that sleeps takes as long to wake as this many numbers to compute. */
 INLINE int team_for(int threads, ptrdiff_t n, ptrdiff_t width) { return n * width < 1 << 17 ? 1 : threads; }
 
-#define WORK(name)                                                                          \
-  static void name##_work(void *data) {                                                     \
-    Rows *p = data;                                                                         \
-    ptrdiff_t first;                                                                        \
-    while ((first = PART * (ptrdiff_t)__atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n) { \
-      const ptrdiff_t last = first + PART < p->n ? first + PART : p->n;                     \
-      if (p->bf16)                                                                          \
-        name(p, first, last, 1);                                                            \
-      else                                                                                  \
-        name(p, first, last, 0);                                                            \
-    }                                                                                       \
-  }
-WORK(norm)
-WORK(norm_back)
-WORK(silu)
-WORK(silu_back)
-WORK(rotate)
+DEAL_OUT(norm, Rows, PART)
+DEAL_OUT(norm_back, Rows, PART)
+DEAL_OUT(silu, Rows, PART)
+DEAL_OUT(silu_back, Rows, PART)
+DEAL_OUT(rotate, Rows, PART)
 
 /* x [n, width], rows `stride` apart, and weight [width] of one type; out [n, width]; scale [n] or NULL. */
 void rlinf_norm(Team *team, int threads, const void *x, const void *weight, void *out, float *scale, ptrdiff_t n, ptrdiff_t width,

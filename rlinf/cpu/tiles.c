@@ -11,12 +11,10 @@
 
 #include "vectors.h"
 
-#define SIDE 16                /* rows of a tile, and 4-byte columns */
 #define DEPTH (2 * SIDE)       /* numbers of the inner dimension in a tile */
 #define PAIR (2 * SIDE)        /* rows of the weight, and of x, at a time: two tiles of each, four of sums */
 #define PARTS 8                /* of the weight for each thread: one that is held up leaves its own to the others */
 #define CHUNK (1 << 19)        /* bytes of x that stay in the second cache while a part of the weight goes by */
-#define WRITTEN __asm__ volatile("" ::: "memory") /* GCC's tile loads do not tell it which memory they read */
 
 typedef struct {
   const uint16_t *x;  /* [m, k] */
@@ -156,14 +154,7 @@ static void rows(const Product *p, ptrdiff_t first, ptrdiff_t last) {
 static void work(void *data) {
   Product *p = data;
   const int blocks = 2 * p->pairs;
-  struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-  } shape __attribute__((aligned(64))) = {.palette = 1};
-  for (int t = 0; t < 8; t++) shape.bytes[t] = 4 * SIDE, shape.rows[t] = SIDE;
-  WRITTEN;
-  _tile_loadconfig(&shape);
+  shape_tiles(0, 0);
   int item;
   while ((item = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < blocks + p->parts) {
     if (item < blocks) {

@@ -1,4 +1,5 @@
-/* Vectors of as many lanes as the instruction set has, numbers in memory that are fp32 or bf16, and teams of threads. */
+/* What the files here have in common: vectors of as many lanes as the instruction set has, numbers in memory that are fp32 or bf16, teams of
+ * threads, tiles. */
 #pragma once
 #include <immintrin.h>
 #include <stddef.h>
@@ -34,6 +35,21 @@ INLINE void run(Team *team, int threads, void (*function)(void *), void *data) {
   else
     function(data);
 }
+
+/* Rows to whoever is free: name_work(p), with a p that has n rows, bf16 and a `next` that begins at 0, has name(p, first, last, bf16) do
+ * `part` of them at a time. */
+#define DEAL_OUT(name, Type, part)                                                                           \
+  static void name##_work(void *data) {                                                                      \
+    Type *p = data;                                                                                          \
+    ptrdiff_t first;                                                                                         \
+    while ((first = part * (ptrdiff_t)__atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n) {           \
+      const ptrdiff_t last = first + part < p->n ? first + part : p->n;                                      \
+      if (p->bf16)                                                                                           \
+        name(p, first, last, 1);                                                                             \
+      else                                                                                                   \
+        name(p, first, last, 0);                                                                             \
+    }                                                                                                        \
+  }
 
 #define BYTES(bf16) ((bf16) ? 2 : 4)
 
@@ -139,3 +155,20 @@ INLINE floats exponential(floats x) {
   const words bounded = (power & ~(low | high)) | ((words)all(__builtin_inff()) & high);
   return (floats)((bounded & ~nan) | ((words)x & nan));
 }
+
+#ifdef __AMX_BF16__
+#define SIDE 16 /* rows of a tile, and its 4-byte columns */
+#define WRITTEN __asm__ volatile("" ::: "memory") /* GCC's tile loads do not tell it which memory they read */
+
+/* For this thread, until _tile_release(): all tiles are as large as can be, but those of `few` (a bit for each) have so many columns only. */
+INLINE void shape_tiles(int few, int columns) {
+  struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  } shape __attribute__((aligned(64))) = {.palette = 1};
+  for (int t = 0; t < 8; t++) shape.bytes[t] = 4 * (few >> t & 1 ? columns : SIDE), shape.rows[t] = SIDE;
+  WRITTEN;
+  _tile_loadconfig(&shape);
+}
+#endif
