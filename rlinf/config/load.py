@@ -8,6 +8,7 @@ by OmegaConf after the merge. All problems found are reported at once.
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -170,10 +171,16 @@ def _resolve(values: Mapping[str, Any], provenance: Mapping[str, str], problems:
             value = convert(value, key)
             result[name] = _expand(value) if name in PATH_KEYS else absolute(value) if key.own else value
         except OmegaConfBaseException as e:
-            problems.append(f"{provenance[name]}: {name}: cannot resolve {values[name]}: {str(e).splitlines()[0]}")
+            problems.append(f"{provenance[name]}: {name}: cannot resolve {values[name]}: {str(e).splitlines()[0]}{_of_environment(e)}")
         except ValueError as e:
             problems.append(f"{provenance[name]}: {name}: {e}")
     return result
+
+
+def _of_environment(error: OmegaConfBaseException) -> str:
+    """What to write instead of `${HOME}`, which is a key to OmegaConf."""
+    name = re.match(r"Interpolation key '([A-Z][A-Z0-9_]*)' not found", str(error))
+    return f"; the variable of the environment is ${{oc.env:{name[1]}}}" if name else ""
 
 
 def _expand(path: Any) -> Any:

@@ -18,7 +18,7 @@ from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
 from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
-from rlinf.runners.status import FILE_NAME as STATUS
+from rlinf.runners.status import read_status
 
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>.*)$")
 
@@ -86,13 +86,12 @@ def open_run(path: Path) -> RunData:
     if not (path / FILE_NAME).is_file():
         raise UserError(f"{path}: no {FILE_NAME} here; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
     environment = path / ENVIRONMENT
-    status = path / STATUS
     return RunData(
         path=path.resolve(),
         metrics=read_metrics(path),
         settings=read_settings(path / "config.yaml"),
         environment=[row for _, row in read_lines(environment)] if environment.exists() else [],
-        status=json.loads(status.read_text()) if status.exists() else {},
+        status=read_status(path),
         files=sorted(sample_files(path / "samples"), key=lambda f: (f.step, f.validation)),
     )
 

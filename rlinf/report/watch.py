@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rlinf.metrics.logger import FILE_NAME as METRICS
 from rlinf.metrics.logger import read_metrics
 from rlinf.metrics.progress import FIELDS, duration
 from rlinf.runners.status import FILE_NAME as STATUS
+from rlinf.runners.status import read_status
 
 STEPS = 8  # shown
 RANKS = 8  # of a component, shown
@@ -28,25 +28,22 @@ COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "
 def watch(run_dir: Path, once: bool = False, console: Console | None = None, period: float = 1.0) -> int:
     """Show the run until it ends (once: one picture). 1 when it failed or its driver is gone. Raises UserError when there is no run."""
     console = console or Console()
-    status = read_status(run_dir)
+    status = of_a_run(run_dir)
     if once:
         console.print(picture(run_dir, status, time.time()))
         return exit_code(status, time.time())
     with Live(picture(run_dir, status, time.time()), console=console, auto_refresh=False) as live:
         while status["state"] == "running" and not gone(status, time.time()):
             time.sleep(period)
-            status = read_status(run_dir)
+            status = of_a_run(run_dir)
             live.update(picture(run_dir, status, time.time()), refresh=True)
     return exit_code(status, time.time())
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / STATUS
-    if not path.is_file():
-        raise UserError(
-            f"{run_dir}: no {STATUS} here; give the folder of a run that has started: <runner.output_dir>/<runner.experiment_name>"
-        )
-    return json.loads(path.read_text())
+def of_a_run(run_dir: Path) -> dict[str, Any]:
+    if status := read_status(run_dir):
+        return status
+    raise UserError(f"{run_dir}: no {STATUS} here; give the folder of a run that has started: <runner.output_dir>/<runner.experiment_name>")
 
 
 def gone(status: dict[str, Any], now: float) -> bool:

@@ -75,3 +75,12 @@ def test_no_estimate_before_the_first_step_is_done() -> None:
 
 def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path)]) == 2 and "no status.json here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damaged", ["", '{"state": "runn', "[]"])
+def test_a_damaged_status_is_named(tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, HEALTHY, steps=1)
+    (run / "status.json").write_text(damaged)
+    for command in ("watch", "report"):
+        assert main([command, str(run)]) == 2
+        assert f"{run / 'status.json'} is damaged; remove it" in capsys.readouterr().err

@@ -15,12 +15,25 @@ from typing import Any
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
+from rlinf.errors import UserError
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.training_loop import TrainingLoop
 from rlinf.runners.watchdog import Watchdog
 
 FILE_NAME = "status.json"
 PERIOD = 1.0
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What the file says; empty where there is none. Raises UserError when it is damaged."""
+    path = run_dir / FILE_NAME
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged; remove it: a run writes it anew once a second, and nothing else is lost with it")
+    return found
 
 
 class Status(threading.Thread):
