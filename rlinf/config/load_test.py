@@ -140,7 +140,10 @@ def test_every_example_and_alias_loads_by_name(name: str) -> None:
         ("actor: {optim: {lr: fast}}", ["actor.optim.lr: expected number, got fast"]),
         ("actor: {optim: {lr: .inf}}", ["actor.optim.lr: expected a finite number"]),
         ("runner: {experiment_name: null}", ["runner.experiment_name: expected text, got null"]),
-        ("data: {train_data_paths: a.jsonl}", ["data.train_data_paths: expected list of text, got a.jsonl; write it in brackets: [a.jsonl]"]),
+        (
+            "data: {train_data_paths: a.jsonl}",
+            ["data.train_data_paths: expected list of text, got a.jsonl; write it in brackets: [a.jsonl]"],
+        ),
         ("data: {tasks: [[a]]}", ["data.tasks: expected list of text or null, got something nested"]),
         ("runner: {max_steps: !!python/name:os.system }", ["runner.max_steps: expected integer, got something nested or tagged"]),
         ("runner: {max_steps: !!int x}", ["got something nested or tagged"]),

@@ -5,7 +5,6 @@ Sample files are read one at a time, so that memory does not grow with the run; 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
