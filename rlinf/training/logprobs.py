@@ -49,11 +49,12 @@ class _TargetLogprobs(torch.autograd.Function):
         local = targets - rank * rows
         mine, columns = (local >= 0) & (local < rows), local.clamp(0, rows - 1)[:, None]
         ctx.temperature, ctx.n_valid = temperature, min(max(vocab - rank * rows, 0), rows)
-        ctx.chunk, ctx.kept = _even_chunk(len(targets), max(1, CHUNK_BYTES // (weight.element_size() * rows))), None
+        ctx.chunk = _even_chunk(len(targets), max(1, CHUNK_BYTES // (weight.element_size() * rows)))
         logprob, lse, entropy = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
+        room = hidden.new_empty(min(ctx.chunk, len(targets)), rows)  # one for all chunks: fresh pages cost time, two of them memory
         for a in range(0, len(targets), ctx.chunk):
             part = slice(a, a + ctx.chunk)
-            logits = hidden[part] @ weight.t()
+            logits = _logits(hidden[part], weight, room)
             top = _top(logits, ctx.n_valid)
             if ranks > 1:
                 dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
@@ -65,8 +66,7 @@ class _TargetLogprobs(torch.autograd.Function):
             logprob[part] = sums[1] - log_total
             lse[part] = top / temperature + log_total
             entropy[part] = log_total - sums[2] / sums[0]
-        if len(targets):
-            ctx.kept = logits
+        ctx.room = room
         ctx.save_for_backward(hidden, weight, columns, mine, lse, entropy)
         return logprob, entropy
 
@@ -75,20 +75,31 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, weight, columns, mine, lse, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         one_chunk, with_entropy = len(lse) <= ctx.chunk, bool(grad_entropy.any())
+        room, filled = ctx.room, ctx.room is not None
+        ctx.room = None  # the logits in it serve once: the gradient takes their place
+        if not filled:
+            room = hidden.new_empty(min(ctx.chunk, len(lse)), weight.size(0))
         by_logit, by_entropy = grad_logprob / ctx.temperature, grad_entropy / ctx.temperature
         for a in reversed(range(0, len(lse), ctx.chunk)):  # the last one first: then its logits go
             part = slice(a, a + ctx.chunk)
-            logits = hidden[part] @ weight.t() if ctx.kept is None else ctx.kept
-            ctx.kept = None  # they serve once: the gradient takes their place
+            logits = room[: len(lse) - a] if filled else _logits(hidden[part], weight, room)
+            filled = False
             grads = (by_logit[part], by_entropy[part] if with_entropy else None)
             _become_gradient(logits, columns[part], mine[part], lse[part], entropy[part], *grads, ctx.temperature, ctx.n_valid)
             grad_hidden[part] = logits @ weight
-            product = logits.t() @ hidden[part]
             if grad_weight is None:
+                product = logits.t() @ hidden[part]
                 grad_weight = product if one_chunk else product.float()
+            elif weight.dtype == torch.float32:
+                grad_weight.addmm_(logits.t(), hidden[part])
             else:
-                grad_weight.add_(product)
+                grad_weight.add_(logits.t() @ hidden[part])
         return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden_NH: Tensor, weight_VH: Tensor, room: Tensor) -> Tensor:
+    """[N, V], in the first rows of `room`."""
+    return torch.mm(hidden_NH, weight_VH.t(), out=room[: len(hidden_NH)])
 
 
 def _top(logits_NV: Tensor, valid: int) -> Tensor:

@@ -182,6 +182,29 @@ def test_extra_memory_is_bounded_by_chunks(rank_pool: Any) -> None:
     assert largest < at_once <= 5 * chunk + 40 * rows  # logits, their exponentials, the gradient; a few numbers a row
 
 
+def gradients_of_two_passes(at: Any, p: dict[str, np.ndarray]) -> list[list[np.ndarray]]:
+    from megatron.core import parallel_state as mpu
+
+    from rlinf.training import logprobs
+
+    default, logprobs.CHUNK_BYTES = logprobs.CHUNK_BYTES, 4 * VOCAB * 8  # five chunks
+    leaves = [torch.from_numpy(p[name]).requires_grad_() for name in ("hidden", "weight")]
+    logprob, entropy = logprobs.target_logprobs(
+        *leaves, torch.from_numpy(p["targets"]), temperature=0.7, vocab=VOCAB, group=mpu.get_tensor_model_parallel_group()
+    )
+    loss = (logprob * torch.from_numpy(p["grad_logprob"])).sum() + entropy.sum()
+    passes = [torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2)]
+    logprobs.CHUNK_BYTES = default
+    return [[g.numpy() for g in grads] for grads in passes]
+
+
+def test_the_gradient_can_be_asked_for_twice(rank_pool: Any) -> None:
+    """The first time it takes the place of the last chunk's logits."""
+    ((first, second),) = rank_pool.run(gradients_of_two_passes, problem(), ranks=1)
+    for one, other in zip(first, second):
+        assert np.array_equal(one, other)
+
+
 def test_the_default_chunk_is_small_beside_the_logits_of_a_long_context() -> None:
     from rlinf.training.logprobs import CHUNK_BYTES
 
