@@ -10,7 +10,9 @@ N actor ranks (TP 2), N engines, N / 8 reward workers.
 
 Calls: one step of each size is recorded, and its calls are made again with the same arguments and nothing around them: the cost of a
 call of each kind, times their number. The model takes these costs at 128 devices, and is held against the calls of 1,024. The aims are
-for the calls; what the whole driver takes, its own work included, is measured beside them. Writes benchmarks/results/driver_scale.json.
+for the calls; what the whole driver takes, its own work included, is measured beside them. Calls that are on their way together cost
+less than those that come one by one, as the groups of a long step do: what such a call costs is measured, too, and says how far the aims
+are from such a step. Writes benchmarks/results/driver_scale.json.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ MEASURED = [*FITTED, (1024, 8192), (1024, 16384)]
 MEMORY_DEVICES, MEMORY_SAMPLES = 16, 1024
 ROUNDS = 3  # how often the calls of a kind are made again; the median counts
 SETTLE = 0.5  # seconds in which Ray frees what nobody has any more
+APART, GAP = 64, 0.02  # calls of a kind that are made one by one, and the seconds between them, in which the process falls asleep
 
 
 class Recorder(RayWorkerGroup):
@@ -106,11 +109,13 @@ class Meter(MetricLogger):
 
 @dataclass(frozen=True)
 class Calls:
-    """How often a method was called in a step, with how many payloads, and the CPU seconds of the driver for it."""
+    """How often a method was called in a step, with how many payloads, and the CPU seconds of the driver for it; apart: for one call that
+    comes by itself, with what the process takes while it waits for the next."""
 
     count: int
     payloads: int
     seconds: float
+    apart: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -265,8 +270,13 @@ async def again(groups: Mapping[str, Recorder]) -> dict[str, Calls]:
                     await asyncio.gather(*(call(group, one) for one in made))
                 await asyncio.sleep(SETTLE)
                 took.append(time.process_time() - began)
-            payloads = sum(isinstance(a, ray.ObjectRef) for _, _, args, _ in made for a in args)
-            found[f"{name}.{kind}"] = Calls(len(made), payloads, statistics.median(took))
+            payloads, few = sum(isinstance(a, ray.ObjectRef) for _, _, args, _ in made for a in args), made[:APART]
+            began = time.process_time()
+            for one in few:
+                await call(group, one)
+                await asyncio.sleep(GAP)
+            apart = (time.process_time() - began) / len(few)
+            found[f"{name}.{kind}"] = Calls(len(made), payloads, statistics.median(took), apart)
     return found
 
 
@@ -343,6 +353,8 @@ def main() -> None:
             "{devices} devices, {samples} samples: {calls} calls {measured_share:.2%}, by the model {model_share:.2%}, aim {aim:.0%}; "
             "the whole driver {driver_share:.2%}\n".format(**v)
         )
+    for kind, calls in loads[1].alone.items():
+        sys.stdout.write(f"{kind}: {1000 * calls.seconds / calls.count:.2f} ms a call, {1000 * calls.apart:.2f} one by one\n")
     sys.stdout.write(f"memory: {growth(memory.rss) / 1024:.1f} KiB a step over the second half of {args.memory_steps} steps\n")
 
 

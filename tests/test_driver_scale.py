@@ -72,7 +72,7 @@ def test_a_small_run_stays_within_the_budget_of_calls(tmp_path: Path) -> None:
     groups = 512 // scale.GROUP_SIZE
     assert found.alone["rollout.generate"].count == found.alone["reward.judge"].count == found.alone["reward.judge"].payloads == groups
     assert found.alone["actor.train_step"].count == 16 and found.alone["actor.train_step"].payloads >= 2 * groups  # TP 2: each to two
-    assert all(calls.seconds > 0 for calls in found.alone.values())
+    assert all(calls.seconds > 0 and calls.apart > 0 for calls in found.alone.values())
     assert found.calls["rollout"].pop("generate") == found.calls["reward"].pop("judge") == groups  # two calls a group
     start = {"actor": 3 * 16, "rollout": 2 * 16}  # the first weights and their probe
     for component, at_start in start.items():
