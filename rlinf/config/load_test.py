@@ -144,6 +144,7 @@ def test_every_example_and_alias_loads_by_name(name: str) -> None:
             "data: {train_data_paths: a.jsonl}",
             ["data.train_data_paths: expected list of text, got a.jsonl; write it in brackets: [a.jsonl]"],
         ),
+        ("data: {train_data_paths: null, val_data_paths: null}", ["data.train_data_paths: expected list of text, got null\n"]),
         ("data: {tasks: [[a]]}", ["data.tasks: expected list of text or null, got something nested"]),
         ("runner: {max_steps: !!python/name:os.system }", ["runner.max_steps: expected integer, got something nested or tagged"]),
         ("runner: {max_steps: !!int x}", ["got something nested or tagged"]),

@@ -21,7 +21,7 @@ def convert(value: Any, key: Key) -> Any:
         return None
     converted = _integers(value) if key.kind is list and key.item is int else _as(key.kind, value)
     if converted is None:
-        example = f"; write it in brackets: [{dump(value)}]" if key.kind is list and not isinstance(value, (list, dict)) else ""
+        example = f"; write it in brackets: [{dump(value)}]" if key.kind is list and isinstance(value, (str, int, float)) else ""
         raise ValueError(f"expected {key.type_name}, got {dump(value)}{example}")
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError(f"expected a finite number, got {value}")
