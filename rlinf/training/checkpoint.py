@@ -21,6 +21,7 @@ from torch import Tensor
 from rlinf.errors import RunFailed, UserError
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
+from rlinf.training.parallel import wait_for_all
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import KINDS, open_part, write_index
 from rlinf.weights.hf_folder import finish_hf_folder
@@ -75,7 +76,7 @@ class Writing:
             write_json(self.part / "state.json", self.state)
         dist.broadcast_object_list(stored, src=0)  # nobody reads hf/ before it is complete
         self._compare(TensorFolder.of(self.hf, stored[0]))
-        dist.barrier()
+        wait_for_all(self.engine.device)
 
     def _own(self, tensors: Iterable[Named]) -> Iterable[Named]:
         """The tensors on a writer; elsewhere none, but the gather, which is collective, is run to its end."""

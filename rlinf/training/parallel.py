@@ -79,6 +79,11 @@ def coordinates() -> Coordinates:
     )
 
 
+def wait_for_all(device: torch.device) -> None:
+    """Return when every rank is here. NCCL uses the device it is told, and complains when it has to guess."""
+    dist.barrier(device_ids=[device.index or 0] if device.type == "cuda" else None)
+
+
 def merge_over_ranks(part: MetricSums | None) -> MetricSums:
     """Metrics summed and maximised over data-parallel ranks, known on every rank; only last-stage ranks bring a part."""
     out: list[MetricSums | None] = [None]

@@ -47,7 +47,10 @@ BY_FILE = {  # file of rlinf/ -> function -> test
     "weights/broadcast.py": {"make_process_group": "test_a_publisher_broadcasts_from_its_device"},
     "workers/token_reward.py": {"TokenRewardWorker.hand_over": "test_a_token_reward_model_is_parked_while_it_does_not_score"},
     "workers/device.py": {"peak_flops": "test_peak_operations_are_those_of_the_data_sheet"},
-    "training/parallel.py": {"initialize": "test_a_step_in_16_bits_is_close_to_the_one_in_fp32"},
+    "training/parallel.py": {
+        "initialize": "test_a_step_in_16_bits_is_close_to_the_one_in_fp32",
+        "wait_for_all": "test_a_checkpoint_is_saved_and_loaded",
+    },
 }
 
 

@@ -24,6 +24,7 @@ from rlinf.rollout.build import build_engine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.scheduling.placement import WorkerAddress
+from rlinf.training import checkpoint
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
@@ -147,6 +148,15 @@ def test_training_goes_on_from_saved_state(device: torch.device, at: Any, models
     for e in (engine, twin):
         assert not update(e, second).skipped
     assert snapshot(engine) == snapshot(twin) and engine.optimizer_state.steps() == 2
+
+
+def test_a_checkpoint_is_saved_and_loaded(device: torch.device, at: Any, models: dict[str, Path], repeatable: None, tmp_path: Path) -> None:
+    """Written from the device, compared with what the engine computes, read back into another engine."""
+    engine, twin = (engine_on(device, at, models["qwen2"], "bf16") for _ in range(2))
+    update(engine, minibatches(engine)[0])
+    checkpoint.save(engine, tmp_path, models["qwen2"])
+    checkpoint.load(twin, tmp_path)
+    assert snapshot(twin) == snapshot(engine) and twin.steps == engine.steps == 1
 
 
 def test_the_reference_policy_is_swapped_in_and_out(device: torch.device, at: Any, models: dict[str, Path]) -> None:

@@ -1,0 +1,50 @@
+"""GPUs where there are none: processes whose torch has a device `cuda` that is the host's memory and the CPU's kernels.
+
+What goes wrong on a first GPU is mostly not arithmetic: a tensor made on the wrong device, a copy that nobody waited for, memory that is
+not given back, a group of processes that refuses the host's tensors. The pretend GPU is strict about these (device.cpp, torch_cuda.py), and
+a process under `environment()` takes every path of rlinf that a GPU takes, Megatron-core unchanged. It says nothing of speed, of CUDA's
+kernels and their rounding, or of NCCL, for which gloo stands in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def library() -> Path:
+    """The compiled device; made once for a torch and a source. Takes about 20 seconds."""
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    source = HERE / "device.cpp"
+    made_of = source.read_bytes() + (torch / "version.py").read_bytes()
+    folder = Path(os.environ.get("RLINF_CACHE", Path.home() / ".cache" / "rlinf")) / "pretend-gpu"
+    made = folder / f"{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    if not made.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        include = torch / "include"
+        subprocess.run(
+            ["g++", "-O1", "-w", "-shared", "-fPIC", "-std=c++20", f"-I{include}", f"-I{include}/torch/csrc/api/include", str(source),
+             "-o", str(unfinished), f"-L{torch}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch}/lib"],
+            check=True,
+        )  # fmt: skip
+        unfinished.rename(made)
+    return made
+
+
+def environment(gpus: int = 1) -> dict[str, str]:
+    """Of a process, and of those that it starts. gpus: how many the machine has, each of 16 GiB; a process sees one."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(ROOT)]),
+        "RLINF_PRETEND_GPU": str(library()),
+        "RLINF_PRETEND_GPUS": str(gpus),
+        "TORCHDYNAMO_DISABLE": "1",  # there is no compiler for it
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
