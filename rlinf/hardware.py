@@ -6,12 +6,13 @@ import os
 from functools import cache
 from pathlib import Path
 
+GPUS = "CUDA_VISIBLE_DEVICES"  # the variable that says which GPUs a process sees; CUDA reads it once
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # x86's and ARM's words for instructions that multiply bf16 numbers
 
 
 def has_gpu() -> bool:
     """Whether this machine has a CUDA device that this process may see."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    hidden = os.environ.get(GPUS) in ("", "-1")
     return not hidden and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))
 
 

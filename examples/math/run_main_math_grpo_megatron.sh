@@ -10,7 +10,6 @@ if [[ -f "$root/.venv/bin/activate" ]]; then
   source "$root/.venv/bin/activate"
 fi
 
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron overlaps communication in the order of one queue
 export TOKENIZERS_PARALLELISM=false
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 

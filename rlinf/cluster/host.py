@@ -241,6 +241,8 @@ def seat_environment(address: WorkerAddress, setup: Setup) -> dict[str, str]:
     }
     if setup.cuda:  # SGLang has 0 in its processes unless they inherit another, and both ends of a broadcast on a node need the same
         env["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "0")
+        if address.component != "rollout":  # Megatron overlaps communication with what comes after it in the one queue that it counts on
+            env["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     interface = interface_of(setup.host)
     if interface:
         env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}

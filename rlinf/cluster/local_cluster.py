@@ -19,10 +19,10 @@ from rlinf.cluster.processes import RUN_ID, end_run, start_sentinel
 from rlinf.compute_thread import common_thread
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
-from rlinf.hardware import has_gpu
+from rlinf.hardware import GPUS, has_gpu
 from rlinf.scheduling.placement import Node, Plan, Seat, WorkerAddress
 
-VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", GPUS)
 
 
 class LocalCluster(Cluster):
@@ -46,6 +46,8 @@ class LocalCluster(Cluster):
         self.sentinel = start_sentinel(run_id)
         self.environment = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update({RUN_ID: run_id, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+        if self.device == "cpu":
+            os.environ[GPUS] = ""  # Megatron puts its tensors on a GPU that it sees
 
     def inventory(self) -> list[Node]:
         return [Node(0, 1)]

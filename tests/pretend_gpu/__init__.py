@@ -11,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CACHE = Path(os.environ.get("RLINF_CACHE", Path.home() / ".cache" / "rlinf")) / "pretend-gpu"
 
 
 def library() -> Path:
@@ -23,10 +26,9 @@ def library() -> Path:
     torch = Path(importlib.util.find_spec("torch").origin).parent
     source = HERE / "device.cpp"
     made_of = source.read_bytes() + (torch / "version.py").read_bytes()
-    folder = Path(os.environ.get("RLINF_CACHE", Path.home() / ".cache" / "rlinf")) / "pretend-gpu"
-    made = folder / f"{hashlib.sha256(made_of).hexdigest()[:16]}.so"
+    made = CACHE / f"{hashlib.sha256(made_of).hexdigest()[:16]}.so"
     if not made.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
         unfinished = made.with_suffix(f".{os.getpid()}")
         include = torch / "include"
         subprocess.run(
@@ -38,10 +40,25 @@ def library() -> Path:
     return made
 
 
-def environment(gpus: int = 1) -> dict[str, str]:
+def transformer_engine() -> Path:
+    """Transformer Engine's own Python, of the version that is pinned for GPUs, from the package index; its kernels: extension/."""
+    pins = (ROOT / "requirements/gpu.txt").read_text()
+    version = re.search(r"^transformer-engine\S*==(\S+)", pins, re.M)[1]
+    folder = CACHE / f"transformer-engine-{version}"
+    if not folder.exists():
+        unfinished = folder.with_suffix(f".{os.getpid()}")
+        packages = [f"transformer-engine=={version}", "einops"]
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(unfinished), *packages], check=True)
+        unfinished.rename(folder)
+    return folder
+
+
+def environment(gpus: int = 1, with_transformer_engine: bool = False) -> dict[str, str]:
     """Of a process, and of those that it starts. gpus: how many the machine has, each of 16 GiB; a process sees one."""
+    layers = [str(HERE / "extension"), str(transformer_engine())] if with_transformer_engine else []
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(ROOT), *layers]),
+        "NVTE_PROJECT_BUILDING": "1",  # it is not to look for CUDA's libraries
         "RLINF_PRETEND_GPU": str(library()),
         "RLINF_PRETEND_GPUS": str(gpus),
         "TORCHDYNAMO_DISABLE": "1",  # there is no compiler for it

@@ -11,7 +11,12 @@ import torch.distributed as dist
 
 GPU = torch.ops.pretend_gpu
 MEMORY = 16 << 30
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # all of them are one: a tensor is of cuda:0
+
+
+def visible() -> list[str]:
+    """The GPUs that this process sees. All of them are one: a tensor is of cuda:0."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return names.split(",") if names not in ("", "-1") else []
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -45,13 +50,13 @@ class Event:
 
 
 generator = torch.Generator()  # nobody draws from it: it is there to be seeded, saved and put back
-properties = SimpleNamespace(name="pretend GPU", total_memory=MEMORY, uuid=f"GPU-{VISIBLE}", major=9, minor=0, multi_processor_count=132)
+properties = SimpleNamespace(name="pretend GPU", total_memory=MEMORY, uuid=f"GPU-{visible()}", major=9, minor=0, multi_processor_count=132)
 patch(
     torch.cuda,
-    _lazy_init=nothing, init=nothing, is_initialized=lambda: True, is_available=lambda: VISIBLE not in ("", "-1"),
-    device_count=lambda: len(VISIBLE.split(",")) if VISIBLE not in ("", "-1") else 0,
+    _lazy_init=nothing, init=nothing, is_initialized=lambda: True, is_available=lambda: bool(visible()),
+    device_count=lambda: len(visible()),
     current_device=lambda: 0, set_device=nothing, _exchange_device=lambda _: 0, _maybe_exchange_device=lambda _: 0,
-    synchronize=lambda *_: GPU.synchronize(), is_bf16_supported=lambda *_: True,
+    synchronize=lambda *_: GPU.synchronize(), is_bf16_supported=lambda *_: True, is_current_stream_capturing=lambda: False,
     Stream=Stream, Event=Event, current_stream=lambda *_: Stream(), default_stream=lambda *_: Stream(),
     get_device_properties=lambda *_: properties, get_device_name=lambda *_: properties.name, get_device_capability=lambda *_: (9, 0),
 )  # fmt: skip

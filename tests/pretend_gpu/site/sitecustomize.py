@@ -34,6 +34,58 @@ def after_ray(module: ModuleType) -> None:
     module.NvidiaGPUAcceleratorManager.get_current_node_num_accelerators = staticmethod(lambda: int(os.environ["RLINF_PRETEND_GPUS"]))
 
 
+class Absent(ModuleType):
+    """A package that Transformer Engine names when it is imported, for kernels and formats that nobody asks for here."""
+
+    __version__ = "99.0"
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+
+class Anything:
+    __getattr__ = Absent.__getattr__
+
+    def __call__(self, *_: object, **__: object) -> Anything:
+        return self
+
+    __getitem__ = __call__
+
+
+class AbsentPackages:
+    NAMES = ("onnx", "onnxscript", "triton")
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in self.NAMES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return Absent(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+absent = AbsentPackages()
+
+
+def before_transformer_engine(_: ModuleSpec) -> None:
+    sys.meta_path.append(absent)
+
+
+def after_transformer_engine(_: ModuleType) -> None:
+    """Others are to see that these packages are not there."""
+    sys.meta_path.remove(absent)
+    for name in [name for name, module in sys.modules.items() if isinstance(module, Absent)]:
+        del sys.modules[name]
+
+
+def after_its_libraries(module: ModuleType) -> None:
+    module.load_framework_extension = nothing  # it is tests/pretend_gpu/extension, by its name
+
+
 def nothing(_: object) -> None:
     pass
 
@@ -41,6 +93,8 @@ def nothing(_: object) -> None:
 CHANGED: dict[str, tuple[Callable[[ModuleSpec], None], Callable[[ModuleType], None]]] = {
     "torch": (before_torch, after_torch),
     "rlinf.hardware": (nothing, after_hardware),
+    "transformer_engine": (before_transformer_engine, after_transformer_engine),
+    "transformer_engine.common": (nothing, after_its_libraries),
     "ray._private.accelerators.nvidia_gpu": (nothing, after_ray),
 }
 
@@ -51,6 +105,8 @@ class Changer:
             return None
         before, after = CHANGED[name]
         spec = PathFinder.find_spec(name, path)
+        if spec is None:
+            return None
         before(spec)
         run = spec.loader.exec_module
 
