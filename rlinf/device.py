@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from torch.profiler import ProfilerActivity, profile
 
-from rlinf.errors import RunFailed
+from rlinf.errors import RunFailed, UserError
+from rlinf.hardware import has_gpu
 
 
 def usable() -> bool:
@@ -20,8 +21,16 @@ def usable() -> bool:
 
 
 def choose(setting: str) -> torch.device:
-    """The device of cluster.device (auto, cuda, cpu). The cluster shows each worker its own GPUs only, so that the first is its own."""
-    cuda = usable() if setting == "auto" else setting == "cuda"
+    """The device of cluster.device (auto, cuda, cpu). The cluster shows each worker its own GPUs only, so that the first is its own.
+
+    Raises UserError for a GPU that torch cannot use: what is asked for does not become the CPU in silence.
+    """
+    cuda = has_gpu() if setting == "auto" else setting == "cuda"
+    if cuda and not usable():
+        found = f"torch {torch.__version__} cannot use this machine's" if has_gpu() else "this machine has no visible"
+        raise UserError(
+            f"cluster.device is {setting}, but {found} NVIDIA GPU: `rlinf doctor` says why; to compute on the CPU set cluster.device to cpu"
+        )
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
 

@@ -21,6 +21,7 @@ def test_the_memory_of_an_embedded_engine_is_limited_where_its_process_is_its_ow
     built: dict[str, Any] = {}
     # torch's own look at the device, which wants its number
     fraction = lambda share, device: set_limits.append((share, _get_device_index(device)))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", fraction)
     monkeypatch.setattr(build, "EmbeddedEngine", lambda model_dir, **words: built.update(words))
     config = Config()
