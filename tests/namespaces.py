@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.pretend_gpu import environment
+
 ROOT = Path(__file__).resolve().parent.parent
 SUBNET = "10.231.77"
 
@@ -25,9 +27,10 @@ def possible() -> bool:
 
 
 class NamespaceNode:
-    """Node `rank`: address SUBNET.(rank + 1) on eth0, at a bridge that all nodes of a test share."""
+    """Node `rank`: address SUBNET.(rank + 1) on eth0, at a bridge that all nodes of a test share. gpus: pretend GPUs that it has."""
 
-    def __init__(self, rank: int, folder: Path, tag: str, port: int) -> None:
+    def __init__(self, rank: int, folder: Path, tag: str, port: int, gpus: int = 0) -> None:
+        self.gpus = gpus
         self.rank, self.folder, self.name, self.port = rank, folder, f"{tag}n{rank}", port
         self.address, self.bridge = f"{SUBNET}.{rank + 1}", f"{tag}br"
         self.home = folder / f"home{rank}"
@@ -73,10 +76,10 @@ class NamespaceNode:
         raise RuntimeError(f"node {self.rank} did not start")
 
     def popen(self, *command: str) -> subprocess.Popen:
-        env = os.environ | {
+        env = (environment(self.gpus) if self.gpus else os.environ | {"PYTHONPATH": str(ROOT)}) | {
             "RANK": str(self.rank), "HOME": str(self.home), "RLINF_RAY_STATE": f"/tmp/rlinf-{self.name}", "RLINF_RAY_PORT": str(self.port),
-            "RLINF_NIC": "eth0", "RLINF_NUM_CPUS": "2", "RLINF_NUM_GPUS": "0", "RLINF_OBJECT_STORE_BYTES": "150000000",
-            "PYTHONPATH": str(ROOT), "RLINF_START_TIMEOUT": "300",
+            "RLINF_NIC": "eth0", "RLINF_NUM_CPUS": "2", "RLINF_NUM_GPUS": str(self.gpus),
+            "RLINF_OBJECT_STORE_BYTES": "150000000", "RLINF_START_TIMEOUT": "300",
         }  # fmt: skip
         enter = ["nsenter", "--target", str(self.pid), "--mount", "--net", "--pid", f"--wd={self.folder}"]
         return subprocess.Popen([*enter, *command], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -16,6 +16,7 @@ import pytest
 
 from rlinf.rollout.sglang_server import find_interpreter
 from tests.namespaces import SUBNET, NamespaceNode, ip, possible
+from tests.pretend_gpu import IMPOSSIBLE
 from tests.sglang_here import REASON
 from tests.test_tiny_run import lines, write_run
 
@@ -25,7 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not possible(), reason="netwo
 
 @pytest.fixture
 def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[NamespaceNode]]:
-    """As many nodes as asked for, each a member of one Ray cluster."""
+    """As many nodes as asked for, each a member of one Ray cluster; a pair: and pretend GPUs on each."""
+    count, gpus = request.param if isinstance(request.param, tuple) else (request.param, 0)
     tag, made, port = f"rl{os.getpid() % 10000}", [], random.randrange(6400, 9900)
     shutil.copytree(ROOT / "ray_utils", tmp_path / "ray_utils", ignore=shutil.ignore_patterns("ray_*.txt", "ray_token"))
     for name in ("rlinf", "tests"):
@@ -33,7 +35,7 @@ def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Names
     try:
         ip("link", "add", f"{tag}br", "type", "bridge")
         ip("link", "set", f"{tag}br", "up")
-        made += [NamespaceNode(rank, tmp_path, tag, port) for rank in range(request.param)]
+        made += [NamespaceNode(rank, tmp_path, tag, port, gpus) for rank in range(count)]
         starts = [node.popen("bash", "ray_utils/start_ray.sh") for node in made]
         for start in starts:
             _, errors = start.communicate(timeout=300)
@@ -60,10 +62,14 @@ def one_policy(steps: list[dict]) -> bool:
     return all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in steps)
 
 
-@pytest.mark.parametrize("nodes", [4], indirect=True)
+ON_GPUS = pytest.param((4, 2), marks=pytest.mark.skipif(IMPOSSIBLE is not None, reason=str(IMPOSSIBLE)))
+
+
+@pytest.mark.parametrize("nodes", [4, ON_GPUS], indirect=True, ids=["cpu", "pretend gpu"])
 def test_four_nodes_train_one_model(nodes: list[NamespaceNode]) -> None:
     """TP 2 x PP 2 over two nodes, a stage on each; engines on two others: tokens and verdicts cross, weights come by broadcast."""
     folder, wires = nodes[0].folder, {"rollout__weight_transport": "broadcast", "rollout__max_engine_restarts": 0}
+    wires["cluster__device"] = "cuda" if nodes[0].gpus else "cpu"
     run = nodes[0].popen(sys.executable, "-m", "rlinf", "train", str(config(folder, 4, "0-3", "4,6", pp=2, steps=2, **wires)))
     _, errors = run.communicate(timeout=400)
     assert run.returncode == 0, errors[-4000:]

@@ -9,19 +9,14 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
-import torch
 
 from rlinf.metrics.logger import read_metrics
-from tests.pretend_gpu import ROOT, environment
+from tests.pretend_gpu import IMPOSSIBLE, ROOT, environment
 from tests.test_critic_run import CRITIC
 from tests.test_tiny_run import ONE_PROCESS, write_run
 from tests.tiny import make_tiny_model
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a real GPU: tests/gpu run on it"),
-    pytest.mark.skipif("+cpu" not in torch.__version__, reason="the pretend GPU takes the place of CUDA in a torch without it"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(IMPOSSIBLE is not None, reason=str(IMPOSSIBLE))]
 
 NO_KERNELS = "test_a_profile_has_the_kernels_of_the_device"  # CUDA's own
 STRICT = """

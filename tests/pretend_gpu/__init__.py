@@ -14,11 +14,15 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = Path(os.environ.get("RLINF_CACHE", Path.home() / ".cache" / "rlinf")) / "pretend-gpu"
+
+
+IMPOSSIBLE = None if "+cpu" in version("torch") else "the pretend GPU takes the place of CUDA in a torch without it"
 
 
 def library() -> Path:
@@ -43,11 +47,11 @@ def library() -> Path:
 def transformer_engine() -> Path:
     """Transformer Engine's own Python, of the version that is pinned for GPUs, from the package index; its kernels: extension/."""
     pins = (ROOT / "requirements/gpu.txt").read_text()
-    version = re.search(r"^transformer-engine\S*==(\S+)", pins, re.M)[1]
-    folder = CACHE / f"transformer-engine-{version}"
+    pinned = re.search(r"^transformer-engine\S*==(\S+)", pins, re.M)[1]
+    folder = CACHE / f"transformer-engine-{pinned}"
     if not folder.exists():
         unfinished = folder.with_suffix(f".{os.getpid()}")
-        packages = [f"transformer-engine=={version}", "einops"]
+        packages = [f"transformer-engine=={pinned}", "einops"]
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(unfinished), *packages], check=True)
         unfinished.rename(folder)
     return folder
