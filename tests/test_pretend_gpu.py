@@ -64,14 +64,8 @@ def test_the_tests_of_a_gpu_pass(layers: str, tmp_path: Path) -> None:
     """Those of training also with Transformer Engine, which is what `auto` takes in 16 bits where it is installed."""
     files, least = (["tests/gpu"], 29) if layers == "local" else (["tests/gpu/test_training.py"], 19)
     words = [
-        "-m",
-        "gpu",
-        "--deselect",
-        f"tests/gpu/test_training.py::{NO_KERNELS}[cuda]",
-        "-n",
-        "0",
-        f"--junitxml={tmp_path / 'tests.xml'}",
-    ]
+        "-m", "gpu", "-n", "0", "--deselect", f"tests/gpu/test_training.py::{NO_KERNELS}[cuda]", f"--junitxml={tmp_path / 'tests.xml'}",
+    ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *files, *words], env=environment(1, layers != "local"), cwd=ROOT, capture_output=True, text=True,
         timeout=500,

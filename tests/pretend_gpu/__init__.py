@@ -60,7 +60,8 @@ def transformer_engine() -> Path:
 def environment(gpus: int = 1, with_transformer_engine: bool = False) -> dict[str, str]:
     """Of a process, and of those that it starts. gpus: how many the machine has, each of 16 GiB; a process sees one."""
     layers = [str(HERE / "extension"), str(transformer_engine())] if with_transformer_engine else []
-    return os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}  # tests/run.sh hides GPUs
+    return inherited | {
         "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(ROOT), *layers]),
         "NVTE_PROJECT_BUILDING": "1",  # it is not to look for CUDA's libraries
         "RLINF_PRETEND_GPU": str(library()),

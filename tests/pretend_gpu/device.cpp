@@ -1,12 +1,10 @@
 // A pretend GPU in a torch that was built without CUDA: device type `cuda`, memory of the host, the CPU's kernels. What it does as a GPU
-// does is to be another device: an operation that is given tensors of both fails, and memory is counted.
+// does is to be another device: an operation that is given tensors of both fails, a copy that nobody waits for comes late, memory is counted.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
-#include <ATen/native/Resize.h>
 #include <ATen/ops/as_strided_native.h>
-#include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/unfold_native.h>
