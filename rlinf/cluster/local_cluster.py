@@ -15,7 +15,7 @@ from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.cluster.health import PATIENCE, give_up
 from rlinf.cluster.host import Holder, cores, dotted, free_port
-from rlinf.cluster.processes import RUN_ID, end_run, start_sentinel
+from rlinf.cluster.processes import RUN_ID, dismiss, end_run, start_sentinel
 from rlinf.compute_thread import common_thread
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
@@ -87,7 +87,7 @@ class LocalCluster(Cluster):
         self.holders = []
         self.compute.close()
         end_run(self.run_id)
-        self.sentinel.wait()
+        dismiss(self.sentinel)
         for name, value in self.environment.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         self.closed.set()

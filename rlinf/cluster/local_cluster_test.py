@@ -112,3 +112,12 @@ def test_the_driver_needs_neither_torch_nor_ray_for_the_local_backend() -> None:
         "print([m for m in ('torch', 'ray', 'megatron') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.timeout(30)
+def test_closing_does_not_wait_for_a_sentinel_that_was_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has only just been started does not carry the run's mark yet, and would watch this process as long as it lives."""
+    opened = Cluster.connect(ClusterConfig(backend="local", device="cpu"), new_run_id(), tmp_path)
+    monkeypatch.setattr("rlinf.cluster.local_cluster.end_run", lambda run_id: [])
+    opened.close()
+    assert opened.sentinel.poll() is not None

@@ -130,6 +130,12 @@ def start_sentinel(run_id: str, folders: tuple[Path, ...] = ()) -> subprocess.Po
     return _start_sentinel(run_id, "driver", os.getpid(), folders)
 
 
+def dismiss(sentinel: subprocess.Popen) -> None:
+    """End the sentinel of a run that has ended. By its pid: one that has only just been started may not show yet whose it is."""
+    sentinel.kill()
+    sentinel.wait()
+
+
 def start_node_sentinel(run_id: str) -> subprocess.Popen:
     """A process that waits until no child of this one's parent (the raylet) is a worker of the run any more, and then ends what they left
     behind. One worker may die alone: an engine is started anew, and the others go on."""

@@ -20,7 +20,7 @@ from rlinf.cluster.group import WorkerGroup
 from rlinf.cluster.health import PATIENCE, PERIOD, Death, Door, Health, at_most
 from rlinf.cluster.host import Setup, WorkerProcess, dotted, process_environment
 from rlinf.cluster.machines import Machine, alive_nodes, wait_for_machines
-from rlinf.cluster.processes import end_run, start_sentinel
+from rlinf.cluster.processes import dismiss, end_run, start_sentinel
 from rlinf.cluster.ray_group import RayWorkerGroup
 from rlinf.cluster.ray_session import RaySession
 from rlinf.config.schema import ClusterConfig
@@ -181,7 +181,7 @@ class RayCluster(Cluster):
         if left:
             log.error("processes of run %s that could not be ended: %s", self.run_id, left)
         if self.sentinel is not None:
-            self.sentinel.wait()
+            dismiss(self.sentinel)
 
     def _end_workers(self) -> None:
         if self.failure.error is None:

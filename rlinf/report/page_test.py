@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,6 +178,7 @@ def test_it_is_used_from_the_keyboard(tmp_path: Path, browser: Page) -> None:
     assert browser.run("document.querySelector('.plot').getAttribute('aria-valuetext')").startswith("step 27: mean ")
     browser.press("Enter")
     browser.wait("document.getElementById('step').value === 'step_000027'")
+    browser.wait("document.getElementById('sample').textContent.includes('step_000027.jsonl:')")
     browser.run("document.querySelector('.chip:not(.full)').focus()")
     browser.press("Enter")
     browser.wait("document.getElementById('sample').textContent.includes('The text of this sample is not in this page: line ')")
@@ -186,6 +188,24 @@ def test_it_is_used_from_the_keyboard(tmp_path: Path, browser: Page) -> None:
     )
     assert browser.run(unnamed) == 0
     assert browser.problems == []
+
+
+@needs_browser
+def test_who_is_faster_than_the_page_sees_what_was_asked_for_last(tmp_path: Path, browser: Page) -> None:
+    """Steps and samples are unpacked while the reader goes on."""
+    browser.open(write_report(make_run(tmp_path, HEALTHY)))
+    browser.wait("document.querySelector('#sample .text span') !== null")
+    browser.run(
+        "const whole = blob, late = [400, 0];"
+        "blob = async (id) => { const found = await whole(id); await new Promise((r) => setTimeout(r, late.shift() || 0)); return found; };"
+        "document.getElementById('previous').click(); document.getElementById('previous').click();"
+    )
+    browser.wait("document.getElementById('sample').textContent.includes(document.getElementById('step').value + '.jsonl:')")
+    time.sleep(0.6)
+    assert browser.run("document.getElementById('sample').textContent.includes(document.getElementById('step').value + '.jsonl:')")
+    browser.run("late.push(400, 0); document.querySelector('.chip.full').click(); document.querySelector('.chip:not(.full)').click();")
+    time.sleep(0.6)
+    assert browser.run("document.getElementById('sample').textContent.includes('The text of this sample is not in this page')")
 
 
 @needs_browser

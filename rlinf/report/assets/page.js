@@ -234,6 +234,7 @@ async function blob(id) {
 }
 const SIGN = { right: "✓", wrong: "✗", undecided: "?" };
 let file = null;
+let opened = 0, shown = 0; // of the last step and sample that were asked for: what an earlier one brings comes too late
 
 function samples() {
   const select = byId("step");
@@ -254,14 +255,16 @@ function openStep(step) {
   byId("samples").scrollIntoView();
 }
 async function openFile(f) {
+  const mine = ++opened;
   byId("step").value = f.label;
   byId("step-note").textContent = f.path;
   const groups = await blob("h-" + f.label);
+  if (mine !== opened) return;
   file = { ...f, groups };
   listGroups();
   const first = groups && groups.flatMap((g) => g.samples.map((x) => [g, x])).find(([, x]) => byId(textId(x)));
   if (first) await showSample(...first);
-  else byId("sample").replaceChildren(h("p.muted", null, groups ? "Choose a sample." : `The samples of this step are not in this page; they are in ${f.path}.`));
+  else shown++, byId("sample").replaceChildren(h("p.muted", null, groups ? "Choose a sample." : `The samples of this step are not in this page; they are in ${f.path}.`));
 }
 const textId = (x) => `t-${file.label}-${x.line}`;
 function listGroups() {
@@ -284,10 +287,12 @@ function listGroups() {
   if (!groups.length) list.append(h("div.group.muted", null, "No such prompt in this step."));
 }
 async function showSample(g, x) {
+  const mine = ++shown;
   document.querySelectorAll(".chip[aria-pressed=true]").forEach((c) => c.setAttribute("aria-pressed", "false"));
   const chip = byId("s-" + x.line);
   if (chip) chip.setAttribute("aria-pressed", "true");
-  const text = await blob(textId(x)), from = file.path;
+  const from = file.path, text = await blob(textId(x));
+  if (mine !== shown) return;
   const fact = (name, value, kind) => h("div" + (kind || ""), null, h("dt", null, name), h("dd", null, value));
   const versions = x.oldest === x.newest ? String(x.newest) : `${x.oldest}–${x.newest}`;
   byId("sample").replaceChildren(
