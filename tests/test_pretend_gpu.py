@@ -32,6 +32,8 @@ def refused(work):
 gpu = torch.device("cuda", 0)
 a, b = torch.ones(3, 4, device=gpu, requires_grad=True), torch.ones(4, 3)
 assert refused(lambda: a @ b) and refused(lambda: a + b.t()) and refused(lambda: torch.cat([a, b.t()]))
+rows = torch.tensor([0, 2])  # CUDA takes indices of the host, and no values
+assert a[rows].device == gpu and refused(lambda: a.detach().index_put_((rows,), torch.zeros(2, 4)))
 (a @ b.to(gpu) * 2.0).sum().backward()  # a number is of no device
 assert a.grad.device == gpu and a.grad.tolist() == [[6.0] * 4] * 3
 

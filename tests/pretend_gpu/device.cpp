@@ -106,7 +106,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
 Tensor on_cpu(const Tensor& t) {  // the same memory, as the CPU sees it
   if (!t.defined() || !t.is_cuda()) return t;
-  auto options = t.options().device(c10::kCPU).requires_grad(false);
   auto storage = c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), t.storage().nbytes(), c10::DataPtr(const_cast<void*>(t.storage().data()), c10::kCPU), c10::GetCPUAllocator(), true);
   auto out = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), t.dtype());
@@ -142,11 +141,10 @@ void synchronize() {
   run(to_host);
 }
 
-// Operations that CUDA has for tensors of both devices, besides numbers without a dimension
-bool mixes(const std::string& name) {
-  static const std::set<std::string> all = {"aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_", "aten::index_put",
-                                            "aten::copy_", "aten::set_.source_Storage", "aten::index.Tensor_out"};
-  return all.count(name) > 0;
+// CUDA takes indices that lie on the host; all else, but numbers without a dimension, has to be on the GPU
+bool is_index(const std::string& name, const Tensor& t) {
+  static const std::set<std::string> operations = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"};
+  return operations.count(name) > 0 && c10::isIntegralType(t.scalar_type(), /*includeBool=*/true);
 }
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -160,7 +158,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto seen = [&](const Tensor& t) {
     if (!t.defined()) return t;
     if (!t.is_cuda()) {
-      if (t.dim() > 0) strangers.push_back(c10::str(t.scalar_type(), t.sizes()));
+      if (t.dim() > 0 && !is_index(schema.name(), t)) strangers.push_back(c10::str(t.scalar_type(), t.sizes()));
       return t;
     }
     pairs.emplace_back(t, on_cpu(t));
@@ -182,7 +180,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       v = c10::Device(c10::kCPU);
     }
   }
-  TORCH_CHECK(pairs.empty() || strangers.empty() || mixes(name), "pretend GPU: ", name,
+  TORCH_CHECK(pairs.empty() || strangers.empty(), "pretend GPU: ", name,
               " is given tensors of the GPU and of the host: ", c10::Join(", ", strangers));
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   auto back = [&](const Tensor& t) {
@@ -296,7 +294,6 @@ struct Hooks final : at::CUDAHooksInterface {
 
 }  // namespace
 
-
 using PretendHooks = Hooks;
 namespace at {
 C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", ::PretendHooks);
@@ -320,7 +317,6 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", &resize_);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
 }
-
 
 void resize_storage(const Tensor& t, int64_t nbytes) {
   auto* storage = t.storage().unsafeGetStorageImpl();
@@ -380,7 +376,6 @@ TORCH_LIBRARY(pretend_gpu, m) {
   m.def("peak", [] { return peak.load(); });
   m.def("limit", [](int64_t nbytes) { limit = nbytes; });
   m.def("forget_peak", [] { peak = in_use.load(); });
-  m.def("registered", [] { return registered; });
   m.def("resize_storage", &resize_storage);
   m.def("share", &share);
   m.def("open_shared", &open_shared);
