@@ -23,6 +23,8 @@ def usable() -> bool:
 def choose(setting: str) -> torch.device:
     """The device of cluster.device (auto, cuda, cpu). The cluster shows each worker its own GPUs only, so that the first is its own.
 
+    Attention on a GPU is left to flash attention: where torch prefers cuDNN's, that one builds a plan for every length that it meets, which
+    takes tens of milliseconds and is kept for ever, and here no two samples are equally long.
     Raises UserError for a GPU that torch cannot use: what is asked for does not become the CPU in silence.
     """
     cuda = has_gpu() if setting == "auto" else setting == "cuda"
@@ -31,6 +33,8 @@ def choose(setting: str) -> torch.device:
         raise UserError(
             f"cluster.device is {setting}, but {found} NVIDIA GPU: `rlinf doctor` says why; to compute on the CPU set cluster.device to cpu"
         )
+    if cuda:
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
 

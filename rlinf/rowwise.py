@@ -24,20 +24,12 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, of gate and up side by side in the last dimension [..., 2F] -> [..., F]."""
-    own = kernels_for(gate_up.dtype, gate_up.device)
-    if own is not None and gate_up.shape[-1] >= 2 * LEAST_LANES:
-        return _Swiglu.apply(gate_up) if torch.is_grad_enabled() else own.silu(_rows(gate_up)).view(*gate_up.shape[:-1], -1)
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return _Swiglu.apply(gate_up) if torch.is_grad_enabled() else _gated(gate_up)
 
 
 def rotate(x_NAD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
     """Rotary embedding of halves, Hugging Face's rotate_half; a row's heads lie side by side."""
-    own = kernels_for(x_NAD.dtype, x_NAD.device)
-    if own is not None and x_NAD.shape[-1] >= 2 * LEAST_LANES:
-        return _Rotate.apply(x_NAD, cos_ND, sin_ND) if torch.is_grad_enabled() else own.rotate(_heads(x_NAD), cos_ND, sin_ND)
-    a, b = x_NAD.chunk(2, -1)
-    return x_NAD * cos_ND[:, None] + torch.cat([-b, a], -1) * sin_ND[:, None]
+    return _Rotate.apply(x_NAD, cos_ND, sin_ND) if torch.is_grad_enabled() else _turned(x_NAD, cos_ND, sin_ND)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -61,26 +53,59 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _Swiglu(torch.autograd.Function):
+    """Keeps its input alone; torch's two operations would keep silu(gate), too."""
+
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate_up_N2F = _rows(gate_up)
-        ctx.save_for_backward(gate_up_N2F)
-        return kernels().silu(gate_up_N2F).view(*gate_up.shape[:-1], -1)
+        ctx.save_for_backward(gate_up)
+        return _gated(gate_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return kernels().silu_back(*ctx.saved_tensors, _rows(grad)).view(*grad.shape[:-1], -1)
+        (gate_up,) = ctx.saved_tensors
+        if (own := _wide_kernels(gate_up)) is not None:
+            return own.silu_back(_rows(gate_up), _rows(grad)).view(gate_up.shape)
+        out = torch.empty_like(gate_up)
+        (gate, up), (to_gate, to_up) = gate_up.chunk(2, -1), out.chunk(2, -1)
+        torch.mul(grad, F.silu(gate), out=to_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=to_gate)
+        return out
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    if (own := _wide_kernels(gate_up)) is not None:
+        return own.silu(_rows(gate_up)).view(*gate_up.shape[:-1], -1)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _wide_kernels(x: Tensor) -> Any:
+    """Our own C, where half a row is long enough for it."""
+    return kernels_for(x.dtype, x.device) if x.shape[-1] >= 2 * LEAST_LANES else None
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NAD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
         ctx.save_for_backward(cos_ND, sin_ND)
-        return kernels().rotate(_heads(x_NAD), cos_ND, sin_ND)
+        return _turned(x_NAD, cos_ND, sin_ND)
 
     @staticmethod
     def backward(ctx: Any, grad_NAD: Tensor) -> tuple[Tensor | None, ...]:
-        return kernels().rotate(_heads(grad_NAD), *ctx.saved_tensors, back=True), None, None
+        return _turned(grad_NAD, *ctx.saved_tensors, back=True), None, None
+
+
+def _turned(x_NAD: Tensor, cos_ND: Tensor, sin_ND: Tensor, back: bool = False) -> Tensor:
+    """By the angles, or back: both halves of a head have the same."""
+    if (own := _wide_kernels(x_NAD)) is not None:
+        return own.rotate(_heads(x_NAD), cos_ND, sin_ND, back=back)
+    out = torch.empty(x_NAD.shape, dtype=x_NAD.dtype, device=x_NAD.device)
+    (a, b), (to_a, to_b) = x_NAD.chunk(2, -1), out.chunk(2, -1)
+    cos, sin = (t_ND[:, None, : a.shape[-1]] for t_ND in (cos_ND, sin_ND))
+    sign = -1.0 if back else 1.0
+    torch.addcmul(a * cos, b, sin, value=-sign, out=to_a)
+    torch.addcmul(b * cos, a, sin, value=sign, out=to_b)
+    return out
 
 
 def _heads(x_NAD: Tensor) -> Tensor:

@@ -47,6 +47,10 @@ there.copy_(host, non_blocking=True)
 host.fill_(9.0)
 assert (there + 0).tolist() == [9.0] * 4, "the GPU reads the host's memory when it comes to it"
 
+q, k, v = (torch.randn(1, heads, 9, 8, device=gpu, requires_grad=True) for heads in (4, 2, 2))
+out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+assert "FlashAttention" in out.grad_fn.name()  # and its memory: no scores
+
 before = devices.memory_in_use(gpu)
 big = torch.empty(1 << 20, dtype=torch.uint8, device=gpu)
 assert devices.memory_in_use(gpu) == before + (1 << 20)
@@ -64,7 +68,7 @@ def test_the_pretend_gpu_is_strict() -> None:
 @pytest.mark.parametrize("layers", ["local", "transformer engine"])
 def test_the_tests_of_a_gpu_pass(layers: str, tmp_path: Path) -> None:
     """Those of training also with Transformer Engine, which is what `auto` takes in 16 bits where it is installed."""
-    files, least = (["tests/gpu"], 29) if layers == "local" else (["tests/gpu/test_training.py"], 19)
+    files, least = (["tests/gpu"], 36) if layers == "local" else (["tests/gpu/test_training.py"], 20)
     words = [
         "-m", "gpu", "-n", "0", "--deselect", f"tests/gpu/test_training.py::{NO_KERNELS}[cuda]", f"--junitxml={tmp_path / 'tests.xml'}",
     ]  # fmt: skip

@@ -77,7 +77,7 @@ class ResponseTokens:
 
     def counted(self) -> ResponseTokens:
         """Only the tokens that count: [C] instead of [N]."""
-        keep_N = self.loss_mask_N.bool()
+        rows_C = self.loss_mask_N.nonzero()[:, 0]  # once: finding them makes the host wait for a GPU
         names = (
             "logprobs_N",
             "entropy_N",
@@ -89,7 +89,7 @@ class ResponseTokens:
             "sample_N",
             "age_N",
         )
-        return replace(self, **{n: value[keep_N] for n in names if (value := getattr(self, n)) is not None})
+        return replace(self, **{n: value.index_select(0, rows_C) for n in names if (value := getattr(self, n)) is not None})
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def rollout_agreement(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, limite
     limited_C: with a correction, the tokens whose weight it truncated or set to 0.
     """
     known_C = ~rollout_logprobs_C.isnan()
-    gap_C = (old_logprobs_C - rollout_logprobs_C).abs()[known_C]
+    gap_C = torch.where(known_C, (old_logprobs_C - rollout_logprobs_C).abs(), 0.0)
     sums = {"gap": total(gap_C), "gap_tokens": total(known_C)}
     maxima = {"gap": largest(gap_C)}
     if limited_C is not None:
@@ -184,7 +184,7 @@ def finalize_metrics(sums: dict[str, Tensor], maxima: dict[str, Tensor], n_minib
 
     Means are over tokens that count. train/loss is the mean of the mini-batches' policy losses.
     """
-    s = {k: v.item() for k, v in sums.items()}
+    s = dict(zip(sums, torch.stack([*sums.values()]).tolist()))
     tokens, gap_tokens = max(s["tokens"], 1.0), max(s["gap_tokens"], 1.0)
     metrics = {
         "train/loss": s["loss"] / n_minibatches,

@@ -17,6 +17,7 @@ from rlinf.config.validate import validate
 from rlinf.config.values import dump
 from rlinf.errors import UserError
 from rlinf.scheduling.devices import GIB, GPUS, Device, cpu_device
+from rlinf.scheduling.flops import recomputed_layers
 from rlinf.scheduling.memory import ActorMemory, EngineMemory, actor_memory, engine_memory
 from rlinf.scheduling.placement import Plan, build_plan, describe, nodes_of
 from rlinf.scheduling.step_time import MEAN_SHARE, Load, rollout_seconds, step_load, sync_seconds, train_seconds
@@ -53,7 +54,7 @@ def forecast(config: Config, arch: Architecture, device: Device, mean_response: 
     model = config.actor.model
     actors, engines = placement.of("actor"), placement.of("rollout")
     dp = len(actors) // model.copy_ranks
-    stages = tuple(actor_memory(arch, config, dp, stage) for stage in range(model.pipeline_model_parallel_size))
+    stages = tuple(actor_memory(arch, config, dp, stage, gpu=not device.shared) for stage in range(model.pipeline_model_parallel_size))
     engine, load = engine_memory(arch, config), step_load(config, mean_response)
     if device.shared:
         phases, limit, kv_tokens = (
@@ -148,6 +149,31 @@ def nearest_fit(config: Config, arch: Architecture, hf: Mapping[str, Any], devic
     return None
 
 
+def less_recomputation(
+    config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None
+) -> tuple[Change, Forecast] | None:
+    """The fewest layers computed again that still fit, where the configuration, which fits, has more."""
+    model = config.actor.model
+    layers = arch.n_layers // model.pipeline_model_parallel_size
+    now = recomputed_layers(model, arch.n_layers)
+    for count in sorted({round(layers * part) for part in (0.0, 0.25, 0.5, 0.75)}):
+        if count >= round(now * layers):
+            return None
+        candidate = changed(config, change := recomputation(count))
+        validate(candidate)
+        validate_model(candidate, dict(hf))
+        result = forecast(candidate, arch, device, mean_response)
+        if not result.trouble:
+            return change, result
+    return None
+
+
+def recomputation(layers: int) -> Change:
+    """Of that many layers of each stage."""
+    values = ("full", "block", layers) if layers else (None, None, None)
+    return {f"actor.model.recompute_{name}": value for name, value in zip(("granularity", "method", "num_layers"), values)}
+
+
 def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
     """Each a thing a person would try, with the keys that go with it."""
     model = config.actor.model
@@ -155,11 +181,7 @@ def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
     done = (model.recompute_num_layers or 0) if model.recompute_granularity == "full" else 0
     for part in (0.25, 0.5, 0.75, 1.0):
         if (count := round(layers * part)) > done:
-            yield {
-                "actor.model.recompute_granularity": "full",
-                "actor.model.recompute_method": "block",
-                "actor.model.recompute_num_layers": count,
-            }
+            yield recomputation(count)
     budget = config.runner.max_tokens_per_mbs
     while (budget := budget // 2) >= config.runner.seq_length:
         yield {"runner.max_tokens_per_mbs": budget}
@@ -198,7 +220,8 @@ def report(result: Forecast, config: Config, device: Device) -> str:
     for stage, a in enumerate(result.stages):
         name = f"actor rank of stage {stage}" if len(result.stages) > 1 else "actor rank"
         lines.append(f"  {name}: weights {gib(a.weights)}  gradients {gib(a.gradients)}  optimizer {gib(a.optimizer)}  "
-                     f"activations {gib(a.activations)}  head {gib(a.head)}  = {gib(a.total)}   ({a.parameters:,} parameters)")  # fmt: skip
+                     f"activations {gib(a.activations)}  workspace {gib(a.workspace)}  = {gib(a.total)}   "
+                     f"({a.parameters:,} parameters)")  # fmt: skip
     full = result.kv_tokens // config.runner.seq_length
     lines.append(f"  engine device: weights {gib(result.engine.weights)}  KV cache {gib(result.kv_tokens * result.engine.kv_token)} "
                  f"= {result.kv_tokens:,} tokens, {full} sample(s) of seq_length at once")  # fmt: skip
@@ -221,6 +244,11 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f}" if size >= GIB // 10 else f"{size / GIB:.3f}"
 
 
+def words(change: Change) -> str:
+    """As it is written behind a configuration's name."""
+    return " ".join(f"{key}={dump(value)}" for key, value in change.items())
+
+
 def choose_device(name: str | None, config: Config) -> Device:
     """The device that was asked for; else this machine's slots for cluster.device: cpu, and an H100 for everything else."""
     if name is None:
@@ -241,6 +269,7 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
     validate_model(config, hf)
     result = forecast(config, arch, device, mean_response)
     change = nearest_fit(config, arch, hf, device, mean_response) if result.trouble else None
+    spared = None if result.trouble else less_recomputation(config, arch, hf, device, mean_response)
     if as_json:
         seats = {c: len(result.placement.of(c)) for c in ("actor", "rollout", "reward")}
         content = {
@@ -248,12 +277,16 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
             "actor": [asdict(s) | {"total": s.total} for s in result.stages], "engine": asdict(result.engine),
             "kv_tokens": result.kv_tokens, "phases": result.phases, "limit": result.limit, "load": asdict(result.load),
             "seconds": result.seconds, "fits": not result.trouble, "trouble": result.trouble, "change": change,
+            "less_recomputation": spared and {"change": spared[0], "seconds": spared[1].seconds, "phases": spared[1].phases},
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, indent=1) + "\n")
         return 2 if result.trouble else 0
     lines = [f"config: {resolved.source}", report(result, config, device)]
     if change:
-        lines.append("nearest change that fits: " + " ".join(f"{key}={dump(value)}" for key, value in change.items()))
+        lines.append(f"nearest change that fits: {words(change)}")
+    elif spared:
+        lines.append(f"fits as well, and is faster: {words(spared[0])} ({spared[1].step_seconds - result.step_seconds:+.1f} s a step, "
+                     f"{gib(spared[1].phases['training'])} GiB while training)")  # fmt: skip
     elif result.trouble:
         lines.append("no one or two changes make it fit: use a larger device, more devices, or a shorter runner.seq_length")
     if mean_response is None:

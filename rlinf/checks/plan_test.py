@@ -67,6 +67,22 @@ def test_what_does_not_fit_is_named_and_the_change_fits(capsys: pytest.CaptureFi
         assert device == "rtx4090"
 
 
+def test_a_plan_that_fits_names_a_faster_one_with_less_computed_again(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "qwen2.5-1.5b-grpo-megatron"
+    assert main(["plan", name, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    config, arch, _ = read(name)
+    spared = told["less_recomputation"]
+    better = forecast(changed(config, spared["change"]), arch, GPUS["h100"])
+    assert not better.trouble and better.step_seconds < sum(told["seconds"].values())
+    assert set(spared["change"]) == {f"actor.model.recompute_{key}" for key in ("granularity", "method", "num_layers")}
+    words = [f"{key}={'null' if value is None else value}" for key, value in spared["change"].items()]
+    assert main(["plan", name, *words]) == 0
+    assert "fits as well" not in capsys.readouterr().out  # nothing is left to be spared
+    assert main(["plan", name]) == 0
+    assert f"fits as well, and is faster: {' '.join(words)}" in capsys.readouterr().out
+
+
 def test_the_nearest_change_is_the_smallest(capsys: pytest.CaptureFixture[str]) -> None:
     config, arch, hf = read("qwen2.5-1.5b-single-gpu", "rollout.gpu_memory_utilization=0.95")
     assert forecast(config, arch, GPUS["h100"]).trouble
@@ -138,7 +154,7 @@ def test_time_moves_the_right_way() -> None:
 def test_pipeline_stages_differ_and_the_first_holds_more_activations() -> None:
     config, arch, _ = read("qwen2.5-7b-grpo-megatron", "actor.model.pipeline_model_parallel_size=4", "actor.model.recompute_num_layers=4")
     stages = forecast(config, arch, GPUS["h100"]).stages
-    assert len(stages) == 4 and stages[0].activations > stages[3].activations and stages[0].head == 0 < stages[3].head
+    assert len(stages) == 4 and stages[0].activations > stages[3].activations and stages[0].workspace < stages[3].workspace
     whole, _, _ = read("qwen2.5-7b-grpo-megatron")
     assert sum(s.parameters for s in stages) == forecast(whole, arch, GPUS["h100"]).stages[0].parameters
 

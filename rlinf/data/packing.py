@@ -14,7 +14,7 @@ import numpy as np
 
 from rlinf.data.records import GroupHeader
 
-ATTENTION_LENGTH = 16384  # context at which attention costs as much as the matrices: 12 x hidden size; only the balance depends on it
+ATTENTION_LENGTH = 16384  # context at which attention costs as much as the matrices, where the model is not known
 BALANCE_TOLERANCE = 1.01
 PAIRS_PER_ROW = 1024  # attended pairs of a shared group that cost as much as the matrices for one token (SmolLM2-135M on CPU: about 940)
 
@@ -34,8 +34,9 @@ class SampleRef:
 class MiniBatch:
     """One optimizer step as one DP rank sees it.
 
-    micro_batches: the same number on every DP rank (an empty one runs an inert pass). The denominators are global: over all DP
-    ranks and micro-batches of this mini-batch; a sample without a loss token counts in neither.
+    micro_batches: at least one, which is empty and inert where the rank has no sample; DP ranks meet only when all are done, so that their
+    numbers may differ. The denominators are global: over all DP ranks and micro-batches of this mini-batch; a sample without a loss token
+    counts in neither.
     """
 
     micro_batches: tuple[tuple[SampleRef, ...], ...]
@@ -75,10 +76,12 @@ def build_rank_batches(
     share_prefix: bool,
     shuffle_seed: tuple[int, ...] | None = None,
     trained: Sequence[np.ndarray] | None = None,
+    attention_length: int = ATTENTION_LENGTH,
 ) -> list[RankBatch]:
     """The split of one step, one RankBatch for each data-parallel rank. Deterministic; every sample is in it exactly once.
 
     trained: one bool for each sample of each group; the others are left out, of denominators too. None = all are in.
+    attention_length: see attention_length(); only the balance depends on it.
 
     Samples go to mini-batches in group order (or shuffled by shuffle_seed), then to ranks so that their costs are even, then to
     micro-batches of at most max_tokens tokens (a longer sample is alone in one). share_prefix: the samples of a group that meet in a
@@ -96,9 +99,17 @@ def build_rank_batches(
     if shuffle_seed is not None:
         items = [items[k] for k in np.random.default_rng(shuffle_seed).permutation(len(items))]
     bounds = [len(items) * k // n_minibatches for k in range(n_minibatches + 1)]
-    splits = [split_minibatch(sorted(items[a:b]), dp, max_tokens) for a, b in zip(bounds, bounds[1:])]  # [minibatch][rank][micro-batch]
+    splits = [  # [minibatch][rank][micro-batch]
+        split_minibatch(sorted(items[a:b]), dp, max_tokens, attention_length) for a, b in zip(bounds, bounds[1:])
+    ]
     counted = [denominators(split, headers) for split in splits]
     return [rank_batch([split[rank] for split in splits], counted, headers, advantages) for rank in range(dp)]
+
+
+def attention_length(hidden: int) -> int:
+    """Context at which attention takes as long as the matrices of a model of this hidden size. By operations alone it would be half as much
+    again and more; attention reaches less of a device's speed."""
+    return 12 * hidden
 
 
 def sharing_pays(prompt: int, responses: Sequence[int]) -> bool:
@@ -145,19 +156,17 @@ def rank_batch(
     return RankBatch(tuple(headers[g].group_id for g in groups), tuple(mini_batches))
 
 
-def split_minibatch(items: Sequence[Item], dp: int, max_tokens: int) -> list[list[Items]]:
-    """[rank][micro-batch] -> items in (group, index) order; as many micro-batches on every rank as the fullest one needs, at least one."""
-    packed = [pack(share, max_tokens) for share in balance(items, dp)]
-    count = max(1, *(len(bins) for bins in packed))
-    return [bins + [()] * (count - len(bins)) for bins in packed]
+def split_minibatch(items: Sequence[Item], dp: int, max_tokens: int, length: int = ATTENTION_LENGTH) -> list[list[Items]]:
+    """[rank][micro-batch] -> items in (group, index) order; at least one micro-batch on every rank."""
+    return [pack(share, max_tokens) or [()] for share in balance(items, dp, length)]
 
 
-def split_cost(items: Sequence[Item]) -> float:
-    """Cost of items that meet in a micro-batch, in units of one token's matrix work: tokens plus attended pairs / ATTENTION_LENGTH x 2."""
+def split_cost(items: Sequence[Item], length: int = ATTENTION_LENGTH) -> float:
+    """Cost of items that meet in a micro-batch, in units of one token's matrix work: tokens plus attended pairs / length x 2."""
     tokens = micro_batch_tokens(items)
     pairs = sum(n * n / 2 for n in {i.prompt: i.prompt_length for i in items}.values())
     pairs += sum(i.prompt_length * i.response_length + i.response_length**2 / 2 for i in items)
-    return tokens + 2 * pairs / ATTENTION_LENGTH
+    return tokens + 2 * pairs / length
 
 
 def micro_batch_tokens(items: Sequence[Item]) -> int:
@@ -167,13 +176,13 @@ def micro_batch_tokens(items: Sequence[Item]) -> int:
     return sum({i.prompt: i.prompt_length for i in items}.values()) + sum(i.response_length for i in items)
 
 
-def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
+def balance(items: Sequence[Item], dp: int, length: int = ATTENTION_LENGTH) -> list[list[Item]]:
     """Shares of even cost: longest processing time first, on whole groups; a group's samples are parted only where that evens the shares.
 
     Parting costs another copy of the prompt and another rank that fetches the group: it stops when the fullest share is within 1 % of the
     mean, or does not get smaller.
     """
-    pieces = [(-split_cost(p), p) for p in together(items, lambda i: i.group)]
+    pieces = [(-split_cost(p, length), p) for p in together(items, lambda i: i.group)]
     even = -sum(cost for cost, _ in pieces) / dp
     load, fullest, shares = longest_first(pieces, dp)
     best_load, best = load, shares
@@ -184,7 +193,7 @@ def balance(items: Sequence[Item], dp: int) -> list[list[Item]]:
             break
         largest = min(partable)
         by_length = sorted(largest[1], key=lambda i: (-i.response_length, i))
-        halves = [(-split_cost(half), tuple(half)) for half in (by_length[::2], by_length[1::2])]
+        halves = [(-split_cost(half, length), tuple(half)) for half in (by_length[::2], by_length[1::2])]
         pieces = [p for p in pieces if p is not largest] + halves
         load, fullest, shares = longest_first(pieces, dp)
         misses += 1

@@ -7,13 +7,15 @@ the groups, from the rank that has them to those that ask; the driver sees refer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlinf.cluster.group import Ref, Shared, WorkerGroup
+from rlinf.config.model import planned_model_config
 from rlinf.config.schema import ActorModelConfig, Config
-from rlinf.data.packing import RankBatch, build_rank_batches
+from rlinf.data.packing import ATTENTION_LENGTH, RankBatch, attention_length, build_rank_batches
 from rlinf.data.records import GroupHeader
 from rlinf.workers.interfaces import TrainReport
 
@@ -50,14 +52,16 @@ class Role:
         return build_rank_batches(
             headers, advantages, dp=self.dp, n_minibatches=a.n_minibatches, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True,
             shuffle_seed=(config.data.seed, step) if a.shuffle_rollout else None, trained=trained,
+            attention_length=length_of(config.rollout.model_dir),
         )  # fmt: skip
 
     def look(self, config: Config, headers: Sequence[GroupHeader]) -> list[RankBatch]:
         """The share of every data-parallel rank of all samples, for a pass that trains nothing."""
         nothing = [np.zeros(len(header.sample_ids)) for header in headers]
         return build_rank_batches(
-            headers, nothing, dp=self.dp, n_minibatches=1, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True
-        )
+            headers, nothing, dp=self.dp, n_minibatches=1, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True,
+            attention_length=length_of(config.rollout.model_dir),
+        )  # fmt: skip
 
     async def work(
         self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], groups: Mapping[str, Ref], parts: Sequence[Part] = ()
@@ -78,6 +82,13 @@ class Role:
         """Call method(*args, *the parts that hold any group of its share) -> report on every rank."""
         share_of = [shares[rank // self.stage_ranks % self.dp] for rank in range(self.group.size)]
         return await self.group.call_each(method, [(*args, *holding(share, parts)) for share in share_of])
+
+
+@cache
+def length_of(model_dir: str) -> int:
+    """The context at which attention takes as long as the matrices, by which shares are made even; the actor's, for every role."""
+    hf, _warnings = planned_model_config(model_dir)
+    return attention_length(hf["hidden_size"]) if hf else ATTENTION_LENGTH
 
 
 def holding(share: RankBatch, parts: Sequence[Part]) -> list[Ref]:

@@ -11,24 +11,26 @@ from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.weights.architecture import Architecture
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-LOGITS_CHUNK, LOGITS_BLOCK = 1 << 27, 1 << 26  # training.logprobs: logits of one chunk, and fp32 numbers of a part of it
+LOGITS_CHUNK = {"cpu": 1 << 27, "gpu": 1 << 30}  # training.logprobs: logits of one chunk
+LOGITS_BLOCK = 1 << 26  # and fp32 numbers of a part of it
 BLOCK_COPIES = 3  # logits, their exponentials or gradient, a temporary
 
 
 @dataclass(frozen=True)
 class ActorMemory:
-    """Bytes of one actor rank. activations: kept for the backward pass and the layer that is computed again; head: the vocabulary's."""
+    """Bytes of one actor rank. activations: kept for the backward pass; workspace: the more of what the head takes and what the backward
+    pass of a layer takes, with the layers that are computed again for it: never both at one time."""
 
     parameters: int
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    head: int
+    workspace: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
@@ -55,57 +57,61 @@ def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
     return arch.n_layers // pp * layer_parameters(arch, tp) + heads * vocabulary + last * arch.hidden
 
 
-def actor_memory(arch: Architecture, config: Config, dp: int, stage: int) -> ActorMemory:
+def actor_memory(arch: Architecture, config: Config, dp: int, stage: int, gpu: bool) -> ActorMemory:
     """The largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are fp32; master weights (16-bit training) and Adam's two
     moments are fp32 and divided over the data- and context-parallel ranks."""
     model = config.actor.model
     tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     size, tokens = BYTES[model.precision], -(-config.runner.max_tokens_per_mbs // cp)
     parameters = rank_parameters(arch, tp, pp, stage)
+    kept, again = stage_activations(arch, model, tokens, pp - stage, gpu)
     return ActorMemory(
         parameters,
         weights=parameters * size,
         gradients=parameters * 4,
         optimizer=-(-parameters * (8 if size == 4 else 12) // (dp * cp)),
-        activations=stage_activations(arch, model, tokens, in_flight=pp - stage),
-        head=head_memory(arch, model, tokens) if stage == pp - 1 else 0,
+        activations=kept,
+        workspace=max(again, head_memory(arch, model, tokens, gpu) if stage == pp - 1 else 0),
     )
 
 
-def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
+def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool) -> int:
     """What one layer keeps of a rank's tokens for its backward pass: inputs of its two norms and two column-parallel matrices, of attention
-    (keys and values of all context-parallel ranks, repeated for the query heads) and its output twice, of the activation function and of
-    the last matrix."""
+    (keys and values of all context-parallel ranks; repeated for the query heads where it is not flash attention on a GPU) and of the norms
+    before it, its output twice, inputs of the activation function and of the last matrix."""
     tp = model.tensor_model_parallel_size
     hidden = 4 * arch.hidden // (tp if model.sequence_parallel else 1)
-    q = arch.n_heads * arch.head_dim
-    attention = (
-        q + 2 * arch.n_kv_heads * arch.head_dim + q
-        if model.recompute_granularity == "selective"
-        else (3 + 2 * model.context_parallel_size) * q
-    )
+    q, k = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
+    if model.recompute_granularity == "selective":
+        attention = 2 * q + 2 * k
+    else:
+        attention = 3 * q + 2 * model.context_parallel_size * (k if gpu and model.precision != "fp32" else q)
+    attention += (q + 2 * k) * arch.qk_norm
     return tokens * BYTES[model.precision] * (hidden + (attention + 3 * arch.ffn) // tp)
 
 
-def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, in_flight: int) -> int:
-    """Of one pipeline stage, which holds `in_flight` micro-batches at once (one forward, one backward: the first stage holds them all)."""
+def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, in_flight: int, gpu: bool) -> tuple[int, int]:
+    """Of one pipeline stage, which holds `in_flight` micro-batches at once (one forward, one backward: the first stage holds them all):
+    (what is kept, what is there while a layer's backward pass runs: layers that are computed again, gradients of its widest part)."""
     layers = arch.n_layers // model.pipeline_model_parallel_size
+    gradients = tokens * BYTES[model.precision] * (2 * arch.hidden + 4 * arch.ffn // model.tensor_model_parallel_size)
     residual = tokens * BYTES[model.precision] * arch.hidden // (model.tensor_model_parallel_size if model.sequence_parallel else 1)
-    whole = layer_activations(arch, model, tokens)
+    whole = layer_activations(arch, model, tokens, gpu)
     count = min(model.recompute_num_layers or 0, layers)
     if model.recompute_granularity != "full":
-        return in_flight * (layers * whole + residual)
+        return in_flight * (layers * whole + residual), gradients
     if model.recompute_method == "uniform":
-        return in_flight * -(-layers // count) * residual + count * whole
-    return in_flight * ((layers - count) * whole + count * residual) + whole
+        return in_flight * -(-layers // count) * residual, count * whole + gradients
+    # the first `count` layers are computed again: what the others keep is gone by then
+    return in_flight * ((layers - count) * whole + count * residual), (whole if count == layers else 0) + gradients
 
 
-def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
+def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool) -> int:
     """Hidden states of all tokens twice (gathered, selected) with their gradient, one chunk of logits,
     and the gradient of the head's weight."""
     rows = -(-arch.vocab // model.tensor_model_parallel_size)
     size = BYTES[model.precision]
-    logits = max(1, min(tokens, LOGITS_CHUNK // (size * rows))) * rows
+    logits = max(1, min(tokens, LOGITS_CHUNK["gpu" if gpu else "cpu"] // (size * rows))) * rows
     chunk = logits * size + BLOCK_COPIES * min(logits * 4, LOGITS_BLOCK)
     return 3 * tokens * arch.hidden * size + chunk + rows * arch.hidden * (4 + size)
 

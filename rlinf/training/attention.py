@@ -17,6 +17,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
 from rlinf.cpu_kernels import kernels_for
 from rlinf.rowwise import rotate
@@ -64,7 +65,7 @@ class PackedAttention(MegatronModule):
                 outputs.append(self._responses(q, *keys_of(piece.own), *keys_of(piece.prefix), piece))
             else:
                 k, v = keys_of(piece.prefix + piece.own)
-                outputs.append(self._attend(q[None], k[None], v[None])[0])
+                outputs.append(self._attend(q[None], k[None], v[None]).squeeze(0))
         out_THD = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return out_THD.reshape(out_THD.size(0), -1)
 
@@ -86,7 +87,8 @@ class PackedAttention(MegatronModule):
         if q.device.type == "cpu" and b * heads * length * size <= CPU_SCORES:
             return _CpuAttention.apply(q, k, v, self.scale)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if heads > groups:  # on CPU faster in training than enable_gqa
+        grouped = heads > groups and _takes_groups(q, k, v)
+        if heads > groups and not grouped:
             k, v = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
         if length == size:
             mask = None
@@ -94,7 +96,14 @@ class PackedAttention(MegatronModule):
             mask = _to_the_end(length, size)
         else:
             mask = torch.ones(length, size, dtype=torch.bool).tril(size - length)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+
+def _takes_groups(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether keys and values of fewer heads can stay as they are: flash attention on a GPU reads them so. What torch takes in fp32 and on
+    older GPUs does not, and on CPU repeated heads are faster in training."""
+    return q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, q.size(2) == k.size(2), True))
 
 
 def _to_the_end(length: int, size: int) -> Tensor:

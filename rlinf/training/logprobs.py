@@ -19,6 +19,7 @@ from torch import Tensor
 from rlinf.cpu_kernels import kernels_for
 
 CHUNK_BYTES = 1 << 27  # logits of one chunk
+GPU_CHUNK_BYTES = 1 << 30  # there: each chunk adds a gradient as large as the head's weight to the sum, and each but one is computed twice
 BLOCK_BYTES = 1 << 26  # fp32 numbers of some of its rows
 CPU_BLOCK_BYTES = 1 << 22  # there they stay in the cache
 PADDING = -1e30  # logit of a padding row: probability 0, and 0 * logit is 0, not NaN
@@ -49,7 +50,8 @@ class _TargetLogprobs(torch.autograd.Function):
         local = targets - rank * rows
         mine, columns = (local >= 0) & (local < rows), local.clamp(0, rows - 1)[:, None]
         ctx.temperature, ctx.n_valid = temperature, min(max(vocab - rank * rows, 0), rows)
-        ctx.chunk = _even_chunk(len(targets), max(1, CHUNK_BYTES // (weight.element_size() * rows)))
+        most = (GPU_CHUNK_BYTES if weight.is_cuda else CHUNK_BYTES) // (weight.element_size() * rows)
+        ctx.chunk = _even_chunk(len(targets), max(1, most))
         logprob, lse, entropy = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
         room = hidden.new_empty(min(ctx.chunk, len(targets)), rows)  # one for all chunks: fresh pages cost time, two of them memory
         for a in range(0, len(targets), ctx.chunk):
@@ -67,24 +69,26 @@ class _TargetLogprobs(torch.autograd.Function):
             lse[part] = top / temperature + log_total
             entropy[part] = log_total - sums[2] / sums[0]
         ctx.room = room
+        ctx.set_materialize_grads(False)  # whether the entropy has a gradient is seen without a look at it
         ctx.save_for_backward(hidden, weight, columns, mine, lse, entropy)
         return logprob, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, columns, mine, lse, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), None
-        one_chunk, with_entropy = len(lse) <= ctx.chunk, bool(grad_entropy.any())
+        one_chunk = len(lse) <= ctx.chunk
         room, filled = ctx.room, ctx.room is not None
         ctx.room = None  # the logits in it serve once: the gradient takes their place
         if not filled:
             room = hidden.new_empty(min(ctx.chunk, len(lse)), weight.size(0))
-        by_logit, by_entropy = grad_logprob / ctx.temperature, grad_entropy / ctx.temperature
+        by_logit = torch.zeros_like(lse) if grad_logprob is None else grad_logprob / ctx.temperature
+        by_entropy = None if grad_entropy is None else grad_entropy / ctx.temperature
         for a in reversed(range(0, len(lse), ctx.chunk)):  # the last one first: then its logits go
             part = slice(a, a + ctx.chunk)
             logits = room[: len(lse) - a] if filled else _logits(hidden[part], weight, room)
             filled = False
-            grads = (by_logit[part], by_entropy[part] if with_entropy else None)
+            grads = (by_logit[part], None if by_entropy is None else by_entropy[part])
             _become_gradient(logits, columns[part], mine[part], lse[part], entropy[part], *grads, ctx.temperature, ctx.n_valid)
             grad_hidden[part] = logits @ weight
             if grad_weight is None:
@@ -120,7 +124,7 @@ def _sums(logits_NV: Tensor, top_N: Tensor, columns_N1: Tensor, temperature: flo
         weights = below.exp()
         sums[0, block] = weights.sum(1)
         sums[1, block] = below.gather(1, columns_N1[block])[:, 0]
-        sums[2, block] = _row_dot(weights, below)
+        sums[2, block] = below.mul_(weights).sum(1)
     return sums
 
 
@@ -153,10 +157,6 @@ def _become_gradient(
 def _blocks(logits_NV: Tensor) -> Iterator[slice]:
     rows = max(1, (CPU_BLOCK_BYTES if logits_NV.device.type == "cpu" else BLOCK_BYTES) // (4 * logits_NV.size(1)))
     return (slice(a, min(a + rows, len(logits_NV))) for a in range(0, len(logits_NV), rows))
-
-
-def _row_dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    return torch.bmm(a_NV[:, None], b_NV[:, :, None])[:, 0, 0]  # no [N, V] product in memory
 
 
 def _scaled(logits_NV: Tensor, temperature: float, n_valid: int) -> Tensor:

@@ -178,7 +178,7 @@ class PackedModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         share = batch.share
         found = target_logprobs(
-            hidden[:, 0].index_select(0, share.predict_rows),
+            hidden.squeeze(1).index_select(0, share.predict_rows),
             weight,
             batch.targets if share.tokens is None else batch.targets[share.tokens],
             temperature=batch.temperature,
@@ -193,7 +193,7 @@ class PackedModel(GPTModel):
         """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        values = hidden[:, 0].index_select(0, batch.share.predict_rows).float() @ self.score[0].float()
+        values = hidden.squeeze(1).index_select(0, batch.share.predict_rows).float() @ self.score[0].float()
         return values if batch.share.tokens is None else self._all_tokens(values, batch)
 
     def _all_tokens(self, values: Tensor, batch: PackedBatch) -> Tensor:

@@ -89,7 +89,7 @@ class Wire(Member):
                 specs, nbytes = layout(bucket)
                 buffer = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)  # zeros: the gaps between tensors count in the checksum
                 fill(buffer, specs, bucket)
-                sent.append(BucketSpec(f"{self.group.name}, v{version}-{i}", nbytes, specs, checksum(buffer.cpu())))
+                sent.append(BucketSpec(f"{self.group.name}, v{version}-{i}", nbytes, specs, checksum(buffer)))
                 described = torch.frombuffer(
                     bytearray(json.dumps([sent[-1].key, nbytes, sent[-1].checksum, specs]).encode()), dtype=torch.uint8
                 )

@@ -25,6 +25,7 @@ from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.devices import data_sheet_flops
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training import checkpoint
+from rlinf.training import logprobs as head
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
@@ -70,6 +71,23 @@ def test_a_shared_prompt_gives_what_copies_give(
                 found |= dict(zip(batch.sample_ids, (v.float().cpu() for v in values.split(lengths))))
     assert shared.keys() == apart.keys() and len(shared) > 10
     assert max(float((shared[k] - apart[k]).abs().max()) for k in shared) <= tolerance
+
+
+def test_chunks_of_logits_do_not_change_the_head(device: torch.device, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients of five chunks are those of one."""
+    from megatron.core import parallel_state
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).to(device).requires_grad_() for n in (40, 96))
+    targets, found = torch.randint(0, 90, (40,), generator=generator).to(device), []
+    for rows in (8, 40):
+        for name in ("CHUNK_BYTES", "GPU_CHUNK_BYTES"):
+            monkeypatch.setattr(head, name, rows * 96 * 4)
+        group = parallel_state.get_tensor_model_parallel_group()
+        logprob, entropy = head.target_logprobs(hidden, weight, targets, temperature=0.7, vocab=90, group=group)
+        found.append([logprob, entropy, *torch.autograd.grad((logprob * 2 + entropy).sum(), [hidden, weight])])
+    for in_five, in_one in zip(*found):
+        torch.testing.assert_close(in_five, in_one, rtol=1e-3, atol=1e-3 if device.type == "cuda" else 1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])

@@ -75,6 +75,7 @@ patch(
 )  # fmt: skip
 patch(torch.cuda.random, get_rng_state=torch.cuda.get_rng_state, set_rng_state=torch.cuda.set_rng_state)
 patch(torch.cuda.nccl, version=lambda: (2, 0, 0))
+patch(torch.backends.cuda, can_use_flash_attention=lambda *_: True)  # where a mask has torch's name for causal
 
 _resize, _to = torch.UntypedStorage.resize_, torch.UntypedStorage.to
 

@@ -1,0 +1,70 @@
+"""What `rlinf plan` says of an actor rank's memory, against the peak of a real step. Its twin on CPU counts what autograd keeps
+(rlinf/scheduling/memory_test.py); only a GPU has a peak of tensors."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from rlinf import device as devices
+from rlinf.checks.acceptance_parts import QWEN3_06B, SETTINGS, long_batch
+from rlinf.config.schema import ActorModelConfig, Config, OptimConfig
+from rlinf.scheduling.memory import actor_memory
+from rlinf.training.engine import MegatronEngine
+from rlinf.weights.architecture import Architecture, read_architecture
+
+TOKENS, LAYERS = 1024, 6
+SHAPE = QWEN3_06B | {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": LAYERS, "head_dim": 64,
+    "num_attention_heads": 8,
+}  # fmt: skip
+FULL = {"recompute_granularity": "full"}
+ALLOWANCE = 34 << 20  # a GPU's matrix library takes a workspace of torch's memory
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    ("precision", "kv_heads", "recompute"),
+    [
+        ("fp32", 8, {}),
+        ("fp32", 8, FULL | {"recompute_method": "uniform", "recompute_num_layers": 1}),
+        ("fp32", 8, FULL | {"recompute_method": "block", "recompute_num_layers": 4}),
+        ("fp32", 8, {"recompute_granularity": "selective"}),
+        ("fp32", 8, FULL | {"recompute_method": "block", "recompute_num_layers": LAYERS}),
+        ("bf16", 2, {}),
+    ],
+    ids=["fp32", "uniform", "block", "selective", "every layer", "grouped heads in bf16"],
+)
+def test_the_plan_of_a_ranks_memory_is_its_peak(
+    at: Any, device: torch.device, precision: str, kv_heads: int, recompute: dict[str, Any]
+) -> None:
+    """It may promise a little more than is taken, as it does for a head as small as this one, and must not promise less."""
+    config, arch = Config(), read_architecture(SHAPE | {"num_key_value_heads": kv_heads})
+    config.actor.model = ActorModelConfig(precision=precision, transformer_impl="local", **recompute)
+    config.runner.max_tokens_per_mbs = TOKENS
+    plan = actor_memory(arch, config, dp=1, stage=0, gpu=True)
+    gc.collect()  # an engine before this one
+    before = devices.memory_in_use(device)
+    engine = random_engine(arch, config.actor.model, at, device)
+    engine.optimizer_state.allocate()
+    resting = devices.memory_in_use(device) - before
+    packs, denominators = long_batch(engine, TOKENS)
+    devices.forget_peak(device)
+    done = engine.update(packs[:1], None, None, denominators, SETTINGS, None)
+    passing = devices.peak_memory(device) - before - resting
+    planned, kept = plan.activations + plan.workspace, plan.weights + plan.gradients + plan.optimizer
+    assert not done.skipped
+    assert 0.8 * planned < passing < 1.03 * planned + (ALLOWANCE if torch.version.cuda else 0), (passing / planned, plan)
+    assert 0.97 * kept < resting < 1.08 * kept + (ALLOWANCE if torch.version.cuda else 0), (resting / kept, plan)
+
+
+def random_engine(arch: Architecture, model: ActorModelConfig, at: Any, device: torch.device) -> MegatronEngine:
+    engine = MegatronEngine(arch, model, OptimConfig(lr=1e-6), at, device)
+    with torch.no_grad():
+        for _, param in engine.state.params:
+            param.normal_(0, 0.02) if param.ndim > 1 else param.fill_(1.0)
+    engine.optimizer.reload_model_params()
+    return engine
