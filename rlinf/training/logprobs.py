@@ -9,7 +9,11 @@ Shape legend: N rows, H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,16 +61,13 @@ class _TargetLogprobs(torch.autograd.Function):
         for a in range(0, len(targets), ctx.chunk):
             part = slice(a, a + ctx.chunk)
             logits = _logits(hidden[part], weight, room)
-            top = _top(logits, ctx.n_valid)
-            if ranks > 1:
-                dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-            sums = _sums(logits, top, columns[part], temperature, ctx.n_valid)
+            top, sums = _row_sums(logits, columns[part], temperature, ctx.n_valid, group)
             sums[1].masked_fill_(~mine[part], 0.0)
             if ranks > 1:
                 dist.all_reduce(sums, group=group)
             log_total = sums[0].log()
             logprob[part] = sums[1] - log_total
-            lse[part] = top / temperature + log_total
+            lse[part] = top + log_total
             entropy[part] = log_total - sums[2] / sums[0]
         ctx.room = room
         ctx.set_materialize_grads(False)  # whether the entropy has a gradient is seen without a look at it
@@ -106,6 +107,38 @@ def _logits(hidden_NH: Tensor, weight_VH: Tensor, room: Tensor) -> Tensor:
     return torch.mm(hidden_NH, weight_VH.t(), out=room[: len(hidden_NH)])
 
 
+def _fused(device: torch.device) -> ModuleType | None:
+    """Our kernels for a GPU."""
+    return _triton_kernels() if device.type == "cuda" else None
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    """Triton comes with torch for CUDA; it needs the machine's C compiler to start what it compiles."""
+    if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return None
+    return importlib.import_module("rlinf.training.head_kernels")
+
+
+def _row_sums(logits_NV: Tensor, columns_N1: Tensor, temperature: float, valid: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Of z = logit / temperature in fp32: the largest of all ranks [N]; relative to it, of this rank alone, what _sums() says [3, N]."""
+    several = dist.get_world_size(group) > 1
+    if (fused := _fused(logits_NV.device)) is not None:
+        own, sums = fused.head_sums(logits_NV, columns_N1, temperature, valid)
+        top = own
+        if several:
+            dist.all_reduce(top := own.clone(), dist.ReduceOp.MAX, group=group)
+            below = own - top
+            sums[2] = (sums[2] + below * sums[0]).mul_(below.exp())
+            sums[0] *= below.exp()
+            sums[1] += below
+        return top, sums
+    top = _top(logits_NV, valid)
+    if several:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    return top / temperature, _sums(logits_NV, top, columns_N1, temperature, valid)
+
+
 def _top(logits_NV: Tensor, valid: int) -> Tensor:
     """Largest logit of each row [N] in fp32."""
     if not valid:
@@ -140,7 +173,8 @@ def _become_gradient(
     valid: int,
 ) -> None:
     """The gradient takes the logits' place. by_logit, by_entropy: of the loss by log-probability and entropy, over the temperature."""
-    if (own := kernels_for(logits_NV.dtype, logits_NV.device)) is not None:
+    own = _fused(logits_NV.device) or kernels_for(logits_NV.dtype, logits_NV.device)
+    if own is not None:
         own.head_back(logits_NV, columns_N1, mine_N, lse_N, entropy_N, by_logit_N, by_entropy_N, temperature, valid)
         return
     for rows in _blocks(logits_NV):

@@ -77,13 +77,24 @@ patch(torch.cuda.random, get_rng_state=torch.cuda.get_rng_state, set_rng_state=t
 patch(torch.cuda.nccl, version=lambda: (2, 0, 0))
 patch(torch.backends.cuda, can_use_flash_attention=lambda *_: True)  # where a mask has torch's name for causal
 
-_resize, _to = torch.UntypedStorage.resize_, torch.UntypedStorage.to
+_resize, _to, _copy = torch.UntypedStorage.resize_, torch.UntypedStorage.to, torch.UntypedStorage.copy_
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def copy_(storage: torch.UntypedStorage, source: torch.UntypedStorage, non_blocking: bool = False) -> torch.UntypedStorage:
+    if "cuda" not in (storage.device.type, source.device.type):
+        return _copy(storage, source, non_blocking)
+    bytes_of(storage).copy_(bytes_of(source), non_blocking=non_blocking)
+    return storage
 
 
 def to(storage: torch.UntypedStorage, *, device: torch.device, non_blocking: bool = False) -> torch.UntypedStorage:
     if torch.device(device).type != "cuda":
         return _to(storage, device=device, non_blocking=non_blocking)
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).to(device).untyped_storage()
+    return bytes_of(storage).to(device).untyped_storage()
 
 
 def resize_(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
@@ -106,6 +117,7 @@ def new_shared_cuda(device: int, handle: bytes, nbytes: int, *_: Any) -> torch.U
 
 torch.UntypedStorage.resize_ = resize_
 torch.UntypedStorage.to = to
+torch.UntypedStorage.copy_ = copy_
 torch.UntypedStorage._share_cuda_ = share_cuda
 torch.UntypedStorage._new_shared_cuda = staticmethod(new_shared_cuda)
 torch.UntypedStorage._release_ipc_counter = staticmethod(nothing)
