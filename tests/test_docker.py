@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -89,6 +90,17 @@ def test_the_lock_and_the_build_requirements_do_not_quarrel() -> None:
         wanted = Requirement(line)
         if canonicalize_name(wanted.name) in versions:
             assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)]), line
+
+
+def test_the_image_has_what_kuberay_asks_for() -> None:
+    """Jobs are submitted and pods are probed over HTTP, which a Ray without its extra does not speak; the probes call wget."""
+    asked = [Requirement(text) for text in importlib.metadata.requires("ray") or []]
+    extra = [wanted for wanted in asked if wanted.marker and wanted.marker.evaluate(TARGET | {"extra": "default"})]
+    assert {"aiohttp-cors", "opencensus"} <= {canonicalize_name(wanted.name) for wanted in extra}
+    assert [str(wanted) for wanted in extra if not wanted.specifier.contains(locked()[canonicalize_name(wanted.name)])] == []
+    ray = {wanted.name: str(wanted.specifier) for wanted in map(Requirement, lines("gpu.txt") + lines("base.txt"))}["ray"]
+    assert f"ray[default]{ray}" in lines("gpu.txt")
+    assert "wget" in DOCKERFILE[DOCKERFILE.index("AS run") :].split()
 
 
 def test_what_is_built_from_source_is_told() -> None:

@@ -68,7 +68,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     yield from packages(pins("base"), installed_version)
     yield compiled_code(cpu_flags(), own.name if (own := kernels()) else None)
     if cuda:
-        yield from packages(pins("gpu"), installed_version)
+        yield from packages({name: pin for name, pin in pins("gpu").items() if name not in pins("base")}, installed_version)
     yield from devices(cuda, has_gpu(), device.usable(), torch.version.cuda, driver_version())
     if resolved:
         yield configuration(resolved)

@@ -24,7 +24,7 @@ def told(findings: Iterable[Finding] | Finding) -> list[tuple[str, str]]:
 def test_pins_are_those_of_the_requirements() -> None:
     base, gpu = doctor.pins("base"), doctor.pins("gpu")
     assert base["megatron-core"] == "0.16.1" and base["ray"] == "2.60.0" and base["numpy"].startswith("2.")
-    assert set(gpu) == {"sglang", "transformer-engine"}
+    assert set(gpu) == {"sglang", "transformer-engine", "ray"} and gpu["ray"] == base["ray"]
 
 
 def test_packages_off_their_pins_are_named_and_some_are_fatal() -> None:
