@@ -7,7 +7,7 @@ Environment:
     RLINF_RAY_PORT             port of the head, default 6379
     RLINF_NUM_GPUS, RLINF_NUM_CPUS    devices of this node; default: its GPUs (those of CUDA_VISIBLE_DEVICES where that is set), and its
                                cores (the process slots of a CPU node)
-    RLINF_OBJECT_STORE_BYTES   default: 5 % of the memory, between 512 MiB and 64 GiB
+    RLINF_OBJECT_STORE_BYTES   default: 5 % of the memory, between 512 MiB and 64 GiB, at most 0.4 of what is free in /dev/shm
     RLINF_START_TIMEOUT        seconds to wait for the head, default 600
     RLINF_CLUSTER_ID           same on all nodes: an address file with another id is not this cluster's
     RLINF_RAY_STATE            folder of this node's state, default /tmp/rlinf-ray-<user id>
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import resource
 import secrets
 import shutil
 import socket
@@ -30,12 +31,14 @@ from pathlib import Path
 
 from rlinf.cluster.host import SIOCGIFADDR, cores, free_port
 from rlinf.cluster.processes import end_marked, marked
-from rlinf.cluster.state import listens, object_store_bytes, state_folder
+from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, state_folder
 from rlinf.errors import UserError
 
 MARK = "RLINF_RAY_NODE"  # in the environment of every process of the node's Ray, and of the workers inside it
 ROOT = Path(__file__).resolve().parent.parent.parent
 ADDRESS_FILE, TOKEN_FILE = "ray_head_ip.txt", "ray_token"
+OPEN_FILES = 1 << 20  # more is of no use, and some programs walk through all that they may open
+TRIES = 3  # a node under load may miss one connection; whoever calls it dead ends it
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def start(shared: Path, head_address: str | None) -> None:
     rank, state = int(os.environ["RANK"]), state_folder()
     if (state / "mark").exists():
         address, mark = (state / "address").read_text(), (state / "mark").read_text()
-        if listens(address) and any(name_of(pid) == "raylet" for pid in marked(mark, MARK)):
+        if lives(address, mark):
             say(f"already up: node {(state / 'rank').read_text()} of the Ray cluster at {address} (start_ray.sh --stop ends it)")
             return
         stop(shared)  # what is left of a cluster that is dead
@@ -104,6 +107,7 @@ def start(shared: Path, head_address: str | None) -> None:
 
 def launch(rank: int, head: Head, state: Path, mark: str) -> None:
     """`ray start`, which returns when the node has joined."""
+    allow_open_files()
     gpus = os.environ.get("RLINF_NUM_GPUS") or visible_gpus()
     node_ip = head.host if rank == 0 else own_address(head.host)
     command = [
@@ -116,7 +120,7 @@ def launch(rank: int, head: Head, state: Path, mark: str) -> None:
         f"--num-cpus={os.environ.get('RLINF_NUM_CPUS') or cores()}",
         f"--labels=rlinf-node-rank={rank}",
         "--disable-usage-stats",
-        f"--object-store-memory={os.environ.get('RLINF_OBJECT_STORE_BYTES') or object_store_bytes()}",
+        f"--object-store-memory={object_store_bytes()}",
     ]
     if rank == 0:
         command += [
@@ -141,7 +145,17 @@ def launch(rank: int, head: Head, state: Path, mark: str) -> None:
         end_marked(mark, MARK)
         shutil.rmtree(state)
         end = "\n".join(done.stdout.strip().splitlines()[-8:])
-        raise UserError(f"`ray start` failed on node {rank} with exit code {done.returncode}:\n{end}")
+        remedy = STORE_REMEDY if "object store" in end else "Mend what it says, then run start_ray.sh again"
+        raise UserError(f"`ray start` failed on node {rank} with exit code {done.returncode}:\n{end}\n{remedy}")
+
+
+def allow_open_files() -> None:
+    """As many as this user may have: Ray's daemons keep the limit that they are started with, which is 1024 in most shells, and need a file
+    for each connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def environment(state: Path, mark: str) -> dict[str, str]:
@@ -238,14 +252,21 @@ def status() -> bool:
         say("no Ray node was started here")
         return True
     address, rank = (state / "address").read_text(), (state / "rank").read_text()
-    alive = any(name_of(pid) == "raylet" for pid in marked((state / "mark").read_text(), MARK)) and listens(address)
+    alive = lives(address, (state / "mark").read_text())
     say(f"node {rank} of the Ray cluster at {address} " + ("is up" if alive else "is dead: run start_ray.sh again"))
     return alive
 
 
-def visible_gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
-    """GPUs of this machine that the processes of its node may see: Ray refuses to offer more."""
-    there, visible = sum(1 for _ in driver.glob("*")), os.environ.get("CUDA_VISIBLE_DEVICES")
+def lives(address: str, mark: str) -> bool:
+    """Whether the raylet that was started here runs, and its head answers at one of TRIES attempts."""
+    return any(name_of(pid) == "raylet" for pid in marked(mark, MARK)) and any(listens(address) for _ in range(TRIES))
+
+
+def visible_gpus(driver: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path("/dev")) -> int:
+    """GPUs of this machine that the processes of its node may see: Ray refuses to offer more. A container may be shown all GPUs of its host
+    in /proc and be given some of their device files."""
+    there = min(sum(1 for _ in driver.glob("*")), sum(1 for _ in devices.glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if visible is None or not there else len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])
 
 

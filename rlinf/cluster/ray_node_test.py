@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rlinf.cluster.ray_node import visible_gpus
+from rlinf.cluster import ray_node
+from rlinf.cluster.ray_node import Head, launch, lives, visible_gpus
+from rlinf.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -18,7 +23,63 @@ def test_a_node_offers_the_gpus_that_its_processes_may_see(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    for i in range(8):
-        (tmp_path / f"0000:0{i}:00.0").mkdir()
-    assert visible_gpus(tmp_path) == gpus
-    assert visible_gpus(tmp_path / "absent") == 0
+    driver, devices = plant(tmp_path, 8, 8)
+    assert visible_gpus(driver, devices) == gpus
+    assert visible_gpus(tmp_path / "absent", devices) == 0
+
+
+def test_a_container_that_is_shown_all_gpus_offers_those_that_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(*plant(tmp_path, 8, 2)) == 2
+
+
+def plant(folder: Path, shown: int, given: int) -> tuple[Path, Path]:
+    """What the driver says in /proc, and the files in /dev."""
+    driver, devices = folder / "gpus", folder / "dev"
+    for i in range(shown):
+        (driver / f"0000:0{i}:00.0").mkdir(parents=True)
+    devices.mkdir()
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{i}" for i in range(given))):
+        (devices / name).touch()
+    return driver, devices
+
+
+def test_a_head_that_misses_two_connections_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([False, False, True])
+    monkeypatch.setattr(ray_node, "marked", lambda *_: [1])
+    monkeypatch.setattr(ray_node, "name_of", lambda _: "raylet")
+    monkeypatch.setattr(ray_node, "listens", lambda _: next(answers))
+    assert lives("10.0.0.9:6379", "mark")
+    monkeypatch.setattr(ray_node, "listens", lambda _: False)
+    assert not lives("10.0.0.9:6379", "mark")
+
+
+def test_ray_is_started_with_all_the_open_files_that_this_user_may_have() -> None:
+    """In a process of its own: what a hard limit was lowered to stays."""
+    code = (
+        "import resource; from rlinf.cluster.ray_node import allow_open_files; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048));"
+        "allow_open_files(); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "2048 2048\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("ValueError: The configured object store size (64.0 GB) exceeds /dev/shm size (0.06 GB).", "--shm-size=256g or --ipc=host"),
+        ("the port is taken", "run start_ray.sh again"),
+    ],
+)
+def test_a_start_that_fails_says_what_to_do(words: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        limits.append(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        return subprocess.CompletedProcess(command, 1, stdout=f"a\n{words}\n")
+
+    monkeypatch.setattr(ray_node.subprocess, "run", fail)
+    (tmp_path / "state").mkdir()
+    with pytest.raises(UserError) as caught:
+        launch(0, Head("127.0.0.1", 6379), tmp_path / "state", "no such mark")
+    assert words in str(caught.value) and remedy in str(caught.value) and not (tmp_path / "state").exists()
+    assert limits == [min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], ray_node.OPEN_FILES)]

@@ -20,7 +20,7 @@ from ray._private import parameter, ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config
 
 from rlinf.cluster.processes import RUN_ID
-from rlinf.cluster.state import listens, object_store_bytes, state_folder
+from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, state_folder
 from rlinf.errors import UserError
 
 LONGEST_TMP = 40  # characters: a unix socket's path has at most 107, and Ray appends 60
@@ -66,8 +66,8 @@ class RaySession:
         return True
 
     def start(self, slots: int, cuda: bool) -> None:
-        """Start a private Ray with `slots` CPU slots, or with this machine's GPUs."""
-        base = tempfile.gettempdir()
+        """Start a private Ray with `slots` CPU slots, or with this machine's GPUs. Raises UserError when its object store does not fit."""
+        store, base = object_store_bytes(), tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="rlinf-", dir=base if len(base) <= LONGEST_TMP else "/tmp"))
         token = self.folder / "token"
         token.touch(mode=0o600)
@@ -76,18 +76,24 @@ class RaySession:
         self.prepare(on_loopback=True)
         # Not started: the autoscaler's process, and the one that sends logs to drivers. Each costs a CPU second and nothing here needs it.
         parameter.RayParams = partial(RAY_PARAMS, no_monitor=True, include_log_monitor=False)
-        ray.init(
-            address="local",
-            num_cpus=None if cuda else slots,
-            num_gpus=None if cuda else 0,
-            include_dashboard=False,
-            object_store_memory=object_store_bytes(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(self.folder),
-            _system_config={"enable_metrics_collection": False},
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=None if cuda else slots,
+                num_gpus=None if cuda else 0,
+                include_dashboard=False,
+                object_store_memory=store,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self.folder),
+                _system_config={"enable_metrics_collection": False},
+            )
+        except ValueError as error:
+            if "object store" not in str(error):
+                raise
+            self.close(keep_logs=False)
+            raise UserError(f"Ray was not started, for its object store of {store / 2**30:.1f} GiB: {error}\n{STORE_REMEDY}") from error
 
     def prepare(self, on_loopback: bool) -> None:
         """Have Ray, which reads its environment when imported, look again; its notices go to ray.log, not between the progress lines."""

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
+
+from rlinf.errors import UserError
+
+STORE_BYTES = "RLINF_OBJECT_STORE_BYTES"
+STORE_REMEDY = (
+    "Give /dev/shm more room (in a container --shm-size=256g or --ipc=host, in Kubernetes an emptyDir with medium: Memory), or ask for "
+    f"less: export {STORE_BYTES}"
+)
 
 
 def state_folder() -> Path:
@@ -20,7 +29,15 @@ def listens(address: str) -> bool:
         return probe.connect_ex((host, int(port))) == 0
 
 
-def object_store_bytes() -> int:
-    """5 % of the memory, between 512 MiB and 64 GiB; only what is used is ever touched."""
+def object_store_bytes(shm: Path = Path("/dev/shm")) -> int:
+    """RLINF_OBJECT_STORE_BYTES, or 5 % of the memory, between 512 MiB and 64 GiB. Only what is used is ever touched.
+
+    Not more than 0.4 of what is free in /dev/shm, where the store is: weights on their way to the engines take the rest, and Ray refuses
+    to start a store above 10 GB that does not fit there.
+    """
+    if given := os.environ.get(STORE_BYTES):
+        if not given.isdecimal():
+            raise UserError(f"{STORE_BYTES} is {given!r}: give a whole number of bytes, such as 68719476736, or unset it")
+        return int(given)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(512 << 20, min(64 << 30, memory // 20))
+    return max(512 << 20, min(64 << 30, memory // 20, shutil.disk_usage(shm).free * 2 // 5))
