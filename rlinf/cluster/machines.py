@@ -14,6 +14,7 @@ from rlinf.config.schema import ClusterConfig
 from rlinf.errors import UserError
 
 RANK_LABEL = "rlinf-node-rank"  # set by ray_utils/start_ray.sh from RANK
+NAMES = {"GPU": "GPUs", "CPU": "CPU slots"}  # of Ray's resources, in messages
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,45 @@ class Machine:
     devices: int
 
 
-def wait_for_machines(config: ClusterConfig, device: str) -> list[Machine]:
-    """The first config.num_nodes nodes by rank, once they are up. Raises UserError naming what is missing at the time-out."""
+def wait_for_machines(config: ClusterConfig, device: str, private: bool = False) -> list[Machine]:
+    """The first config.num_nodes nodes by rank, once they are up. private: of a Ray that no other node will join.
+
+    Raises UserError naming what is missing at the time-out, and at once when a node of the run has too few devices.
+    """
+    resource = "GPU" if device == "cuda" else "CPU"
     deadline = time.monotonic() + config.start_timeout
-    while len(nodes := alive_nodes()) < config.num_nodes:
+    while (chosen := choose(nodes := alive_nodes(), config, resource, private)) is None:
         if time.monotonic() > deadline:
-            raise UserError(missing_message(nodes, config))
+            raise UserError(missing_message(nodes, config, resource))
         time.sleep(1.0)
     machines = [
         Machine(rank, node["NodeID"], node["NodeManagerAddress"], node["NodeManagerPort"], config.num_gpus_per_node)
-        for rank, node in enumerate(nodes[: config.num_nodes])
+        for rank, node in enumerate(chosen)
     ]
-    resource = "GPU" if device == "cuda" else "CPU"
-    for machine, node in zip(machines, nodes):
-        has = int(node["Resources"].get(resource, 0))
+    for machine, node in zip(machines, chosen):
+        has = devices_of(node, resource)
         if has < config.num_gpus_per_node:
-            what = "GPUs" if resource == "GPU" else "CPU slots"
             raise UserError(
-                f"cluster.num_gpus_per_node is {config.num_gpus_per_node}, but node {machine.rank} ({machine.host}) has {has} {what}: "
-                "lower the key, or start the node with more (ray_utils/start_ray.sh)"
+                f"cluster.num_gpus_per_node is {config.num_gpus_per_node}, but node {machine.rank} ({machine.host}) has {has} "
+                f"{NAMES[resource]}: lower the key, or start the node with more (ray_utils/start_ray.sh)"
             )
     return machines
+
+
+def choose(nodes: list[dict[str, Any]], config: ClusterConfig, resource: str, private: bool) -> list[dict[str, Any]] | None:
+    """The nodes of the run, or None while others may come.
+
+    A node without a rank and with too few devices, such as the head that KubeRay gives no GPU, is passed over where enough others are
+    there. It is waited for these as long as some have none at all: nodes with a few are not going to have more.
+    """
+    fit = [n for n in nodes if RANK_LABEL in n["Labels"] or devices_of(n, resource) >= config.num_gpus_per_node]
+    some = [n for n in nodes if RANK_LABEL in n["Labels"] or devices_of(n, resource) > 0 or private]
+    found = fit if len(fit) >= config.num_nodes else some
+    return found[: config.num_nodes] if len(found) >= config.num_nodes else None
+
+
+def devices_of(node: dict[str, Any], resource: str) -> int:
+    return int(node["Resources"].get(resource, 0))
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -68,12 +87,16 @@ def alive_nodes() -> list[dict[str, Any]]:
     )
 
 
-def missing_message(nodes: list[dict[str, Any]], config: ClusterConfig) -> str:
+def missing_message(nodes: list[dict[str, Any]], config: ClusterConfig, resource: str) -> str:
     ranks = [int(n["Labels"][RANK_LABEL]) for n in nodes if RANK_LABEL in n["Labels"]]
     absent = sorted(set(range(config.num_nodes)) - set(ranks))
-    present = ", ".join(f"{n['NodeManagerAddress']} (rank {n['Labels'].get(RANK_LABEL, 'not given')})" for n in nodes)
+    present = ", ".join(
+        f"{n['NodeManagerAddress']} (rank {n['Labels'].get(RANK_LABEL, 'not given')}, {devices_of(n, resource)} {NAMES[resource]})"
+        for n in nodes
+    )
     named = f" No node has rank {', '.join(map(str, absent))}." if len(ranks) == len(nodes) else ""
+    able = f", not all with {NAMES[resource]}" if len(nodes) >= config.num_nodes else ""
     return (
-        f"cluster.num_nodes is {config.num_nodes}, but after cluster.start_timeout = {config.start_timeout} s only {len(nodes)} are up: "
-        f"{present}.{named} Run ray_utils/start_ray.sh on the others, or lower cluster.num_nodes"
+        f"cluster.num_nodes is {config.num_nodes}, but after cluster.start_timeout = {config.start_timeout} s only {len(nodes)} are up"
+        f"{able}: {present}.{named} Run ray_utils/start_ray.sh on the others, or lower cluster.num_nodes"
     )

@@ -71,7 +71,7 @@ class RayCluster(Cluster):
         self.device = "cuda" if cuda else "cpu"
         folders = (self.session.folder,) if self.session.folder else ()
         self.sentinel = start_sentinel(self.run_id, folders)
-        self.machines = wait_for_machines(config, self.device)
+        self.machines = wait_for_machines(config, self.device, private=self.session.folder is not None)
         self.here = ray.get_runtime_context().get_node_id()
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         doors = [Door("Ray's control store (GCS)", host, int(port))]
