@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf.errors import RunFailed, UserError
+from rlinf.hardware import cores
 
 if TYPE_CHECKING:
     from rlinf.config.load import Resolved
@@ -380,7 +380,7 @@ def compare(args: argparse.Namespace) -> int:
     arg("input", metavar="IN", type=Path),
     arg("output", metavar="OUT", type=Path),
     JUDGED_AS_IN,
-    arg("--processes", type=int, default=os.cpu_count() or 1, help="verifier processes (default: one a core)"),
+    arg("--processes", type=int, default=cores(), help="verifier processes (default: one a core)"),
 )
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file

@@ -1,19 +1,59 @@
-"""What this machine has, as its files say it: asks no library, starts nothing."""
+"""What this machine has, as its files and its kernel say it: asks no library, starts nothing."""
 
 from __future__ import annotations
 
+import errno
 import os
+import random
+import socket
 from functools import cache
 from pathlib import Path
 
+from rlinf.errors import RunFailed
+
 GPUS = "CUDA_VISIBLE_DEVICES"  # the variable that says which GPUs a process sees; CUDA reads it once
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # x86's and ARM's words for instructions that multiply bf16 numbers
+PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
+EVERYWHERE = ""  # as an address: all that this machine has
 
 
 def has_gpu() -> bool:
     """Whether this machine has a CUDA device that this process may see."""
     hidden = os.environ.get(GPUS) in ("", "-1")
     return not hidden and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may use: affinity and the control group's quota."""
+    count = len(os.sched_getaffinity(0))
+    if quota_file.exists():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def free_port(host: str, among: range = PORTS) -> int:
+    """A port that a server can bind now at `host`, which is an address of this machine or stands for one. Raises RunFailed."""
+    for port in random.SystemRandom().sample(among, min(len(among), 100)):
+        if _can_bind(host, port):
+            return port
+    where = f"{host or 'this machine'} between {among.start} and {among.stop - 1}"
+    raise RunFailed(f"no port of {where} is free: `ss -tlnp` shows who listens there; end what is left of other runs, and start again")
+
+
+def _can_bind(host: str, port: int) -> bool:
+    """Asked by binding: a port may be taken though nothing answers there, as one is that a server has bound and does not serve yet."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL and host != EVERYWHERE:  # by address translation it is another of this machine's
+                return _can_bind(EVERYWHERE, port)
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return False
+    return True
 
 
 @cache  # each matrix of a weight sync asks

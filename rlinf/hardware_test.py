@@ -1,8 +1,11 @@
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from rlinf import hardware
+from rlinf.errors import RunFailed
 
 AVX512 = "processor\t: 0\nmodel name\t: A CPU @ 2.50GHz bf16\nflags\t\t: fpu avx2 avx512f avx512vl\n"
 
@@ -41,3 +44,29 @@ def test_the_fast_precision_is_that_of_the_device(
     monkeypatch.setattr(hardware, "has_gpu", lambda: gpu)
     monkeypatch.setattr(hardware, "cpu_multiplies_bf16", lambda: bf16)
     assert hardware.fast_precision(device) == precision
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000\n", 6), ("250000 100000\n", 2), ("50000 100000\n", 1), (None, 6)])
+def test_cores_are_those_of_the_affinity_within_the_quota(
+    quota: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of 64 cores lends a container what its control group says."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert hardware.cores(tmp_path / "cpu.max") == cores
+
+
+def test_free_ports_are_below_the_ephemeral_ones() -> None:
+    assert all(20000 <= hardware.free_port("127.0.0.1") < 32000 for _ in range(20))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", hardware.EVERYWHERE, "192.0.2.1"], ids=["loopback", "everywhere", "translated"])
+def test_a_port_is_free_when_it_can_be_bound(host: str) -> None:
+    """One that is bound and does not listen yet refuses connections as a free one does."""
+    with socket.socket() as starting:
+        starting.bind(("127.0.0.1", hardware.free_port(hardware.EVERYWHERE)))
+        taken = starting.getsockname()[1]
+        with pytest.raises(RunFailed, match=f"between {taken} and {taken} is free: `ss -tlnp`"):
+            hardware.free_port(host, range(taken, taken + 1))
+    assert hardware.free_port(host, range(taken, taken + 1)) == taken

@@ -189,7 +189,7 @@ except Exception as error:
 
 @pytest.mark.slow
 def test_the_family_agrees_with_transformers(tmp_path: Path) -> None:
-    from rlinf.cluster.host import free_port
+    from rlinf.hardware import free_port
 
     code = PYTHON["rlinf/weights/architecture.py"]
     command = [sys.executable, "-c", MISTRAL, str(tmp_path), code, str(free_port("127.0.0.1"))]

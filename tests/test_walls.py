@@ -22,7 +22,8 @@ LAYERS = [  # from the roof down; rooms of one line may not import each other un
     {"algorithms", "config", "metrics"},
     {"rowwise"},
     {"device", "compute_thread", "cpu_kernels"},
-    {"errors", "hardware"},
+    {"hardware"},
+    {"errors"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
 PURE = {"algorithms", "config", "metrics"}  # import nothing of ours but rlinf.errors and rlinf.hardware

@@ -33,11 +33,11 @@ from rlinf.checks import doctor
 from rlinf.checks.layout import SPLITS, Case, Finding, judge, measure
 from rlinf.checks.layout_reference import make_batch, plain_steps
 from rlinf.checks.tiny_model import FAMILIES, VOCAB, write_model, write_tiny_model, write_tiny_tokenizer
-from rlinf.cluster.host import free_port
 from rlinf.config.schema import ActorModelConfig, OptimConfig
 from rlinf.data.packing import SampleRef
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.errors import RunFailed
+from rlinf.hardware import free_port
 from rlinf.metrics.logger import read_metrics
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.flops import forward_flops

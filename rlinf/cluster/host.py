@@ -14,7 +14,6 @@ import inspect
 import logging
 import os
 import pickle
-import random
 import signal
 import socket
 import struct
@@ -27,6 +26,8 @@ from typing import Any
 
 from rlinf.cluster.processes import RUN_ID, die_with_parent, start_node_sentinel
 from rlinf.compute_thread import compute_thread
+from rlinf.hardware import PORTS as PORTS  # the doctor asks for it here
+from rlinf.hardware import cores, free_port
 from rlinf.scheduling.placement import WorkerAddress
 
 SIOCGIFADDR = 0x8915
@@ -37,7 +38,6 @@ ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 30),
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
 }  # fmt: skip
-PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
 
 
 def dotted(worker_class: type | str) -> str:
@@ -55,15 +55,6 @@ def load_class(path: str) -> type:
     for part in name.split("."):
         found = getattr(found, part)
     return found
-
-
-def free_port(host: str) -> int:
-    """A port of `host` that nothing listens on now."""
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex((host, port)) != 0:
-                return port
-    raise RuntimeError(f"no free port on {host}")
 
 
 class Holder:
@@ -262,17 +253,6 @@ def interface_of(host: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == host:
                 return name
     return None
-
-
-def cores() -> int:
-    """Cores this process may use: affinity and the control group's quota."""
-    count = len(os.sched_getaffinity(0))
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.exists():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
 
 
 def visible_devices(devices: tuple[int, ...], inherited: str | None) -> str:

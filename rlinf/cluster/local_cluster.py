@@ -14,12 +14,12 @@ from typing import Any
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import Ref, Shared, WorkerGroup
 from rlinf.cluster.health import PATIENCE, give_up
-from rlinf.cluster.host import Holder, cores, dotted, free_port
+from rlinf.cluster.host import Holder, dotted
 from rlinf.cluster.processes import RUN_ID, dismiss, end_run, start_sentinel
 from rlinf.compute_thread import common_thread
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
-from rlinf.hardware import GPUS, has_gpu
+from rlinf.hardware import GPUS, cores, free_port, has_gpu
 from rlinf.scheduling.placement import Node, Plan, Seat, WorkerAddress
 
 VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", GPUS)

@@ -17,6 +17,7 @@ from rlinf.config.load import ROOT
 from rlinf.config.own_code import checksum_of
 from rlinf.data.lines import append_lines
 from rlinf.data.tokenizer import TextTokenizer
+from rlinf.hardware import cores
 from rlinf.scheduling.placement import Node
 from rlinf.weights.checksum import STRIDE, weights_checksum
 
@@ -47,7 +48,7 @@ def record_environment(
         "host": platform.node(),
         "system": platform.platform(),
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpu_models(),
         "devices_by_node": [node.devices for node in nodes],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from rlinf.hardware import cores
+
 GIB = 2**30
 
 
@@ -58,6 +60,6 @@ def cpu_device(slots: int) -> Device:
 
     110 GFLOP/s (16 bit; half of it in fp32) and 10 GB/s are what a core with AVX-512 reaches in training.
     """
-    cores = max(1, len(os.sched_getaffinity(0)) // slots)
+    own = max(1, cores() // slots)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device("cpu", memory, cores * 2.75e11, cores * 1.6e10, 5e9, 1e9, 5e9, 3 * GIB // 5, shared=True)
+    return Device("cpu", memory, own * 2.75e11, own * 1.6e10, 5e9, 1e9, 5e9, 3 * GIB // 5, shared=True)

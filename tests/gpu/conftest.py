@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rlinf import device as devices
 from rlinf.checks.tiny_model import FAMILIES, write_tiny_model
-from rlinf.cluster.host import free_port
+from rlinf.hardware import free_port
 
 os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as in every seat on a GPU (cluster/host.py); NCCL reads it once in a process
 
