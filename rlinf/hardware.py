@@ -14,6 +14,8 @@ from rlinf.errors import RunFailed
 GPUS = "CUDA_VISIBLE_DEVICES"  # the variable that says which GPUs a process sees; CUDA reads it once
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # x86's and ARM's words for instructions that multiply bf16 numbers
 PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
+MEETING_PORTS = PORTS[:4000]  # for what one asks for here and another binds a moment later; the rest is dealt out in slices
+SLICE, SLICES = 500, 16
 EVERYWHERE = ""  # as an address: all that this machine has
 
 
@@ -33,7 +35,14 @@ def cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return count
 
 
-def free_port(host: str, among: range = PORTS) -> int:
+def ports_of(local_rank: int) -> range:
+    """The ports of one server of this node, by its number on the node: servers that start together, each looking for itself, and bind long
+    after they have looked, do not choose the same."""
+    first = len(MEETING_PORTS) + local_rank % SLICES * SLICE
+    return PORTS[first : first + SLICE]
+
+
+def free_port(host: str, among: range = MEETING_PORTS) -> int:
     """A port that a server can bind now at `host`, which is an address of this machine or stands for one. Raises RunFailed."""
     for port in random.SystemRandom().sample(among, min(len(among), 100)):
         if _can_bind(host, port):

@@ -61,6 +61,12 @@ def test_free_ports_are_below_the_ephemeral_ones() -> None:
     assert all(20000 <= hardware.free_port("127.0.0.1") < 32000 for _ in range(20))
 
 
+def test_servers_of_a_node_have_no_port_in_common() -> None:
+    slices = [hardware.MEETING_PORTS, *(hardware.ports_of(rank) for rank in range(hardware.SLICES))]
+    assert sorted(port for ports in slices for port in ports) == list(hardware.PORTS)
+    assert hardware.ports_of(hardware.SLICES + 3) == hardware.ports_of(3)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", hardware.EVERYWHERE, "192.0.2.1"], ids=["loopback", "everywhere", "translated"])
 def test_a_port_is_free_when_it_can_be_bound(host: str) -> None:
     """One that is bound and does not listen yet refuses connections as a free one does."""

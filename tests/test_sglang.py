@@ -8,6 +8,7 @@ import math
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,10 @@ import pytest
 from rlinf.cli import main
 from rlinf.cluster.processes import marked
 from rlinf.errors import UserError
+from rlinf.hardware import EVERYWHERE, free_port
+from rlinf.rollout import sglang_server
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
+from rlinf.rollout.sglang_http import HOST
 from rlinf.rollout.sglang_server import command_of, find_interpreter, session_members
 from tests.planted import write_data, write_tuned_model
 from tests.sglang_here import needs_sglang, small_server
@@ -57,6 +61,25 @@ def test_an_unknown_option_is_refused_by_name(tmp_path: Path, name: str) -> None
     with pytest.raises(UserError, match=f"rollout.sglang.*{name.replace('_', '.')}"):
         small_server(model, 64, native={name: "7"})
     assert not list(Path("/dev/shm").glob(f"rlinf-test-{tmp_path.name}*"))
+
+
+@with_sglang
+@pytest.mark.parametrize("taken_first", [HOST, EVERYWHERE], ids=["of the front", "of the schedulers"])
+def test_a_server_starts_behind_a_proxy_and_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_first: str) -> None:
+    """Its warm-up is a request to itself, which the proxy does not answer; another program has taken a port between look and start."""
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = {taken_first: [other.getsockname()[1]]}
+        monkeypatch.setattr(sglang_server, "free_port", lambda host, among: taken.pop(host, [free_port(host, among)])[0])
+        engine = small_server(make_tiny_model(tmp_path / "model"), 64)
+    log = (tmp_path / "sglang.log").read_text()
+    assert not taken and sglang_server.TAKEN.search(log), log[-3000:]
+    engine.close()
 
 
 @with_sglang

@@ -11,32 +11,33 @@ import http.client
 import importlib.util
 import json
 import os
-import random
 import re
 import secrets
 import select
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlinf.errors import RunFailed, UserError
+from rlinf.hardware import EVERYWHERE, free_port, ports_of
 from rlinf.rollout import sglang_launch
+from rlinf.rollout.sglang_environment import server_environment
 from rlinf.rollout.sglang_http import HOST
 
 KEY = "rollout.sglang"
-PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
 TITLE = "sglang::"  # how the names of the server's own processes begin, but for the front's
 LOG_TAIL = 12
+TAKEN = re.compile(r"address already in use|EADDRINUSE|port at \d+ is not available|Could not bind port", re.IGNORECASE)
 REFUSAL = re.compile(r"error: (unrecognized arguments: .*|argument .*)|(Unsupported config option .*)")
 
 
@@ -71,7 +72,6 @@ class SGLangServer:
         self, python: str, options: dict[str, Any], native: dict[str, Any], log: Path, run_id: str, start_timeout: float,
         on_death: Callable[[], None] | None = None, serves: bool = True,
     ) -> None:  # fmt: skip
-        self.port = free_port()
         self.key = secrets.token_hex(24)  # never begins with a dash, which SGLang would take for an option
         self.log = log
         self.death: str | None = None
@@ -79,26 +79,35 @@ class SGLangServer:
         self._closing = False
         self._watcher: threading.Thread | None = None
         self.folder = Path(f"/dev/shm/rlinf-{run_id}-sglang-{secrets.token_hex(4)}")  # ends with the run, like all its shared memory
-        self.folder.mkdir(mode=0o700)
         self._shared: set[Path] = set()
-        config = self.folder / "server.yaml"  # not the command line, which everybody can read: it holds the key
-        words = {**options, **native, "host": HOST, "port": self.port, "api_key": self.key}
-        config.write_text(yaml.safe_dump({name.replace("_", "-"): value for name, value in words.items()}))
+        env = server_environment(options, self.folder)
+        self.folder.mkdir(mode=0o700)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as output:
-            command = [python, "-I", os.path.abspath(sglang_launch.__file__), str(os.getpid()), str(config)]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(options), start_new_session=True
-            )
+        launch = partial(self._launch, python, {**options, **native}, env)
+        launch()
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
-            self._wait_until_ready("/ready" if serves else "/health", start_timeout)
+            self._wait_until_ready("/ready" if serves else "/health", start_timeout, launch)
             self.info: dict[str, Any] = self._ask("/server_info") if serves else {}
             unknown = sorted(name for name in native if serves and name not in self.info)
             if unknown:  # argparse takes the beginning of a name for the name
                 raise UserError(f"{KEY}.{unknown[0]}: sglang {self.info['version']} has no such option; write its full name")
             on_failure.pop_all()
         self._watch(self._tree())
+
+    def _launch(self, python: str, options: dict[str, Any], env: dict[str, str]) -> None:
+        """Start the process, on ports that are free now."""
+        own = ports_of(int(os.environ.get("LOCAL_RANK", "0")))
+        self.port, nccl_port = free_port(HOST, own[::2]), free_port(EVERYWHERE, own[1::2])
+        words = {"nccl_port": nccl_port, **options, "host": HOST, "port": self.port, "api_key": self.key}
+        config = self.folder / "server.yaml"  # not the command line, which everybody can read: it holds the key
+        config.write_text(yaml.safe_dump({name.replace("_", "-"): value for name, value in words.items()}))
+        command = [python, "-I", os.path.abspath(sglang_launch.__file__), str(os.getpid()), str(config)]
+        with open(self.log, "a") as output:
+            self._begin = output.tell()
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
+            )
 
     def close(self) -> None:
         """End the whole tree. May be called twice."""
@@ -124,27 +133,17 @@ class SGLangServer:
             time.sleep(0.02)
         return self.death or f"the SGLang server (pid {self.process.pid}) closed a connection; its log: {self.log}"
 
-    def _environment(self, options: dict[str, Any]) -> dict[str, str]:
-        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-        env |= {
-            "TMPDIR": str(self.folder),  # its sockets
-            "HF_HUB_OFFLINE": "1",
-            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions of slack that no request reaches
-            "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # an actor may hold more of one GPU of an engine than of another
-        }
-        if options["device"] == "cpu":
-            env["SGLANG_USE_CPU_ENGINE"] = "1"
-            if options["tp_size"] > 1:  # unless it is told which cores each may have, SGLang refuses more ranks than NUMA nodes
-                cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-                env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([cores] * options["tp_size"]))
-        return env
-
-    def _wait_until_ready(self, path: str, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+    def _wait_until_ready(self, path: str, timeout: float, launch_again: Callable[[], None]) -> None:
+        deadline, chances = time.monotonic() + timeout, 1
         while not self._answers(path):
-            if self.process.poll() is not None:
-                tail = self._tail(self.log)
-                refused = REFUSAL.search(tail)
+            ended, said = self.process.poll() is not None, self._said()
+            if chances and TAKEN.search(said):  # between our look at its ports and its own, another program has taken one
+                chances -= 1
+                self._kill()  # it may still be about to warm up what will never listen
+                self.process.wait()
+                launch_again()
+            elif ended:
+                refused, tail = REFUSAL.search(said), self._tail(self.log)
                 if refused:
                     raise UserError(f"{KEY}: SGLang refuses an option: {refused[1] or refused[2]}\nIts log: {self.log}")
                 raise RunFailed(f"the SGLang server ended with code {self.process.returncode} while starting; its log: {self.log}\n{tail}")
@@ -152,15 +151,21 @@ class SGLangServer:
                 raise RunFailed(f"the SGLang server was not ready within {timeout:g} s (cluster.start_timeout); its log: {self.log}")
             time.sleep(0.2)
 
+    def _said(self) -> str:
+        """What is in the log since the last start."""
+        with open(self.log, "rb") as log:
+            log.seek(self._begin)
+            return log.read().decode(errors="replace")
+
     def _answers(self, path: str) -> bool:
         try:
-            return self._ask(path) is not None
-        except (ConnectionError, TimeoutError):
+            return self._ask(path, 5.0) is not None
+        except (ConnectionError, TimeoutError, http.client.HTTPException):  # the last two: it is not the server that listens there
             return False
 
-    def _ask(self, path: str) -> Any:
+    def _ask(self, path: str, timeout: float = 60.0) -> Any:
         """A GET before the event loop turns; None unless the answer is good."""
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=60)
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout)
         try:
             connection.request("GET", path, headers={"Authorization": f"Bearer {self.key}"})
             answer = connection.getresponse()
@@ -242,12 +247,3 @@ def command_of(pid: int) -> str:
 def is_tracker(pid: int) -> bool:
     """multiprocessing's process that removes what others leave behind."""
     return "resource_tracker" in command_of(pid)
-
-
-def free_port(host: str = HOST) -> int:
-    """A port of one of this machine's addresses that can be bound now."""
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex((host, port)) != 0:
-                return port
-    raise RunFailed(f"no free port on {host} between {PORTS.start} and {PORTS.stop}")

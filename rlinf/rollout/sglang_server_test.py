@@ -3,16 +3,73 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from rlinf.errors import RunFailed
+from rlinf.hardware import ports_of
 from rlinf.rollout.sglang_server import SGLangServer, command_of, kill, session_members
 
 HELPER = "python3 -m torch._inductor.compile_worker --workers=32"
 TREE = f'(exec -a "sglang::scheduler_TP0" sleep 60) & (exec -a "{HELPER}" sleep 60) & wait'
+
+FRONT = """#!{python}
+import http.server, pathlib, sys, yaml
+settings = pathlib.Path(sys.argv[-1])
+words = yaml.safe_load(settings.read_text())
+with open({starts!r}, "a") as file:
+    file.write(f"{{words['port']}} {{words['nccl-port']}}\\n")
+if len(open({starts!r}).readlines()) <= {failures}:
+    sys.exit({last_words!r})
+
+class Front(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{{}}")
+
+http.server.HTTPServer(("127.0.0.1", words["port"]), Front).serve_forever()
+"""
+UVICORN = "ERROR: [Errno 98] error while attempting to bind on address ('127.0.0.1', 24001): address already in use"
+STORE = "DistNetworkError: The server socket has failed to listen on any local network address. port: 24003, code: -98, name: EADDRINUSE"
+SGLANG = "ValueError: nccl_port at 24003 is not available"
+
+
+def start(folder: Path, failures: int, last_words: str) -> tuple[SGLangServer | None, str, list[list[int]]]:
+    """A server whose first starts fail with these words, or None and the error's; and its ports in each start."""
+    python, starts = folder / "python", folder / "starts"
+    python.write_text(FRONT.format(python=sys.executable, starts=str(starts), failures=failures, last_words=last_words))
+    python.chmod(0o700)
+    server, error = None, ""
+    try:
+        server = SGLangServer(str(python), {"device": "cpu", "tp_size": 1}, {}, folder / "log", folder.name, 30.0)
+    except RunFailed as failed:
+        error = str(failed)
+    return server, error, [[int(port) for port in line.split()] for line in starts.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("last_words", [UVICORN, STORE, SGLANG], ids=["front", "store", "nccl"])
+def test_a_server_whose_port_was_taken_meanwhile_starts_once_more_on_others(
+    last_words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    server, _, ports = start(tmp_path, 1, last_words)
+    assert server is not None and len(ports) == 2 and server.port == ports[1][0]
+    assert all({*pair} <= {*ports_of(3)} for pair in ports) and all(port != nccl_port for port, nccl_port in ports)
+    server.close()
+    assert last_words in server.log.read_text()
+
+
+@pytest.mark.parametrize(("failures", "last_words", "starts"), [(2, UVICORN, 2), (1, "ValueError: no such model", 1)])
+def test_a_server_that_does_not_start_is_not_started_for_ever(tmp_path: Path, failures: int, last_words: str, starts: int) -> None:
+    server, error, ports = start(tmp_path, failures, last_words)
+    assert server is None and len(ports) == starts
+    assert error.startswith("the SGLang server ended with code 1 while starting") and last_words in error
+    assert not list(Path("/dev/shm").glob(f"rlinf-{tmp_path.name}*"))
 
 
 @pytest.fixture
@@ -50,10 +107,3 @@ def test_helpers_end_and_the_engine_lives_a_scheduler_ends_and_it_is_dead(server
     kill([scheduler])
     assert within(10, lambda: server.death is not None)
     assert "its scheduler_TP0 (pid" in server.death and "the last line" in server.death
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_an_engine_starts_on_gpus_of_which_an_actor_holds_unequal_parts(server: SGLangServer, device: str) -> None:
-    env = server._environment({"device": device, "tp_size": 2})
-    assert env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
-    assert ("SGLANG_USE_CPU_ENGINE" in env) == (device == "cpu")

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlinf.errors import UserError
+from rlinf.rollout.sglang_environment import kernel_folder, server_environment
+
+CPU, FOLDER = {"device": "cpu", "tp_size": 1}, Path("/dev/shm/a-server")
+
+
+@pytest.fixture(autouse=True)
+def own_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in (*os.environ,):
+        if name.startswith(("SGLANG_", "TRITON_", "TORCHINDUCTOR_", "FLASHINFER_")) or name.lower() == "no_proxy":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("RLINF_KERNEL_CACHE", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_engine_starts_on_gpus_of_which_an_actor_holds_unequal_parts(device: str) -> None:
+    env = server_environment({"device": device, "tp_size": 2}, FOLDER)
+    assert env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0"
+    assert ("SGLANG_USE_CPU_ENGINE" in env) == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "direct"),
+    [
+        (None, None, "127.0.0.1,localhost"),
+        ("a.example, .b", None, "a.example,.b,127.0.0.1,localhost"),
+        ("localhost", "c", "localhost,c,127.0.0.1"),
+        (None, "*", "*"),
+    ],
+)
+def test_a_server_speaks_to_itself_past_any_proxy(
+    lower: str | None, upper: str | None, direct: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    for name, value in (("no_proxy", lower), ("NO_PROXY", upper)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    env = server_environment(CPU, FOLDER)
+    assert (env["no_proxy"], env["NO_PROXY"], env["http_proxy"]) == (direct, direct, "http://proxy.example:3128")
+
+
+def test_kernels_are_kept_on_a_disk_of_the_node_where_the_user_names_no_other_place(
+    own_kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ("SGLANG_CACHE_DIR", "SGLANG_JIT_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    env = server_environment(CPU, FOLDER)
+    assert all(Path(env[name]).is_relative_to(own_kernels) for name in named) and env["TMPDIR"] == str(FOLDER)
+    assert own_kernels.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/scratch/triton")
+    assert server_environment(CPU, FOLDER)["TRITON_CACHE_DIR"] == "/scratch/triton"
+    monkeypatch.setenv("SGLANG_CACHE_DIR", "/scratch/sglang")
+    assert server_environment(CPU, FOLDER)["TORCHINDUCTOR_CACHE_DIR"] == "/scratch/sglang/inductor"
+
+
+def test_a_folder_for_kernels_that_is_not_ours_is_refused(own_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_kernels.write_text("a file")
+    with pytest.raises(UserError, match=f"{own_kernels}: cannot create .*: File exists; set RLINF_KERNEL_CACHE"):
+        kernel_folder()
+    monkeypatch.delenv("RLINF_KERNEL_CACHE")
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    monkeypatch.setattr(Path, "lstat", lambda path: os.stat_result((0o40777, 0, 0, 0, os.getuid() + 1, 0, 0, 0, 0, 0)))
+    with pytest.raises(UserError, match="/tmp/rlinf-kernels-.*belongs to another user; set RLINF_KERNEL_CACHE"):
+        kernel_folder()
+
+
+def test_graphs_are_left_out_of_the_memory_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "1")
+    assert "SGLANG_MEMORY_SAVER_CUDA_GRAPH" not in server_environment(CPU, FOLDER)
