@@ -6,16 +6,17 @@ folder of anything else is refused.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
 from rlinf.errors import UserError
 from rlinf.evaluation.problems import Unit
+from rlinf.runners.run_folder import lock_alone
 from rlinf.weights.tensor_folder import read_json, sync
 
 IDENTITY, SAMPLES, RESULTS, PARTS = "identity.json", "samples.jsonl", "results.json", "parts"
@@ -88,13 +89,11 @@ def hold(model_folder: Path) -> TextIO:
     """Lock a model's folder for as long as the returned file is open. Raises UserError when another process writes there."""
     _make(model_folder)
     lock = open(model_folder / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(
-            f"{model_folder}: another evaluation is writing here now; wait for it, or set evaluation.output_dir to another folder"
-        ) from error
+    busy = f"{model_folder}: another evaluation is writing here now; wait for it, or set evaluation.output_dir to another folder"
+    with ExitStack() as on_failure:
+        on_failure.callback(lock.close)
+        lock_alone(lock, model_folder, "evaluation.output_dir", busy)
+        on_failure.pop_all()
     return lock
 
 

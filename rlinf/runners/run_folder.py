@@ -6,6 +6,7 @@ lists every file with its size, and the xxh3 of the small ones (the indexes; the
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 
@@ -221,10 +222,8 @@ class RunFolder:
                 _remove(old)
 
     def _hold(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.path}: another run is writing here now; set runner.experiment_name to another name") from error
+        busy = f"{self.path}: another run is writing here now; set runner.experiment_name to another name"
+        lock_alone(self._lock, self.path, "runner.output_dir", busy)
 
     def _find_resume(self, resume_dir: str | None) -> Resume | None:
         others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
@@ -245,6 +244,21 @@ class RunFolder:
         resume = read_checkpoint(step_dir.resolve())
         refuse_changes(resume.step_dir, resume.state, self.command, self.config)
         return resume
+
+
+def lock_alone(lock: TextIO, folder: Path, key: str, busy: str) -> None:
+    """Lock the open file for as long as it is open. Raises UserError: `busy` when another process has it, and where none can be."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(busy) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise UserError(
+            f"{folder}: files on this file system cannot be locked ({error.strerror}), so two runs could write there at once; mount it "
+            f"with -o flock (Lustre) or with its lock service (NFS), or choose another {key}"
+        ) from error
 
 
 def run_path(runner: RunnerConfig) -> Path:

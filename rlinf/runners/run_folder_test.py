@@ -1,5 +1,6 @@
 """A run's folder: nothing of somebody else's is touched, and a checkpoint is complete or absent."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from rlinf.config.load import load
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
+from rlinf.evaluation.folder import hold
 from rlinf.runners.resuming import TRAIN_ONLY
 from rlinf.runners.run_folder import COMPLETE, RunFolder, inventory, read_checkpoint
 from rlinf.weights.tensor_folder import write_json
@@ -100,6 +102,19 @@ def test_a_start_that_failed_before_its_first_step_may_be_repeated(tmp_path: Pat
     (folder.path / "metrics.jsonl").touch()
     close(folder)
     assert not open_folder(tmp_path).continues
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_that_locks_no_files_is_named_with_its_remedy(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre mounted without flock, NFS without its lock service."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for key, claim in (("runner.output_dir", open_folder), ("evaluation.output_dir", hold)):
+        with pytest.raises(UserError, match=rf"^{tmp_path}.*cannot be locked \({os.strerror(number)}\).*-o flock .* another {key}$"):
+            claim(tmp_path)
 
 
 def test_two_drivers_cannot_share_a_folder(tmp_path: Path) -> None:
