@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import pickle
+import resource
 import signal
 import socket
 import struct
@@ -25,12 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.cluster.processes import RUN_ID, die_with_parent, start_node_sentinel
+from rlinf.cluster.same_code import differences, own_code
 from rlinf.compute_thread import compute_thread
+from rlinf.errors import UserError
 from rlinf.hardware import PORTS as PORTS  # the doctor asks for it here
 from rlinf.hardware import cores, free_port
-from rlinf.scheduling.placement import WorkerAddress
+from rlinf.scheduling.placement import PART, WorkerAddress
+from rlinf.weights.routes import AUTO, BROADCAST, DISK
 
 SIOCGIFADDR = 0x8915
+OPEN_FILES = 1 << 20
 # Blocks of activations stay mapped (no page faults a step), on huge pages where the kernel has them. The few that are as large as an
 # embedding do not: between them lie small long-lived ones, and each time that a hole has become too small for its block the process grows,
 # by 70 MB a step of a 135M model. Of compiled kernels, one for each number of tokens that came, the last ones are kept.
@@ -124,7 +129,8 @@ class Call:
 @dataclass(frozen=True)
 class Setup:
     """How a seat's process is prepared: its log, the driver's folder, its rank and the number of device slots on its node, whether it
-    uses GPUs, its own address for peers, and whether it starts a sentinel for its node."""
+    uses GPUs, its own address for peers, whether it starts a sentinel for its node, how weights go to the engines (Plan.transport), and the
+    code that the driver runs (None: it may be another)."""
 
     log_file: str
     cwd: str
@@ -133,6 +139,8 @@ class Setup:
     cuda: bool
     host: str
     sentinel: bool
+    transport: str | None = None
+    code: dict[str, str] | None = None
 
 
 class WorkerProcess(Holder):
@@ -145,6 +153,9 @@ class WorkerProcess(Holder):
             os.chdir(setup.cwd)
         if setup.sentinel:
             start_node_sentinel(address.run_id)
+        allow_open_files()
+        where = f"{address.component} rank {address.rank} on node {address.node} ({setup.host})"
+        self.stranger = differences(setup.code, own_code(), where) if setup.code is not None else None
         address = replace(address, threads=address.threads or max(1, cores() // setup.slots))
         os.environ.update(seat_environment(address, setup))
         super().__init__(address)
@@ -163,7 +174,10 @@ class WorkerProcess(Holder):
         return free_port(self.address.master_addr)
 
     async def start(self, master_port: int, class_path: str, *args: Any) -> bytes:
-        """Construct the worker; this process's pid, packed as a result of call_packed() is."""
+        """Construct the worker; this process's pid, packed as a result of call_packed() is. Raises UserError where the code is another: it
+        would not reach the user as one from the constructor."""
+        if self.stranger is not None:
+            raise UserError(self.stranger)
         self.address = replace(self.address, master_port=master_port)
         os.environ["MASTER_PORT"] = str(master_port)
         await self.build(class_path, *args)
@@ -230,14 +244,41 @@ def seat_environment(address: WorkerAddress, setup: Setup) -> dict[str, str]:
         "OMP_NUM_THREADS": str(address.threads),
         "CUDA_VISIBLE_DEVICES": visible_devices(address.devices, os.environ.get("CUDA_VISIBLE_DEVICES")) if setup.cuda else "",
     }
-    if setup.cuda:  # SGLang has 0 in its processes unless they inherit another, and both ends of a broadcast on a node need the same
-        env["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "0")
-        if address.component != "rollout":  # Megatron overlaps communication with what comes after it in the one queue that it counts on
-            env["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if setup.cuda:
+        env |= {name: os.environ.get(name, value) for name, value in gpu_environment(address.component, setup.transport).items()}
     interface = interface_of(setup.host)
-    if interface:
-        env |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    if interface:  # NCCL takes a bare name for the beginning of one: eth1 would stand for eth10, too
+        sockets = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+        env |= {name: os.environ.get(name) or value for name, value in sockets.items()}
     return env
+
+
+def gpu_environment(component: str, transport: str | None) -> dict[str, str]:
+    """What a seat on GPUs has unless the user exported another value."""
+    env = {}
+    if transport == BROADCAST:  # SGLang has 0 in its processes unless they inherit another, and both ends on a node need the same
+        env["NCCL_CUMEM_ENABLE"] = "0"
+    if component in ("rollout", PART):  # an engine has its own ideas
+        return env
+    # Megatron overlaps communication with what comes after it in the one queue that it counts on.
+    env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    # torch from 2.11 on prefers cuDNN's attention on Hopper, which makes a plan for every new length (tens of milliseconds) and keeps it,
+    # and lengths here are all different. Flash attention needs none.
+    env["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"
+    # Micro-batches differ in size, and blocks that grow leave no holes. Not where memory is handed to another process (device_ipc), nor for
+    # a transport that is not known here: not every torch can open such a block there.
+    if transport in (None, AUTO, DISK, BROADCAST) and "PYTORCH_ALLOC_CONF" not in os.environ:
+        env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return env
+
+
+def allow_open_files() -> None:
+    """Raise the soft limit, which may be 1024, to the hard one: a rank has sockets to all others, and a file for each shared tensor. To a
+    million at most: where the hard limit is a billion, a program that closes all that it might have open takes minutes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def interface_of(host: str) -> str | None:

@@ -1,37 +1,114 @@
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 
 import pytest
 
-from rlinf.cluster.host import Setup, seat_environment
+from rlinf.cluster.host import Setup, allow_open_files, seat_environment
 from rlinf.scheduling.placement import WorkerAddress
 
 SEAT = WorkerAddress("actor", 3, 8, 0, (1, 2), "127.0.0.1", 0, "run", 4, "127.0.0.1")
 
 
-def environment(cuda: bool, component: str = "actor") -> dict[str, str]:
-    return seat_environment(replace(SEAT, component=component), Setup("log", "/", 3, 8, cuda, "127.0.0.1", False))
+def environment(cuda: bool, component: str = "actor", transport: str | None = "auto") -> dict[str, str]:
+    setup = Setup("log", "/", 3, 8, cuda, "127.0.0.1", sentinel=False, transport=transport)
+    return seat_environment(replace(SEAT, component=component), setup)
 
 
-def test_a_seat_on_gpus_sees_its_own_and_speaks_nccl_as_sglang_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's processes have NCCL_CUMEM_ENABLE=0 unless they inherit another; a broadcast needs the same at both ends."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
-    env = environment(cuda=True)
+@pytest.fixture(autouse=True)
+def nothing_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_CUMEM_ENABLE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
+        "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+    ):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("component", ["actor", "rollout", "rollout_part"])
+def test_a_seat_on_gpus_sees_its_own_and_broadcasts_as_sglang_does(component: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's processes have NCCL_CUMEM_ENABLE=0 unless they inherit another; a broadcast needs the same at both ends, and nothing else
+    does: without cuMem there is no NVLS."""
+    env = environment(True, component, "broadcast")
     assert (env["CUDA_VISIBLE_DEVICES"], env["NCCL_CUMEM_ENABLE"]) == ("1,2", "0")
+    assert all("NCCL_CUMEM_ENABLE" not in environment(True, component, other) for other in ("auto", "disk", "device_ipc", None))
+    assert "NCCL_CUMEM_ENABLE" not in environment(False, component, "broadcast")
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
-    assert environment(cuda=True)["NCCL_CUMEM_ENABLE"] == "1"
+    assert environment(True, component, "broadcast")["NCCL_CUMEM_ENABLE"] == "1"
 
 
 def test_kernels_of_megatron_stand_in_one_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every node: the shell of the driver does not reach workers of other nodes. An engine has its own ideas; a user's word counts."""
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    told = {name: environment(True, name).get("CUDA_DEVICE_MAX_CONNECTIONS") for name in ("actor", "critic", "token_reward", "rollout")}
-    assert told == {"actor": "1", "critic": "1", "token_reward": "1", "rollout": None}
+    names = ("actor", "critic", "token_reward", "rollout", "rollout_part")
+    told = [environment(True, name).get("CUDA_DEVICE_MAX_CONNECTIONS") for name in names]
+    assert told == ["1", "1", "1", None, None]
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment(False)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     assert environment(True)["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+def test_training_does_not_plan_attention_anew_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    assert environment(True)[name] == "1" and name not in environment(False) and name not in environment(True, "rollout")
+    monkeypatch.setenv(name, "0")
+    assert environment(True)[name] == "0"
+
+
+@pytest.mark.parametrize(
+    ("component", "transport", "grow"),
+    [
+        ("actor", "auto", True),
+        ("actor", "disk", True),
+        ("critic", "broadcast", True),
+        ("actor", None, True),
+        ("actor", "device_ipc", False),
+        ("actor", "one of tomorrow", False),
+        ("rollout", "auto", False),
+        ("rollout_part", "broadcast", False),
+    ],
+)
+def test_blocks_of_memory_grow_where_no_other_process_opens_them(
+    component: str, transport: str | None, grow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "PYTORCH_CUDA_ALLOC_CONF"
+    assert environment(True, component, transport).get(name) == ("expandable_segments:True" if grow else None)
+    assert name not in environment(False, component, transport)
+    if grow:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")  # its newer name
+        assert name not in environment(True, component, transport)
+        monkeypatch.setenv(name, "backend:native")
+        assert environment(True, component, transport).get(name, "backend:native") == "backend:native"
+
+
+def test_process_groups_take_the_interface_of_the_seat_unless_another_was_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL takes a name without = for the beginning of one: eth1 is eth10, too. gloo has no such sign."""
+    env = environment(True)
+    assert (env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"]) == ("=lo", "lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "bond")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "bond0")
+    env = environment(True)
+    assert (env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"]) == ("bond", "bond0")
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised"),
+    [
+        ((1024, 524288), (524288, 524288)),
+        ((1024, 1 << 30), (1 << 20, 1 << 30)),
+        ((1024, resource.RLIM_INFINITY), (1 << 20, resource.RLIM_INFINITY)),
+        ((4096, 4096), None),
+        ((1 << 21, 1 << 22), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_the_soft_limit_of_open_files_is_raised(
+    limits: tuple[int, int], raised: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
+    allow_open_files()
+    assert asked == ([] if raised is None else [raised])
 
 
 def test_a_seat_without_gpus_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from rlinf.cluster.machines import Machine, alive_nodes, wait_for_machines
 from rlinf.cluster.processes import dismiss, end_run, start_sentinel
 from rlinf.cluster.ray_group import RayWorkerGroup
 from rlinf.cluster.ray_session import RaySession
+from rlinf.cluster.same_code import own_code
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
 from rlinf.hardware import has_gpu
@@ -40,6 +41,7 @@ class RayCluster(Cluster):
         self.session = RaySession(run_id, self.log_dir)
         self.machines: list[Machine] = []
         self.groups: list[RayWorkerGroup] = []
+        self.filled: set[Seat] = set()  # those that have had a process
         self.ended: queue.SimpleQueue[tuple[RayWorkerGroup, int, int, BaseException | None]] = queue.SimpleQueue()  # ranks, by life
         self.bundles: PlacementGroup | None = None
         self.bundle_of: dict[tuple[int, int], int] = {}
@@ -115,6 +117,8 @@ class RayCluster(Cluster):
 
     def _actor(self, plan: Plan, seat: Seat) -> Any:
         """The process of a seat. Seats that share a device take equal parts of its bundle."""
+        again = seat in self.filled  # a file may have been edited since the run began, and the run is to go on
+        self.filled.add(seat)
         sharers = Counter((s.node, s.devices[0]) for s in plan.seats)[(seat.node, seat.devices[0])]
         part = int(10_000 / sharers) / 10_000
         peers = plan.of(seat.component)
@@ -142,6 +146,8 @@ class RayCluster(Cluster):
             self.device == "cuda",
             address.host,
             sentinel=seat.rank == on_node[0] and machine.ray_id != self.here,
+            transport=plan.transport,
+            code=None if again else own_code(),
         )
         options = {"num_cpus": 0, "num_gpus": part} if self.device == "cuda" else {"num_cpus": part}
         return WorkerActor.options(

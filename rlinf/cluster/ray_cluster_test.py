@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
@@ -15,13 +16,14 @@ from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.host import ALLOCATOR
 from rlinf.cluster.processes import marked, new_run_id
 from rlinf.cluster.ray_group import RayWorkerGroup, values_of
+from rlinf.cluster.same_code import OURS, own_code
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Plan, Seat
 from tests import cluster_workers as workers
 
 SLOTS = 4
-PLAN = Plan(tuple(Seat(c, r, 0, (r,)) for c in "abcde" for r in range(SLOTS)), "collocated")
+PLAN = Plan(tuple(Seat(c, r, 0, (r,)) for c in "abcdef" for r in range(SLOTS)), "collocated")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,20 @@ def test_a_worker_knows_its_seat_before_anything_is_imported(shared: Cluster, pl
         assert at_start["RLINF_RUN_ID"] == shared.run_id
         assert at_start.items() >= ALLOCATOR.items() and at_start["HF_HUB_OFFLINE"] == "1"
         assert "CUDA_VISIBLE_DEVICES" in env and env["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_worker_of_other_code_is_refused_with_both_sides(shared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run has this test's other side: the same code is taken."""
+    code = own_code()
+    monkeypatch.setattr("rlinf.cluster.ray_cluster.own_code", lambda: code | {"torch": "1.0", OURS: "of tomorrow"})
+    group = shared.launch(PLAN, "f", "tests.cluster_workers:Plain", "x", 3)
+    with pytest.raises(UserError) as caught:
+        asyncio.run(group.ready())
+    expected = (
+        f"rlinf's files: the driver has of tomorrow, this node has {code[OURS]}; torch: the driver has 1.0, this node has {code['torch']}"
+    )
+    assert re.match(r"f rank \d on node 0 \(127\.0\.0\.1\) runs other code than the driver", str(caught.value)), caught.value
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_calls_are_gathered_by_rank_and_counted(plain: RayWorkerGroup) -> None:

@@ -45,11 +45,13 @@ class Seat:
 class Plan:
     """All seats, ordered by component, then rank.
 
-    mode: how components share devices (collocated, disaggregated, hybrid), or what the run is (evaluation, supervised).
+    mode: how components share devices (collocated, disaggregated, hybrid), or what the run is (evaluation, supervised). transport: of the
+    weights from actor to engines (rollout.weight_transport); None where there are none to bring, or where it is not known.
     """
 
     seats: tuple[Seat, ...]
     mode: str
+    transport: str | None = None
 
     def of(self, component: str) -> tuple[Seat, ...]:
         return tuple(s for s in self.seats if s.component == component)
@@ -120,7 +122,7 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
             "rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; "
             "set it to false"
         )
-    plan = Plan(tuple(seats), mode)
+    plan = Plan(tuple(seats), mode, config.rollout.weight_transport)
     if config.rollout.weight_transport == DEVICE_IPC and feeds_on_devices(config, plan.of("actor"), plan.of("rollout")) is None:
         raise UserError(
             "rollout.weight_transport: device_ipc hands weights over on a device that is the engine's own, but some engine does "
