@@ -262,9 +262,6 @@ def gpu_environment(component: str, transport: str | None) -> dict[str, str]:
         return env
     # Megatron overlaps communication with what comes after it in the one queue that it counts on.
     env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    # torch from 2.11 on prefers cuDNN's attention on Hopper, which makes a plan for every new length (tens of milliseconds) and keeps it,
-    # and lengths here are all different. Flash attention needs none.
-    env["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"
     # Micro-batches differ in size, and blocks that grow leave no holes. Not where memory is handed to another process (device_ipc), nor for
     # a transport that is not known here: not every torch can open such a block there.
     if transport in (None, AUTO, DISK, BROADCAST) and "PYTORCH_ALLOC_CONF" not in os.environ:

@@ -20,7 +20,7 @@ def environment(cuda: bool, component: str = "actor", transport: str | None = "a
 def nothing_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_CUMEM_ENABLE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
-        "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+        "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
     ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
@@ -45,13 +45,6 @@ def test_kernels_of_megatron_stand_in_one_queue(monkeypatch: pytest.MonkeyPatch)
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment(False)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     assert environment(True)["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
-
-
-def test_training_does_not_plan_attention_anew_for_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
-    assert environment(True)[name] == "1" and name not in environment(False) and name not in environment(True, "rollout")
-    monkeypatch.setenv(name, "0")
-    assert environment(True)[name] == "0"
 
 
 @pytest.mark.parametrize(
