@@ -62,6 +62,11 @@ def config_argument(parser: argparse.ArgumentParser, **how: Any) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="set a key, e.g. runner.max_steps=10")
 
 
+def in_home(text: str) -> Path:
+    """A path; `~` in quotes, which the shell leaves alone, is the home folder too."""
+    return Path(os.path.expanduser(text))
+
+
 def seed(text: str) -> int:
     """What numpy's bit generators tell apart."""
     if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
@@ -73,10 +78,10 @@ def optional_config(parser: argparse.ArgumentParser) -> None:
     config_argument(parser, nargs="?")
 
 
-RUN_DIR = arg("run_dir", metavar="RUN_DIR", type=Path)
+RUN_DIR = arg("run_dir", metavar="RUN_DIR", type=in_home)
 DRY_RUN = arg("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
 AS_JSON = arg("--json", action="store_true", help="print the result as JSON")
-JSON_FILE = arg("--json", metavar="FILE", type=Path, help="write the figures")
+JSON_FILE = arg("--json", metavar="FILE", type=in_home, help="write the figures")
 EVERY_LAYOUT_ONCE = arg("--quick", action="store_true", help="every layout once")
 JUDGED_AS_IN = arg("--config", metavar="CONFIG", help="judge as its section `reward` says: own tasks, answer format, time-out")
 
@@ -109,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     DRY_RUN,
     one_of(
         arg("--debug-rollout-only", action="store_true", help="generate and judge the steps with the start model; no actor"),
-        arg("--debug-train-only", metavar="RUN_DIR", type=Path, help="train on the journalled groups of another run; no engines"),
+        arg("--debug-train-only", metavar="RUN_DIR", type=in_home, help="train on the journalled groups of another run; no engines"),
     ),
 )
 def train(args: argparse.Namespace) -> int:
@@ -193,7 +198,7 @@ def sft(args: argparse.Namespace) -> int:
     "report",
     "one offline page of a run: curves, findings, samples, configuration",
     RUN_DIR,
-    arg("--output", metavar="FILE", type=Path, help="where to write it (default: RUN_DIR/report.html)"),
+    arg("--output", metavar="FILE", type=in_home, help="where to write it (default: RUN_DIR/report.html)"),
 )
 def report(args: argparse.Namespace) -> int:
     from rlinf.report.page import write_report
@@ -273,7 +278,7 @@ def config_explain(args: argparse.Namespace) -> int:
 @command(
     "data generate",
     "problems for training: train.jsonl and a held-out val.jsonl",
-    arg("out_dir", metavar="OUT_DIR", type=Path),
+    arg("out_dir", metavar="OUT_DIR", type=in_home),
     arg("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas"),
     arg("--train", type=int, default=1300, help="training problems of each task (default 1300)"),
     arg("--val", type=int, default=256, help="held-out problems of each task (default 256)"),
@@ -295,8 +300,8 @@ def data_generate(args: argparse.Namespace) -> int:
     "data convert",
     "a benchmark's public file to the AReaL-boba format",
     arg("benchmark", metavar="BENCHMARK", help="aime24, aime25, gpqa_diamond, math500 or gsm8k"),
-    arg("source", metavar="FILE", type=Path, help=".jsonl, .json, .csv or .parquet"),
-    arg("out", metavar="OUT", type=Path),
+    arg("source", metavar="FILE", type=in_home, help=".jsonl, .json, .csv or .parquet"),
+    arg("out", metavar="OUT", type=in_home),
     arg("--seed", type=int, default=1234, help="of the order of GPQA's options"),
 )
 def data_convert(args: argparse.Namespace) -> int:
@@ -306,7 +311,7 @@ def data_convert(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("data check", "check a JSONL file in the AReaL-boba format", arg("file", metavar="FILE", type=Path), JUDGED_AS_IN, AS_JSON)
+@command("data check", "check a JSONL file in the AReaL-boba format", arg("file", metavar="FILE", type=in_home), JUDGED_AS_IN, AS_JSON)
 def data_check(args: argparse.Namespace) -> int:
     from rlinf.checks.data_check import main as check
 
@@ -348,10 +353,12 @@ def check_resume(args: argparse.Namespace) -> int:
 @command(
     "export",
     "a checkpoint's weights as a Hugging Face model folder",
-    arg("step_dir", metavar="STEP_DIR", type=Path, help="checkpoints/step_* of a run"),
-    arg("out", metavar="OUT_HF_DIR", type=Path, help="a folder that does not exist yet"),
+    arg("step_dir", metavar="STEP_DIR", type=in_home, help="checkpoints/step_* of a run"),
+    arg("out", metavar="OUT_HF_DIR", type=in_home, help="a folder that does not exist yet"),
     arg("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model"),
-    arg("--model-dir", metavar="HF_DIR", type=Path, help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir"),
+    arg(
+        "--model-dir", metavar="HF_DIR", type=in_home, help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir"
+    ),
 )
 def export(args: argparse.Namespace) -> int:
     from rlinf.runners.export import export as write
@@ -363,8 +370,8 @@ def export(args: argparse.Namespace) -> int:
 @command(
     "compare",
     "where two runs part, and why",
-    arg("run_a", metavar="RUN_A", type=Path),
-    arg("run_b", metavar="RUN_B", type=Path),
+    arg("run_a", metavar="RUN_A", type=in_home),
+    arg("run_b", metavar="RUN_B", type=in_home),
     arg("--tolerance", type=float, default=1e-6, help="relative difference of a metric that counts as rounding (default 1e-6)"),
     AS_JSON,
 )
@@ -377,8 +384,8 @@ def compare(args: argparse.Namespace) -> int:
 @command(
     "verify",
     "grade a JSONL file of responses",
-    arg("input", metavar="IN", type=Path),
-    arg("output", metavar="OUT", type=Path),
+    arg("input", metavar="IN", type=in_home),
+    arg("output", metavar="OUT", type=in_home),
     JUDGED_AS_IN,
     arg("--processes", type=int, default=cores(), help="verifier processes (default: one a core)"),
 )

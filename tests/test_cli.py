@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -170,10 +171,15 @@ def test_config_show_and_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 2 and "did you mean algorithm.group_size?" in err
 
 
-def test_data_generate_writes_both_splits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, _ = run(capsys, "data", "generate", str(tmp_path), "--train", "30", "--val", "10")
+def test_data_generate_writes_both_splits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (str(tmp_path), "~"):  # the same again
+        code, out, _ = run(capsys, "data", "generate", folder, "--train", "30", "--val", "10")
     assert code == 0 and f"train: {tmp_path}/train.jsonl" in out
     assert [len((tmp_path / f).read_text().splitlines()) for f in ("train.jsonl", "val.jsonl")] == [30, 10]
+    before = (tmp_path / "train.jsonl").read_bytes()
+    code, _, err = run(capsys, "data", "generate", str(tmp_path), "--train", "31", "--val", "10")
+    assert code == 2 and "there already, with other content" in err and (tmp_path / "train.jsonl").read_bytes() == before
     code, _, err = run(capsys, "data", "generate", str(tmp_path), "--train", "0")
     assert code == 2 and err.startswith("rlinf: arithmetic data")
 
@@ -184,6 +190,12 @@ def test_data_generate_writes_both_splits(capsys: pytest.CaptureFixture[str], tm
         (["data", "generate", "{file}"], "rlinf: {file}/train.jsonl: cannot be written ("),
         (["report", "{run}", "--output", "{folder}/none/r.html"], "rlinf: {folder}/none/"),
         (["report", "{run}", "--output", "{folder}/" + "r" * 300], "rlinf: {folder}/r"),
+        (["report", "{run}", "--output", "{folder}"], "rlinf: {folder}: is a folder; name a file in it with --output"),
+        (["report", "{run}", "--output", ""], "rlinf: .: is a folder; name a file in it"),
+        (["report", "{run}", "--output", "{run}/config.yaml"], "rlinf: {run}/config.yaml: there already, and no report of rlinf"),
+        (["verify", "{run}/metrics.jsonl", "."], "rlinf: .: cannot be written ("),
+        (["verify", "{run}/metrics.jsonl", "{run}/metrics.jsonl"], "rlinf: {run}/metrics.jsonl: is the file that is read"),
+        (["data", "convert", "gsm8k", "{run}/metrics.jsonl", "{run}/metrics.jsonl"], "rlinf: {run}/metrics.jsonl: is the file that"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], message: str) -> None:
@@ -191,6 +203,35 @@ def test_a_path_that_cannot_be_used_is_one_line(capsys: pytest.CaptureFixture[st
     where = {"file": tmp_path / "file", "folder": tmp_path, "run": make_run(tmp_path / "run", HEALTHY, steps=2)}
     code, out, err = run(capsys, *(word.format(**where) for word in words))
     assert code == 2 and out == "" and err.startswith(message.format(**where)) and err.count("\n") == 1
+
+
+def test_a_report_takes_the_place_of_a_report_and_follows_links(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder, page, link = make_run(tmp_path / "run", HEALTHY, steps=2), tmp_path / "page.html", tmp_path / "link"
+    page.touch()  # as mktemp does
+    link.symlink_to(page)
+    for _ in range(2):
+        assert run(capsys, "report", str(folder), "--output", str(link))[0] == 0
+    assert (
+        link.is_symlink()
+        and "rlinf</title>" in page.read_text()
+        and sorted(p.name for p in tmp_path.iterdir()) == ["link", "page.html", "run"]
+    )
+
+
+def test_a_report_on_a_full_disk_is_one_line_and_leaves_the_page_that_was_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "run", HEALTHY, steps=2)
+    assert run(capsys, "report", str(folder))[0] == 0
+    before = sorted(p.name for p in folder.iterdir()), (folder / "report.html").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.replace", full)
+    code, out, err = run(capsys, "report", str(folder))
+    assert code == 2 and out == "" and err.startswith(f"rlinf: {folder}/report.html: cannot be written (No space left on device); ")
+    assert err.count("\n") == 1 and (sorted(p.name for p in folder.iterdir()), (folder / "report.html").read_bytes()) == before
 
 
 def test_report_names_a_damaged_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

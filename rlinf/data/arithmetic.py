@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlinf.data.jsonl import write_jsonl
+from rlinf.data.jsonl import write_splits
 from rlinf.errors import UserError
 
 SHOTS = ((23, 45), (58, 67))
@@ -38,7 +38,7 @@ def prompt(a: int, b: int) -> str:
 def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Path]:
     """Write train.jsonl and val.jsonl into out_dir and return their paths. The files are a function of the arguments alone.
 
-    Raises UserError when n_train + n_val exceeds the number of distinct problems.
+    Raises UserError when n_train + n_val exceeds the number of distinct problems, and when a file is there with other content.
     """
     if n_train < 1 or n_val < 1 or n_train + n_val > len(PROBLEMS):
         raise UserError(
@@ -54,4 +54,4 @@ def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Pa
             a, b = b, a
         record = {"prompt": prompt(a, b), "task": "math", "query_id": f"add-{a}-{b}", "solutions": [f"\\boxed{{{a + b}}}"]}
         records.append(record | {"response": answer(a, b)})
-    return {"train": write_jsonl(out_dir / "train.jsonl", records[:n_train]), "val": write_jsonl(out_dir / "val.jsonl", records[n_train:])}
+    return write_splits(out_dir, records[:n_train], records[n_train:])

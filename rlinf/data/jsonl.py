@@ -49,34 +49,54 @@ def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_
     return [x for x in parsed if not isinstance(x, Fault)], faults
 
 
-def write_jsonl(path: Path, records: Iterable[Row]) -> Path:
-    """One record a line, the whole file or none; makes the folder. Returns `path`."""
-    with written_whole(path) as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    return path
-
-
 @contextmanager
 def written_whole(path: Path) -> Iterator[TextIO]:
     """A file to write, which becomes `path` when the block ends well and is gone when it does not; makes the folder.
 
+    Links are followed, and a pipe or a device is written as it stands: nothing but a file is ever replaced.
     Raises UserError when it cannot be written, before the block where that can be known.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    place = Path(os.path.realpath(path))
+    scratch = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            with open(path, "w", encoding="utf-8") as file:
+                yield file
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
         with open(scratch, "w", encoding="utf-8") as file:
             yield file
-        os.replace(scratch, path)
+        os.replace(scratch, place)
     except OSError as error:
-        if not (error.errno in DISK_FULL or error.filename in (str(path), str(scratch), *map(str, path.parents))):
+        if not (error.errno in DISK_FULL or error.filename in map(str, (path, scratch, *path.parents, *place.parents))):
             raise  # the block's own, about something else
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file, or make room for this one") from error
     finally:
         if scratch.is_file():
             scratch.unlink()
+
+
+def refuse_itself(source: Path, target: Path) -> None:
+    """Raises UserError when the result would take the place of what it is made from."""
+    if source.exists() and target.exists() and source.samefile(target):
+        raise UserError(f"{target}: is the file that is read, and would be lost; name another file for the result")
+
+
+def write_splits(folder: Path, train: Iterable[Row], val: Iterable[Row]) -> dict[str, Path]:
+    """train.jsonl and val.jsonl in `folder`; their paths. Raises UserError when one is there with other content, and then writes none."""
+    texts = {name: "".join(json.dumps(record) + "\n" for record in records) for name, records in (("train", train), ("val", val))}
+    files = {name: folder / f"{name}.jsonl" for name in texts}
+    others = [str(f) for name, f in files.items() if f.is_file() and f.read_bytes() != texts[name].encode()]
+    if others:
+        raise UserError(
+            f"{' and '.join(others)}: there already, with other content; nothing was written: name another folder, or remove it"
+        )
+    for name, file in files.items():
+        with written_whole(file) as out:
+            out.write(texts[name])
+    return files
 
 
 def field(row: Row, name: str, key: str) -> Any:

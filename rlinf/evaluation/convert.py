@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlinf.data.jsonl import HALF_A_PAIR, is_unicode, written_whole
+from rlinf.data.jsonl import HALF_A_PAIR, is_unicode, refuse_itself, written_whole
 from rlinf.errors import UserError
 from rlinf.rewards.extract import last_box
 from rlinf.rewards.math import simple_number
@@ -49,6 +49,7 @@ def convert(benchmark: str, source: Path, out: Path, seed: int = 1234) -> dict[s
     if benchmark not in READERS:
         raise UserError(f"{benchmark}: no such benchmark; known are {', '.join(READERS)}")
     reader = READERS[benchmark]
+    refuse_itself(source, out)
     rows = read_rows(source)
     origin = {"file": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
     records = []

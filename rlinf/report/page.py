@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.keys import known_keys
+from rlinf.data.jsonl import written_whole
+from rlinf.errors import UserError
 from rlinf.metrics.names import METRICS
 from rlinf.report.parts import MAX_TEXT_STEPS, Parts, choose_files
 from rlinf.report.rules import RULES, Finding, find_problems
@@ -44,7 +46,9 @@ INSIDE_TRAIN = {
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """Write the page of a run, whole or half, to `output` (default RUN_DIR/report.html). Raises UserError when there is no run."""
+    target = output or run_dir / "report.html"
     run = open_run(run_dir)
+    refuse_foreign(target)
     parts = Parts()
     for file, rows in count_all(run):
         parts.add_headers(file, rows)
@@ -66,11 +70,19 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
             "SCRIPT": script,
         },
     )
-    target = output or run_dir / "report.html"
-    fresh = target.with_name(target.name + ".new")
-    fresh.write_text(page, encoding="utf-8")
-    fresh.replace(target)
+    with written_whole(target) as file:
+        file.write(page)
     return target
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raises UserError when the page would take the place of something else, or has no place."""
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; name a file in it with --output")
+    if not target.parent.is_dir():
+        raise UserError(f"{target.parent}/: no such folder; make it, or name another file with --output")
+    if target.is_file() and (start := target.open("rb").read(4096)) and b" \xc2\xb7 rlinf</title>" not in start:
+        raise UserError(f"{target}: there already, and no report of rlinf; nothing was written: name another file with --output")
 
 
 def asset(name: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlinf.data.jsonl import write_jsonl
+from rlinf.data.jsonl import write_splits
 from rlinf.errors import UserError
 from rlinf.rewards.math import Decision
 
@@ -100,4 +100,4 @@ def generate_files(out_dir: Path, names: Sequence[str], n_train: int, n_val: int
             raise UserError(f"--task {name!r}: can be `arithmetic`, or `rg/<family>` (several with commas)")
     parts = [generate(name.removeprefix("rg/"), n_train, seed, n_val) for name in names]
     train, val = ([record for part in parts for record in part[i]] for i in (0, 1))
-    return {"train": write_jsonl(out_dir / "train.jsonl", train), "val": write_jsonl(out_dir / "val.jsonl", val)}
+    return write_splits(out_dir, train, val)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.schema import RewardConfig
-from rlinf.data.jsonl import BadLine, Fault, read_file, written_whole
+from rlinf.data.jsonl import BadLine, Fault, read_file, refuse_itself, written_whole
 from rlinf.data.records import Verdict
 from rlinf.errors import UserError
 from rlinf.rewards.tasks import check_tasks
@@ -28,6 +28,7 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, r
     source, target = Path(in_path), Path(out_path)
     if processes < 1:
         raise UserError(f"--processes: {processes} is not a number of processes; give 1 or more")
+    refuse_itself(source, target)
     statuses: Counter[str] = Counter()
     routes: Counter[str] = Counter()
     with Verifier.of(reward or RewardConfig(), processes) as verifier, written_whole(target) as out:

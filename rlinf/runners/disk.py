@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlinf.errors import Hang, RunFailed
+from rlinf.errors import Hang, RunFailed, UserError
 
 FULL = os.strerror(errno.ENOSPC)  # every library that writes passes the kernel's words on
 LITTLE = 16 << 20  # bytes: a disk that refuses a write has hardly more
@@ -22,13 +22,13 @@ def told_when_full(folder: Path) -> Iterator[None]:
         yield
     except Hang:
         raise
-    except (OSError, RunFailed) as error:
+    except (OSError, RunFailed, UserError) as error:
         if FULL not in str(error) or not folder.exists() or (free := shutil.disk_usage(folder).free) > LITTLE:
             raise
         raise RunFailed(
             f"the disk of {folder} is full ({free / 2**20:.1f} MiB are left at {mount_of(folder)}). Make room there, then go on from the "
             "latest complete checkpoint with runner.resume_dir=auto. Less is kept with runner.keep_checkpoints and runner.keep_groups; "
-            f"runner.output_dir is another place for another run.\nWhat could not be written: {error}"
+            f"runner.output_dir is another place for another run.\nWhat could not be written: {str(error).splitlines()[0]}"
         ) from error
 
 

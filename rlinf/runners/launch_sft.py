@@ -8,6 +8,7 @@ from rlinf.data.records import Group
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.runners.restarts import with_restarts
+from rlinf.runners.resuming import SFT
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.session import check_trackers, is_done, open_session, say
 from rlinf.runners.sft import SftRunner
@@ -24,7 +25,7 @@ def finetune(resolved: Resolved) -> int:
 def finetune_once(resolved: Resolved) -> int:
     config = resolved.config
     check_trackers(config.runner.logger.logger_backends)
-    folder = RunFolder(resolved, "sft")
+    folder = RunFolder(resolved, SFT)
     tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
     examples, report = load_examples(config.data.train_data_paths, config, tokenizer)
     say(f"training data: {report.describe()}")

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.load import value_of
+from rlinf.config.model import load_model_config
 from rlinf.config.schema import Config
 from rlinf.errors import UserError
+from rlinf.weights.architecture import read_architecture
+from rlinf.weights.checkpoint_part import open_part
+from rlinf.weights.mapping import hf_shapes
 
-TRAIN, TRAIN_ONLY = "train", "train --debug-train-only"  # commands; the second has no place in the data to go on from
+TRAIN, TRAIN_ONLY, SFT = "train", "train --debug-train-only", "sft"  # commands; the second has no place in the data to go on from
 STALENESS = "algorithm.max_staleness"
 BINDING = ("algorithm.schedule", STALENESS, "algorithm.group_size", "data.rollout_batch_size")
 
@@ -39,6 +43,22 @@ def recorded_again(state: Mapping[str, Any]) -> dict[int, set[str]]:
     for name, _, step in state.get("schedule", {}).get("wanted", ()):
         found.setdefault(step, set()).add(name)
     return found
+
+
+def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
+    """Raise UserError when the weights of the checkpoint do not fit into the models of this configuration."""
+    scorer = [("critic", config.critic_model_dir, "scalar")] if config.has("critic") and command != SFT else []
+    for role, model_dir, head in [("actor", config.rollout.model_dir, "lm"), *scorer]:
+        key = "rollout.model_dir" if role == "actor" else "critic.model_dir"
+        stored = open_part(step_dir / role)["param"]
+        expected = hf_shapes(read_architecture(load_model_config(model_dir, key)), head)
+        for name in sorted(stored.keys() | expected.keys()):
+            found, wanted = stored.shape(name) if name in stored else "not there", expected.get(name, "not there")
+            if found != wanted:
+                raise UserError(
+                    f"runner.resume_dir: {step_dir} was made of another model: tensor {name} is {found} in it, and {wanted} in {key} "
+                    f"{model_dir}. Put that back; to begin with other weights set their folder in a new run"
+                )
 
 
 def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, config: Config) -> None:

@@ -19,6 +19,7 @@ from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.trackers import missing_packages
 from rlinf.runners.environment import record_environment
+from rlinf.runners.resuming import refuse_other_model
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.status import Status
 from rlinf.runners.training_loop import TrainingLoop
@@ -53,6 +54,8 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
     """Everything that was started is ended, however the block is left."""
     config, runner = resolved.config, resolved.config.runner
     settings = {name: value_of(config, name) for name in resolved.provenance}
+    if folder.resume is not None:
+        refuse_other_model(folder.resume.step_dir, folder.command, config)
     with ExitStack() as ends:  # in reverse order, each whatever the others raise
         ends.callback(folder.release)
         folder.begin()
