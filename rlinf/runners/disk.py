@@ -15,17 +15,21 @@ FULL = os.strerror(errno.ENOSPC)  # every library that writes passes the kernel'
 LITTLE = 16 << 20  # bytes: a disk that refuses a write has hardly more
 
 
+class DiskFull(RunFailed):
+    """Told already."""
+
+
 @contextmanager
 def told_when_full(folder: Path) -> Iterator[None]:
-    """An error of the block that comes from the full disk of a run's folder becomes a RunFailed that says so; any other passes."""
+    """An error of the block that comes from the full disk of a run's folder becomes a DiskFull that says so; any other passes."""
     try:
         yield
-    except Hang:
+    except (Hang, DiskFull):
         raise
     except (OSError, RunFailed, UserError) as error:
         if FULL not in str(error) or not folder.exists() or (free := shutil.disk_usage(folder).free) > LITTLE:
             raise
-        raise RunFailed(
+        raise DiskFull(
             f"the disk of {folder} is full ({free / 2**20:.1f} MiB are left at {mount_of(folder)}). Make room there, then go on from the "
             "latest complete checkpoint with runner.resume_dir=auto. Less is kept with runner.keep_checkpoints and runner.keep_groups; "
             f"runner.output_dir is another place for another run.\nWhat could not be written: {str(error).splitlines()[0]}"

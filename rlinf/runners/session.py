@@ -18,6 +18,7 @@ from rlinf.data.tokenizer import TextTokenizer
 from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.trackers import missing_packages
+from rlinf.runners.disk import told_when_full
 from rlinf.runners.environment import record_environment
 from rlinf.runners.resuming import refuse_other_model
 from rlinf.runners.run_folder import RunFolder
@@ -37,7 +38,7 @@ class Session:
         """Run the loop to its end, watched."""
         watchdog = Watchdog(self.folder.path, self.run_id, self.config.runner, groups, self.cluster.failure, lambda: dict(loop.in_flight))
         status = Status(self.folder.path, self.run_id, self.cluster, groups, loop, watchdog)
-        with self.usage.sampling(lambda: self.cluster.phase), status.writing():
+        with self.usage.sampling(lambda: self.cluster.phase), status.writing(), told_when_full(self.folder.path):
             asyncio.run(self._watched(loop, watchdog))
         self.folder.finish()
 
