@@ -95,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"rlinf: {e}\n")
         return 2
     except OSError as e:
-        if args.run in (train, sft) or e.filename is None or e.errno not in WRONG_PATH:  # in a run the fault is hardly the user's
+        denied = e.errno == errno.EACCES
+        if e.filename is None or e.errno not in WRONG_PATH or (args.run in (train, sft) and not denied):  # in a run it is hardly the user's
             raise
-        sys.stderr.write(f"rlinf: {e.filename}: {e.strerror}; give another path\n")
+        what = "permission denied; let this user read and write it, or" if denied else f"{e.strerror};"
+        sys.stderr.write(f"rlinf: {e.filename}: {what} give another path\n")
         return 2
     except RunFailed as e:
         sys.stderr.write(f"rlinf: {e}\n")
@@ -438,18 +440,18 @@ def _check_model(config: Config, dry_run: bool) -> list[str]:
 
     hf, warnings = read(config.rollout.model_dir, "rollout.model_dir")
     if hf:
-        read_architecture(hf)
+        read_architecture(hf, Path(config.rollout.model_dir, "config.json"))
         validate_model(config, hf)
     for role in ("critic", "token_reward"):
         folder = getattr(config, role).model_dir
         other, more = read(folder, f"{role}.model_dir") if folder and config.has(role) else (hf, [])
         warnings += more
         if hf and other and config.has(role):
-            read_architecture(other)
+            read_architecture(other, Path(folder or config.rollout.model_dir, "config.json"))
             validate_scorer(config, role, other, hf)
     absent = missing_paths(config)
     if absent and not dry_run:
-        raise UserError("\n  ".join(["files that the run needs are missing:", *absent]))
+        raise UserError("\n  ".join(["files that the run needs are not there:", *absent]))
     return [*warnings, *absent]
 
 

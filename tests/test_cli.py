@@ -104,6 +104,7 @@ TP2 = "actor.model.tensor_model_parallel_size=2"
         (["actor.model.pipeline_model_parallel_size=3"], "does not divide the model's 4 layers"),
         (["rollout.model_dir=/nowhere"], "rollout.model_dir: /nowhere does not exist"),
         (["data.train_data_paths=[/nowhere/a.jsonl]"], "data.train_data_paths: /nowhere/a.jsonl is not on this machine"),
+        (["data.val_data_paths=[/]"], "data.val_data_paths: / is a folder; give the JSONL files in it"),
         (["runner.resume_dir=/nowhere/step_000001"], "runner.resume_dir: /nowhere/step_000001 is not on this machine"),
     ],
 )
@@ -242,6 +243,18 @@ def test_report_names_a_damaged_line(capsys: pytest.CaptureFixture[str], tmp_pat
         number = len((folder / name).read_text().splitlines())
         code, out, err = run(capsys, "report", str(folder))
         assert code == 2 and out == "" and f"{name}, line {number}: not JSON" in err
+
+
+@pytest.mark.parametrize("command", [["train", "a.yaml"], ["sft", "a.yaml"], ["config", "show", "a.yaml"]])
+def test_a_file_that_may_not_be_read_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    def load(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a.yaml")
+
+    monkeypatch.setattr("rlinf.config.load.load", load)
+    code, out, err = run(capsys, *command)
+    assert (code, out, err) == (2, "", "rlinf: a.yaml: permission denied; let this user read and write it, or give another path\n")
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error", "a"), OSError(2, "No such file or directory")])

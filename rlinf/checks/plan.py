@@ -265,7 +265,7 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
     hf, warnings = planned_model_config(config.rollout.model_dir)
     if hf is None:
         raise UserError(f"{warnings[0]}; a plan needs them: put the model's config.json into a folder and name it in rollout.model_dir")
-    arch, device = read_architecture(hf), choose_device(device_name, config)
+    arch, device = read_architecture(hf, f"{config.rollout.model_dir}/config.json"), choose_device(device_name, config)
     validate_model(config, hf)
     result = forecast(config, arch, device, mean_response)
     change = nearest_fit(config, arch, hf, device, mean_response) if result.trouble else None

@@ -12,7 +12,9 @@ from rlinf.config.own_code import file_of, is_own
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.errors import UserError
 
+DATA = ("data.train_data_paths", "data.val_data_paths")
 SHAPES = EXAMPLES / "models"
+LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -29,6 +31,8 @@ def load_model_config(model_dir: str, key: str = "rollout.model_dir") -> dict[st
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
         found = f"; it has {others[0]}: convert it, e.g. AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)" if others else ""
         raise UserError(f"{key}: {model_dir} has no *.safetensors weights{found}")
+    if pointer := next((p for p in sorted(folder.glob("*.safetensors")) if _starts_with(p, LFS_POINTER)), None):
+        raise UserError(f"{key}: {pointer} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull` in their repository")
     if key == "rollout.model_dir" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{key}: {model_dir} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy the model's tokenizer files into it")
     return hf
@@ -97,14 +101,13 @@ def _misfits(role: str, model: ActorModelConfig, hf: dict[str, Any]) -> list[str
 
 
 def missing_paths(config: Config) -> list[str]:
-    """Data files, checkpoints and files of own functions that are not on this machine, one message each."""
-    paths = [("data.train_data_paths", p) for p in config.data.train_data_paths] + [
-        ("data.val_data_paths", p) for p in config.data.val_data_paths
-    ]
+    """Data files, checkpoints and files of own functions that are not on this machine, or folders, one message each."""
+    paths = [(key, str(path)) for key in DATA for path in value_of(config, key)]
     if config.runner.resume_dir not in (None, "auto"):
         paths.append(("runner.resume_dir", str(config.runner.resume_dir)))
     paths += [(key, str(file_of(reference))) for key, reference in own_functions(config)]
-    return [f"{key}: {path} is not on this machine" for key, path in paths if not Path(path).exists()]
+    folders = [f"{key}: {path} is a folder; give the JSONL files in it" for key, path in paths if key in DATA and Path(path).is_dir()]
+    return [f"{key}: {path} is not on this machine" for key, path in paths if not Path(path).exists()] + folders
 
 
 def own_functions(config: Config) -> list[tuple[str, str]]:
@@ -114,10 +117,23 @@ def own_functions(config: Config) -> list[tuple[str, str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    again = "copy the file from the model's source again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}; copy the file from the model's source again") from e
+        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}; {again}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 (byte {e.start}); {again}") from e
+    except (RecursionError, ValueError) as e:  # nested too deeply; a number of thousands of digits
+        raise UserError(f"{path}: not readable ({e}); {again}") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object with the model's sizes; {again}")
+    return found
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
 
 
 def _divisors(*numbers: int) -> list[int]:

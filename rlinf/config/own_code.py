@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from rlinf.errors import UserError
@@ -48,7 +49,15 @@ def load_own(reference: str) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None and spec.loader is not None
     module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{reference}: {error.filename or file}, line {error.lineno}: {error.msg}; mend the file") from error
+    except ImportError as error:
+        line = next(frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file))
+        raise UserError(
+            f"{reference}: {file}, line {line}: {error}; install it (on a cluster on every node), or mend the import"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{reference}: {file} has no function {name}")

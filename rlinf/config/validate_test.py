@@ -255,7 +255,14 @@ def test_engines_may_replicate_key_value_heads(tmp_path: Path) -> None:
         (None, "does not exist; give a local Hugging Face folder"),
         ({}, "has no config.json"),
         ({"config.json": "{oops"}, "config.json:1: not valid JSON"),
+        ({"config.json": "[]"}, "config.json: holds no JSON object with the model's sizes; copy the file"),
+        ({"config.json": '"\udc80"'}, "config.json: not UTF-8 (byte 1); copy the file"),
+        ({"config.json": "[" * 100_000}, "config.json: not readable ("),
         ({"config.json": json.dumps(SHAPE)}, "has no *.safetensors weights"),
+        (
+            {"config.json": json.dumps(SHAPE), "model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},
+            "model.safetensors is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`",
+        ),
         ({"config.json": json.dumps(SHAPE), "pytorch_model.bin": ""}, "it has pytorch_model.bin: convert it"),
         ({"config.json": json.dumps(SHAPE), "model.safetensors": ""}, "has no tokenizer (tokenizer.json or"),
     ],
@@ -265,7 +272,7 @@ def test_model_folders_that_cannot_be_used_say_why(tmp_path: Path, files: dict[s
     if files is not None:
         folder.mkdir()
         for name, text in files.items():
-            (folder / name).write_text(text)
+            (folder / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError) as error:
         load_model_config(str(folder))
     assert expected in str(error.value) and str(folder) in str(error.value)

@@ -230,6 +230,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not a JSON object; fetch it again")
+    return found

@@ -10,7 +10,7 @@ from rlinf.weights.architecture import Architecture, read_architecture
 
 def architecture_for(model_dir: str, max_context: int) -> Architecture:
     """The model's shape. Raises UserError when it has fewer positions than max_context."""
-    arch = read_architecture(load_model_config(model_dir))
+    arch = read_architecture(load_model_config(model_dir), f"{model_dir}/config.json")
     if max_context > arch.max_positions:
         limit = f"max_position_embeddings {arch.max_positions} of {model_dir}/config.json"
         raise UserError(f"runner.seq_length {max_context} exceeds {limit}; lower it")

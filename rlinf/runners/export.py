@@ -70,7 +70,7 @@ def _model_dir(step_dir: Path) -> Path:
 
 
 def _check_fit(weights: TensorFolder, config: dict[str, Any], step_dir: Path, model_dir: Path) -> None:
-    expected = hf_shapes(read_architecture(config))
+    expected = hf_shapes(read_architecture(config, model_dir / "config.json"))
     if weights.keys() != expected.keys():
         name = sorted(weights.keys() ^ expected.keys())[0]
         where = f"is in {step_dir} but not in the model of" if name in weights else f"is missing in {step_dir} for the model of"

@@ -51,7 +51,7 @@ def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
     for role, model_dir, head in [("actor", config.rollout.model_dir, "lm"), *scorer]:
         key = "rollout.model_dir" if role == "actor" else "critic.model_dir"
         stored = open_part(step_dir / role)["param"]
-        expected = hf_shapes(read_architecture(load_model_config(model_dir, key)), head)
+        expected = hf_shapes(read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json"), head)
         for name in sorted(stored.keys() | expected.keys()):
             found, wanted = stored.shape(name) if name in stored else "not there", expected.get(name, "not there")
             if found != wanted:

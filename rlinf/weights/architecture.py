@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlinf.errors import UserError
@@ -17,6 +20,8 @@ class Family:
     qk_norm: bool = False
 
 
+SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+OTHER_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")  # may be left out
 FAMILIES = {"qwen2": Family(qkv_bias=True), "qwen3": Family(qk_norm=True), "llama": Family()}  # by model_type of config.json
 
 
@@ -40,22 +45,41 @@ class Architecture:
     qk_norm: bool
 
 
-def read_architecture(hf: dict[str, Any]) -> Architecture:
-    """Parse a config.json dictionary. Raises UserError for what this platform does not train."""
+def _check_types(hf: dict[str, Any], where: str | Path) -> None:
+    """Raises UserError for the first value that is no size, number or object where one belongs."""
+    again = "copy the file from the model's source again"
+    for name in (*SIZES, *OTHER_SIZES):
+        value = hf.get(name)
+        if value is None and name in SIZES:
+            raise UserError(f"{where}: {name} is missing; {again}")
+        if value is not None and (type(value) is not int or value < 1):
+            raise UserError(f"{where}: {name} is {json.dumps(value)}, which is no whole number above 0; {again}")
+    for name in ("rms_norm_eps", "rope_theta"):
+        value = hf.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise UserError(f"{where}: {name} is {json.dumps(value)}, which is no number above 0; {again}")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(hf.get(name) or {}, dict):
+            raise UserError(f'{where}: {name} is {json.dumps(hf[name])}, which is no object such as {{"rope_type": ...}}; {again}')
+
+
+def read_architecture(hf: dict[str, Any], where: str | Path = "config.json") -> Architecture:
+    """Parse the dictionary in the file `where`. Raises UserError for what is no such file, and for what this platform does not train."""
     family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"config.json: unknown architecture: model_type {family!r}; supported are {', '.join(FAMILIES)} (dense)")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{where}: unknown architecture: model_type {family!r}; supported are {', '.join(FAMILIES)} (dense)")
+    _check_types(hf, where)
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"config.json: rope type {kind!r} is not supported; only 'default' is")
+        raise UserError(f"{where}: rope type {kind!r} is not supported; only 'default' is")
     # without the switch that Qwen has, a window that is given is used
     if hf.get("use_sliding_window", bool(hf.get("sliding_window")) and family not in ("qwen2", "qwen3")):
-        raise UserError("config.json: use_sliding_window or sliding_window is set; sliding-window attention is not supported")
+        raise UserError(f"{where}: use_sliding_window or sliding_window is set; sliding-window attention is not supported")
     if hf.get("mlp_bias") or (family != "qwen2" and hf.get("attention_bias")):
-        raise UserError("config.json: mlp_bias / attention_bias are not supported for this family")
+        raise UserError(f"{where}: mlp_bias / attention_bias are not supported for this family")
     if hf.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
+        raise UserError(f"{where}: hidden_act {hf['hidden_act']!r} is not supported; only 'silu' is")
     heads = hf["num_attention_heads"]
     return Architecture(
         family=family,

@@ -64,7 +64,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged") from error
+        raise _unreadable(path, error) from error
 
 
 def write_json(path: Path, content: object) -> None:
@@ -87,7 +87,13 @@ def open_tensors(path: Path) -> safe_open:
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the file is missing or damaged") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, PermissionError) or (path.exists() and not os.access(path, os.R_OK)):  # safetensors calls that missing
+        return UserError(f"{path}: permission denied; let this user read it")
+    return UserError(f"{path}: cannot be read ({error}); the file is missing or damaged")
 
 
 def _read(file: safe_open, path: Path, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rlinf.errors import UserError
-from rlinf.weights.tensor_folder import TensorFolder, digest, open_hf_folder, read_json, write_json, write_tensors
+from rlinf.weights.tensor_folder import TensorFolder, digest, open_hf_folder, open_tensors, read_json, write_json, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -164,3 +164,12 @@ def test_json_round_trip_and_its_errors(tmp_path: Path) -> None:
     (tmp_path / "z.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="z.json: cannot be read"):
         read_json(tmp_path / "z.json")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "part.safetensors").write_bytes(b"")
+    (tmp_path / "index.json").write_text("")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for read, name in ((open_tensors, "part.safetensors"), (read_json, "index.json")):
+        with pytest.raises(UserError, match=f"{name}: permission denied; let this user read it"):
+            read(tmp_path / name)

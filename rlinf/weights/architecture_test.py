@@ -1,0 +1,36 @@
+"""A broken config.json is one message that names the file and the value."""
+
+import pytest
+
+from rlinf.errors import UserError
+from rlinf.weights.architecture import read_architecture
+
+QWEN = {
+    "model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 320,
+}  # fmt: skip
+
+
+def test_a_whole_one_is_read() -> None:
+    arch = read_architecture(QWEN | {"num_key_value_heads": None, "rope_scaling": None, "rope_theta": 5000})
+    assert (arch.n_layers, arch.n_kv_heads, arch.head_dim, arch.rope_theta) == (2, 4, 16, 5000.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing; copy the file"),
+        ({"hidden_size": "64"}, 'hidden_size is "64", which is no whole number above 0; copy the file'),
+        ({"vocab_size": True}, "vocab_size is true, which is no whole number above 0"),
+        ({"num_key_value_heads": 1.5}, "num_key_value_heads is 1.5, which is no whole number above 0"),
+        ({"head_dim": -8}, "head_dim is -8, which is no whole number above 0"),
+        ({"rms_norm_eps": "1e-6"}, 'rms_norm_eps is "1e-6", which is no number above 0'),
+        ({"rope_theta": [1]}, "rope_theta is [1], which is no number above 0"),
+        ({"rope_scaling": "yarn"}, 'rope_scaling is "yarn", which is no object such as {"rope_type": ...}; copy the file'),
+        ({"model_type": ["qwen2"]}, "unknown architecture: model_type ['qwen2']"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_file(changes: dict, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_architecture(QWEN | changes, "model/config.json")
+    assert str(error.value).startswith(f"model/config.json: {expected}")
