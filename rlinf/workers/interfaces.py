@@ -45,7 +45,29 @@ class TokenRewards(dict[str, np.ndarray]):
     """TokenNumbers that tokens are paid: a type of its own, so that the actor tells them from a critic's values."""
 
 
-class TrainWorker(Protocol):
+class InCheckpoints(Protocol):
+    """One rank of what a checkpoint is made of."""
+
+    def save(self, step_dir: str) -> None:
+        """Write this role's part of a checkpoint; with runner.async_checkpoint only begin to, until finish_save()."""
+        ...
+
+    def finish_save(self) -> None:
+        """Complete what save() began: wait for the files, check them."""
+        ...
+
+    def load(self, step_dir: str) -> None: ...
+
+
+class OnSharedDevices(Protocol):
+    """One rank of what may share its device with an engine."""
+
+    def hand_over(self) -> None:
+        """Leave the device to those that share it; the runner asks for it before engines start there."""
+        ...
+
+
+class TrainWorker(InCheckpoints, OnSharedDevices, Protocol):
     """One rank of the actor."""
 
     def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:
@@ -81,18 +103,8 @@ class TrainWorker(Protocol):
         or with `keep` leave that until the weights are out of use."""
         ...
 
-    def save(self, step_dir: str) -> None:
-        """Write this role's part of a checkpoint; with runner.async_checkpoint only begin to, until finish_save()."""
-        ...
 
-    def finish_save(self) -> None:
-        """Complete what save() began: wait for the files, check them."""
-        ...
-
-    def load(self, step_dir: str) -> None: ...
-
-
-class SftWorker(Protocol):
+class SftWorker(InCheckpoints, Protocol):
     """One rank of supervised fine-tuning."""
 
     def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
@@ -103,15 +115,9 @@ class SftWorker(Protocol):
         """Means over the held-out examples of all ranks."""
         ...
 
-    def save(self, step_dir: str) -> None: ...
 
-    def finish_save(self) -> None: ...
-
-    def load(self, step_dir: str) -> None: ...
-
-
-class CriticWorker(Protocol):
-    """One rank of the critic. Two calls a step: the actor finishes the advantages in between. Checkpoints as for the actor."""
+class CriticWorker(InCheckpoints, OnSharedDevices, Protocol):
+    """One rank of the critic. Two calls a step: the actor finishes the advantages in between."""
 
     def values(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenNumbers]:
         """The value of the state before each token, of the first tensor-parallel rank of the last stage; nothing of others."""
@@ -122,7 +128,7 @@ class CriticWorker(Protocol):
         ...
 
 
-class TokenRewardWorker(Protocol):
+class TokenRewardWorker(OnSharedDevices, Protocol):
     """One rank of the token reward model, which is frozen."""
 
     def scores(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
@@ -131,6 +137,8 @@ class TokenRewardWorker(Protocol):
 
 
 class RolloutWorker(Protocol):
+    """One engine."""
+
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         """The group of a prompt; of one that an engine let go of (`before`), the rest."""
         ...
@@ -170,10 +178,12 @@ class RolloutWorker(Protocol):
 
 
 class RewardWorker(Protocol):
-    async def judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
+    """One process that judges."""
+
+    async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
         """Verdicts in the order of the samples.
 
-        With dump_path, also appends one JSON line a sample (prompt, response, verdict, versions).
+        With dump_path, also appends one JSON line a sample (prompt, response, verdict, versions), and the group to its step's journal.
         """
         ...
 
@@ -181,6 +191,14 @@ class RewardWorker(Protocol):
         """Write the group to a file of a checkpoint."""
         ...
 
-    def fetch(self, path: str) -> tuple[GroupHeader, Group]:
-        """What keep() wrote."""
+    def fetch(self, path: str, dump_path: str | None = None) -> tuple[GroupHeader, Group]:
+        """What keep() wrote. With dump_path it is written there as judge() would have."""
+        ...
+
+
+class JournalWorker(Protocol):
+    """One process that reads the groups of an earlier run, in place of engines and verdicts."""
+
+    def fetch(self, files: Sequence[str], group_id: str) -> tuple[GroupHeader, Group]:
+        """A group, from the first of `files` that has it; each can be asked for once."""
         ...

@@ -13,7 +13,7 @@ from rlinf.scheduling.placement import WorkerAddress
 
 
 class JournalWorker:
-    """Reads each file once; a group is handed out once and then forgotten."""
+    """Implements workers.interfaces.JournalWorker. Reads each file once; a group is handed out once and then forgotten."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         self.groups: dict[str, dict[str, Group]] = {}  # by file, by group id

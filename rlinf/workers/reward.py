@@ -21,7 +21,7 @@ VERIFIERS = {"math": Verifier}  # by reward.reward_type; what a task is judged b
 
 
 class RewardWorker:
-    """One reward process. `judge` may run many times at once in one event loop."""
+    """Implements workers.interfaces.RewardWorker; `judge` may run many times at once in one event loop."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         reward = config.reward
