@@ -16,7 +16,7 @@ REQUIRED = "???"  # OmegaConf's mark of a key without a default
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null; own: see schema.key;
+    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null; own: see field.key;
     item: what a list is of."""
 
     name: str

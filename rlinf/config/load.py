@@ -20,9 +20,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlinf.config.benchmarks import BENCHMARKS
 from rlinf.config.keys import REQUIRED, known_keys
 from rlinf.config.own_code import absolute
-from rlinf.config.schema import BENCHMARKS, Config
+from rlinf.config.schema import Config
 from rlinf.config.settings import COMMAND_LINE, Setting, parse, read_override, read_section
 from rlinf.config.values import convert, dump
 from rlinf.errors import UserError

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from rlinf.config.benchmarks import BENCHMARKS
 from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
 from rlinf.config.own_code import is_own
-from rlinf.config.schema import BENCHMARKS, Config
+from rlinf.config.schema import Config
 from rlinf.config.values import dump
 from rlinf.errors import UserError
 

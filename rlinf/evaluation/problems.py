@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.config.schema import BENCHMARKS, BenchmarkConfig, Config
+from rlinf.config.benchmarks import BENCHMARKS, BenchmarkConfig
+from rlinf.config.schema import Config
 from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.tokenizer import TextTokenizer

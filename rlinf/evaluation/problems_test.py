@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from rlinf.config.benchmarks import BENCHMARKS
 from rlinf.config.load import load
-from rlinf.config.schema import BENCHMARKS, Config
+from rlinf.config.schema import Config
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.errors import UserError
 from rlinf.evaluation.problems import check_context, load_sets

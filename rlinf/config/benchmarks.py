@@ -1,0 +1,70 @@
+"""The section `evaluation` of the configuration: sets of problems, and how each is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlinf.config.field import key
+
+INSTRUCTION_HELP = "line after the question; not used with `raw`"
+
+
+def template_key(default: str) -> Any:
+    chat, r1 = "`chat` = a user turn in the model's chat template", "`r1` = DeepSeek-R1's markers and an open <think>"
+    return key(default, f"{chat}; {r1}; `raw` = as the file has it", ("chat", "r1", "raw"))
+
+
+@dataclass
+class BenchmarkConfig:
+    """One set of problems and how it is sampled; the defaults are the protocol of arXiv 2501.12948 for reasoning models."""
+
+    path: str | None = key(None, "JSONL of the problems in the AReaL-boba format (`rlinf data convert`); null = the set is not evaluated")
+    n: int = key(32, "samples per problem")
+    temperature: float = key(0.6, "softmax temperature; 0 = greedy")
+    top_p: float = key(0.95, "sample from the smallest set with this probability mass; 1 = off")
+    top_k: int = key(0, "sample among the k most likely tokens; 0 or at least the vocabulary = off")
+    max_tokens: int = key(32768, "tokens of a response at most")
+    stop: list[str] = key([], "strings that end a response, beside the end token")
+    template: str = template_key("chat")
+    instruction: str = key(r"Please reason step by step, and put your final answer within \boxed{}.", INSTRUCTION_HELP)
+
+
+@dataclass
+class ChoiceConfig(BenchmarkConfig):
+    instruction: str = key(
+        r"Please reason step-by-step and put your choice letter without any other text with \boxed{} in the end.", INSTRUCTION_HELP
+    )
+
+
+@dataclass
+class ShortConfig(BenchmarkConfig):
+    n: int = key(4, "samples per problem")
+
+
+@dataclass
+class GreedyConfig(BenchmarkConfig):
+    n: int = key(1, "samples per problem")
+    temperature: float = key(0.0, "softmax temperature; 0 = greedy")
+    top_p: float = key(1.0, "sample from the smallest set with this probability mass; 1 = off")
+    max_tokens: int = key(2048, "tokens of a response at most")
+
+
+@dataclass
+class CustomConfig(GreedyConfig):
+    template: str = template_key("raw")
+
+
+@dataclass
+class EvaluationConfig:
+    output_dir: str = key("./logs/eval", "results go to <output_dir>/<model>/<benchmark>; what is there already is not generated again")
+    opencompass_dir: str | None = key(None, "also write the predictions as OpenCompass does, into this work_dir; null = do not")
+    aime24: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    aime25: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    gpqa_diamond: ChoiceConfig = field(default_factory=ChoiceConfig)
+    math500: ShortConfig = field(default_factory=ShortConfig)
+    gsm8k: GreedyConfig = field(default_factory=GreedyConfig)
+    custom: CustomConfig = field(default_factory=CustomConfig)
+
+
+BENCHMARKS = ("aime24", "aime25", "gpqa_diamond", "math500", "gsm8k", "custom")  # the sections of EvaluationConfig
