@@ -17,4 +17,4 @@ class Hang(RunFailed):
 
 
 class WorkerLost(RunFailed):
-    """A worker died whose place may be filled again (WorkerGroup.restarts); its calls are to be made anew once it has been."""
+    """A worker died whose place may be filled again (WorkerGroup.deaths_allowed); its calls are to be made anew once it has been."""

@@ -73,6 +73,14 @@ def test_one_death_too_many_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_half_a_run_survives_too(tmp_path: Path) -> None:
+    running = Running(tmp_path, options=["--debug-rollout-only"], rollout__max_engine_restarts=1, **SHAPE)
+    os.kill(newest_pid(running, 0), signal.SIGKILL)
+    wait_for(running, tmp_path, "rollout/engine_restarts", 1)
+    stop(running)
+
+
+@pytest.mark.slow
 def test_an_engine_that_stands_still_is_started_anew(tmp_path: Path) -> None:
     running = Running(tmp_path, rollout__max_engine_restarts=1, rollout__stall_timeout=5, **SHAPE)
     os.kill(newest_pid(running, 0), signal.SIGSTOP)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ LIMIT = 30.0
 class Running:
     """A tiny run in the background that has finished at least two steps."""
 
-    def __init__(self, folder: Path, patience: float = 90, **overrides: object) -> None:
+    def __init__(self, folder: Path, patience: float = 90, options: Sequence[str] = (), **overrides: object) -> None:
         self.folder = folder
         endless = dict(
             cluster__component_placement={"actor": "0-1", "rollout,reward": "0"}, actor__model__pipeline_model_parallel_size=1,
@@ -29,7 +30,7 @@ class Running:
         )  # fmt: skip
         self.config = write_run(folder, **endless | overrides)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlinf", "train", str(self.config)],
+            [sys.executable, "-m", "rlinf", "train", str(self.config), *options],
             stderr=subprocess.PIPE,
             text=True,
             cwd=folder,
@@ -40,8 +41,7 @@ class Running:
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
             assert self.process.poll() is None and time.monotonic() < deadline, self.last_words()
             time.sleep(0.2)
-        actor_log = (self.logs / "actor-0.log").read_text()
-        self.run_id = re.search(r"run (\S+)", actor_log).group(1)
+        self.run_id = re.search(r"run (\S+)", (self.logs / "rollout-0.log").read_text()).group(1)
 
     def last_words(self) -> str:
         """For the message of a test that fails: the end of what the driver wrote. The run is over then."""

@@ -64,7 +64,7 @@ class WorkerGroup(ABC):
         self.in_flight: list[Counter[str]] = [Counter() for _ in self.seats]
         self.pids: list[int | None] = [None] * self.size  # of the workers that have a process of their own
         self.lives = [0] * self.size  # of each rank, how often restart() has filled its place
-        self.restarts = 0  # how many deaths of a rank do not end the run: its calls raise WorkerLost, and restart() fills its place
+        self.deaths_allowed = 0  # deaths to come that do not end the run: the calls raise WorkerLost, and restart() fills the place
         self._ready: asyncio.Task[list[Any]] | None = None
 
     @abstractmethod

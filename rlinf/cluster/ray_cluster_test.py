@@ -143,7 +143,7 @@ def test_a_worker_that_computes_can_be_asked_for_its_stacks(plain: RayWorkerGrou
 
 def test_ranks_that_die_at_once_are_all_forgiven_and_a_new_one_has_its_time_to_start(shared: Cluster) -> None:
     group = shared.launch(PLAN, "e", workers.Async)
-    group.restarts = SLOTS
+    group.deaths_allowed = SLOTS
 
     async def main() -> None:
         await group.ready()
@@ -152,7 +152,7 @@ def test_ranks_that_die_at_once_are_all_forgiven_and_a_new_one_has_its_time_to_s
         for pid in group.pids:
             os.kill(pid, signal.SIGKILL)
         assert [type(e) for e in await asyncio.gather(*waiting, return_exceptions=True)] == [WorkerLost] * SLOTS
-        assert group.restarts == 0
+        assert group.deaths_allowed == 0
         await group.restart(0)
         assert await group.call(0, "most_at_once") == 0
         group.start_timeout = 0.01

@@ -70,10 +70,10 @@ class RayWorkerGroup(WorkerGroup):
 
     def lose(self, rank: int, life: int, obituary: str) -> bool:
         """Whether the run goes on without the rank until restart(); called once for a death, from any thread."""
-        if self.restarts == 0:
+        if self.deaths_allowed == 0:
             return False
         self.lost[rank, life] = WorkerLost(obituary)  # first: who waits for it looks whether deaths are allowed at all
-        self.restarts -= 1
+        self.deaths_allowed -= 1
         return True
 
     async def restart(self, rank: int) -> None:
@@ -138,9 +138,9 @@ class RayWorkerGroup(WorkerGroup):
             return UserError(str(error.cause) if isinstance(error, RayTaskError) else str(error))
         if not isinstance(error, ray.exceptions.RayError):
             return error
-        deadline = time.monotonic() + (FORGIVEN if self.restarts else BLAME)
+        deadline = time.monotonic() + (FORGIVEN if self.deaths_allowed else BLAME)
         rank, of_it = ref.rank, (ref.rank, ref.life)
-        while self.restarts and of_it not in self.lost and self.failure.error is None and time.monotonic() < deadline:
+        while self.deaths_allowed and of_it not in self.lost and self.failure.error is None and time.monotonic() < deadline:
             await asyncio.sleep(0.05)  # the health thread is about to say what it was
         if of_it not in self.lost:
             await asyncio.wait({self.failure.future()}, timeout=max(0.0, deadline - time.monotonic()))

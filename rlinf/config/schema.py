@@ -416,6 +416,11 @@ class Config:
         return {"critic": self.has_critic, "token_reward": self.has_token_reward}.get(component, True)
 
     @property
+    def engine_restarts(self) -> int:
+        """Deaths of an engine that do not end the run: none where it has no process of its own."""
+        return self.rollout.max_engine_restarts if self.cluster.backend == "ray" else 0
+
+    @property
     def critic_model_dir(self) -> str:
         return self.critic.model_dir or self.rollout.model_dir
 

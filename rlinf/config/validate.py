@@ -322,7 +322,7 @@ def _rollout(c: Config) -> Iterator[Violation]:
                 "an engine that is started anew is in no process group: set rollout.max_engine_restarts to 0 "
                 "(the death of an engine then ends the run), or use auto or disk",
             )
-    if c.rollout.weight_transport == "device_ipc" and c.cluster.backend == "ray" and c.rollout.max_engine_restarts:
+    if c.rollout.weight_transport == "device_ipc" and c.engine_restarts:
         yield (
             "rollout.weight_transport",
             (

@@ -87,7 +87,7 @@ class Engines:
         self.dispatcher.close(rank)
         try:
             while loss is not None:  # the new worker may die before it is ready, too
-                log.warning("%s\nIt is started anew; %d more of such deaths do not end the run.", loss, self.group.restarts)
+                log.warning("%s\nIt is started anew; %d more of such deaths do not end the run.", loss, self.group.deaths_allowed)
                 loss = await self._start_anew(rank)
         finally:
             del self._reviving[rank]

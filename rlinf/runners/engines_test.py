@@ -28,7 +28,7 @@ class Group:
     """Each life of rank 0 answers at once, or, while it is one of the mute ones, only by its end; the other ranks answer at once."""
 
     def __init__(self, deaths_in_restart: int = 0, mute_lives: int = 0, size: int = 1) -> None:
-        self.size, self.lives, self.restarts = size, [0] * size, 9
+        self.size, self.lives, self.deaths_allowed = size, [0] * size, 9
         self.deaths_in_restart, self.mute_lives = deaths_in_restart, mute_lives
         self.ends, self.killed, self.asked = asyncio.Event(), [], []
 
@@ -147,7 +147,7 @@ def test_an_error_is_the_loss_of_the_life_that_was_asked() -> None:
         group = RayWorkerGroup(
             "rollout", [Seat("rollout", 0, 0, (0,))], lambda seat: Process(), [], Failure(), 10.0, lambda: "step 3", lambda *_: None
         )
-        group.restarts = 1
+        group.deaths_allowed = 1
         asked = Ref(group, 0, "generate", object())
         assert group.lose(0, 0, "killed")
         group.lives[0] += 1

@@ -60,8 +60,6 @@ def train_once(resolved: Resolved) -> int:
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         plan = build_plan(config, session.nodes)
         groups = launch_workers(session.cluster, plan, config)
-        if config.cluster.backend == "ray":
-            groups["rollout"].restarts = config.rollout.max_engine_restarts
         stop = stop_of(config.algorithm, tokenizer)
         runner = ReasoningRunner(
             config, folder, session.cluster, prompts=prompts, val_prompts=val_prompts, sampler=sampler, stop=stop, **groups
@@ -82,10 +80,17 @@ def launch_workers(cluster: Cluster, plan: Plan, config: Config) -> dict[str, Wo
     groups = {name: cluster.launch(plan, name, WORKERS[name], config) for name in first}
     for name in first if turns else ():
         asyncio.run(cluster.guard(groups[name].call_all("hand_over")))
-    launch_parts(cluster, plan, config)
-    groups |= {name: cluster.launch(plan, name, WORKERS[name], config) for name in ("rollout", "reward")}
+    groups |= launch_generation(cluster, plan, config)
     if turns and config.rollout.offload:
         asyncio.run(cluster.guard(groups["rollout"].call_all("sleep", ENGINES_GIVE[Turn.TRAIN])))
+    return groups
+
+
+def launch_generation(cluster: Cluster, plan: Plan, config: Config) -> dict[str, WorkerGroup]:
+    """Engines, some of whose deaths the run survives, and those who judge."""
+    launch_parts(cluster, plan, config)
+    groups = {name: cluster.launch(plan, name, WORKERS[name], config) for name in ("rollout", "reward")}
+    groups["rollout"].deaths_allowed = config.engine_restarts
     return groups
 
 

@@ -12,7 +12,7 @@ from rlinf.data.tokenizer import load_tokenizer
 from rlinf.errors import UserError
 from rlinf.rewards.tasks import check_tasks
 from rlinf.runners.halves import RolloutOnly, TrainOnly
-from rlinf.runners.launch import WORKERS, launch_parts
+from rlinf.runners.launch import WORKERS, launch_generation
 from rlinf.runners.recorded import RecordedSteps, ranges
 from rlinf.runners.requests import stop_of
 from rlinf.runners.restarts import with_restarts
@@ -42,8 +42,7 @@ def rollout_only(resolved: Resolved) -> int:
     sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
     with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
         plan = build_plan(config, session.nodes)
-        launch_parts(session.cluster, plan, config)
-        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in ("rollout", "reward")}
+        groups = launch_generation(session.cluster, plan, config)
         stop = stop_of(config.algorithm, tokenizer)
         loop = RolloutOnly(config, folder, session.cluster, prompts=prompts, sampler=sampler, stop=stop, **groups)
         session.complete(loop, list(groups.values()))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlinf.config.schema import Config
-from rlinf.runners.launch import launch_workers
+from rlinf.runners.launch import launch_generation, launch_workers
 from rlinf.scheduling.placement import Plan, Seat
 
 TOGETHER = {"actor": 0, "rollout": 0, "reward": 0, "critic": 0}
@@ -19,6 +19,7 @@ class Recorded:
 
     def __init__(self, device: str, asked: list[str], component: str = "") -> None:
         self.device, self.asked, self.component = device, asked, component
+        self.deaths_allowed = 0
 
     def launch(self, plan: Plan, component: str, worker: str, *_: Any) -> Recorded:
         self.asked.append(f"{component} starts")
@@ -38,6 +39,14 @@ def asked(device: str, backend: str, devices: dict[str, int], offload: bool = Tr
     plan = Plan(tuple(Seat(name, 0, 0, (place,)) for name, place in devices.items()), "collocated")
     launch_workers(Recorded(device, found), plan, config)
     return found
+
+
+@pytest.mark.parametrize(("backend", "deaths"), [("ray", 2), ("local", 0)])
+def test_engines_with_a_process_of_their_own_may_die(backend: str, deaths: int) -> None:
+    config = Config()
+    config.cluster.backend, config.rollout.max_engine_restarts = backend, 2
+    groups = launch_generation(Recorded("cpu", []), Plan((), "collocated"), config)
+    assert (groups["rollout"].deaths_allowed, groups["reward"].deaths_allowed) == (deaths, 0)
 
 
 def test_an_engine_starts_when_the_others_have_left_its_gpu_and_sleeps_until_the_first_weights() -> None:

@@ -28,7 +28,7 @@ class WeightSync:
     def __init__(self, config: Config, actor: WorkerGroup, engines: Engines, prompts: Sequence[Prompt]) -> None:
         self.config, self.actor, self.engines = config, actor, engines
         rollout, engines.load = engines.group, self.load_again
-        self.keep = rollout.restarts > 0
+        self.keep = rollout.deaths_allowed > 0
         self.held: list[tuple[Shared, list[Ref]]] = []  # by engine: where the current weights still are
         self.replacing = asyncio.Lock()  # nobody reads what the actor withdraws, and who comes while it writes waits for the new weights
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]

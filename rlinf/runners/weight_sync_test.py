@@ -26,7 +26,7 @@ def sync_of(engines: list[tuple[int, tuple[int, ...]]], transport: str, tp: int 
     config.actor.model.tensor_model_parallel_size, config.rollout.weight_transport = tp, transport
     actor = SimpleNamespace(seats=tuple(Seat("actor", i, 0, (i,)) for i in range(2)), size=2)
     seats = tuple(Seat("rollout", i, node, devices) for i, (node, devices) in enumerate(engines))
-    return WeightSync(config, actor, SimpleNamespace(group=SimpleNamespace(seats=seats, restarts=0)), [])
+    return WeightSync(config, actor, SimpleNamespace(group=SimpleNamespace(seats=seats, deaths_allowed=0)), [])
 
 
 def test_each_engine_is_fed_on_its_device_when_that_is_asked_for() -> None:
@@ -83,7 +83,7 @@ class Life:
 class Rollout:
     """Two engines. loads: seconds that each new life of rank 0 takes to load weights."""
 
-    size, seats, restarts = 2, (Seat("rollout", 0, 0, (0,)), Seat("rollout", 1, 0, (1,))), 9
+    size, seats, deaths_allowed = 2, (Seat("rollout", 0, 0, (0,)), Seat("rollout", 1, 0, (1,))), 9
 
     def __init__(self, actor: Actor, loads: list[float]) -> None:
         self.actor, self.loads, self.lives = actor, loads, [0, 0]

@@ -47,7 +47,7 @@ class RolloutWorker:
         self.start_timeout = config.cluster.start_timeout
         self.asleep, self.waking, self.loading = False, asyncio.Lock(), asyncio.Lock()
         self.wires: dict[str, Wire] = {}  # by the name of the broadcast group
-        self.replaceable = replaceable = config.cluster.backend == "ray" and config.rollout.max_engine_restarts > 0
+        self.replaceable = replaceable = config.engine_restarts > 0
         nodes, span = nodes_of_engine(config, address), None
         if nodes > 1:
             span = Span(nodes, 0, f"{address.host}:{free_port(address.host)}")
