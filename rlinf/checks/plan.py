@@ -53,7 +53,7 @@ def forecast(config: Config, arch: Architecture, device: Device, mean_response: 
     placement = build_plan(config, nodes_of(config.cluster))
     model = config.actor.model
     actors, engines = placement.of("actor"), placement.of("rollout")
-    dp = len(actors) // model.copy_ranks
+    dp = model.data_parallel_size(len(actors))
     stages = tuple(actor_memory(arch, config, dp, stage, gpu=not device.shared) for stage in range(model.pipeline_model_parallel_size))
     engine, load = engine_memory(arch, config), step_load(config, mean_response)
     if device.shared:

@@ -291,6 +291,14 @@ class ActorModelConfig:
         """Ranks that hold one copy of the model, or one data-parallel rank of a training batch."""
         return self.stage_ranks * self.pipeline_model_parallel_size
 
+    def data_parallel_size(self, ranks: int) -> int:
+        """Copies of the model, or shares of a batch, when it lies over so many ranks."""
+        return ranks // self.copy_ranks
+
+    def data_parallel_rank(self, rank: int, ranks: int) -> int:
+        """Which copy `rank` holds a part of: which share of a batch it works on."""
+        return rank // self.stage_ranks % self.data_parallel_size(ranks)
+
 
 @dataclass
 class OptimConfig:

@@ -17,6 +17,7 @@ from rlinf.config.model import planned_model_config
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.packing import ATTENTION_LENGTH, RankBatch, attention_length, build_rank_batches
 from rlinf.data.records import GroupHeader
+from rlinf.scheduling.placement import publishers
 from rlinf.workers.interfaces import TrainReport
 
 PARTS = {
@@ -41,8 +42,9 @@ class Role:
 
     def __init__(self, group: WorkerGroup, model: ActorModelConfig) -> None:
         self.group = group
-        self.stage_ranks, self.pp = model.stage_ranks, model.pipeline_model_parallel_size
-        self.dp = group.size // model.copy_ranks
+        self.dp = model.data_parallel_size(group.size)
+        self.share_of = [model.data_parallel_rank(rank, group.size) for rank in range(group.size)]
+        self.answering = [stages[-1] for stages in publishers(model, group.size)]  # the rank with the numbers of each share
 
     def split(
         self, config: Config, step: int, headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray]
@@ -72,16 +74,13 @@ class Role:
         """
         common, sent = [Shared(a) for a in args], [Shared(share) for share in shares]
         payloads = [[*(groups[g] for g in share.group_ids), *holding(share, parts)] for share in shares]
-        share_of = [rank // self.stage_ranks % self.dp for rank in range(self.group.size)]
-        calls = [self.group.ref(rank, method, *common, sent[i], *payloads[i], returns=2) for rank, i in enumerate(share_of)]
+        calls = [self.group.ref(rank, method, *common, sent[i], *payloads[i], returns=2) for rank, i in enumerate(self.share_of)]
         reports = await self.group.results([report for report, _ in calls])
-        first = [((self.pp - 1) * self.dp + i) * self.stage_ranks for i in range(self.dp)]
-        return reports, [Part(share, calls[rank][1]) for share, rank in zip(shares, first)]
+        return reports, [Part(share, calls[rank][1]) for share, rank in zip(shares, self.answering)]
 
     async def finish(self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], parts: Sequence[Part]) -> list[TrainReport]:
         """Call method(*args, *the parts that hold any group of its share) -> report on every rank."""
-        share_of = [shares[rank // self.stage_ranks % self.dp] for rank in range(self.group.size)]
-        return await self.group.call_each(method, [(*args, *holding(share, parts)) for share in share_of])
+        return await self.group.call_each(method, [(*args, *holding(shares[i], parts)) for i in self.share_of])
 
 
 @cache

@@ -57,7 +57,7 @@ class SftRunner(TrainingLoop):
     def split(self, examples: Sequence[Group]) -> list[tuple[RankBatch, list[Group]]]:
         """Each rank's share of a global batch and the examples in it."""
         model = self.config.actor.model
-        dp = self.actor.size // model.copy_ranks
+        dp = model.data_parallel_size(self.actor.size)
         named = {
             f"{i}.{g.group_id}": replace(g, group_id=f"{i}.{g.group_id}") for i, g in enumerate(examples)
         }  # an epoch's border may repeat one
@@ -65,7 +65,7 @@ class SftRunner(TrainingLoop):
             [g.header() for g in named.values()], [WEIGHT] * len(named), dp=dp, n_minibatches=1,
             max_tokens=self.config.runner.max_tokens_per_mbs, share_prefix=True,
         )  # fmt: skip
-        share_of = [shares[rank // model.stage_ranks % dp] for rank in range(self.actor.size)]
+        share_of = [shares[model.data_parallel_rank(rank, self.actor.size)] for rank in range(self.actor.size)]
         return [(share, [named[name] for name in share.group_ids]) for share in share_of]
 
     async def state(self, folder: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from rlinf.errors import RunFailed
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.engines import Engines
 from rlinf.runners.rollouts import gather_or_cancel
-from rlinf.scheduling.placement import feeds_on_devices
+from rlinf.scheduling.placement import feeds_on_devices, publishers
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
-from rlinf.weights.routes import DEVICE_IPC, OBJECT_STORE, Feed, broadcast_groups, plan_feeds, publisher
+from rlinf.weights.routes import DEVICE_IPC, OBJECT_STORE, Feed, broadcast_groups, plan_feeds
 from rlinf.weights.source import Collective, Receipt
 
 PROBES = 4
@@ -37,21 +37,23 @@ class WeightSync:
         self.metrics: dict[str, float] = {}
         self.engine_stats: list[EngineStats] = []
         model = config.actor.model
-        width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, actor.size // model.copy_ranks
-        self.publishers = [[publisher(replica, stage, width, dp) for stage in range(pp)] for replica in range(dp)]
+        self.publishers = publishers(model, actor.size)
         self.feeds = self._feeds()
         self.joining = config.rollout.joins_groups
         engine_ranks = config.rollout.tensor_parallel_size if self.joining else 1
-        self.groups = broadcast_groups(self.feeds, width, pp, dp, engine_ranks)
-        self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == rank // width % dp}) for rank in range(actor.size)]
+        self.groups = broadcast_groups(
+            self.feeds, model.stage_ranks, model.pipeline_model_parallel_size, len(self.publishers), engine_ranks
+        )
+        replica_of = [model.data_parallel_rank(rank, actor.size) for rank in range(actor.size)]
+        self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == replica}) for replica in replica_of]
         self.feeding = [rank for rank, transports in enumerate(self.transports) if transports]
-        self.probed = [rank for rank in self.feeding if rank // width % dp == self.feeds[0].replica]
+        self.probed = [rank for rank in self.feeding if replica_of[rank] == self.feeds[0].replica]
 
     def _feeds(self) -> tuple[Feed, ...]:
         transport, actor, rollout = self.config.rollout.weight_transport, self.actor.seats, self.engines.group.seats
         feeds = feeds_on_devices(self.config, actor, rollout) if transport == DEVICE_IPC else None
-        publishers = [[actor[rank].node for rank in stages] for stages in self.publishers]
-        return feeds or plan_feeds(publishers, [e.node for e in rollout], transport)
+        nodes = [[actor[rank].node for rank in stages] for stages in self.publishers]
+        return feeds or plan_feeds(nodes, [e.node for e in rollout], transport)
 
     async def publish(self, version: int) -> None:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
@@ -98,8 +100,8 @@ class WeightSync:
     async def _join(self) -> None:
         """Everybody makes the broadcast groups that it is a member of."""
         store, groups = Shared(await self.actor.call(0, "open_store")), Shared(self.groups)
-        publishers = self.actor.call_ranks([group.publisher for group in self.groups], "join", store, groups)
-        await gather_or_cancel([publishers, self.engines.ask_all("join", store, groups)])
+        sending = self.actor.call_ranks([group.publisher for group in self.groups], "join", store, groups)
+        await gather_or_cancel([sending, self.engines.ask_all("join", store, groups)])
 
     async def _receive(self, version: int) -> list[tuple[Receipt, EngineStats]]:
         """Have every engine take what its replica broadcasts, stage after stage."""

@@ -134,10 +134,15 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 def feeds_on_devices(config: Config, actor: Sequence[Seat], rollout: Sequence[Seat]) -> tuple[Feed, ...] | None:
     """What feeds each engine when no weight leaves its devices; None where that cannot be."""
-    model = config.actor.model
-    width, pp, dp = model.stage_ranks, model.pipeline_model_parallel_size, len(actor) // model.copy_ranks
-    publishers = [[actor[publisher(replica, stage, width, dp)].places[0] for stage in range(pp)] for replica in range(dp)]
-    return device_feeds(publishers, [engine.places for engine in rollout])
+    devices = [[actor[rank].places[0] for rank in stages] for stages in publishers(config.actor.model, len(actor))]
+    return device_feeds(devices, [engine.places for engine in rollout])
+
+
+def publishers(model: ActorModelConfig, ranks: int) -> list[list[int]]:
+    """publishers[d][p] is the rank that speaks for pipeline stage p of the data-parallel rank d: it publishes those weights, and of the
+    last stage it returns the numbers of tokens."""
+    dp, pp = model.data_parallel_size(ranks), model.pipeline_model_parallel_size
+    return [[publisher(replica, stage, model.stage_ranks, dp) for stage in range(pp)] for replica in range(dp)]
 
 
 def build_evaluation_plan(config: Config, nodes: Sequence[Node]) -> Plan:
@@ -181,7 +186,7 @@ def _layout(component: str, model: ActorModelConfig, seats: Sequence[Seat]) -> s
     crossing = sum(len({s.node for s in seats[i : i + tp]}) > 1 for i in range(0, len(seats), tp))
     slow = f"; {crossing} TP group(s) cross nodes (slow)" if crossing else ""
     context = f"CP {cp} x " if cp > 1 else ""
-    return f"  {component:<8} {len(seats)} rank(s) = TP {tp} x {context}DP {len(seats) // model.copy_ranks} x PP {pp}{slow}"
+    return f"  {component:<8} {len(seats)} rank(s) = TP {tp} x {context}DP {model.data_parallel_size(len(seats))} x PP {pp}{slow}"
 
 
 def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node], needed: Sequence[str]) -> dict[str, list[Device]]:

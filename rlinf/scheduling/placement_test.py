@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from rlinf.config.schema import ClusterConfig, Config
+from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
-from rlinf.scheduling.placement import PART, Node, Plan, build_plan, describe, nodes_of
+from rlinf.scheduling.placement import PART, Node, Plan, build_plan, describe, nodes_of, publishers
 
 
 def config_of(
@@ -130,6 +130,16 @@ def test_context_parallel_ranks_stand_between_tensor_and_data_parallel_ones() ->
         assert max(map(len, together)) == max(1, tp * cp // 8)
     config = config_of(1, 8, ALL, tp=2, cp=2)
     assert "actor    8 rank(s) = TP 2 x CP 2 x DP 2 x PP 1" in describe(build_plan(config, nodes_of(config.cluster)), config)
+
+
+@pytest.mark.parametrize(("tp", "cp", "pp", "dp"), [(1, 1, 1, 1), (2, 1, 1, 3), (2, 2, 3, 4)])
+def test_every_copy_of_the_model_has_a_first_rank_of_each_stage_that_speaks_for_it(tp: int, cp: int, pp: int, dp: int) -> None:
+    model = ActorModelConfig(tensor_model_parallel_size=tp, context_parallel_size=cp, pipeline_model_parallel_size=pp)
+    ranks = tp * cp * pp * dp
+    assert model.data_parallel_size(ranks) == dp
+    copies = [[rank for rank in range(ranks) if model.data_parallel_rank(rank, ranks) == d] for d in range(dp)]
+    assert publishers(model, ranks) == [copy[:: tp * cp] for copy in copies]
+    assert all(len(copy) == tp * cp * pp for copy in copies)
 
 
 def test_tensor_parallel_groups_prefer_one_node() -> None:

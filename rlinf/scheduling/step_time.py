@@ -72,7 +72,7 @@ def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int
     """Looking at the old (and reference) policy, forward and backward passes, the optimizer."""
     model, algorithm = config.actor.model, config.algorithm
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    dp = ranks // model.copy_ranks
+    dp = model.data_parallel_size(ranks)
     holders = dp * model.context_parallel_size  # of the same weights
     head = arch.vocab * arch.hidden
     length = load.prompt + load.response
