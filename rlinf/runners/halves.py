@@ -18,7 +18,7 @@ from rlinf.runners.learner import Learner
 from rlinf.runners.recorded import RecordedSteps
 from rlinf.runners.rollouts import Rollouts
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.selection import advantages_of, next_groups, training_orders
+from rlinf.runners.selection import advantages_of, known_advantages, next_groups, training_orders
 from rlinf.runners.training_loop import TrainingLoop
 from rlinf.scheduling.rollout_metrics import rollout_metrics
 from rlinf.scheduling.staleness import staleness
@@ -62,8 +62,8 @@ class RolloutOnly(Half):
         await self.rollouts.end_trace()
         headers = [header for header, _ in batch.scored]
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
-        outcome = () if self.config.has_critic else advantages_of(headers, self.config.algorithm)
-        metrics = rollout_metrics(batch.generated, outcome) | batch.metrics
+        advantages = known_advantages(advantages_of(headers, self.config.algorithm), self.config)
+        metrics = rollout_metrics(batch.generated, advantages) | batch.metrics
         metrics |= self.rollouts.measure(batch.generated, await self.rollouts.engines.ask_all("stats"))
         self.engine_stats, self.step_tokens = self.rollouts.stats, int(metrics["rollout/total_tokens"])
         self.memory = {"rollout": self.rollouts.memory}
@@ -99,9 +99,8 @@ class TrainOnly(Half):
         headers = [header for header, _ in batch.scored]
         with self.phase("train"):
             learned = await self.learner.learn(self.step, batch.scored, str(self.folder.tokens(self.step)))
-        self.saving.written = self.learner.written
-        outcome = () if self.config.has_critic else learned.advantages
-        metrics = rollout_metrics(batch.generated, outcome) | staleness(headers, self.step - 1) | learned.metrics
+        self.saving.written = learned.written
+        metrics = rollout_metrics(batch.generated, learned.advantages) | staleness(headers, self.step - 1) | learned.metrics
         metrics["perf/train_tokens_per_second"] = learned.tokens / self.timers.seconds["train"]
-        self.step_tokens, self.memory = int(metrics["rollout/total_tokens"]), self.learner.memory
+        self.step_tokens, self.memory = int(metrics["rollout/total_tokens"]), learned.memory
         return metrics

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,39 +13,49 @@ from rlinf.data.records import GroupHeader, Status
 from rlinf.data.token_values import plan_dump
 from rlinf.runners.roles import Part, Role, summary
 from rlinf.runners.rollouts import Scored
-from rlinf.runners.selection import advantages_of, trained_samples
+from rlinf.runners.selection import advantages_of, known_advantages, trained_samples
+from rlinf.workers.interfaces import TrainReport
+
+Reports = dict[str, list[TrainReport]]  # component -> the last report of each of its ranks
 
 
-class Learned(NamedTuple):
-    """advantages: as the driver gave them; with a critic it knows only the outcome. tokens: that were trained on, prompts included."""
+@dataclass(frozen=True)
+class Learned:
+    """What became of a step's groups.
+
+    advantages: see known_advantages. tokens: that were trained on, prompts included. memory: component -> peak bytes of its ranks.
+    written: whether all ranks say that the files of the checkpoint in the background are on disk.
+    """
 
     metrics: dict[str, float]
-    advantages: list[np.ndarray]
+    advantages: Sequence[np.ndarray]
     tokens: int
+    memory: dict[str, list[int]]
+    written: bool
 
 
 class Learner:
-    """written: whether all ranks said in their last report that the files of the checkpoint in the background are on disk.
-    memory: component -> peak bytes of its ranks."""
+    """The roles that compute in a training step, as the loop asks them to."""
 
     def __init__(self, config: Config, actor: WorkerGroup, critic: WorkerGroup | None, token_reward: WorkerGroup | None = None) -> None:
         self.config, self.actor, self.critic, self.token_reward = config, actor, critic, token_reward
-        self.written = False
-        self.memory: dict[str, list[int]] = {}
 
     async def learn(self, step: int, scored: Sequence[Scored], dump: str) -> Learned:
         """All optimizer steps of `step`. dump: the file for what training saw of each token."""
-        headers, rewards, metrics = [header for header, _ in scored], [], {}
+        headers, rewards, metrics, scorers = [header for header, _ in scored], [], {}, {}
         if self.token_reward is not None:
-            headers, rewards, metrics = await self._token_rewards(step, scored)
+            headers, rewards, metrics, scorers = await self._token_rewards(step, scored)
         advantages = advantages_of(headers, self.config.algorithm)
         trained = trained_samples(headers, self.config.algorithm, self.config.data.seed)
-        metrics |= await self._update(step, scored, advantages, trained, dump, rewards)
+        updated, learners = await self._update(step, scored, advantages, trained, dump, rewards)
+        metrics |= updated
         metrics["train/samples"] = float(sum(t.sum() for t in trained))
         tokens = sum(int(((h.prompt_length + np.array(h.response_lengths)) * t).sum()) for h, t in zip(headers, trained))
-        return Learned(metrics, advantages, tokens)
+        memory = {component: [r.memory_bytes for r in reports] for component, reports in (scorers | learners).items()}
+        written = all(r.checkpoint_written for reports in learners.values() for r in reports)
+        return Learned(metrics, known_advantages(advantages, self.config), tokens, memory, written)
 
-    async def _token_rewards(self, step: int, scored: Sequence[Scored]) -> tuple[list[GroupHeader], list[Part], dict[str, float]]:
+    async def _token_rewards(self, step: int, scored: Sequence[Scored]) -> tuple[list[GroupHeader], list[Part], dict[str, float], Reports]:
         """The headers with the scores of the token reward model in their rewards; with dense rewards what each token is paid, and then the
         headers stay as they are."""
         headers, payload = [header for header, _ in scored], {header.group_id: ref for header, ref in scored}
@@ -54,10 +63,9 @@ class Learner:
         reports, parts = await role.work("scores", (step,), role.look(self.config, headers), payload)
         scores = {name: score for r in reports for name, score in r.scores.items()}
         metrics = score_metrics(headers, scores) | summary(reports, "token_reward", self.config.runner.peak_tflops)
-        self.memory["token_reward"] = [r.memory_bytes for r in reports]
         if self.config.algorithm.dense_rewards:
-            return headers, parts, metrics
-        return [rewarded(header, scores, how.weight) for header in headers], [], metrics
+            return headers, parts, metrics, {"token_reward": reports}
+        return [rewarded(header, scores, how.weight) for header in headers], [], metrics, {"token_reward": reports}
 
     async def _update(
         self,
@@ -67,27 +75,23 @@ class Learner:
         trained: Sequence[np.ndarray],
         dump: str,
         rewards: Sequence[Part],
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Reports]:
         """With a critic its values first, and its own update towards what the actor made of them. rewards: of single tokens."""
         headers, payload = [header for header, _ in scored], {header.group_id: ref for header, ref in scored}
         batch, values, metrics, peak = (self.config, step, headers, advantages, trained), [], {}, self.config.runner.peak_tflops
         if self.critic is not None:
             critic = Role(self.critic, self.config.critic.model)
             critic_shares = critic.split(*batch)
-            reports, values = await critic.work("values", (step,), critic_shares, payload)
-            metrics |= summary(reports, "critic", peak)
+            looked, values = await critic.work("values", (step,), critic_shares, payload)
+            metrics |= summary(looked, "critic", peak)
         actor = Role(self.actor, self.config.actor.model)
         plan = plan_dump(dump, headers, advantages, (self.config.data.seed, step))
-        reports, targets = await actor.work("train_step", (step, plan), actor.split(*batch), payload, [*values, *rewards])
-        metrics |= summary(reports, "actor", peak)
-        self.memory["actor"] = [r.memory_bytes for r in reports]
-        if self.critic is not None:
-            updated = await critic.finish("train_step", (step,), critic_shares, targets)
-            metrics |= summary(updated, "critic", peak)
-            self.memory["critic"] = [r.memory_bytes for r in updated]
-            reports += updated
-        self.written = all(r.checkpoint_written for r in reports)
-        return metrics
+        acted, targets = await actor.work("train_step", (step, plan), actor.split(*batch), payload, [*values, *rewards])
+        metrics |= summary(acted, "actor", peak)
+        if self.critic is None:
+            return metrics, {"actor": acted}
+        followed = await critic.finish("train_step", (step,), critic_shares, targets)
+        return metrics | summary(followed, "critic", peak), {"actor": acted, "critic": followed}
 
 
 def rewarded(header: GroupHeader, scores: Mapping[str, float], weight: float) -> GroupHeader:

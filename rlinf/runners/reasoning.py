@@ -23,7 +23,7 @@ from rlinf.runners.selection import training_orders
 from rlinf.runners.shared_devices import SharedDevices
 from rlinf.runners.training_loop import TrainingLoop
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics, validation_orders
-from rlinf.runners.weight_sync import WeightSync
+from rlinf.runners.weight_sync import Synced, WeightSync
 from rlinf.scheduling.rollout_metrics import rollout_metrics
 from rlinf.scheduling.staleness import staleness
 from rlinf.scheduling.turns import Turn
@@ -68,27 +68,27 @@ class ReasoningRunner(TrainingLoop):
             self.sync.let_go()
         with self.phase("train"):
             learned = await self.learner.learn(self.step, batch.scored, str(self.folder.tokens(self.step)))
-        self.saving.written = self.learner.written
+        self.saving.written = learned.written
         with self.phase("rollout"):
             await self.schedule.settle()
         await self.rollouts.end_trace()
-        await self.publish_weights()
-        outcome = () if self.critic is not None else learned.advantages  # a critic's advantages are not the driver's numbers
-        metrics = rollout_metrics(batch.generated, outcome) | staleness(headers, self.step - 1) | batch.metrics | learned.metrics
-        metrics |= self.sync.metrics | self.rollouts.measure(batch.generated, self.sync.engine_stats)
+        synced = await self.publish_weights()
+        metrics = rollout_metrics(batch.generated, learned.advantages) | staleness(headers, self.step - 1) | batch.metrics
+        metrics |= learned.metrics | synced.metrics | self.rollouts.measure(batch.generated, synced.engine_stats)
         metrics["perf/train_tokens_per_second"] = learned.tokens / self.timers.seconds["train"]
         self.engine_stats, self.step_tokens = self.rollouts.stats, int(metrics["rollout/total_tokens"])
-        self.memory = self.learner.memory | {"rollout": self.rollouts.memory}
+        self.memory = learned.memory | {"rollout": self.rollouts.memory}
         return metrics
 
     def orders(self, step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
         return training_orders(self.config, self.folder, self.prompts, step, indices, met)
 
-    async def publish_weights(self) -> None:
+    async def publish_weights(self) -> Synced:
         with self.phase("sync_weights", "weight sync"):
             await self.devices.pass_to(Turn.SYNC)
-            await self.sync.publish(self.step)
+            synced = await self.sync.publish(self.step)
             await self.devices.pass_to(Turn.ROLLOUT)
+        return synced
 
     @asynccontextmanager
     async def actor_alone(self) -> AsyncIterator[None]:

@@ -120,3 +120,8 @@ def advantages_of(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig) ->
     if is_own(algorithm.adv_type):
         ADVANTAGES[algorithm.adv_type] = load_own(algorithm.adv_type)
     return outcome_advantages([h.rewards for h in headers], tokens, algorithm.adv_type, whiten)
+
+
+def known_advantages(advantages: Sequence[np.ndarray], config: Config) -> Sequence[np.ndarray]:
+    """Those of the driver that mean something: with a critic it knows the outcome alone, and the advantages are made by the actor."""
+    return () if config.has_critic else advantages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,8 +23,16 @@ from rlinf.weights.source import Collective, Receipt
 PROBES = 4
 
 
+@dataclass(frozen=True)
+class Synced:
+    """engine_stats: what each engine counted until it took the weights."""
+
+    metrics: dict[str, float]
+    engine_stats: list[EngineStats]
+
+
 class WeightSync:
-    """Of the last publish(): `metrics`, and `engine_stats`, what each engine counted until it took the weights."""
+    """What stands where, so that the current weights reach every engine; and for one that is started anew where they still are."""
 
     def __init__(self, config: Config, actor: WorkerGroup, engines: Engines, prompts: Sequence[Prompt]) -> None:
         self.config, self.actor, self.engines = config, actor, engines
@@ -34,8 +43,6 @@ class WeightSync:
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
         self.version: int | None = None
         self.syncs = 0
-        self.metrics: dict[str, float] = {}
-        self.engine_stats: list[EngineStats] = []
         model = config.actor.model
         self.publishers = publishers(model, actor.size)
         self.feeds = self._feeds()
@@ -55,7 +62,7 @@ class WeightSync:
         nodes = [[actor[rank].node for rank in stages] for stages in self.publishers]
         return feeds or plan_feeds(nodes, [e.node for e in rollout], transport)
 
-    async def publish(self, version: int) -> None:
+    async def publish(self, version: int) -> Synced:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
         ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # the others have learned that they feed nobody
         if self.groups and self.syncs == 0:
@@ -80,9 +87,9 @@ class WeightSync:
                 self.held.append((offers[feed], payload))
         if not self.groups:
             taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.held])
-        receipts, self.engine_stats = [receipt for receipt, _ in taken], [stats for _, stats in taken]
+        receipts = [receipt for receipt, _ in taken]
         check_receipts(sources, version, receipts)
-        self.metrics = {
+        metrics = {
             "sync/gather_seconds": max(seconds for _, seconds in parts.values()),
             "sync/load_seconds": max(r.seconds for r in receipts),
             "sync/gib": sum(b.nbytes for b in sources[0].buckets) / 2**30,
@@ -92,10 +99,11 @@ class WeightSync:
         expected = await self.actor.call_ranks(self.probed, "score", self.probes, 1.0) if probing else []
         await self.actor.call_ranks(ranks, "release", self.keep)
         if probing:  # engines compute only when the actor has left the device
-            self.metrics["sync/probe_gap_max"] = await self.probe(version, next(filter(None, expected)))
+            metrics["sync/probe_gap_max"] = await self.probe(version, next(filter(None, expected)))
         if not self.keep:
             self.held = []
         self.syncs += 1
+        return Synced(metrics, [stats for _, stats in taken])
 
     async def _join(self) -> None:
         """Everybody makes the broadcast groups that it is a member of."""
