@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.scheduling.placement import feeds_on_devices, publishers
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
 from rlinf.weights.routes import DEVICE_IPC, OBJECT_STORE, Feed, broadcast_groups, plan_feeds
-from rlinf.weights.source import Collective, Receipt
+from rlinf.weights.source import Buckets, Collective, Receipt
 
 PROBES = 4
 
@@ -29,6 +30,17 @@ class Synced:
 
     metrics: dict[str, float]
     engine_stats: list[EngineStats]
+
+
+Written = tuple[dict[str, Buckets], float]  # of one publisher: the sources by transport, and the seconds that they took
+
+
+class Moved(NamedTuple):
+    """A version's way into the engines. sources, taken: by engine, what it was to read and what it says of it."""
+
+    gather_seconds: float
+    sources: list[Buckets]
+    taken: list[tuple[Receipt, EngineStats]]
 
 
 class WeightSync:
@@ -67,43 +79,60 @@ class WeightSync:
         ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # the others have learned that they feed nobody
         if self.groups and self.syncs == 0:
             await self._join()
-        rounds = 2 if self.joining and self.groups and self.syncs == 0 else 1  # the second is for the proof that the engines do at first
-        async with self.replacing:
-            self.held = []
-            published = {rank: self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks}
-            writing = self.actor.results([written for written, _ in published.values()])
-            if self.groups:  # sent and received at once; no engine is started anew then
-                found, taken = await gather_or_cancel([writing, self._receive(version)])
-            else:
-                found = await writing
-            parts = dict(zip(ranks, found))
-            offers = {
-                feed: Shared(merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]]))
-                for feed in set(self.feeds)
-            }
-            self.version, sources = version, [offers[feed].value for feed in self.feeds]
-            for feed in () if self.groups else self.feeds:
-                payload = [published[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
-                self.held.append((offers[feed], payload))
-        if not self.groups:
-            taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.held])
-        receipts = [receipt for receipt, _ in taken]
-        check_receipts(sources, version, receipts)
+        moved = await (self._broadcast(ranks, version) if self.groups else self._offer(ranks, version))
+        receipts = [receipt for receipt, _ in moved.taken]
+        check_receipts(moved.sources, version, receipts)
         metrics = {
-            "sync/gather_seconds": max(seconds for _, seconds in parts.values()),
+            "sync/gather_seconds": moved.gather_seconds,
             "sync/load_seconds": max(r.seconds for r in receipts),
-            "sync/gib": sum(b.nbytes for b in sources[0].buckets) / 2**30,
+            "sync/gib": sum(b.nbytes for b in moved.sources[0].buckets) / 2**30,
         }
-        every = self.config.rollout.verify_weights_every
-        probing = self.syncs == 0 or (every and self.syncs % every == 0)
-        expected = await self.actor.call_ranks(self.probed, "score", self.probes, 1.0) if probing else []
+        expected = await self._actor_scores() if self._probes_now() else None
         await self.actor.call_ranks(ranks, "release", self.keep)
-        if probing:  # engines compute only when the actor has left the device
-            metrics["sync/probe_gap_max"] = await self.probe(version, next(filter(None, expected)))
+        if expected is not None:  # engines compute only when the actor has left the device
+            metrics["sync/probe_gap_max"] = await self.probe(version, expected)
         if not self.keep:
             self.held = []
         self.syncs += 1
-        return Synced(metrics, [stats for _, stats in taken])
+        return Synced(metrics, [stats for _, stats in moved.taken])
+
+    async def _offer(self, ranks: Sequence[int], version: int) -> Moved:
+        """Have the actor write the weights, then every engine read them."""
+        async with self.replacing:
+            self.held = []
+            calls = {rank: self.actor.ref(rank, "publish", version, self.transports[rank], returns=2) for rank in ranks}
+            parts = dict(zip(ranks, await self.actor.results([written for written, _ in calls.values()])))
+            sources = self._sources(parts)
+            offers = {feed: Shared(source) for feed, source in sources.items()}
+            for feed in self.feeds:
+                payload = [calls[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
+                self.held.append((offers[feed], payload))
+            self.version = version
+        taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.held])
+        return Moved(gather_seconds(parts), [sources[feed] for feed in self.feeds], taken)
+
+    async def _broadcast(self, ranks: Sequence[int], version: int) -> Moved:
+        """Send and receive at once; no engine is started anew then."""
+        rounds = 2 if self.joining and self.syncs == 0 else 1  # the second is for the proof that the engines do at first
+        async with self.replacing:
+            calls = [self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks]
+            written, taken = await gather_or_cancel([self.actor.results([written for written, _ in calls]), self._receive(version)])
+            parts = dict(zip(ranks, written))
+            self.version, sources = version, self._sources(parts)
+        return Moved(gather_seconds(parts), [sources[feed] for feed in self.feeds], taken)
+
+    def _sources(self, parts: Mapping[int, Written]) -> dict[Feed, Buckets]:
+        """What each feed is made of, from what the publishers of its replica wrote."""
+        return {feed: merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]]) for feed in set(self.feeds)}
+
+    def _probes_now(self) -> bool:
+        every = self.config.rollout.verify_weights_every
+        return self.syncs == 0 or bool(every and self.syncs % every == 0)
+
+    async def _actor_scores(self) -> list[np.ndarray]:
+        """The actor's side of the probes, from the last stage, which alone has it."""
+        found = await self.actor.call_ranks(self.probed, "score", self.probes, 1.0)
+        return next(filter(None, found))
 
     async def _join(self) -> None:
         """Everybody makes the broadcast groups that it is a member of."""
@@ -147,3 +176,8 @@ class WeightSync:
                     f"group {header.group_id}: tokens of weight version {sorted(unknown)}, but the engines were given {self.version}"
                     + (f" and may be behind by {len(known) - 1}" if len(known) > 1 else "")
                 )
+
+
+def gather_seconds(parts: Mapping[int, Written]) -> float:
+    """Until the slowest publisher had written its part."""
+    return max(seconds for _, seconds in parts.values())
