@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from rlinf.cluster.group import Ref, Shared, WorkerGroup
+from rlinf.data.records import GroupHeader
 from rlinf.errors import WorkerLost
 from rlinf.scheduling.dispatcher import Dispatcher
 
@@ -17,13 +18,14 @@ log = logging.getLogger(__name__)
 class Engines:
     """rank of an engine -> calls that survive its death. load: gives an engine the current weights, where they are still to be had.
 
-    stall_timeout: seconds after which an engine that does not answer is ended; 0 = never.
+    stall_timeout: seconds after which an engine that does not answer, and ends no group either, is ended; 0 = never.
     """
 
     def __init__(self, group: WorkerGroup, dispatcher: Dispatcher, stall_timeout: float) -> None:
         self.group, self.dispatcher, self.stall_timeout = group, dispatcher, stall_timeout
         self.load: Callable[[int], Awaitable[None]] | None = None
         self.restarted = 0
+        self._done = [0.0] * group.size  # when each engine was last done with a group
         self._reviving: dict[int, asyncio.Task[None]] = {}
         self._losses: dict[int, WorkerLost] = {}  # the last one of each rank that was made good
 
@@ -48,6 +50,24 @@ class Engines:
     async def ask_once(self, rank: int, method: str, *args: Any) -> Any:
         """One call that is not made again: raises WorkerLost for a worker that dies, or has to be ended, before it answers."""
         return await self._in_time(self.group.ref(rank, method, *args), self.stall_timeout)
+
+    async def group_of(self, rank: int, header: Ref) -> tuple[GroupHeader, None] | tuple[None, WorkerLost]:
+        """The group that an engine was asked for; or its loss. Groups take their time: only one that is done with none of them for
+        stall_timeout stands still."""
+        loop, asked = asyncio.get_running_loop(), asyncio.ensure_future(header)
+        begun = loop.time()
+        try:
+            while not (await asyncio.wait({asked}, timeout=self.stall_timeout or None))[0]:
+                if loop.time() - max(begun, self._done[rank]) >= self.stall_timeout:
+                    self.end(rank, header.life)
+                    begun = loop.time()
+            self._done[rank] = loop.time()
+            return asked.result(), None
+        except WorkerLost as loss:
+            self.dispatcher.close(rank)
+            return None, loss
+        finally:
+            asked.cancel()
 
     async def _insist(self, ref: Ref, args: Sequence[Any], patience: float) -> Any:
         """The result of a call, made again for every worker that dies, or has to be ended, before it answers. patience: seconds that

@@ -13,7 +13,6 @@ from typing import Any
 from rlinf.cluster.group import Ref, WorkerGroup
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, GroupHeader, Prompt
-from rlinf.errors import WorkerLost
 from rlinf.metrics.timers import Timers
 from rlinf.rollout.contract import EngineStats, GenerateRequest, SamplingParams, Stop
 from rlinf.runners.engines import Engines
@@ -57,8 +56,6 @@ class Rollouts:
         self.max_new_tokens = config.algorithm.sampling_params.max_new_tokens
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
         self.engines = Engines(rollout, self.dispatcher, config.rollout.stall_timeout)
-        self.stall_timeout = config.rollout.stall_timeout
-        self._answered = [0.0] * rollout.size  # when each engine was last done with a group
         self.in_flight: dict[str, str] = {}
         self.lengths: dict[str, float] = {}  # prompt -> mean length of its last responses
         self.unfinished: dict[str, Ref] = {}  # group -> its tokens so far, where an engine let go of it
@@ -91,7 +88,7 @@ class Rollouts:
                 before = (self.unfinished[order.name],) if order.name in self.unfinished else ()
                 header_ref, tokens = self.rollout.ref(rank, "generate", request, order.prompt, *before, returns=2)
                 with self.timers.phase(order.timer):
-                    header, loss = await self._answer(rank, header_ref)
+                    header, loss = await self.engines.group_of(rank, header_ref)
             if header is None:
                 await self.engines.revive(rank, loss)
                 continue
@@ -99,23 +96,6 @@ class Rollouts:
                 self.unfinished.pop(order.name, None)
                 return header, tokens, rank
             self.unfinished[order.name] = tokens
-
-    async def _answer(self, rank: int, header: Ref) -> tuple[GroupHeader, None] | tuple[None, WorkerLost]:
-        """What the engine says; or its loss. One that is done with nothing for rollout.stall_timeout is ended, and so lost."""
-        loop, asked = asyncio.get_running_loop(), asyncio.ensure_future(fetched(header))
-        begun = loop.time()
-        try:
-            while not (await asyncio.wait({asked}, timeout=self.stall_timeout or None))[0]:
-                if loop.time() - max(begun, self._answered[rank]) >= self.stall_timeout:
-                    self.engines.end(rank, header.life)
-                    begun = loop.time()
-            self._answered[rank] = loop.time()
-            return asked.result(), None
-        except WorkerLost as loss:
-            self.dispatcher.close(rank)
-            return None, loss
-        finally:
-            asked.cancel()
 
     def measure(self, generated: Sequence[GroupHeader], stats: Sequence[EngineStats]) -> dict[str, float]:
         """How fast the engines were, by what they counted in the step, and what the step got from them."""
@@ -167,10 +147,6 @@ class Rollouts:
 
     def resume(self) -> None:
         self._going.set()
-
-
-async def fetched(ref: Ref) -> GroupHeader:
-    return await ref
 
 
 def mean_length(header: GroupHeader) -> float:
