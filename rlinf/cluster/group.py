@@ -6,7 +6,7 @@ import asyncio
 import pickle
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -129,7 +129,7 @@ class WorkerGroup(ABC):
                 return [self.opened(ref, value) for ref, value in zip(refs, answers.result())]
         finally:
             answers.cancel()
-        return await first_failure_or_all(refs)  # which knows whose it is
+        return await gather_or_cancel(ref.group.fetch(ref) for ref in refs)  # one by one: then it is known whose failure it is
 
     async def ready(self) -> None:
         """Return when every constructor has returned; raises what the first failing one raised."""
@@ -210,9 +210,9 @@ async def gathered(answers: Iterable[asyncio.Future[Any]]) -> list[Any]:
     return await asyncio.gather(*answers)
 
 
-async def first_failure_or_all(refs: Sequence[Ref]) -> list[Any]:
-    """The results, or the first failure, of calls that are waited for one by one."""
-    tasks = [asyncio.ensure_future(ref.group.fetch(ref)) for ref in refs]
+async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Results in order; the first failure is raised and the rest is cancelled."""
+    tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return await asyncio.gather(*tasks)
     finally:

@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from rlinf.cluster.cluster import Cluster
-from rlinf.cluster.group import WorkerGroup
+from rlinf.cluster.group import WorkerGroup, gather_or_cancel
 from rlinf.data.records import Finish, GroupHeader, Status
 from rlinf.evaluation.folder import SetFolder
 from rlinf.evaluation.problems import SHARE, Unit
 from rlinf.metrics.progress import duration
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
-from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.scheduling.dispatcher import Dispatcher
 
 EVERY_SECONDS = 10.0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.group import Ref, WorkerGroup, gather_or_cancel
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, GroupHeader, Prompt
 from rlinf.metrics.timers import Timers
@@ -151,13 +150,3 @@ class Rollouts:
 
 def mean_length(header: GroupHeader) -> float:
     return sum(header.response_lengths) / len(header.response_lengths)
-
-
-async def gather_or_cancel(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results in order; the first failure is raised and the rest is cancelled."""
-    tasks = [asyncio.ensure_future(w) for w in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlinf.cluster.group import Ref, Shared, WorkerGroup
+from rlinf.cluster.group import Ref, Shared, WorkerGroup, gather_or_cancel
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader, Prompt
 from rlinf.errors import RunFailed
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.engines import Engines
-from rlinf.runners.rollouts import gather_or_cancel
 from rlinf.scheduling.placement import feeds_on_devices, publishers
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
 from rlinf.weights.routes import DEVICE_IPC, OBJECT_STORE, Feed, broadcast_groups, plan_feeds
