@@ -11,13 +11,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from rlinf import device
+from rlinf.checks.finding import FAIL, OK, WARN, Finding
+from rlinf.checks.toolchain import compilers, driver_version, glibc, locks, proxies, python
 from rlinf.cluster.host import PORTS
 from rlinf.cluster.node_probe import NodeView, look_at_nodes
 from rlinf.cluster.ray_node import default_port
@@ -33,7 +35,6 @@ from rlinf.rollout.sglang_server import find_interpreter
 from rlinf.scheduling.memory import BYTES, rank_parameters
 from rlinf.weights.architecture import read_architecture
 
-OK, WARN, FAIL = "OK", "WARN", "FAIL"
 GIB = 2**30
 OPTIONAL = {"sglang": "the embedded engine does without it", "transformer-engine": "the actor's local layers do without it"}
 EXACT = {
@@ -44,19 +45,6 @@ DRIVER_OF_CUDA = {12: 525, 13: 580}  # the oldest driver branch that runs a CUDA
 SKEW_WARN, SKEW_FAIL = 1.0, 60.0  # seconds
 
 
-@dataclass(frozen=True)
-class Finding:
-    """status: OK, WARN (a run may work) or FAIL (it will not)."""
-
-    check: str
-    status: str
-    text: str
-    remedy: str = ""
-
-    def line(self) -> str:
-        return f"{self.status:<4}  {self.check:<14} {self.text}" + (f"\n      {'':<14} -> {self.remedy}" if self.remedy else "")
-
-
 def examine(resolved: Resolved | None) -> Iterator[Finding]:
     """All checks of this machine, then those of the cluster that is up, then those of the configuration."""
     config = resolved.config if resolved else None
@@ -64,12 +52,14 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     output = Path(config.runner.output_dir if config else ".").expanduser().resolve()
     parameters = _parameters(config) if config else 0
     size = BYTES[config.actor.model.precision] if config else 2
-    yield python(sys.version_info[:2])
+    yield python(sys.version_info[:2], cuda)
     yield from packages(pins("base"), installed_version)
     yield compiled_code(cpu_flags(), own.name if (own := kernels()) else None)
     if cuda:
         yield from packages({name: pin for name, pin in pins("gpu").items() if name not in pins("base")}, installed_version)
     yield from devices(cuda, has_gpu(), device.usable(), torch.version.cuda, driver_version())
+    if has_gpu():
+        yield from surroundings(config)
     if resolved:
         yield configuration(resolved)
         yield from unseen_gpus(resolved.config, has_gpu())
@@ -77,10 +67,12 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     if cuda and config:
         yield enough_gpus(device.gpu_count(), config.cluster.num_gpus_per_node)
     yield collectives(cuda)
+    yield proxies(os.environ)
     yield shared_memory(shutil.disk_usage("/dev/shm").total, parameters * size)
     yield disk(output, shutil.disk_usage(_existing(output)).free, 14 * parameters * (config.runner.keep_checkpoints + 1 if config else 0))
     yield writable(output)
-    yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0], config.cluster.num_nodes if config else 1)
+    yield locks(_existing(output))
+    yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1], config.cluster.num_nodes if config else 1)
     if Path("/dev/infiniband").exists():
         yield locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
     yield ephemeral_ports(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text())
@@ -90,9 +82,12 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
         yield from files(config)
 
 
-def python(version: tuple[int, int]) -> Finding:
-    text = ".".join(map(str, version))
-    return Finding("python", OK, text) if version >= (3, 10) else Finding("python", FAIL, text, "use Python 3.10 or newer")
+def surroundings(config: Config | None) -> Iterator[Finding]:
+    """Of a machine with a GPU: what SGLang needs beside its packages, where it is installed or is the engine."""
+    engine = config is not None and config.rollout.rollout_backend == "sglang"
+    yield glibc(os.confstr("CS_GNU_LIBC_VERSION") or "unknown")
+    if engine or installed_version("sglang"):
+        yield from compilers(os.environ, engine)
 
 
 def compiled_code(flags: Set[str], found: str | None) -> Finding:
@@ -201,12 +196,6 @@ def sglang(config: Config, cuda: bool) -> Iterator[Finding]:
         yield Finding("sglang", FAIL, str(error), "see docs/sglang.md")
 
 
-def driver_version() -> str | None:
-    file = Path("/proc/driver/nvidia/version")
-    match = re.search(r"Kernel Module[^0-9]*(\d+\.[\d.]+)", file.read_text()) if file.exists() else None
-    return match[1] if match else None
-
-
 def enough_gpus(there: int, wanted: int) -> Finding:
     if there < wanted:
         return Finding(
@@ -262,13 +251,12 @@ def writable(output: Path) -> Finding:
 
 
 def open_files(limit: int, nodes: int) -> Finding:
-    """Ray keeps a connection to every worker, the driver one to every call in flight."""
+    """Ray keeps a connection to every worker, the driver one to every call in flight. limit: the hard one, to which Ray is started."""
     needed = 4096 if nodes == 1 else 65536
-    text = f"{limit} open files allowed"
-    if limit < 1024 or limit < needed:
-        return Finding(
-            "ulimit", FAIL if limit < 1024 else WARN, text, f"ulimit -n {needed} (or LimitNOFILE, or docker --ulimit nofile={needed})"
-        )
+    text = f"at most {limit} open files" if limit != resource.RLIM_INFINITY else "any number of open files"
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        remedy = f"raise the hard limit to {needed}: LimitNOFILE, /etc/security/limits.conf, or docker --ulimit nofile={needed}"
+        return Finding("ulimit", FAIL if limit < 1024 else WARN, text, remedy)
     return Finding("ulimit", OK, text)
 
 
