@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout, once: venv.sh [--dev]
 # Installs the CPU or the GPU set of requirements/, by what the machine has (RLINF_DEVICE=cpu or gpu overrides). A second call with the
-# same pins returns at once. An environment that is there already is brought to the pins; a broken one is made anew.
+# same pins returns at once. An environment that is there already is brought to the pins; a broken one is made anew. With Python 3.12 on a
+# GPU machine (Linux, x86-64) versions are those of requirements/gpu.lock. Python is the first of 3.10 to 3.13 that is found, or PYTHON.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -31,7 +32,10 @@ fi
 [[ "$device" == cpu || "$device" == gpu ]] || fail "RLINF_DEVICE is '$device'; it must be cpu or gpu"
 
 # Everything that decides what is installed, and where (console scripts name the folder).
-pins="$(cat "$root/setup.py" "$root"/rlinf/cpu/* "$root"/requirements/*.txt "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16) $device $root"
+lock="$root/requirements/gpu.lock"
+what=("$root/setup.py" "$root"/rlinf/cpu/* "$root"/requirements/*.txt "${BASH_SOURCE[0]}")
+if [[ "$device" == gpu ]]; then what+=("$lock"); fi
+pins="$(cat "${what[@]}" | sha256sum | cut -c1-16) $device $root"
 
 ready() { # the stamp names the pins; an environment with the dev set serves both
   [[ -f "$stamp" && -x "$venv/bin/rlinf" ]] || return 1
@@ -40,17 +44,23 @@ ready() { # the stamp names the pins; an environment with the dev set serves bot
   [[ "$have" == "$pins dev" || ( -z "$dev" && "$have" == "$pins" ) ]]
 }
 
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -qq "$@"; }
+locked=()
+pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -qq ${locked[@]+"${locked[@]}"} "$@"; }
 
-find_python() {
+lock_versions() { # the lock is of one Python and one platform
+  if [[ "$device $(uname -sm)" != "gpu Linux x86_64" ]]; then return; fi
+  if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'; then locked=(-c "$lock"); fi
+}
+
+find_python() { # Megatron-core and SGLang have no wheels for 3.14
   local name
-  for name in ${PYTHON:-python3 python python3.14 python3.13 python3.12 python3.11 python3.10}; do
-    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+  for name in ${PYTHON:-python3 python python3.12 python3.13 python3.11 python3.10}; do
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       command -v "$name"
       return
     fi
   done
-  fail "no Python 3.10 or newer found${PYTHON:+ (PYTHON=$PYTHON)}; install one, or name it: PYTHON=/path/to/python3"
+  fail "no Python from 3.10 to 3.13 found${PYTHON:+ (PYTHON=$PYTHON)}; install one, or name it: PYTHON=/path/to/python3.12"
 }
 
 make_venv() {
@@ -89,20 +99,30 @@ install_transformer_engine() { # builds against the torch that is there; the act
 }
 
 install_all() {
+  lock_versions
   if [[ "$device" == cpu ]]; then install_cpu_torch; else pip_install "$(torch_pin)"; fi
   say "installing the $device${dev:+ and $dev} requirements"
   # From the requirement files rather than `-e .[gpu]`: Transformer Engine needs torch to be there and no build isolation.
   local wanted=(-r "$root/requirements/base.txt")
-  if [[ -n "$dev" ]]; then wanted+=(-r "$root/requirements/dev.txt" -r "$root/requirements/rg.txt" -r "$root/requirements/docs.txt"); fi
-  if [[ "$device" == gpu ]]; then wanted+=("$(sed -nE 's/^(sglang==[^ ]*).*/\1/p' "$root/requirements/gpu.txt")"); fi
+  if [[ "$device" == gpu ]]; then
+    mapfile -t -O "${#wanted[@]}" wanted < <(sed -nE 's/^((sglang|ray)[^ ]*==[^ ]*).*/\1/p' "$root/requirements/gpu.txt")
+  fi
+  # What is only for tests comes after the lock: reasoning-gym wants another tabulate than SGLang.
+  local tests=(-r "$root/requirements/dev.txt" -r "$root/requirements/rg.txt" -r "$root/requirements/docs.txt")
+  if [[ -n "$dev" && "${#locked[@]}" == 0 ]]; then wanted+=("${tests[@]}"); fi
   pip_install "${wanted[@]}" || fail "pip could not install the requirements (its words are above)"
+  if [[ -n "$dev" && "${#locked[@]}" != 0 ]]; then
+    (locked=() && pip_install "${tests[@]}") || fail "pip could not install the dev requirements (its words are above)"
+  fi
   pip_install --no-deps -e "$root" || fail "pip could not install rlinf itself (its words are above)"
   if [[ "$device" == gpu ]]; then install_transformer_engine; fi
 }
 
-mkdir -p "$venv"
-exec 9<"$root"
-flock -n 9 || { say "another set-up is at work here; waiting for it" && flock 9; }
+if ready; then exit 0; fi
+mkdir -p "$venv" && [[ -w "$root" ]] || fail "$root cannot be written by $(id -un): run this as its owner, or in a checkout of yours"
+exec 9>>"$root/.venv.lock" # a file that is open for writing: on NFS only such a lock is seen by other nodes
+flock -n 9 || { say "another set-up is at work here; waiting for it" && flock 9; } ||
+  fail "the file system of $root has no locks: mount it with -o flock, or use a checkout elsewhere"
 if ready; then exit 0; fi
 started=$SECONDS
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then make_venv; fi
