@@ -19,7 +19,7 @@ from rlinf.hardware import cores
 
 if TYPE_CHECKING:
     from rlinf.config.load import Resolved
-    from rlinf.config.schema import Config, RewardConfig
+    from rlinf.config.schema import Config
 
 Run = Callable[[argparse.Namespace], int]
 Argument = Callable[[Any], Any]  # adds itself to a parser
@@ -85,6 +85,8 @@ AS_JSON = arg("--json", action="store_true", help="print the result as JSON")
 JSON_FILE = arg("--json", metavar="FILE", type=in_home, help="write the figures")
 EVERY_LAYOUT_ONCE = arg("--quick", action="store_true", help="every layout once")
 JUDGED_AS_IN = arg("--config", metavar="CONFIG", help="judge as its section `reward` says: own tasks, answer format, time-out")
+
+CHECKED_AS_IN = arg("--config", metavar="CONFIG", help="read and judge as its sections `data` and `reward` say: fields, tasks, own tasks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -314,11 +316,12 @@ def data_convert(args: argparse.Namespace) -> int:
     return 0
 
 
-@command("data check", "check a JSONL file in the AReaL-boba format", arg("file", metavar="FILE", type=in_home), JUDGED_AS_IN, AS_JSON)
+@command("data check", "check a JSONL file in the AReaL-boba format", arg("file", metavar="FILE", type=in_home), CHECKED_AS_IN, AS_JSON)
 def data_check(args: argparse.Namespace) -> int:
     from rlinf.checks.data_check import main as check
 
-    return check(args.file, args.json, _reward_of(args.config))
+    config = _judging(args.config)
+    return check(args.file, args.json, config.reward, config.data)
 
 
 @command(
@@ -395,15 +398,15 @@ def compare(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
-    _report(verify_file(args.input, args.output, args.processes, _reward_of(args.config)))
+    _report(verify_file(args.input, args.output, args.processes, _judging(args.config).reward))
     return 0
 
 
-def _reward_of(config: str | None) -> RewardConfig:
-    """The section `reward` of a configuration, or its defaults; no model is needed to judge."""
+def _judging(config: str | None) -> Config:
+    """A configuration, or the defaults; no model is needed to judge."""
     from rlinf.config.load import load
 
-    return load(config, ["rollout.model_dir=none"]).config.reward
+    return load(config, ["rollout.model_dir=none"]).config
 
 
 def _parser() -> argparse.ArgumentParser:

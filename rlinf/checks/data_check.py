@@ -26,7 +26,8 @@ from rlinf.rewards.verifier import Item, Verifier
 
 SHOWN = 10  # lines named for each kind of finding
 FAULTS = {
-    "bad_line": "not a record: JSON with `prompt`, `solutions` and, if you like, `task` and `query_id`",
+    "bad_line": "not a record: JSON with `prompt`, `solutions` and, if you like, `task` and `query_id` "
+    "(name the run's --config if its section `data` says otherwise)",
     "unknown_task": "no verifier for the task (name the run's --config if it has reward.own_tasks, or leave the task out with data.tasks)",
     "gold_unreadable": "a solution that cannot be read; only the same characters would match it",
     "gold_not_right": "a solution that is not judged right against itself",
@@ -58,20 +59,20 @@ class Findings:
         self.lines[kind].append((line, text))
 
 
-def main(path: str | Path, as_json: bool = False, reward: RewardConfig | None = None) -> int:
+def main(path: str | Path, as_json: bool = False, reward: RewardConfig | None = None, data: DataConfig | None = None) -> int:
     """Print the report; 0 when there is no fault, 2 when there is one.
 
-    reward: the section of a run's configuration; None = its defaults.
+    reward, data: the sections of a run's configuration; None = their defaults.
     """
-    report = check(Path(path), reward=reward)
+    report = check(Path(path), reward=reward, data=data)
     sys.stdout.write(json.dumps(report, indent=1) + "\n" if as_json else describe(report))
     return 2 if report["faults"] else 0
 
 
-def check(path: Path, processes: int = 1, reward: RewardConfig | None = None) -> dict[str, Any]:
+def check(path: Path, processes: int = 1, reward: RewardConfig | None = None, data: DataConfig | None = None) -> dict[str, Any]:
     """The report as plain data. Raises UserError when the file cannot be read at all, as a run does."""
     findings = Findings()
-    rows = list(_rows(path, findings))
+    rows = list(_rows(path, findings, data or DataConfig()))
     _check_repetition(rows, findings)
     with Verifier.of(reward or RewardConfig(), processes) as verifier:
         known = _known_tasks(rows, verifier.own_tasks, findings)
@@ -124,13 +125,14 @@ def near_misses(gold: str) -> list[str]:
     return [f"{gold} + 1", f"98765, {gold}"] if node.op not in ("rel", "member") else [f"98765, {gold}"]
 
 
-def _rows(path: Path, findings: Findings) -> Iterator[Row]:
-    """What a run whose section `data` is the default reads, by the same functions."""
-    for record in read_file(path, partial(parse_prompt, data=DataConfig())):
+def _rows(path: Path, findings: Findings, data: DataConfig) -> Iterator[Row]:
+    """What a run with this section `data` reads, by the same functions; of a chat its turns."""
+    for record in read_file(path, partial(parse_prompt, data=data)):
         if isinstance(record, Fault):
             findings.add("bad_line", record.line, record.reason)
-        else:
-            yield Row(record.line, str(record.prompt), record.task, record.query_id, record.solutions)
+        elif data.tasks is None or record.task in data.tasks:
+            prompt = record.prompt if isinstance(record.prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in record.prompt)
+            yield Row(record.line, prompt, record.task, record.query_id, record.solutions)
 
 
 def _known_tasks(rows: list[Row], own: Collection[str], findings: Findings) -> set[str]:

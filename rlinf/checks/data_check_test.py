@@ -132,3 +132,15 @@ def test_a_solution_that_is_no_entry_of_reasoning_gym_is_named(tmp_path: Path) -
     assert report["faults"] == {"gold_unreadable": len(bad)}
     assert [f["line"] for f in report["lines"]["gold_unreadable"]] == [1, 2, 3, 4, 5]
     assert all("no entry of reasoning-gym" in f["text"] for f in report["lines"]["gold_unreadable"])
+
+
+def test_config_says_how_lines_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = [{"role": "user", "content": "Is it \\boxed{5}?"}]
+    path = write(tmp_path / "a.jsonl", {"chat": chat, "gold": "5"}, {"chat": chat, "gold": "5", "task": "unheard-of"})
+    config = tmp_path / "a.yaml"
+    config.write_text("data: {prompt_key: chat, answer_key: gold, apply_chat_template: true, tasks: [math]}\n")
+    assert cli.main(["data", "check", str(path)]) == 2
+    assert "no field `prompt` (data.prompt_key)" in (out := capsys.readouterr().out) and "name the run's --config" in out
+    assert cli.main(["data", "check", str(path), "--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "1 records; tasks: math 1" in out and "remark: 1 x leaked_answer" in out and out.endswith("fit to train on\n")

@@ -82,6 +82,12 @@ def find(name_or_path: str) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path.resolve()
+    if path.is_dir():
+        raise UserError(f"{name_or_path}: is {_what(path)}")
+    if path.exists():
+        return path  # a pipe: its name resolves to nothing
+    if name_or_path.partition("=")[0] in known_keys():
+        raise UserError(f"{name_or_path}: is a setting; CONFIG comes first, and then the settings: CONFIG {name_or_path}")
     example = EXAMPLES / (ALIASES.get(name_or_path, name_or_path) + ".yaml")
     if example.is_file():
         return example
@@ -89,6 +95,18 @@ def find(name_or_path: str) -> Path:
     close = difflib.get_close_matches(path.name.removesuffix(".yaml"), [*names, *ALIASES], n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise UserError(f"{name_or_path}: no such configuration{hint}\n  give the path of a YAML file, or one of: {', '.join(names)}")
+
+
+def _what(folder: Path) -> str:
+    """What a folder is that was given as a configuration, and where it belongs."""
+    if (folder / "config.json").is_file():
+        return f"a model folder, no configuration; give a YAML file, with rollout.model_dir={folder}, or score it: rlinf eval {folder}"
+    if (folder / "config.yaml").is_file():
+        return (
+            f"the folder of a run, which rlinf report, watch and replay take; its configuration is {folder / 'config.yaml'}, "
+            "and runner.resume_dir=auto goes on with it"
+        )
+    return "a folder, no configuration; give a YAML file in it"
 
 
 def show(path: Path) -> str:
@@ -131,6 +149,8 @@ def _chain(source: Path) -> list[tuple[Path, yaml.Node]]:
         if not extends:
             return chain
         where = f"{show(path)}:{extends[0][0].start_mark.line + 1}"
+        if not isinstance(extends[0][1], yaml.ScalarNode):
+            raise UserError(f"{where}: extends: names one file, not several; let that one extend the next")
         path = _extended(path.parent, str(extends[0][1].value), where)
         if path in (p for p, _ in chain):
             raise UserError(f"{where}: extends: {show(path)} extends this file in turn; break the cycle")

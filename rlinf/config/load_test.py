@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -211,6 +213,35 @@ def test_an_unknown_configuration_lists_what_there_is() -> None:
     with pytest.raises(UserError, match="did you mean grpo-1.5b-megatron") as error:
         find("grpo-1.5-megatron")
     assert "smollm2-135m-grpo-cpu" in str(error.value)
+
+
+def test_what_is_there_but_no_configuration_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model/config.json", "run/config.yaml", "folder/a.yaml"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    for folder, words in (
+        ("model", "a model folder, no configuration; give a YAML file, with rollout.model_dir="),
+        ("run", "the folder of a run, which rlinf report, watch and replay take; its configuration is "),
+        ("folder", "a folder, no configuration; give a YAML file in it"),
+    ):
+        with pytest.raises(UserError) as error:
+            find(str(tmp_path / folder))
+        assert str(error.value).startswith(f"{tmp_path / folder}: is {words}")
+    with pytest.raises(UserError, match="runner.max_steps=3: is a setting; CONFIG comes first"):
+        find("runner.max_steps=3")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find("~/folder/a.yaml") == tmp_path / "folder" / "a.yaml"
+
+
+def test_a_configuration_may_come_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("rollout: {model_dir: m}\n",), daemon=True)
+    writer.start()
+    assert load(str(tmp_path / "pipe")).config.rollout.model_dir == "m"
+
+
+def test_several_files_to_extend_are_refused(tmp_path: Path) -> None:
+    assert "run.yaml:2: extends: names one file, not several" in problems(tmp_path, "extends: [a.yaml, b.yaml]")
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,11 @@ def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenize
     prompts, too_long = _tokenize(wanted, data, tokenizer)
     if too_long and not data.filter_prompt_by_length:
         raise UserError(
-            describe(too_long, "are too long", "raise data.max_prompt_length, or set data.filter_prompt_by_length: true to drop them")
+            describe(
+                [fault for _, fault in too_long],
+                "are too long",
+                "raise data.max_prompt_length, or set data.filter_prompt_by_length: true to drop them",
+            )
         )
     report = DataReport(
         read=len(records) + len(faults),
@@ -93,8 +97,18 @@ def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenize
         fingerprint=_fingerprint(prompts),
     )
     if not prompts:
-        raise UserError(f"{', '.join(map(str, paths)) or 'no data files given'}: no prompt is left ({report.describe()})")
+        why = _why_none(report, data, min((length for length, _ in too_long), default=0))
+        raise UserError(f"{', '.join(map(str, paths)) or 'no data files given'}: no prompt is left: {why}")
     return prompts, report
+
+
+def _why_none(report: DataReport, data: DataConfig, shortest: int) -> str:
+    if shortest:
+        return f"raise data.max_prompt_length ({data.max_prompt_length}): the shortest prompt has {shortest} tokens"
+    if report.filtered_by_task:
+        found = ", ".join(f"{task} {n}" for task, n in sorted(report.filtered_by_task.items()))
+        return f"data.tasks names {', '.join(data.tasks or [])}; the files hold {found}"
+    return f"none of the {report.read} lines can be used; set data.on_bad_record: error to be told why"
 
 
 def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
@@ -169,12 +183,14 @@ def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:
     return names, renamed
 
 
-def _tokenize(named: list[tuple[str, Record]], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], list[Fault]]:
+def _tokenize(named: list[tuple[str, Record]], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], list[tuple[int, Fault]]]:
+    """The prompts, and those that are too long with their number of tokens."""
     texts = [rendered(r, tokenizer) for _, r in named]
     prompts, too_long = [], []
     for (name, r), text, ids in zip(named, texts, tokenizer.encode_batch(texts)):
         if len(ids) > data.max_prompt_length:
-            too_long.append(Fault(r.file, r.line, f"{len(ids)} tokens, data.max_prompt_length is {data.max_prompt_length}"))
+            fault = Fault(r.file, r.line, f"{len(ids)} tokens, data.max_prompt_length is {data.max_prompt_length}")
+            too_long.append((len(ids), fault))
             continue
         metadata = {"file": r.file, "line": r.line}
         prompts.append(Prompt(name, np.array(ids, dtype=np.int32), r.task, r.solutions, text, metadata))

@@ -169,8 +169,17 @@ def test_missing_files_folders_and_nothing_left(tmp_path: Path, tokenizer: TextT
         load_prompts([str(tmp_path / "nowhere.jsonl")], DataConfig(), tokenizer)
     with pytest.raises(UserError, match="not a file"):
         load_prompts([str(tmp_path)], DataConfig(), tokenizer)
-    with pytest.raises(UserError, match=r"no prompt is left \(0 of 1 prompts.*other tasks dropped: math 1"):
-        load_prompts([write(tmp_path, row())], DataConfig(tasks=["maths"]), tokenizer)
+    for rows, data, why in (
+        ([row()], DataConfig(tasks=["maths"]), "data.tasks names maths; the files hold math 1"),
+        (
+            [row(), row(prompt="1+1+1=")],
+            DataConfig(max_prompt_length=2),
+            r"raise data.max_prompt_length \(2\): the shortest prompt has 5 tokens",
+        ),
+        (["{"], DataConfig(on_bad_record="skip"), "none of the 1 lines can be used; set data.on_bad_record: error"),
+    ):
+        with pytest.raises(UserError, match=rf"data.jsonl: no prompt is left: {why}"):
+            load_prompts([write(tmp_path, *rows)], data, tokenizer)
 
 
 def test_the_fingerprint_tells_data_apart(tmp_path: Path, tokenizer: TextTokenizer) -> None:

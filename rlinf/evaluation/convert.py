@@ -84,7 +84,7 @@ def convert(benchmark: str, source: Path, out: Path, seed: int = 1234) -> dict[s
 def read_rows(path: Path) -> list[Any]:
     """Rows of a .jsonl, .json (a list), .csv or .parquet file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: is a folder; give the file of the benchmark in it" if path.is_dir() else f"{path}: no such file")
     if path.suffix == ".parquet":
         return _read_parquet(path)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,11 +95,12 @@ def _load(section: str, config: Config, tokenizer: TextTokenizer) -> ProblemSet:
     protocol: BenchmarkConfig = getattr(config.evaluation, section)
     path = Path(str(protocol.path))
     name = section if section != "custom" else path.name.removesuffix(".jsonl")
-    data = replace(  # what a configuration says of its training data is not said of benchmarks
-        config.data, apply_chat_template=False, tasks=None, max_prompt_length=UNBOUNDED,
-        prompt_key="prompt", answer_key="solutions", on_bad_record="error",
-    )  # fmt: skip
-    found, _ = load_prompts([str(path)], data, tokenizer)
+    data = replace(config.data, apply_chat_template=False, tasks=None, max_prompt_length=UNBOUNDED)
+    if section != "custom":  # what a configuration says of its own records is not said of benchmarks
+        data = replace(data, prompt_key="prompt", answer_key="solutions", on_bad_record="error")
+    found, report = load_prompts([str(path)], data, tokenizer)
+    if report.bad_records:
+        sys.stderr.write(f"{name}: {report.describe()}\n")
     check_tasks({p.task for p in found}, config.reward.own_tasks)
     _check_template(section, protocol.template, tokenizer)
     texts = [render(p.text, protocol, tokenizer) for p in found]

@@ -79,7 +79,7 @@ def test_the_fingerprint_knows_question_gold_and_template(tmp_path: Path, r1: Te
 
 
 def test_what_training_data_may_lack_no_benchmark_may(tmp_path: Path, r1: TextTokenizer) -> None:
-    config = config_of(tmp_path, "custom")
+    config = config_of(tmp_path, "aime24")
     config.data.on_bad_record, config.data.prompt_key = "skip", "question"
     assert len(load_sets(config, r1)[0].prompts) == 3
     with (tmp_path / "set.jsonl").open("a") as file:
@@ -105,3 +105,17 @@ def test_the_defaults_are_the_published_protocols() -> None:
         b = getattr(e, name)
         assert (b.n, b.temperature, b.top_p, b.max_tokens) == expected and b.path is None
     assert set(BENCHMARKS) == {name for name in vars(e) if name not in ("output_dir", "opencompass_dir")}
+
+
+def test_a_custom_set_has_the_fields_of_section_data_and_a_benchmark_has_its_own(
+    tmp_path: Path, r1: TextTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n{"question": ""}\n')
+    words = ["data.prompt_key=question", "data.answer_key=answer", f"evaluation.custom.path={tmp_path / 'own.jsonl'}"]
+    with pytest.raises(UserError, match="or set data.on_bad_record: skip"):
+        load_sets(load(None, ["rollout.model_dir=none", *words]).config, r1)
+    (own,) = load_sets(load(None, ["rollout.model_dir=none", *words, "data.on_bad_record=skip"]).config, r1)
+    assert [(p.text, p.solutions) for p in own.prompts] == [("1+1?", ("2",))]
+    assert capsys.readouterr().err == "own: 1 of 2 prompts (math 1; longest 5 tokens); bad records skipped: 1\n"
+    with pytest.raises(UserError, match="no field `prompt`"):
+        load_sets(load(None, ["rollout.model_dir=none", *words[:2], f"evaluation.aime24.path={tmp_path / 'own.jsonl'}"]).config, r1)

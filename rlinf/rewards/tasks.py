@@ -20,11 +20,14 @@ from rlinf.rewards.reasoning_gym import SCORER_ERRORS
 from rlinf.rewards.words import choice, untext
 
 TASKS = ("math", "choice", "exact")
+LEAVE_OUT = "leave its prompts out with data.tasks, for example data.tasks=[math]"
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 
 
-def check_tasks(tasks: Iterable[str], own: Collection[str] = ()) -> None:
-    """Raises UserError for a task that nothing here can judge, and for one of `own` (reward.own_tasks) that has the name of one of ours."""
+def check_tasks(tasks: Iterable[str], own: Collection[str] = (), remedy: str = LEAVE_OUT) -> None:
+    """Raises UserError for a task that nothing here can judge, and for one of `own` (reward.own_tasks) that has the name of one of ours.
+
+    remedy: beside naming a function for it."""
     for task in sorted(own):
         if task in TASKS or task.startswith("rg/"):
             raise UserError(f"reward.own_tasks: {task} is judged here already; give your task another name, in the data too")
@@ -34,7 +37,7 @@ def check_tasks(tasks: Iterable[str], own: Collection[str] = ()) -> None:
         elif task not in TASKS:
             raise UserError(
                 f"task {task!r}: no verifier; known are {', '.join(TASKS)} and rg/<family>. Name a function of yours in reward.own_tasks, "
-                "or leave its prompts out with data.tasks, for example data.tasks=[math]"
+                f"or {remedy}"
             )
 
 

@@ -184,6 +184,15 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "in.jsonl"]
 
 
+def test_a_task_that_nobody_judges_is_named_with_file_and_line(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"response": "1", "solutions": ["1"]}\n{"response": "1", "solutions": ["1"], "task": "maths"}\n')
+    with pytest.raises(UserError) as error:
+        verify_file(source, tmp_path / "out.jsonl", 1)
+    assert str(error.value).startswith(f"{source}:2: task 'maths': no verifier; known are math,") and "data.tasks" not in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 # -- parts of the reward
 
 

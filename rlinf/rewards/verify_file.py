@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,14 @@ def judged(verdict: Verdict) -> dict[str, Any]:
 
 
 def _rows(path: Path, own_tasks: Collection[str]) -> Iterator[tuple[dict[str, Any], Item]]:
-    known: set[str] = set()
-    for read in read_file(path, _row):
+    check_tasks([], own_tasks)
+    for read in read_file(path, partial(_row, own_tasks=own_tasks, known=set())):
         if isinstance(read, Fault):
             raise UserError(f"{read.file}:{read.line}: {read.reason}")
-        row, item = read
-        if item.task not in known:
-            check_tasks([item.task], own_tasks)
-            known.add(item.task)
-        yield row, item
+        yield read
 
 
-def _row(row: dict[str, Any], path: Path, number: int) -> tuple[dict[str, Any], Item]:
+def _row(row: dict[str, Any], path: Path, number: int, own_tasks: Collection[str], known: set[str]) -> tuple[dict[str, Any], Item]:
     if not isinstance(row.get("response"), str):
         raise BadLine('needs "response", a string')
     solutions = row.get("solutions")
@@ -78,4 +75,10 @@ def _row(row: dict[str, Any], path: Path, number: int) -> tuple[dict[str, Any], 
     task, prompt = row.get("task", "math"), row.get("prompt", "")
     if not isinstance(task, str) or not isinstance(prompt, str):
         raise BadLine('"task" and "prompt" must be strings')
+    if task not in known:
+        try:
+            check_tasks([task], own_tasks, "mend the line")
+        except UserError as error:
+            raise BadLine(str(error)) from error
+        known.add(task)
     return row, Item(row["response"], tuple(solutions), task, prompt)
