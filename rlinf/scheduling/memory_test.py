@@ -14,7 +14,17 @@ import torch
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.packing import SampleRef
 from rlinf.data.records import Finish, Group, Prompt, Sample
-from rlinf.scheduling.memory import actor_memory, engine_memory, head_memory, layer_activations, rank_parameters, stage_activations
+from rlinf.scheduling.memory import (
+    LOGITS_BLOCK,
+    LOGITS_CHUNK,
+    actor_memory,
+    engine_memory,
+    head_memory,
+    layer_activations,
+    rank_parameters,
+    stage_activations,
+)
+from rlinf.training import logprobs
 from rlinf.training.layout import pack
 from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.mapping import hf_shapes
@@ -153,6 +163,10 @@ def test_context_parallelism_divides_what_is_kept_of_a_micro_batch_but_for_gathe
     assert part.activations == whole.activations // 4 + keys
     assert (part.weights, part.gradients, part.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
     assert part.workspace < whole.workspace
+
+
+def test_the_chunks_are_those_of_the_head() -> None:
+    assert {"cpu": logprobs.CHUNK_BYTES, "gpu": logprobs.GPU_CHUNK_BYTES} == LOGITS_CHUNK and logprobs.BLOCK_BYTES == LOGITS_BLOCK
 
 
 def test_the_head_never_holds_all_logits(tiny_models: dict[str, Path]) -> None:
