@@ -121,15 +121,15 @@ class WorkerGroup(ABC):
     async def results(self, refs: Sequence[Ref]) -> list[Any]:
         """What calls to this group returned, in their order. The first failure is raised at once."""
         await self.ready()
-        answers = self.resolve_all([ref.handle for ref in refs])
-        try:
-            with self._running(refs):
+        with self._running(refs):  # until it is known who failed: a message about a death is made meanwhile, by another thread
+            answers = self.resolve_all([ref.handle for ref in refs])
+            try:
                 await self.failure.first(answers)
-            if answers.done() and answers.exception() is None:
-                return [self.opened(ref, value) for ref, value in zip(refs, answers.result())]
-        finally:
-            answers.cancel()
-        return await gather_or_cancel(ref.group.fetch(ref) for ref in refs)  # one by one: then it is known whose failure it is
+                if answers.done() and answers.exception() is None:
+                    return [self.opened(ref, value) for ref, value in zip(refs, answers.result())]
+            finally:
+                answers.cancel()
+            return await gather_or_cancel(ref.group.fetch(ref) for ref in refs)  # one by one: then it is known whose failure it is
 
     async def ready(self) -> None:
         """Return when every constructor has returned; raises what the first failing one raised."""
