@@ -142,11 +142,10 @@ def train(args: argparse.Namespace) -> int:
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report
     from rlinf.runners.disk import told_when_full
-    from rlinf.runners.run_folder import run_path
 
-    with told_when_full(run_path(config.runner)):
+    with told_when_full(config.runner.run_dir):
         code = _launch(args, resolved)
-        sys.stderr.write(f"report: {write_report(run_path(config.runner))}\n")
+        sys.stderr.write(f"report: {write_report(config.runner.run_dir)}\n")
     return code
 
 
@@ -193,9 +192,8 @@ def sft(args: argparse.Namespace) -> int:
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.runners.disk import told_when_full
     from rlinf.runners.launch_sft import finetune
-    from rlinf.runners.run_folder import run_path
 
-    with told_when_full(run_path(config.runner)):
+    with told_when_full(config.runner.run_dir):
         return finetune(resolved)
 
 

@@ -6,6 +6,7 @@ A key that nothing reads is a defect; a default that is not here is a defect too
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -84,6 +85,11 @@ class RunnerConfig:
     seq_length: int = key(2048, "tokens of prompt + response at most")
     max_tokens_per_mbs: int = key(4096, "token budget of a training micro-batch; at least seq_length")
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run, absolute: everything that a run writes is in it."""
+        return Path(self.output_dir).expanduser().resolve() / self.experiment_name
 
 
 @dataclass

@@ -20,7 +20,7 @@ from rlinf.report.compare import NOT_COMPARED, relative
 from rlinf.runners.launch import train
 from rlinf.runners.launch_debug import train_only
 from rlinf.runners.recorded import RecordedSteps, ranges
-from rlinf.runners.run_folder import COMPLETE, run_path
+from rlinf.runners.run_folder import COMPLETE
 
 FP32, HALF = 1e-5, 0.02  # difference that counts as rounding: another layout sums in another order
 IGNORED = (*NOT_COMPARED, "eval/*")
@@ -69,7 +69,7 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
     else:
         RecordedSteps(run_dir).order(step)
         train_only(resolved, run_dir, step)
-    folder = run_path(resolved.config.runner)
+    folder = resolved.config.runner.run_dir
     lines = compare_step(recorded, recorded_metrics(folder, step))
     bound = default_tolerance(resolved.config) if tolerance is None else tolerance
     start = f"checkpoint {before.name}" if before else "the start model"

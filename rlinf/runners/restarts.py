@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from rlinf.config.load import Resolved
 from rlinf.errors import Hang
-from rlinf.runners.run_folder import run_path
 from rlinf.runners.session import say
 
 
@@ -18,7 +17,7 @@ def with_restarts(once: Callable[[Resolved], int], resolved: Resolved) -> int:
         try:
             return once(resolved)
         except Hang as hang:
-            if runner.on_hang != "restart" or restarts == runner.max_restarts or not (run_path(runner) / "checkpoints" / "latest").exists():
+            if runner.on_hang != "restart" or restarts == runner.max_restarts or not (runner.run_dir / "checkpoints" / "latest").exists():
                 raise
             restarts += 1
             say(f"rlinf: {hang}\nrlinf: restart {restarts} of at most {runner.max_restarts}, from the latest checkpoint")

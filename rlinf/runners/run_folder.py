@@ -19,7 +19,6 @@ from typing import Any, TextIO
 import xxhash
 
 from rlinf.config.load import Resolved, to_yaml
-from rlinf.config.schema import RunnerConfig
 from rlinf.data.lines import append_lines
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
@@ -54,7 +53,7 @@ class RunFolder:
 
     def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
         runner, self.command, self.config = resolved.config.runner, command, resolved.config
-        self.path = run_path(runner)
+        self.path = runner.run_dir
         self.keep, self.keep_groups, self.ahead = runner.keep_checkpoints, runner.keep_groups, resolved.config.algorithm.max_staleness
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
@@ -259,10 +258,6 @@ def lock_alone(lock: TextIO, folder: Path, key: str, busy: str) -> None:
             f"{folder}: files on this file system cannot be locked ({error.strerror}), so two runs could write there at once; mount it "
             f"with -o flock (Lustre) or with its lock service (NFS), or choose another {key}"
         ) from error
-
-
-def run_path(runner: RunnerConfig) -> Path:
-    return Path(runner.output_dir).expanduser().resolve() / runner.experiment_name
 
 
 def read_checkpoint(step_dir: Path) -> Resume:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -22,7 +21,7 @@ def profiled(runner: RunnerConfig, step: int, component: str) -> Iterator[None]:
     if step not in runner.profile_steps or rank not in runner.profile_ranks:
         yield
         return
-    folder = Path(runner.output_dir).expanduser() / runner.experiment_name / "profile"
+    folder = runner.run_dir / "profile"
     folder.mkdir(parents=True, exist_ok=True)
     with recorder() as recorded:
         yield

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ class RolloutWorker:
         self.address = address
         torch.set_num_threads(address.threads)
         tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
-        self.folder = (Path(config.runner.output_dir).expanduser() / config.runner.experiment_name).resolve()
+        self.folder = config.runner.run_dir
         self.traced = address.rank in config.runner.profile_ranks
         log = self.folder / "workers" / f"rollout-{address.rank}-engine.log"
         self.device = choose(config.cluster.device)

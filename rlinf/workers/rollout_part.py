@@ -27,7 +27,7 @@ class RolloutPart:
         torch.set_num_threads(address.threads)
         others = nodes_of_engine(config, address) - 1
         engine, place = divmod(address.rank, others)
-        folder = (Path(config.runner.output_dir).expanduser() / config.runner.experiment_name).resolve()
+        folder = config.runner.run_dir
         own = folder / "workers" / f"rollout-{engine}-engine-part-{place + 1}.log"
         tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
         try:

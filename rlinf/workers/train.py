@@ -263,7 +263,7 @@ def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> 
 
 def weights_folder(config: Config) -> Path:
     """Where the disk transport writes: in the run's folder, which all nodes see."""
-    return (Path(config.runner.output_dir).expanduser() / config.runner.experiment_name / FOLDER).resolve()
+    return config.runner.run_dir / FOLDER
 
 
 def merged(parts: Sequence[TokenNumbers]) -> dict[str, np.ndarray]:
