@@ -132,6 +132,7 @@ def train(args: argparse.Namespace) -> int:
     validate(config, resolved.provenance)
     warnings = _check_model(config, args.dry_run)
     plan = build_plan(config, nodes_of(config.cluster))
+    warnings += _check_files(config, args.dry_run)
     if args.dry_run:
         group, kept = config.algorithm.group_size, config.algorithm.num_update_sample_per_prompt
         batch = config.data.rollout_batch_size * min(group, kept or group)
@@ -186,6 +187,7 @@ def sft(args: argparse.Namespace) -> int:
     validate_sft(config, resolved.provenance)
     warnings = _check_model(config, args.dry_run)
     plan = build_sft_plan(config, nodes_of(config.cluster))
+    warnings += _check_files(config, args.dry_run)
     if args.dry_run:
         _say(f"config: {resolved.source}")
         _say(f"step: {config.sft.batch_size} examples, 1 optimizer step")
@@ -433,8 +435,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_model(config: Config, dry_run: bool) -> list[str]:
-    """Read the model's shape and look for the files; what is missing is an error, or on a dry run a warning."""
-    from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model, validate_scorer
+    """Read the model's shape and hold the configuration against it. A dry run needs no model: what was not there is a warning."""
+    from rlinf.config.model import load_model_config, planned_model_config, validate_model, validate_scorer
     from rlinf.weights.architecture import read_architecture
 
     def read(model_dir: str, key: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -451,10 +453,17 @@ def _check_model(config: Config, dry_run: bool) -> list[str]:
         if hf and other and config.has(role):
             read_architecture(other, Path(folder or config.rollout.model_dir, "config.json"))
             validate_scorer(config, role, other, hf)
+    return warnings
+
+
+def _check_files(config: Config, dry_run: bool) -> list[str]:
+    """Look for the files that the run reads; what is missing is an error, or on a dry run a warning."""
+    from rlinf.config.model import missing_paths
+
     absent = missing_paths(config)
     if absent and not dry_run:
         raise UserError("\n  ".join(["files that the run needs are not there:", *absent]))
-    return [*warnings, *absent]
+    return absent
 
 
 def _end_dry_run(placement: str, warnings: Sequence[str]) -> int:

@@ -57,7 +57,7 @@ class ReasoningRunner(TrainingLoop):
         await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):
             batch = await self.schedule.take(self.step)
-            await self.schedule.clear()
+            await self.schedule.before_training()
         if self.config.cluster.backend == "local":  # a process has one profiler, and the actor is next
             await self.rollouts.end_trace()
         await self.devices.pass_to(Turn.TRAIN)
@@ -70,7 +70,7 @@ class ReasoningRunner(TrainingLoop):
             learned = await self.learner.learn(self.step, batch.scored, str(self.folder.tokens(self.step)))
         self.saving.written = learned.written
         with self.phase("rollout"):
-            await self.schedule.settle()
+            await self.schedule.before_sync()
         await self.rollouts.end_trace()
         synced = await self.publish_weights()
         metrics = rollout_metrics(batch.generated, learned.advantages) | staleness(headers, self.step - 1) | batch.metrics
@@ -116,7 +116,7 @@ class ReasoningRunner(TrainingLoop):
 
     async def state(self, folder: Path) -> dict[str, Any]:
         validation = {step: scores.to_json() for step, scores in self.scores.items()}
-        kept = await self.schedule.keep(folder / GROUPS_AHEAD)
+        kept = await self.schedule.save(folder / GROUPS_AHEAD)
         return {"weight_version": self.step, "validation": validation, "response_lengths": self.rollouts.lengths, "schedule": kept}
 
     async def restore(self, folder: Path, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """When the groups of a step are generated: with the weights before it, or, with algorithm.max_staleness > 0, ahead of it.
 
-Version i is the weights after step i; eta is algorithm.max_staleness. Each step the loop asks in the same order: take, clear (before the
-actor trains), settle (before it publishes) and, at a checkpoint, keep.
+Version i is the weights after step i; eta is algorithm.max_staleness. Each step the loop asks in the same order: take, before_training,
+before_sync and, at a checkpoint, save.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Schedule(Protocol):
         """The groups of `step`; the engines hold the weights of step - 1."""
         ...
 
-    async def clear(self) -> None:
+    async def before_training(self) -> None:
         """Return when the actor may have the devices."""
         ...
 
-    async def settle(self) -> None:
+    async def before_sync(self) -> None:
         """Return when the engines may be given the next weights."""
         ...
 
-    async def keep(self, folder: Path) -> dict[str, Any]:
+    async def save(self, folder: Path) -> dict[str, Any]:
         """Write the groups that wait into `folder`; what restore() needs beside them, as JSON values."""
         ...
 
@@ -109,13 +109,13 @@ class Logical:
         met = Counter[str]()
         return await next_groups(self.sampler, self.algorithm, lambda indices: self.rollouts.all(self.orders(step, indices, met)))
 
-    async def clear(self) -> None: ...
+    async def before_training(self) -> None: ...
 
-    async def settle(self) -> None:
+    async def before_sync(self) -> None:
         for batch in self.batches:
             await batch
 
-    async def keep(self, folder: Path) -> dict[str, Any]:
+    async def save(self, folder: Path) -> dict[str, Any]:
         waiting = []
         for batch in (b for future in self.batches if (b := future.result())):
             names = {header.group_id: f"{len(waiting):02d}-{i:05d}" for i, (header, _) in enumerate(batch.scored)}
@@ -226,14 +226,14 @@ class Wallclock:
                 self.ledger.finish(name)
                 self.bias.finish(name, mean_length(header))
 
-    async def clear(self) -> None:
+    async def before_training(self) -> None:
         if self.rollout.partial:
             await self.rollouts.pause()
             self.collect()
 
-    async def settle(self) -> None: ...
+    async def before_sync(self) -> None: ...
 
-    async def keep(self, folder: Path) -> dict[str, Any]:
+    async def save(self, folder: Path) -> dict[str, Any]:
         """What is done, and what is carried over, is kept with its tokens; what an engine is at is begun again after a resumption."""
         self.collect()
         # before anything is awaited: groups end while others are written

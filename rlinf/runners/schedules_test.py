@@ -77,7 +77,7 @@ async def loop(config: Config, steps: int, seed: int, right: float, look: Callab
     found, clock = Outcome(engines=engines), asyncio.get_running_loop()
     for step in range(1, steps + 1):
         batch = await schedule.take(step)
-        await schedule.clear()
+        await schedule.before_training()
         before = engines.tokens
         found.steps.append([h.group_id for h, _ in batch.scored])
         found.stale.append(staleness([h for h, _ in batch.scored], step - 1)["rollout/staleness_max"])
@@ -85,7 +85,7 @@ async def loop(config: Config, steps: int, seed: int, right: float, look: Callab
         await asyncio.sleep(UPDATE)
         if config.rollout.partial:
             assert engines.tokens == before, "the engines were to stand still"
-        await schedule.settle()
+        await schedule.before_sync()
         engines.version = step
         look(schedule, engines)
     found.seconds, found.lengths = clock.time(), engines.lengths
@@ -152,7 +152,7 @@ def test_validation_leaves_carried_over_groups_of_the_same_prompts_alone() -> No
     async def run() -> None:
         schedule, engines, rollouts, _ = make(config_of("wallclock", 1, partial=True), 40, 0)
         await schedule.take(1)
-        await schedule.clear()
+        await schedule.before_training()
         kept = dict(rollouts.unfinished)
         prompts = [SimpleNamespace(prompt_id=name.partition(".")[2], token_ids=np.ones(3, np.int32)) for name in kept]
         scored = await rollouts.all(validation_orders(prompts, 1, "validation"))
@@ -181,7 +181,7 @@ def test_a_group_that_is_done_while_a_checkpoint_is_written_is_kept_as_it_was() 
             return await write(rank, method, *args)
 
         judges.call = write_when_they_are_done
-        state = await schedule.keep(Path("waiting"))
+        state = await schedule.save(Path("waiting"))
         assert [judges.files[f"waiting/{state['files'][name]}.safetensors"] for name in handed_over] == [
             (tokens, ()) for tokens in handed_over.values()
         ]
@@ -206,13 +206,13 @@ async def go_on(
             await schedule.restore(Path("kept"), kept, begin)
         for step in range(begin + 1, end + 1):
             batch = await schedule.take(step)
-            await schedule.clear()
+            await schedule.before_training()
             headers = [h for h, _ in batch.scored]
             assert len(headers) == groups and staleness(headers, step - 1)["rollout/staleness_max"] <= eta
             taken.append([h.group_id for h in headers])
-            await schedule.settle()
+            await schedule.before_sync()
             engines.version = step
-        kept, state, files = json.loads(json.dumps(await schedule.keep(Path("kept")))), schedule.sampler.state_dict(), judges.files
+        kept, state, files = json.loads(json.dumps(await schedule.save(Path("kept")))), schedule.sampler.state_dict(), judges.files
     return taken
 
 
@@ -275,11 +275,11 @@ def test_dynamic_sampling_ends_with_the_data(schedule: str, eta: int, over_provi
             step = len(handed_out)
             batch = await plan.take(step)
             taken.extend(h.group_id for h, _ in batch.scored)
-            await plan.clear()
+            await plan.before_training()
             await asyncio.sleep(UPDATE)
-            await plan.settle()
+            await plan.before_sync()
             engines.version, last = step, plan.exhausted
-            await plan.keep(Path("waiting"))
+            await plan.save(Path("waiting"))
             assert plan.exhausted == last  # the loop asks before and after a checkpoint
         over = len(plan.ledger.groups) if isinstance(plan, Wallclock) else 0
         assert prompts - plan.sampler.handed_out + over < GROUPS
