@@ -112,7 +112,7 @@ class DataConfig:
 
 @dataclass
 class SamplingConfig:
-    do_sample: bool = key(True, "false = greedy")
+    do_sample: bool = key(True, "true; greedy answers of one prompt are all equal, so false is refused")
     temperature: float = key(1.0, "softmax temperature of rollouts; log-probabilities use it on both sides")
     top_k: int = key(1000000, "sample among the k most likely tokens; 0 or at least the vocabulary = off")
     top_p: float = key(1.0, "sample from the smallest set with this probability mass; 1 = off")

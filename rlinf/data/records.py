@@ -22,6 +22,11 @@ class Finish(str, Enum):
     ABORT = "abort"  # aborted from outside; the tokens decoded so far are kept
     WINDOW = "window"  # the engine's context window is full
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the sample would have gone on."""
+        return self in (Finish.LENGTH, Finish.WINDOW)
+
 
 class Status(str, Enum):
     """What the verifier says of an answer."""
@@ -184,6 +189,11 @@ class GroupHeader:
         if missing:
             raise ValueError(f"group {self.group_id}: no verdict yet for {missing[:3]}")
         return tuple(v.reward for v in self.verdicts if v is not None)
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """Which answers are right, whatever the reward was shaped to."""
+        return tuple(v is not None and v.status is Status.RIGHT for v in self.verdicts)
 
 
 def sample_id(group_id: str, index: int) -> str:

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup, gather_or_cancel
-from rlinf.data.records import Finish, GroupHeader, Status
+from rlinf.data.records import GroupHeader
 from rlinf.evaluation.folder import SetFolder
 from rlinf.evaluation.problems import SHARE, Unit
 from rlinf.metrics.progress import duration
@@ -79,8 +79,8 @@ class Progress:
     def finished(self, header: GroupHeader) -> None:
         self.done += len(header.sample_ids)
         self.tokens += sum(header.response_lengths)
-        self.cut += sum(f in (Finish.LENGTH, Finish.WINDOW) for f in header.finishes)
-        self.right += sum(v is not None and v.status is Status.RIGHT for v in header.verdicts)
+        self.cut += sum(f.cut_off for f in header.finishes)
+        self.right += sum(header.right)
         self.no_box += sum(v is not None and v.extracted is None for v in header.verdicts)
         if self.done == self.samples or self.clock() - self.printed >= EVERY_SECONDS:
             self.printed = self.clock()

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlinf.cluster.group import WorkerGroup
 from rlinf.config.schema import Config
-from rlinf.data.records import GroupHeader, Status
+from rlinf.data.records import GroupHeader
 from rlinf.data.token_values import plan_dump
 from rlinf.runners.roles import Part, Role, summary
 from rlinf.runners.rollouts import Scored
@@ -102,7 +102,7 @@ def rewarded(header: GroupHeader, scores: Mapping[str, float], weight: float) ->
 
 def score_metrics(headers: Sequence[GroupHeader], scores: Mapping[str, float]) -> dict[str, float]:
     """Scores of responses, before their weight; of right and of wrong answers where there are any."""
-    right = {name: v is not None and v.status is Status.RIGHT for h in headers for name, v in zip(h.sample_ids, h.verdicts)}
+    right = {name: is_right for h in headers for name, is_right in zip(h.sample_ids, h.right)}
     values = np.array([scores[name] for name in right])
     found = {"mean": values.mean(), "max": values.max(), "min": values.min()}
     for name, chosen in (("right", np.array(list(right.values()))), ("wrong", ~np.array(list(right.values())))):

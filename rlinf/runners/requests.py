@@ -9,7 +9,7 @@ from rlinf.rollout.contract import SamplingParams, Stop
 
 def sampling_of(algorithm: AlgorithmConfig) -> SamplingParams:
     s = algorithm.sampling_params
-    return SamplingParams(s.temperature, s.top_p, s.top_k) if s.do_sample else validation_sampling()
+    return SamplingParams(s.temperature, s.top_p, s.top_k)
 
 
 def validation_sampling() -> SamplingParams:

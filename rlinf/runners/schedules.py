@@ -19,7 +19,7 @@ from rlinf.data.group_file import header_from_json, header_to_json
 from rlinf.data.records import GroupHeader, Verdict
 from rlinf.data.sampler import PromptSampler
 from rlinf.runners.rollouts import Order, Rollouts, Scored, mean_length
-from rlinf.runners.selection import StepBatch, next_groups, no_signal, right
+from rlinf.runners.selection import StepBatch, next_groups, no_signal
 from rlinf.scheduling.staleness import Ledger, LengthBias
 
 Orders = Callable[[int, Sequence[int], Counter[str]], list[Order]]  # (step, prompts, how often the step has met each) -> what is wanted
@@ -214,7 +214,7 @@ class Wallclock:
         """What has been done since the last look; a group that teaches nothing makes room for another."""
         for name in [name for name, task in self.tasks.items() if task.done()]:
             header, tokens = self.tasks.pop(name).result()
-            if self.algorithm.dynamic_sampling and not has_signal(right(header)):
+            if self.algorithm.dynamic_sampling and not has_signal(header.right):
                 self.dropped.append(header)
                 self.ledger.drop(name)
                 self.bias.drop(name)

@@ -12,14 +12,12 @@ from rlinf.algorithms.advantages import ADVANTAGES, outcome_advantages
 from rlinf.algorithms.filters import has_signal, update_subset
 from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import AlgorithmConfig, Config
-from rlinf.data.records import Finish, GroupHeader, Prompt, Status
+from rlinf.data.records import GroupHeader, Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.runners.requests import sampling_of
 from rlinf.runners.rollouts import Order, Scored
 from rlinf.runners.run_folder import RunFolder
-
-TRUNCATED = (Finish.LENGTH, Finish.WINDOW)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ async def next_groups(
             generated.append(one[0])
             if len(kept) < sampler.batch_size:
                 used += 1
-                kept += [one] if has_signal(right(one[0])) else []
+                kept += [one] if has_signal(one[0].right) else []
         if len(kept) == sampler.batch_size:
             sampler.give_back(len(generated) - used)
             metrics = {"prompts_generated": len(generated), "prompts_used": used, "prompts_filtered": used - len(kept)}
@@ -63,15 +61,10 @@ def no_signal(algorithm: AlgorithmConfig, size: int, wanted: int, kept: int, gen
     """Too many of the generated groups teach nothing."""
     return UserError(
         f"algorithm.dynamic_sampling: {algorithm.dynamic_sampling_max_batches} batches of {size} prompts gave only {kept} of "
-        f"{wanted} groups with both right and wrong answers ({sum(all(right(h)) for h in generated)} were all right, "
-        f"{sum(not any(right(h)) for h in generated)} all wrong): change the data or algorithm.group_size, raise "
+        f"{wanted} groups with both right and wrong answers ({sum(all(h.right) for h in generated)} were all right, "
+        f"{sum(not any(h.right) for h in generated)} all wrong): change the data or algorithm.group_size, raise "
         "algorithm.dynamic_sampling_max_batches, or set algorithm.dynamic_sampling to false; the run goes on with runner.resume_dir=auto"
     )
-
-
-def right(header: GroupHeader) -> list[bool]:
-    """Which answers are right, whatever the reward was shaped to."""
-    return [v is not None and v.status is Status.RIGHT for v in header.verdicts]
 
 
 def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> list[str]:
@@ -98,7 +91,7 @@ def training_orders(
 
 def counted_tokens(header: GroupHeader, algorithm: AlgorithmConfig) -> list[int]:
     """Loss tokens of each response; with overlong filtering (DAPO, section 3.4) none of a response that was cut off."""
-    cut = [algorithm.overlong_filtering and finish in TRUNCATED for finish in header.finishes]
+    cut = [algorithm.overlong_filtering and finish.cut_off for finish in header.finishes]
     return [0 if out else n for out, n in zip(cut, header.loss_tokens)]
 
 

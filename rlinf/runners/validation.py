@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.data.records import Finish, GroupHeader, Prompt, Status
+from rlinf.data.records import GroupHeader, Prompt, Status
 from rlinf.metrics.summary import Scores
 from rlinf.runners.requests import validation_sampling
 from rlinf.runners.rollouts import Order
@@ -46,10 +46,10 @@ def validation_orders(prompts: Sequence[Prompt], step: int, dump: str) -> list[O
 def score_validation(headers: Sequence[GroupHeader]) -> ValidationScores:
     verdicts = [h.verdicts[0] for h in headers]
     return ValidationScores(
-        right=tuple(int(v.status is Status.RIGHT) for v in verdicts),
+        right=tuple(int(h.right[0]) for h in headers),
         boxed=tuple(int(v.extracted is not None) for v in verdicts),
         tokens=tuple(h.response_lengths[0] for h in headers),
-        truncated=tuple(int(h.finishes[0] in (Finish.LENGTH, Finish.WINDOW)) for h in headers),
+        truncated=tuple(int(h.finishes[0].cut_off) for h in headers),
         undecided=tuple(int(v.status is Status.UNDECIDED) for v in verdicts),
     )
 

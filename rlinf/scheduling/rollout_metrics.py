@@ -16,10 +16,9 @@ def rollout_metrics(headers: Sequence[GroupHeader], advantages: Sequence[np.ndar
     lengths = np.array([n for h in headers for n in h.response_lengths], dtype=np.float64)
     prompts = np.array([h.prompt_length for h in headers for _ in h.sample_ids], dtype=np.float64)
     finishes = [f for h in headers for f in h.finishes]
-    right = [[v is not None and v.status is Status.RIGHT for v in h.verdicts] for h in headers]
     metrics = {
         "rewards": np.mean(rewards),
-        "accuracy": np.mean([r for group in right for r in group]),
+        "accuracy": np.mean([r for h in headers for r in h.right]),
         "response_length": lengths.mean(),
         "response_length_p50": np.quantile(lengths, 0.5),
         "response_length_p95": np.quantile(lengths, 0.95),
@@ -27,13 +26,13 @@ def rollout_metrics(headers: Sequence[GroupHeader], advantages: Sequence[np.ndar
         "prompt_length": np.mean([h.prompt_length for h in headers]),
         "samples": len(lengths),
         "total_tokens": prompts.sum() + lengths.sum(),
-        "truncated": np.mean([f in (Finish.LENGTH, Finish.WINDOW) for f in finishes]),
+        "truncated": np.mean([f.cut_off for f in finishes]),
         "aborted": np.mean([f is Finish.ABORT for f in finishes]),
         "no_box": np.mean([v.extracted is None for v in verdicts]),
         "no_answer": np.mean([v.route == "no_answer" for v in verdicts]),
         "verdict_undecided": np.mean([v.status is Status.UNDECIDED for v in verdicts]),
-        "groups_all_right": np.mean([all(group) for group in right]),
-        "groups_all_wrong": np.mean([not any(group) for group in right]),
+        "groups_all_right": np.mean([all(h.right) for h in headers]),
+        "groups_all_wrong": np.mean([not any(h.right) for h in headers]),
     }
     for part in sorted({name for v in verdicts for name, _ in v.parts}):
         metrics[f"reward_{part}"] = np.mean([dict(v.parts).get(part, 0.0) for v in verdicts])

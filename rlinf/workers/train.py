@@ -56,7 +56,7 @@ class TrainWorker(Checkpointed):
         self.at, self.device = self.engine.at, self.engine.device
         self.reference = ReferencePolicy(self.engine) if config.algorithm.kl_beta > 0 else None
         self.settings, self.on_tokens = objective_settings(config.algorithm), token_level_settings(config.algorithm)
-        self.temperature = config.algorithm.sampling_params.temperature if config.algorithm.sampling_params.do_sample else 1.0
+        self.temperature = config.algorithm.sampling_params.temperature
         self.offloader = Offloader(self.engine, config.actor)
         self.publisher = Publisher(self.engine, address.run_id, weights_folder(config))
         self.looked_at = Work()  # passes of this step without a gradient
