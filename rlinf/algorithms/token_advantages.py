@@ -32,7 +32,7 @@ EQUAL = 1e-12  # a standard deviation below this share of the mean is rounding: 
 
 
 @dataclass(frozen=True)
-class TokenAdvantages:
+class TokenAdvantageSettings:
     """What is done to the outcome advantages; kl_beta 0 = no KL in the reward, normalize_by None = weights are not normalised.
 
     gae_lambda matters only with values.
@@ -69,7 +69,7 @@ class SampledTokens:
     rewards_N: Tensor | None = None
 
 
-def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantages, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantageSettings, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Final advantages [N] of every micro-batch of this rank's share of the global batch; 0 where the loss mask is 0.
 
     all_sum adds a float64 vector over all data-parallel ranks; every rank must call this alike. Raises ValueError when the KL term or
@@ -85,7 +85,7 @@ def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantages, all
     return [torch.zeros_like(b.outcome_N).masked_scatter(b.loss_mask_N.bool(), p.to(b.outcome_N.dtype)) for b, p in zip(batches, parts)]
 
 
-def value_targets(batches: Sequence[SampledTokens], how: TokenAdvantages) -> list[Tensor]:
+def value_targets(batches: Sequence[SampledTokens], how: TokenAdvantageSettings) -> list[Tensor]:
     """TD(lambda) returns [N], what a critic's values are trained towards: the advantage before whitening, plus the value."""
     out = []
     for b in batches:
@@ -96,7 +96,7 @@ def value_targets(batches: Sequence[SampledTokens], how: TokenAdvantages) -> lis
     return out
 
 
-def estimate_C(batch: SampledTokens, how: TokenAdvantages) -> Tensor:
+def estimate_C(batch: SampledTokens, how: TokenAdvantageSettings) -> Tensor:
     """Advantage of each token that counts, before whitening, float64: its discounted return, or with a critic the generalized estimate."""
     keep_N = batch.loss_mask_N.bool()
     sample_C, outcome_C = batch.sample_N[keep_N], batch.outcome_N[keep_N].double()

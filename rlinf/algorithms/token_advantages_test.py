@@ -16,10 +16,12 @@ from torch import Tensor
 
 from rlinf.algorithms.advantages import whiten
 from rlinf.algorithms.importance import CORRECTIONS, Correction
-from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, discounted_sums_N, token_advantages, value_targets
+from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantageSettings, discounted_sums_N, token_advantages, value_targets
 
-PLAIN = TokenAdvantages(gamma=1.0, kl_beta=0.0, kl_penalty_type="k2", whiten=False, normalize_by=None)
-EVERYTHING = TokenAdvantages(gamma=0.9, kl_beta=0.2, kl_penalty_type="k3", whiten=True, normalize_by=Correction("token-truncate", 0.0, 1.2))
+PLAIN = TokenAdvantageSettings(gamma=1.0, kl_beta=0.0, kl_penalty_type="k2", whiten=False, normalize_by=None)
+EVERYTHING = TokenAdvantageSettings(
+    gamma=0.9, kl_beta=0.2, kl_penalty_type="k3", whiten=True, normalize_by=Correction("token-truncate", 0.0, 1.2)
+)
 
 
 def make(lengths: list[int], seed: int = 0, masked: float = 0.0, dense: bool = False) -> SampledTokens:
@@ -45,7 +47,7 @@ def part(batch: SampledTokens, samples: list[int]) -> tuple[SampledTokens, Tenso
     return replace(batch, **fields, n_samples=len(samples)), where_N
 
 
-def alone(batch: SampledTokens, how: TokenAdvantages) -> Tensor:
+def alone(batch: SampledTokens, how: TokenAdvantageSettings) -> Tensor:
     return token_advantages([batch], how, lambda t: t)[0]
 
 
@@ -131,7 +133,7 @@ def test_missing_log_probabilities_are_refused() -> None:
         alone(replace(batch, logprobs_N=None), replace(PLAIN, normalize_by=Correction("token-truncate", 0.0, 2.0)))
 
 
-def on_ranks(shares: list[list[SampledTokens]], how: TokenAdvantages) -> list[list[Tensor]]:
+def on_ranks(shares: list[list[SampledTokens]], how: TokenAdvantageSettings) -> list[list[Tensor]]:
     """Every rank in a thread of its own, adding vectors with the others at the same calls."""
     barrier, slots = Barrier(len(shares)), [torch.zeros(1)] * len(shares)
 

@@ -15,7 +15,7 @@ from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
-from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantages, token_advantages, value_targets
+from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantageSettings, token_advantages, value_targets
 from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.packing import RankBatch, SampleRef
@@ -289,12 +289,12 @@ def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
     )
 
 
-def token_level_settings(algorithm: AlgorithmConfig) -> TokenAdvantages | None:
+def token_level_settings(algorithm: AlgorithmConfig) -> TokenAdvantageSettings | None:
     """What is left to do to the driver's advantages, if anything."""
     normalize_by = correction_of(algorithm) if algorithm.importance_sampling_normalize else None
     if not algorithm.token_level and normalize_by is None:
         return None
-    return TokenAdvantages(
+    return TokenAdvantageSettings(
         gamma=algorithm.gamma,
         kl_beta=algorithm.kl_beta if algorithm.kl_in == "reward" else 0.0,
         kl_penalty_type=algorithm.kl_penalty_type,
