@@ -26,12 +26,13 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlinf.cluster.host import SIOCGIFADDR, cores, free_port
 from rlinf.cluster.processes import end_marked, marked
-from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, state_folder
+from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, port_number, state_folder, whole_number
 from rlinf.errors import UserError
 
 MARK = "RLINF_RAY_NODE"  # in the environment of every process of the node's Ray, and of the workers inside it
@@ -65,20 +66,27 @@ class Head:
 
 
 def default_port() -> int:
-    return int(os.environ.get("RLINF_RAY_PORT", "6379"))
+    return port_number(os.environ.get("RLINF_RAY_PORT") or "6379", "RLINF_RAY_PORT")
+
+
+def own_rank() -> int:
+    """RANK. Raises UserError that says what it is instead of a number."""
+    rank = os.environ.get("RANK", "")
+    if not (rank.isascii() and rank.isdecimal()):
+        raise UserError(f"RANK is {repr(rank) if rank else 'not set'}: export RANK=0 on the head node, and 1, 2, ... on the others")
+    return int(rank)
 
 
 def start(shared: Path, head_address: str | None) -> None:
     """Start this node's Ray, unless it is up already."""
-    if not os.environ.get("RANK", "").isdigit():
-        raise UserError("RANK is not set: export RANK=0 on the head node, and 1, 2, ... on the others")
-    rank, state = int(os.environ["RANK"]), state_folder()
+    rank, state = own_rank(), state_folder()
     if (state / "mark").exists():
         address, mark = (state / "address").read_text(), (state / "mark").read_text()
         if lives(address, mark):
             say(f"already up: node {(state / 'rank').read_text()} of the Ray cluster at {address} (start_ray.sh --stop ends it)")
             return
         stop(shared)  # what is left of a cluster that is dead
+    resources = resource_options()  # before the state folder, which would tell of a node that was never started
     state.mkdir(mode=0o700, exist_ok=True)
     if state.stat().st_uid != os.getuid():
         raise UserError(f"{state} belongs to another user: set RLINF_RAY_STATE to a folder of yours")
@@ -89,7 +97,7 @@ def start(shared: Path, head_address: str | None) -> None:
     mark = f"{head.cluster or 'cluster'}-{rank}-{secrets.token_hex(4)}"
     for name, value in (("mark", mark), ("rank", str(rank)), ("address", head.address)):
         (state / name).write_text(value)
-    launch(rank, head, state, mark)
+    launch(rank, head, resources, state, mark)
     if rank == 0:
         write_atomically(shared / ADDRESS_FILE, head.render())
         command = [sys.executable, "-m", "rlinf.cluster.ray_node", str(shared), "--publish", head.render()]
@@ -105,10 +113,19 @@ def start(shared: Path, head_address: str | None) -> None:
     say(f"node {rank} of the Ray cluster at {head.address} is up")
 
 
-def launch(rank: int, head: Head, state: Path, mark: str) -> None:
+def resource_options() -> list[str]:
+    """What the node offers, as options of `ray start`. Raises UserError that names a variable which is no number."""
+    gpus, cpus = whole_number("RLINF_NUM_GPUS", "GPUs, such as 8"), whole_number("RLINF_NUM_CPUS", "process slots, such as 8")
+    return [
+        f"--num-gpus={visible_gpus() if gpus is None else gpus}",
+        f"--num-cpus={cores() if cpus is None else cpus}",
+        f"--object-store-memory={object_store_bytes()}",
+    ]
+
+
+def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: str) -> None:
     """`ray start`, which returns when the node has joined."""
     allow_open_files()
-    gpus = os.environ.get("RLINF_NUM_GPUS") or visible_gpus()
     node_ip = head.host if rank == 0 else own_address(head.host)
     command = [
         sys.executable,
@@ -116,11 +133,9 @@ def launch(rank: int, head: Head, state: Path, mark: str) -> None:
         "ray.scripts.scripts",
         "start",
         f"--node-ip-address={node_ip}",
-        f"--num-gpus={gpus}",
-        f"--num-cpus={os.environ.get('RLINF_NUM_CPUS') or cores()}",
+        *resources,
         f"--labels=rlinf-node-rank={rank}",
         "--disable-usage-stats",
-        f"--object-store-memory={object_store_bytes()}",
     ]
     if rank == 0:
         command += [
@@ -182,7 +197,8 @@ def new_head() -> Head:
 
 def find_head(shared: Path, head_address: str | None) -> Head:
     """The head, once it answers; UserError that says what was seen instead at the time-out."""
-    timeout = float(os.environ.get("RLINF_START_TIMEOUT", "600"))
+    seconds = whole_number("RLINF_START_TIMEOUT", "seconds, such as 600")
+    timeout = 600 if seconds is None else seconds
     given = head_address or os.environ.get("HEAD_ADDRESS")
     deadline, seen, told = time.monotonic() + timeout, "", 0.0
     while time.monotonic() < deadline:
@@ -193,7 +209,7 @@ def find_head(shared: Path, head_address: str | None) -> Head:
             say(f"waiting for the head: {seen}")
             told = time.monotonic()
         time.sleep(1.0)
-    raise UserError(f"no head node within RLINF_START_TIMEOUT = {timeout:g} s: {seen}. Run start_ray.sh with RANK=0 on the head node")
+    raise UserError(f"no head node within RLINF_START_TIMEOUT = {timeout} s: {seen}. Run start_ray.sh with RANK=0 on the head node")
 
 
 def look_for_head(shared: Path, given: str | None) -> tuple[Head | None, str]:
@@ -201,7 +217,7 @@ def look_for_head(shared: Path, given: str | None) -> tuple[Head | None, str]:
     file, wanted = shared / ADDRESS_FILE, os.environ.get("RLINF_CLUSTER_ID")
     if given:
         host, _, port = given.partition(":")
-        head, source = Head(host, int(port or default_port())), "HEAD_ADDRESS"
+        head, source = Head(host, port_number(port, f"HEAD_ADDRESS {given}") if port else default_port()), "HEAD_ADDRESS"
     elif file.exists() and (text := file.read_text()).strip():
         head, source = Head.parse(text), str(file)
         if wanted and head.cluster != wanted:

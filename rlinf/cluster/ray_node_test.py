@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rlinf.cluster import ray_node
-from rlinf.cluster.ray_node import Head, launch, lives, visible_gpus
+from rlinf.cluster.ray_node import Head, launch, lives, start, visible_gpus
+from rlinf.cluster.state import STORE_BYTES
 from rlinf.errors import UserError
 
 
@@ -80,6 +81,35 @@ def test_a_start_that_fails_says_what_to_do(words: str, remedy: str, tmp_path: P
     monkeypatch.setattr(ray_node.subprocess, "run", fail)
     (tmp_path / "state").mkdir()
     with pytest.raises(UserError) as caught:
-        launch(0, Head("127.0.0.1", 6379), tmp_path / "state", "no such mark")
+        launch(0, Head("127.0.0.1", 6379), [], tmp_path / "state", "no such mark")
     assert words in str(caught.value) and remedy in str(caught.value) and not (tmp_path / "state").exists()
     assert limits == [min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], ray_node.OPEN_FILES)]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "RANK is not set: export RANK=0 on the head node, and 1, 2, ... on the others"),
+        ({"RANK": "x"}, "RANK is 'x': export RANK=0 on the head node, and 1, 2, ... on the others"),
+        ({"RANK": "-1"}, "RANK is '-1': export RANK=0"),
+        ({"RANK": "²"}, "RANK is '²': export RANK=0"),
+        ({"RANK": "0", "RLINF_RAY_PORT": "x"}, "RLINF_RAY_PORT: 'x' is no port; give a number from 1 to 65535"),
+        ({"RANK": "0", "RLINF_RAY_PORT": "99999"}, "RLINF_RAY_PORT: '99999' is no port"),
+        ({"RANK": "1", "HEAD_ADDRESS": "node0:x"}, "HEAD_ADDRESS node0:x: 'x' is no port"),
+        ({"RANK": "1", "RLINF_START_TIMEOUT": "10m"}, "RLINF_START_TIMEOUT is '10m': give a whole number of seconds, such as 600"),
+        ({"RANK": "0", "RLINF_NUM_CPUS": "x"}, "RLINF_NUM_CPUS is 'x': give a whole number of process slots"),
+        ({"RANK": "0", "RLINF_OBJECT_STORE_BYTES": "64g"}, "RLINF_OBJECT_STORE_BYTES is '64g'"),
+        ({"RANK": "0", "RLINF_NUM_GPUS": "2x"}, "RLINF_NUM_GPUS is '2x': give a whole number of GPUs"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named_with_what_it_is(
+    variables: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "HEAD_ADDRESS", "RLINF_RAY_PORT", "RLINF_START_TIMEOUT", "RLINF_NUM_CPUS", "RLINF_NUM_GPUS", STORE_BYTES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RLINF_RAY_STATE": str(tmp_path / "state"), **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray_node, "listens", lambda _: False)
+    with pytest.raises(UserError) as caught:
+        start(tmp_path, None)
+    assert message in str(caught.value) and not (tmp_path / "state" / "mark").exists()

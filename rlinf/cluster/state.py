@@ -29,15 +29,29 @@ def listens(address: str) -> bool:
         return probe.connect_ex((host, int(port))) == 0
 
 
+def whole_number(name: str, of: str) -> int | None:
+    """A variable of the environment; None where it is not set, or empty. Raises UserError that says what it should be."""
+    given = os.environ.get(name, "")
+    if given and not (given.isascii() and given.isdecimal()):
+        raise UserError(f"{name} is {given!r}: give a whole number of {of}, or unset it")
+    return int(given) if given else None
+
+
+def port_number(text: str, source: str) -> int:
+    """Raises UserError that names the source."""
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 65536):
+        raise UserError(f"{source}: {text!r} is no port; give a number from 1 to 65535, such as 6379")
+    return int(text)
+
+
 def object_store_bytes(shm: Path = Path("/dev/shm")) -> int:
     """RLINF_OBJECT_STORE_BYTES, or 5 % of the memory, between 512 MiB and 64 GiB. Only what is used is ever touched.
 
     Not more than 0.4 of what is free in /dev/shm, where the store is: weights on their way to the engines take the rest, and Ray refuses
     to start a store above 10 GB that does not fit there.
     """
-    if given := os.environ.get(STORE_BYTES):
-        if not given.isdecimal():
-            raise UserError(f"{STORE_BYTES} is {given!r}: give a whole number of bytes, such as 68719476736, or unset it")
-        return int(given)
+    given = whole_number(STORE_BYTES, "bytes, such as 68719476736")
+    if given is not None:
+        return given
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(512 << 20, min(64 << 30, memory // 20, shutil.disk_usage(shm).free * 2 // 5))
