@@ -57,6 +57,13 @@ def test_a_step_trained_again_has_the_recorded_numbers_to_the_last_bit(
     assert not list((run_dir / "replays").glob("*/samples/step_*"))  # nothing was generated
 
 
+def test_a_run_of_sft_has_nothing_to_replay_and_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "sft/loss": 2.0}\n')
+    (tmp_path / "config.yaml").write_text("")
+    assert main(["replay", str(tmp_path), "--step", "1"]) == 2
+    assert f"{tmp_path}: is a run of `rlinf sft`, which generates nothing" in capsys.readouterr().err
+
+
 def test_generated_again_a_step_has_the_recorded_numbers_too(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run_dir), "--step", "3", "--rollout", "--tolerance", "0"]) == 0
     assert "with samples generated again" in capsys.readouterr().out

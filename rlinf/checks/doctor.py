@@ -84,7 +84,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
 
 def surroundings(config: Config | None) -> Iterator[Finding]:
     """Of a machine with a GPU: what SGLang needs beside its packages, where it is installed or is the engine."""
-    engine = config is not None and config.rollout.rollout_backend == "sglang"
+    engine = config is not None and config.rollout.rollout_backend == "sglang" and not config.trains_alone
     yield glibc(os.confstr("CS_GNU_LIBC_VERSION") or "unknown")
     if engine or installed_version("sglang"):
         yield from compilers(os.environ, engine)
@@ -169,9 +169,8 @@ def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver:
 
 def configuration(resolved: Resolved) -> Finding:
     """Whether a run of it would begin."""
-    trains_alone = not any("rollout" in components for components in resolved.config.cluster.component_placement)
     try:
-        (validate_sft if trains_alone else validate)(resolved.config, resolved.provenance)
+        (validate_sft if resolved.config.trains_alone else validate)(resolved.config, resolved.provenance)
     except UserError as error:
         return Finding("configuration", FAIL, str(error), "mend the keys that are named")
     return Finding("configuration", OK, "its keys fit each other")
@@ -188,7 +187,7 @@ def unseen_gpus(config: Config, present: bool) -> Iterator[Finding]:
 
 def sglang(config: Config, cuda: bool) -> Iterator[Finding]:
     """The interpreter that has SGLang, where it is the engine."""
-    if config.rollout.rollout_backend != "sglang":
+    if config.rollout.rollout_backend != "sglang" or config.trains_alone:
         return
     try:
         yield Finding("sglang", OK, find_interpreter(config.rollout.sglang_python, cuda))

@@ -146,6 +146,7 @@ def test_a_recipe_for_gpus_where_none_is_seen_and_sglang_that_is_not_there_are_f
     assert told(doctor.unseen_gpus(recipe, present=False)) == [("gpu", WARN)] and told(doctor.unseen_gpus(recipe, present=True)) == []
     laptop = load("smollm2-135m-grpo-cpu", []).config
     assert told(doctor.unseen_gpus(laptop, present=False)) == told(doctor.sglang(laptop, False)) == []
+    assert told(doctor.sglang(load("smollm2-135m-sft-cpu").config, False)) == []  # has no engine
     named = load("smollm2-135m-grpo-cpu", ["rollout.rollout_backend=sglang", f"rollout.sglang_python={tmp_path}/nope"]).config
     (found,) = doctor.sglang(named, False)
     assert told([found]) == [("sglang", FAIL)] and "rollout.sglang_python" in found.text

@@ -418,6 +418,16 @@ class Config:
     sft: SftConfig = field(default_factory=SftConfig)
 
     @property
+    def placed(self) -> frozenset[str]:
+        """The components that cluster.component_placement names."""
+        return frozenset(name.strip() for names in self.cluster.component_placement for name in names.split(","))
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether the placement is one of `rlinf sft`: nobody generates, and nobody judges."""
+        return self.placed == {"actor"}
+
+    @property
     def has_critic(self) -> bool:
         return self.algorithm.adv_type == "gae"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from rlinf.config.benchmarks import BENCHMARKS
 from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
 from rlinf.config.own_code import is_own
 from rlinf.config.schema import Config
+from rlinf.config.unread import recipe_for_sft, recipe_for_training, unread, without_effect
 from rlinf.config.values import dump
 from rlinf.errors import UserError
 
@@ -123,18 +125,25 @@ for _table in (AT_LEAST, MORE_THAN, LESS_THAN):  # what the critic and the token
 
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Raise one UserError that lists every violation, each with the key, its value and (given the provenance) who set it."""
+    _raise(config, provenance, (recipe_for_sft,))  # alone: the rest follows from it
     objective = (_algorithm, _kl, _importance, _selection, _sampling)
-    _raise(config, provenance, (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, _actor, _critic, _token_reward, _reward))
+    models = (_actor, _critic, _token_reward)
+    rules = (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, *models, _reward)
+    sections = ("runner", "algorithm", "rollout", "actor", "reward", *(["critic"] if config.has_critic else []))
+    _raise(config, provenance, (*rules, partial(unread, "train", provenance or {}), partial(without_effect, sections, provenance or {})))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """As validate, by the rules that concern an evaluation."""
-    _raise(config, provenance, (_bounds, _cluster, _rollout, _reward, _evaluation))
+    dead = (partial(unread, "eval", provenance or {}), partial(without_effect, ("rollout", "evaluation"), provenance or {}))
+    _raise(config, provenance, (_bounds, _cluster, _rollout, _reward, _evaluation, *dead))
 
 
 def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """As validate, by the rules that concern supervised fine-tuning."""
-    _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft))
+    _raise(config, provenance, (partial(recipe_for_training, provenance or {}),))
+    dead = (partial(unread, "sft", provenance or {}), partial(without_effect, ("runner", "actor", "sft"), provenance or {}))
+    _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft, *dead))
 
 
 def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence[Callable[[Config], Iterator[Violation]]]) -> None:
@@ -225,6 +234,8 @@ def _algorithm(c: Config) -> Iterator[Violation]:
         )
     if a.clip_ratio_c is not None and a.loss_type not in ("ppo", "decoupled-ppo"):
         yield "algorithm.clip_ratio_c", f"the dual clip belongs to loss_type ppo and decoupled-ppo, not {a.loss_type}; set it to null"
+    if None not in (a.clip_ratio_low, a.clip_ratio_high) and a.ratio_clip_eps != known_keys()["algorithm.ratio_clip_eps"].default:
+        yield "algorithm.ratio_clip_eps", "acts only where algorithm.clip_ratio_low or clip_ratio_high is null; remove it, or those"
     if a.gamma > 1:
         yield "algorithm.gamma", "is a discount; it must be at most 1"
 
@@ -375,7 +386,7 @@ def _layout(c: Config, role: str) -> Iterator[Violation]:
 
 
 def _critic(c: Config) -> Iterator[Violation]:
-    a, placed = c.algorithm, _placed(c, "critic")
+    a, placed = c.algorithm, "critic" in c.placed
     if a.adv_type != "gae":
         if placed:
             yield (
@@ -400,7 +411,7 @@ def _critic(c: Config) -> Iterator[Violation]:
 
 
 def _token_reward(c: Config) -> Iterator[Violation]:
-    a, placed = c.algorithm, _placed(c, "token_reward")
+    a, placed = c.algorithm, "token_reward" in c.placed
     if not c.has_token_reward:
         if placed:
             yield (
@@ -422,10 +433,6 @@ def _token_reward(c: Config) -> Iterator[Violation]:
         yield "token_reward.model.recompute_granularity", "a frozen model keeps no activations to recompute; set it to null"
     if a.dense_rewards and a.adv_type not in ("gae", "reinforce++"):
         yield "algorithm.dense_rewards", f"adv_type {a.adv_type} compares whole responses; use gae or reinforce++, or set it to false"
-
-
-def _placed(c: Config, component: str) -> bool:
-    return component in (n.strip() for names in c.cluster.component_placement for n in names.split(","))
 
 
 def _reward(c: Config) -> Iterator[Violation]:

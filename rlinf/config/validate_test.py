@@ -39,6 +39,7 @@ def test_the_examples_are_valid(name: str) -> None:
     [
         [],
         ["actor.optim.lr=0"],
+        ["algorithm.ratio_clip_eps=0.3", "algorithm.clip_ratio_high=0.28"],
         ["actor.model.tensor_model_parallel_size=2", "actor.model.sequence_parallel=true"],
         ["actor.optim.lr_decay_style=cosine", "actor.optim.lr_decay_steps=10", "actor.optim.lr_warmup_steps=2"],
         ["actor.model.recompute_granularity=selective"],
@@ -138,6 +139,10 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (
             ["algorithm.dynamic_sampling=true", "algorithm.dynamic_sampling_batch_size=9", "algorithm.schedule=wallclock"],
             "algorithm.dynamic_sampling_batch_size = 9 (command line): has a meaning only with algorithm.schedule: logical",
+        ),
+        (
+            ["algorithm.ratio_clip_eps=0.3", "algorithm.clip_ratio_low=0.2", "algorithm.clip_ratio_high=0.28"],
+            "algorithm.ratio_clip_eps = 0.3 (command line): acts only where algorithm.clip_ratio_low or clip_ratio_high is null",
         ),
         (["algorithm.clip_ratio_c=1"], "algorithm.clip_ratio_c = 1.0 (command line): must be greater than 1"),
         (["algorithm.clip_ratio_c=3", "algorithm.loss_type=gspo"], "the dual clip belongs to loss_type ppo and decoupled-ppo, not gspo"),

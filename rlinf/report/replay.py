@@ -52,6 +52,11 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
     whatever the step, instead of the checkpoint before it.
     """
     recorded = recorded_metrics(run_dir, step)
+    if any(name.startswith("sft/") for name in recorded):
+        raise UserError(
+            f"{run_dir}: is a run of `rlinf sft`, which generates nothing, so there are no samples to replay; "
+            "`rlinf sft` with runner.resume_dir=<a checkpoint> makes the steps behind it again, with the same bits"
+        )
     if from_start and rollout and step > 1:
         raise UserError(
             "--from-start with --rollout: the prompts of a later step are found from the checkpoint before it; leave one of the two out"

@@ -1,0 +1,119 @@
+"""Settings that nothing would read: a recipe given to another command, words of the command line that the command does not read, and keys
+that act only with another one.
+
+A file may hold settings for several commands; a word of the command line is meant for this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rlinf.config.benchmarks import BENCHMARKS
+from rlinf.config.keys import known_keys
+from rlinf.config.load import DEFAULT, value_of
+from rlinf.config.schema import Config
+from rlinf.config.settings import COMMAND_LINE
+
+PLACEMENT = "cluster.component_placement"
+REMOVE, READ = "remove it", ""
+TRAIN = {
+    "sft": "it is of `rlinf sft`; remove it",
+    "evaluation": "it is of `rlinf eval`; training validates on data.val_data_paths with algorithm.sampling_params",
+}
+SFT = {
+    **dict.fromkeys(("algorithm", "critic", "token_reward", "reward", "evaluation", "data.tasks"), REMOVE),
+    "rollout": REMOVE,
+    "rollout.model_dir": READ,
+    "rollout.trust_remote_code": READ,
+    "data.rollout_batch_size": "set sft.batch_size",
+    "data.max_prompt_length": "runner.seq_length bounds prompt + response",
+    "data.answer_key": "set sft.response_key",
+    **dict.fromkeys(("actor.offload_weight", "actor.offload_grad", "actor.offload_optimizer"), "no engine needs the memory; remove it"),
+}
+EVAL = {
+    **dict.fromkeys(("critic", "token_reward", "sft", "runner", "data.rollout_batch_size"), REMOVE),
+    "actor": REMOVE,
+    "actor.model.precision": READ,
+    "algorithm": "each benchmark has its own sampling, such as evaluation.custom.temperature",
+    PLACEMENT: "engines take every device; remove it",
+    "data.apply_chat_template": "set the template of a benchmark, such as evaluation.custom.template",
+    "data.max_prompt_length": "only the model's own limit counts; remove it",
+    "data.tasks": "all problems of a file are evaluated; remove it",
+    **dict.fromkeys(("data.train_data_paths", "data.val_data_paths"), "set the path of a benchmark, such as evaluation.custom.path"),
+    "runner.output_dir": "set evaluation.output_dir",
+    "runner.seq_length": "set max_tokens of a benchmark, such as evaluation.custom.max_tokens",
+}
+UNREAD = {"train": TRAIN, "sft": SFT, "eval": EVAL}  # command -> key or section -> what to do; the longest name that fits counts
+
+ONLY_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> the one that it acts with, when, and what to write there
+    "runner.max_restarts": ("runner.on_hang", lambda v: v == "restart", "restart"),
+    "runner.profile_ranks": ("runner.profile_steps", bool, "[a step]"),
+    "algorithm.kl_penalty_type": ("algorithm.kl_beta", bool, "more than 0"),
+    "algorithm.behav_imp_weight_cap": ("algorithm.loss_type", lambda v: v == "decoupled-ppo", "decoupled-ppo"),
+    "algorithm.importance_sampling_clip": ("algorithm.importance_sampling_fix", bool, "true"),
+    "algorithm.dynamic_sampling_max_batches": ("algorithm.dynamic_sampling", bool, "true"),
+    "rollout.sglang": ("rollout.rollout_backend", lambda v: v == "sglang", "sglang"),
+    "reward.overlong_penalty": ("reward.overlong_buffer", bool, "more than 0"),
+    "sft.reweighting_temperature": ("sft.reweighting", bool, "lin_upper, or another"),
+    **{
+        f"{role}.optim.{name}": (f"{role}.optim.lr_decay_style", lambda v: v != "constant", "linear or cosine")
+        for role in ("actor", "critic")
+        for name in ("min_lr", "lr_decay_steps")
+    },
+    **{
+        f"evaluation.{name}.{key}": (f"evaluation.{name}.temperature", bool, "more than 0")
+        for name in BENCHMARKS
+        for key in ("top_p", "top_k")
+    },
+    **{f"evaluation.{name}.instruction": (f"evaluation.{name}.template", lambda v: v != "raw", "chat or r1") for name in BENCHMARKS},
+}  # fmt: skip
+
+
+def unread(command: str, provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """Keys that the command line sets and `rlinf COMMAND` does not read, each with what to do."""
+    for name in (n for n, where in provenance.items() if where.partition(":")[0] == COMMAND_LINE):
+        parts = name.split(".")
+        prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        if remedy := next((UNREAD[command][p] for p in prefixes if p in UNREAD[command]), READ):
+            yield name, f"`rlinf {command}` does not read it; {remedy}"
+        if command == "eval" and parts[0] == "evaluation" and parts[1] in BENCHMARKS and getattr(config.evaluation, parts[1]).path is None:
+            yield name, f"evaluation.{parts[1]} is not evaluated, since its path is null; set it, or remove this"
+
+
+def without_effect(sections: Sequence[str], provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """Keys of the sections that have a value of their own while what they act with is off.
+
+    Where somebody has set that too, it may have been to switch the key off for a while, unless the key is a word of the command line.
+    """
+    for name, (switch, acts, wanted) in ONLY_WITH.items():
+        forgotten = provenance.get(switch) == DEFAULT or provenance.get(name) == COMMAND_LINE
+        default, value = known_keys()[name].default, value_of(config, name)
+        if name.partition(".")[0] in sections and value != default and forgotten and not acts(value_of(config, switch)):
+            yield name, f"has a meaning only with {switch}: {wanted}; set that, or remove this"
+
+
+def recipe_for_sft(config: Config) -> Iterator[tuple[str, str]]:
+    """That `rlinf train` was given a recipe for `rlinf sft`."""
+    if config.trains_alone:
+        yield (
+            PLACEMENT,
+            (
+                "places the actor alone, so this is a recipe for `rlinf sft`: run `rlinf sft` with it; `rlinf train` and "
+                "`rlinf plan` need devices for rollout and reward too"
+            ),
+        )
+
+
+def recipe_for_training(provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """That `rlinf sft` was given a recipe for `rlinf train`: a file or word places the engines, and no file says anything of sft."""
+    others = [name for name in ("rollout", "reward") if name in config.placed]
+    of_sft = any(name.startswith("sft.") and where not in (DEFAULT, COMMAND_LINE) for name, where in provenance.items())
+    if "actor" in config.placed and others and provenance.get(PLACEMENT, DEFAULT) != DEFAULT and not of_sft:
+        yield (
+            PLACEMENT,
+            (
+                f"places {' and '.join(others)} too, so this is a recipe for `rlinf train`: run `rlinf train` with it; "
+                f"to fine-tune with its model and data add {PLACEMENT}='{{actor: all}}'"
+            ),
+        )
