@@ -94,6 +94,49 @@ def test_values_take_the_type_of_their_key(tmp_path: Path) -> None:
     assert config.rollout.model_dir == str(Path.home() / "model")
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("10", 10), ("1_000", 1000), ("0x10", 16), ("+5", 5), ("1e3", 1000), ("0", 0),
+        ("010", 'expected integer, got "010"; write 10: a leading zero'), ("'010'", "write 10"), ("-08", "write -8"), ("00", "write 0"),
+        ("1:30", 'expected integer, got "1:30"'), ("1e-6", "expected integer, got 1e-06"), ("1,000", "expected integer"),
+        ("yes", "expected integer, got true"),
+    ],
+)  # fmt: skip
+def test_a_number_is_what_its_reader_takes_it_for_or_is_refused(tmp_path: Path, written: str, read: int | str) -> None:
+    in_file, plain = write(tmp_path, f"runner:\n  keep_groups: {written}\n"), write(tmp_path, "", "plain.yaml")
+    for config, words in ((in_file, []), (plain, [f"runner.keep_groups={written}"])):
+        if isinstance(read, int):
+            assert load(str(config), words).config.runner.keep_groups == read
+        else:
+            with pytest.raises(UserError, match="runner.keep_groups: ") as error:
+                load(str(config), words)
+            assert read in str(error.value)
+
+
+@pytest.mark.parametrize(("written", "read"), [("1e-6", 1e-6), (".5", 0.5), ("2", 2.0), ("010", None), ("1:30", None), ("1:30.5", None)])
+def test_so_is_a_number_with_a_fraction(tmp_path: Path, written: str, read: float | None) -> None:
+    config = str(write(tmp_path, ""))
+    if read is not None:
+        assert load(config, [f"actor.optim.lr={written}"]).config.actor.optim.lr == read
+    else:
+        with pytest.raises(UserError, match="actor.optim.lr: expected number, got"):
+            load(config, [f"actor.optim.lr={written}"])
+
+
+def test_switches_are_words_of_yaml_and_none_is_no_name(tmp_path: Path) -> None:
+    config = str(write(tmp_path, ""))
+    assert [load(config, [f"data.shuffle={w}"]).config.data.shuffle for w in ("yes", "on", "True", "no", "off")] == [True] * 3 + [False] * 2
+    for word in ("1", "y", "010"):
+        with pytest.raises(UserError, match="data.shuffle: expected true or false"):
+            load(config, [f"data.shuffle={word}"])
+    for word in ("None", "none"):
+        with pytest.raises(UserError, match=f"evaluation.opencompass_dir: .* got the word {word}; write null"):
+            load(config, [f"evaluation.opencompass_dir={word}"])
+    with pytest.raises(UserError, match="runner.profile_steps: expected list of integers"):
+        load(config, ["runner.profile_steps=[010]"])
+
+
 def test_what_to_yaml_prints_loads_to_the_same_configuration(tmp_path: Path) -> None:
     text = 'runner: {experiment_name: \'a: \\${b} #"c\'}\nalgorithm: {ratio_clip_eps: 1e-5, sampling_params: {stop: ["\\n", \'007\', "é"]}}'
     first = load(str(write(tmp_path, text)), ["data.tasks=[]", "cluster.component_placement={rollout: 0, actor: 0-3}"])

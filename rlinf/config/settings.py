@@ -17,6 +17,8 @@ from rlinf.config.keys import Key, known_keys, known_sections, nearest
 from rlinf.errors import UserError
 
 COMMAND_LINE = "command line"
+WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")  # in text; without a leading zero, since YAML 1.1 reads 010 as 8
+INT = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)")
 FLOAT = re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
@@ -30,14 +32,15 @@ class Setting:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates, and with `1e-5` as the number that everybody means by it."""
+    """YAML 1.1 without dates, 010 as 8 and 1:30 as 90, which are text here, and with `1e-5` as the number that everybody means by it."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(("timestamp", "float"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(("timestamp", "float", "int"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^({INT.pattern})$"), list("-+0123456789"))
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^({FLOAT.pattern})$"), list("-+.0123456789"))
 
 

@@ -12,17 +12,19 @@ import yaml
 from rlinf.config.dropped import dropped_value
 from rlinf.config.keys import Key
 from rlinf.config.own_code import is_own
-from rlinf.config.settings import FLOAT, parse, python_value
+from rlinf.config.settings import FLOAT, WHOLE, parse, python_value
 
 
 def convert(value: Any, key: Key) -> Any:
     """The value in the type of the key. Raises ValueError that says what was expected."""
     if value is None and key.optional:
         return None
+    if key.optional and key.kind is str and not key.choices and value in ("None", "none"):
+        raise ValueError(f"expected {key.type_name}, got the word {value}; write null (or ./{value}, if it is a name)")
     converted = _integers(value) if key.kind is list and key.item is int else _as(key.kind, value)
     if converted is None:
         example = f"; write it in brackets: [{dump(value)}]" if key.kind is list and isinstance(value, (str, int, float)) else ""
-        raise ValueError(f"expected {key.type_name}, got {dump(value)}{example}")
+        raise ValueError(f"expected {key.type_name}, got {dump(value)}{example}{_without_zeros(key, value)}")
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError(f"expected a finite number, got {value}")
     for item in converted if isinstance(converted, list) else [converted]:
@@ -43,6 +45,12 @@ def dump(value: Any) -> str:
     if isinstance(value, (str, list, dict)):
         return yaml.safe_dump(_escape(value), default_style='"', default_flow_style=True, width=math.inf, allow_unicode=True).strip()
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _without_zeros(key: Key, value: Any) -> str:
+    """What to write instead of 010, which is 10 to some and 8 to others."""
+    padded = key.kind in (int, float) and isinstance(value, str) and re.fullmatch(r"([-+]?)0+([0-9]+)", value)
+    return f"; write {padded[1]}{padded[2]}: a leading zero makes an octal number to some" if padded else ""
 
 
 def _escape(value: Any) -> Any:
@@ -71,11 +79,9 @@ def _as(kind: type, value: Any) -> Any:
     if kind is str:
         return value if isinstance(value, str) else str(value) if number else None
     if kind is float:
-        return (
-            float(value) if number else float(text.replace("_", "")) if FLOAT.fullmatch(text) or re.fullmatch(r"[-+]?\d+", text) else None
-        )
+        return float(value) if number else float(text.replace("_", "")) if FLOAT.fullmatch(text) or WHOLE.fullmatch(text) else None
     if kind is int:
-        whole = number and float(value).is_integer() or re.fullmatch(r"[-+]?\d+", text)
+        whole = number and float(value).is_integer() or WHOLE.fullmatch(text)
         return int(value) if whole else None
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return value if isinstance(value, kind) and all(isinstance(v, str) for v in items) else None

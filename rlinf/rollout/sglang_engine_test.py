@@ -7,8 +7,9 @@ import weakref
 import pytest
 import torch
 
+from rlinf.errors import UserError
 from rlinf.rollout import sglang_engine
-from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.sglang_engine import SGLangEngine, read_options
 from rlinf.weights.source import DeviceIpc, Disk, WeightSource
 
 
@@ -28,3 +29,19 @@ def test_the_memory_that_a_look_at_weights_on_the_gpu_took_is_given_back(
     monkeypatch.setattr(sglang_engine, "check_tensors", check_tensors)
     monkeypatch.setattr(sglang_engine, "give_back_free_memory", lambda _: found.append(held[0]() is None))
     assert engine._look_at(source, 1) == (1, 32) and found == given_back
+
+
+def test_options_of_the_server_mean_what_they_do_elsewhere_in_the_configuration() -> None:
+    """`1e-1` is a number and 010 is not 8; an empty value is none."""
+    options = {
+        "attention_backend": "triton",
+        "schedule_conservativeness": "1e-1",
+        "watchdog_timeout": "010",
+        "log_requests": "true",
+        "a": "",
+    }
+    assert read_options(options) == {
+        "attention_backend": "triton", "schedule_conservativeness": 0.1, "watchdog_timeout": "010", "log_requests": True, "a": None,
+    }  # fmt: skip
+    with pytest.raises(UserError, match="rollout.sglang: a:1: not valid YAML"):
+        read_options({"a": "[1"})

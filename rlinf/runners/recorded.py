@@ -24,7 +24,8 @@ class RecordedSteps:
         self.steps = sorted(int(p.stem.rpartition("_")[2]) for p in self.samples.glob("order_??????.jsonl"))
         if not self.steps:
             raise UserError(
-                f"{run_dir}: no step of this run is journalled (samples/order_*.jsonl); runs keep them unless runner.keep_groups is 0"
+                f"{run_dir}: no step of this run is journalled (samples/order_*.jsonl); runs of `rlinf train` keep them "
+                "unless runner.keep_groups is 0"
             )
 
     def total_steps(self, max_epochs: int, max_steps: int, done: int = 0, waiting: int = 0) -> int:
