@@ -117,7 +117,7 @@ class LocalWorkerGroup(WorkerGroup):
             return await self.holders[rank].call(method, *values)
 
         async def item(index: int) -> Any:
-            return (await whole)[index]
+            return (await asyncio.shield(whole))[index]  # the second who awaits a task itself takes the frames from its exception
 
         whole = quiet(run())
         return [whole] if returns == 1 else [quiet(item(i)) for i in range(returns)]

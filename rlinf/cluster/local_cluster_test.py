@@ -73,6 +73,16 @@ def test_errors_are_those_of_the_ray_backend(cluster: Cluster) -> None:
     asyncio.run(main())
 
 
+def test_the_traceback_of_a_call_with_two_results_leads_to_the_line_that_failed(cluster: Cluster) -> None:
+    async def main() -> None:
+        actor = cluster.launch(PLAN, "actor", workers.Plain)
+        report, _ = actor.ref(0, "fail", returns=2)
+        with pytest.raises(RunFailed, match=r"cluster_workers\.py\", line \d+, in fail\n"):
+            await actor.results([report])
+
+    asyncio.run(main())
+
+
 def test_more_than_one_device_needs_ray(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cluster.num_gpus_per_node"):
         Cluster.connect(ClusterConfig(backend="local", num_gpus_per_node=2), "x", tmp_path)
