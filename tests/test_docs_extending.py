@@ -83,6 +83,22 @@ def test_a_function_that_hangs_fails_or_cannot_tell_leaves_the_answer_undecided(
     assert found["other"].route == "own_failed" and "KeyError" in found["other"].reason and found["hang"].route == "timeout"
 
 
+def test_the_reason_of_an_answer_that_a_function_fails_on_is_told(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "class Mine(Exception): pass\ndef judge(answer, solutions):\n    if answer == 'typo': return anser\n"
+        "    if answer == 'mine': raise Mine('no luck')\n"
+        "    return {'score': 0.1, 'penalty': -1.0, 'text': 'no', 'one': 1.0, 'zero': 0}[answer]\n"
+    )
+    with Verifier(own_tasks={"odd": f"{tmp_path}/odd.py:judge"}, timeout=5.0) as verifier:
+        words = ("typo", "mine", "score", "penalty", "text", "one", "zero")
+        found = [verifier.verify(f"\\boxed{{{word}}}", ["x"], "odd") for word in words]
+    assert [v.status for v in found] == [*[Status.UNDECIDED] * 5, Status.RIGHT, Status.WRONG]
+    reasons = [v.reason for v in found]
+    assert reasons[0] == "line 3: NameError: name 'anser' is not defined" and reasons[1] == "Mine: no luck"
+    assert reasons[2] == "TypeError: it returned 0.1; a function of reward.own_tasks returns True, False or None"
+    assert [v.route for v in found[:3]] == ["own_failed", "died", "own_failed"]
+
+
 def test_names_that_lead_nowhere_are_refused(files: Path) -> None:
     with pytest.raises(UserError, match="math is judged here already"):
         check_tasks([], {"math": "my_rewards.py:same_interval"})

@@ -55,6 +55,9 @@ def main(kind: str, parent: int, memory_bytes: int, timeout: float) -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     write_reply(replies, {"ready": True})
+    sys.excepthook = lambda _kind, error, _traceback: write_reply(
+        replies, {"limit": "died", "why": f"{type(error).__name__}: {error}"[:200]}
+    )
     for fd in (0, 1, 2):  # what a library prints must not reach the protocol or the log
         os.dup2(nothing, fd)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))

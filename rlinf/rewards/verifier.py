@@ -90,7 +90,8 @@ class Verifier:
                 waiting[key] = (self._pool_for(own or item.task).submit(key), [i])
         for key, (future, places) in waiting.items():
             reply = future.result()
-            decision = Decision("undecided", reply.reason) if reply.reason else Decision(**reply.answer)
+            why = (reply.answer or {}).get("why", "")
+            decision = Decision("undecided", reply.reason, why) if reply.reason else Decision(**reply.answer)
             self._remember(key, decision)
             for i in places:
                 verdicts[i] = self._verdict(decision, key[1], items[i], reply.seconds)
