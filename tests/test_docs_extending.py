@@ -127,6 +127,40 @@ def test_the_loss_is_the_formula_and_its_gradient_turns_round(files: Path) -> No
     assert logprobs.grad is not None and (logprobs.grad < 0).tolist() == [True, True, False, True, False, False]
 
 
+@pytest.mark.parametrize(
+    "returned, told",
+    [("(-logprobs * advantages).mean()", "returned a Tensor; a loss returns TokenLosses"),
+     ("TokenLosses((-logprobs * advantages).mean(), old > 0, old > 0)", "returned loss_N []; a loss returns TokenLosses"),
+     ("TokenLosses(-logprobs * advantages, 0, old > 0)", "returned clipped_N int;"),
+     ("TokenLosses(-old * advantages, old > 0, old > 0)", "returned a loss_N without gradient")],
+)  # fmt: skip
+def test_a_loss_that_is_not_one_number_a_token_is_refused(tmp_path: Path, returned: str, told: str) -> None:
+    (tmp_path / "odd.py").write_text(
+        "from rlinf.algorithms.losses import TokenLosses\n"
+        f"def loss(logprobs, old, advantages, sample, n_samples, clip):\n    return {returned}\n"
+    )
+    settings = objective_settings(AlgorithmConfig(loss_type=f"{tmp_path}/odd.py:loss"))
+    logprobs, ones = torch.zeros(3, requires_grad=True), torch.ones(3)
+    batch = ResponseTokens(logprobs, ones, ones, ones, None, ones, ones, torch.zeros(3, dtype=torch.int64), 1)
+    with pytest.raises(UserError, match=re.escape(told)):
+        policy_objective(batch, Denominators(3, 1), settings)
+
+
+def test_the_dual_clip_constant_reaches_a_loss(files: Path) -> None:
+    assert objective_settings(resolved(files, "algorithm.clip_ratio_c=3").algorithm).clip_c == 3.0
+
+
+@pytest.mark.parametrize("returned", ["(rewards - rewards.mean()) / rewards.std()", "rewards[1:]", "rewards[:, None]"])
+def test_an_advantage_that_is_not_one_finite_number_a_response_is_refused(tmp_path: Path, returned: str) -> None:
+    (tmp_path / "odd.py").write_text(
+        f"import numpy\ndef estimate(rewards):\n    with numpy.errstate(all='ignore'):\n        return {returned}\n"
+    )
+    group = type("Header", (), {"rewards": [5.0, 5.0, 5.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})
+    expected = r"odd\.py:estimate made .* of the rewards \[5\.0, 5\.0, 5\.0\]; it must return one finite number for each"
+    with pytest.raises(UserError, match=expected):
+        advantages_of([group], AlgorithmConfig(adv_type=f"{tmp_path}/odd.py:estimate"))  # type: ignore[list-item]
+
+
 def test_the_advantage(files: Path) -> None:
     config = resolved(files, "algorithm.normalize_advantages=false")
     group = type("Header", (), {"rewards": [5.0, -5.0, 5.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rlinf.errors import UserError
+
 GRPO_EPS = 1e-6
 WHITEN_EPS = 1e-5
 
@@ -59,7 +61,7 @@ def outcome_advantages(
     """One advantage for each response of each group; with `normalize`, whitened once over all response tokens of the global batch.
 
     rewards and loss_tokens: one inner sequence a group. Raises ValueError for a reward that is not finite, and for a group of one response
-    unless adv_type looks at each response alone.
+    unless adv_type looks at each response alone; UserError when a user's estimator does not give one finite number for each response.
     """
     estimate = ADVANTAGES[adv_type]
     groups = []
@@ -69,7 +71,13 @@ def outcome_advantages(
             raise ValueError(f"group {index} has {len(rewards_G)} response(s); {adv_type} compares responses and needs at least 2")
         if not np.isfinite(rewards_G).all():
             raise ValueError(f"group {index} has a reward that is not finite: {rewards_G.tolist()}")
-        groups.append(estimate(rewards_G))
+        advantages_G = np.asarray(estimate(rewards_G), dtype=np.float64)
+        if advantages_G.shape != rewards_G.shape or not np.isfinite(advantages_G).all():
+            raise UserError(
+                f"algorithm.adv_type: {adv_type} made {advantages_G.tolist()} of the rewards {rewards_G.tolist()}; "
+                "it must return one finite number for each"
+            )
+        groups.append(advantages_G)
     if not normalize or not groups:
         return groups
     white_B = whiten(np.concatenate(groups), np.concatenate([np.asarray(n, dtype=np.float64) for n in loss_tokens]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlinf.algorithms.kl import LOG_RATIO_LIMIT
+from rlinf.errors import UserError
 
 GSPO_TOKEN_LOG_LIMIT = 10.0
 
@@ -86,6 +87,20 @@ def cispo(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, samp
     ratio_N = importance_ratio_N(logprobs_N, old_logprobs_N).detach()
     weight_N = ratio_N.clamp(1 - clip.low, 1 + clip.high)
     return TokenLosses(-weight_N * advantages_N * logprobs_N, weight_N != ratio_N, torch.zeros_like(ratio_N, dtype=torch.bool))
+
+
+def check_token_losses(policy: object, logprobs_N: Tensor, name: str) -> None:
+    """Raises UserError unless `policy`, which the loss `name` returned, is one number a token, with gradient: a mean would broadcast, and
+    then depend on the split; a constant would leave the KL term alone to be trained on."""
+    wanted = f"a loss returns TokenLosses(loss_N, clipped_N, dual_clipped_N), each of the {logprobs_N.numel()} tokens given"
+    if not isinstance(policy, TokenLosses):
+        raise UserError(f"algorithm.loss_type: {name} returned a {type(policy).__name__}; {wanted}")
+    for part, values in policy._asdict().items():
+        if not isinstance(values, Tensor) or values.shape != logprobs_N.shape:
+            found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise UserError(f"algorithm.loss_type: {name} returned {part} {found}; {wanted}")
+    if logprobs_N.requires_grad and not policy.loss_N.requires_grad:
+        raise UserError(f"algorithm.loss_type: {name} returned a loss_N without gradient; compute it from the log-probabilities given")
 
 
 def sequence_mean_S(values_N: Tensor, sample_N: Tensor, n_samples: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlinf.algorithms.aggregation import Denominators, token_weights_N
 from rlinf.algorithms.importance import Correction, importance_weights, proximal_logprobs_N
 from rlinf.algorithms.kl import kl_estimate_N
-from rlinf.algorithms.losses import LOSSES, Clip, importance_ratio_N, ppo
+from rlinf.algorithms.losses import LOSSES, Clip, check_token_losses, cispo, gspo, gspo_token, importance_ratio_N
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ObjectiveSettings:
     def __post_init__(self) -> None:
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {self.loss_type!r}")
-        if self.clip_c is not None and (self.clip_c <= 1 or LOSSES[self.loss_type] is not ppo):
+        if self.clip_c is not None and (self.clip_c <= 1 or LOSSES[self.loss_type] in (gspo, gspo_token, cispo)):
             raise ValueError(f"the dual-clip constant must be > 1 and is for ppo, got {self.clip_c} with {self.loss_type}")
         if self.loss_type == "decoupled-ppo" and self.correction is None:
             raise ValueError("decoupled-ppo needs a correction: it is what weighs pi_prox against pi_behaviour")
@@ -115,7 +115,7 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
     """The micro-batch's share of the mini-batch's loss (scalar, with gradient), and its share of the metrics.
 
     A micro-batch without tokens that count gives loss 0, still connected to logprobs_N. Raises ValueError when kl_beta needs reference
-    log-probabilities that are not there.
+    log-probabilities that are not there, UserError when a user's loss does not return what a loss returns.
     """
     tokens = batch.counted()
     logprobs_C, sample_C = tokens.logprobs_N, tokens.sample_N
@@ -127,6 +127,7 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
 
     clip = Clip(settings.clip_low, settings.clip_high, settings.clip_c)
     policy = LOSSES[settings.loss_type](logprobs_C, old_logprobs_C, advantages_C, sample_C, tokens.n_samples, clip)
+    check_token_losses(policy, logprobs_C, settings.loss_type)
     policy_C, limited_C = policy.loss_N, None
     if settings.correction is not None:
         log_rho_C = old_logprobs_C - tokens.rollout_logprobs_N

@@ -232,7 +232,7 @@ def _algorithm(c: Config) -> Iterator[Violation]:
             f"{f'algorithm.group_size {trained}' if trained == a.group_size else f'algorithm.num_update_sample_per_prompt {trained}'}); "
             f"the nearest that does is {_nearest_divisor(batch, a.n_minibatches)}",
         )
-    if a.clip_ratio_c is not None and a.loss_type not in ("ppo", "decoupled-ppo"):
+    if a.clip_ratio_c is not None and a.loss_type not in ("ppo", "decoupled-ppo") and not is_own(a.loss_type):
         yield "algorithm.clip_ratio_c", f"the dual clip belongs to loss_type ppo and decoupled-ppo, not {a.loss_type}; set it to null"
     if None not in (a.clip_ratio_low, a.clip_ratio_high) and a.ratio_clip_eps != known_keys()["algorithm.ratio_clip_eps"].default:
         yield "algorithm.ratio_clip_eps", "acts only where algorithm.clip_ratio_low or clip_ratio_high is null; remove it, or those"
