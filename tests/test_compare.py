@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlinf.cli import main
+from rlinf.config.keys import known_keys
+from rlinf.config.load import load, value_of
 from rlinf.errors import UserError
 from rlinf.metrics.logger import whole_lines
 from rlinf.report.compare import Comparison, Difference, compare, describe, within
@@ -50,9 +52,12 @@ def edited(base: Path, tmp_path: Path, file: str, change: Callable[[dict], None]
 
 
 def set_config(folder: Path, line: str, new: str) -> None:
+    """As if the run had been made with it."""
     text = (folder / "config.yaml").read_text()
     assert line in text
     (folder / "config.yaml").write_text(text.replace(line, new))
+    config = load(str(folder / "config.yaml")).config
+    edit_lines(folder / "environment.jsonl", lambda row: row.update(settings={key: value_of(config, key) for key in known_keys()}))
 
 
 def of(a: Path, b: Path, tolerance: float = 1e-6) -> Comparison:
@@ -151,6 +156,25 @@ def test_versions_weights_and_resumptions_are_causes(base: Path, tmp_path: Path)
     shutil.copy(base / "metrics.jsonl", copy)
     copy = edited(base, tmp_path, "metrics.jsonl", at_step(2, {"rollout/response_length": 3.0}))
     assert "note: B was resumed at step 2, where the runs part" in describe(of(base, copy))
+
+
+def test_the_settings_are_those_of_the_start_that_made_the_step(base: Path, tmp_path: Path) -> None:
+    """A run that goes on with others writes them into config.yaml, which then says nothing of the steps before."""
+    copy = edited(base, tmp_path, "metrics.jsonl", at_step(1, {"train/loss": 9.0}))
+    (start,) = [json.loads(line) for line in (copy / "environment.jsonl").open()]
+    then, later = start["settings"] | {"algorithm.kl_beta": 0.5}, start["settings"] | {"actor.optim.lr": 0.125}
+    starts = [start | {"settings": then}, start | {"settings": later, "first_step": 3}]
+    (copy / "environment.jsonl").write_text("".join(json.dumps(s) + "\n" for s in starts))
+    assert likely(of(base, copy)) == ["algorithm.kl_beta"]
+    shutil.copy(base / "metrics.jsonl", copy)
+    copy = edited(base, tmp_path, "metrics.jsonl", at_step(3, {"train/loss": 9.0}))
+    assert likely(of(base, copy)) == ["actor.optim.lr"]
+
+
+def test_a_start_that_is_recorded_with_its_settings_is_as_one_that_is_not(base: Path, tmp_path: Path) -> None:
+    copy = edited(base, tmp_path, "environment.jsonl", lambda row: row.pop("settings"))
+    edit_lines(copy / "metrics.jsonl", at_step(1, {"train/loss": 9.0}))
+    assert of(base, copy).candidates == ()
 
 
 def test_a_moved_model_folder_is_no_cause_when_the_weights_are_the_same(base: Path, tmp_path: Path) -> None:

@@ -74,6 +74,20 @@ def test_generated_again_a_step_has_the_recorded_numbers_too(run_dir: Path, caps
     assert responses[0] == responses[1]
 
 
+def test_a_step_is_made_with_the_settings_that_it_had_when_the_run_has_gone_on_with_others(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run_dir / "config.yaml"
+    before = file.read_text()
+    (line,) = [line for line in before.splitlines() if line.startswith("  loss_type: ")]
+    file.write_text(before.replace(line, "  loss_type: gspo"))
+    try:
+        assert main(["replay", str(run_dir), "--step", "3", "--tolerance", "0"]) == 0
+    finally:
+        file.write_text(before)
+    assert "train/first_minibatch_clip_fraction" in capsys.readouterr().out  # whole, where there is no screen
+
+
 def test_what_differs_is_named_and_is_the_exit_code(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run_dir), "--step", "3", "algorithm.entropy_bonus=0.5"]) == 1
     last = [line for line in capsys.readouterr().out.splitlines() if "beyond it" in line]

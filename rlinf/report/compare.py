@@ -182,7 +182,7 @@ def candidates_for(a: Run, b: Run, at: Difference, steps: list[int]) -> Iterator
     trained = at.step > max(min(steps), 1)
     reach = STAGES if trained else STAGES[: STAGES.index(at.stage) + 1]
     likely = {"training"} if trained and at.stage == "generation" else {at.stage}
-    found = [*_config_differences(a, b), *_recorded_differences(a, b, at.step)]
+    found = [*_config_differences(a, b, at.step), *_recorded_differences(a, b, at.step)]
     within_reach = [c for c in found if c[1] in (*reach, "rounding", "any")] or found
     for more in ({*reach, "any"}, {"rounding"}, {*STAGES}):
         if not any(c[1] in likely for c in within_reach):
@@ -192,22 +192,23 @@ def candidates_for(a: Run, b: Run, at: Difference, steps: list[int]) -> Iterator
         yield Candidate(name, stage, x, y, stage in likely)
 
 
-def _config_differences(a: Run, b: Run) -> Iterator[tuple[str, str, Any, Any]]:
+def _config_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str, Any, Any]]:
     same_weights = a.environment(0).get("weights") == b.environment(0).get("weights") is not None
     same_data = a.environment(0).get("data_fingerprint") == b.environment(0).get("data_fingerprint") is not None
+    in_a, in_b = a.config_at(step), b.config_at(step)
     absent = set()  # components that neither run has: nothing reads their keys
-    if "gae" not in (a.config.get("algorithm.adv_type"), b.config.get("algorithm.adv_type")):
+    if "gae" not in (in_a.get("algorithm.adv_type"), in_b.get("algorithm.adv_type")):
         absent.add("critic")
-    if a.config.get("token_reward.model_dir") is None and b.config.get("token_reward.model_dir") is None:
+    if in_a.get("token_reward.model_dir") is None and in_b.get("token_reward.model_dir") is None:
         absent.add("token_reward")
-    for key in [*a.config, *(k for k in b.config if k not in a.config)]:
+    for key in [*in_a, *(k for k in in_b if k not in in_a)]:
         if key.partition(".")[0] in absent:
             continue
         if (key == "rollout.model_dir" and same_weights) or (key == "data.train_data_paths" and same_data):
             continue  # another path to the same thing
         stage = next(stage for pattern, stage in STAGE_OF_KEY if fnmatchcase(key, pattern))
-        if stage and a.config.get(key) != b.config.get(key):
-            yield key, stage, a.config.get(key), b.config.get(key)
+        if stage and in_a.get(key) != in_b.get(key):
+            yield key, stage, in_a.get(key), in_b.get(key)
 
 
 def _recorded_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str, Any, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rlinf.config.values import dump
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_rows
 from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
@@ -19,7 +20,8 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """config: dotted key -> value. starts: the lines of environment.jsonl, one for each time the run was started. metrics: by step."""
+    """config: dotted key -> value, of the last start. starts: the lines of environment.jsonl, one for each time the run was started.
+    metrics: by step."""
 
     path: Path
     config: dict[str, Any]
@@ -30,6 +32,11 @@ class Run:
         """Of the start that made this step; empty when none was recorded."""
         made = [s for s in self.starts if s["first_step"] <= max(step, 1)]
         return made[-1] if made else {}
+
+    def config_at(self, step: int) -> dict[str, Any]:
+        """The settings of the start that made this step: one that goes on may have others."""
+        settings = self.environment(step).get("settings", {})  # written as in config.yaml, which other runs may have alone
+        return dict(_flat({key: yaml.safe_load(dump(value)) for key, value in settings.items()}, "")) or self.config
 
     def samples(self, step: int) -> dict[str, Sample]:
         return _samples(self.path / "samples" / f"step_{step:06d}.jsonl")
@@ -63,7 +70,7 @@ def read_run(path: Path) -> Run:
 def _flat(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     """Leaves of the YAML tree. The one value that is a mapping of the user's, the placement, is a leaf too."""
     for name, value in section.items():
-        if isinstance(value, dict) and name != "component_placement":
+        if isinstance(value, dict) and not name.endswith("component_placement"):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -126,7 +126,7 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: S
         "findings": [vars(f) for f in findings],
         "rules": [rule.__name__.replace("_", " ") for rule in RULES],
         "settings": [[s.key, s.value, s.origin, helps.get(s.key, "")] for s in run.settings],
-        "environment": run.environment,
+        "environment": [{name: value for name, value in start.items() if name != "settings"} for start in run.environment],
         "files": [parts.describe(file) for file in run.files],
         "leftOut": left_out(run, parts, chosen, len(lines)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +12,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlinf.config.load import load
+from rlinf.config.keys import known_keys
+from rlinf.config.load import load, value_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME, read_metrics
 from rlinf.report.compare import NOT_COMPARED, relative
+from rlinf.report.compare_facts import read_run
 from rlinf.runners.launch import train
 from rlinf.runners.launch_debug import train_only
 from rlinf.runners.recorded import RecordedSteps, ranges
 from rlinf.runners.run_folder import COMPLETE
 
 FP32, HALF = 1e-5, 0.02  # difference that counts as rounding: another layout sums in another order
+WIDTH = 140  # of a table in a file
 IGNORED = (*NOT_COMPARED, "eval/*")
 QUIET = (
     "runner.save_interval=0", "runner.val_check_interval=0", "runner.on_hang=abort", "runner.logger.logger_backends=[]",
@@ -62,7 +66,7 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
             "--from-start with --rollout: the prompts of a later step are found from the checkpoint before it; leave one of the two out"
         )
     before = None if from_start or step == 1 else checkpoint_before(run_dir, step)
-    resolved = load(str(run_dir / "config.yaml"), [*settings(run_dir, step, before), *words])
+    resolved = load(str(run_dir / "config.yaml"), [*settings_then(run_dir, step), *settings(run_dir, step, before), *words])
     validate(resolved.config, resolved.provenance)
     if rollout and resolved.config.algorithm.schedule == "wallclock":
         raise UserError(
@@ -79,9 +83,10 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
     bound = default_tolerance(resolved.config) if tolerance is None else tolerance
     start = f"checkpoint {before.name}" if before else "the start model"
     samples = "samples generated again" if rollout else "the recorded samples"
-    Console().print(table(lines, bound, f"step {step} again, from {start}, with {samples}"))
+    console = Console(width=None if Console().is_terminal else WIDTH)  # in a file names are whole
+    console.print(table(lines, bound, f"step {step} again, from {start}, with {samples}"))
     beyond = [line for line in lines if not line.difference <= bound]
-    Console().print(
+    console.print(
         f"{len(lines) - len(beyond)} of {len(lines)} metrics are within {bound:g}"
         + (f"; beyond it: {', '.join(line.name for line in beyond)}" if beyond else "")
         + f"\nthe replay's own folder: {folder}",
@@ -112,6 +117,17 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
         f"--step {step}: there is no complete checkpoint of step {step - 1} ({before}). Steps that can be replayed: {can or 'none'}; "
         "any journalled step with --from-start, from the start model (runner.save_interval and runner.keep_checkpoints decide what is kept)"
     )
+
+
+def settings_then(run_dir: Path, step: int) -> list[str]:
+    """What the start that made the step had otherwise than config.yaml, which is the last start's."""
+    now = load(str(run_dir / "config.yaml")).config
+    then = read_run(run_dir).environment(step).get("settings", {})
+    return [
+        f"{key}={json.dumps(then[key], ensure_ascii=False)}"
+        for key in known_keys()
+        if key in then and then[key] != json.loads(json.dumps(value_of(now, key)))
+    ]
 
 
 def settings(run_dir: Path, step: int, before: Path | None) -> list[str]:

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rlinf.config.own_code import checksum_of
 from rlinf.data.lines import append_lines
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.hardware import cores
+from rlinf.metrics.logger import whole_rows
 from rlinf.scheduling.placement import Node
 from rlinf.weights.checksum import STRIDE, weights_checksum
 
@@ -34,10 +35,12 @@ def record_environment(
     model_dir: str,
     data_fingerprint: str,
     own_functions: Sequence[tuple[str, str]] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """first_step: the step that this start begins with. model_dir: its weights are told apart by a checksum of a part of their bytes.
 
-    own_functions: (key, `file.py:function`) of the user's code; its files are told apart by their sha256.
+    own_functions: (key, `file.py:function`) of the user's code; its files are told apart by their sha256. settings: the value of every
+    key, since config.yaml holds those of the last start alone.
     """
     found: dict[str, Any] = {
         "run_id": run_id,
@@ -59,8 +62,17 @@ def record_environment(
         "weights": weights_checksum(model_dir, STRIDE),
         "data_fingerprint": data_fingerprint,
         "own_code": {f"{key} {function.rpartition('/')[2]}": checksum_of(function) for key, function in own_functions},
-    }
+    } | ({} if settings is None else {"settings": dict(settings)})
     append_lines(run_dir / FILE_NAME, [json.dumps(found)])
+
+
+def changed_settings(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
+    """`key: before, now after` for every setting that the run's last start had otherwise; none in a new folder."""
+    starts = whole_rows(run_dir / FILE_NAME) if (run_dir / FILE_NAME).is_file() else []
+    before = starts[-1].get("settings", {}) if starts else {}
+    now = json.loads(json.dumps(settings))
+    found = [key for key in now if key in before and before[key] != now[key] and key != "runner.resume_dir"]
+    return [f"{key}: {json.dumps(before[key])}, now {json.dumps(now[key])}" for key in found]
 
 
 def cpu_model() -> str:

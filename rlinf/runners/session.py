@@ -19,7 +19,7 @@ from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.trackers import missing_packages
 from rlinf.runners.disk import told_when_full
-from rlinf.runners.environment import record_environment
+from rlinf.runners.environment import changed_settings, record_environment
 from rlinf.runners.resuming import refuse_other_model
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.status import Status
@@ -63,6 +63,8 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
         logger = MetricLogger(folder.path, runner.logger.logger_backends, folder.resume_step, runner.logger.project_name, settings)
         run_id = new_run_id()
         say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
+        for change in changed_settings(folder.path, settings):
+            say(f"  {change}")
         cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
         terminate_as_interrupt()
         ends.callback(cluster.close)
@@ -70,7 +72,7 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
         session = Session(resolved, folder, logger, cluster, run_id)
         first_step = (folder.resume.step if folder.resume else 0) + 1
         model, own = config.rollout.model_dir, own_functions(config)
-        record_environment(folder.path, run_id, first_step, session.nodes, tokenizer, model, data_fingerprint, own)
+        record_environment(folder.path, run_id, first_step, session.nodes, tokenizer, model, data_fingerprint, own, settings)
         yield session
     say(session.usage.describe())
 
