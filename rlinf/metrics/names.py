@@ -127,7 +127,8 @@ ROLLOUT = metrics(
     ),
     (
         "length_bias",
-        "mean response length of what was trained on so far against what was begun, as a share (`algorithm.schedule: wallclock`)",
+        "mean response length of the first k groups that were trained on against the first k that were begun, as a share; k: as many as "
+        "have all ended, so 0 until the first is done (`algorithm.schedule: wallclock`)",
         "near 0",
         "far below 0: long answers are always late; lower `max_staleness` or `rollout.over_provisioning`",
     ),
