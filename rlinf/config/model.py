@@ -107,7 +107,13 @@ def missing_paths(config: Config) -> list[str]:
         paths.append(("runner.resume_dir", str(config.runner.resume_dir)))
     paths += [(key, str(file_of(reference))) for key, reference in own_functions(config)]
     folders = [f"{key}: {path} is a folder; give the JSONL files in it" for key, path in paths if key in DATA and Path(path).is_dir()]
-    return [f"{key}: {path} is not on this machine" for key, path in paths if not Path(path).exists()] + folders
+    return [f"{key}: {path} is not on this machine{_beside(key, path)}" for key, path in paths if not Path(path).exists()] + folders
+
+
+def _beside(key: str, path: str) -> str:
+    """The checkpoints that there are in the place of one: runner.keep_checkpoints removes old ones."""
+    others = sorted(p.name for p in Path(path).parent.glob("step_??????")) if key == "runner.resume_dir" else []
+    return f"; {Path(path).parent} has {', '.join(others)}" if others else ""
 
 
 def own_functions(config: Config) -> list[tuple[str, str]]:

@@ -50,6 +50,11 @@ def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
     scorer = [("critic", config.critic_model_dir, "scalar")] if config.has("critic") and command != SFT else []
     for role, model_dir, head in [("actor", config.rollout.model_dir, "lm"), *scorer]:
         key = "rollout.model_dir" if role == "actor" else "critic.model_dir"
+        if role == "critic" and not (step_dir / role).is_dir():
+            raise UserError(
+                f"runner.resume_dir: {step_dir} was made without a critic, and algorithm.adv_type gae has one. Put adv_type back, or start "
+                f"a new run from the weights: rollout.model_dir={step_dir / 'hf'}"
+            )
         stored = open_part(step_dir / role)["param"]
         expected = hf_shapes(read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json"), head)
         for name in sorted(stored.keys() | expected.keys()):
