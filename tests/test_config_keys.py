@@ -8,7 +8,7 @@ from pathlib import Path
 from rlinf.config.keys import known_keys
 
 ROOT = Path(__file__).resolve().parent.parent
-ONE_VALUE = {"algorithm.sampling_params.do_sample"}  # recipes name it; false is refused (rlinf/config/validate_test.py), true is what is done
+ONE_VALUE = {"algorithm.sampling_params.do_sample"}  # recipes name it; false is refused, true is what is done
 
 
 def test_every_key_is_read_by_some_code_outside_config() -> None:

@@ -77,14 +77,18 @@ def test_generated_again_a_step_has_the_recorded_numbers_too(run_dir: Path, caps
 def test_a_step_is_made_with_the_settings_that_it_had_when_the_run_has_gone_on_with_others(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = run_dir / "config.yaml"
-    before = file.read_text()
+    file, starts = run_dir / "config.yaml", run_dir / "environment.jsonl"
+    before, recorded = file.read_text(), starts.read_text()
     (line,) = [line for line in before.splitlines() if line.startswith("  loss_type: ")]
     file.write_text(before.replace(line, "  loss_type: gspo"))
+    start = json.loads(recorded)
+    start["settings"]["runner.profile_ranks"] = [0, 1]  # as a word of now it would be refused: a replay profiles nothing
+    starts.write_text(json.dumps(start) + "\n")
     try:
         assert main(["replay", str(run_dir), "--step", "3", "--tolerance", "0"]) == 0
     finally:
         file.write_text(before)
+        starts.write_text(recorded)
     assert "train/first_minibatch_clip_fraction" in capsys.readouterr().out  # whole, where there is no screen
 
 

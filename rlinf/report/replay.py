@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rlinf.config.keys import known_keys
-from rlinf.config.load import load, value_of
+from rlinf.config.load import Resolved, load, value_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME, read_metrics
 from rlinf.report.compare import NOT_COMPARED, relative
 from rlinf.report.compare_facts import read_run
+from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
 from rlinf.runners.launch import train
 from rlinf.runners.launch_debug import train_only
 from rlinf.runners.recorded import RecordedSteps, ranges
@@ -66,7 +67,7 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
             "--from-start with --rollout: the prompts of a later step are found from the checkpoint before it; leave one of the two out"
         )
     before = None if from_start or step == 1 else checkpoint_before(run_dir, step)
-    resolved = load(str(run_dir / "config.yaml"), [*settings_then(run_dir, step), *settings(run_dir, step, before), *words])
+    resolved = resolve(run_dir, step, [*settings(run_dir, step, before), *words])
     validate(resolved.config, resolved.provenance)
     if rollout and resolved.config.algorithm.schedule == "wallclock":
         raise UserError(
@@ -119,15 +120,19 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
     )
 
 
-def settings_then(run_dir: Path, step: int) -> list[str]:
-    """What the start that made the step had otherwise than config.yaml, which is the last start's."""
+def resolve(run_dir: Path, step: int, words: Sequence[str]) -> Resolved:
+    """The settings of the start that made the step, and the words. config.yaml is the last start's, which may have had others."""
     now = load(str(run_dir / "config.yaml")).config
-    then = read_run(run_dir).environment(step).get("settings", {})
-    return [
-        f"{key}={json.dumps(then[key], ensure_ascii=False)}"
+    recorded = read_run(run_dir).environment(step).get("settings", {})
+    then = {
+        key: json.dumps(recorded[key], ensure_ascii=False)
         for key in known_keys()
-        if key in then and then[key] != json.loads(json.dumps(value_of(now, key)))
-    ]
+        if key in recorded and recorded[key] != json.loads(json.dumps(value_of(now, key)))
+    }
+    resolved = load(str(run_dir / "config.yaml"), [*(f"{key}={value}" for key, value in then.items()), *words])
+    for key in then.keys() - {word.partition("=")[0] for word in words}:
+        resolved.provenance[key] = str(run_dir / ENVIRONMENT)  # nobody has asked for it now
+    return resolved
 
 
 def settings(run_dir: Path, step: int, before: Path | None) -> list[str]:
