@@ -17,8 +17,9 @@ from rlinf.algorithms.objective import ResponseTokens, policy_objective
 from rlinf.config.load import ROOT, load
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.config.validate import validate
-from rlinf.data.records import Status
+from rlinf.data.records import Status, Verdict
 from rlinf.errors import UserError
+from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.tasks import check_tasks
 from rlinf.rewards.verifier import Verifier
 from rlinf.runners.selection import advantages_of
@@ -56,8 +57,9 @@ def resolved(folder: Path, *words: str) -> Config:
 
 def test_the_page_names_its_files_as_its_yaml_does(files: Path) -> None:
     config = resolved(files)
-    named = [*config.reward.own_tasks.values(), config.algorithm.loss_type, config.algorithm.adv_type]
-    assert [Path(n.rpartition(":")[0]).name for n in named] == ["my_rewards.py", "my_losses.py", "my_advantages.py"]
+    own = *config.reward.own_tasks.values(), *config.reward.own_parts.values()
+    named = [*own, config.algorithm.loss_type, config.algorithm.adv_type]
+    assert [Path(n.rpartition(":")[0]).name for n in named] == ["my_rewards.py", *["my_parts.py"] * 2, "my_losses.py", "my_advantages.py"]
     assert all(Path(n.rpartition(":")[0]).is_absolute() for n in named)
 
 
@@ -97,6 +99,41 @@ def test_the_reason_of_an_answer_that_a_function_fails_on_is_told(tmp_path: Path
     assert reasons[0] == "line 3: NameError: name 'anser' is not defined" and reasons[1] == "Mine: no luck"
     assert reasons[2] == "TypeError: it returned 0.1; a function of reward.own_tasks returns True, False or None"
     assert [v.route for v in found[:3]] == ["own_failed", "died", "own_failed"]
+
+
+def test_the_parts_of_a_reward(files: Path) -> None:
+    config = resolved(files)
+    right, wrong = (Verdict(reward, status, "3", "simple", 0.0) for reward, status in ((5.0, Status.RIGHT), (-5.0, Status.WRONG)))
+    parts = OwnParts(config.reward.own_parts, 1, 10.0)
+    try:
+        texts = (("short", right, 100), ("long", right, 900), ("1 + 2 = 3, 3 + 1 = 4", wrong, 100))
+        responses = [response_of("Q", text, ("3",), "math", verdict, tokens, False) for text, verdict, tokens in texts]
+        found = parts.add([verdict for _, verdict, _ in texts], responses)
+    finally:
+        parts.close()
+    assert [v.reward for v in found] == [5.75, 5.0, -4.5] and [v.status for v in found] == [Status.RIGHT, Status.RIGHT, Status.WRONG]
+    assert found[0].parts == (("own/concise", 0.75), ("own/steps", 0.0)) and not any(v.failed for v in found)
+
+
+def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "import time\ndef first(r):\n"
+        "    return {'nan': float('nan'), 'text': '1', 'huge': 10 ** 400, 'one': True, 'answer': r.answer == '3'}[r.text]\n"
+        "def second(r):\n    if r.text == 'nan': time.sleep(60)\n    return len(r.solutions) + (r.right is None) + r.cut_off / 2\n"
+    )
+    parts = OwnParts({"a": f"{tmp_path}/odd.py:first", "b": f"{tmp_path}/odd.py:second"}, 1, 2.0)
+    verdict = Verdict(-5.0, Status.UNDECIDED, "3", "timeout", 1.0, "it took long")
+    words = ("nan", "text", "huge", "key", "one", "answer")
+    try:
+        found = parts.add([verdict] * len(words), [response_of("Q", word, ("3",), "math", verdict, 9, True) for word in words])
+    finally:
+        parts.close()
+    assert [v.failed for v in found] == [("a", "b"), ("a",), ("a",), ("a",), (), ()]
+    assert [v.reward for v in found] == [-5.0, -2.5, -2.5, -2.5, -1.5, -1.5]
+    assert found[0].reason == (
+        "it took long; a: TypeError: it returned nan; a function of reward.own_parts returns a finite number; b: timeout"
+    )
+    assert "it returned '1'" in found[1].reason and "OverflowError" in found[2].reason and "line 3: KeyError: 'key'" in found[3].reason
 
 
 def test_names_that_lead_nowhere_are_refused(files: Path) -> None:
@@ -170,11 +207,11 @@ def test_the_advantage(files: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_with_all_of_them(files: Path) -> None:
-    own = {section: keys for part in YAML for section, keys in part.items() if section == "reward"}
+    own = {name: value for part in YAML for name, value in part.get("reward", {}).items()}
     config = write_run(
         files, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
         actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1,
-        reward__own_tasks=own["reward"]["own_tasks"], reward__exploration_penalty=1.0,
+        reward__own_tasks=own["own_tasks"], reward__own_parts=own["own_parts"], reward__exploration_penalty=1.0,
         algorithm__loss_type="my_losses.py:soft_clip", algorithm__adv_type="my_advantages.py:behind_the_best",
     )  # fmt: skip
     data = files / "data.jsonl"
@@ -188,7 +225,10 @@ def test_a_run_with_all_of_them(files: Path) -> None:
         "my_advantages.py:behind_the_best",
         "my_losses.py:soft_clip",
         "my_rewards.py:same_interval",
+        "my_parts.py:concise",
+        "my_parts.py:steps",
     ]
+    assert all(m["rollout/own_parts_failed"] == 0 and 0 <= m["rollout/reward_own/steps"] <= 1 for m in steps)
     assert {json.loads(line)["task"] for line in (files / "logs/tiny/samples/step_000001.jsonl").open()} == {"interval"}
 
 

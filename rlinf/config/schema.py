@@ -368,7 +368,13 @@ class RewardConfig:
     own_tasks: dict[str, str] = key(
         {}, "tasks that functions of yours judge: name of the task in the data -> `path/to/file.py:function`", own=True
     )
-    reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative")
+    own_parts: dict[str, str] = key(
+        {},
+        "numbers that functions of yours add to the reward of a response: name of the part -> `path/to/file.py:function`; "
+        "correctness stays the verifier's",
+        own=True,
+    )
+    reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative; 0 = reward.own_parts alone")
     undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
     answer_format: str = key(
         "boxed", "where the answer is looked for: the last balanced box, or else also the final number", ("boxed", "boxed_or_final_number")

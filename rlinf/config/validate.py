@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -65,6 +66,7 @@ AT_LEAST: dict[str, float] = {
     "actor.optim.loss_scale_window": 1,
     "critic.seed": 0,
     "critic.warmup_steps": 0,
+    "reward.reward_scale": 0,
     "reward.num_processes": 1,
     "reward.format_reward": 0,
     "reward.overlong_buffer": 0,
@@ -93,7 +95,6 @@ MORE_THAN: dict[str, float] = {
     "critic.value_clip": 0,
     "runner.peak_tflops": 0,
     "token_reward.weight": 0,
-    "reward.reward_scale": 0,
     "reward.timeout": 0,
     **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},
     "sft.reweighting_temperature": 0,
@@ -439,6 +440,16 @@ def _reward(c: Config) -> Iterator[Violation]:
     for task, function in c.reward.own_tasks.items():
         if not is_own(function):
             yield "reward.own_tasks", f"{task}: {function} names no function; write path/to/file.py:function"
+    for part, function in c.reward.own_parts.items():
+        if not is_own(function):
+            yield "reward.own_parts", f"{part}: {function} names no function; write path/to/file.py:function"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", part):
+            yield (
+                "reward.own_parts",
+                f"{part!r} is to name a curve, rollout/reward_own/<name>; give it a name of letters, digits, `_`, `.`, `-`",
+            )
+    if not c.reward.reward_scale and not c.reward.own_parts:
+        yield "reward.reward_scale", "every response would have the reward 0; set it above 0, or name a function in reward.own_parts"
     if c.reward.four_levels and c.reward.format_reward:
         yield "reward.format_reward", "reward.four_levels pays for the format already; set one of the two to 0 or false"
     if c.reward.four_levels and c.reward.undecided_reward is not None:

@@ -78,4 +78,4 @@ def _sample(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Samp
 
 def _verdict(fields: Mapping[str, Any]) -> Verdict:
     parts = tuple((name, value) for name, value in fields["parts"])
-    return Verdict(**{**fields, "status": Status(fields["status"]), "parts": parts})
+    return Verdict(**{**fields, "status": Status(fields["status"]), "parts": parts, "failed": tuple(fields.get("failed", ()))})

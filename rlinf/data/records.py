@@ -119,7 +119,8 @@ class Sample:
 class Verdict:
     """reward (already scaled), status, the extracted answer (None: no answer found), the route that decided, seconds spent.
 
-    parts: what the reward is the sum of, beside correctness, as ((name, value), ...): format, overlong, exploration.
+    parts: what the reward is the sum of, beside correctness, as ((name, value), ...): format, overlong, exploration, the user's own.
+    failed: those of the user's own that gave no number; they are 0.
     """
 
     reward: float
@@ -129,6 +130,7 @@ class Verdict:
     seconds: float
     reason: str = ""
     parts: tuple[tuple[str, float], ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

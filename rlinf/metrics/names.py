@@ -154,6 +154,18 @@ ROLLOUT = metrics(
     ("reward_format", "mean of the format part of the reward (`reward.format_reward`)", "rises to `reward.format_reward`", "—"),
     ("reward_four_levels", "mean of what the four levels change in the reward of correctness alone (`reward.four_levels`)", "—", "—"),
     ("reward_overlong", "mean of the length penalty near the limit (`reward.overlong_buffer`)", "near 0", "as for `truncated`"),
+    (
+        "reward_own/*",
+        "mean of a part of the reward that a function of yours gives (`reward.own_parts`), by its name",
+        "—",
+        "—",
+    ),
+    (
+        "own_parts_failed",
+        "share of responses of which a function of `reward.own_parts` gave no number, so that its part is 0",
+        "0",
+        "read the reasons in samples/; raise `reward.timeout`, or mend the function",
+    ),
     ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),
     (
         "token_reward_mean",

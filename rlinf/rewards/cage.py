@@ -47,6 +47,7 @@ def limit_cpu(seconds: float) -> None:
 
 def main(kind: str, parent: int, memory_bytes: int, timeout: float) -> None:
     die_with_parent(parent)
+    from rlinf.rewards.own import PART, give_part
     from rlinf.rewards.tasks import judge_caged, warm_up
 
     logging.disable(logging.CRITICAL)
@@ -65,7 +66,7 @@ def main(kind: str, parent: int, memory_bytes: int, timeout: float) -> None:
     while (item := read_item(requests)) is not None:
         limit_cpu(timeout)
         try:
-            reply = judge_caged(*item)._asdict()
+            reply = give_part(*item[1:]) if item[0] == PART else judge_caged(*item)._asdict()
         except MemoryError:
             reply = {"limit": "memory"}
         except RecursionError:

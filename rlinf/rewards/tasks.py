@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from traceback import extract_tb
 
-from rlinf.config.own_code import file_of, is_own, load_own
+from rlinf.config.own_code import is_own, load_own
 from rlinf.errors import UserError
 from rlinf.rewards import math, reasoning_gym
 from rlinf.rewards.math import Decision, gold_answer
-from rlinf.rewards.reasoning_gym import SCORER_ERRORS
+from rlinf.rewards.own import judge_own
 from rlinf.rewards.words import choice, untext
 
 TASKS = ("math", "choice", "exact")
-OWN_ERRORS = (*SCORER_ERRORS, NameError, ImportError, OSError, RuntimeError, StopIteration)  # any other costs the worker its life
 LEAVE_OUT = "leave its prompts out with data.tasks, for example data.tasks=[math]"
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 
@@ -63,23 +61,6 @@ def judge_caged(task: str, answer: str, solutions: tuple[str, ...]) -> Decision:
     if task == "math":
         return math.judge_caged(answer, solutions)
     return reasoning_gym.judge(task[3:], answer, solutions)
-
-
-def judge_own(function: str, answer: str, solutions: tuple[str, ...]) -> Decision:
-    """By a function (answer, solutions) -> True, False, or None for undecided. Another result is no verdict: a score of 0.1, or of -1,
-    would be taken for right."""
-    judge = load_own(function)
-    try:
-        verdict = judge(answer, solutions)
-        if verdict is not None and verdict not in (True, False):
-            raise TypeError(f"it returned {verdict!r}; a function of reward.own_tasks returns True, False or None")
-    except RecursionError:  # the cage has a name for it
-        raise
-    except OWN_ERRORS as error:
-        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file_of(function))]
-        where = f"line {lines[-1]}: " if lines else ""
-        return Decision("undecided", "own_failed", f"{where}{type(error).__name__}: {error}"[:200])
-    return Decision("undecided" if verdict is None else "right" if verdict else "wrong", "own")
 
 
 def warm_up(kind: str) -> None:

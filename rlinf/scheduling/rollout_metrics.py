@@ -34,6 +34,8 @@ def rollout_metrics(headers: Sequence[GroupHeader], advantages: Sequence[np.ndar
         "groups_all_right": np.mean([all(h.right) for h in headers]),
         "groups_all_wrong": np.mean([not any(h.right) for h in headers]),
     }
+    if any(name.startswith("own/") for v in verdicts for name, _ in v.parts):
+        metrics["own_parts_failed"] = np.mean([bool(v.failed) for v in verdicts])
     for part in sorted({name for v in verdicts for name, _ in v.parts}):
         metrics[f"reward_{part}"] = np.mean([dict(v.parts).get(part, 0.0) for v in verdicts])
     if len(advantages):

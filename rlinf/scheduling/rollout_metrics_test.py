@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,15 @@ def test_rollout_metrics_of_three_groups() -> None:
         "advantages_zero": 2 / 3,
     }
     assert metrics == pytest.approx({f"rollout/{k}": v for k, v in expected.items()})
+    assert undocumented(metrics) == []
+
+
+def test_parts_of_the_users_own_have_a_curve_each_and_one_for_all_that_failed() -> None:
+    given = replace(RIGHT, parts=(("own/short", 0.5), ("own/steps", 1.0)))
+    failed = replace(WRONG, parts=(("own/short", 0.0), ("own/steps", 0.0)), failed=("short", "steps"))
+    metrics = rollout_metrics([header("a", 10, (1, 3), (given, failed))])
+    own = {name: value for name, value in metrics.items() if "own" in name}
+    assert own == {"rollout/reward_own/short": 0.25, "rollout/reward_own/steps": 0.5, "rollout/own_parts_failed": 0.5}
     assert undocumented(metrics) == []
 
 

@@ -13,6 +13,7 @@ from rlinf.data.journal import group_line, journal_of
 from rlinf.data.lines import append_lines
 from rlinf.data.records import Group, GroupHeader, Verdict
 from rlinf.data.tokenizer import load_tokenizer
+from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.shaping import Shaping
 from rlinf.rewards.verifier import Item, Verifier
 from rlinf.scheduling.placement import WorkerAddress
@@ -37,6 +38,7 @@ class RewardWorker:
             exploration_penalty=reward.exploration_penalty,
             four_levels=reward.reward_scale if reward.four_levels else None,
         )
+        self.own_parts = OwnParts(reward.own_parts, reward.num_processes, reward.timeout)
         self.verifier.warm_up()
 
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
@@ -58,11 +60,19 @@ class RewardWorker:
 
     def close(self) -> None:
         self.verifier.close()
+        self.own_parts.close()
 
     def _judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
         prompt, texts = self._texts(group)
         judged = self.verifier.verify_many([Item(text, group.prompt.solutions, group.prompt.task, prompt) for text in texts])
-        verdicts = tuple(self.shaping.apply(v, prompt, text, len(s)) for v, text, s in zip(judged, texts, group.samples, strict=True))
+        shaped = [self.shaping.apply(v, prompt, text, len(s)) for v, text, s in zip(judged, texts, group.samples, strict=True)]
+        about = group.prompt.solutions, group.prompt.task
+        verdicts = tuple(
+            self.own_parts.add(
+                shaped,
+                [response_of(prompt, text, *about, v, len(s), s.finish.cut_off) for v, text, s in zip(judged, texts, group.samples)],
+            )
+        )
         if dump_path:
             self._record(Path(dump_path), replace(group, verdicts=verdicts), prompt, texts)
         return verdicts

@@ -38,13 +38,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def worker(model: Path, keep_groups: int = -1, **reward: float) -> RewardWorker:
+def worker(model: Path, keep_groups: int = -1, **reward: object) -> RewardWorker:
     config = Config()
     config.runner.keep_groups = keep_groups
     config.rollout.model_dir = str(model)
     for name, value in reward.items():
         setattr(config.reward, name, value)
     return RewardWorker(ADDRESS, config)
+
+
+def test_parts_of_the_users_own_are_added_and_come_back_from_disk(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def half(r):\n    return 0.5 if r.right and r.prompt == 'Q' and r.tokens else 1 / 0\n")
+    judge, shelf = worker(model, own_parts={"half": f"{tmp_path}/mine.py:half"}, format_reward=1.0), str(tmp_path / "0.safetensors")
+    judged = group(model, "Q", ["\\boxed{3}", "\\boxed{2}"], ("3",))
+    verdicts = asyncio.run(judge.judge(judged, str(tmp_path / "step_000001.jsonl")))
+    judge.keep(shelf, judged, verdicts)
+    kept = judge.fetch(shelf)[0].verdicts
+    judge.close()
+    assert [v.reward for v in verdicts] == [6.5, -4.0] and [v.failed for v in verdicts] == [(), ("half",)]
+    assert verdicts[0].parts == (("format", 1.0), ("own/half", 0.5)) and "line 2: ZeroDivisionError" in verdicts[1].reason
+    (journalled,) = read_groups(tmp_path / "groups_000001.jsonl")
+    assert kept == verdicts == journalled.verdicts
+    rows = [json.loads(line) for line in (tmp_path / "step_000001.jsonl").open()]
+    assert [row["parts"]["own/half"] for row in rows] == [0.5, 0.0] and rows[1]["reason"] == verdicts[1].reason
 
 
 def test_a_group_from_a_checkpoint_is_written_down_as_when_it_was_judged(model: Path, tmp_path: Path) -> None:

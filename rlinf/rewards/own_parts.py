@@ -1,0 +1,60 @@
+"""Parts of a reward that functions of the user's give (reward.own_parts), each in a cage of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+from rlinf.config.own_code import load_own
+from rlinf.data.records import Status, Verdict
+from rlinf.rewards.own import PART, Response
+from rlinf.rewards.pool import Pool, Reply
+
+
+class OwnParts:
+    """functions: name of the part -> `path/to/file.py:function`. Thread-safe; the processes end with `close`.
+
+    Raises UserError when a function is not there.
+    """
+
+    def __init__(self, functions: Mapping[str, str], num_processes: int, timeout: float) -> None:
+        for function in functions.values():
+            load_own(function)
+        self.functions = functions
+        self._pools = {name: Pool(num_processes, timeout, function) for name, function in functions.items()}
+
+    def add(self, verdicts: Sequence[Verdict], responses: Sequence[Response]) -> list[Verdict]:
+        """The verdicts with their parts; status and correctness stay as they are. Where a function gives no number its part is 0, and the
+        verdict says so."""
+        asked = [
+            [(name, self._pools[name].submit((PART, function, response))) for name, function in self.functions.items()]
+            for response in responses
+        ]
+        return [_with_parts(verdict, futures) for verdict, futures in zip(verdicts, asked, strict=True)]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+def _with_parts(verdict: Verdict, asked: Sequence[tuple[str, Future[Reply]]]) -> Verdict:
+    for name, future in asked:
+        reply = future.result()
+        answer = reply.answer or {}
+        value = None if reply.reason else answer.get("value")
+        verdict = replace(
+            verdict,
+            reward=verdict.reward + (value or 0.0),
+            parts=(*verdict.parts, (f"own/{name}", value or 0.0)),
+            seconds=verdict.seconds + reply.seconds,
+        )
+        if value is None:
+            why = f"{name}: {answer.get('why') or reply.reason}"
+            verdict = replace(verdict, failed=(*verdict.failed, name), reason=f"{verdict.reason}; {why}" if verdict.reason else why)
+    return verdict
+
+
+def response_of(prompt: str, text: str, solutions: tuple[str, ...], task: str, verdict: Verdict, tokens: int, cut_off: bool) -> Response:
+    right = None if verdict.status is Status.UNDECIDED else verdict.status is Status.RIGHT
+    return Response(prompt, text, solutions, task, verdict.extracted, right, tokens, cut_off)
