@@ -244,6 +244,56 @@ def test_a_report_on_a_full_disk_is_one_line_and_leaves_the_page_that_was_there(
     assert err.count("\n") == 1 and (sorted(p.name for p in folder.iterdir()), (folder / "report.html").read_bytes()) == before
 
 
+RECORDS = "samples/step_000002.jsonl", "samples/tokens_000002.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        *((file, {"sample_id": None}, "`sample_id` is null, not a string") for file in RECORDS),
+        (RECORDS[0], {"versions": [1, 2]}, "`versions` is [1, 2], not a list of pairs of whole numbers"),
+        (RECORDS[0], {"solutions": "4"}, '`solutions` is "4", not a list of strings'),
+        (RECORDS[0], {"reward": "much"}, '`reward` is "much", not a number'),
+        (RECORDS[1], {"pieces": 3}, "`pieces` is 3, not a list of strings"),
+        (RECORDS[1], {"gap_max": "x"}, '`gap_max` is "x", not a number or null'),
+        ("environment.jsonl", {"first_step": "x"}, '`first_step` is "x", not a whole number from 0'),
+        ("environment.jsonl", {"chat_markers": 3}, "`chat_markers` is 3, not a list of strings"),
+        ("metrics.jsonl", {"step": None}, "`step` is null, not a whole number from 0"),
+    ],
+)
+def test_a_record_that_does_not_hold_what_it_should_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, change: dict, said: str
+) -> None:
+    folder, whole = make_run(tmp_path / "a", HEALTHY, steps=2), make_run(tmp_path / "b", HEALTHY, steps=2)
+    lines = (folder / name).read_text().splitlines(keepends=True)
+    (folder / name).write_text("".join([*lines[:-1], json.dumps(json.loads(lines[-1]) | change) + "\n"]))
+    read_by = [["report", str(folder)], *([["compare", str(whole), str(folder)]] if name != RECORDS[1] else [])]
+    for words in read_by:
+        code, out, err = run(capsys, *words)
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert f"{name}, line {len(lines)}: {said}; the file is damaged there: take that line out" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "report", "compare"),
+    [
+        (b"", "holds no settings", "holds no settings"),
+        (b"\0\xff\n", "not UTF-8 (byte 1)", "not valid YAML"),
+        (b"algorithm:\n  max_staleness: x\n", "algorithm.max_staleness is x, no number", None),
+        (b"algorithm: [\n", None, "config.yaml:2: not valid YAML: while parsing a flow node"),
+    ],
+)
+def test_a_changed_configuration_of_a_run_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, report: str | None, compare: str | None
+) -> None:
+    folder = make_run(tmp_path, HEALTHY, steps=2)
+    (folder / "config.yaml").write_bytes(content)
+    for words, said in ((["report"], report), (["compare", str(folder)], compare)):
+        if said is not None:
+            code, out, err = run(capsys, *words, str(folder))
+            assert code == 2 and out == "" and said in err and str(folder / "config.yaml") in err and err.count("\n") == 1
+
+
 def test_report_names_a_damaged_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = make_run(tmp_path, HEALTHY, steps=2)
     for name in ("samples/step_000002.jsonl", "metrics.jsonl"):

@@ -50,7 +50,7 @@ def parse(text: str | bytes, where: str) -> yaml.Node:
         node = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
-        detail = " ".join(filter(None, (getattr(e, "context", None), getattr(e, "problem", None)))) or str(e)
+        detail = " ".join(filter(None, (getattr(e, "context", None), getattr(e, "problem", None)))) or " ".join(str(e).split())
         raise UserError(f"{where}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {detail}") from e
     return node or yaml.MappingNode("tag:yaml.org,2002:map", [])
 

@@ -33,15 +33,15 @@ def group_line(group: Group) -> str:
 
 def read_groups(path: Path) -> Iterator[Group]:
     """In the order in which they were judged; a torn last line is left out. Raises UserError that names a line which is damaged."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 yield _group(line, f"{path}:{number}")
 
 
-def _group(line: str, where: str) -> Group:
+def _group(line: bytes, where: str) -> Group:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
         return put_together(row, lambda name: np.frombuffer(base64.b64decode(row["arrays"][name]), dtype_of(name)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: is no group of a run ({error}); the file is damaged, and its step cannot be replayed") from error

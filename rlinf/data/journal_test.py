@@ -28,6 +28,9 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_named(tmp_path: Path) ->
     path.write_text(line + "\n" + line.replace('"finish": "stop"', '"finish": "odd"') + "\n")
     with pytest.raises(UserError, match="groups_000004.jsonl:2"):
         list(read_groups(path))
+    path.write_bytes(line.encode() + b"\n\0\xff\x80\n")
+    with pytest.raises(UserError, match="groups_000004.jsonl:2"):
+        list(read_groups(path))
 
 
 def test_only_steps_are_journalled() -> None:

@@ -16,6 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from rlinf.errors import UserError
+from rlinf.metrics.kinds import NUMBER, WHOLE, Kind, misfit, or_null
 from rlinf.metrics.trackers import TRACKERS, Trackers
 
 BACKENDS = ("tensorboard", *TRACKERS)
@@ -77,21 +78,47 @@ class MetricLogger:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, null as NaN; a torn last line (the machine died while it was written) is left out."""
-    return [{k: math.nan if v is None else v for k, v in row.items()} for row in whole_rows(run_dir / FILE_NAME)]
+    """The lines of metrics.jsonl, null as NaN; a torn last line (the machine died while it was written) is left out.
+
+    Raises UserError that names the first line without a step, with one that does not come after the last, or with something else than
+    numbers.
+    """
+    return _metrics(run_dir / FILE_NAME)
 
 
-def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The object of every complete line. Raises UserError that names the first line that holds none, as after a power cut."""
+def _metrics(path: Path) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = []
+    for number, row in enumerate(whole_rows(path, {"step": WHOLE}), 1):
+        wrong = misfit(row, dict.fromkeys(row, or_null(NUMBER)))
+        if wrong is None and found and row["step"] <= found[-1]["step"]:
+            wrong = f"step {row['step']} comes after step {found[-1]['step']}"
+        if wrong:
+            raise damaged(path, number, wrong)
+        found.append({name: math.nan if v is None else v if name == "step" else float(v) for name, v in row.items()})
+    return found
+
+
+def whole_rows(path: Path, fields: Mapping[str, Kind] | None = None) -> list[dict[str, Any]]:
+    """The object of every complete line. fields: what each must hold.
+
+    Raises UserError that names the first line that holds no such object, as after a power cut.
+    """
     rows = []
     for number, line in enumerate(whole_lines(path)[0], 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error}); the file is damaged there: {REMEDY}") from error
+        except (ValueError, RecursionError) as error:
+            raise damaged(path, number, f"not JSON ({error})") from error
         if not isinstance(rows[-1], dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; the file is damaged there: {REMEDY}")
+            raise damaged(path, number, "not a JSON object")
+        if wrong := misfit(rows[-1], fields or {}):
+            raise damaged(path, number, wrong)
     return rows
+
+
+def damaged(path: Path, number: int, what: str) -> UserError:
+    """Of a line of a record file."""
+    return UserError(f"{path}, line {number}: {what}; the file is damaged there: {REMEDY}")
 
 
 def whole_lines(path: Path) -> tuple[list[str], str]:
@@ -101,7 +128,7 @@ def whole_lines(path: Path) -> tuple[list[str], str]:
         text = data[: data.rfind(b"\n") + 1].decode("utf-8")
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {number}: not UTF-8 (byte {error.start}); the file is damaged there: {REMEDY}") from error
+        raise damaged(path, number, f"not UTF-8 (byte {error.start})") from error
     torn = data[data.rfind(b"\n") + 1 :].decode("utf-8", errors="replace")  # it may end within a character
     *lines, _ = text.split("\n")  # not splitlines(): text may hold U+2028 and its like
     return [line + "\n" for line in lines], torn
@@ -115,7 +142,7 @@ def cut_after(path: Path, step: int) -> int:
     if not path.exists():
         return -1
     lines, torn = whole_lines(path)
-    steps = [row["step"] for row in whole_rows(path)]
+    steps = [row["step"] for row in _metrics(path)]
     kept = [line for line, of in zip(lines, steps) if of <= step]
     replaced = [line for line, of in zip(lines, steps) if of > step] + ([torn] if torn else [])
     last = steps[len(kept) - 1] if kept else -1

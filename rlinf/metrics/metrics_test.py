@@ -103,7 +103,22 @@ def test_a_run_that_goes_on_from_its_start_logs_step_0_again(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [(b"\0" * 8 + b'{"step": 2}', "not JSON"), (b"3", "not a JSON object"), (b'{"step": "\xff"}', "not UTF-8"), (b"", "not JSON")],
+    [
+        (b"\0" * 8 + b'{"step": 2}', "not JSON"),
+        (b"3", "not a JSON object"),
+        (b'{"step": "\xff"}', "not UTF-8"),
+        (b"", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"x/y": 1.0}', "no field `step`"),
+        (b'{"step": "two"}', '`step` is "two", not a whole number from 0'),
+        (b'{"step": null}', "`step` is null, not a whole number"),
+        (b'{"step": 1.5}', "`step` is 1.5, not a whole number"),
+        (b'{"step": 1}', "step 1 comes after step 1"),
+        (b'{"step": 2, "x/y": "1.0"}', '`x/y` is "1.0", not a number or null'),
+        (b'{"step": 2, "x/y": true}', "`x/y` is true, not a number"),
+        (b'{"step": 2, "x/y": {"z": 1}}', "`x/y` is {.*}, not a number"),
+        (b'{"step": 2, "x/y": ' + b"9" * 400 + b"}", "`x/y` is 9+…, not a number"),
+    ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     file = tmp_path / "metrics.jsonl"
@@ -112,6 +127,13 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, said: str) -> None
         with pytest.raises(UserError, match=f"{file}, line 2: {said}.*take that line out"):
             read(tmp_path)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_numbers_that_are_not_finite_are_read_as_they_may_be_written(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a/b": NaN, "c/d": -Infinity, "e/f": null, "g/h": 3}\n{"step": 2, "to')
+    (line,) = read_metrics(tmp_path)
+    assert math.isnan(line["a/b"]) and line["c/d"] == -math.inf and math.isnan(line["e/f"])
+    assert type(line["step"]) is int and isinstance(line["g/h"], float)
 
 
 def test_a_step_is_logged_once_and_a_file_is_never_overwritten(tmp_path: Path) -> None:

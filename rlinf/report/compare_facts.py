@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rlinf.config.settings import parse, python_value
 from rlinf.config.values import dump
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_rows
-from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
+from rlinf.report.run_data import CHANGED, SAMPLE, read_starts
 from rlinf.weights.checksum import weights_checksum
 
 Sample = dict[str, Any]
@@ -36,7 +35,7 @@ class Run:
     def config_at(self, step: int) -> dict[str, Any]:
         """The settings of the start that made this step: one that goes on may have others."""
         settings = self.environment(step).get("settings", {})  # written as in config.yaml, which other runs may have alone
-        return dict(_flat({key: yaml.safe_load(dump(value)) for key, value in settings.items()}, "")) or self.config
+        return dict(_flat({key: python_value(parse(dump(value), key)) for key, value in settings.items()}, "")) or self.config
 
     def samples(self, step: int) -> dict[str, Sample]:
         return _samples(self.path / "samples" / f"step_{step:06d}.jsonl")
@@ -56,15 +55,12 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: no config.yaml, so no run; give <runner.output_dir>/<runner.experiment_name>")
     if not (path / FILE_NAME).is_file() or not (lines := read_metrics(path)):
         raise UserError(f"{path}: no {FILE_NAME} with a step in it: the run ended before its first step, there is nothing to compare")
-    try:
-        tree = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / 'config.yaml'}: not valid YAML ({error}); the file was changed by hand") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path / 'config.yaml'}: holds no settings; the file was emptied or changed by hand: bring back the run's own")
+    tree = python_value(parse((path / "config.yaml").read_bytes(), str(path / "config.yaml")))
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{path / 'config.yaml'}: holds no settings; {CHANGED}")
     config = dict(_flat(tree, ""))
     metrics = {int(line["step"]): {k: v for k, v in line.items() if k not in ("step", "time")} for line in lines}
-    return Run(path, config, tuple(_lines(path / ENVIRONMENT)), metrics)
+    return Run(path, config, tuple(read_starts(path)), metrics)
 
 
 def _flat(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -77,10 +73,4 @@ def _flat(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _samples(file: Path) -> dict[str, Sample]:
-    return {row["sample_id"]: row for row in _lines(file)}
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSONL file; none when there is no file. Lines end at \\n only: texts may hold other separators."""
-    if file.is_file():
-        yield from whole_rows(file)
+    return {row["sample_id"]: row for row in whole_rows(file, SAMPLE)} if file.is_file() else {}

@@ -14,12 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.errors import UserError
-from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_rows
+from rlinf.metrics.kinds import NUMBER, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, misfit, or_null
+from rlinf.metrics.logger import FILE_NAME, damaged, read_metrics, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
 from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
 from rlinf.runners.status import read_status
 
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>.*)$")
+SAMPLE: dict[str, Kind] = {
+    "group_id": TEXT, "sample_id": TEXT, "task": TEXT, "prompt": TEXT, "response": TEXT, "solutions": TEXTS, "reward": NUMBER,
+    "status": TEXT, "route": TEXT, "extracted": or_null(TEXT), "reason": TEXT, "length": WHOLE, "finish": TEXT, "versions": PAIRS,
+}  # fmt: skip
+TRAINED: dict[str, Kind] = {"sample_id": TEXT} | dict.fromkeys(("advantage", "gap_max", "ratio_mean"), or_null(NUMBER))
+SHOWN: dict[str, Kind] = {"pieces": TEXTS} | dict.fromkeys(("advantages", "log_ratios", "gaps"), TEXT)  # of the samples told in full
+CHANGED = "the file was changed by hand: bring back the run's own"
+START: dict[str, Kind] = {"first_step": WHOLE, "chat_markers": TEXTS, "packages": OBJECT}
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,9 @@ class SampleFile:
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines, each with its number as `line` and, under `trained`, the sample's line of the tokens file."""
-        trained = {row["sample_id"]: row for _, row in read_lines(self.tokens)} if self.tokens.exists() else {}
-        return [row | {"line": number, "trained": trained.get(row["sample_id"], {})} for number, row in read_lines(self.path)]
+        trained = {row["sample_id"]: row for row in read_trained(self.tokens)} if self.tokens.exists() else {}
+        samples = enumerate(whole_rows(self.path, SAMPLE), 1)
+        return [row | {"line": number, "trained": trained.get(row["sample_id"], {})} for number, row in samples]
 
     @property
     def tokens(self) -> Path:
@@ -76,20 +86,23 @@ class RunData:
         return {s.key: s.value.strip("'\"") for s in self.settings}
 
     def number(self, key: str, otherwise: float) -> float:
+        """Raises UserError when the file was changed, and holds none there."""
         text = self.values.get(key, "null")
-        return otherwise if text == "null" else float(text)
+        try:
+            return otherwise if text == "null" else float(text)
+        except ValueError as error:
+            raise UserError(f"{self.path / 'config.yaml'}: {key} is {text}, no number; {CHANGED}") from error
 
 
 def open_run(path: Path) -> RunData:
     """Everything but the samples' text. Raises UserError when the folder holds no run."""
     if not (path / FILE_NAME).is_file():
         raise UserError(f"{path}: no {FILE_NAME} here; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
-    environment = path / ENVIRONMENT
     return RunData(
         path=path.resolve(),
         metrics=read_metrics(path),
         settings=read_settings(path / "config.yaml"),
-        environment=[row for _, row in read_lines(environment)] if environment.exists() else [],
+        environment=read_starts(path),
         status=read_status(path),
         files=sorted(sample_files(path / "samples"), key=lambda f: (f.step, f.validation)),
     )
@@ -112,16 +125,29 @@ def sample_files(folder: Path) -> Iterator[SampleFile]:
             yield SampleFile(path, int(step), kind == "validation")
 
 
-def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every whole line."""
-    return list(enumerate(whole_rows(path), 1))
+def read_trained(path: Path) -> list[dict[str, Any]]:
+    rows = whole_rows(path, TRAINED)
+    for number, row in enumerate(rows, 1):
+        if "pieces" in row and (wrong := misfit(row, SHOWN)):
+            raise damaged(path, number, wrong)
+    return rows
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of environment.jsonl, one for each time the run was started; none when there is no such file."""
+    path = run_dir / ENVIRONMENT
+    return whole_rows(path, START) if path.exists() else []
 
 
 def read_settings(path: Path) -> list[Setting]:
-    """The leaves of a config.yaml as RunFolder writes it."""
+    """The leaves of a config.yaml as RunFolder writes it; none when there is no such file."""
     found: list[Setting] = []
     sections: list[str] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); {CHANGED}") from error
+    for line in lines:
         text, _, origin = line.rpartition(" # ") if " # " in line else (line, "", "")
         match = SETTING.match(text)
         if match is None:
@@ -131,4 +157,6 @@ def read_settings(path: Path) -> list[Setting]:
             found.append(Setting(".".join([*sections, match["key"]]), value, origin))
         else:
             sections.append(match["key"])
+    if not found and path.exists():
+        raise UserError(f"{path}: holds no settings; {CHANGED}")
     return found

@@ -77,10 +77,30 @@ def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["watch", str(tmp_path)]) == 2 and "no status.json here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damaged", ["", '{"state": "runn', "[]"])
-def test_a_damaged_status_is_named(tmp_path: Path, damaged: str, capsys: pytest.CaptureFixture[str]) -> None:
+DAMAGED = "not a JSON object"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        (b"", DAMAGED),
+        (b'{"state": "runn', DAMAGED),
+        (b"[]", DAMAGED),
+        (b"\xff\0", DAMAGED),
+        (b"{}", "no field `state`"),
+        ({"error": 3}, "`error` is 3, not a string"),
+        ({"time": "now"}, '`time` is "now", not a number'),
+        ({"seconds_per_step": "2"}, '`seconds_per_step` is "2", not a number or null'),
+        ({"components": {"actor": [3]}}, '`components` is {"actor": [3]}, not an object with the ranks of each component'),
+        ({"engines": [{}]}, "`engines` is [{}], not a list of engines"),
+    ],
+)
+def test_a_damaged_status_is_named(tmp_path: Path, damaged: bytes | dict, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, HEALTHY, steps=1)
-    (run / "status.json").write_text(damaged)
+    if isinstance(damaged, dict):
+        status(run, **damaged)
+    else:
+        (run / "status.json").write_bytes(damaged)
     for command in ("watch", "report"):
         assert main([command, str(run)]) == 2
-        assert f"{run / 'status.json'} is damaged; remove it" in capsys.readouterr().err
+        assert f"{run / 'status.json'} is damaged ({said}); remove it" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from typing import Any
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
+from rlinf.metrics.kinds import NUMBER, TEXT, Kind, misfit, or_null
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.training_loop import TrainingLoop
 from rlinf.runners.watchdog import Watchdog
@@ -24,15 +25,37 @@ FILE_NAME = "status.json"
 PERIOD = 1.0
 
 
+def _ranks(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(r, dict) and TEXT.holds(r.get("where")) and isinstance(r.get("running"), dict) for r in value
+    )
+
+
+def _engine(value: Any) -> bool:
+    return isinstance(value, dict) and misfit(value, {"samples": NUMBER, "tokens_per_second": or_null(NUMBER)}) is None
+
+
+FIELDS = {
+    **dict.fromkeys(("state", "error", "host", "phase"), TEXT),
+    **dict.fromkeys(("time", "pid", "step", "total_steps", "step_since", "phase_since"), NUMBER),
+    "seconds_per_step": or_null(NUMBER),
+    "components": Kind("an object with the ranks of each component", lambda v: isinstance(v, dict) and all(map(_ranks, v.values()))),
+    "engines": Kind("a list of engines", lambda v: isinstance(v, list) and all(map(_engine, v))),
+}
+
+
 def read_status(run_dir: Path) -> dict[str, Any]:
     """What the file says; empty where there is none. Raises UserError when it is damaged."""
     path = run_dir / FILE_NAME
+    if not path.is_file():
+        return {}
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError:
+        found = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged; remove it: a run writes it anew once a second, and nothing else is lost with it")
+    wrong = misfit(found, FIELDS) if isinstance(found, dict) else "not a JSON object"
+    if wrong:
+        raise UserError(f"{path} is damaged ({wrong}); remove it: a run writes it anew once a second, and nothing else is lost with it")
     return found
 
 
