@@ -45,7 +45,7 @@ class Run:
 
     def checkpoint_weights(self) -> dict[int, str]:
         """Checksums of the exported weights of every complete checkpoint."""
-        folders = sorted(p.parent for p in (self.path / "checkpoints").glob("step_??????/COMPLETE"))
+        folders = sorted(p.parent for p in (self.path / "checkpoints").glob(f"step_{'[0-9]' * 6}/COMPLETE"))
         return {int(p.name[5:]): weights_checksum(p / "hf") for p in folders if (p / "hf" / "config.json").is_file()}
 
 

@@ -112,7 +112,7 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
     before = run_dir / "checkpoints" / f"step_{step - 1:06d}"
     if (before / COMPLETE).exists():
         return before.resolve()
-    behind = {1} | {int(p.parent.name[5:]) + 1 for p in (run_dir / "checkpoints").glob(f"step_??????/{COMPLETE}")}
+    behind = {1} | {int(p.parent.name[5:]) + 1 for p in (run_dir / "checkpoints").glob(f"step_{'[0-9]' * 6}/{COMPLETE}")}
     can = ranges(sorted(behind & {*RecordedSteps(run_dir).steps}))
     raise UserError(
         f"--step {step}: there is no complete checkpoint of step {step - 1} ({before}). Steps that can be replayed: {can or 'none'}; "

@@ -7,11 +7,12 @@ samples/groups_000012.jsonl   the groups that were begun for step 12: data/journ
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
+from rlinf.metrics.kinds import TEXTS
+from rlinf.metrics.logger import whole_rows
 from rlinf.runners.rollouts import Scored
 from rlinf.runners.selection import StepBatch
 
@@ -21,7 +22,7 @@ class RecordedSteps:
 
     def __init__(self, run_dir: Path) -> None:
         self.samples = run_dir / "samples"
-        self.steps = sorted(int(p.stem.rpartition("_")[2]) for p in self.samples.glob("order_??????.jsonl"))
+        self.steps = sorted(int(p.stem.rpartition("_")[2]) for p in self.samples.glob(f"order_{'[0-9]' * 6}.jsonl"))
         if not self.steps:
             raise UserError(
                 f"{run_dir}: no step of this run is journalled (samples/order_*.jsonl); runs of `rlinf train` keep them "
@@ -41,8 +42,12 @@ class RecordedSteps:
         """(groups to train on, all that were generated). Raises UserError that names the steps that there are."""
         if step not in self.steps:
             raise UserError(f"step {step} is not journalled in {self.samples}; there are steps {ranges(self.steps)} (runner.keep_groups)")
-        row = json.loads((self.samples / f"order_{step:06d}.jsonl").read_text().splitlines()[-1])
-        return row["groups"], row["generated"]
+        path = self.samples / f"order_{step:06d}.jsonl"
+        rows = whole_rows(path, {"groups": TEXTS, "generated": TEXTS})
+        trained, generated = (rows[-1]["groups"], rows[-1]["generated"]) if rows else ([], [])
+        if not trained or not {*trained} <= {*generated} or not all(name.partition(".")[0].isdecimal() for name in generated):
+            raise UserError(f"{path}: does not say which groups the step trains on; the file is damaged, and its step cannot be replayed")
+        return trained, generated
 
     def files(self, group_id: str) -> list[str]:
         """Where a group may be: the journal of the step that it was begun for, or of an earlier life of the run that began it."""

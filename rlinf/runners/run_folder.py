@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class RunFolder:
                 groups.unlink()
 
     def _journals(self, kind: str) -> list[Path]:
-        return [*(self.path / "samples").glob(f"{kind}_*.jsonl")]
+        return _own(self.path / "samples", rf"{kind}_\d{{6,}}\.jsonl")
 
     def release(self) -> None:
         """The workers are gone, and another driver may have the folder."""
@@ -158,7 +159,7 @@ class RunFolder:
 
     def _complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        found = [p for p in self.checkpoints.glob("step_*") if "." not in p.name and (p / COMPLETE).exists()]
+        found = [p for p in _own(self.checkpoints, r"step_\d{6,}") if (p / COMPLETE).exists()]
         return sorted(found, key=_step)
 
     def _newest(self) -> Path | None:
@@ -188,13 +189,13 @@ class RunFolder:
         if self.resume is not None:
             self._point_latest_to(self.resume.step_dir)
         own = self.resume is not None and self.resume.step_dir.parent == self.checkpoints
-        for unfinished in [p for p in self.checkpoints.glob("step_*") if ".replaced-" not in p.name and p not in self._complete()]:
+        for unfinished in [p for p in _own(self.checkpoints, r"step_\d{6,}(\.partial)?") if p not in self._complete()]:
             shutil.rmtree(unfinished)  # its writing or its removal was interrupted
         for later in reversed(self._complete()):
             if not own or _step(later) > step:
                 _replaced(later)
-        for file in sorted((self.path / "samples").glob("*_*.jsonl"), reverse=True):
-            if int(file.stem.rpartition("_")[2]) > step:
+        for file in sorted(_own(self.path / "samples", r"[a-z]+_\d{6,}\.jsonl"), reverse=True):
+            if _step(file) > step:
                 _replaced(file)
         if self.resume is not None and self.command == TRAIN:
             for at, groups in recorded_again(self.resume.state).items():
@@ -290,6 +291,11 @@ def describe(file: Path) -> dict[str, Any]:
         if file.suffix == ".safetensors" and file.parent.name != GROUPS_AHEAD
         else size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
     )
+
+
+def _own(folder: Path, pattern: str) -> list[Path]:
+    """What the run itself wrote under such a name: a copy that somebody made beside it (step_000050.bak) is theirs, and stays."""
+    return [p for p in folder.glob("*") if re.fullmatch(pattern, p.name)]
 
 
 def _step(path: Path) -> int:

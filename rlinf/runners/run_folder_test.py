@@ -448,6 +448,25 @@ def test_samples_of_repeated_steps_are_set_aside_not_lost_nor_mixed(tmp_path: Pa
     assert (folder.samples(2).parent / "step_000002.jsonl.replaced-1").read_text() == "old 2"
 
 
+def test_copies_that_somebody_made_of_checkpoints_and_samples_are_left_alone(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    checkpoint(folder, 1)
+    with_steps(folder)
+    folder.samples(1).parent.mkdir()
+    folder.samples(2).write_text("old 2")
+    copies = [folder.checkpoints / name for name in ("step_000001.bak", "step_000001_good", "step_best")]
+    for copy in copies:
+        shutil.copytree(folder.checkpoints / "step_000001", copy)
+    files = [folder.samples(1).with_name(name) for name in ("step_000002_copy.jsonl", "order_000002_copy.jsonl", "my_notes.jsonl")]
+    for file in files:
+        file.write_text("mine")
+    close(folder)
+    folder = open_folder(tmp_path, "runner.resume_dir=auto", "runner.keep_groups=1")
+    folder.record_order(2, ["2.a"], ["2.a"])
+    checkpoint(folder, 2)
+    assert all((copy / COMPLETE).exists() for copy in copies) and all(file.read_text() == "mine" for file in files)
+
+
 def test_groups_that_a_checkpoint_holds_are_written_down_again(tmp_path: Path) -> None:
     """3.b was not done and is judged again, 2.a was done and comes from the checkpoint; the disk filled up when 3.b was written."""
     row = lambda name: json.dumps({"group_id": name, "x": "\u2028"}, ensure_ascii=False) + "\n"
