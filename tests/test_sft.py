@@ -67,7 +67,8 @@ def test_a_run_in_one_process_learns_resumes_bit_for_bit_and_opens_in_transforme
     config = write_run(tmp_path, model, **LOCAL)
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "11 of 11 examples" in done.stderr and f"step 5/{STEPS}  loss " in done.stderr and "held-out loss: " in done.stderr
+    assert "warning: 11 of 11 examples of data.val_data_paths are in data.train_data_paths too" in done.stderr
+    assert "11 of 11 examples (" in done.stderr and f"step 5/{STEPS}  loss " in done.stderr and "held-out loss: " in done.stderr
     lines = metrics(tmp_path)
     assert [m["step"] for m in lines] == [0, 1, 2, 3, 4, 5]
     assert [m["step"] for m in lines if "sft/val_loss" in m] == [0, 2, 4, 5]

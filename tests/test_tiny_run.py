@@ -100,6 +100,7 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "prompts of data.val_data_paths are in data.train_data_paths too, the first is " in done.stderr
     metrics = lines(tmp_path)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     assert all(math.isfinite(m["train/loss"]) and m["train/entropy_loss"] > 0 for m in metrics[1:])

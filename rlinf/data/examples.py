@@ -8,7 +8,7 @@ then is the response. Prompt and response are tokenized apart, as they are when 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from rlinf.config.schema import Config
 from rlinf.data.jsonl import BadLine, Fault, Row, describe, field, read_records
-from rlinf.data.prompts import id_of, prompt_of, rendered, unique_ids
+from rlinf.data.prompts import id_of, prompt_of, rendered, told_of_repetition, unique_ids
 from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
 from rlinf.data.tokenizer import Message, TextTokenizer
 from rlinf.errors import UserError
@@ -81,6 +81,15 @@ def load_examples(paths: Sequence[str], config: Config, tokenizer: TextTokenizer
     if not examples:
         raise UserError(f"{', '.join(map(str, paths)) or 'no data files given'}: no example is left ({report.describe()})")
     return examples, report
+
+
+def repeated(training: Iterable[Group], held_out: Sequence[Group]) -> str | None:
+    """What to say when held-out examples, prompt and response, are trained on; None when none is."""
+    return told_of_repetition({_content(g) for g in training}, {g.group_id: _content(g) for g in held_out}, "examples")
+
+
+def _content(group: Group) -> bytes:
+    return group.prompt.token_ids.tobytes() + b"\xff" * 4 + group.samples[0].token_ids.tobytes()  # -1 is no token
 
 
 def example(name: str, prompt_ids: np.ndarray, response_ids: np.ndarray) -> Group:

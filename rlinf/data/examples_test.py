@@ -10,7 +10,7 @@ import pytest
 
 from rlinf.config.schema import Config
 from rlinf.data.arithmetic import generate
-from rlinf.data.examples import load_examples
+from rlinf.data.examples import load_examples, repeated
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
 from rlinf.data.tokenizer_test import TEMPLATE, make_folder
 from rlinf.errors import UserError
@@ -127,3 +127,10 @@ def test_the_arithmetic_files_are_examples_too(tmp_path: Path, tokenizer: TextTo
         prompt, response = (tokenizer.decode(ids.tolist()) for ids in (group.prompt.token_ids, group.samples[0].token_ids))
         a, b = (int(x) for x in prompt.rsplit("A: ", 1)[1].rstrip("=").split("+"))
         assert response == f"{a + b}, \\boxed{{{a + b}}}"
+
+
+def test_held_out_examples_that_are_trained_on_are_counted_by_prompt_and_response(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    rows = [{"prompt": "1+1=", "response": str(i)} for i in range(4)]
+    examples, _ = load_examples([write(tmp_path, *rows)], config(), tokenizer)
+    assert (repeated(examples[:3], examples[2:]) or "").startswith("warning: 1 of 2 examples of data.val_data_paths are in data.train")
+    assert repeated(examples[:2], examples[2:]) is None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,22 @@ def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenize
         why = _why_none(report, data, min((length for length, _ in too_long), default=0))
         raise UserError(f"{', '.join(map(str, paths)) or 'no data files given'}: no prompt is left: {why}")
     return prompts, report
+
+
+def repeated(training: Iterable[Prompt], held_out: Sequence[Prompt]) -> str | None:
+    """What to say when the model trains on prompts that it is then measured on; None when it does not. Told by their tokens."""
+    return told_of_repetition({p.token_ids.tobytes() for p in training}, {p.prompt_id: p.token_ids.tobytes() for p in held_out}, "prompts")
+
+
+def told_of_repetition(training: Set[bytes], held_out: Mapping[str, bytes], what: str) -> str | None:
+    """held_out: by id."""
+    both = [name for name, content in held_out.items() if content in training]
+    if not both:
+        return None
+    return (
+        f"warning: {len(both)} of {len(held_out)} {what} of data.val_data_paths are in data.train_data_paths too, the first is {both[0]}: "
+        "what is measured on them is what was seen, not what was learnt"
+    )
 
 
 def _why_none(report: DataReport, data: DataConfig, shortest: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlinf.config.schema import DataConfig
-from rlinf.data.prompts import load_prompts
+from rlinf.data.prompts import load_prompts, repeated
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
 from rlinf.data.tokenizer_test import TEMPLATE, make_folder
 from rlinf.errors import UserError
@@ -187,3 +187,13 @@ def test_the_fingerprint_tells_data_apart(tmp_path: Path, tokenizer: TextTokeniz
     prints = [load_prompts([write(tmp_path, *rows)], DataConfig(), tokenizer)[1].fingerprint for rows in variants]
     assert len(set(prints)) == len(prints)
     assert load_prompts([write(tmp_path, row())], DataConfig(), tokenizer)[1].fingerprint == prints[0]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    train = write(tmp_path, *(row(prompt=f"{i} + 1 =", query_id=f"t{i}") for i in range(6)))
+    val = write(tmp_path, *(row(prompt=f"{i} + 1 =", query_id=f"v{i}") for i in range(4, 9)), name="val.jsonl")
+    training, held_out = (load_prompts([file], DataConfig(), tokenizer)[0] for file in (train, val))
+    assert (repeated(training, held_out) or "").startswith(
+        "warning: 2 of 5 prompts of data.val_data_paths are in data.train_data_paths too, the first is v4:"
+    )
+    assert repeated(training[:4], held_out) is None and repeated(training, []) is None

@@ -10,7 +10,7 @@ from rlinf.config.load import Resolved
 from rlinf.config.model import own_functions
 from rlinf.config.own_code import load_own
 from rlinf.config.schema import Config
-from rlinf.data.prompts import load_prompts
+from rlinf.data.prompts import load_prompts, repeated
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
@@ -51,6 +51,8 @@ def train_once(resolved: Resolved) -> int:
     if config.data.val_data_paths:
         val_prompts, val_report = load_prompts(config.data.val_data_paths, config.data, tokenizer)
         say(f"validation data: {val_report.describe()}")
+        if warning := repeated(prompts, val_prompts):
+            say(warning)
     check_tasks({p.task for p in (*prompts, *val_prompts)}, config.reward.own_tasks)
     for _, function in own_functions(config):
         load_own(function)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlinf.config.load import Resolved
-from rlinf.data.examples import load_examples
+from rlinf.data.examples import load_examples, repeated
 from rlinf.data.records import Group
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import load_tokenizer
@@ -33,6 +33,8 @@ def finetune_once(resolved: Resolved) -> int:
     if config.data.val_data_paths:
         val_examples, val_report = load_examples(config.data.val_data_paths, config, tokenizer)
         say(f"held-out data: {val_report.describe()}")
+        if warning := repeated(examples, val_examples):
+            say(warning)
     sampler = PromptSampler(
         len(examples), config.sft.batch_size, config.data.shuffle, config.data.seed, report.fingerprint, "sft.batch_size"
     )
