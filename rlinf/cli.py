@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,11 +70,26 @@ def in_home(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def seed(text: str) -> int:
-    """What numpy's bit generators tell apart."""
-    if not text.isdecimal() or len(text) > 19 or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 0 to {2**63 - 1}")
-    return int(text)
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A whole number from low to high, as the type of an argument."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,19}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def tolerance(text: str) -> float:
+    """A relative difference."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no finite number from 0, such as 1e-5")
+    return value
 
 
 def optional_config(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +101,7 @@ DRY_RUN = arg("--dry-run", action="store_true", help="resolve, validate and prin
 AS_JSON = arg("--json", action="store_true", help="print the result as JSON")
 JSON_FILE = arg("--json", metavar="FILE", type=in_home, help="write the figures")
 EVERY_LAYOUT_ONCE = arg("--quick", action="store_true", help="every layout once")
+SEED = whole(0, 2**63 - 1)  # what numpy's bit generators tell apart
 JUDGED_AS_IN = arg("--config", metavar="CONFIG", help="judge as its section `reward` says: own tasks, answer format, time-out")
 
 CHECKED_AS_IN = arg("--config", metavar="CONFIG", help="read and judge as its sections `data` and `reward` say: fields, tasks, own tasks")
@@ -220,7 +238,7 @@ def report(args: argparse.Namespace) -> int:
     arg("--step", metavar="N", type=int, required=True),
     arg("--rollout", action="store_true", help="generate and judge its samples again too"),
     arg("--from-start", action="store_true", help="from the start model instead of the checkpoint before the step"),
-    arg("--tolerance", type=float, help="relative difference that counts as rounding (default 1e-5 in fp32, 0.02 in 16 bit)"),
+    arg("--tolerance", type=tolerance, help="relative difference that counts as rounding (default 1e-5 in fp32, 0.02 in 16 bit)"),
 )
 def replay(args: argparse.Namespace) -> int:
     from rlinf.report.replay import replay as run_again
@@ -233,7 +251,7 @@ def replay(args: argparse.Namespace) -> int:
     "placement, memory of every rank, expected time of a step; what to change when it does not fit",
     config_argument,
     arg("--device", metavar="NAME", help="h100 (default), h200, h800, h20, a100, a100-40g, l40s, rtx4090 or cpu"),
-    arg("--mean-response", type=int, metavar="TOKENS", help="mean length of a response, for the time of a step"),
+    arg("--mean-response", type=whole(1, 2**31 - 1), metavar="TOKENS", help="mean length of a response, for the time of a step"),
     AS_JSON,
 )
 def plan(args: argparse.Namespace) -> int:
@@ -287,7 +305,7 @@ def config_explain(args: argparse.Namespace) -> int:
     arg("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas"),
     arg("--train", type=int, default=1300, help="training problems of each task (default 1300)"),
     arg("--val", type=int, default=256, help="held-out problems of each task (default 256)"),
-    arg("--seed", type=seed, default=1234),
+    arg("--seed", type=SEED, default=1234),
 )
 def data_generate(args: argparse.Namespace) -> int:
     if args.task == "arithmetic":
@@ -307,7 +325,7 @@ def data_generate(args: argparse.Namespace) -> int:
     arg("benchmark", metavar="BENCHMARK", help="aime24, aime25, gpqa_diamond, math500 or gsm8k"),
     arg("source", metavar="FILE", type=in_home, help=".jsonl, .json, .csv or .parquet"),
     arg("out", metavar="OUT", type=in_home),
-    arg("--seed", type=int, default=1234, help="of the order of GPQA's options"),
+    arg("--seed", type=SEED, default=1234, help="of the order of GPQA's options"),
 )
 def data_convert(args: argparse.Namespace) -> int:
     from rlinf.evaluation.convert import convert
@@ -348,7 +366,7 @@ def check_sync(args: argparse.Namespace) -> int:
     "kill tiny runs at many instants, go on, and compare with runs that nobody killed",
     arg("--quick", action="store_true", help="five kills, all in one process"),
     JSON_FILE,
-    arg("--seed", type=int, default=0, help="of the instants (default 0)"),
+    arg("--seed", type=SEED, default=0, help="of the instants (default 0)"),
 )
 def check_resume(args: argparse.Namespace) -> int:
     from rlinf.checks.resume import main as check
@@ -378,7 +396,7 @@ def export(args: argparse.Namespace) -> int:
     "where two runs part, and why",
     arg("run_a", metavar="RUN_A", type=in_home),
     arg("run_b", metavar="RUN_B", type=in_home),
-    arg("--tolerance", type=float, default=1e-6, help="relative difference of a metric that counts as rounding (default 1e-6)"),
+    arg("--tolerance", type=tolerance, default=1e-6, help="relative difference of a metric that counts as rounding (default 1e-6)"),
     AS_JSON,
 )
 def compare(args: argparse.Namespace) -> int:
@@ -393,7 +411,7 @@ def compare(args: argparse.Namespace) -> int:
     arg("input", metavar="IN", type=in_home),
     arg("output", metavar="OUT", type=in_home),
     JUDGED_AS_IN,
-    arg("--processes", type=int, default=cores(), help="verifier processes (default: one a core)"),
+    arg("--processes", type=whole(1, 1024), default=cores(), help="verifier processes (default: one a core)"),
 )
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file

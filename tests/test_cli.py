@@ -336,12 +336,41 @@ def test_data_generate_makes_puzzles_of_reasoning_gym(capsys: pytest.CaptureFixt
     assert len({r["prompt"] for r in train + val}) == 20
     for words, message in (
         (["--task", "rg/none_such"], "no such family; it has ab, acre"),
+        (["--task", "rg/chain_sum,rg/chain_sum"], "is named twice"),
         (["--task", "sums"], "can be `arithmetic`, or `rg/<family>`"),
         (["--task", "rg/knight_swap"], "two data sets of one seed differ"),
         (["--task", "rg/chain_sum", "--val", "0"], "each must be at least 1"),
     ):
         code, _, err = run(capsys, "data", "generate", str(tmp_path), *words)
         assert code == 2 and message in err, err
+
+
+def test_a_mean_response_that_no_response_can_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "plan", "grpo-1.5b-megatron", "--mean-response", "999999")
+    assert code == 2 and out == "" and err.startswith("rlinf: --mean-response 999999: no response is longer than algorithm.sampling_params")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        *(
+            (["plan", "c", "--mean-response", n], f"--mean-response: '{n}' is no whole number from 1 to ")
+            for n in ("-5", "0", "nan", "1.5")
+        ),
+        *((["compare", "a", "b", "--tolerance", n], f"--tolerance: '{n}' is no finite number from 0") for n in ("-1", "nan", "inf", "x")),
+        *((["replay", "a", "--step", "2", "--tolerance", n], f"--tolerance: '{n}' is no finite number") for n in ("-1", "nan")),
+        *((["verify", "a", "b", "--processes", n], f"--processes: '{n}' is no whole number from 1 to 1024") for n in ("0", "-1", "5000")),
+        *((["data", "generate", "g", "--seed", n], f"--seed: '{n}' is no whole number from 0 to ") for n in ("-1", "9" * 20, "9" * 19)),
+        (["check", "resume", "--seed", "-1"], "--seed: '-1' is no whole number from 0 to "),
+        (["data", "convert", "gsm8k", "a", "b", "--seed", "-1"], "--seed: '-1' is no whole number from 0 to "),
+    ],
+)
+def test_a_number_out_of_its_range_is_told_by_option_value_and_range(
+    capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2 and f"argument {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

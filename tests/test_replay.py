@@ -98,6 +98,22 @@ def test_what_differs_is_named_and_is_the_exit_code(run_dir: Path, capsys: pytes
     assert "train/grad_norm" in last[0] and "rollout/rewards" not in last[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["reward.exploration_penalty=2"], "has no effect where the recorded samples are trained on; add --rollout"),
+        (["algorithm.sampling_params.top_p=0.5"], "has no effect where the recorded samples"),
+        (["runner.max_steps=4"], "a replay sets it by itself"),
+        (["--rollout", "evaluation.output_dir=x"], "has no effect on a step that runs again"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    before = list((run_dir / "replays").glob("*"))
+    assert main(["replay", str(run_dir), "--step", "3", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"rlinf: {words[-1].partition('=')[0]}: {said}")
+    assert list((run_dir / "replays").glob("*")) == before
+
+
 def test_without_the_checkpoint_the_steps_that_can_be_replayed_are_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run_dir), "--step", "4"]) == 2
     err = capsys.readouterr().err

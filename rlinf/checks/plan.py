@@ -262,6 +262,9 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
     """Print the plan; 0 when it fits, 2 when the configuration must change."""
     config = resolved.config
     validate(config, resolved.provenance)
+    longest = config.algorithm.sampling_params.max_new_tokens
+    if mean_response and mean_response > longest:
+        raise UserError(f"--mean-response {mean_response}: no response is longer than algorithm.sampling_params.max_new_tokens, {longest}")
     hf, warnings = planned_model_config(config.rollout.model_dir)
     if hf is None:
         raise UserError(f"{warnings[0]}; a plan needs them: put the model's config.json into a folder and name it in rollout.model_dir")

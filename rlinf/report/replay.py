@@ -34,6 +34,13 @@ QUIET = (
     "runner.keep_groups=0", "runner.profile_steps=[]",
 )  # fmt: skip
 
+OWN = ("runner.output_dir", "runner.experiment_name", "runner.resume_dir", "runner.max_steps")  # which step, from where, into which folder
+NEVER = ("evaluation.*", "sft.*", "data.val_data_paths")
+OF_SAMPLES = ("reward.*", "data.*", "rollout.seed", "algorithm.group_size", "algorithm.sampling_params.*")  # how they are made and judged
+TRAINING_READS = (
+    "data.seed", "algorithm.sampling_params.temperature", "algorithm.sampling_params.do_sample", "algorithm.sampling_params.max_new_tokens",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Line:
@@ -69,6 +76,7 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
     before = None if from_start or step == 1 else checkpoint_before(run_dir, step)
     resolved = resolve(run_dir, step, [*settings(run_dir, step, before), *words])
     validate(resolved.config, resolved.provenance)
+    refuse_useless([word.partition("=")[0] for word in words], rollout)
     if rollout and resolved.config.algorithm.schedule == "wallclock":
         raise UserError(
             "--rollout: with algorithm.schedule wallclock the clock decided what was sampled under which weights, and that does not happen "
@@ -94,6 +102,20 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
     return 1 if beyond else 0
+
+
+def refuse_useless(keys: Sequence[str], rollout: bool) -> None:
+    """Raises UserError that names the first key that was set and changes nothing in such a replay."""
+    for key in keys:
+        if key in OWN:
+            raise UserError(f"{key}: a replay sets it by itself, from RUN_DIR, --step and --from-start; leave it out")
+        if any(fnmatchcase(key, pattern) for pattern in NEVER):
+            raise UserError(f"{key}: has no effect on a step that runs again; leave it out")
+        if not rollout and key not in TRAINING_READS and any(fnmatchcase(key, pattern) for pattern in OF_SAMPLES):
+            raise UserError(
+                f"{key}: has no effect where the recorded samples are trained on; add --rollout, which generates and judges them again, "
+                "or leave it out"
+            )
 
 
 def recorded_metrics(run_dir: Path, step: int) -> Mapping[str, float]:

@@ -98,6 +98,8 @@ def generate_files(out_dir: Path, names: Sequence[str], n_train: int, n_val: int
     for name in names:
         if not name.startswith("rg/"):
             raise UserError(f"--task {name!r}: can be `arithmetic`, or `rg/<family>` (several with commas)")
+        if names.count(name) > 1:
+            raise UserError(f"--task {name!r}: is named twice, and would give the same problems twice")
     parts = [generate(name.removeprefix("rg/"), n_train, seed, n_val) for name in names]
     train, val = ([record for part in parts for record in part[i]] for i in (0, 1))
     return write_splits(out_dir, train, val)

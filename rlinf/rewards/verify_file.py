@@ -27,8 +27,6 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, r
     The file appears whole or not at all. Raises UserError naming the line that cannot be graded, or what keeps the file from being read.
     """
     source, target = Path(in_path), Path(out_path)
-    if processes < 1:
-        raise UserError(f"--processes: {processes} is not a number of processes; give 1 or more")
     refuse_itself(source, target)
     statuses: Counter[str] = Counter()
     routes: Counter[str] = Counter()
