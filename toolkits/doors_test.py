@@ -52,3 +52,7 @@ def test_the_converters_start_from_any_folder_with_the_environment_of_their_chec
     shutil.copytree(HERE / "ckpt_convertor", checkout / "toolkits" / "ckpt_convertor")
     started = run(tmp_path, checkout / "toolkits" / "ckpt_convertor", "step_000001", "out", script=script)
     assert started.stdout == "activated export step_000001 out\n", started.stderr
+    for words, code in (([], 2), (["step_000001"], 2), (["--dtype", "fp16"], 2), (["--help"], 0)):
+        told = run(tmp_path, "ckpt_convertor", *words, script=script)
+        assert told.returncode == code and told.stdout == ""
+        assert told.stderr.startswith("A checkpoint as a Hugging Face model folder: mg2hf.sh CKPT_PATH_MG CKPT_PATH_HF [")

@@ -26,7 +26,7 @@ def load_model_config(model_dir: str, key: str = "rollout.model_dir") -> dict[st
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{key}: {model_dir} has no config.json; it is not a Hugging Face model folder")
-    hf = _read_json(config)
+    hf = read_config(config)
     if not any(folder.glob("*.safetensors")):
         others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
         found = f"; it has {others[0]}: convert it, e.g. AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)" if others else ""
@@ -44,7 +44,7 @@ def planned_model_config(model_dir: str, key: str = "rollout.model_dir") -> tupl
         return load_model_config(model_dir, key), []
     known = SHAPES / (Path(model_dir).name + ".json")
     if known.is_file():
-        return _read_json(known), [f"{key}: {model_dir} is not on this machine; shapes are taken from {show(known)}"]
+        return read_config(known), [f"{key}: {model_dir} is not on this machine; shapes are taken from {show(known)}"]
     return None, [f"{key}: {model_dir} is not on this machine and its shapes are not known; parallel sizes are not checked against it"]
 
 
@@ -122,7 +122,8 @@ def own_functions(config: Config) -> list[tuple[str, str]]:
     return [(name, v) for name, value in values for v in (value.values() if isinstance(value, dict) else [value]) if is_own(v)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A model's config.json. Raises UserError that names the file, and the line, where it is none."""
     again = "copy the file from the model's source again"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

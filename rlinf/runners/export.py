@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from rlinf.config.model import read_config
+from rlinf.config.settings import parse, python_value
 from rlinf.errors import RunFailed, UserError
 from rlinf.runners.run_folder import read_checkpoint
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
 from rlinf.weights.hf_folder import finish_hf_folder
 from rlinf.weights.mapping import hf_shapes
-from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, read_json, sync, write_tensors
+from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, sync, write_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,24 +38,45 @@ def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None)
     read_checkpoint(step_dir)
     weights = open_part(step_dir / "actor")["param"]
     model_dir = model_dir or _model_dir(step_dir)
-    config = read_json(model_dir / "config.json")
+    config = _config(model_dir)
     _check_fit(weights, config, step_dir, model_dir)
-    wanted = DTYPES[dtype] if dtype else getattr(torch, config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    wanted = DTYPES[dtype] if dtype else _dtype_of(config, model_dir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     name = str(wanted).removeprefix("torch.")
     try:
         stored = finish_hf_folder(partial, model_dir, write_tensors(partial, "export", _cast(weights, wanted)), name)
+        for _ in TensorFolder.of(partial, stored).values():  # each is compared with its checksum
+            pass
+        if open_hf_folder(partial).keys() != stored.keys():
+            raise RunFailed(f"{partial}: the index does not name the tensors that were written")
+        partial.rename(out)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{partial}: cannot be written ({error}); make room there, or name another folder") from error
-    for _ in TensorFolder.of(partial, stored).values():  # each is compared with its checksum
-        pass
-    if open_hf_folder(partial).keys() != stored.keys():
-        raise RunFailed(f"{partial}: the index does not name the tensors that were written")
-    partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     sync(out.parent)
     return {"tensors": len(stored), "dtype": name, "configuration and tokenizer": model_dir, "model": out}
+
+
+def _config(model_dir: Path) -> dict[str, Any]:
+    if not (model_dir / "config.json").is_file():
+        raise UserError(f"{model_dir}: no config.json, so no model folder; name that of the model with --model-dir")
+    return read_config(model_dir / "config.json")
+
+
+def _dtype_of(config: dict[str, Any], model_dir: Path) -> torch.dtype:
+    """That the model's configuration names; bf16 when it names none."""
+    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    name = config.get(key)
+    if name is None:
+        return torch.bfloat16
+    if not isinstance(name, str) or name not in by_name:
+        raise UserError(
+            f"{model_dir}/config.json: {key} is {json.dumps(name)}, none of {', '.join(by_name)}; mend it, or name one with --dtype"
+        )
+    return by_name[name]
 
 
 def _model_dir(step_dir: Path) -> Path:
@@ -61,9 +84,11 @@ def _model_dir(step_dir: Path) -> Path:
         return step_dir / "hf"
     run_config = step_dir.parent.parent / "config.yaml"
     if run_config.is_file():
-        found = Path(yaml.safe_load(run_config.read_text())["rollout"]["model_dir"])
-        if (found / "config.json").is_file():
-            return found
+        tree = python_value(parse(run_config.read_bytes(), str(run_config)))
+        section = tree.get("rollout") if isinstance(tree, dict) else None
+        found = section.get("model_dir") if isinstance(section, dict) else None
+        if isinstance(found, str) and Path(found, "config.json").is_file():
+            return Path(found)
     raise UserError(
         f"{step_dir} has no hf/, and the model that the run began with is not on this machine: name its folder with --model-dir"
     )

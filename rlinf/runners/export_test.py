@@ -98,7 +98,56 @@ def test_a_damaged_checkpoint_gives_no_model(step_dirs: dict[str, Path], tmp_pat
     file.write_bytes(content)
     with pytest.raises(UserError, match="param-s1-00001.safetensors: tensor .* is damaged"):
         export(step_dir, tmp_path / "out", None, None)
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"dtype": "int8"}, 'config.json: dtype is "int8", none of float32, bfloat16, float16; .* with --dtype'),
+        ({"dtype": None, "torch_dtype": "Tensor"}, 'config.json: torch_dtype is "Tensor", none of'),
+        ({"dtype": {"text": "float32"}}, 'config.json: dtype is {"text": "float32"}, none of'),
+        ({"hidden_size": None}, "config.json: hidden_size is missing"),
+        ("[]", "config.json: holds no JSON object"),
+        ("{", "config.json:1: not valid JSON"),
+        (None, "no config.json, so no model folder"),
+    ],
+)
+def test_a_configuration_of_the_model_that_cannot_be_used_is_named(
+    step_dirs: dict[str, Path], tmp_path: Path, content: dict | str | None, said: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(step_dirs["llama"] / "hf", model)
+    file = model / "config.json"
+    text = json.dumps(json.loads(file.read_text()) | content) if isinstance(content, dict) else content
+    file.write_text(text) if text is not None else file.unlink()
+    with pytest.raises(UserError, match=f"^{model}.*{said}"):
+        export(step_dirs["llama"], tmp_path / "out", None, model)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_export_that_is_interrupted_leaves_nothing_and_can_be_made_again(
+    step_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr("rlinf.runners.export.open_hf_folder", interrupt)
+        export(step_dirs["llama"], tmp_path / "out", None, None)
+    assert list(tmp_path.iterdir()) == []
+    export(step_dirs["llama"], tmp_path / "out", None, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("content", ["", "rollout: 3\n", "rollout: {model_dir: 5}\n"])
+def test_a_changed_configuration_of_the_run_asks_for_the_model(step_dirs: dict[str, Path], tmp_path: Path, content: str) -> None:
+    step_dir = tmp_path / "checkpoints" / "step_000001"
+    shutil.copytree(step_dirs["llama"], step_dir)
+    shutil.rmtree(step_dir / "hf", ignore_errors=True)
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match="name its folder with --model-dir"):
+        export(step_dir, tmp_path / "out", None, None)
 
 
 def test_the_command_and_its_other_name(step_dirs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,12 @@ if [[ -f "$root/.venv/bin/activate" ]]; then
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-mg="${1:-${CKPT_PATH_MG:?checkpoints/step_* of a run}}"
-hf="${2:-${CKPT_PATH_HF:?the folder to write}}"
+mg="${1:-${CKPT_PATH_MG:-}}"
+hf="${2:-${CKPT_PATH_HF:-}}"
+if [[ -z "$hf" || "$mg" == -* ]]; then
+  sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}" >&2
+  [[ "$mg" == -h || "$mg" == --help ]] && exit 0
+  exit 2
+fi
 original="${3:-${CKPT_PATH_ORIGINAL_HF:-}}"
 exec "$(command -v python || command -v python3)" -m rlinf export "$mg" "$hf" ${original:+--model-dir "$original"} "${@:4}"
