@@ -25,7 +25,7 @@ from rlinf.cluster.node_probe import NodeView, look_at_nodes
 from rlinf.cluster.ray_node import default_port
 from rlinf.cluster.state import listens, state_folder
 from rlinf.config.load import ROOT, Resolved
-from rlinf.config.model import missing_paths, planned_model_config
+from rlinf.config.model import missing_paths, planned_model_config, read_config
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate, validate_sft
 from rlinf.cpu_kernels import VARIANTS, kernels
@@ -323,7 +323,7 @@ def files(config: Config) -> Iterator[Finding]:
     try:
         hf, warnings = planned_model_config(config.rollout.model_dir)
         if hf:
-            read_architecture(hf)
+            read_architecture(hf, f"{config.rollout.model_dir}/config.json")
     except UserError as error:
         warnings = [str(error)]
     absent = [*warnings, *missing_paths(config)]
@@ -348,12 +348,12 @@ def _existing(path: Path) -> Path:
 
 
 def _parameters(config: Config) -> int:
-    if not Path(config.rollout.model_dir).is_dir():
-        hf, _ = planned_model_config(config.rollout.model_dir)
-    else:
-        file = Path(config.rollout.model_dir) / "config.json"
-        hf = json.loads(file.read_text()) if file.is_file() else None
+    folder = Path(config.rollout.model_dir)
     try:
+        if not folder.is_dir():
+            hf, _ = planned_model_config(config.rollout.model_dir)
+        else:
+            hf = read_config(folder / "config.json") if (folder / "config.json").is_file() else None
         return rank_parameters(read_architecture(hf), 1, 1, 0) if hf else 0
     except UserError:  # files() says so
         return 0

@@ -138,7 +138,10 @@ def test_a_configuration_that_cannot_be_run_is_found(tmp_path: Path) -> None:
     for name in ("model.safetensors", "tokenizer.json"):
         (tmp_path / name).touch()
     strange = load("smollm2-135m-grpo-cpu", [f"rollout.model_dir={tmp_path}"]).config
-    assert doctor._parameters(strange) == 0 and any("architecture" in f.text for f in doctor.files(strange))
+    assert doctor._parameters(strange) == 0
+    assert any(f"{tmp_path}/config.json: unknown architecture" in f.text for f in doctor.files(strange))
+    (tmp_path / "config.json").write_text("{oops")
+    assert doctor._parameters(strange) == 0 and any(f"{tmp_path}/config.json:1: not valid JSON" in f.text for f in doctor.files(strange))
 
 
 def test_a_recipe_for_gpus_where_none_is_seen_and_sglang_that_is_not_there_are_found(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rlinf.config.keys import known_keys
 from rlinf.config.load import EXAMPLES, show, value_of
 from rlinf.config.own_code import file_of, is_own
 from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.config.values import unique_keys
 from rlinf.errors import UserError
 
 DATA = ("data.train_data_paths", "data.val_data_paths")
@@ -126,12 +127,12 @@ def read_config(path: Path) -> dict[str, Any]:
     """A model's config.json. Raises UserError that names the file, and the line, where it is none."""
     again = "copy the file from the model's source again"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}; {again}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 (byte {e.start}); {again}") from e
-    except (RecursionError, ValueError) as e:  # nested too deeply; a number of thousands of digits
+    except (RecursionError, ValueError) as e:  # nested too deeply; a number of thousands of digits; a key twice
         raise UserError(f"{path}: not readable ({e}); {again}") from e
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object with the model's sizes; {again}")

@@ -267,6 +267,7 @@ def test_engines_may_replicate_key_value_heads(tmp_path: Path) -> None:
         ({"config.json": "[]"}, "config.json: holds no JSON object with the model's sizes; copy the file"),
         ({"config.json": '"\udc80"'}, "config.json: not UTF-8 (byte 1); copy the file"),
         ({"config.json": "[" * 100_000}, "config.json: not readable ("),
+        ({"config.json": '{"hidden_size": 64, "hidden_size": 128}'}, "config.json: not readable (the key `hidden_size` is there twice)"),
         ({"config.json": json.dumps(SHAPE)}, "has no *.safetensors weights"),
         (
             {"config.json": json.dumps(SHAPE), "model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"},

@@ -85,3 +85,12 @@ def _as(kind: type, value: Any) -> Any:
         return int(value) if whole else None
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return value if isinstance(value, kind) and all(isinstance(v, str) for v in items) else None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (object_pairs_hook of json.loads). Raises ValueError for a key that stands there twice; JSON keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key `{next(name for name in names if names.count(name) > 1)}` is there twice")
+    return found

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from rlinf.config.values import unique_keys
 from rlinf.errors import UserError
 
 SHOWN_LINES = 20
@@ -151,12 +152,12 @@ def _check_start(path: Path, start: bytes) -> None:
 
 def _row(raw: bytes) -> Row:
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise BadLine(f"not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise BadLine(f"not JSON ({error.msg}, column {error.colno})") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits; a key twice
         raise BadLine(f"not readable ({error})") from error
     if not isinstance(row, dict):
         raise BadLine("not a JSON object")

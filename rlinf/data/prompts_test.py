@@ -123,6 +123,7 @@ BAD_LINES = {
     json.dumps(row(prompt="\ud800")): "half a surrogate pair",
     '{"prompt": ' + "9" * 5000 + "}": "not readable (",
     "[" * 100_000: "not readable (",
+    '{"prompt": "x", "solutions": ["1"], "prompt": "y"}': "not readable (the key `prompt` is there twice)",
 }
 
 

@@ -204,7 +204,11 @@ def _eos_token_ids(folder: Path, backend: Tokenizer, settings: dict[str, Any]) -
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
         ids = _read_json(folder / name).get("eos_token_id")
-        found += [] if ids is None else ids if isinstance(ids, list) else [ids]
+        found += (ids := [] if ids is None else ids if isinstance(ids, list) else [ids])
+        if not all(type(i) is int for i in ids):
+            raise UserError(
+                f"{folder / name}: eos_token_id is {json.dumps(ids)[1:-1]}, no token's number, nor a list of such; fetch it again"
+            )
     eos = _content(settings.get("eos_token"))
     eos_id = None if eos is None else backend.token_to_id(eos)
     found += [] if eos_id is None else [eos_id]

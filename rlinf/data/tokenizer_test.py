@@ -96,6 +96,12 @@ def test_end_tokens_are_the_union_of_the_three_files(tmp_path: Path) -> None:
     assert tokenizer.eos_token_ids == (7, 257, 9) and tokenizer.end_token_id == 257  # the tokenizer's own ends what is learned
 
 
+@pytest.mark.parametrize(("ids", "shown"), [({"a": 1}, '{"a": 1}'), ("</s>", '"</s>"'), ([7, "x"], '7, "x"'), (True, "true")])
+def test_an_end_token_that_is_no_number_is_told_by_file_and_key(tmp_path: Path, ids: object, shown: str) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}.*/config.json: eos_token_id is {shown}, no token's number"):
+        load_tokenizer(str(make_folder(tmp_path, files={"config.json": {"eos_token_id": ids}})))
+
+
 def test_without_an_own_end_token_the_first_of_the_model_ends_what_is_learned(tmp_path: Path) -> None:
     files = {"generation_config.json": {"eos_token_id": [7, 9]}}
     assert load_tokenizer(str(make_folder(tmp_path, eos_token=None, files=files))).end_token_id == 7
