@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,8 @@ SAMPLE: dict[str, Kind] = {
 TRAINED: dict[str, Kind] = {"sample_id": TEXT} | dict.fromkeys(("advantage", "gap_max", "ratio_mean"), or_null(NUMBER))
 SHOWN: dict[str, Kind] = {"pieces": TEXTS} | dict.fromkeys(("advantages", "log_ratios", "gaps"), TEXT)  # of the samples told in full
 CHANGED = "the file was changed by hand: bring back the run's own"
-START: dict[str, Kind] = {"first_step": WHOLE, "chat_markers": TEXTS, "packages": OBJECT}
+START: dict[str, Kind] = {"first_step": WHOLE}
+OF_A_START: dict[str, Kind] = {"chat_markers": TEXTS, "packages": OBJECT}  # where they were recorded
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,22 @@ def sample_files(folder: Path) -> Iterator[SampleFile]:
 
 
 def read_trained(path: Path) -> list[dict[str, Any]]:
-    rows = whole_rows(path, TRAINED)
-    for number, row in enumerate(rows, 1):
-        if "pieces" in row and (wrong := misfit(row, SHOWN)):
-            raise damaged(path, number, wrong)
-    return rows
+    return _rows(path, TRAINED, lambda row: SHOWN if "pieces" in row else {})
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of environment.jsonl, one for each time the run was started; none when there is no such file."""
     path = run_dir / ENVIRONMENT
-    return whole_rows(path, START) if path.exists() else []
+    return _rows(path, START, lambda row: {name: kind for name, kind in OF_A_START.items() if name in row}) if path.exists() else []
+
+
+def _rows(path: Path, fields: Mapping[str, Kind], more: Callable[[dict[str, Any]], Mapping[str, Kind]]) -> list[dict[str, Any]]:
+    """more: what a line must hold besides, as it is one."""
+    rows = whole_rows(path, fields)
+    for number, row in enumerate(rows, 1):
+        if wrong := misfit(row, more(row)):
+            raise damaged(path, number, wrong)
+    return rows
 
 
 def read_settings(path: Path) -> list[Setting]:
