@@ -29,7 +29,7 @@ TRAINED: dict[str, Kind] = {"sample_id": TEXT} | dict.fromkeys(("advantage", "ga
 SHOWN: dict[str, Kind] = {"pieces": TEXTS} | dict.fromkeys(("advantages", "log_ratios", "gaps"), TEXT)  # of the samples told in full
 CHANGED = "the file was changed by hand: bring back the run's own"
 START: dict[str, Kind] = {"first_step": WHOLE}
-OF_A_START: dict[str, Kind] = {"chat_markers": TEXTS, "packages": OBJECT}  # where they were recorded
+OF_A_START: dict[str, Kind] = {"chat_markers": TEXTS, "packages": OBJECT, "settings": OBJECT}  # where they were recorded
 
 
 @dataclass(frozen=True)
