@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import math
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlinf.config.arguments import tolerance, whole
 from rlinf.errors import RunFailed, UserError
 from rlinf.hardware import cores
 
@@ -68,28 +67,6 @@ def config_argument(parser: argparse.ArgumentParser, **how: Any) -> None:
 def in_home(text: str) -> Path:
     """A path; `~` in quotes, which the shell leaves alone, is the home folder too."""
     return Path(os.path.expanduser(text))
-
-
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A whole number from low to high, as the type of an argument."""
-
-    def read(text: str) -> int:
-        if not re.fullmatch(r"-?[0-9]{1,19}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from {low} to {high}")
-        return int(text)
-
-    return read
-
-
-def tolerance(text: str) -> float:
-    """A relative difference."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no finite number from 0, such as 1e-5")
-    return value
 
 
 def optional_config(parser: argparse.ArgumentParser) -> None:
