@@ -101,6 +101,9 @@ class DataConfig:
     apply_chat_template: bool = key(
         False, "wrap the prompt as a user turn in the tokenizer's chat template (boba prompts are templated already)"
     )
+    chat_template_variables: dict[str, str] = key(
+        {}, "what the chat template is told beside the turns, such as {enable_thinking: false} for Qwen3; also by `rlinf eval`"
+    )
     tasks: list[str] | None = key(None, "keep only these tasks; null = all")
     max_prompt_length: int = key(1024, "tokens of a prompt at most")
     filter_prompt_by_length: bool = key(True, "drop longer prompts (counted); false = a longer prompt is an error")

@@ -6,7 +6,7 @@ Problems (unknown keys, duplicates, wrong nesting) are appended to a list, so th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,11 @@ def unknown(name: str) -> str:
 
 def python_value(node: yaml.Node) -> Any:
     return Loader("").construct_object(node, deep=True)
+
+
+def read_texts(values: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The values of a mapping of text to text, as what they mean where a value of the configuration stands: `false` is False."""
+    return {name: python_value(parse(value or "null", f"{key}: {name}")) for name, value in values.items()}
 
 
 def _value(node: yaml.Node, key: Key, where: str, problems: list[str]) -> Any:

@@ -53,6 +53,7 @@ ONLY_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> the o
     "algorithm.behav_imp_weight_cap": ("algorithm.loss_type", lambda v: v == "decoupled-ppo", "decoupled-ppo"),
     "algorithm.importance_sampling_clip": ("algorithm.importance_sampling_fix", bool, "true"),
     "algorithm.dynamic_sampling_max_batches": ("algorithm.dynamic_sampling", bool, "true"),
+    "data.chat_template_variables": ("data.apply_chat_template", bool, "true"),
     "rollout.sglang": ("rollout.rollout_backend", lambda v: v == "sglang", "sglang"),
     "reward.overlong_penalty": ("reward.overlong_buffer", bool, "more than 0"),
     "sft.reweighting_temperature": ("sft.reweighting", bool, "lin_upper, or another"),

@@ -98,6 +98,7 @@ DEAD = {  # key -> a value, and a word with which it acts
     "algorithm.behav_imp_weight_cap": ("2", "algorithm.loss_type=decoupled-ppo"),
     "algorithm.importance_sampling_clip": ("3", "algorithm.importance_sampling_fix=true"),
     "algorithm.dynamic_sampling_max_batches": ("3", "algorithm.dynamic_sampling=true"),
+    "data.chat_template_variables": ("{a: b}", "data.apply_chat_template=true"),
     "rollout.sglang": ("{attention_backend: triton}", "rollout.rollout_backend=sglang"),
     "reward.overlong_penalty": ("2", "reward.overlong_buffer=8"),
     "sft.reweighting_temperature": ("2", "sft.reweighting=lin_upper"),

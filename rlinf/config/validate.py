@@ -130,7 +130,7 @@ def validate(config: Config, provenance: Mapping[str, str] | None = None) -> Non
     objective = (_algorithm, _kl, _importance, _selection, _sampling)
     models = (_actor, _critic, _token_reward)
     rules = (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, *models, _reward)
-    sections = ("runner", "algorithm", "rollout", "actor", "reward", *(["critic"] if config.has_critic else []))
+    sections = ("runner", "data", "algorithm", "rollout", "actor", "reward", *(["critic"] if config.has_critic else []))
     _raise(config, provenance, (*rules, partial(unread, "train", provenance or {}), partial(without_effect, sections, provenance or {})))
 
 
@@ -143,7 +143,7 @@ def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = N
 def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """As validate, by the rules that concern supervised fine-tuning."""
     _raise(config, provenance, (partial(recipe_for_training, provenance or {}),))
-    dead = (partial(unread, "sft", provenance or {}), partial(without_effect, ("runner", "actor", "sft"), provenance or {}))
+    dead = (partial(unread, "sft", provenance or {}), partial(without_effect, ("runner", "data", "actor", "sft"), provenance or {}))
     _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft, *dead))
 
 

@@ -14,11 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from rlinf.config.settings import read_texts
 from rlinf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+VARIABLES = "data.chat_template_variables"
+NO_VARIABLES = {  # names in a template that Jinja, transformers or the chat itself gives a meaning
+    "messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "pad_token", "unk_token", "raise_exception",
+    "strftime_now", "namespace", "range", "dict", "loop", "cycler", "joiner", "lipsum",
+}  # fmt: skip
 ENCODE_AT_ONCE = 1024  # texts; an encoding is some hundred bytes a token until its ids are taken out
 
 UNSURE = 3  # bytes of a character that is not whole, at most: as many U+FFFD of a text may become one
@@ -40,8 +46,11 @@ class TextTokenizer:
     takes it), in that order.
     """
 
-    def __init__(self, backend: Tokenizer, settings: dict[str, Any], eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, backend: Tokenizer, settings: dict[str, Any], eos_token_ids: tuple[int, ...], variables: Mapping[str, Any] | None = None
+    ) -> None:
         self._backend = backend
+        self._variables = {} if variables is None else _known_to(settings.get("chat_template"), variables)
         self._settings = settings
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)  # the embedding may be padded to more rows
@@ -85,7 +94,7 @@ class TextTokenizer:
         from jinja2.exceptions import TemplateError
 
         try:
-            return self._for_chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return self._for_chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **self._variables)
         except TemplateError as error:  # it does not know some role or order of turns, or is no template
             raise BadChat(f"the model's chat template refuses the chat: {error}") from error
 
@@ -136,8 +145,8 @@ class TextTokenizer:
         return PreTrainedTokenizerFast(tokenizer_object=self._backend, chat_template=self._settings["chat_template"], **given)
 
 
-def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> TextTokenizer:
-    """The tokenizer of a Hugging Face folder.
+def load_tokenizer(model_dir: str, trust_remote_code: bool = False, variables: Mapping[str, str] | None = None) -> TextTokenizer:
+    """The tokenizer of a Hugging Face folder. variables: data.chat_template_variables.
 
     Code from the folder runs only when trust_remote_code is true and tokenizer_config.json names it. Raises UserError when the
     folder or its tokenizer is missing or cannot be read.
@@ -155,7 +164,24 @@ def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> TextToken
     template = folder / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = template.read_text(encoding="utf-8")
-    return TextTokenizer(backend, _with_named_template(settings), _eos_token_ids(folder, backend, settings))
+    given = read_texts(variables or {}, VARIABLES)
+    return TextTokenizer(backend, _with_named_template(settings), _eos_token_ids(folder, backend, settings), given)
+
+
+def _known_to(template: str | None, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same. Raises UserError for a variable that the template does not read."""
+    if not variables:
+        return variables
+    from jinja2 import Environment, TemplateSyntaxError, meta
+
+    try:
+        read = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template or ""))
+    except TemplateSyntaxError:  # rendering says what is wrong with it
+        return variables
+    known = read - NO_VARIABLES
+    for name in sorted({*variables} - known):
+        raise UserError(f"{VARIABLES}: the model's chat template reads no variable {name}; it reads {', '.join(sorted(known)) or 'none'}")
+    return variables
 
 
 def _read_backend(file: Path) -> Tokenizer:

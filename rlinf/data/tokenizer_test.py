@@ -126,6 +126,27 @@ def test_chat_template_is_found_wherever_it_stands(tmp_path: Path, where: str) -
     assert tokenizer.encode_chat(chat) == tokenizer.encode(tokenizer.render_chat(chat))
 
 
+THINKS = TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}{{ eos_token and style }}"
+
+
+def test_variables_reach_the_chat_template_as_values(tmp_path: Path) -> None:
+    folder, chat = str(make_folder(tmp_path, chat_template=THINKS)), [{"role": "user", "content": "1+1?"}]
+    plain, quiet = (
+        load_tokenizer(folder, variables=given).render_chat(chat) for given in ({}, {"enable_thinking": "false", "style": "dry"})
+    )
+    assert plain == "<user>1+1?\n<assistant>" and quiet == plain + "<think></think>dry"
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "known"),
+    [("enable_thinkin", THINKS, "enable_thinking, style"), ("messages", THINKS, "enable"), ("x", None, "none")],
+)
+def test_a_variable_that_the_template_does_not_read_is_named(tmp_path: Path, name: str, template: str | None, known: str) -> None:
+    folder = make_folder(tmp_path, **({"chat_template": template} if template else {}))
+    with pytest.raises(UserError, match=f"data.chat_template_variables: .* reads no variable {name}; it reads {known}"):
+        load_tokenizer(str(folder), variables={name: "1"})
+
+
 def test_a_missing_chat_template_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(str(make_folder(tmp_path))).encode_chat([{"role": "user", "content": "hi"}])

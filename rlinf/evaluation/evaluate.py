@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> int:
 def prepare(config: Config, model: Model) -> Task:
     """Read the model's tokenizer and every problem; refuse what cannot be evaluated."""
     positions = read_architecture(load_model_config(str(model.path)), model.path / "config.json").max_positions
-    tokenizer = load_tokenizer(str(model.path), config.rollout.trust_remote_code)
+    tokenizer = load_tokenizer(str(model.path), config.rollout.trust_remote_code, config.data.chat_template_variables)
     sets = load_sets(config, tokenizer)
     context = check_context(sets, positions, str(model.path))
     return Task(model, worker_config(config, model, context, max(s.protocol.max_tokens for s in sets)), tokenizer, tuple(sets))

@@ -199,7 +199,7 @@ def test_phases_that_overlap_are_told_apart_and_add_up_to_the_step() -> None:
 
 
 def test_the_progress_line() -> None:
-    now = iter([100.0, 110.0, 130.0])
+    now = iter([100.0, 110.0, 120.0, 140.0])
     out = io.StringIO()
     progress = Progress(total_steps=64, first_step=3, stream=out, clock=lambda: next(now))
     values = {
@@ -210,10 +210,14 @@ def test_the_progress_line() -> None:
         "perf/tokens_per_second": 1812.4,
     }
     progress.step(3, values)
-    progress.step(4, values | {"train/minibatches_skipped": 1.0})
-    first, second = out.getvalue().splitlines()
+    quiet = {"train/minibatches_skipped": 0.0, "rollout/verdict_undecided": 0.1, "rollout/own_parts_failed": 0.0}
+    progress.step(3, values | quiet)
+    loud = {"train/minibatches_skipped": 1.0, "rollout/verdict_undecided": 1.0, "rollout/own_parts_failed": 0.25}
+    progress.step(4, values | loud)
+    first, again, last = out.getvalue().splitlines()
     assert first == "step 3/64  reward -1.25  accuracy 0.375  length 18.2  entropy 0.612  tokens/s 1,812  ETA 10:10"
-    assert second.endswith("skipped 1  ETA 15:00")  # 15 s a step, 60 steps to go
+    assert "skipped" not in again and "undecided" not in again and "failed" not in again
+    assert last.endswith("skipped 1  undecided 100%  own parts failed 25%  ETA 20:00")  # 20 s a step, 60 steps to go
     assert [duration(s) for s in (9, 309, 3909)] == ["0:09", "5:09", "1:05:09"]
 
 

@@ -19,6 +19,12 @@ FIELDS = (  # label, metric, format
     ("tokens/s", "perf/tokens_per_second", ",.0f"),
 )
 
+WARNINGS = (  # label, metric, format, shown above this
+    ("skipped", "train/minibatches_skipped", ".0f", 0.0),
+    ("undecided", "rollout/verdict_undecided", ".0%", 0.2),
+    ("own parts failed", "rollout/own_parts_failed", ".0%", 0.0),
+)
+
 
 class Progress:
     """Writes `step i/n  reward ..  accuracy ..  length ..  entropy ..  tokens/s ..  ETA ..` to a terminal or a log file.
@@ -35,8 +41,9 @@ class Progress:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         fields = [f"{label} {metrics[name]:{form}}" for label, name, form in FIELDS if name in metrics]
-        if metrics.get("train/minibatches_skipped"):
-            fields.append(f"[yellow]skipped {metrics['train/minibatches_skipped']:.0f}[/yellow]")
+        fields += [
+            f"[yellow]{label} {metrics[name]:{form}}[/yellow]" for label, name, form, above in WARNINGS if metrics.get(name, 0.0) > above
+        ]
         mean = (self.clock() - self.started) / (step - self.first_step + 1)
         fields.append(f"ETA {duration(mean * (self.total_steps - step))}")
         self.console.print(f"[bold]step {step}/{self.total_steps}[/bold]  " + "  ".join(fields))

@@ -38,7 +38,7 @@ OWN = ("runner.output_dir", "runner.experiment_name", "runner.resume_dir", "runn
 NEVER = ("evaluation.*", "sft.*", "data.val_data_paths")
 OF_SAMPLES = ("reward.*", "data.*", "rollout.seed", "algorithm.group_size", "algorithm.sampling_params.*")  # how they are made and judged
 TRAINING_READS = (
-    "data.seed", "algorithm.sampling_params.temperature", "algorithm.sampling_params.do_sample", "algorithm.sampling_params.max_new_tokens",
+    "data.seed", "algorithm.sampling_params.temperature", "algorithm.sampling_params.max_new_tokens",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from rlinf.config.settings import parse, python_value
+from rlinf.config.settings import read_texts
 from rlinf.data.records import Finish, Sample
 from rlinf.device import choose, give_back_free_memory
 from rlinf.errors import RunFailed, UserError
@@ -103,7 +103,7 @@ class SGLangEngine:
             options |= {"mem_fraction_static": memory_fraction} | ({"enable_memory_saver": True} if memory_saver else {})
         if span is not None:
             options |= {"nnodes": span.nodes, "node_rank": span.rank, "dist_init_addr": span.address}
-        given, serves = read_options(native or {}), span is None or span.rank == 0
+        given, serves = read_texts(native or {}, "rollout.sglang"), span is None or span.rank == 0
         self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death, serves)
         self._http = SGLangHttp(self._server.port, self._server.key)
         info = self._server.info
@@ -483,8 +483,3 @@ class SGLangEngine:
         self._check_open()
         if self._asleep:
             raise RuntimeError(f"the rollout engine is asleep ({', '.join(sorted(self._asleep))}); wake it, or load weights first")
-
-
-def read_options(native: dict[str, str]) -> dict[str, Any]:
-    """The server's options that the user wrote, as what they mean in the rest of the configuration."""
-    return {name: python_value(parse(value or "null", f"rollout.sglang: {name}")) for name, value in native.items()}

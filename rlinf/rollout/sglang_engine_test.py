@@ -7,9 +7,10 @@ import weakref
 import pytest
 import torch
 
+from rlinf.config.settings import read_texts
 from rlinf.errors import UserError
 from rlinf.rollout import sglang_engine
-from rlinf.rollout.sglang_engine import SGLangEngine, read_options
+from rlinf.rollout.sglang_engine import SGLangEngine
 from rlinf.weights.source import DeviceIpc, Disk, WeightSource
 
 
@@ -40,8 +41,8 @@ def test_options_of_the_server_mean_what_they_do_elsewhere_in_the_configuration(
         "log_requests": "true",
         "a": "",
     }
-    assert read_options(options) == {
+    assert read_texts(options, "rollout.sglang") == {
         "attention_backend": "triton", "schedule_conservativeness": 0.1, "watchdog_timeout": "010", "log_requests": True, "a": None,
     }  # fmt: skip
     with pytest.raises(UserError, match="rollout.sglang: a:1: not valid YAML"):
-        read_options({"a": "[1"})
+        read_texts({"a": "[1"}, "rollout.sglang")

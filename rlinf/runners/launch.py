@@ -44,7 +44,7 @@ def train_once(resolved: Resolved) -> int:
     config = resolved.config
     check_trackers(config.runner.logger.logger_backends)
     folder = RunFolder(resolved)
-    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
     prompts, report = load_prompts(config.data.train_data_paths, config.data, tokenizer)
     say(f"training data: {report.describe()}")
     val_prompts: list[Prompt] = []

@@ -35,7 +35,7 @@ def rollout_only(resolved: Resolved) -> int:
     resolved = replace(resolved, config=config, provenance=resolved.provenance | {"runner.save_interval": "--debug-rollout-only"})
     check_trackers(config.runner.logger.logger_backends)
     folder = RunFolder(resolved)
-    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
     prompts, report = load_prompts(config.data.train_data_paths, config.data, tokenizer)
     say(f"training data: {report.describe()}")
     check_tasks({p.task for p in prompts}, config.reward.own_tasks)
@@ -66,7 +66,7 @@ def train_only_once(resolved: Resolved, source: Path, first: int) -> int:
     if missing or last < first:
         what = f"steps {ranges(missing)} are not journalled there" if missing else f"it has nothing behind step {first - 1}"
         raise UserError(f"{source}: {what}; there are steps {ranges(steps.steps)} (runner.keep_groups); set runner.max_steps")
-    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
     with open_session(resolved, folder, tokenizer, "") as session:
         plan = build_plan(config, session.nodes)
         learn = [name for name in ("actor", "critic", "token_reward") if config.has(name)]

@@ -26,7 +26,7 @@ def finetune_once(resolved: Resolved) -> int:
     config = resolved.config
     check_trackers(config.runner.logger.logger_backends)
     folder = RunFolder(resolved, SFT)
-    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
     examples, report = load_examples(config.data.train_data_paths, config, tokenizer)
     say(f"training data: {report.describe()}")
     val_examples: list[Group] = []
