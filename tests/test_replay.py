@@ -104,7 +104,7 @@ def test_what_differs_is_named_and_is_the_exit_code(run_dir: Path, capsys: pytes
         (["reward.exploration_penalty=2"], "has no effect where the recorded samples are trained on; add --rollout"),
         (["algorithm.sampling_params.top_p=0.5"], "has no effect where the recorded samples"),
         (["runner.max_steps=4"], "a replay sets it by itself"),
-        (["--rollout", "evaluation.output_dir=x"], "has no effect on a step that runs again"),
+        (["--rollout", "data.val_data_paths=[]"], "has no effect on a step that runs again"),
     ],
 )
 def test_a_setting_that_changes_nothing_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:

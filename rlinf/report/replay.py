@@ -35,7 +35,6 @@ QUIET = (
 )  # fmt: skip
 
 OWN = ("runner.output_dir", "runner.experiment_name", "runner.resume_dir", "runner.max_steps")  # which step, from where, into which folder
-NEVER = ("evaluation.*", "sft.*", "data.val_data_paths")
 OF_SAMPLES = ("reward.*", "data.*", "rollout.seed", "algorithm.group_size", "algorithm.sampling_params.*")  # how they are made and judged
 TRAINING_READS = (
     "data.seed", "algorithm.sampling_params.temperature", "algorithm.sampling_params.max_new_tokens",
@@ -109,7 +108,7 @@ def refuse_useless(keys: Sequence[str], rollout: bool) -> None:
     for key in keys:
         if key in OWN:
             raise UserError(f"{key}: a replay sets it by itself, from RUN_DIR, --step and --from-start; leave it out")
-        if any(fnmatchcase(key, pattern) for pattern in NEVER):
+        if key == "data.val_data_paths":
             raise UserError(f"{key}: has no effect on a step that runs again; leave it out")
         if not rollout and key not in TRAINING_READS and any(fnmatchcase(key, pattern) for pattern in OF_SAMPLES):
             raise UserError(
