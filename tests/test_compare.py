@@ -142,12 +142,26 @@ def test_a_difference_that_should_act_later_is_still_named_when_there_is_no_othe
     assert likely(of(base, copy)) == ["actor.optim.lr"]
 
 
+def test_a_file_of_the_users_own_is_a_cause_where_its_key_acts(base: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", edited(base, tmp_path, "metrics.jsonl", at_step(1, {"train/grad_norm": 3.0}))
+    shutil.copytree(base, one, symlinks=True)
+    for folder, content in ((one, "00ff"), (other, "11ff")):
+        code = {
+            "algorithm.loss_type mine.py:loss": content,
+            "reward.own_tasks mine.py:judge": content,
+            "reward.own_parts same.py:part": "22",
+        }
+        edit_lines(folder / "environment.jsonl", lambda row: row.update(own_code=code))
+    set_config(other, "  normalize_advantages: true", "  normalize_advantages: false")
+    found = of(one, other)
+    assert likely(found) == ["algorithm.normalize_advantages", "the file of algorithm.loss_type mine.py:loss"]
+    assert "reward.own_tasks mine.py:judge" in describe(found) and "same.py" not in describe(found)
+
+
 def test_versions_weights_and_resumptions_are_causes(base: Path, tmp_path: Path) -> None:
     copy = edited(base, tmp_path, "metrics.jsonl", at_step(1, {"rollout/response_length": 3.0}))
     edit_lines(copy / "environment.jsonl", lambda row: row["packages"].update(torch="1.0"))
     assert likely(of(base, copy)) == ["version of torch"]
-    edit_lines(copy / "environment.jsonl", lambda row: row.update(own_code={"algorithm.loss_type mine.py:loss": "00ff"}))
-    assert likely(of(base, copy)) == ["own_code", "version of torch"]
     edit_lines(copy / "environment.jsonl", lambda row: row.update(weights="00ff"))
     set_config(copy, "experiment_name: base", "experiment_name: other")
     assert likely(of(base, copy)) == ["weights at the start"] and "experiment_name" not in describe(of(base, copy))

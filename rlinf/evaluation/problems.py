@@ -101,7 +101,7 @@ def _load(section: str, config: Config, tokenizer: TextTokenizer) -> ProblemSet:
     found, report = load_prompts([str(path)], data, tokenizer)
     if report.bad_records:
         sys.stderr.write(f"{name}: {report.describe()}\n")
-    check_tasks({p.task for p in found}, config.reward.own_tasks)
+    check_tasks({p.task for p in found}, config.reward.own_tasks, f"take its problems out of {path}")
     _check_template(section, protocol.template, tokenizer)
     texts = [render(p.text, protocol, tokenizer) for p in found]
     prompts = tuple(

@@ -206,9 +206,14 @@ def _config_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str, A
             continue
         if (key == "rollout.model_dir" and same_weights) or (key == "data.train_data_paths" and same_data):
             continue  # another path to the same thing
-        stage = next(stage for pattern, stage in STAGE_OF_KEY if fnmatchcase(key, pattern))
+        stage = stage_of(key)
         if stage and in_a.get(key) != in_b.get(key):
             yield key, stage, in_a.get(key), in_b.get(key)
+
+
+def stage_of(key: str) -> str:
+    """Where a key acts first; "" where it changes nothing that is computed."""
+    return next(stage for pattern, stage in STAGE_OF_KEY if fnmatchcase(key, pattern))
 
 
 def _recorded_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str, Any, Any]]:
@@ -219,6 +224,10 @@ def _recorded_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str,
             for package in sorted(x.keys() | y.keys()):
                 if x.get(package) != y.get(package):
                     yield f"version of {package}", "any", x.get(package), y.get(package)
+        elif name == "own_code" and x is not None and y is not None:
+            for own in sorted(x.keys() & y.keys()):  # where another function is named, the key differs
+                if x[own] != y[own]:
+                    yield f"the file of {own}", stage_of(own.partition(" ")[0]), x[own], y[own]
         elif x is not None and y is not None and x != y:
             yield f"{name} at the start" if name in STAGE_OF_RECORD else name, STAGE_OF_RECORD.get(name, "any"), x, y
 
