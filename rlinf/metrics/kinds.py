@@ -32,6 +32,7 @@ TEXT = Kind("a string", lambda value: isinstance(value, str))
 NUMBER = Kind("a number", _is_number)
 WHOLE = Kind("a whole number from 0", lambda value: type(value) is int and 0 <= value <= sys.maxsize)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+NUMBERS = Kind("an object of numbers", lambda value: isinstance(value, dict) and all(map(_is_number, value.values())))
 TEXTS = Kind("a list of strings", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
 PAIRS = Kind("a list of pairs of whole numbers", lambda value: isinstance(value, list) and all(map(_is_pair, value)))
 

@@ -209,6 +209,18 @@ def test_who_is_faster_than_the_page_sees_what_was_asked_for_last(tmp_path: Path
 
 
 @needs_browser
+def test_what_a_reward_was_the_sum_of_is_shown_with_its_sample(tmp_path: Path, browser: Page) -> None:
+    run = make_run(tmp_path, HEALTHY, steps=2)
+    for file in (run / "samples").glob("step_*.jsonl"):
+        rows = [json.loads(line) | {"parts": {"format": 1.0, "own/<b>": -0.5}} for line in file.open()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.open(write_report(run))
+    browser.wait("document.querySelector('#sample .text span') !== null")
+    shown = browser.run("document.querySelector('#sample .verdict').textContent")
+    assert " · of the reward: format 1, own/<b> " in shown and shown.endswith("0.5")
+
+
+@needs_browser
 def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, browser: Page) -> None:
     hostile = Behaviour(lambda *_: Answer(HOSTILE, "</script>", Status.WRONG), prompt=HOSTILE.replace("{", "{{").replace("}", "}}") + "{}")
     browser.open(write_report(make_run(tmp_path, hostile, steps=2)))

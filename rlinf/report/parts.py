@@ -126,7 +126,7 @@ def sample_header(row: dict[str, Any]) -> dict[str, Any]:
 
 def sample_text(row: dict[str, Any]) -> dict[str, Any]:
     trained = row["trained"]
-    text = {"prompt": row["prompt"], "reason": row["reason"]}
+    text = {"prompt": row["prompt"], "reason": row["reason"], "rewarded": [*row["parts"].items()]}
     if "pieces" in trained:
         return text | {name: trained[name] for name in ("pieces", "advantages", "log_ratios", "gaps")}
     return text | {"response": row["response"]}

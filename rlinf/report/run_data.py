@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.errors import UserError
-from rlinf.metrics.kinds import NUMBER, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, misfit, or_null
+from rlinf.metrics.kinds import NUMBER, NUMBERS, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, misfit, or_null
 from rlinf.metrics.logger import FILE_NAME, damaged, read_metrics, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
 from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
@@ -24,6 +24,7 @@ SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>.*)$")
 SAMPLE: dict[str, Kind] = {
     "group_id": TEXT, "sample_id": TEXT, "task": TEXT, "prompt": TEXT, "response": TEXT, "solutions": TEXTS, "reward": NUMBER,
     "status": TEXT, "route": TEXT, "extracted": or_null(TEXT), "reason": TEXT, "length": WHOLE, "finish": TEXT, "versions": PAIRS,
+    "parts": NUMBERS,
 }  # fmt: skip
 TRAINED: dict[str, Kind] = {"sample_id": TEXT} | dict.fromkeys(("advantage", "gap_max", "ratio_mean"), or_null(NUMBER))
 SHOWN: dict[str, Kind] = {"pieces": TEXTS} | dict.fromkeys(("advantages", "log_ratios", "gaps"), TEXT)  # of the samples told in full

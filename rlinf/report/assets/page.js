@@ -300,7 +300,8 @@ async function showSample(g, x) {
     h("dl", null, fact("Reward", format(x.reward)), fact("Advantage", format(x.advantage)), fact("Tokens", x.length), fact("Ended by", x.finish), fact("Weight version", versions),
       fact("Mean ratio π/π_old", format(x.ratio)), fact("Largest log-prob gap", format(x.gap)), fact("File, line", `${from}:${x.line}`, ".long")),
     h("div.verdict", null, "Extracted ", h("code", null, x.extracted === null ? "nothing" : x.extracted), " · solution ", h("code", null, g.solutions), " · decided by ", h("code", null, x.route),
-      text && text.reason ? [" · ", text.reason] : null),
+      text && text.reason ? [" · ", text.reason] : null,
+      text && text.rewarded.length ? [" · of the reward: ", text.rewarded.map(([name, value]) => `${name} ${format(value)}`).join(", ")] : null),
     ...(text ? textParts(text) : [h("p.muted", null, `The text of this sample is not in this page: line ${x.line} of ${from}.`), h("details", null, h("summary", null, "Prompt, as far as it is here"), h("div.text", null, g.prompt))]));
 }
 
