@@ -25,6 +25,7 @@ from rich.table import Table
 
 from rlinf.checks.killing import Kill, Life, newest_checkpoint, plan_kills
 from rlinf.checks.tiny_model import write_tiny_model, write_tiny_tokenizer
+from rlinf.errors import UserError
 from rlinf.metrics.logger import read_metrics
 from rlinf.runners.run_folder import read_checkpoint
 from rlinf.weights.checkpoint_part import KINDS, open_part
@@ -188,17 +189,24 @@ def compare(chain: str, run_dir: Path, reference: Path, model: Path, steps: int,
     wrong = []
     for step in range(1, steps + 1):
         wrong += compare_samples(step, *(read_samples(d, step) for d in (run_dir, reference)), texts=tolerance == 0)
-    lines, expected = read_metrics(run_dir), read_metrics(reference)
-    if [line["step"] for line in lines] != list(range(1, steps + 1)):
-        wrong.append(f"metrics.jsonl has the steps {[int(line['step']) for line in lines]}")
-    elif tolerance == 0:
-        wrong += [
-            f"{key} of step {a['step']:.0f}: {a[key]} instead of {b[key]}"
-            for a, b in zip(lines, expected)
-            for key in CURVES
-            if a[key] != b[key]
-        ]
+    wrong += compare_curves(run_dir, reference, steps, exact=tolerance == 0)
     return Ending(chain, tolerance, moved, gaps["param"], max(gaps["exp_avg"], gaps["exp_avg_sq"]), tuple(wrong))
+
+
+def compare_curves(run_dir: Path, reference: Path, steps: int, exact: bool) -> list[str]:
+    """What is wrong with the run's metrics; exact: their values must be those of the reference."""
+    try:
+        lines, expected = read_metrics(run_dir), read_metrics(reference)
+    except UserError as error:  # a step twice, or not a number
+        return [str(error)]
+    if [line["step"] for line in lines] != list(range(1, steps + 1)):
+        return [f"metrics.jsonl has the steps {[int(line['step']) for line in lines]}"]
+    return [
+        f"{key} of step {a['step']:.0f}: {a[key]} instead of {b[key]}"
+        for a, b in zip(lines, expected)
+        for key in CURVES
+        if exact and a[key] != b[key]
+    ]
 
 
 def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
