@@ -205,6 +205,19 @@ def test_the_advantage(files: Path) -> None:
     assert found.tolist() == [0.0, -10.0, 0.0]
 
 
+def test_an_advantage_with_a_second_parameter_sees_the_tokens(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def by_length(rewards_G, tokens_G):\n    return rewards_G / tokens_G\n"
+        "def scaled(rewards_G, scale=2):\n    return rewards_G * scale\n"
+    )
+    group = type("Header", (), {"rewards": [6.0, -6.0, 3.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})
+    found = [
+        advantages_of([group], AlgorithmConfig(adv_type=f"{tmp_path}/mine.py:{name}", normalize_advantages=False))[0].tolist()  # type: ignore[list-item]
+        for name in ("by_length", "scaled")
+    ]
+    assert found == [[2.0, -3.0, 0.75], [12.0, -12.0, 6.0]]
+
+
 @pytest.mark.slow
 def test_a_run_with_all_of_them(files: Path) -> None:
     own = {name: value for part in YAML for name, value in part.get("reward", {}).items()}

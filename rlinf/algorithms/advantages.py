@@ -7,6 +7,7 @@ Legend: G responses of one group, B responses of the global batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def uncompared(rewards_G: np.ndarray) -> np.ndarray:
     return rewards_G
 
 
-ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+ADVANTAGES: dict[str, Callable[..., np.ndarray]] = {
     "grpo": grpo,
     "rloo": rloo,
     "dr_grpo": centred,
@@ -60,18 +61,19 @@ def outcome_advantages(
 ) -> list[np.ndarray]:
     """One advantage for each response of each group; with `normalize`, whitened once over all response tokens of the global batch.
 
-    rewards and loss_tokens: one inner sequence a group. Raises ValueError for a reward that is not finite, and for a group of one response
-    unless adv_type looks at each response alone; UserError when a user's estimator does not give one finite number for each response.
+    rewards and loss_tokens: one inner sequence a group; an estimator with a second parameter is given its tokens too.
+    Raises ValueError for a reward that is not finite, and for a group of one response unless adv_type looks at each alone; UserError when a user's estimator does not give one finite number for each response.
     """
-    estimate = ADVANTAGES[adv_type]
-    groups = []
-    for index, group in enumerate(rewards):
+    estimate, groups = ADVANTAGES[adv_type], []
+    sees_tokens = sum(p.default is p.empty for p in signature(estimate).parameters.values()) > 1
+    for index, (group, tokens) in enumerate(zip(rewards, loss_tokens, strict=True)):
         rewards_G = np.asarray(group, dtype=np.float64)
         if len(rewards_G) < 2 and adv_type in COMPARING:
             raise ValueError(f"group {index} has {len(rewards_G)} response(s); {adv_type} compares responses and needs at least 2")
         if not np.isfinite(rewards_G).all():
             raise ValueError(f"group {index} has a reward that is not finite: {rewards_G.tolist()}")
-        advantages_G = np.asarray(estimate(rewards_G), dtype=np.float64)
+        given = (rewards_G, np.asarray(tokens, dtype=np.float64)) if sees_tokens else (rewards_G,)
+        advantages_G = np.asarray(estimate(*given), dtype=np.float64)
         if advantages_G.shape != rewards_G.shape or not np.isfinite(advantages_G).all():
             raise UserError(
                 f"algorithm.adv_type: {adv_type} made {advantages_G.tolist()} of the rewards {rewards_G.tolist()}; "
