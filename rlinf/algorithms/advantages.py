@@ -62,7 +62,8 @@ def outcome_advantages(
     """One advantage for each response of each group; with `normalize`, whitened once over all response tokens of the global batch.
 
     rewards and loss_tokens: one inner sequence a group; an estimator with a second parameter is given its tokens too.
-    Raises ValueError for a reward that is not finite, and for a group of one response unless adv_type looks at each alone; UserError when a user's estimator does not give one finite number for each response.
+    Raises ValueError for a reward that is not finite, and for a group of one response unless adv_type looks at each alone;
+    UserError when a user's estimator does not give one finite number for each response.
     """
     estimate, groups = ADVANTAGES[adv_type], []
     sees_tokens = sum(p.default is p.empty for p in signature(estimate).parameters.values()) > 1
