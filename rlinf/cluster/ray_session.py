@@ -10,7 +10,11 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -57,7 +61,8 @@ class RaySession:
         self.set_environment({RUN_ID: self.run_id} | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} if token else {}))
         self.prepare(on_loopback=False)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with own_signals():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ray.exceptions.RayError) as error:
             raise UserError(
                 f"cannot join the Ray cluster at {address}: {error}\nIs it up (ray_utils/check_ray.sh)? "
@@ -77,18 +82,19 @@ class RaySession:
         # Not started: the autoscaler's process, and the one that sends logs to drivers. Each costs a CPU second and nothing here needs it.
         parameter.RayParams = partial(RAY_PARAMS, no_monitor=True, include_log_monitor=False)
         try:
-            ray.init(
-                address="local",
-                num_cpus=None if cuda else slots,
-                num_gpus=None if cuda else 0,
-                include_dashboard=False,
-                object_store_memory=store,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self.folder),
-                _system_config={"enable_metrics_collection": False},
-            )
+            with own_signals():
+                ray.init(
+                    address="local",
+                    num_cpus=None if cuda else slots,
+                    num_gpus=None if cuda else 0,
+                    include_dashboard=False,
+                    object_store_memory=store,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(self.folder),
+                    _system_config={"enable_metrics_collection": False},
+                )
         except ValueError as error:
             if "object store" not in str(error):
                 raise
@@ -128,3 +134,14 @@ class RaySession:
         for name, value in self.saved.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         self.saved = {}
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """A handler of SIGTERM that the program has stays: Ray's own would end Ray's processes under a run that is about to end in order."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():  # another thread sets none, nor does Ray there
+            signal.signal(signal.SIGTERM, before)

@@ -33,3 +33,29 @@ def test_an_object_store_that_does_not_fit_is_one_message_and_nothing_is_left(tm
     assert done.returncode == 0, done.stderr
     assert "object store of 931322.6 GiB" in done.stdout and "--shm-size=256g" in done.stdout and "RLINF_OBJECT_STORE_BYTES" in done.stdout
     assert marked(run_id) == [] and left == []
+
+
+TERMINATED = """
+import os, signal, sys, time
+from pathlib import Path
+from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.processes import terminate_as_interrupt
+from rlinf.config.schema import ClusterConfig
+
+terminate_as_interrupt()
+cluster = Cluster.connect(ClusterConfig(num_gpus_per_node=1, device="cpu"), sys.argv[1], Path(sys.argv[2]) / "logs")
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("nodes:", len(cluster.inventory()), cluster.failure.error)
+    cluster.close()
+"""
+
+
+def test_a_handler_of_sigterm_that_was_there_before_ray_stays(tmp_path: Path) -> None:
+    run_id = new_run_id()
+    env = os.environ | {"RLINF_RAY_STATE": str(tmp_path / "none"), "RAY_ADDRESS": "", "RLINF_OBJECT_STORE_BYTES": str(200 * 2**20)}
+    done = subprocess.run([sys.executable, "-c", TERMINATED, run_id, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "nodes: 1 None\n", done.stderr
+    assert marked(run_id) == []

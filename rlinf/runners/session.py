@@ -65,8 +65,8 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
         say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
         for change in changed_settings(folder.path, settings):
             say(f"  {change}")
-        cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
         terminate_as_interrupt()
+        cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
         ends.callback(cluster.close)
         ends.callback(logger.close)
         session = Session(resolved, folder, logger, cluster, run_id)
