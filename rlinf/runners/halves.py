@@ -54,8 +54,8 @@ class RolloutOnly(Half):
         await asyncio.gather(self.rollout.ready(), self.reward.ready())
 
     async def train_step(self) -> dict[str, float]:
-        met = Counter[str]()
-        orders = lambda indices: training_orders(self.config, self.folder, self.prompts, self.step, indices, met)
+        taken = Counter[str]()
+        orders = lambda indices: training_orders(self.config, self.folder, self.prompts, self.step, indices, taken)
         await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):
             batch = await next_groups(self.sampler, self.config.algorithm, lambda indices: self.rollouts.all(orders(indices)))

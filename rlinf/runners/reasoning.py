@@ -18,7 +18,7 @@ from rlinf.rollout.contract import Stop
 from rlinf.runners.learner import Learner
 from rlinf.runners.rollouts import Order, Rollouts
 from rlinf.runners.run_folder import GROUPS_AHEAD, RunFolder
-from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
+from rlinf.runners.schedules import GroupsOnDisk, Logical, Schedule, Wallclock
 from rlinf.runners.selection import training_orders
 from rlinf.runners.shared_devices import SharedDevices
 from rlinf.runners.training_loop import TrainingLoop
@@ -45,7 +45,7 @@ class ReasoningRunner(TrainingLoop):
         self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
-            config, sampler, self.rollouts, Shelf(reward, folder.samples), self.orders, self.total_steps
+            config, sampler, self.rollouts, GroupsOnDisk(reward, folder.samples), self.orders, self.total_steps
         )
         self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
@@ -80,8 +80,8 @@ class ReasoningRunner(TrainingLoop):
         self.memory = learned.memory | {"rollout": self.rollouts.memory}
         return metrics
 
-    def orders(self, step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
-        return training_orders(self.config, self.folder, self.prompts, step, indices, met)
+    def orders(self, step: int, indices: Sequence[int], taken: Counter[str]) -> list[Order]:
+        return training_orders(self.config, self.folder, self.prompts, step, indices, taken)
 
     async def publish_weights(self) -> Synced:
         with self.phase("sync_weights", "weight sync"):

@@ -22,7 +22,7 @@ from rlinf.runners.rollouts import Order, Rollouts, Scored, mean_length
 from rlinf.runners.selection import StepBatch, next_groups, no_signal
 from rlinf.scheduling.staleness import Ledger, LengthBias
 
-Orders = Callable[[int, Sequence[int], Counter[str]], list[Order]]  # (step, prompts, how often the step has met each) -> what is wanted
+Orders = Callable[[int, Sequence[int], Counter[str]], list[Order]]  # (step, prompts, how often the step has taken each) -> what is wanted
 
 
 class Schedule(Protocol):
@@ -54,7 +54,7 @@ class Schedule(Protocol):
         ...
 
 
-class Shelf:
+class GroupsOnDisk:
     """Groups that wait in a checkpoint, a file each; reward workers write and read them. samples: the file for those of a step."""
 
     def __init__(self, reward: WorkerGroup, samples: Callable[[int], Path]) -> None:
@@ -81,9 +81,11 @@ class Logical:
     things happen to be done has no say in what is done.
     """
 
-    def __init__(self, config: Config, sampler: PromptSampler, rollouts: Rollouts, shelf: Shelf, orders: Orders, total_steps: int) -> None:
+    def __init__(
+        self, config: Config, sampler: PromptSampler, rollouts: Rollouts, on_disk: GroupsOnDisk, orders: Orders, total_steps: int
+    ) -> None:
         self.algorithm, self.max_epochs = config.algorithm, config.runner.max_epochs
-        self.sampler, self.rollouts, self.shelf, self.orders, self.total_steps = sampler, rollouts, shelf, orders, total_steps
+        self.sampler, self.rollouts, self.on_disk, self.orders, self.total_steps = sampler, rollouts, on_disk, orders, total_steps
         self.batches: deque[asyncio.Future[StepBatch | None]] = deque()  # of the steps to come; None: the data were used up
         self.begun = 0  # the last step whose batch is begun
 
@@ -106,8 +108,8 @@ class Logical:
             await before
             if self.sampler.exhausted(self.max_epochs):
                 return None
-        met = Counter[str]()
-        return await next_groups(self.sampler, self.algorithm, lambda indices: self.rollouts.all(self.orders(step, indices, met)))
+        taken = Counter[str]()
+        return await next_groups(self.sampler, self.algorithm, lambda indices: self.rollouts.all(self.orders(step, indices, taken)))
 
     async def before_training(self) -> None: ...
 
@@ -119,7 +121,7 @@ class Logical:
         waiting = []
         for batch in (b for future in self.batches if (b := future.result())):
             names = {header.group_id: f"{len(waiting):02d}-{i:05d}" for i, (header, _) in enumerate(batch.scored)}
-            await asyncio.gather(*(self.shelf.put(folder, names[h.group_id], ref, h.verdicts) for h, ref in batch.scored))
+            await asyncio.gather(*(self.on_disk.put(folder, names[h.group_id], ref, h.verdicts) for h, ref in batch.scored))
             generated = [names.get(h.group_id) or header_to_json(h) for h in batch.generated]
             waiting.append({"scored": list(names.values()), "generated": generated, "metrics": batch.metrics})
         return {"begun": self.begun, "waiting": waiting}
@@ -128,7 +130,7 @@ class Logical:
         waiting = state.get("waiting", [])
         self.begun = step + len(waiting)
         for at, kept in enumerate(waiting, step + 1):
-            scored = dict(zip(kept["scored"], await asyncio.gather(*(self.shelf.get(folder, name, at) for name in kept["scored"]))))
+            scored = dict(zip(kept["scored"], await asyncio.gather(*(self.on_disk.get(folder, name, at) for name in kept["scored"]))))
             generated = [scored[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
             ready: asyncio.Future[StepBatch | None] = asyncio.get_running_loop().create_future()
             ready.set_result(StepBatch(list(scored.values()), generated, kept["metrics"]))
@@ -142,14 +144,16 @@ class Wallclock:
     still while the actor trains, as they must on shared devices, and groups that are not done are carried over with their tokens.
     """
 
-    def __init__(self, config: Config, sampler: PromptSampler, rollouts: Rollouts, shelf: Shelf, orders: Orders, total_steps: int) -> None:
+    def __init__(
+        self, config: Config, sampler: PromptSampler, rollouts: Rollouts, on_disk: GroupsOnDisk, orders: Orders, total_steps: int
+    ) -> None:
         self.algorithm, self.rollout, self.max_epochs = config.algorithm, config.rollout, config.runner.max_epochs
-        self.sampler, self.rollouts, self.shelf, self.orders, self.total_steps = sampler, rollouts, shelf, orders, total_steps
+        self.sampler, self.rollouts, self.on_disk, self.orders, self.total_steps = sampler, rollouts, on_disk, orders, total_steps
         self.ledger, self.bias = Ledger(sampler.batch_size, config.algorithm.max_staleness), LengthBias()
         self.wanted: dict[str, tuple[int, int]] = {}  # group on its way -> (prompt, the step that it was begun for)
         self.tasks: dict[str, asyncio.Task[Scored]] = {}
         self.done: dict[str, Scored] = {}
-        self.met: tuple[int, Counter[str]] = 0, Counter()
+        self.taken: tuple[int, Counter[str]] = 0, Counter()  # (step, how often it has taken each prompt)
         self.dropped: list[GroupHeader] = []  # groups that teach nothing, since the last batch
         self.begun = 0
 
@@ -195,8 +199,8 @@ class Wallclock:
         room = min(room, max(self.left, size - len(self.ledger.groups)))
         for prompt in self.sampler.next_batch(max(0, room)):
             step = self.begun // size + 1
-            self.met = self.met if self.met[0] == step else (step, Counter())
-            (order,) = self.orders(step, [prompt], self.met[1])
+            self.taken = self.taken if self.taken[0] == step else (step, Counter())
+            (order,) = self.orders(step, [prompt], self.taken[1])
             self.begun += 1
             self.wanted[order.name] = prompt, step
             self.ledger.begin(order.name, version)
@@ -241,13 +245,13 @@ class Wallclock:
         held |= {name: (tokens, header.verdicts) for name, (header, tokens) in self.done.items()}
         files = {name: f"{i:05d}" for i, name in enumerate(n for n in self.wanted if n in held)}
         for name, file in files.items():
-            await self.shelf.put(folder, file, *held[name])
+            await self.on_disk.put(folder, file, *held[name])
         return {
             "ledger": self.ledger.state(),
             "wanted": [[name, prompt, step] for name, (prompt, step) in self.wanted.items()],
             "files": files,
             "begun": self.begun,
-            "met": [self.met[0], dict(self.met[1])],
+            "met": [self.taken[0], dict(self.taken[1])],
         }
 
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
@@ -257,10 +261,10 @@ class Wallclock:
             return
         self.ledger.restore(state["ledger"])
         self.wanted = {name: (prompt, step) for name, prompt, step in state["wanted"]}
-        self.begun, self.met = state["begun"], (state["met"][0], Counter(state["met"][1]))
+        self.begun, self.taken = state["begun"], (state["met"][0], Counter(state["met"][1]))
         for name, file in state["files"].items():
             done = self.ledger.groups[name].done
-            header, tokens = await self.shelf.get(folder, file, self.wanted[name][1] if done else None)
+            header, tokens = await self.on_disk.get(folder, file, self.wanted[name][1] if done else None)
             if done:
                 self.done[name] = header, tokens
             else:

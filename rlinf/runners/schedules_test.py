@@ -19,7 +19,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.rollout.contract import SamplingParams, Stop
 from rlinf.runners.rollouts import Order, Rollouts
-from rlinf.runners.schedules import Logical, Schedule, Shelf, Wallclock
+from rlinf.runners.schedules import GroupsOnDisk, Logical, Schedule, Wallclock
 from rlinf.runners.selection import name_groups
 from rlinf.runners.validation import validation_orders
 from rlinf.scheduling.staleness import staleness
@@ -60,12 +60,12 @@ def make(
     rollouts = Rollouts(config, engines, judges, Stop())
     sampler = PromptSampler(prompts, groups, True, seed)
 
-    def orders(step: int, indices: Sequence[int], met: Counter[str]) -> list[Order]:
+    def orders(step: int, indices: Sequence[int], taken: Counter[str]) -> list[Order]:
         prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
-        return [Order(name, p, SAMPLES, SamplingParams(), samples(step)) for name, p in zip(name_groups(step, prompts, met), prompts)]
+        return [Order(name, p, SAMPLES, SamplingParams(), samples(step)) for name, p in zip(name_groups(step, prompts, taken), prompts)]
 
     kind = {"logical": Logical, "wallclock": Wallclock}[config.algorithm.schedule]
-    return kind(config, sampler, rollouts, Shelf(judges, samples), orders, steps), engines, rollouts, judges
+    return kind(config, sampler, rollouts, GroupsOnDisk(judges, samples), orders, steps), engines, rollouts, judges
 
 
 def samples(step: int) -> str:

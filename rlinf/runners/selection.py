@@ -68,9 +68,9 @@ def no_signal(algorithm: AlgorithmConfig, size: int, wanted: int, kept: int, gen
 
 
 def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> list[str]:
-    """`step.prompt`. A prompt that a step meets again, behind the end of an epoch, gets another name, and with it other noise and payload.
+    """`step.prompt`. A prompt that a step takes again, behind the end of an epoch, gets another name, and with it other noise and payload.
 
-    taken: how often the step has met each prompt; updated.
+    taken: how often the step has taken each prompt; updated.
     """
     names = []
     for prompt in prompts:
@@ -81,12 +81,12 @@ def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> li
 
 
 def training_orders(
-    config: Config, folder: RunFolder, prompts: Sequence[Prompt], step: int, indices: Sequence[int], met: Counter[str]
+    config: Config, folder: RunFolder, prompts: Sequence[Prompt], step: int, indices: Sequence[int], taken: Counter[str]
 ) -> list[Order]:
-    """What is asked of the engines for these training prompts; met: how often the step has met each of them."""
+    """What is asked of the engines for these training prompts; taken: how often the step has taken each of them."""
     a, chosen = config.algorithm, [prompts[i] for i in indices]
     dump = str(folder.samples(step))
-    return [Order(name, prompt, a.group_size, sampling_of(a), dump) for name, prompt in zip(name_groups(step, chosen, met), chosen)]
+    return [Order(name, prompt, a.group_size, sampling_of(a), dump) for name, prompt in zip(name_groups(step, chosen, taken), chosen)]
 
 
 def counted_tokens(header: GroupHeader, algorithm: AlgorithmConfig) -> list[int]:

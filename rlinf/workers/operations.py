@@ -15,7 +15,7 @@ def work_of(packs: Iterable[PackedBatch]) -> Work:
 
 
 def rank_flops(
-    engine: MegatronEngine, model: ActorModelConfig, looked_at: Mapping[str, Work], trained: Mapping[str, Work]
+    engine: MegatronEngine, model: ActorModelConfig, forward_only: Mapping[str, Work], trained: Mapping[str, Work]
 ) -> dict[str, float]:
     """Operations of one rank, an even part of those of its model copy, by the timer of the part of the step.
 
@@ -28,5 +28,5 @@ def rank_flops(
         return forward_flops(engine.arch, work if engine.model.head == "lm" else Work(work.rows, 0, work.pairs)) / copy
 
     again = sum(recomputed_flops(engine.arch, model, work) for work in trained.values()) / copy
-    found = {part: pass_over(work) for part, work in looked_at.items()} | {part: 3 * pass_over(work) for part, work in trained.items()}
+    found = {part: pass_over(work) for part, work in forward_only.items()} | {part: 3 * pass_over(work) for part, work in trained.items()}
     return found | {"again": again}

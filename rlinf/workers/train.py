@@ -59,7 +59,7 @@ class TrainWorker(Checkpointed):
         self.temperature = config.algorithm.sampling_params.temperature
         self.offloader = Offloader(self.engine, config.actor)
         self.publisher = Publisher(self.engine, address.run_id, weights_folder(config))
-        self.looked_at = Work()  # passes of this step without a gradient
+        self.forward_only = Work()  # passes of this step without a gradient
         self.feeds_nobody = False  # then nothing comes between its training and the engines' turn
 
     # ---- one step -------------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class TrainWorker(Checkpointed):
     ) -> tuple[TrainReport, TokenNumbers]:
         started = time.perf_counter()
         self.offloader.before_use()
-        self.looked_at = Work()
+        self.forward_only = Work()
         minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
         if self.config.algorithm.interpolates_proximal:
             ages = {s.sample_id: step - s.token_versions for g in groups for s in g.samples}
@@ -122,7 +122,7 @@ class TrainWorker(Checkpointed):
         return self._report(step_metrics(updates), timers, work_of(b for packs in minibatches for b in packs)), targets
 
     def _report(self, metrics: dict[str, float], timers: dict[str, float], trained: Work) -> TrainReport:
-        work = {"recompute_logprobs": self.looked_at}, {"forward_backward": trained}
+        work = {"recompute_logprobs": self.forward_only}, {"forward_backward": trained}
         flops = rank_flops(self.engine, self.config.actor.model, *work)
         return TrainReport(metrics, timers, peak_memory(self.device), self.checkpoint_written, flops, peak_flops(self.device))
 
@@ -177,7 +177,7 @@ class TrainWorker(Checkpointed):
         return merged([by_sample(b, targets) for b, targets in zip(packs, value_targets(tokens, self.on_tokens))])
 
     def _logprobs(self, packs: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
-        self.looked_at += work_of(packs)
+        self.forward_only += work_of(packs)
         return [logprobs for logprobs, _ in self.engine.logprobs(packs)] or None
 
     # ---- weights --------------------------------------------------------------------------------------------------------------
