@@ -5,7 +5,7 @@ A key that nothing reads is a defect; a default that is not here is a defect too
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -393,6 +393,10 @@ class RewardConfig:
     overlong_buffer: int = key(0, "tokens before max_new_tokens in which a length penalty grows linearly (DAPO soft overlong); 0 = off")
     overlong_penalty: float = key(1.0, "length penalty of a response of max_new_tokens, with overlong_buffer > 0")
     exploration_penalty: float = key(0.0, "c: subtract min(1, c / response tokens), which vanishes for long responses (RLSP); 0 = off")
+
+    def of_verdicts(self) -> RewardConfig:
+        """The same without what is paid beside right and wrong."""
+        return replace(self, own_parts={}, format_reward=0.0, four_levels=False, overlong_buffer=0, exploration_penalty=0.0)
 
 
 @dataclass

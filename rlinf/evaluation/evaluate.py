@@ -95,7 +95,7 @@ def worker_config(config: Config, model: Model, context: int, max_tokens: int) -
         runner=replace(config.runner, seq_length=context, output_dir=out, experiment_name=model.name),
         algorithm=replace(config.algorithm, sampling_params=sampling),
         rollout=replace(config.rollout, model_dir=str(model.path)),
-        reward=replace(config.reward, format_reward=0.0, four_levels=False, overlong_buffer=0, exploration_penalty=0.0),
+        reward=config.reward.of_verdicts(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,23 @@ def test_parts_of_the_users_own_are_added_and_come_back_from_disk(model: Path, t
     assert kept == verdicts == journalled.verdicts
     rows = [json.loads(line) for line in (tmp_path / "step_000001.jsonl").open()]
     assert [row["parts"]["own/half"] for row in rows] == [0.5, 0.0] and rows[1]["reason"] == verdicts[1].reason
+
+
+def test_an_evaluation_pays_right_and_wrong_alone(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def one(r):\n    return 1\n")
+    config = Config()
+    config.rollout.model_dir = str(model)
+    paid = replace(
+        config.reward, own_parts={"one": f"{tmp_path}/mine.py:one"}, format_reward=1.0, overlong_buffer=9, exploration_penalty=1.0
+    )
+    judged = group(model, "Q", ["\\boxed{3}"], ("3",))
+    found = []
+    for config.reward in (paid, paid.of_verdicts(), replace(config.reward, four_levels=True).of_verdicts()):
+        judge = RewardWorker(ADDRESS, config)
+        found += asyncio.run(judge.judge(judged))
+        judge.close()
+    assert [name for name, _ in found[0].parts] == ["format", "overlong", "exploration", "own/one"]
+    assert [v.reward for v in found[1:]] == [5.0, 5.0] and [v.parts for v in found[1:]] == [(), ()]
 
 
 def test_a_group_from_a_checkpoint_is_written_down_as_when_it_was_judged(model: Path, tmp_path: Path) -> None:
