@@ -45,8 +45,10 @@ def test_logical_runs_are_equal_to_the_bit_also_after_a_resumption(tmp_path: Pat
     assert [m["rollout/staleness_max"] for m in lines(tmp_path, "whole")] == [0, 1, 2, 2, 2]
     waiting = tmp_path / "logs/whole/checkpoints/step_000002/waiting"
     assert len(list(waiting.iterdir())) == 2 * 4
-    again = run(write_run(tmp_path, "again", algorithm__max_staleness=2, runner__resume_dir=str(waiting.parent), **AHEAD))
+    others = {"runner__resume_dir": str(waiting.parent), "runner__phase_timeout": 777}
+    again = run(write_run(tmp_path, "again", algorithm__max_staleness=2, **others, **AHEAD))
     assert again.returncode == 0, again.stderr[-4000:]
+    assert [line for line in again.stderr.splitlines() if ", now " in line] == ["  runner.phase_timeout: 0, now 777"]
     first, second = ({m["step"]: m for m in lines(tmp_path, name)} for name in ("whole", "again"))
     for step in (3, 4, 5):
         assert all(first[step][k] == second[step][k] for k in first[step] if k.startswith(("train/", "rollout/")) and "tokens_per" not in k)

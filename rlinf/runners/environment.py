@@ -23,6 +23,7 @@ from rlinf.scheduling.placement import Node
 from rlinf.weights.checksum import STRIDE, weights_checksum
 
 FILE_NAME = "environment.jsonl"
+WHERE = ("runner.resume_dir", "runner.output_dir", "runner.experiment_name")  # not what a run does
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "sglang", "transformer-engine", "math-verify", "numpy", "rlinf")
 
 
@@ -67,11 +68,11 @@ def record_environment(
 
 
 def changed_settings(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
-    """`key: before, now after` for every setting that the run's last start had otherwise; none in a new folder."""
+    """`key: before, now after` for every setting that the last start in this folder had otherwise; none in a new one."""
     starts = whole_rows(run_dir / FILE_NAME) if (run_dir / FILE_NAME).is_file() else []
     before = starts[-1].get("settings", {}) if starts else {}
     now = json.loads(json.dumps(settings))
-    found = [key for key in now if key in before and before[key] != now[key] and key != "runner.resume_dir"]
+    found = [key for key in now if key in before and before[key] != now[key] and key not in WHERE]
     return [f"{key}: {json.dumps(before[key])}, now {json.dumps(now[key])}" for key in found]
 
 

@@ -63,7 +63,8 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
         logger = MetricLogger(folder.path, runner.logger.logger_backends, folder.resume_step, runner.logger.project_name, settings)
         run_id = new_run_id()
         say(f"run {run_id} in {folder.path}" + (f", goes on after step {folder.resume.step}" if folder.resume else ""))
-        for change in changed_settings(folder.path, settings):
+        source = folder.resume.step_dir.parent.parent if folder.resume else folder.path  # another run's, where this one is a branch of it
+        for change in changed_settings(source, settings):
             say(f"  {change}")
         terminate_as_interrupt()
         cluster = Cluster.connect(config.cluster, run_id, folder.path / "workers")
