@@ -23,6 +23,8 @@ from rlinf.evaluation.statistics import bootstrap_means, paired_p_value
 from rlinf.metrics.summary import Interval, paired_gain, percent
 from rlinf.rewards.tasks import name_of
 
+CUT = [finish.value for finish in Finish if finish.cut_off]
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -79,7 +81,7 @@ def read_tally(samples: Path, problems: Sequence[str], n: int) -> Tally:
         right=array(lambda row: row["status"] == Status.RIGHT.value),
         no_box=array(lambda row: row["extracted"] is None),
         undecided=array(lambda row: row["status"] == Status.UNDECIDED.value),
-        truncated=array(lambda row: Finish(row["finish"]).cut_off),
+        truncated=array(lambda row: row["finish"] in CUT),
         tokens=array(lambda row: row["length"]),
         votes=tuple(tuple(_vote(row) for row in of_problem) for of_problem in full),
     )
