@@ -1,10 +1,12 @@
 """The package. Pins live in requirements/; `bash toolkits/setup/venv.sh` makes an environment with the right build of torch."""
 
+import copy
 import platform
 import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
@@ -32,12 +34,26 @@ kernels = [
         [f"rlinf/cpu/{source.name}" for source in SOURCES if source.suffix == ".c" and (source.stem != "tiles" or name == "amx")],
         depends=[str(source) for source in SOURCES],
         define_macros=[("RLINF_SOURCE", f"{NUMBER}u")],
-        extra_compile_args=["-O3", "-ffp-contract=fast", *flags],
+        extra_compile_args=["-O3", "-g0", "-ffp-contract=fast", *flags],
         optional=True,
     )
     for name, flags in INSTRUCTIONS.items()
     if platform.system() == "Linux" and platform.machine() == "x86_64"
 ]
+
+
+class BuildSideBySide(build_ext):
+    """As many kernels at a time as there are cores; one after the other they take a minute."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = True
+
+    def build_extension(self, extension: Extension) -> None:
+        own = copy.copy(self)  # the same sources in every one: their objects need folders of their own
+        own.build_temp = f"{self.build_temp}/{extension.name}"
+        super(BuildSideBySide, own).build_extension(extension)
+
 
 setup(
     name="rlinf",
@@ -46,6 +62,7 @@ setup(
     packages=find_packages(include=["rlinf", "rlinf.*"]),
     package_data={"rlinf": ["**/*.html", "**/*.css", "**/*.js"]},
     ext_modules=kernels,
+    cmdclass={"build_ext": BuildSideBySide},
     python_requires=">=3.10",
     install_requires=requirements("base"),
     extras_require={name: requirements(name) for name in ("cpu", "gpu", "rg", "docs", "dev")},

@@ -45,7 +45,11 @@ ready() { # the stamp names the pins; an environment with the dev set serves bot
 }
 
 locked=()
-pip_install() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -qq ${locked[@]+"${locked[@]}"} "$@"; }
+compiled=() # on a laptop byte code is made where it is needed, which is a tenth of it; the nodes of a cluster may not write to the checkout
+if [[ "$device" == cpu ]]; then compiled=(--no-compile); fi
+pip_install() {
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -qq ${compiled[@]+"${compiled[@]}"} ${locked[@]+"${locked[@]}"} "$@"
+}
 
 lock_versions() { # the lock is of one Python and one platform
   if [[ "$device $(uname -sm)" != "gpu Linux x86_64" ]]; then return; fi
