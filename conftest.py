@@ -14,7 +14,7 @@ settings.load_profile("any machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--begin-until", type=float, help="tests whose turn comes after this moment (seconds since 1970) are skipped")
+    parser.addoption("--begin-until", type=float, help="slow tests whose turn comes after this moment (seconds since 1970) are skipped")
     parser.addoption("--order", help="a word that shuffles the files: who has no time for all of them sees others under another word")
 
 
@@ -41,5 +41,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     until = item.config.getoption("begin_until")
-    if until is not None and time.time() > until:
+    if until is not None and time.time() > until and item.get_closest_marker("slow"):
         pytest.skip("its turn did not come in the time that was given (--begin-until)")

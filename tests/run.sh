@@ -2,7 +2,7 @@
 # The tests, set-up included: run.sh [--full] [pytest arguments]
 # Without --full: the fast tier (not marked slow or gpu), as many files at a time as there are cores, four at most. With it: then the slow
 # tier, too, one test after the other, since most of them are runs of many processes with limits of time; tests that need a GPU skip
-# themselves, with a reason; all others run as on a machine without one. --begin-until EPOCH skips what would begin later.
+# themselves, with a reason; all others run as on a machine without one. --begin-until EPOCH skips slow ones that would begin later.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
