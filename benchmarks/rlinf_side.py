@@ -18,6 +18,7 @@ import rlinf.runners.launch as launch
 from rlinf.cli import main
 from rlinf.rollout.contract import Stop
 from rlinf.runners.reasoning import ReasoningRunner
+from rlinf.runners.training_loop import StepResult
 
 ANSWERS = os.fdopen(os.dup(1), "w")
 
@@ -32,15 +33,15 @@ class GatedRunner(ReasoningRunner):
         await super().begin()
         say(ready=True)
 
-    async def train_step(self) -> dict[str, float]:
+    async def take_step(self) -> StepResult:
         if not await asyncio.to_thread(sys.stdin.readline):
             sys.exit("the other side has gone")
         started = time.perf_counter()
-        metrics = await super().train_step()
+        result = await super().take_step()
         seconds = time.perf_counter() - started
         samples = self.config.data.rollout_batch_size * self.config.algorithm.group_size
-        mean, longest = metrics["rollout/response_length"], metrics["rollout/response_length_max"]
-        prompt = metrics["rollout/total_tokens"] / samples - mean
+        mean, longest = result.metrics["rollout/response_length"], result.metrics["rollout/response_length_max"]
+        prompt = result.metrics["rollout/total_tokens"] / samples - mean
         say(
             seconds=seconds,
             prompt_tokens=[prompt],
@@ -48,7 +49,7 @@ class GatedRunner(ReasoningRunner):
             samples=samples,
             phases=dict(self.timers.seconds),
         )
-        return metrics
+        return result
 
 
 if __name__ == "__main__":

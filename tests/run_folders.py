@@ -18,8 +18,8 @@ from rlinf.data.token_values import TokenValues, plan_dump
 from rlinf.metrics.logger import MetricLogger
 from rlinf.runners.environment import record_environment
 from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.step_metrics import advantage_metrics, rollout_metrics
 from rlinf.scheduling.placement import Node
-from rlinf.scheduling.rollout_metrics import rollout_metrics
 from rlinf.workers.reward import dump
 
 TASKS = ("math", "counting")
@@ -123,7 +123,8 @@ def make_run(
         }
         logger.log(
             step,
-            rollout_metrics(headers, advantages)
+            rollout_metrics(headers)
+            | advantage_metrics(advantages, run.config)
             | train
             | times
             | {"perf/tokens_per_second": rng.uniform(500, 600), "perf/actor_memory_gib": 4.0},

@@ -22,7 +22,7 @@ from rlinf.errors import UserError
 from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.tasks import check_tasks
 from rlinf.rewards.verifier import Verifier
-from rlinf.runners.selection import advantages_of
+from rlinf.runners.selection import group_advantages
 from rlinf.workers.train import objective_settings
 from tests.test_tiny_run import lines, run, write_run
 
@@ -195,13 +195,13 @@ def test_an_advantage_that_is_not_one_finite_number_a_response_is_refused(tmp_pa
     group = type("Header", (), {"rewards": [5.0, 5.0, 5.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})
     expected = r"odd\.py:estimate made .* of the rewards \[5\.0, 5\.0, 5\.0\]; it must return one finite number for each"
     with pytest.raises(UserError, match=expected):
-        advantages_of([group], AlgorithmConfig(adv_type=f"{tmp_path}/odd.py:estimate"))  # type: ignore[list-item]
+        group_advantages([group], AlgorithmConfig(adv_type=f"{tmp_path}/odd.py:estimate"))  # type: ignore[list-item]
 
 
 def test_the_advantage(files: Path) -> None:
     config = resolved(files, "algorithm.normalize_advantages=false")
     group = type("Header", (), {"rewards": [5.0, -5.0, 5.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})
-    (found,) = advantages_of([group], config.algorithm)  # type: ignore[list-item]
+    (found,) = group_advantages([group], config.algorithm)  # type: ignore[list-item]
     assert found.tolist() == [0.0, -10.0, 0.0]
 
 
@@ -212,7 +212,7 @@ def test_an_advantage_with_a_second_parameter_sees_the_tokens(tmp_path: Path) ->
     )
     group = type("Header", (), {"rewards": [6.0, -6.0, 3.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})
     found = [
-        advantages_of([group], AlgorithmConfig(adv_type=f"{tmp_path}/mine.py:{name}", normalize_advantages=False))[0].tolist()  # type: ignore[list-item]
+        group_advantages([group], AlgorithmConfig(adv_type=f"{tmp_path}/mine.py:{name}", normalize_advantages=False))[0].tolist()  # type: ignore[list-item]
         for name in ("by_length", "scaled")
     ]
     assert found == [[2.0, -3.0, 0.75], [12.0, -12.0, 6.0]]

@@ -16,12 +16,12 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
 from rlinf.runners.learner import Learner
 from rlinf.runners.recorded import RecordedSteps
-from rlinf.runners.rollouts import Rollouts
+from rlinf.runners.requests import training_requests
+from rlinf.runners.rollouts import Rollouts, Scored
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.selection import advantages_of, known_advantages, next_groups, training_orders
-from rlinf.runners.training_loop import TrainingLoop
-from rlinf.scheduling.rollout_metrics import rollout_metrics
-from rlinf.scheduling.staleness import staleness
+from rlinf.runners.selection import group_advantages, next_groups
+from rlinf.runners.step_metrics import advantage_metrics, rollout_metrics, staleness_metrics
+from rlinf.runners.training_loop import StepResult, TrainingLoop
 
 
 class Half(TrainingLoop):
@@ -53,21 +53,23 @@ class RolloutOnly(Half):
     async def ready(self) -> None:
         await asyncio.gather(self.rollout.ready(), self.reward.ready())
 
-    async def train_step(self) -> dict[str, float]:
-        taken = Counter[str]()
-        orders = lambda indices: training_orders(self.config, self.folder, self.prompts, self.step, indices, taken)
+    async def take_step(self) -> StepResult:
+        algorithm, dump, taken = self.config.algorithm, str(self.folder.samples(self.step)), Counter[str]()
+
+        async def generate(indices: Sequence[int]) -> list[Scored]:
+            prompts = [self.prompts[i] for i in indices]
+            return await self.rollouts.all(training_requests(algorithm, self.step, prompts, taken, dump))
+
         await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):
-            batch = await next_groups(self.sampler, self.config.algorithm, lambda indices: self.rollouts.all(orders(indices)))
+            batch = await next_groups(self.sampler, algorithm, generate)
         await self.rollouts.end_trace()
         headers = [header for header, _ in batch.scored]
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
-        advantages = known_advantages(advantages_of(headers, self.config.algorithm), self.config)
-        metrics = rollout_metrics(batch.generated, advantages) | batch.metrics
-        metrics |= self.rollouts.measure(batch.generated, await self.rollouts.engines.ask_all("stats"))
-        self.engine_stats, self.step_tokens = self.rollouts.stats, int(metrics["rollout/total_tokens"])
-        self.memory = {"rollout": self.rollouts.memory}
-        return metrics
+        stats = await self.rollouts.engines.ask_all("stats")
+        metrics = rollout_metrics(batch.generated) | advantage_metrics(group_advantages(headers, algorithm), self.config) | batch.metrics
+        metrics |= self.rollouts.metrics(batch.generated, stats)
+        return StepResult(metrics, int(metrics["rollout/total_tokens"]), {"rollout": [s.memory_bytes for s in stats]}, stats)
 
     @property
     def finished(self) -> bool:
@@ -82,25 +84,25 @@ class TrainOnly(Half):
         first: int, critic: WorkerGroup | None = None, token_reward: WorkerGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config, folder, cluster, steps, [actor] if critic is None else [actor, critic])
-        self.reader, self.steps, self.first = reader, steps, first
+        self.reader, self.steps, self.first, self.token_reward = reader, steps, first, token_reward
         self.learner = Learner(config, actor, critic, token_reward)
 
     async def ready(self) -> None:
         await asyncio.gather(self.reader.ready(), *(group.ready() for group in self.saving.groups))
-        if self.learner.token_reward is not None:
-            await self.learner.token_reward.ready()
+        if self.token_reward is not None:
+            await self.token_reward.ready()
 
     async def begin(self) -> None:
         self.step = self.first - 1
 
-    async def train_step(self) -> dict[str, float]:
+    async def take_step(self) -> StepResult:
         with self.phase("journal"):
             batch = await self.steps.take(self.step, self.reader)
-        headers = [header for header, _ in batch.scored]
         with self.phase("train"):
-            learned = await self.learner.learn(self.step, batch.scored, str(self.folder.tokens(self.step)))
-        self.saving.written = learned.written
-        metrics = rollout_metrics(batch.generated, learned.advantages) | staleness(headers, self.step - 1) | learned.metrics
-        metrics["perf/train_tokens_per_second"] = learned.tokens / self.timers.seconds["train"]
-        self.step_tokens, self.memory = int(metrics["rollout/total_tokens"]), learned.memory
-        return metrics
+            groups = await self.learner.reward(self.step, batch.scored)
+            advantages = group_advantages(groups.headers, self.config.algorithm)
+            update = await self.learner.update(self.step, groups, advantages, str(self.folder.tokens(self.step)))
+        metrics = rollout_metrics(batch.generated) | staleness_metrics(groups.headers, self.step - 1) | groups.metrics | update.metrics
+        metrics["perf/train_tokens_per_second"] = update.tokens / self.timers.seconds["train"]
+        memory, written = groups.memory | update.memory, update.checkpoint_written
+        return StepResult(metrics, int(metrics["rollout/total_tokens"]), memory, checkpoint_written=written)

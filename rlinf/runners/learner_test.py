@@ -7,9 +7,8 @@ import pytest
 
 from rlinf.config.schema import AlgorithmConfig
 from rlinf.data.records import Finish, GroupHeader, Status, Verdict
-from rlinf.metrics.names import undocumented
-from rlinf.runners.learner import rewarded, score_metrics
-from rlinf.runners.selection import advantages_of
+from rlinf.runners.learner import with_scores
+from rlinf.runners.selection import group_advantages
 
 RIGHT, WRONG = Verdict(1.0, Status.RIGHT, "7", "string", 0.0), Verdict(-1.0, Status.WRONG, "8", "string", 0.0)
 
@@ -25,14 +24,7 @@ def header(right: list[bool]) -> GroupHeader:
 def test_a_score_joins_the_reward_with_its_weight_and_the_groups_baseline() -> None:
     """Rewards 1, -1, -1, -1 and scores 0, 4, 0, 0 with weight 0.5: 1, 1, -1, -1, whose advantages are 0.866 and -0.866."""
     scores = {"a/0": 0.0, "a/1": 4.0, "a/2": 0.0, "a/3": 0.0}
-    found = rewarded(header([True, False, False, False]), scores, 0.5)
+    found = with_scores(header([True, False, False, False]), scores, 0.5)
     assert found.rewards == (1.0, 1.0, -1.0, -1.0) and [v.status for v in found.verdicts] == [Status.RIGHT, *[Status.WRONG] * 3]
-    (advantages,) = advantages_of([found], AlgorithmConfig(normalize_advantages=False))
+    (advantages,) = group_advantages([found], AlgorithmConfig(normalize_advantages=False))
     assert advantages == pytest.approx(np.array([0.866, 0.866, -0.866, -0.866]), abs=1e-4)
-
-
-def test_scores_of_right_and_of_wrong_answers_are_told_apart() -> None:
-    found = score_metrics([header([True, False, False])], {"a/0": 3.0, "a/1": 1.0, "a/2": -4.0})
-    values = {"mean": 0.0, "max": 3.0, "min": -4.0, "right": 3.0, "wrong": -1.5}
-    assert found == {f"rollout/token_reward_{name}": value for name, value in values.items()} and undocumented(found) == []
-    assert "rollout/token_reward_right" not in score_metrics([header([False])], {"a/0": 1.0})

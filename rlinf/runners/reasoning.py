@@ -16,16 +16,16 @@ from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
 from rlinf.runners.learner import Learner
-from rlinf.runners.rollouts import Order, Rollouts
+from rlinf.runners.requests import GroupRequest, training_requests, validation_requests
+from rlinf.runners.rollouts import Rollouts
 from rlinf.runners.run_folder import GROUPS_AHEAD, RunFolder
 from rlinf.runners.schedules import GroupsOnDisk, Logical, Schedule, Wallclock
-from rlinf.runners.selection import training_orders
+from rlinf.runners.selection import StepBatch, group_advantages
 from rlinf.runners.shared_devices import SharedDevices
-from rlinf.runners.training_loop import TrainingLoop
-from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics, validation_orders
+from rlinf.runners.step_metrics import rollout_metrics, staleness_metrics
+from rlinf.runners.training_loop import StepResult, TrainingLoop
+from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 from rlinf.runners.weight_sync import Synced, WeightSync
-from rlinf.scheduling.rollout_metrics import rollout_metrics
-from rlinf.scheduling.staleness import staleness
 from rlinf.scheduling.turns import Turn
 
 SCHEDULES = {"logical": Logical, "wallclock": Wallclock}
@@ -45,15 +45,32 @@ class ReasoningRunner(TrainingLoop):
         self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
-            config, sampler, self.rollouts, GroupsOnDisk(reward, folder.samples), self.orders, self.total_steps
+            config, sampler, self.rollouts, GroupsOnDisk(reward, folder.samples), self.requests, self.total_steps
         )
         self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
         self.devices = SharedDevices(self.rollouts.engines, config.rollout.offload)
         self.scores: dict[int, ValidationScores] = {}
 
-    async def train_step(self) -> dict[str, float]:
+    async def take_step(self) -> StepResult:
         """One step of the algorithm."""
+        batch = await self.generate()
+        with self.phase("train"):
+            groups = await self.learner.reward(self.step, batch.scored)
+            advantages = group_advantages(groups.headers, self.config.algorithm)
+            update = await self.learner.update(self.step, groups, advantages, str(self.folder.tokens(self.step)))
+        with self.phase("rollout"):
+            await self.schedule.before_sync()
+        await self.rollouts.end_trace()
+        synced = await self.publish_weights()
+        metrics = rollout_metrics(batch.generated) | staleness_metrics(groups.headers, self.step - 1) | batch.metrics
+        metrics |= groups.metrics | update.metrics | synced.metrics | self.rollouts.metrics(batch.generated, synced.engine_stats)
+        metrics["perf/train_tokens_per_second"] = update.tokens / self.timers.seconds["train"]
+        memory = groups.memory | update.memory | {"rollout": [s.memory_bytes for s in synced.engine_stats]}
+        return StepResult(metrics, int(metrics["rollout/total_tokens"]), memory, synced.engine_stats, update.checkpoint_written)
+
+    async def generate(self) -> StepBatch:
+        """The groups of the step with their verdicts; then the devices are the actor's."""
         await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):
             batch = await self.schedule.take(self.step)
@@ -66,29 +83,18 @@ class ReasoningRunner(TrainingLoop):
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         if not self.config.algorithm.max_staleness:
             self.sync.let_go()
-        with self.phase("train"):
-            learned = await self.learner.learn(self.step, batch.scored, str(self.folder.tokens(self.step)))
-        self.saving.written = learned.written
-        with self.phase("rollout"):
-            await self.schedule.before_sync()
-        await self.rollouts.end_trace()
-        synced = await self.publish_weights()
-        metrics = rollout_metrics(batch.generated, learned.advantages) | staleness(headers, self.step - 1) | batch.metrics
-        metrics |= learned.metrics | synced.metrics | self.rollouts.measure(batch.generated, synced.engine_stats)
-        metrics["perf/train_tokens_per_second"] = learned.tokens / self.timers.seconds["train"]
-        self.engine_stats, self.step_tokens = self.rollouts.stats, int(metrics["rollout/total_tokens"])
-        self.memory = learned.memory | {"rollout": self.rollouts.memory}
-        return metrics
-
-    def orders(self, step: int, indices: Sequence[int], taken: Counter[str]) -> list[Order]:
-        return training_orders(self.config, self.folder, self.prompts, step, indices, taken)
+        return batch
 
     async def publish_weights(self) -> Synced:
+        """The engines get the actor's weights, and then the devices."""
         with self.phase("sync_weights", "weight sync"):
             await self.devices.pass_to(Turn.SYNC)
             synced = await self.sync.publish(self.step)
             await self.devices.pass_to(Turn.ROLLOUT)
         return synced
+
+    def requests(self, step: int, indices: Sequence[int], taken: Counter[str]) -> list[GroupRequest]:
+        return training_requests(self.config.algorithm, step, [self.prompts[i] for i in indices], taken, str(self.folder.samples(step)))
 
     @asynccontextmanager
     async def actor_alone(self) -> AsyncIterator[None]:
@@ -101,7 +107,7 @@ class ReasoningRunner(TrainingLoop):
             return {}
         with self.phase("validate", "validation"):
             dump = str(self.folder.validation(self.step))
-            scored = await self.rollouts.all(validation_orders(self.val_prompts, self.step, dump))
+            scored = await self.rollouts.all(validation_requests(self.step, self.val_prompts, dump))
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])
 

@@ -20,15 +20,6 @@ from rlinf.data.records import GroupHeader
 from rlinf.scheduling.placement import publishers
 from rlinf.workers.interfaces import TrainReport
 
-PARTS = {
-    "forward_backward": "",
-    "critic_update": "",
-    "recompute_logprobs": "_recompute",
-    "values": "_values",
-    "token_rewards": "",
-}  # by timer: name in metrics
-TRAINS = ("forward_backward", "critic_update")
-
 
 class Part(NamedTuple):
     """Numbers of the samples of one data-parallel rank's share."""
@@ -57,7 +48,7 @@ class Role:
             attention_length=length_of(config.rollout.model_dir),
         )  # fmt: skip
 
-    def look(self, config: Config, headers: Sequence[GroupHeader]) -> list[RankBatch]:
+    def split_all(self, config: Config, headers: Sequence[GroupHeader]) -> list[RankBatch]:
         """The share of every data-parallel rank of all samples, for a pass that trains nothing."""
         nothing = [np.zeros(len(header.sample_ids)) for header in headers]
         return build_rank_batches(
@@ -65,7 +56,7 @@ class Role:
             attention_length=length_of(config.rollout.model_dir),
         )  # fmt: skip
 
-    async def work(
+    async def run(
         self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], groups: Mapping[str, Ref], parts: Sequence[Part] = ()
     ) -> tuple[list[TrainReport], list[Part]]:
         """Call method(*args, share, *its groups, *the parts that hold any of them) -> (report, numbers) on every rank.
@@ -78,8 +69,10 @@ class Role:
         reports = await self.group.results([report for report, _ in calls])
         return reports, [Part(share, calls[rank][1]) for share, rank in zip(shares, self.answering)]
 
-    async def finish(self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], parts: Sequence[Part]) -> list[TrainReport]:
-        """Call method(*args, *the parts that hold any group of its share) -> report on every rank."""
+    async def run_on_kept_batch(
+        self, method: str, args: Sequence[Any], shares: Sequence[RankBatch], parts: Sequence[Part]
+    ) -> list[TrainReport]:
+        """Call method(*args, *the parts that hold any group of its share) -> report on every rank; it has kept its share."""
         return await self.group.call_each(method, [(*args, *holding(shares[i], parts)) for i in self.share_of])
 
 
@@ -94,31 +87,3 @@ def holding(share: RankBatch, parts: Sequence[Part]) -> list[Ref]:
     """The numbers of those parts that have a group with this share in common."""
     mine = set(share.group_ids)
     return [part.numbers for part in parts if not mine.isdisjoint(part.share.group_ids)]
-
-
-def summary(reports: Sequence[TrainReport], role: str, peak_tflops: float | None = None) -> dict[str, float]:
-    """Metrics, the slowest rank's seconds, the largest memory, and the speeds that follow."""
-    slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
-    memory = {f"perf/{role}_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
-    return reports[0].metrics | slowest | memory | achieved(reports, role, slowest, peak_tflops)
-
-
-def achieved(reports: Sequence[TrainReport], role: str, seconds: Mapping[str, float], peak_tflops: float | None) -> dict[str, float]:
-    """Operations a second of one rank in each part of the step, and their share of what its device is capable of, where that is known.
-
-    mfu counts what the model asks for, hfu also what activation recompute adds. peak_tflops: runner.peak_tflops; null = the data sheet's.
-    """
-    peak = peak_tflops * 1e12 if peak_tflops else reports[0].peak_flops
-    found = {}
-    for part, name in PARTS.items():
-        flops = sum(r.flops.get(part, 0.0) for r in reports) / len(reports)
-        if not flops:
-            continue
-        speed = flops / seconds[f"time/{part}"]
-        found[f"perf/{role}{name}_tflops"] = speed / 1e12
-        if peak:
-            found[f"perf/{role}{name}_mfu"] = speed / peak
-        if peak and part in TRAINS:
-            again = sum(r.flops["again"] for r in reports) / len(reports)
-            found[f"perf/{role}{name}_hfu"] = (flops + again) / seconds[f"time/{part}"] / peak
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +19,12 @@ from rlinf.config.schema import Config
 from rlinf.data.group_file import header_from_json, header_to_json
 from rlinf.data.records import GroupHeader, Verdict
 from rlinf.data.sampler import PromptSampler
-from rlinf.runners.rollouts import Order, Rollouts, Scored, mean_length
+from rlinf.runners.requests import GroupRequest
+from rlinf.runners.rollouts import Rollouts, Scored, mean_length
 from rlinf.runners.selection import StepBatch, next_groups, no_signal
 from rlinf.scheduling.staleness import Ledger, LengthBias
 
-Orders = Callable[[int, Sequence[int], Counter[str]], list[Order]]  # (step, prompts, how often the step has taken each) -> what is wanted
+Requests = Callable[[int, Sequence[int], Counter[str]], list[GroupRequest]]  # (step, prompts, how often the step has taken each)
 
 
 class Schedule(Protocol):
@@ -82,10 +84,10 @@ class Logical:
     """
 
     def __init__(
-        self, config: Config, sampler: PromptSampler, rollouts: Rollouts, on_disk: GroupsOnDisk, orders: Orders, total_steps: int
+        self, config: Config, sampler: PromptSampler, rollouts: Rollouts, on_disk: GroupsOnDisk, requests: Requests, total_steps: int
     ) -> None:
         self.algorithm, self.max_epochs = config.algorithm, config.runner.max_epochs
-        self.sampler, self.rollouts, self.on_disk, self.orders, self.total_steps = sampler, rollouts, on_disk, orders, total_steps
+        self.sampler, self.rollouts, self.on_disk, self.requests, self.total_steps = sampler, rollouts, on_disk, requests, total_steps
         self.batches: deque[asyncio.Future[StepBatch | None]] = deque()  # of the steps to come; None: the data were used up
         self.begun = 0  # the last step whose batch is begun
 
@@ -109,7 +111,7 @@ class Logical:
             if self.sampler.exhausted(self.max_epochs):
                 return None
         taken = Counter[str]()
-        return await next_groups(self.sampler, self.algorithm, lambda indices: self.rollouts.all(self.orders(step, indices, taken)))
+        return await next_groups(self.sampler, self.algorithm, lambda indices: self.rollouts.all(self.requests(step, indices, taken)))
 
     async def before_training(self) -> None: ...
 
@@ -145,10 +147,10 @@ class Wallclock:
     """
 
     def __init__(
-        self, config: Config, sampler: PromptSampler, rollouts: Rollouts, on_disk: GroupsOnDisk, orders: Orders, total_steps: int
+        self, config: Config, sampler: PromptSampler, rollouts: Rollouts, on_disk: GroupsOnDisk, requests: Requests, total_steps: int
     ) -> None:
         self.algorithm, self.rollout, self.max_epochs = config.algorithm, config.rollout, config.runner.max_epochs
-        self.sampler, self.rollouts, self.on_disk, self.orders, self.total_steps = sampler, rollouts, on_disk, orders, total_steps
+        self.sampler, self.rollouts, self.on_disk, self.requests, self.total_steps = sampler, rollouts, on_disk, requests, total_steps
         self.ledger, self.bias = Ledger(sampler.batch_size, config.algorithm.max_staleness), LengthBias()
         self.wanted: dict[str, tuple[int, int]] = {}  # group on its way -> (prompt, the step that it was begun for)
         self.tasks: dict[str, asyncio.Task[Scored]] = {}
@@ -200,19 +202,19 @@ class Wallclock:
         for prompt in self.sampler.next_batch(max(0, room)):
             step = self.begun // size + 1
             self.taken = self.taken if self.taken[0] == step else (step, Counter())
-            (order,) = self.orders(step, [prompt], self.taken[1])
+            (wanted,) = self.requests(step, [prompt], self.taken[1])
             self.begun += 1
-            self.wanted[order.name] = prompt, step
-            self.ledger.begin(order.name, version)
-            self.bias.begin(order.name)
-            self._start(order)
+            self.wanted[wanted.name] = prompt, step
+            self.ledger.begin(wanted.name, version)
+            self.bias.begin(wanted.name)
+            self._start(wanted)
         for name in waiting:
             prompt, step = self.wanted[name]
-            (order,) = self.orders(step, [prompt], Counter())
-            self._start(Order(name, order.prompt, order.n, order.sampling, order.dump))
+            (wanted,) = self.requests(step, [prompt], Counter())
+            self._start(replace(wanted, name=name))
 
-    def _start(self, order: Order) -> None:
-        self.tasks[order.name] = asyncio.ensure_future(self.rollouts.one(order, pausable=self.rollout.partial))
+    def _start(self, group: GroupRequest) -> None:
+        self.tasks[group.name] = asyncio.ensure_future(self.rollouts.one(group, pausable=self.rollout.partial))
 
     def collect(self) -> None:
         """What has been done since the last look; a group that teaches nothing makes room for another."""

@@ -18,11 +18,10 @@ from rlinf.config.schema import Config
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.rollout.contract import SamplingParams, Stop
-from rlinf.runners.rollouts import Order, Rollouts
+from rlinf.runners.requests import GroupRequest, name_groups, validation_requests
+from rlinf.runners.rollouts import Rollouts
 from rlinf.runners.schedules import GroupsOnDisk, Logical, Schedule, Wallclock
-from rlinf.runners.selection import name_groups
-from rlinf.runners.validation import validation_orders
-from rlinf.scheduling.staleness import staleness
+from rlinf.runners.step_metrics import staleness_metrics
 from tests.simulated_engines import LONGEST, Engines, Judges
 from tests.virtual_time import run_virtually
 
@@ -60,12 +59,14 @@ def make(
     rollouts = Rollouts(config, engines, judges, Stop())
     sampler = PromptSampler(prompts, groups, True, seed)
 
-    def orders(step: int, indices: Sequence[int], taken: Counter[str]) -> list[Order]:
+    def requests(step: int, indices: Sequence[int], taken: Counter[str]) -> list[GroupRequest]:
         prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
-        return [Order(name, p, SAMPLES, SamplingParams(), samples(step)) for name, p in zip(name_groups(step, prompts, taken), prompts)]
+        return [
+            GroupRequest(name, p, SAMPLES, SamplingParams(), samples(step)) for name, p in zip(name_groups(step, prompts, taken), prompts)
+        ]
 
     kind = {"logical": Logical, "wallclock": Wallclock}[config.algorithm.schedule]
-    return kind(config, sampler, rollouts, GroupsOnDisk(judges, samples), orders, steps), engines, rollouts, judges
+    return kind(config, sampler, rollouts, GroupsOnDisk(judges, samples), requests, steps), engines, rollouts, judges
 
 
 def samples(step: int) -> str:
@@ -80,7 +81,7 @@ async def loop(config: Config, steps: int, seed: int, right: float, look: Callab
         await schedule.before_training()
         before = engines.tokens
         found.steps.append([h.group_id for h, _ in batch.scored])
-        found.stale.append(staleness([h for h, _ in batch.scored], step - 1)["rollout/staleness_max"])
+        found.stale.append(staleness_metrics([h for h, _ in batch.scored], step - 1)["rollout/staleness_max"])
         found.metrics.append(batch.metrics)
         await asyncio.sleep(UPDATE)
         if config.rollout.partial:
@@ -155,7 +156,7 @@ def test_validation_leaves_carried_over_groups_of_the_same_prompts_alone() -> No
         await schedule.before_training()
         kept = dict(rollouts.unfinished)
         prompts = [SimpleNamespace(prompt_id=name.partition(".")[2], token_ids=np.ones(3, np.int32)) for name in kept]
-        scored = await rollouts.all(validation_orders(prompts, 1, "validation"))
+        scored = await rollouts.all(validation_requests(1, prompts, "validation"))
         assert kept and [len(header.sample_ids) for header, _ in scored] == [1] * len(kept)
         assert all(header.versions == (((0, header.response_lengths[0]),),) for header, _ in scored)
         assert rollouts.unfinished == kept
@@ -208,7 +209,7 @@ async def go_on(
             batch = await schedule.take(step)
             await schedule.before_training()
             headers = [h for h, _ in batch.scored]
-            assert len(headers) == groups and staleness(headers, step - 1)["rollout/staleness_max"] <= eta
+            assert len(headers) == groups and staleness_metrics(headers, step - 1)["rollout/staleness_max"] <= eta
             taken.append([h.group_id for h in headers])
             await schedule.before_sync()
             engines.version = step

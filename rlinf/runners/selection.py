@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +10,11 @@ import numpy as np
 from rlinf.algorithms.advantages import ADVANTAGES, outcome_advantages
 from rlinf.algorithms.filters import has_signal, update_subset
 from rlinf.config.own_code import is_own, load_own
-from rlinf.config.schema import AlgorithmConfig, Config
-from rlinf.data.records import GroupHeader, Prompt
+from rlinf.config.schema import AlgorithmConfig
+from rlinf.data.records import GroupHeader
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
-from rlinf.runners.requests import sampling_of
-from rlinf.runners.rollouts import Order, Scored
-from rlinf.runners.run_folder import RunFolder
+from rlinf.runners.rollouts import Scored
 
 
 @dataclass(frozen=True)
@@ -67,28 +64,6 @@ def no_signal(algorithm: AlgorithmConfig, size: int, wanted: int, kept: int, gen
     )
 
 
-def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> list[str]:
-    """`step.prompt`. A prompt that a step takes again, behind the end of an epoch, gets another name, and with it other noise and payload.
-
-    taken: how often the step has taken each prompt; updated.
-    """
-    names = []
-    for prompt in prompts:
-        again = taken[prompt.prompt_id]
-        names.append(f"{step}.{prompt.prompt_id}" + (f".{again}" if again else ""))
-        taken[prompt.prompt_id] += 1
-    return names
-
-
-def training_orders(
-    config: Config, folder: RunFolder, prompts: Sequence[Prompt], step: int, indices: Sequence[int], taken: Counter[str]
-) -> list[Order]:
-    """What is asked of the engines for these training prompts; taken: how often the step has taken each of them."""
-    a, chosen = config.algorithm, [prompts[i] for i in indices]
-    dump = str(folder.samples(step))
-    return [Order(name, prompt, a.group_size, sampling_of(a), dump) for name, prompt in zip(name_groups(step, chosen, taken), chosen)]
-
-
 def counted_tokens(header: GroupHeader, algorithm: AlgorithmConfig) -> list[int]:
     """Loss tokens of each response; with overlong filtering (DAPO, section 3.4) none of a response that was cut off."""
     cut = [algorithm.overlong_filtering and finish.cut_off for finish in header.finishes]
@@ -106,15 +81,10 @@ def trained_samples(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig, 
     return chosen
 
 
-def advantages_of(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig) -> list[np.ndarray]:
+def group_advantages(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig) -> list[np.ndarray]:
     """From the rewards of all responses; whitened here unless the actor does it, token by token."""
     tokens = [counted_tokens(header, algorithm) for header in headers]
     whiten = algorithm.normalize_advantages and not algorithm.token_level
     if is_own(algorithm.adv_type):
         ADVANTAGES[algorithm.adv_type] = load_own(algorithm.adv_type)
     return outcome_advantages([h.rewards for h in headers], tokens, algorithm.adv_type, whiten)
-
-
-def known_advantages(advantages: Sequence[np.ndarray], config: Config) -> Sequence[np.ndarray]:
-    """Those of the driver that mean something: with a critic it knows the outcome alone, and the advantages are made by the actor."""
-    return () if config.has_critic else advantages

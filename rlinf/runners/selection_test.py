@@ -1,9 +1,8 @@
-"""What a step learns from: dynamic sampling on a fake engine, which responses are trained on, names of groups."""
+"""What a step learns from: dynamic sampling on a fake engine, and which responses are trained on."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +12,10 @@ from hypothesis import strategies as st
 
 from rlinf.algorithms.advantages import grpo
 from rlinf.config.schema import AlgorithmConfig
-from rlinf.data.records import Finish, GroupHeader, Prompt, Status, Verdict
+from rlinf.data.records import Finish, GroupHeader, Status, Verdict
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
-from rlinf.runners.selection import StepBatch, advantages_of, counted_tokens, name_groups, next_groups, trained_samples
+from rlinf.runners.selection import StepBatch, counted_tokens, group_advantages, next_groups, trained_samples
 
 RIGHT, WRONG = Verdict(5.0, Status.RIGHT, "7", "string", 0.0), Verdict(-5.0, Status.WRONG, "8", "string", 0.0)
 DYNAMIC = AlgorithmConfig(dynamic_sampling=True)
@@ -87,19 +86,19 @@ def test_overlong_filtering_leaves_cut_responses_out_of_loss_and_whitening_but_n
     assert counted_tokens(h, off) == [2, 9, 9, 3] and counted_tokens(h, on) == [2, 0, 0, 3]
     assert trained_samples([h], off, 0)[0].all() and trained_samples([h], on, 0)[0].tolist() == [True, False, False, True]
     plain = replace(on, normalize_advantages=False)
-    assert advantages_of([h], plain)[0] == pytest.approx(grpo(np.array([5.0, -5, -5, -5])))
-    white = advantages_of([h], on)[0][[0, 3]]  # of the tokens that count: mean 0, variance 1
+    assert group_advantages([h], plain)[0] == pytest.approx(grpo(np.array([5.0, -5, -5, -5])))
+    white = group_advantages([h], on)[0][[0, 3]]  # of the tokens that count: mean 0, variance 1
     assert 2 * white[0] + 3 * white[1] == pytest.approx(0) and 2 * white[0] ** 2 + 3 * white[1] ** 2 == pytest.approx(5, abs=1e-3)
 
 
-def test_an_update_on_a_subset_keeps_the_advantages_of_all() -> None:
+def test_an_update_on_a_subset_keeps_the_group_advantages_all() -> None:
     """n = 1 of G = 4: advantages [1.5, -0.5, -0.5, -0.5] stay, one response is trained on; n = G: all of them."""
     h = header("3.p", [True, False, False, False])
     one, four = (AlgorithmConfig(num_update_sample_per_prompt=n, normalize_advantages=False) for n in (1, 4))
-    assert advantages_of([h], one)[0] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert group_advantages([h], one)[0] == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
     assert [int(trained_samples([h], a, 7)[0].sum()) for a in (one, four, replace(one, num_update_sample_per_prompt=9))] == [1, 4, 4]
     white = AlgorithmConfig(num_update_sample_per_prompt=1)
-    assert advantages_of([h], white)[0] == pytest.approx(advantages_of([h], AlgorithmConfig())[0])
+    assert group_advantages([h], white)[0] == pytest.approx(group_advantages([h], AlgorithmConfig())[0])
     headers = [header(f"{k}.p", [True, False]) for k in range(40)]
     again = [trained_samples(headers[::-1], one, 7)[::-1], trained_samples(headers, one, 7), trained_samples(headers, one, 8)]
     assert np.array_equal(again[0], again[1]) and not np.array_equal(again[1], again[2])  # by group and seed, in any order
@@ -108,11 +107,5 @@ def test_an_update_on_a_subset_keeps_the_advantages_of_all() -> None:
 def test_token_level_advantages_are_not_whitened_on_the_driver() -> None:
     h = header("a", [True, False], lengths=[2, 3])
     raw = AlgorithmConfig(adv_type="reinforce++", gamma=0.9)
-    assert advantages_of([h], raw)[0].tolist() == [5, -5]
-    assert advantages_of([h], replace(raw, gamma=1.0))[0] == pytest.approx([1.2247, -0.8165], abs=1e-4)
-
-
-def test_a_prompt_that_a_step_meets_twice_has_two_names() -> None:
-    a, b = (Prompt(name, np.array([1], np.int32), "math", ("7",)) for name in "ab")
-    taken: Counter[str] = Counter()
-    assert name_groups(4, [a, b, a], taken) + name_groups(4, [a], taken) == ["4.a", "4.b", "4.a.1", "4.a.2"]
+    assert group_advantages([h], raw)[0].tolist() == [5, -5]
+    assert group_advantages([h], replace(raw, gamma=1.0))[0] == pytest.approx([1.2247, -0.8165], abs=1e-4)

@@ -15,9 +15,9 @@ from rlinf.config.schema import Config
 from rlinf.data.packing import RankBatch, build_rank_batches
 from rlinf.data.records import Group
 from rlinf.data.sampler import PromptSampler
-from rlinf.runners.roles import summary
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.training_loop import TrainingLoop
+from rlinf.runners.step_metrics import report_metrics
+from rlinf.runners.training_loop import StepResult, TrainingLoop
 
 WEIGHT = np.ones(1, np.float32)  # packing carries a scalar for each sample; the loss here has no use for it
 
@@ -38,13 +38,16 @@ class SftRunner(TrainingLoop):
 
     async def begin(self) -> None: ...
 
-    async def train_step(self) -> dict[str, float]:
+    async def take_step(self) -> StepResult:
         batch = [self.examples[i] for i in self.sampler.next_batch()]
-        self.step_tokens = sum(len(g.prompt.token_ids) + len(g.samples[0]) for g in batch)
         with self.phase("train"):
             reports = await self.actor.call_each("train_step", [(self.step, share, *groups) for share, groups in self.split(batch)])
-        self.saving.written = all(r.checkpoint_written for r in reports)
-        return summary(reports, "actor")
+        return StepResult(
+            report_metrics(reports, "actor"),
+            tokens=sum(len(g.prompt.token_ids) + len(g.samples[0]) for g in batch),
+            memory={"actor": [r.memory_bytes for r in reports]},
+            checkpoint_written=all(r.checkpoint_written for r in reports),
+        )
 
     async def validate(self) -> dict[str, float]:
         if not self.val_examples:

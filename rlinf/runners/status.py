@@ -127,7 +127,7 @@ class Status(threading.Thread):
             "phase": self.phase,
             "phase_since": self.phase_since,
             "components": {
-                g.component: [rank_state(g, rank, self.loop.memory.get(g.component)) for rank in range(g.size)] for g in self.groups
+                g.component: [rank_state(g, rank, self.loop.last.memory.get(g.component)) for rank in range(g.size)] for g in self.groups
             },
             "engines": self.engines(),
         }
@@ -139,7 +139,7 @@ class Status(threading.Thread):
 
     def engines(self) -> list[dict[str, float | None]]:
         """Samples at each engine now, and its tokens per busy second in the last finished step."""
-        stats = list(self.loop.engine_stats) or [EngineStats()] * len(self.loop.engine_load)
+        stats = list(self.loop.last.engine_stats) or [EngineStats()] * len(self.loop.engine_load)
         speeds = [s.decoded_tokens / s.busy_seconds if s.busy_seconds else None for s in stats]
         return [{"samples": n, "tokens_per_second": speed} for n, speed in zip(self.loop.engine_load, speeds)]
 

@@ -11,11 +11,12 @@ import pytest
 
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.status import Status
+from rlinf.runners.training_loop import StepResult
 
 
 def make(tmp_path: Path) -> Status:
     group = SimpleNamespace(component="actor", size=1, where=lambda rank: f"actor rank {rank}", in_flight=[Counter(train_step=1, score=0)])
-    loop = SimpleNamespace(step=0, total_steps=9, engine_load=[0, 0], engine_stats=[], memory={})
+    loop = SimpleNamespace(step=0, total_steps=9, engine_load=[0, 0], last=StepResult({}, 0))
     return Status(tmp_path, "run", SimpleNamespace(phase="start"), [group], loop, SimpleNamespace(look=lambda *_: None))
 
 
@@ -29,10 +30,10 @@ def test_phase_step_and_pace_are_followed(tmp_path: Path, monkeypatch: pytest.Mo
         found = status.snapshot("running")
     assert found["seconds_per_step"] == 30.0 and found["phase"] == "step 6, rollout" and found["phase_since"] == 1070.0
     assert found["components"] == {"actor": [{"where": "actor rank 0", "running": {"train_step": 1}, "memory_gib": None}]}
-    status.loop.memory = {"actor": [3 << 29]}
+    status.loop.last = StepResult({}, 0, {"actor": [3 << 29]})
     assert status.snapshot("running")["components"]["actor"][0]["memory_gib"] == 1.5
     assert found["engines"] == [{"samples": 0, "tokens_per_second": None}] * 2
-    status.loop.engine_stats = [EngineStats(decoded_tokens=100, busy_seconds=2.0), EngineStats()]
+    status.loop.last = StepResult({}, 0, engine_stats=[EngineStats(decoded_tokens=100, busy_seconds=2.0), EngineStats()])
     assert [e["tokens_per_second"] for e in status.snapshot("running")["engines"]] == [50.0, None]
 
 

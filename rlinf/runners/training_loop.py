@@ -6,6 +6,7 @@ import gc
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,30 @@ from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.saving import Saving
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What became of a step.
+
+    tokens: of all samples, prompts included. memory: component -> peak bytes of its ranks. engine_stats: by engine. checkpoint_written:
+    whether all ranks say that the files of the checkpoint in the background are on disk.
+    """
+
+    metrics: dict[str, float]
+    tokens: int
+    memory: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    engine_stats: Sequence[EngineStats] = ()
+    checkpoint_written: bool = False
+
+
 class TrainingLoop(ABC):
     """One run. What it learns from, and how, is in the subclass; status.py looks at it from another thread.
 
-    in_flight: group -> who has it now. engine_load: samples at each engine now. engine_stats: of the last finished step, by engine.
-    memory: component -> peak bytes of its ranks, as they last said.
+    in_flight: group -> who has it now. engine_load: samples at each engine now. last: the last finished step of this process.
     """
 
     in_flight: dict[str, str] = {}
-    memory: Mapping[str, Sequence[int]] = {}
     engine_load: Sequence[int] = ()
-    engine_stats: Sequence[EngineStats] = ()
+    last = StepResult({}, 0)
 
     def __init__(self, config: Config, folder: RunFolder, cluster: Cluster, sampler: PromptSampler, trained: Sequence[WorkerGroup]) -> None:
         self.config, self.folder, self.cluster, self.sampler = config, folder, cluster, sampler
@@ -40,7 +54,6 @@ class TrainingLoop(ABC):
         self.saving = Saving(folder, trained, config.runner.async_checkpoint)
         self.timers = Timers()
         self.step = 0
-        self.step_tokens = 0  # of the last step, prompts included
 
     @abstractmethod
     async def ready(self) -> None:
@@ -51,8 +64,8 @@ class TrainingLoop(ABC):
         """What comes between the checkpoint, if there was one, and the first step."""
 
     @abstractmethod
-    async def train_step(self) -> dict[str, float]:
-        """Step self.step; its metrics."""
+    async def take_step(self) -> StepResult:
+        """Step self.step."""
 
     @abstractmethod
     async def validate(self) -> dict[str, float]:
@@ -77,7 +90,8 @@ class TrainingLoop(ABC):
             logger.log(0, scores | self.timers.collect())
         while not self.finished:
             self.step += 1
-            metrics = await self.train_step()
+            self.last = await self.take_step()
+            self.saving.written, metrics = self.last.checkpoint_written, self.last.metrics
             if self.due(runner.val_check_interval):
                 metrics |= await self.validate()
             if self.due(runner.save_interval):
@@ -86,7 +100,7 @@ class TrainingLoop(ABC):
                 with self.phase("checkpoint"):
                     async with self.actor_alone():
                         await self.saving.complete()
-            metrics |= self.timers.collect(tokens=self.step_tokens)
+            metrics |= self.timers.collect(tokens=self.last.tokens)
             logger.log(self.step, metrics)
             progress.step(self.step, metrics)
 

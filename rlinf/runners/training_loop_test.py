@@ -12,7 +12,7 @@ import pytest
 from rlinf.config.load import load
 from rlinf.data.sampler import PromptSampler
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.training_loop import TrainingLoop
+from rlinf.runners.training_loop import StepResult, TrainingLoop
 
 EXAMPLES = 100
 
@@ -28,9 +28,9 @@ class Seen(TrainingLoop):
 
     async def begin(self) -> None: ...
 
-    async def train_step(self) -> dict[str, float]:
+    async def take_step(self) -> StepResult:
         self.batches.append(self.sampler.next_batch())
-        return {}
+        return StepResult({}, tokens=0)
 
     async def validate(self) -> dict[str, float]:
         return {}

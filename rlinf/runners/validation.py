@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlinf.data.records import GroupHeader, Prompt, Status
+from rlinf.data.records import GroupHeader, Status
 from rlinf.metrics.summary import Scores
-from rlinf.runners.requests import validation_sampling
-from rlinf.runners.rollouts import Order
-from rlinf.runners.selection import name_groups
 
 
 @dataclass(frozen=True)
@@ -35,12 +31,6 @@ class ValidationScores:
 
     def as_scores(self) -> Scores:
         return Scores(np.array(self.right, float), np.array(self.boxed, float), np.array(self.tokens, float))
-
-
-def validation_orders(prompts: Sequence[Prompt], step: int, dump: str) -> list[Order]:
-    """One greedy answer a problem. No training group has such a name: one of the same prompt id may be carried over meanwhile."""
-    names = name_groups(step, prompts, Counter())
-    return [Order(f"val.{name}", prompt, 1, validation_sampling(), dump, "validate") for name, prompt in zip(names, prompts)]
 
 
 def score_validation(headers: Sequence[GroupHeader]) -> ValidationScores:

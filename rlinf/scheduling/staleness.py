@@ -10,10 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from rlinf.data.records import GroupHeader
-
 
 @dataclass
 class Begun:
@@ -110,11 +106,3 @@ class LengthBias:
             self.sum_begun += self.lengths.pop(self.begun.popleft())
             self.sum_trained += self.trained.popleft()
         return (self.sum_trained - self.sum_begun) / self.sum_begun if self.sum_begun else 0.0
-
-
-def staleness(headers: Sequence[GroupHeader], version: int) -> dict[str, float]:
-    """Versions between the weights that decoded a token and those that are trained: mean over tokens, and the largest."""
-    pairs = np.array([(version - v, n) for h in headers for sample in h.versions for v, n in sample], dtype=np.float64).reshape(-1, 2)
-    tokens = pairs[:, 1].sum()
-    mean = float((pairs[:, 0] * pairs[:, 1]).sum() / tokens) if tokens else 0.0
-    return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(pairs[:, 0].max(initial=0.0))}

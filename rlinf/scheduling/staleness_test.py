@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlinf.data.records import Finish, GroupHeader
-from rlinf.scheduling.staleness import Ledger, LengthBias, staleness
+from rlinf.scheduling.staleness import Ledger, LengthBias
 
 
 @pytest.mark.parametrize(("version", "eta", "most"), [(0, 0, 4), (1, 0, 8), (0, 1, 8), (1, 1, 12), (0, 4, 20)])
@@ -92,10 +91,3 @@ def test_the_bias_compares_what_was_trained_with_what_was_begun() -> None:
     assert bias.train([]) == pytest.approx((2.0 - 10.0) / 10.0)
     bias.finish("c", 5.0)
     assert bias.train([9.0, 5.0]) == 0.0  # all were trained on in the end
-
-
-def test_staleness_is_counted_in_tokens() -> None:
-    versions = (((3, 1), (5, 3)), ((4, 4),), ())
-    header = GroupHeader("g", "p", "math", 1, ("a", "b", "c"), (4, 4, 0), (4, 4, 0), (Finish.STOP,) * 3, versions, (None,) * 3)
-    assert staleness([header], 5) == {"rollout/staleness_mean": (2 + 4) / 8, "rollout/staleness_max": 2.0}
-    assert staleness([], 5) == {"rollout/staleness_mean": 0.0, "rollout/staleness_max": 0.0}
