@@ -246,13 +246,15 @@ def test_commands_in_the_text_exist(page: Path) -> None:
                 find(word)
 
 
-def test_examples_in_python_run(here: Path) -> None:
+def test_examples_in_python_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of docs/extending.md have a test of their own."""
+    monkeypatch.chdir(here)
     blocks = [b for page in PAGES if page.name != "extending.md" for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
     spaces: list[dict[str, Any]] = [{} for _ in blocks]
     for block, space in zip(blocks, spaces):
         exec(block, space)
     assert [space["verdict"].status for space in spaces if "verdict" in space] == [Status.RIGHT]
+    assert main(["data", "check", "mine.jsonl"]) == 0  # of docs/data.md
 
 
 def test_the_example_of_a_record_is_fit_for_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
