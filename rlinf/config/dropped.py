@@ -1,4 +1,4 @@
-"""Keys and values that RLinf's users may have in their YAML files and that this project does not have: what to do instead.
+"""Keys and values that users of RLinf or verl may have and that this project does not have: what to do instead.
 
 The first pattern that matches wins (shell wildcards).
 """
@@ -130,6 +130,29 @@ KEYS |= {
     name.replace("actor.", "critic.", 1): text.replace("actor.", "critic.") for name, text in KEYS.items() if name.startswith("actor.")
 }
 
+_VERL = "a name of verl; docs/migrating.md has the key that stands for it here"
+KEYS |= {  # after those of RLinf
+    "actor_rollout_ref*": _VERL,
+    "trainer*": _VERL,
+    "reward_model*": _VERL,
+    "custom_reward_function*": "a name of verl; use reward.own_tasks or reward.own_parts (docs/extending.md)",
+    "data.train_files": "use data.train_data_paths, with JSONL files",
+    "data.val_files": "use data.val_data_paths, with JSONL files",
+    "data.train_batch_size": "use data.rollout_batch_size: prompts per step",
+    "data.max_response_length": "use algorithm.sampling_params.max_new_tokens",
+    "data.filter_overlong_prompts": "use data.filter_prompt_by_length",
+    "data.apply_chat_template_kwargs": "use data.chat_template_variables",
+    "algorithm.adv_estimator": "use algorithm.adv_type",
+    "algorithm.norm_adv_by_std_in_grpo": "true is adv_type: grpo, false is adv_type: dr_grpo",
+    "algorithm.lam": "use algorithm.gae_lambda",
+    "algorithm.use_kl_in_reward": "use algorithm.kl_in: reward with algorithm.kl_beta",
+    "algorithm.kl_ctrl*": "use algorithm.kl_in: reward with algorithm.kl_beta, which is fixed",
+    "algorithm.kl_penalty": "use algorithm.kl_penalty_type",
+    "algorithm.filter_groups*": "use algorithm.dynamic_sampling: true with algorithm.dynamic_sampling_max_batches",
+    "algorithm.rollout_correction*": "use algorithm.importance_sampling_fix: true with algorithm.importance_sampling_type and _clip",
+    "critic.cliprange_value": "use critic.value_clip",
+}
+
 VALUES: dict[tuple[str, str], str] = {
     ("algorithm.loss_type", "actor"): "the reference's `actor` is `ppo` here",
     ("algorithm.loss_type", "grpo"): "GRPO is adv_type: grpo; its loss is `ppo` here",
@@ -137,6 +160,9 @@ VALUES: dict[tuple[str, str], str] = {
     ("algorithm.kl_penalty_type", "kl"): "the reference's `kl` is `k1` here",
     ("algorithm.kl_penalty_type", "mse"): "the reference's `mse` is `k2` here",
     ("algorithm.kl_penalty_type", "abs"): "use k2, which is symmetric too",
+    ("algorithm.adv_type", "reinforce_plus_plus"): "verl's `reinforce_plus_plus` is `reinforce++` here",
+    ("algorithm.adv_type", "reinforce_plus_plus_baseline"): "verl's `reinforce_plus_plus_baseline` is `reinforce++-baseline` here",
+    ("algorithm.adv_type", "group_norm"): "OpenRLHF's `group_norm` is `grpo` here",
     ("algorithm.adv_type", "reinpp"): "the reference's `reinpp` is `reinforce++` here, and with use_reinpp_baseline `reinforce++-baseline`",
     ("rollout.rollout_backend", "vllm"): "vLLM is not an engine of this project; use sglang",
     ("actor.model.precision", "16"): "write fp16",

@@ -305,6 +305,12 @@ def test_several_files_to_extend_are_refused(tmp_path: Path) -> None:
         ("hydra.run.dir", "without hydra"),
         ("runner.task_type", "remove it"),
         ("inference.load_from_actor", "the actor recomputes"),
+        ("actor_rollout_ref.rollout.n", "docs/migrating.md"),
+        ("trainer.nnodes", "docs/migrating.md"),
+        ("custom_reward_function.path", "reward.own_parts"),
+        ("data.max_response_length", "algorithm.sampling_params.max_new_tokens"),
+        ("algorithm.lam", "algorithm.gae_lambda"),
+        ("algorithm.kl_ctrl.kl_coef", "algorithm.kl_in: reward"),
     ],
 )
 def test_keys_of_the_reference_that_are_gone_say_what_replaced_them(tmp_path: Path, key: str, words: str) -> None:
@@ -314,7 +320,12 @@ def test_keys_of_the_reference_that_are_gone_say_what_replaced_them(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("word", "words"),
-    [("algorithm.loss_type=actor", "`ppo`"), ("algorithm.kl_penalty_type=low_var_kl", "`k3`"), ("rollout.rollout_backend=vllm", "sglang")],
+    [
+        ("algorithm.loss_type=actor", "`ppo`"),
+        ("algorithm.kl_penalty_type=low_var_kl", "`k3`"),
+        ("rollout.rollout_backend=vllm", "sglang"),
+        ("algorithm.adv_type=group_norm", "`grpo`"),
+    ],
 )
 def test_values_of_the_reference_that_are_gone_say_what_replaced_them(tmp_path: Path, word: str, words: str) -> None:
     assert words in problems(tmp_path, "", word)
