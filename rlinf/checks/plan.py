@@ -229,8 +229,20 @@ def report(result: Forecast, config: Config, device: Device) -> str:
     load, total = result.load, result.step_seconds
     lines.append(f"time of a step, seconds, at {load.response} tokens a response on average: {total:.0f}")
     lines += [f"  {phase:<21} {seconds:8.1f}  {seconds / total:4.0%}" for phase, seconds in result.seconds.items()]
+    lines += overlap(result, config)
     lines += [f"does not fit: {trouble}" for trouble in result.trouble] or ["it fits"]
     return "\n".join(lines)
+
+
+def overlap(result: Forecast, config: Config) -> list[str]:
+    """What the sum of the phases does not say where actor and engines have devices of their own."""
+    if result.placement.shares_device("actor", "rollout"):
+        return []
+    if not config.algorithm.max_staleness:
+        return ["  actor and engines have devices of their own, but take turns: with algorithm.max_staleness=1 they work at the same time"]
+    rollout = result.seconds["rollout"]
+    longest = max(rollout, result.step_seconds - rollout)
+    return [f"  generation and training overlap (algorithm.max_staleness), which the sum leaves out: a step takes {longest:.0f} at least"]
 
 
 def assumptions(device: Device) -> str:
