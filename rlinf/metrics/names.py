@@ -393,7 +393,7 @@ SYSTEM = [
     *metrics(
         "time",
         ("step", "seconds of the whole step", "steady", "compare the phases"),
-        ("overlap", "seconds in which more than one phase ran; absent where none did", "large in a disaggregated run", "—"),
+        ("overlap", "seconds in which more than one phase ran; absent where none did", "large in a run that generates ahead", "—"),
         (
             "alone_*",
             "with `overlap`: seconds in which this phase ran and no other; what a step would gain if it took no time",
