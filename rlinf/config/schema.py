@@ -21,7 +21,7 @@ class ClusterConfig:
         "where workers live: `ray` (local cluster when none is up) or `local` (everything in this process, for debugging)",
         ("ray", "local"),
     )
-    num_nodes: int = key(1, "nodes of the run; the run waits for them")
+    num_nodes: int = key(1, "number of nodes; the run waits for them")
     num_gpus_per_node: int = key(1, "devices per node: GPUs, or process slots on a CPU machine")
     component_placement: dict[str, str] = key(
         {"actor,rollout,reward": "all"}, "component[,component]: devices, as `all`, `0-7`, `0-3,8`; devices are numbered node by node"
@@ -56,17 +56,17 @@ class RunnerConfig:
     async_checkpoint: bool = key(
         False, "write checkpoints in the background while training goes on; needs host memory for a copy of weights and optimizer state"
     )
-    keep_checkpoints: int = key(2, "complete checkpoints to keep, newest first; 0 = all")
+    keep_checkpoints: int = key(2, "how many complete checkpoints are kept, the newest ones; 0 = all")
     keep_groups: int = key(
         50,
-        "steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) stay in samples/ for `rlinf replay`, newest first; "
-        "step 1 and the step behind each kept checkpoint stay anyway; -1 = all; 0 = none are written",
+        "last steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) are kept in samples/ for `rlinf replay`; step "
+        "1 and the step after each kept checkpoint are kept as well; -1 = all; 0 = none are written",
     )
     resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
     phase_timeout: int = key(
         0,
         "seconds that a phase of a step may take before the run counts as hanging; "
-        "0 = ten times the longest such phase so far, at least 600; -1 = any",
+        "0 = ten times the longest such phase so far, at least 600; -1 = no limit",
     )
     on_hang: str = key(
         "abort",
@@ -74,13 +74,13 @@ class RunnerConfig:
         "checkpoint (without one it is an abort), `report` lets it go on",
         ("abort", "restart", "report"),
     )
-    max_restarts: int = key(3, "with on_hang restart: times that one command starts the run anew at most")
+    max_restarts: int = key(3, "with on_hang restart: how often one command restarts the run at most")
     profile_steps: list[int] = key(
         [], "steps that torch's profiler records, into profile/ of the run's folder; a trace slows its step down"
     )
     profile_ranks: list[int] = key([0], "ranks of actor, critic and rollout that are recorded")
     peak_tflops: float | None = key(
-        None, "10^12 operations a second that a device is capable of, for the utilisation metrics; null = the data sheet's, on CPU none"
+        None, "peak of a device in 10^12 operations a second, for the utilisation metrics; null = the data sheet's, on CPU none"
     )
     seq_length: int = key(2048, "tokens of prompt + response at most")
     max_tokens_per_mbs: int = key(4096, "token budget of a training micro-batch; at least seq_length")
@@ -102,7 +102,7 @@ class DataConfig:
         False, "wrap the prompt as a user turn in the tokenizer's chat template (boba prompts are templated already)"
     )
     chat_template_variables: dict[str, str] = key(
-        {}, "what the chat template is told beside the turns, such as {enable_thinking: false} for Qwen3; also by `rlinf eval`"
+        {}, "variables for the chat template, such as {enable_thinking: false} for Qwen3; `rlinf eval` uses them, too"
     )
     tasks: list[str] | None = key(None, "keep only these tasks; null = all")
     max_prompt_length: int = key(1024, "tokens of a prompt at most")
@@ -220,7 +220,7 @@ class RolloutConfig:
         1, "GPUs of one engine; the embedded engine runs on one device, one of SGLang also on those of several nodes (docs/sglang.md)"
     )
     gpu_memory_utilization: float = key(
-        0.55, "share of a GPU's memory for the engine's weights and KV cache; SGLang takes it of what is free when the engine starts"
+        0.55, "share of a GPU's memory for the engine's weights and KV cache; with SGLang of the memory that is free when the engine starts"
     )
     offload: bool = key(
         False,
@@ -238,17 +238,16 @@ class RolloutConfig:
     )
     max_engine_restarts: int = key(
         3,
-        "deaths of an engine that do not end the run: it is started anew and given the current weights, "
-        "which the actor keeps for that (Ray only)",
+        "how many engines that died are restarted with the current weights (which the actor keeps for that) before a death ends the run; "
+        "Ray only",
     )
     stall_timeout: int = key(
         0,
-        "seconds without a finished group, or without an answer to anything else, after which an engine is ended and started anew; "
-        "0 = for ever",
+        "seconds without a finished group, or without an answer to another call, after which an engine is ended and restarted; 0 = never",
     )
     over_provisioning: float = key(
         0.0,
-        "with schedule wallclock: groups that are begun and not yet trained on at most, in batches; 0 = as many as max_staleness allows",
+        "with schedule wallclock: how many batches of groups may be begun and not yet trained on; 0 = as many as max_staleness allows",
     )
     weight_transport: str = key(
         "auto",
@@ -272,11 +271,13 @@ class ActorModelConfig:
     tensor_model_parallel_size: int = key(1, "ranks that share each layer")
     pipeline_model_parallel_size: int = key(1, "pipeline stages")
     sequence_parallel: bool = key(False, "shard norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
-    context_parallel_size: int = key(1, "ranks that share the tokens of each micro-batch; for sequences whose activations fit no one rank")
+    context_parallel_size: int = key(
+        1, "ranks that share the tokens of each micro-batch; for sequences whose activations do not fit one rank"
+    )
     precision: str = key(
         "bf16",
-        "compute dtype; master weights, moments and gradients are fp32; auto = bf16 on a GPU and on a CPU that multiplies it, else fp32, "
-        "by the machine that starts the run",
+        "compute dtype; master weights, moments and gradients are fp32; auto = bf16 on a GPU and on a CPU with bf16 instructions, else "
+        "fp32, by the machine that starts the run",
         ("fp32", "bf16", "fp16", "auto"),
     )
     transformer_impl: str = key(
@@ -344,7 +345,8 @@ class CriticConfig(ActorConfig):
     )
     seed: int = key(1234, "seed of the value head's first weights (`score.weight`), where the folder has none")
     value_clip: float | None = key(
-        0.5, "how far a value may move in one step before its loss stops falling, in units of reward; null = any way"
+        0.5,
+        "clip range of the values: how far a value may move in one step before its loss stops falling, in units of reward; null = no limit",
     )
     warmup_steps: int = key(0, "first steps of the run in which the critic alone is trained")
 
@@ -359,8 +361,8 @@ class TokenRewardConfig:
         "or two (wrong, right); null = there is none",
     )
     output: str = key("logit", "score of a token: the logit (of two labels their difference), or its sigmoid", ("logit", "probability"))
-    reduce: str = key("mean", "what a response's score is made of: the scores of its tokens that count", ("mean", "sum", "last", "min"))
-    weight: float = key(1.0, "what a score is multiplied by before it joins the reward")
+    reduce: str = key("mean", "how the scores of a response's tokens become the score of the response", ("mean", "sum", "last", "min"))
+    weight: float = key(1.0, "factor of a score before it is added to the reward")
     model: ActorModelConfig = field(default_factory=ActorModelConfig)
     offload_weight: bool = key(False, "keep its weights in host memory while it does not score")
 
@@ -380,9 +382,11 @@ class RewardConfig:
     reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative; 0 = reward.own_parts alone")
     undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
     answer_format: str = key(
-        "boxed", "where the answer is looked for: the last balanced box, or else also the final number", ("boxed", "boxed_or_final_number")
+        "boxed",
+        "where the answer is: in the last complete box, or, without a box, also in the last number",
+        ("boxed", "boxed_or_final_number"),
     )
-    num_processes: int = key(1, "verifier processes of one reward worker for the answers that need symbolic work")
+    num_processes: int = key(1, "verifier processes of one reward worker, for answers that need symbolic computation")
     timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided")
     format_reward: float = key(0.0, "added when the response closes its thinking once and boxes an answer after it; 0 = off")
     four_levels: bool = key(
@@ -392,7 +396,7 @@ class RewardConfig:
     )
     overlong_buffer: int = key(0, "tokens before max_new_tokens in which a length penalty grows linearly (DAPO soft overlong); 0 = off")
     overlong_penalty: float = key(1.0, "length penalty of a response of max_new_tokens, with overlong_buffer > 0")
-    exploration_penalty: float = key(0.0, "c: subtract min(1, c / response tokens), which vanishes for long responses (RLSP); 0 = off")
+    exploration_penalty: float = key(0.0, "c of the penalty min(1, c / response tokens) for short responses (RLSP); 0 = off")
 
     def of_verdicts(self) -> RewardConfig:
         """The same without what is paid beside right and wrong."""

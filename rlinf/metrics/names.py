@@ -484,6 +484,9 @@ def markdown() -> str:
         "Written from `rlinf/metrics/names.py`. Every metric is in `metrics.jsonl` and in TensorBoard under the same name; the x axis is",
         "the step everywhere. Means are over the whole step and over all ranks; none depends on how the work was split. A number that is",
         "not finite is `null` in `metrics.jsonl`.",
+        "",
+        "Look first at `rollout/rewards` and `rollout/accuracy`, at `rollout/truncated`, `rollout/no_box` and `train/entropy_loss`, at",
+        "`train/rollout_logprob_gap_mean`, and at `eval/accuracy` on held-out problems. The level of `train/loss` says little.",
     ]
     for title, rows in SECTIONS.items():
         lines += ["", f"## {title}", "", "| name | meaning | healthy | what to do |", "|---|---|---|---|"]
