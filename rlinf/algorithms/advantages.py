@@ -15,6 +15,7 @@ from rlinf.errors import UserError
 
 GRPO_EPS = 1e-6
 WHITEN_EPS = 1e-5
+ROUNDING = 1e-12  # a sum below this share of its terms' magnitudes is 0 but for rounding
 
 
 def grpo(rewards_G: np.ndarray) -> np.ndarray:
@@ -91,12 +92,19 @@ def whiten(advantages_B: np.ndarray, loss_tokens_B: np.ndarray) -> np.ndarray:
     """(A - mean) / (std + 1e-5) where mean and std are over the response *tokens*: a response weighs as many times as it has loss tokens.
 
     The population variance (divided by the number of tokens), as in AReaL and RLinf. Because it re-centres, a response whose advantage
-    was 0 may leave with another value. No tokens, or advantages that are all equal: exactly 0.
+    was 0 may leave with another value; where the mean is 0 but for rounding, as when all responses are equally long, it stays exactly 0.
+    No tokens, or advantages that are all equal: exactly 0.
     """
     tokens = loss_tokens_B.sum()
     counted_B = advantages_B[loss_tokens_B > 0]
     if tokens == 0 or np.all(counted_B == counted_B[0]):
         return np.zeros(len(advantages_B))
-    mean = (loss_tokens_B * advantages_B).sum() / tokens
+    weighted_B = loss_tokens_B * advantages_B
+    mean = mean_of(weighted_B.sum(), np.abs(weighted_B).sum(), tokens)
     variance = (loss_tokens_B * (advantages_B - mean) ** 2).sum() / tokens
     return (advantages_B - mean) / (np.sqrt(variance) + WHITEN_EPS)
+
+
+def mean_of(total: float, magnitude: float, count: float) -> float:
+    """total / count; exactly 0 where the total is nothing beside `magnitude`, the sum of absolute values: what is centred stays so."""
+    return total / count if abs(total) > ROUNDING * magnitude else 0.0

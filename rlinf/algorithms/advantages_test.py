@@ -89,6 +89,17 @@ def test_whitening_of_equal_advantages_is_exactly_zero() -> None:
     assert (whiten(np.array([1.0, 2.0]), np.array([0, 0])) == 0).all()
 
 
+@pytest.mark.parametrize("name", sorted(COMPARING))
+def test_whitening_of_equally_long_responses_leaves_a_group_without_signal_at_exactly_zero(name: str) -> None:
+    """The mean over tokens is 0 then, but sums of 1/3 and the like are not, quite: such a response would count as trained on, and its
+    tokens as clipped."""
+    rewards = [[5.0, 5, -5], [5.0, 5, 5], [-4.9, 5.1, 5.1], [-5.0, -5, -5]]
+    white = outcome_advantages(rewards, [[30] * 3] * 4, name, True)
+    assert (white[1] == 0).all() and (white[3] == 0).all() and (white[0] != 0).all()
+    longer = outcome_advantages(rewards, [[30, 30, 29]] + [[30] * 3] * 3, name, True)  # a mean that is small, but no rounding
+    assert (longer[1] != 0).all()
+
+
 def test_outcome_advantages_whiten_once_over_the_whole_batch() -> None:
     rewards, tokens = [[5.0, -5, -5, -5], [5.0, 5, -5, -5]], [[2, 3, 4, 5], [6, 7, 8, 9]]
     raw, white = (outcome_advantages(rewards, tokens, "grpo", flag) for flag in (False, True))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlinf.algorithms.advantages import WHITEN_EPS
+from rlinf.algorithms.advantages import WHITEN_EPS, mean_of
 from rlinf.algorithms.importance import Correction, importance_weights
 from rlinf.algorithms.kl import kl_estimate_N
 
@@ -134,8 +134,8 @@ def discounted_sums_N(values_N: Tensor, discount: float, sample_N: Tensor) -> Te
 
 def whitened(parts: Sequence[Tensor], all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """(A - mean) / (std + 1e-5) over all tokens of all ranks, population variance; advantages that are all equal give exactly 0."""
-    count, total = all_sum(sum_of(parts, lambda a: torch.stack([torch.ones_like(a).sum(), a.sum()]))).tolist()
-    mean = total / max(count, 1)
+    count, total, magnitude = all_sum(sum_of(parts, lambda a: torch.stack([torch.ones_like(a).sum(), a.sum(), a.abs().sum()]))).tolist()
+    mean = mean_of(total, magnitude, max(count, 1))
     (squares,) = all_sum(sum_of(parts, lambda a: (a - mean).square().sum()[None])).tolist()
     std = (squares / max(count, 1)) ** 0.5
     if std <= EQUAL * abs(mean):

@@ -74,6 +74,13 @@ def test_discounted_sums_are_those_of_the_recursion(lengths: list[int], discount
     assert torch.allclose(discounted_sums_N(values, discount, sample_N), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_whitening_leaves_a_response_without_signal_at_exactly_zero_where_the_mean_is_only_rounding() -> None:
+    batch = replace(make([7] * 5), outcome_N=torch.tensor([0.1, 0.2, -0.3, 0.0, 0.0], dtype=torch.float64).repeat_interleave(7))
+    assert batch.outcome_N.sum() != 0  # 0.1 + 0.2 - 0.3 is not, quite
+    white = alone(batch, replace(PLAIN, whiten=True))
+    assert (white[21:] == 0).all() and (white[:21] != 0).all()
+
+
 def test_reinforce_pp_whitening_published_example() -> None:
     """Rewards 1 (2 tokens) and 0 (3 tokens): 1.2247 and -0.8165, with the population variance (arXiv 2501.03262)."""
     batch = replace(make([2, 3]), outcome_N=torch.tensor([1.0, 1, 0, 0, 0], dtype=torch.float64))
