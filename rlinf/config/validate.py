@@ -248,8 +248,9 @@ def _kl(c: Config) -> Iterator[Violation]:
     if a.token_level and a.normalize_advantages and a.num_update_sample_per_prompt is not None:
         yield (
             "algorithm.num_update_sample_per_prompt",
-            "whitening needs the advantages of all responses, and with algorithm.kl_in: reward or gamma < 1 only those of the trained ones "
-            "are known; set algorithm.normalize_advantages: false, or num_update_sample_per_prompt: null",
+            "whitening needs the advantages of all responses, and where they differ from token to token (algorithm.adv_type gae, "
+            "kl_in: reward, gamma < 1, dense_rewards) only those of the trained ones are known; "
+            "set algorithm.normalize_advantages: false, or num_update_sample_per_prompt: null",
         )
 
 
@@ -261,6 +262,12 @@ def _importance(c: Config) -> Iterator[Violation]:
     if a.loss_type == "decoupled-ppo":
         if fix:
             yield "algorithm.importance_sampling_fix", "decoupled-ppo weighs actor over engine already, and twice is wrong; set it to false"
+        if a.importance_sampling_normalize and not a.recompute_logprobs:
+            yield (
+                "algorithm.importance_sampling_normalize",
+                "needs the weights of the whole batch before its first update, and with algorithm.recompute_logprobs: false π_prox, and so "
+                "the weights, follow the policy from update to update; set recompute_logprobs: true, or this to false",
+            )
     if not fix:
         decoupled = a.loss_type == "decoupled-ppo"  # has the weights, with the bound of behav_imp_weight_cap
         for name, default in (("type", "token-truncate"), ("low", None), *([] if decoupled else [("normalize", False)])):

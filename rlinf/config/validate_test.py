@@ -124,6 +124,10 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["algorithm.importance_sampling_type=k3-mask"], "has a meaning only with algorithm.importance_sampling_fix: true"),
         (["algorithm.importance_sampling_low=0.5"], "importance_sampling_low = 0.5 (command line): has a meaning only with"),
         (["algorithm.importance_sampling_normalize=true"], "importance_sampling_normalize = true (command line): has a meaning only with"),
+        (
+            ["algorithm.loss_type=decoupled-ppo", "algorithm.recompute_logprobs=false", "algorithm.importance_sampling_normalize=true"],
+            "importance_sampling_normalize = true (command line): needs the weights of the whole batch",
+        ),
         (["algorithm.importance_sampling_fix=true", "algorithm.importance_sampling_low=0.5"], "token-truncate has no lower bound"),
         ([*MASK, "algorithm.importance_sampling_low=3"], "must be at most algorithm.importance_sampling_clip (2.0)"),
         ([*MASK, "algorithm.importance_sampling_clip=0.5"], "set importance_sampling_low"),
