@@ -187,7 +187,10 @@ def lost_at(unboxed: Sequence[float]) -> int | None:
 
 def stale_weights(run: RunData) -> Finding | None:
     """The engine's log-probabilities drift away from the actor's, or its versions fall behind."""
-    steps, gap = run.series("train/rollout_logprob_gap_mean")
+    behind = dict(zip(*run.series("rollout/staleness_max")))
+    series = zip(*run.series("train/rollout_logprob_gap_mean"))
+    fresh = [(s, g) for s, g in series if not behind.get(s)]  # from an earlier version a token may well be far off
+    steps, gap = [s for s, _ in fresh], [g for _, g in fresh]
     fp32 = "fp32" in (run.values.get("rollout.precision"), run.values.get("actor.model.precision"))
     floor = 1e-4 if fp32 else 0.03
     lag = {s: s - 1 - c.oldest_version for s, c in run.counts.items() if c.oldest_version is not None}

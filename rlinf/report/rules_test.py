@@ -55,6 +55,13 @@ def test_what_a_cause_brings_about_is_told_with_it() -> None:
     assert found.rule == "stale-weights" and "Entropy collapse" in found.evidence[-1]
 
 
+def test_a_gap_that_is_that_of_allowed_staleness_is_no_finding() -> None:
+    gap = [1e-7, 0.003, 0.02, 0.03, 0.05, 0.05, 0.06, 0.06]
+    assert find_problems(run_of(train__rollout_logprob_gap_mean=gap, rollout__staleness_max=[0.0] + [2.0] * 7)) == []
+    (found,) = find_problems(run_of(train__rollout_logprob_gap_mean=gap, rollout__staleness_max=[0.0] * 8))
+    assert found.rule == "stale-weights"
+
+
 def test_groups_of_one_kind_are_no_news_to_estimators_that_compare_across_prompts() -> None:
     run = run_of(rollout__groups_all_wrong=[0.6] * 6, rollout__groups_all_right=[0.4] * 6)
     assert [f.rule for f in find_problems(run)] == ["no-signal"]
