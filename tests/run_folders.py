@@ -124,7 +124,7 @@ def make_run(
         logger.log(
             step,
             rollout_metrics(headers)
-            | advantage_metrics(advantages, run.config)
+            | advantage_metrics(advantages, [np.ones(len(a), bool) for a in advantages], run.config)
             | train
             | times
             | {"perf/tokens_per_second": rng.uniform(500, 600), "perf/actor_memory_gib": 4.0},
@@ -172,7 +172,7 @@ def write_tokens(
     run: RunFolder, step: int, groups: list[Group], headers: list[GroupHeader], advantages: list[np.ndarray], gap: float
 ) -> tuple[float, float]:
     """(mean, largest) gap."""
-    plan = plan_dump(str(run.tokens(step)), headers, advantages, (0, step))
+    plan = plan_dump(str(run.tokens(step)), headers, advantages, [np.ones(len(a), bool) for a in advantages], (0, step))
     texts = {row["sample_id"]: row["response"] for row in read(run.samples(step))}
     noise = np.random.default_rng(step)
     lines, every = [], []

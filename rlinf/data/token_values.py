@@ -30,10 +30,14 @@ class DumpPlan:
     sample_ids: frozenset[str]
 
 
-def plan_dump(path: str, headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray], seed: tuple[int, ...]) -> DumpPlan:
-    """The highest advantage, the lowest, and RANDOM_SAMPLES others."""
-    names = [name for h in headers for name in h.sample_ids]
-    flat = np.concatenate([np.asarray(a, float) for a in advantages])
+def plan_dump(
+    path: str, headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray], seed: tuple[int, ...]
+) -> DumpPlan:
+    """The highest advantage, the lowest, and RANDOM_SAMPLES others; of the samples that are trained on (bool): the rest have no line."""
+    names = [name for h, those in zip(headers, trained, strict=True) for name, is_in in zip(h.sample_ids, those, strict=True) if is_in]
+    if not names:
+        return DumpPlan(path, frozenset())
+    flat = np.concatenate([np.asarray(a, float)[those] for a, those in zip(advantages, trained, strict=True)])
     chosen = {names[int(flat.argmax())], names[int(flat.argmin())]}
     chosen |= {names[k] for k in np.random.default_rng(seed).permutation(len(names))[:RANDOM_SAMPLES]}
     return DumpPlan(path, frozenset(chosen))

@@ -42,6 +42,16 @@ def test_the_plan_has_the_extremes_and_as_many_others_in_any_batch() -> None:
     headers = [header(g, 8) for g in range(32)]
     advantages = [np.zeros(8) for _ in headers]
     advantages[7][3], advantages[30][0] = 2.0, -2.0
-    plan = plan_dump("x", headers, advantages, (1, 2))
+    every = [np.ones(8, bool) for _ in headers]
+    plan = plan_dump("x", headers, advantages, every, (1, 2))
     assert {"g7/3", "g30/0"} <= plan.sample_ids and len(plan.sample_ids) <= RANDOM_SAMPLES + 2
-    assert plan == plan_dump("x", headers, advantages, (1, 2)) != plan_dump("x", headers, advantages, (1, 3))
+    assert plan == plan_dump("x", headers, advantages, every, (1, 2)) != plan_dump("x", headers, advantages, every, (1, 3))
+
+
+def test_the_plan_names_samples_that_are_trained_on_alone() -> None:
+    """What overlong filtering or num_update_sample_per_prompt leaves out has no line that could be written in full."""
+    headers = [header(g, 4) for g in range(8)]
+    advantages = [np.array([9.0, 1.0, -1.0, -9.0])] * 8
+    plan = plan_dump("x", headers, advantages, [np.array([False, True, True, False])] * 8, (1, 2))
+    assert {name[-1] for name in plan.sample_ids} == {"1", "2"} and len(plan.sample_ids) >= RANDOM_SAMPLES
+    assert plan_dump("x", headers, advantages, [np.zeros(4, bool)] * 8, (1, 2)).sample_ids == frozenset()

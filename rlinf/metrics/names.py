@@ -192,15 +192,16 @@ ROLLOUT = metrics(
     ),
     (
         "advantages_mean",
-        "mean advantage over responses; with `kl_in: reward` or `gamma` < 1 before what differs from token to token, and before whitening",
+        "mean advantage over responses that are trained on; with `kl_in: reward` or `gamma` < 1 before what differs from token to token, "
+        "and before whitening",
         "near 0",
         "far from 0: responses of very different lengths under whitening",
     ),
-    ("advantages_max", "largest advantage", "below 10", "one right answer among many wrong ones is rare luck: larger batch"),
-    ("advantages_min", "smallest advantage", "above −10", "—"),
+    ("advantages_max", "largest such advantage", "below 10", "one right answer among many wrong ones is rare luck: larger batch"),
+    ("advantages_min", "smallest such advantage", "above −10", "—"),
     (
         "advantages_zero",
-        "share of responses whose advantage is exactly 0: trained on without effect",
+        "share of these responses whose advantage is exactly 0: trained on without effect",
         "below 0.5",
         "as for `groups_all_right` and `groups_all_wrong`",
     ),
@@ -261,9 +262,10 @@ TRAIN = metrics(
     ("approx_kl", "k3 estimate of KL(π_old‖π) per token", "below 0.02", "as for `ratio`"),
     (
         "rollout_logprob_gap_mean",
-        "mean distance between the log-probabilities that actor and rollout engine give the sampled tokens, same weights",
-        "fp32 below 1e-5; bf16 below 0.02; always 0 with `recompute_logprobs: false`, where the engine's stand for the actor's: "
-        "then look at `first_minibatch_ratio`",
+        "mean distance between the log-probabilities that π_old and the rollout engine give the sampled tokens: same weights, but for "
+        "tokens of an earlier version (`rollout/staleness_mean`), for which it is also how far the policy has come since",
+        "fp32 below 1e-5; bf16 below 0.02; more where tokens are stale; always 0 with `recompute_logprobs: false`, where the engine's "
+        "stand for the actor's (but for `decoupled-ppo`, whose π_prox is interpolated): then look at `first_minibatch_ratio`",
         "a step change after a weight sync: wrong weights; constantly high: different precision, temperature or template",
     ),
     ("rollout_logprob_gap_max", "largest such gap", "fp32 below 1e-4; bf16 below 1", "as for the mean"),

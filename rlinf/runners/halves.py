@@ -19,7 +19,7 @@ from rlinf.runners.recorded import RecordedSteps
 from rlinf.runners.requests import training_requests
 from rlinf.runners.rollouts import Rollouts, Scored
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.selection import group_advantages, next_groups
+from rlinf.runners.selection import group_advantages, next_groups, trained_samples
 from rlinf.runners.step_metrics import advantage_metrics, rollout_metrics, staleness_metrics
 from rlinf.runners.training_loop import StepResult, TrainingLoop
 
@@ -67,8 +67,9 @@ class RolloutOnly(Half):
         headers = [header for header, _ in batch.scored]
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         stats = await self.rollouts.engines.ask_all("stats")
-        metrics = rollout_metrics(batch.generated) | advantage_metrics(group_advantages(headers, algorithm), self.config) | batch.metrics
-        metrics |= self.rollouts.metrics(batch.generated, stats)
+        trained = trained_samples(headers, algorithm, self.config.data.seed)
+        metrics = rollout_metrics(batch.generated) | advantage_metrics(group_advantages(headers, algorithm), trained, self.config)
+        metrics |= batch.metrics | self.rollouts.metrics(batch.generated, stats)
         return StepResult(metrics, int(metrics["rollout/total_tokens"]), {"rollout": [s.memory_bytes for s in stats]}, stats)
 
     @property

@@ -78,12 +78,12 @@ class Learner:
         config, headers, payloads = self.config, groups.headers, groups.payloads
         trained = trained_samples(headers, config.algorithm, config.data.seed)
         batch = (config, step, headers, advantages, trained)
-        metrics, values = advantage_metrics(advantages, config), []
+        metrics, values = advantage_metrics(advantages, trained, config), []
         if self.critic is not None:
             critic_shares = self.critic.split(*batch)
             reports, values = await self.critic.run("values", (step,), critic_shares, payloads)
             metrics |= report_metrics(reports, "critic", self.peak_tflops)
-        plan = plan_dump(dump, headers, advantages, (config.data.seed, step))
+        plan = plan_dump(dump, headers, advantages, trained, (config.data.seed, step))
         shares, parts = self.actor.split(*batch), [*values, *groups.token_rewards]
         reports, returns = await self.actor.run("train_step", (step, plan), shares, payloads, parts)
         metrics |= report_metrics(reports, "actor", self.peak_tflops)

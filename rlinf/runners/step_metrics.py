@@ -58,11 +58,12 @@ def rollout_metrics(headers: Sequence[GroupHeader]) -> dict[str, float]:
     return {f"rollout/{name}": float(value) for name, value in metrics.items()}
 
 
-def advantage_metrics(advantages: Sequence[np.ndarray], config: Config) -> dict[str, float]:
-    """Of the driver's advantages, an array [samples] a group. With a critic none: the actor makes them then, token by token."""
-    if config.has_critic:
+def advantage_metrics(advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray], config: Config) -> dict[str, float]:
+    """Of the driver's advantages, an array [samples] a group, for the samples that are trained on (bool): what is left out of the whitening
+    may lie anywhere. With a critic none: the actor makes them then, token by token."""
+    flat = np.concatenate([group[chosen] for group, chosen in zip(advantages, trained, strict=True)])
+    if config.has_critic or not len(flat):
         return {}
-    flat = np.concatenate(advantages)
     found = {"mean": flat.mean(), "max": flat.max(), "min": flat.min(), "zero": np.mean(flat == 0)}
     return {f"rollout/advantages_{name}": float(value) for name, value in found.items()}
 

@@ -32,7 +32,9 @@ def test_rollout_metrics_of_three_groups() -> None:
         header("b", 20, (5, 7), (RIGHT, WRONG)),
         header("c", 30, (9, 11), (NO_BOX, UNDECIDED), Finish.LENGTH),
     ]
-    metrics = rollout_metrics(headers) | advantage_metrics([np.zeros(2), np.array([0.7, -0.7]), np.zeros(2)], Config())
+    metrics = rollout_metrics(headers) | advantage_metrics(
+        [np.zeros(2), np.array([0.7, -0.7]), np.zeros(2)], [np.ones(2, bool)] * 3, Config()
+    )
     expected = {
         "rewards": 0.0,
         "accuracy": 0.5,
@@ -73,10 +75,13 @@ def test_a_missing_verdict_is_refused() -> None:
         rollout_metrics([header("a", 10, (1, 3), (RIGHT, None))])
 
 
-def test_with_a_critic_the_driver_has_no_advantages_to_show() -> None:
-    config = Config()
+def test_advantages_are_of_the_responses_that_are_trained_on_and_with_a_critic_not_the_drivers() -> None:
+    config, advantages = Config(), [np.array([9.0, 1.0, -1.0])]
+    found = advantage_metrics(advantages, [np.array([False, True, True])], config)
+    assert found["rollout/advantages_max"] == 1.0 and found["rollout/advantages_mean"] == 0.0
+    assert advantage_metrics(advantages, [np.zeros(3, bool)], config) == {}
     config.algorithm.adv_type = "gae"
-    assert config.has_critic and advantage_metrics([np.ones(2)], config) == {}
+    assert config.has_critic and advantage_metrics(advantages, [np.ones(3, bool)], config) == {}
 
 
 def test_scores_of_right_and_of_wrong_answers_are_told_apart() -> None:
