@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlinf.data.records import Finish, GroupHeader, Status, Verdict, sample_id
+from rlinf.rollout.contract import EngineStats
 
 MEDIAN, SPREAD, LONGEST = 100.0, 1.25, 3000  # tokens: log-normal, and where it is cut off
 
@@ -29,10 +30,13 @@ class Engines:
         self.stopped = [asyncio.Event() for _ in range(size)]
         self.lengths: list[int] = []
         self.tokens = 0
+        self.decoded = [0] * size  # since the engine was asked for its stats
 
     def ref(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
         if method == "abort":
             return asyncio.ensure_future(self.abort(rank))
+        if method == "stats":
+            return asyncio.ensure_future(self.stats(rank))
         assert (method, returns) == ("generate", 2)
         request, prompt, *before = args
         versions = [Counter(v) for v in before[0].versions] if before else [Counter() for _ in range(request.n)]
@@ -55,9 +59,14 @@ class Engines:
                 await asyncio.sleep(min(40, left))
                 versions[self.version] += min(40, left)
                 self.tokens += min(40, left)
+                self.decoded[rank] += min(40, left)
         return Finish.STOP if left == 0 else Finish.ABORT
 
-    async def results(self, asked: list[asyncio.Future[None]]) -> list[None]:
+    async def stats(self, rank: int) -> EngineStats:
+        counted, self.decoded[rank] = self.decoded[rank], 0
+        return EngineStats(decoded_tokens=counted)
+
+    async def results(self, asked: list[asyncio.Future[Any]]) -> list[Any]:
         return await asyncio.gather(*asked)
 
     async def abort(self, rank: int) -> None:

@@ -107,7 +107,7 @@ class ReasoningRunner(TrainingLoop):
             return {}
         with self.phase("validate", "validation"):
             dump = str(self.folder.validation(self.step))
-            scored = await self.rollouts.all(validation_requests(self.step, self.val_prompts, dump))
+            scored = await self.rollouts.held_out(validation_requests(self.step, self.val_prompts, dump))
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])
 

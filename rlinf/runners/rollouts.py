@@ -45,6 +45,14 @@ class Rollouts:
         """The groups in the order of `wanted`."""
         return await gather_or_cancel([self.one(group) for group in wanted])
 
+    async def held_out(self, wanted: Sequence[GroupRequest]) -> list[Scored]:
+        """As all(), of problems that no step learns from: what the engines count for them is in no step's measure. Only where groups of a
+        step are decoded meanwhile can the two not be told apart."""
+        scored = await self.all(wanted)
+        if not any(self.dispatcher.load):
+            await self.engines.ask_all("stats")
+        return scored
+
     async def one(self, group: GroupRequest, pausable: bool = False) -> Scored:
         """One group. pausable: it stops while the engines are paused, and goes on where it was."""
         header, tokens, rank = await self._generated(group, pausable)
