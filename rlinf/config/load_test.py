@@ -226,7 +226,12 @@ def test_mistakes_in_the_file_are_named_with_file_and_line(tmp_path: Path, text:
         ("runner.max_steps=", ["runner.max_steps: expected integer, got null"]),
         ("actor.optim=3", ["actor.optim is a section; set one of its keys"]),
         ("data.tasks=[a", ["command line: data.tasks:1: not valid YAML"]),
-        ("cluster.component_placement.rollout=0-3", ["cluster.component_placement is one value"]),
+        ("cluster.component_placement.rollout=0-3", ["write it as a whole: 'cluster.component_placement={rollout: ...}'"]),
+        (
+            "rollout.sglang.max_total_tokens=9",
+            ["rollout.sglang is one value; write it as a whole: 'rollout.sglang={max_total_tokens: ...}'"],
+        ),
+        ("runner.max_steps.first=9", ["runner.max_steps is one value (integer) and has no first"]),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(tmp_path: Path, override: str, words: list[str]) -> None:

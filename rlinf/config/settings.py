@@ -102,9 +102,11 @@ def unknown(name: str) -> str:
     replaced = dropped_key(name)
     if replaced:
         return f"{name} is not a key here: {replaced}"
-    parent = name.rpartition(".")[0]
+    parent, _, part = name.rpartition(".")
     if parent in known_keys():
-        return f"{parent} is one value; write it as a whole, such as '{parent}={{rollout: 0-3, actor: 4-7}}'"
+        if known_keys()[parent].kind is not dict:
+            return f"{parent} is one value ({known_keys()[parent].type_name}) and has no {part}"
+        return f"{parent} is one value; write it as a whole: '{parent}={{{part}: ...}}'"
     close = nearest(name)
     return f"unknown key {name}" + (
         f"; did you mean {close}?" if close else f"; the sections are {', '.join(s for s in known_sections() if '.' not in s)}"
