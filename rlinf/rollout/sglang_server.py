@@ -36,7 +36,8 @@ from rlinf.rollout.sglang_http import HOST
 
 KEY = "rollout.sglang"
 TITLE = "sglang::"  # how the names of the server's own processes begin, but for the front's
-LOG_TAIL = 12
+LOG_TAIL, LOG_WIDTH = 12, 400  # lines of the log in a message, and characters of each: SGLang's line of all its settings has thousands
+LOADS = re.compile(r"/dev/shm/sglang_loads_\S+\.shm$", re.MULTILINE)
 TAKEN = re.compile(r"address already in use|EADDRINUSE|port at \d+ is not available|Could not bind port", re.IGNORECASE)
 REFUSAL = re.compile(r"error: (unrecognized arguments: .*|argument .*)|(Unsupported config option .*)")
 
@@ -79,7 +80,6 @@ class SGLangServer:
         self._closing = False
         self._watcher: threading.Thread | None = None
         self.folder = Path(f"/dev/shm/rlinf-{run_id}-sglang-{secrets.token_hex(4)}")  # ends with the run, like all its shared memory
-        self._shared: set[Path] = set()
         env = server_environment(options, self.folder)
         self.folder.mkdir(mode=0o700)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,7 @@ class SGLangServer:
             if unknown:  # argparse takes the beginning of a name for the name
                 raise UserError(f"{KEY}.{unknown[0]}: sglang {self.info['version']} has no such option; write its full name")
             on_failure.pop_all()
+        self._withdraw_names()
         self._watch(self._tree())
 
     def _launch(self, python: str, options: dict[str, Any], env: dict[str, str]) -> None:
@@ -103,7 +104,7 @@ class SGLangServer:
         config = self.folder / "server.yaml"  # not the command line, which everybody can read: it holds the key
         config.write_text(yaml.safe_dump({name.replace("_", "-"): value for name, value in words.items()}))
         command = [python, "-I", os.path.abspath(sglang_launch.__file__), str(os.getpid()), str(config)]
-        with open(self.log, "a") as output:
+        with open(self.log, "a", opener=private) as output:
             self._begin = output.tell()
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
@@ -122,8 +123,6 @@ class SGLangServer:
         kill(trackers)
         if self._watcher is not None:
             self._watcher.join()
-        for path in self._shared:
-            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def obituary(self) -> str:
@@ -137,6 +136,7 @@ class SGLangServer:
         deadline, chances = time.monotonic() + timeout, 1
         while not self._answers(path):
             ended, said = self.process.poll() is not None, self._said()
+            self._withdraw_names()
             if chances and TAKEN.search(said):  # between our look at its ports and its own, another program has taken one
                 chances -= 1
                 self._kill()  # it may still be about to warm up what will never listen
@@ -174,16 +174,18 @@ class SGLangServer:
             connection.close()
         return json.loads(body or b"{}") if answer.status == 200 else None
 
+    def _withdraw_names(self) -> None:
+        """SGLang's schedulers tell its front their load in files of shared memory, which would outlive servers that are killed. Without a
+        name they end with those that have them open; the front does without one that it has not opened yet."""
+        for pid in session_members(self.process.pid):
+            for path in LOADS.findall(mapped_by(pid)):
+                Path(path).unlink(missing_ok=True)
+
     def _tree(self) -> dict[int, str]:
-        """The server's own processes and their names; also notes the shared memory that they would leave behind when killed."""
+        """The server's own processes and their names."""
         names = {pid: command_of(pid).partition(" ")[0] for pid in session_members(self.process.pid)}
         tree = {pid: name.removeprefix(TITLE) for pid, name in names.items() if name.startswith(TITLE)}
         tree[self.process.pid] = "HTTP front"
-        for pid in tree:
-            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-                path = line.partition("/dev/shm/")[2]
-                if path.startswith("sglang_") and not path.endswith("(deleted)"):
-                    self._shared.add(Path("/dev/shm") / path)
         return tree
 
     def _watch(self, tree: dict[int, str]) -> None:
@@ -213,7 +215,23 @@ class SGLangServer:
 
     @staticmethod
     def _tail(log: Path) -> str:
-        return "\n".join(f"  | {line}" for line in log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
+        lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL:]
+        return "\n".join(f"  | {line[:LOG_WIDTH]}{'...' * (len(line) > LOG_WIDTH)}" for line in lines)
+
+
+def private(path: str, flags: int) -> int:
+    """Opens a log that its owner alone can read, like the key: SGLang writes down all its settings."""
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)  # one of an earlier start
+    return descriptor
+
+
+def mapped_by(pid: int) -> str:
+    """What it has mapped; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def session_members(leader: int) -> list[int]:

@@ -18,12 +18,17 @@ HELPER = "python3 -m torch._inductor.compile_worker --workers=32"
 TREE = f'(exec -a "sglang::scheduler_TP0" sleep 60) & (exec -a "{HELPER}" sleep 60) & wait'
 
 FRONT = """#!{python}
-import http.server, pathlib, sys, yaml
+import http.server, mmap, pathlib, sys, time, yaml
 settings = pathlib.Path(sys.argv[-1])
 words = yaml.safe_load(settings.read_text())
+print(words, "x" * 9000, flush=True)
+with open({loads!r}, "wb+") as file:
+    file.truncate(4096)
+    load = mmap.mmap(file.fileno(), 4096)
 with open({starts!r}, "a") as file:
     file.write(f"{{words['port']}} {{words['nccl-port']}}\\n")
 if len(open({starts!r}).readlines()) <= {failures}:
+    time.sleep(1)
     sys.exit({last_words!r})
 
 class Front(http.server.BaseHTTPRequestHandler):
@@ -42,13 +47,15 @@ SGLANG = "ValueError: nccl_port at 24003 is not available"
 def start(folder: Path, failures: int, last_words: str) -> tuple[SGLangServer | None, str, list[list[int]]]:
     """A server whose first starts fail with these words, or None and the error's; and its ports in each start."""
     python, starts = folder / "python", folder / "starts"
-    python.write_text(FRONT.format(python=sys.executable, starts=str(starts), failures=failures, last_words=last_words))
+    loads = f"/dev/shm/sglang_loads_{folder.name}.shm"  # as a scheduler makes
+    python.write_text(FRONT.format(python=sys.executable, starts=str(starts), failures=failures, last_words=last_words, loads=loads))
     python.chmod(0o700)
     server, error = None, ""
     try:
         server = SGLangServer(str(python), {"device": "cpu", "tp_size": 1}, {}, folder / "log", folder.name, 30.0)
     except RunFailed as failed:
         error = str(failed)
+    assert not Path(loads).exists()
     return server, error, [[int(port) for port in line.split()] for line in starts.read_text().splitlines()]
 
 
@@ -64,11 +71,22 @@ def test_a_server_whose_port_was_taken_meanwhile_starts_once_more_on_others(
     assert last_words in server.log.read_text()
 
 
+def test_the_key_is_read_by_nobody_else(tmp_path: Path) -> None:
+    """SGLang writes all its settings to its log."""
+    (tmp_path / "log").write_text("of an earlier start\n")
+    (tmp_path / "log").chmod(0o644)
+    server, _, _ = start(tmp_path, 0, "")
+    for file, closed in ((server.log, server.log), (server.folder / "server.yaml", server.folder)):
+        assert server.key in file.read_text() and closed.stat().st_mode & 0o77 == 0
+    server.close()
+
+
 @pytest.mark.parametrize(("failures", "last_words", "starts"), [(2, UVICORN, 2), (1, "ValueError: no such model", 1)])
 def test_a_server_that_does_not_start_is_not_started_for_ever(tmp_path: Path, failures: int, last_words: str, starts: int) -> None:
     server, error, ports = start(tmp_path, failures, last_words)
     assert server is None and len(ports) == starts
     assert error.startswith("the SGLang server ended with code 1 while starting") and last_words in error
+    assert max(map(len, error.splitlines())) < 500  # its settings are one line of many thousand characters
     assert not list(Path("/dev/shm").glob(f"rlinf-{tmp_path.name}*"))
 
 
@@ -76,7 +94,7 @@ def test_a_server_that_does_not_start_is_not_started_for_ever(tmp_path: Path, fa
 def server(tmp_path: Path) -> Iterator[SGLangServer]:
     server = SGLangServer.__new__(SGLangServer)
     server.folder, server.log, server.death, server.on_death, server._closing = tmp_path / "own", tmp_path / "log", None, None, False
-    server._watcher, server._shared = None, set()
+    server._watcher = None
     server.log.write_text("the last line\n")
     server.process = subprocess.Popen(["bash", "-c", TREE], start_new_session=True)
     yield server
