@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlinf.data.tokenizer import load_tokenizer
 from rlinf.errors import UserError
 from rlinf.rollout.sglang_engine import SGLangEngine
 from rlinf.rollout.sglang_server import find_interpreter
@@ -35,4 +36,5 @@ def small_server(model_dir: Path, max_context: int, native: dict[str, str] | Non
         run_id=f"test-{model_dir.parent.name}",
         native=native,
         tensor_parallel_size=tensor_parallel_size,
+        decode=load_tokenizer(str(model_dir)).decode,
     )

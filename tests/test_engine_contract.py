@@ -228,19 +228,34 @@ def test_end_token_belongs_to_the_sample(engine: RolloutEngine) -> None:
     assert stopped.token_ids.tolist() == free[: free.index(end) + 1] and stopped.finish is Finish.STOP
 
 
-def test_stop_string_ends_with_the_token_that_completes_it(engine: RolloutEngine, models: dict[str, Path]) -> None:
+def readable_pair(engine: RolloutEngine, models: dict[str, Path]) -> tuple[np.ndarray, list[int], int, str]:
+    """A prompt whose response has two readable characters in a row: (prompt, response, tokens up to the second character, the two)."""
     decode = load_tokenizer(str(models["qwen2"])).decode
-    again = repeatable(engine)
-    for seed in range(20):  # until there are two readable characters in a row
+    for seed in range(20):
         letters = prompt(9, seed)
-        free = tokens(run(engine, ask("r", letters, sampling=again, new=60))[0])[0]
+        free = tokens(run(engine, ask("r", letters, sampling=repeatable(engine), new=60))[0])[0]
         clean = next((i for i in range(1, 60) if decode(free[i : i + 2]).isascii() and len(decode(free[i : i + 2]).strip()) == 2), None)
         if clean is not None:
             break
     string = decode(free[clean : clean + 2])
-    first = next(i for i in range(60) if string in decode(free[: i + 1]))
-    stopped = run(engine, ask("r", letters, sampling=again, new=60, stop=Stop(strings=("never this", string))))[0][0]
-    assert stopped.token_ids.tolist() == free[: first + 1] and stopped.finish is Finish.STOP
+    return letters, free, next(i for i in range(60) if string in decode(free[: i + 1])) + 1, string
+
+
+def test_stop_string_ends_with_the_token_that_completes_it(engine: RolloutEngine, models: dict[str, Path]) -> None:
+    letters, free, end, string = readable_pair(engine, models)
+    stop = Stop(strings=("never this", string))
+    stopped = run(engine, ask("r", letters, sampling=repeatable(engine), new=60, stop=stop))[0][0]
+    assert stopped.token_ids.tolist() == free[:end] and stopped.finish is Finish.STOP
+
+
+def test_stop_string_that_begins_in_the_prefix_ends_the_sample(engine: RolloutEngine, models: dict[str, Path]) -> None:
+    if not engine.capabilities.retract_and_continue:
+        pytest.skip("the engine does not continue")
+    letters, free, end, string = readable_pair(engine, models)
+    prefix = np.array(free[: end - 1], np.int32)
+    asked = ask("r", letters, sampling=repeatable(engine), new=60, stop=Stop(strings=(string,)), prefixes=(prefix,))
+    (stopped,) = run(engine, asked)[0]
+    assert stopped.token_ids.tolist() == [free[end - 1]] and stopped.finish is Finish.STOP and stopped.versions == ((0, 1),)
 
 
 def test_length_and_window_finishes(engine: RolloutEngine) -> None:

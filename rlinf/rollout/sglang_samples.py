@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rlinf.data.records import Finish, Sample
-from rlinf.rollout.contract import Decode, GenerateRequest, completes_string
+from rlinf.rollout.contract import Decode, GenerateRequest
 
 STREAM_INTERVAL = 16  # tokens of a sample in one event: what is lost when the server dies, against work for every event
 
@@ -66,17 +67,33 @@ class Arriving:
         return new
 
     def look_again(self, request: GenerateRequest, decode: Decode | None) -> None:
-        """An aborted sample may be complete: SGLang decodes one more token of it and does not look whether that was the last.
+        """Find an end that SGLang has not seen: going on would decode past it.
 
-        Going on with it would decode past its end.
+        It seeks a stop string in no token of the prefix, and in no more of those that follow than its tokenizer writes the string with, and
+        one. Of an aborted sample it decodes one more token and does not look whether that was the last.
         """
-        if self.finish is not Finish.ABORT or not self.token_ids:
-            return
-        context, begin = self.input_ids + self.token_ids, len(request.prompt_ids)
-        if self.token_ids[-1] in request.stop.token_ids or (decode and completes_string(request.stop, context, begin, decode)):
+        end = self._end_of_string(request, decode) if decode and request.stop.strings and self.token_ids else None
+        if end is not None:
             self.finish = Finish.STOP
-        elif len(self.token_ids) >= self.room:
-            self.finish = Finish.WINDOW if self.limited_by_window else Finish.LENGTH
+            self.token_ids, self.logprobs = self.token_ids[:end], self.logprobs[:end]
+            self.spans = [span | {"end": min(span["end"], end)} for span in self.spans]
+        elif self.finish is Finish.ABORT and self.token_ids:
+            if self.token_ids[-1] in request.stop.token_ids:
+                self.finish = Finish.STOP
+            elif len(self.token_ids) >= self.room:
+                self.finish = Finish.WINDOW if self.limited_by_window else Finish.LENGTH
+
+    def _end_of_string(self, request: GenerateRequest, decode: Decode) -> int | None:
+        """How many tokens there are when the first stop string is complete; None when none is."""
+        prefix, n = self.input_ids[len(request.prompt_ids) :], len(self.token_ids)
+
+        def complete(tokens: int) -> bool:
+            text = decode(prefix + self.token_ids[:tokens])
+            return any(string in text for string in request.stop.strings)
+
+        if not complete(n):
+            return None
+        return 1 + bisect_left(range(1, n), True, key=complete) if complete(n - 1) else n  # most end where SGLang has ended them
 
     def sample(self) -> Sample:
         n = len(self.token_ids)

@@ -79,6 +79,26 @@ def test_an_aborted_sample_whose_last_token_ends_it_is_complete(
     assert sample.sample().finish is finish
 
 
+@pytest.mark.parametrize(
+    ("ids", "stop", "reason", "kept", "finish"),
+    [
+        ([4, 5, 6], "c4", "length", 1, Finish.STOP),  # it began in the prefix
+        ([4, 5, 6], "456", "length", 3, Finish.STOP),  # in more tokens than SGLang's tokenizer has for it
+        ([4, 5, 6, 4, 5], "45", "stop", 2, Finish.STOP),  # before the end that SGLang saw
+        ([4, 5, 6], "56", "abort", 3, Finish.STOP),
+        ([4, 5, 6], "7c", "length", 3, Finish.LENGTH),  # it began in the prompt
+    ],
+)
+def test_a_stop_string_that_the_server_overlooks_ends_the_sample(ids: list[int], stop: str, reason: str, kept: int, finish: Finish) -> None:
+    asked = request(n=1, prefixes=(np.array([12], np.int32),), stop=Stop((), (stop, "never this")))
+    (sample,) = arriving(asked, 100)
+    sample.take(event(ids, len(ids), {"type": reason}, [(0, 0, 2), (1, 2, len(ids))]))
+    sample.look_again(asked, lambda ids: "".join(f"{i:x}" for i in ids))
+    done = sample.sample()
+    assert done.token_ids.tolist() == ids[:kept] and len(done.rollout_logprobs) == kept and done.finish is finish
+    assert sum(n for _, n in done.versions) == kept
+
+
 def test_an_aborted_sample_without_tokens_is_empty() -> None:
     done = arriving(request(), 100)[0].sample()
     assert len(done) == 0 and done.versions == () and done.finish is Finish.ABORT
