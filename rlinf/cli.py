@@ -441,12 +441,12 @@ def _check_model(config: Config, dry_run: bool) -> list[str]:
     if hf:
         read_architecture(hf, Path(config.rollout.model_dir, "config.json"))
         validate_model(config, hf)
-    for role in ("critic", "token_reward"):
-        folder = getattr(config, role).model_dir
-        other, more = read(folder, f"{role}.model_dir") if folder and config.has(role) else (hf, [])
+    for role in config.megatron_roles[1:]:  # beside the actor
+        folder = config.model_dir_of(role)
+        other, more = (hf, []) if folder == config.rollout.model_dir else read(folder, f"{role}.model_dir")
         warnings += more
-        if hf and other and config.has(role):
-            read_architecture(other, Path(folder or config.rollout.model_dir, "config.json"))
+        if hf and other:
+            read_architecture(other, Path(folder, "config.json"))
             validate_scorer(config, role, other, hf)
     return warnings
 

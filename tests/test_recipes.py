@@ -33,7 +33,7 @@ OWN = {
 
 def test_ppo_has_the_task_of_grpo_and_a_critic_in_its_place() -> None:
     config, grpo = load("smollm2-135m-ppo-cpu").config, load("smollm2-135m-grpo-cpu").config
-    assert config.has_critic and config.algorithm.group_size == 1 and config.critic_model_dir == config.rollout.model_dir
+    assert config.has_critic and config.algorithm.group_size == 1 and config.model_dir_of("critic") == config.rollout.model_dir
     assert (config.data.train_data_paths, config.data.val_data_paths, config.rollout) == (
         grpo.data.train_data_paths,
         grpo.data.val_data_paths,

@@ -73,14 +73,15 @@ def validate_model(config: Config, hf: dict[str, Any]) -> None:
 def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dict[str, Any]) -> None:
     """As validate_model, for the model of `critic` or `token_reward`; it must read the actor's tokens."""
     found = _misfits(role, getattr(config, role).model, hf)
-    folder = config.critic_model_dir if role == "critic" else config.token_reward.model_dir
     if hf["vocab_size"] != actor_hf["vocab_size"]:
         found.append(f"its vocab_size is {hf['vocab_size']}, the actor's {actor_hf['vocab_size']}; take one of the actor's family")
     positions = hf.get("max_position_embeddings")
     if positions and config.runner.seq_length > positions:
         found.append(f"runner.seq_length = {config.runner.seq_length} exceeds the model's max_position_embeddings {positions}; lower it")
     if found:
-        raise UserError(f"the {role}'s model {folder} does not fit this configuration:\n" + "\n".join("  " + f for f in found))
+        raise UserError(
+            f"the {role}'s model {config.model_dir_of(role)} does not fit this configuration:\n" + "\n".join("  " + f for f in found)
+        )
 
 
 def _misfits(role: str, model: ActorModelConfig, hf: dict[str, Any]) -> list[str]:

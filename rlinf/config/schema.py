@@ -13,6 +13,8 @@ from omegaconf import MISSING
 from rlinf.config.benchmarks import EvaluationConfig
 from rlinf.config.field import key
 
+MEGATRON_ROLES = ("actor", "critic", "token_reward")  # the components whose ranks are Megatron's: each has a section with a `model`
+
 
 @dataclass
 class ClusterConfig:
@@ -457,14 +459,25 @@ class Config:
         return {"critic": self.has_critic, "token_reward": self.has_token_reward}.get(component, True)
 
     @property
+    def megatron_roles(self) -> tuple[str, ...]:
+        """Those of MEGATRON_ROLES that the run has; the first is the actor."""
+        return tuple(role for role in MEGATRON_ROLES if self.has(role))
+
+    def model_dir_of(self, role: str) -> str:
+        """The Hugging Face folder that one of megatron_roles starts from."""
+        own = None if role == "actor" else getattr(self, role).model_dir
+        return own or self.rollout.model_dir
+
+    @property
     def engine_restarts(self) -> int:
         """Deaths of an engine that do not end the run: none where it has no process of its own."""
         return self.rollout.max_engine_restarts if self.cluster.backend == "ray" else 0
 
-    @property
-    def critic_model_dir(self) -> str:
-        return self.critic.model_dir or self.rollout.model_dir
-
     def trains_actor(self, step: int) -> bool:
         """Whether the policy learns in this step: not while a critic warms up."""
         return not self.has_critic or step > self.critic.warmup_steps
+
+
+def head_of(role: str) -> str:
+    """What the model of one of MEGATRON_ROLES ends in: `lm`, log-probabilities of tokens, or `scalar`, one number for each token."""
+    return "lm" if role == "actor" else "scalar"

@@ -31,7 +31,6 @@ WORKERS = {
     "critic": "rlinf.workers.critic:CriticWorker",
     "token_reward": "rlinf.workers.token_reward:TokenRewardWorker",
 }
-LEARNERS = ("actor", "critic", "token_reward")  # the components that leave a device to its engine
 ENGINE_PART = "rlinf.workers.rollout_part:RolloutPart"
 
 
@@ -77,7 +76,7 @@ def launch_workers(cluster: Cluster, plan: Plan, config: Config) -> dict[str, Wo
     """All of a run. They start at the same time, except on GPUs that engines share: an engine takes its share of what is free when it
     starts, so it waits until the others are there and have left; and it sleeps until the first weights, since an actor that goes on
     from a checkpoint comes back before them."""
-    first = [name for name in LEARNERS if config.has(name)]
+    first = config.megatron_roles  # which leave a device to its engine
     turns = cluster.device == "cuda" and config.cluster.backend == "ray" and any(plan.shares_device(name, "rollout") for name in first)
     groups = {name: cluster.launch(plan, name, WORKERS[name], config) for name in first}
     for name in first if turns else ():

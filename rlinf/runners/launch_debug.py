@@ -69,8 +69,7 @@ def train_only_once(resolved: Resolved, source: Path, first: int) -> int:
     tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
     with open_session(resolved, folder, tokenizer, "") as session:
         plan = build_plan(config, session.nodes)
-        learn = [name for name in ("actor", "critic", "token_reward") if config.has(name)]
-        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in learn}
+        groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in config.megatron_roles}
         groups["reader"] = session.cluster.launch(plan, "reward", JOURNAL_WORKER, config)
         loop = TrainOnly(config, folder, session.cluster, steps=steps, first=first, **groups)
         session.complete(loop, list(groups.values()))

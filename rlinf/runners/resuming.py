@@ -12,7 +12,7 @@ from typing import Any
 
 from rlinf.config.load import value_of
 from rlinf.config.model import load_model_config
-from rlinf.config.schema import Config
+from rlinf.config.schema import Config, head_of
 from rlinf.errors import UserError
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
@@ -47,16 +47,15 @@ def recorded_again(state: Mapping[str, Any]) -> dict[int, set[str]]:
 
 def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
     """Raise UserError when the weights of the checkpoint do not fit into the models of this configuration."""
-    scorer = [("critic", config.critic_model_dir, "scalar")] if config.has("critic") and command != SFT else []
-    for role, model_dir, head in [("actor", config.rollout.model_dir, "lm"), *scorer]:
-        key = "rollout.model_dir" if role == "actor" else "critic.model_dir"
+    for role in ("actor", "critic") if config.has_critic and command != SFT else ("actor",):
+        key, model_dir = "rollout.model_dir" if role == "actor" else f"{role}.model_dir", config.model_dir_of(role)
         if role == "critic" and not (step_dir / role).is_dir():
             raise UserError(
                 f"runner.resume_dir: {step_dir} was made without a critic, and algorithm.adv_type gae has one. Put adv_type back, or start "
                 f"a new run from the weights: rollout.model_dir={step_dir / 'hf'}"
             )
         stored = open_part(step_dir / role)["param"]
-        expected = hf_shapes(read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json"), head)
+        expected = hf_shapes(read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json"), head_of(role))
         for name in sorted(stored.keys() | expected.keys()):
             found, wanted = stored.shape(name) if name in stored else "not there", expected.get(name, "not there")
             if found != wanted:

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
+from rlinf.config.schema import MEGATRON_ROLES, ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
 from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, Device, Feed, device_feeds, publisher
 
 KEY = "cluster.component_placement"
-COMPONENTS = ("actor", "critic", "token_reward", "rollout", "reward")
-TRAINING = ("actor", "critic", "token_reward")  # those whose ranks are Megatron's
+COMPONENTS = (*MEGATRON_ROLES, "rollout", "reward")
 PART = "rollout_part"  # seats of engines that span nodes, on all of their nodes but the first
 
 
@@ -91,7 +90,7 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     """
     devices = _component_devices(config.cluster.component_placement, nodes, [c for c in COMPONENTS if config.has(c)])
     seats = [
-        *(seat for c in TRAINING if config.has(c) for seat in _megatron_seats(c, getattr(config, c).model, devices[c])),
+        *(seat for c in config.megatron_roles for seat in _megatron_seats(c, getattr(config, c).model, devices[c])),
         *_rollout_seats(config.rollout.tensor_parallel_size, devices["rollout"]),
         *_reward_seats(devices["reward"]),
     ]
@@ -164,7 +163,7 @@ def describe(plan: Plan, config: Config) -> str:
     """The plan as text: how components share devices, the layouts of those that are Megatron's, and who sits on every node."""
     rollout = config.rollout
     lines = [f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)"]
-    lines += [_layout(c, getattr(config, c).model, plan.of(c)) for c in TRAINING if plan.of(c)]
+    lines += [_layout(c, getattr(config, c).model, plan.of(c)) for c in MEGATRON_ROLES if plan.of(c)]
     if plan.of("rollout"):
         lines += [
             f"  rollout  {len(plan.of('rollout'))} {rollout.rollout_backend} engine(s) of {rollout.tensor_parallel_size} device(s)",

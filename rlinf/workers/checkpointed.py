@@ -24,7 +24,7 @@ class Checkpointed:
         """Write the checkpoint; with runner.async_checkpoint only begin to, until finish_save()."""
         self.bring_back()
         background = self.config.runner.async_checkpoint
-        model_dir = self.config.critic_model_dir if self.role == "critic" else self.config.rollout.model_dir
+        model_dir = self.config.model_dir_of(self.role)
         self.writing = checkpoint.Writing(self.engine, Path(step_dir), Path(model_dir), background, self.role)
         if background:
             self.hand_over()

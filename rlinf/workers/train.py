@@ -17,7 +17,7 @@ from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
 from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantageSettings, token_advantages, value_targets
 from rlinf.config.own_code import is_own, load_own
-from rlinf.config.schema import AlgorithmConfig, Config
+from rlinf.config.schema import AlgorithmConfig, Config, head_of
 from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
@@ -238,8 +238,7 @@ class TrainWorker(Checkpointed):
 def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> MegatronEngine:
     """Join the ranks of this component and lay the model of `actor`, `critic` or `token_reward` over them."""
     torch.set_num_threads(address.threads)
-    folder = {"actor": config.rollout.model_dir, "critic": config.critic_model_dir, "token_reward": config.token_reward.model_dir}[role]
-    device, model = choose(config.cluster.device), getattr(config, role).model
+    folder, device, model = config.model_dir_of(role), choose(config.cluster.device), getattr(config, role).model
     at = parallel.initialize(
         model.tensor_model_parallel_size,
         model.pipeline_model_parallel_size,
@@ -251,7 +250,7 @@ def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> 
     )
     arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
     optim = None if role == "token_reward" else getattr(config, role).optim
-    engine = MegatronEngine(arch, model, optim, at, device, "lm" if role == "actor" else "scalar")
+    engine = MegatronEngine(arch, model, optim, at, device, head_of(role))
     tensors = open_hf_folder(folder)
     if role == "critic":
         tensors = with_value_head(tensors, arch.hidden, config.critic.seed)

@@ -1,0 +1,24 @@
+"""Which Megatron roles a run has, and what model each of them starts from."""
+
+from __future__ import annotations
+
+from rlinf.config.schema import MEGATRON_ROLES, Config, head_of
+from rlinf.scheduling.placement import COMPONENTS
+
+
+def test_a_run_has_the_roles_that_its_settings_ask_for() -> None:
+    config = Config()
+    assert config.megatron_roles == ("actor",)
+    config.token_reward.model_dir = "/scorer"
+    assert config.megatron_roles == ("actor", "token_reward")
+    config.algorithm.adv_type = "gae"
+    assert config.megatron_roles == MEGATRON_ROLES and set(COMPONENTS) - set(MEGATRON_ROLES) == {"rollout", "reward"}
+
+
+def test_a_role_without_a_folder_of_its_own_starts_from_the_actors() -> None:
+    config = Config()
+    config.rollout.model_dir, config.token_reward.model_dir = "/policy", "/scorer"
+    assert [config.model_dir_of(role) for role in MEGATRON_ROLES] == ["/policy", "/policy", "/scorer"]
+    config.critic.model_dir = "/values"
+    assert config.model_dir_of("critic") == "/values"
+    assert [head_of(role) for role in MEGATRON_ROLES] == ["lm", "scalar", "scalar"]
