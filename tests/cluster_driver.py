@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.phase import Phase
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed
 from rlinf.scheduling.placement import Plan, Seat
@@ -25,7 +26,7 @@ async def loop(cluster: Cluster, mode: str) -> None:
     told = await actor.call_all("describe")
     grandchild = await actor.call(1, "spawn")
     header, _ = await rollout.call(0, "generate", 1, returns=2)
-    cluster.phase = "training"
+    cluster.phase = Phase("training")
     work = [asyncio.ensure_future(c) for c in (actor.call_all("sleep", 120.0), rollout.call(0, "forever"))] if mode != "idle" else []
     await asyncio.sleep(0.2)
     print(json.dumps({"actor": [d["pid"] for d in told], "rollout": header["pid"], "grandchild": grandchild}), flush=True)

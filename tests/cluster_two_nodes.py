@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rlinf.cluster.cluster import Cluster
+from rlinf.cluster.phase import Phase
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed
 from rlinf.scheduling.placement import Plan, Seat
@@ -22,7 +23,7 @@ async def loop(cluster: Cluster, wait: bool) -> None:
     told = await actor.call_all("describe")
     payloads = [rollout.ref(rank, "generate", 200_000, returns=2)[1] for rank in range(2)]
     sums = await actor.call_all("sum_of", *payloads)
-    cluster.phase = "training"
+    cluster.phase = Phase("training")
     report = {
         "totals": [t for t, _ in totals],
         "node_of_rank": [d["env"]["RLINF_TEST_NODE"] for d in told],

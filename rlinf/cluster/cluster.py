@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import WorkerGroup
+from rlinf.cluster.phase import START, Phase
 from rlinf.config.schema import ClusterConfig
 from rlinf.scheduling.placement import Node, Plan
 
@@ -19,7 +20,7 @@ class Cluster(ABC):
     """The machines of one run. `phase` is set by the runner: the messages of a failure name it. `device` is "cuda" or "cpu"."""
 
     device: str
-    phase: str = "start"
+    phase: Phase = START
 
     def __init__(self, config: ClusterConfig, run_id: str, log_dir: Path) -> None:
         self.config = config

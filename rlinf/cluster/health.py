@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rlinf.cluster.failure import Failure
+from rlinf.cluster.phase import Phase
 from rlinf.errors import RunFailed
 
 PERIOD = 0.5  # seconds between rounds
@@ -80,7 +81,7 @@ class Death:
 class Health(threading.Thread):
     """`deaths` blocks for at most PERIOD seconds until a worker dies; all who have died since it was asked last."""
 
-    def __init__(self, doors: list[Door], deaths: Callable[[], list[Death]], failure: Failure, phase: Callable[[], str]) -> None:
+    def __init__(self, doors: list[Door], deaths: Callable[[], list[Death]], failure: Failure, phase: Callable[[], Phase]) -> None:
         super().__init__(name="rlinf-health", daemon=True)
         self.doors, self.deaths, self.failure, self.phase = doors, deaths, failure, phase
         self.closed = threading.Event()

@@ -12,6 +12,7 @@ import pytest
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.host import visible_devices
+from rlinf.cluster.phase import Phase
 from rlinf.cluster.processes import new_run_id
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
@@ -59,7 +60,7 @@ def test_sync_work_does_not_block_the_loop(cluster: Cluster) -> None:
 
 def test_errors_are_those_of_the_ray_backend(cluster: Cluster) -> None:
     async def main() -> None:
-        cluster.phase = "training"
+        cluster.phase = Phase("training")
         actor = cluster.launch(PLAN, "actor", workers.Plain)
         with pytest.raises(UserError, match="no such file: x.jsonl"):
             await actor.call_all("refuse")

@@ -14,6 +14,7 @@ import pytest
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.host import ALLOCATOR
+from rlinf.cluster.phase import Phase
 from rlinf.cluster.processes import marked, new_run_id
 from rlinf.cluster.ray_group import RayWorkerGroup, values_of
 from rlinf.cluster.same_code import OURS, own_code
@@ -95,7 +96,7 @@ def test_a_user_error_in_a_worker_stays_a_user_error(plain: RayWorkerGroup) -> N
 
 
 def test_an_error_names_component_rank_node_method_log_and_traceback(shared: Cluster, plain: RayWorkerGroup) -> None:
-    shared.phase = "training"
+    shared.phase = Phase("training")
     with pytest.raises(RunFailed) as caught:
         asyncio.run(plain.call(2, "fail"))
     text = str(caught.value)

@@ -21,6 +21,7 @@ from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import Ref, WorkerGroup
 from rlinf.cluster.host import Call
 from rlinf.cluster.inbox import Inbox
+from rlinf.cluster.phase import Phase
 from rlinf.errors import RunFailed, UserError, WorkerLost
 from rlinf.scheduling.placement import Seat
 
@@ -46,7 +47,7 @@ class RayWorkerGroup(WorkerGroup):
         logs: list[Path],
         failure: Failure,
         start_timeout: float,
-        phase: Callable[[], str],
+        phase: Callable[[], Phase],
         ended: Callable[[RayWorkerGroup, int, int, BaseException | None], None],
     ) -> None:
         super().__init__(component, seats, failure, start_timeout)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlinf.cluster.phase import START, Phase
 from rlinf.cluster.processes import marked
 
 INTERVAL = 2.0
@@ -26,14 +27,14 @@ class Usage:
     def __init__(self, run_id: str) -> None:
         self.run_id = run_id
         self.cpu_seconds: dict[str, float] = defaultdict(float)
-        self.peak_pss, self.peak_phase = 0, "start"
+        self.peak_pss, self.peak_phase = 0, START.word
         self._seen: dict[int, float] = {}
         self._pss_due = 0.0
         self._stop = threading.Event()
 
     @contextmanager
-    def sampling(self, phase: Callable[[], str]) -> Iterator[None]:
-        """Sample inside the block; phase() is 'start' or 'step 3, rollout', of which the last word group counts."""
+    def sampling(self, phase: Callable[[], Phase]) -> Iterator[None]:
+        """Sample inside the block; phase() is what the run is doing then."""
         thread = threading.Thread(target=self._run, args=(phase,), daemon=True, name="usage")
         thread.start()
         try:
@@ -49,14 +50,13 @@ class Usage:
             f"CPU seconds on this machine: {total:.0f} ({parts}); peak memory (PSS) {self.peak_pss / 2**30:.2f} GiB, in {self.peak_phase}"
         )
 
-    def _run(self, phase: Callable[[], str]) -> None:
+    def _run(self, phase: Callable[[], Phase]) -> None:
         self._sample(phase())
         while not self._stop.wait(INTERVAL):
             self._sample(phase())
         self._sample(phase())
 
-    def _sample(self, phase: str) -> None:
-        name = phase.rpartition(", ")[2]
+    def _sample(self, phase: Phase) -> None:
         pss, cost, with_memory = 0, 0.0, time.monotonic() >= self._pss_due
         for pid in [os.getpid(), *marked(self.run_id)]:
             try:
@@ -64,13 +64,13 @@ class Usage:
                 pss += pss_bytes(pid) if with_memory else 0
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended meanwhile; its time is in its parent's children times
-            self.cpu_seconds[name] += max(0.0, spent - self._seen.get(pid, 0.0))
+            self.cpu_seconds[phase.word] += max(0.0, spent - self._seen.get(pid, 0.0))
             cost += time.thread_time() - before
             self._seen[pid] = spent
         if with_memory:
             self._pss_due = time.monotonic() + cost / PSS_SHARE
         if pss > self.peak_pss:
-            self.peak_pss, self.peak_phase = pss, name
+            self.peak_pss, self.peak_phase = pss, phase.word
 
 
 def cpu_seconds(pid: int) -> float:

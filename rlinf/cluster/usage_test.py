@@ -5,6 +5,7 @@ import os
 import pytest
 
 from rlinf.cluster import usage
+from rlinf.cluster.phase import Phase
 from rlinf.cluster.usage import Usage
 
 
@@ -33,7 +34,7 @@ def test_looks_at_the_memory_take_two_hundredths_of_a_core(
     monkeypatch.setattr(usage, "pss_bytes", lambda pid: found.append(pid) or pss_bytes(pid))
     counted = Usage("run")
     for _ in range(60):
-        counted._sample("step 1, rollout")
+        counted._sample(Phase("rollout", 1))
         clock[0] += usage.INTERVAL
     assert len(found) == 2 * looks and counted.peak_pss == 2 * 2**30 and counted.peak_phase == "rollout"
 
@@ -45,5 +46,5 @@ def test_a_process_that_may_not_be_looked_at_counts_its_time_alone(monkeypatch: 
     counted, stat = Usage("run"), usage.Path(f"/proc/{os.getpid()}/stat").read_text()
     monkeypatch.setattr(usage, "marked", lambda _: [])
     monkeypatch.setattr(usage.Path, "read_text", lambda path: refuse() if path.name == "smaps_rollup" else stat)
-    counted._sample("step 1, rollout")
+    counted._sample(Phase("rollout", 1))
     assert counted.peak_pss == 0 and counted.cpu_seconds["rollout"] > 0

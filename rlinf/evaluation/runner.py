@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup, gather_or_cancel
+from rlinf.cluster.phase import START, Phase
 from rlinf.data.records import GroupHeader
 from rlinf.evaluation.folder import SetFolder
 from rlinf.evaluation.problems import SHARE, Unit
@@ -44,9 +45,9 @@ class EvaluationRunner:
 
     async def run(self, jobs: Sequence[Job]) -> None:
         """Every sample of every job is on disk when this returns."""
-        self.cluster.phase = "start"
+        self.cluster.phase = START
         await asyncio.gather(self.rollout.ready(), self.reward.ready())
-        self.cluster.phase = "evaluation"
+        self.cluster.phase = Phase("evaluation")
         self.progress.begin()
         await gather_or_cancel([self.answer(job) for job in jobs])
 

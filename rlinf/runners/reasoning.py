@@ -87,7 +87,7 @@ class ReasoningRunner(TrainingLoop):
 
     async def publish_weights(self) -> Synced:
         """The engines get the actor's weights, and then the devices."""
-        with self.phase("sync_weights", "weight sync"):
+        with self.phase("sync_weights"):
             await self.devices.pass_to(Turn.SYNC)
             synced = await self.sync.publish(self.step)
             await self.devices.pass_to(Turn.ROLLOUT)
@@ -105,7 +105,7 @@ class ReasoningRunner(TrainingLoop):
     async def validate(self) -> dict[str, float]:
         if not self.val_prompts:
             return {}
-        with self.phase("validate", "validation"):
+        with self.phase("validate"):
             dump = str(self.folder.validation(self.step))
             scored = await self.rollouts.held_out(validation_requests(self.step, self.val_prompts, dump))
         self.scores[self.step] = score_validation([header for header, _ in scored])

@@ -20,6 +20,7 @@ from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.trackers import missing_packages
 from rlinf.runners.disk import told_when_full
 from rlinf.runners.environment import changed_settings, record_environment
+from rlinf.runners.monitor import Monitor
 from rlinf.runners.resuming import refuse_other_model
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.status import Status
@@ -37,8 +38,8 @@ class Session:
     def complete(self, loop: TrainingLoop, groups: Sequence[WorkerGroup]) -> None:
         """Run the loop to its end, watched."""
         watchdog = Watchdog(self.folder.path, self.run_id, self.config.runner, groups, self.cluster.failure, lambda: dict(loop.in_flight))
-        status = Status(self.folder.path, self.run_id, self.cluster, groups, loop, watchdog)
-        with self.usage.sampling(lambda: self.cluster.phase), status.writing(), told_when_full(self.folder.path):
+        monitor = Monitor(self.cluster, loop, watchdog, Status(self.folder.path, self.run_id, self.cluster, groups, loop))
+        with self.usage.sampling(lambda: self.cluster.phase), monitor.watching(), told_when_full(self.folder.path):
             asyncio.run(self._watched(loop, watchdog))
         self.folder.finish()
 

@@ -52,7 +52,7 @@ class SftRunner(TrainingLoop):
     async def validate(self) -> dict[str, float]:
         if not self.val_examples:
             return {}
-        with self.phase("validate", "validation"):
+        with self.phase("validate"):
             metrics, *_ = await self.actor.call_each("validate", [(share, *groups) for share, groups in self.split(self.val_examples)])
         self.val_losses[self.step] = metrics["sft/val_loss"]
         return metrics

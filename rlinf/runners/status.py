@@ -6,10 +6,8 @@ import json
 import os
 import platform
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,8 @@ from rlinf.errors import UserError
 from rlinf.metrics.kinds import NUMBER, TEXT, Kind, misfit, or_null
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.training_loop import TrainingLoop
-from rlinf.runners.watchdog import Watchdog
 
 FILE_NAME = "status.json"
-PERIOD = 1.0
 
 
 def _ranks(value: Any) -> bool:
@@ -59,44 +55,25 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     return found
 
 
-class Status(threading.Thread):
-    """Looks at the loop from a thread of its own, so that the file is also fresh when the loop is stuck."""
+class Status:
+    """The file of one run. Written by the threads of monitor.py, so that it is also fresh when the loop is stuck."""
 
-    def __init__(
-        self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: TrainingLoop, watchdog: Watchdog
-    ) -> None:
-        super().__init__(name="rlinf-status", daemon=True)
+    def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: TrainingLoop) -> None:
         self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / FILE_NAME, run_id, cluster, groups, loop
-        self.watchdog = watchdog
         self.started = time.time()
         self.phase, self.phase_since = cluster.phase, self.started
         self.first_step: int | None = None
         self.step_since = self.steps_since = self.started
         self.last_step = 0
         self.error = ""
-        self.closed = threading.Event()
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """The file is kept fresh inside the block; what stays behind says how the run ended."""
-        self.start()
-        try:
-            yield
-        finally:
-            self.closed.set()
-            self.join()
-            error = sys.exc_info()[1]
-            self.error = "" if error is None else str(error)
-            self.write("finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+    def end(self, error: BaseException | None) -> None:
+        """The last picture says how the run ended. error: what ended it, if anything did."""
+        self.error = "" if error is None else str(error)
+        self.write("finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
-    def run(self) -> None:
-        self.write("running")
-        while not self.closed.wait(PERIOD):
-            self.watchdog.look(self.cluster.phase, self.loop.step, time.time())
-            self.write("running")
-
-    def write(self, state: str) -> None:
-        """A full disk must not end the thread that watches for hangs, nor hide why a run ended: the picture is then not renewed."""
+    def write(self, state: str = "running") -> None:
+        """A full disk must not hide why a run ended: the picture is then not renewed."""
         fresh = self.path.with_suffix(".new")
         try:
             fresh.write_text(json.dumps(self.snapshot(state)))
@@ -108,7 +85,7 @@ class Status(threading.Thread):
         now, step = time.time(), self.loop.step
         if self.cluster.phase != self.phase:
             self.phase, self.phase_since = self.cluster.phase, now
-        if step != self.last_step and not self.phase.startswith("start"):
+        if step != self.last_step and self.phase.step is not None:
             self.first_step = step if self.first_step is None else self.first_step
             self.steps_since = now if step == self.first_step else self.steps_since
             self.last_step, self.step_since = step, now
@@ -124,7 +101,7 @@ class Status(threading.Thread):
             "total_steps": self.loop.total_steps,
             "step_since": self.step_since,
             "seconds_per_step": self.seconds_per_step(),
-            "phase": self.phase,
+            "phase": str(self.phase),
             "phase_since": self.phase_since,
             "components": {
                 g.component: [rank_state(g, rank, self.loop.last.memory.get(g.component)) for rank in range(g.size)] for g in self.groups

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlinf.cluster.phase import START, Phase
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.status import Status
 from rlinf.runners.training_loop import StepResult
@@ -17,7 +18,7 @@ from rlinf.runners.training_loop import StepResult
 def make(tmp_path: Path) -> Status:
     group = SimpleNamespace(component="actor", size=1, where=lambda rank: f"actor rank {rank}", in_flight=[Counter(train_step=1, score=0)])
     loop = SimpleNamespace(step=0, total_steps=9, engine_load=[0, 0], last=StepResult({}, 0))
-    return Status(tmp_path, "run", SimpleNamespace(phase="start"), [group], loop, SimpleNamespace(look=lambda *_: None))
+    return Status(tmp_path, "run", SimpleNamespace(phase=START), [group], loop)
 
 
 def test_phase_step_and_pace_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,7 @@ def test_phase_step_and_pace_are_followed(tmp_path: Path, monkeypatch: pytest.Mo
     status = make(tmp_path)
     assert status.snapshot("running")["seconds_per_step"] is None
     for step, at in ((4, 1010.0), (5, 1030.0), (6, 1070.0)):  # the run went on after step 3
-        clock[0], status.loop.step, status.cluster.phase = at, step, f"step {step}, rollout"
+        clock[0], status.loop.step, status.cluster.phase = at, step, Phase("rollout", step)
         found = status.snapshot("running")
     assert found["seconds_per_step"] == 30.0 and found["phase"] == "step 6, rollout" and found["phase_since"] == 1070.0
     assert found["components"] == {"actor": [{"where": "actor rank 0", "running": {"train_step": 1}, "memory_gib": None}]}
@@ -41,18 +42,7 @@ def test_phase_step_and_pace_are_followed(tmp_path: Path, monkeypatch: pytest.Mo
     ("error", "state"), [(None, "finished"), (KeyboardInterrupt(), "interrupted"), (RuntimeError("no room"), "failed")]
 )
 def test_what_stays_says_how_the_run_ended(tmp_path: Path, error: BaseException | None, state: str) -> None:
-    status = make(tmp_path)
-
-    def work() -> None:
-        with status.writing():
-            if error is not None:
-                raise error
-
-    if error is None:
-        work()
-    else:
-        with pytest.raises(type(error)):
-            work()
+    make(tmp_path).end(error)
     left = json.loads((tmp_path / "status.json").read_text())
-    assert left["state"] == state and left["error"] == (str(error) if error else "") and not status.is_alive()
+    assert left["state"] == state and left["error"] == (str(error) if error else "")
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
+from rlinf.cluster.phase import RESUME, START, Phase
 from rlinf.config.schema import Config
 from rlinf.data.sampler import PromptSampler
 from rlinf.metrics.logger import MetricLogger
@@ -106,11 +107,11 @@ class TrainingLoop(ABC):
 
     async def start(self, logger: MetricLogger) -> None:
         """Workers up, checkpoint loaded."""
-        self.cluster.phase = "start"
+        self.cluster.phase = START
         await self.ready()
         if self.folder.resume is not None:
             folder, state = self.folder.resume.step_dir, self.folder.resume.state
-            self.cluster.phase = "start, resume"  # which has a budget, as the start has not: a folder on the network may hang
+            self.cluster.phase = RESUME
             for group in self.saving.groups:
                 await group.call_all("load", str(folder))
             self.sampler.load_state_dict(state["sampler"])
@@ -146,10 +147,10 @@ class TrainingLoop(ABC):
         return interval != 0 and (self.finished or (interval > 0 and self.step % interval == 0))
 
     @contextmanager
-    def phase(self, timer: str, name: str = "") -> Iterator[None]:
-        """Time it as time/<timer>, and say what the run is doing now."""
-        self.cluster.phase = f"step {self.step}, {name or timer}"
-        with self.timers.phase(timer):
+    def phase(self, name: str) -> Iterator[None]:
+        """Time it as time/<name>, and say what the run is doing now."""
+        self.cluster.phase = Phase(name, self.step)
+        with self.timers.phase(name):
             yield
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from rlinf.cluster.failure import Failure
 from rlinf.cluster.group import WorkerGroup
 from rlinf.cluster.host import own_stacks
+from rlinf.cluster.phase import Phase
 from rlinf.cluster.processes import RUN_ID, carries
 from rlinf.config.schema import RunnerConfig
 from rlinf.errors import Hang
@@ -44,8 +45,9 @@ class Watchdog:
     ) -> None:  # fmt: skip
         self.run_dir, self.run_id, self.runner = run_dir, run_id, runner
         self.groups, self.failure, self.in_flight = groups, failure, in_flight
-        self.phase, self.since = "", 0.0
-        self.longest: dict[str, float] = {}
+        self.phase: Phase | None = None
+        self.since = 0.0
+        self.longest: dict[str, float] = {}  # name of a phase -> seconds
         self.busy: dict[tuple[str, int, str], float] = {}  # (component, rank, method) -> since when without a pause
         self.told = False
         self.heard = math.inf  # when the driver's loop last turned
@@ -56,27 +58,27 @@ class Watchdog:
             self.heard = time.time()
             await asyncio.sleep(1.0)
 
-    def look(self, phase: str, step: int, now: float) -> None:
+    def look(self, phase: Phase, step: int, now: float) -> None:
         if phase != self.phase:
-            kind = kind_of(self.phase)
-            self.longest[kind] = max(self.longest.get(kind, 0.0), now - self.since)
+            if self.phase is not None:
+                self.longest[self.phase.name] = max(self.longest.get(self.phase.name, 0.0), now - self.since)
             self.phase, self.since, self.told = phase, now, False
         calls = {(g.component, rank, m) for g in self.groups for rank in range(g.size) for m, n in dict(g.in_flight[rank]).items() if n}
         self.busy = {call: self.busy.get(call, now) for call in calls}
-        budget = self.budget()
+        budget = self.budget(phase)
         if not self.told and now - self.since > budget:
             self.told = True
-            self.diagnose(step, budget, now)
+            self.diagnose(phase, step, budget, now)
 
-    def budget(self) -> float:
-        """Seconds; the start has cluster.start_timeout instead."""
-        kind, limit = kind_of(self.phase), self.runner.phase_timeout
-        if kind == "start" or limit < 0 or (limit == 0 and kind not in self.longest):
+    def budget(self, phase: Phase) -> float:
+        """Seconds that it may take."""
+        limit = self.runner.phase_timeout
+        if not phase.has_budget or limit < 0 or (limit == 0 and phase.name not in self.longest):
             return math.inf
-        return float(limit) if limit else max(AT_LEAST, LEARNED * self.longest[kind])
+        return float(limit) if limit else max(AT_LEAST, LEARNED * self.longest[phase.name])
 
-    def diagnose(self, step: int, budget: float, now: float) -> None:
-        lines = [f"{self.phase} has lasted {now - self.since:.0f} s, more than its budget of {budget:.0f} s", f"stuck: {self.stuck(now)}"]
+    def diagnose(self, phase: Phase, step: int, budget: float, now: float) -> None:
+        lines = [f"{phase} has lasted {now - self.since:.0f} s, more than its budget of {budget:.0f} s", f"stuck: {self.stuck(now)}"]
         held = self.in_flight()
         if held:
             shown = ", ".join(f"{group} at {where}" for group, where in list(held.items())[:SHOWN])
@@ -127,11 +129,6 @@ class Watchdog:
                 name = f"{group.component}-{rank}.log"
                 found[name] = found.get(name, "") + text
         return found | {"driver.txt": own_stacks()}
-
-
-def kind_of(phase: str) -> str:
-    """'rollout' of 'step 3, rollout'."""
-    return phase.rpartition(", ")[2]
 
 
 def listens(pid: int, run_id: str) -> bool:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlinf.cluster.failure import Failure
+from rlinf.cluster.phase import RESUME, START, Phase
 from rlinf.cluster.processes import RUN_ID
 from rlinf.config.load import load
 from rlinf.config.schema import RunnerConfig
@@ -66,7 +67,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_stuck_component_is_named_once_and_the_run_ends(tmp_path: Path) -> None:
     watchdog = make(tmp_path, group("actor", "", ""), group("rollout", "", "generate"), group("reward", ""))
     for now in range(100, 130):
-        watchdog.look("step 4, rollout", 4, float(now))
+        watchdog.look(Phase("rollout", 4), 4, float(now))
         assert (watchdog.failure.error is None) == (now <= 110)
     message = str(watchdog.failure.error)
     assert "step 4, rollout has lasted 11 s, more than its budget of 10 s" in message
@@ -82,17 +83,17 @@ def test_the_stuck_component_is_named_once_and_the_run_ends(tmp_path: Path) -> N
 def test_the_longest_running_call_is_blamed_not_a_later_one(tmp_path: Path) -> None:
     reward, rollout = group("reward", "judge"), group("rollout", "")
     watchdog = make(tmp_path, rollout, reward)
-    watchdog.look("step 1, rollout", 1, 0.0)
+    watchdog.look(Phase("rollout", 1), 1, 0.0)
     rollout.in_flight[0]["generate"] = 1
     for now in (6.0, 11.0):
-        watchdog.look("step 1, rollout", 1, now)
+        watchdog.look(Phase("rollout", 1), 1, now)
     assert "stuck: reward in judge" in str(watchdog.failure.error)
 
 
 def test_without_a_call_it_is_the_driver_and_report_lets_the_run_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watchdog = make(tmp_path, group("actor", ""), on_hang="report")
     for now in (0.0, 11.0, 12.0):
-        watchdog.look("step 1, train", 1, now)
+        watchdog.look(Phase("train", 1), 1, now)
     err = capsys.readouterr().err
     assert watchdog.failure.error is None and err.count("the run hangs") == 1 and "stuck: the driver" in err
 
@@ -100,7 +101,7 @@ def test_without_a_call_it_is_the_driver_and_report_lets_the_run_go_on(tmp_path:
 def test_a_stuck_driver_is_told_at_once_although_it_cannot_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watchdog = make(tmp_path, group("actor", ""))
     for now in (0.0, 11.0):
-        watchdog.look("step 1, train", 1, now)
+        watchdog.look(Phase("train", 1), 1, now)
     assert isinstance(watchdog.failure.error, Hang) and "stuck: the driver" in capsys.readouterr().err
     with tarfile.open(tmp_path / "diagnosis-000001.tar.gz") as bundle:
         assert "test_a_stuck_driver" in bundle.extractfile("driver.txt").read().decode()
@@ -110,27 +111,31 @@ def test_a_driver_that_hears_no_answers_is_blamed_and_not_who_gave_them(tmp_path
     watchdog = make(tmp_path, group("rollout", "generate"))
     watchdog.heard = 1.0
     for now in (0.0, 11.0):
-        watchdog.look("step 1, rollout", 1, now)
+        watchdog.look(Phase("rollout", 1), 1, now)
     assert "stuck: the driver: its loop has not turned for 10 s" in capsys.readouterr().err
 
 
 def test_budgets_are_learned_by_phase(tmp_path: Path) -> None:
     watchdog = make(tmp_path, phase_timeout=0)
     now = 0.0
-    for phase, seconds in (("start", 50.0), ("step 1, rollout", 100.0), ("step 1, train", 5.0), ("step 2, rollout", 80.0)):
+    for phase, seconds in ((START, 50.0), (Phase("rollout", 1), 100.0), (Phase("train", 1), 5.0), (Phase("rollout", 2), 80.0)):
         watchdog.look(phase, 1, now)
-        assert watchdog.budget() == (1000.0 if phase == "step 2, rollout" else float("inf"))  # of what was never seen nothing is known
+        assert watchdog.budget(phase) == (
+            1000.0 if phase == Phase("rollout", 2) else float("inf")
+        )  # of what was never seen nothing is known
         now += seconds
-    watchdog.look("step 2, train", 2, now)
-    assert watchdog.budget() == 600.0
-    assert make(tmp_path, phase_timeout=-1).budget() == float("inf")
+    watchdog.look(Phase("train", 2), 2, now)
+    assert watchdog.budget(Phase("train", 2)) == 600.0
+    assert make(tmp_path, phase_timeout=-1).budget(Phase("train", 2)) == float("inf")
+    set_to_ten = make(tmp_path)
+    assert set_to_ten.budget(START) == float("inf") and set_to_ten.budget(RESUME) == set_to_ten.budget(Phase("train", 2)) == 10.0
 
 
 def test_a_full_disk_does_not_hide_the_diagnosis(tmp_path: Path) -> None:
     watchdog = make(tmp_path, group("reward", "judge"))
     watchdog.run_dir = Path("/dev/full")  # no folder: every write fails
     for now in (0.0, 11.0):
-        watchdog.look("step 1, rollout", 1, now)
+        watchdog.look(Phase("rollout", 1), 1, now)
     assert "stuck: reward" in str(watchdog.failure.error) and "could not be written" in str(watchdog.failure.error)
 
 
@@ -146,7 +151,7 @@ def test_a_worker_writes_its_stacks_and_others_are_not_signalled(tmp_path: Path)
         assert not listens(deaf.pid, "run-1") and not listens(worker.pid, "run-2") and not listens(1, "run-1")
         watchdog = make(tmp_path, group("actor", "train_step", pids=(worker.pid, deaf.pid)))
         for now in (0.0, 11.0):
-            watchdog.look("step 1, train", 1, now)
+            watchdog.look(Phase("train", 1), 1, now)
         assert worker.poll() is None and deaf.poll() is None
     finally:
         for process in (worker, deaf):
@@ -159,7 +164,7 @@ def test_a_worker_writes_its_stacks_and_others_are_not_signalled(tmp_path: Path)
 def test_workers_of_other_machines_are_asked(tmp_path: Path) -> None:
     watchdog = make(tmp_path, group("actor", "train_step", "train_step", pids=(1, 1)))  # a process that is none of ours here
     for now in (0.0, 11.0):
-        watchdog.look("step 1, train", 1, now)
+        watchdog.look(Phase("train", 1), 1, now)
     assert "in a collective: actor-0.log" in str(watchdog.failure.error)
     with tarfile.open(tmp_path / "diagnosis-000001.tar.gz") as bundle:
         assert sorted(bundle.getnames()) == ["actor-0.log", "driver.txt", "summary.txt"]
