@@ -10,7 +10,7 @@ import numpy as np
 
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample
-from rlinf.data.tokenizer import load_tokenizer
+from rlinf.data.tokenizer import tokenizer_of
 from rlinf.rollout.contract import GenerateRequest
 from rlinf.scheduling.placement import WorkerAddress
 
@@ -19,7 +19,7 @@ SCRIPT = "RLINF_TEST_ANSWERS"  # path of a JSON file: problem id -> list of answ
 
 class ScriptedRollout:
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        self.tokenizer = load_tokenizer(config.rollout.model_dir)
+        self.tokenizer = tokenizer_of(config)
         self.answers = json.loads(Path(os.environ[SCRIPT]).read_text())
 
     async def generate(self, request: GenerateRequest, prompt: Prompt) -> tuple[GroupHeader, Group]:

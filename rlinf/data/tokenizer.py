@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from rlinf.config.schema import Config
 from rlinf.config.settings import read_texts
 from rlinf.errors import UserError
 
@@ -143,6 +144,11 @@ class TextTokenizer:
         names = {k: _content(self._settings.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
         given = {k: v for k, v in names.items() if v is not None}
         return PreTrainedTokenizerFast(tokenizer_object=self._backend, chat_template=self._settings["chat_template"], **given)
+
+
+def tokenizer_of(config: Config, model_dir: str | None = None) -> TextTokenizer:
+    """The one that a run uses: that of rollout.model_dir, or of the other folder that is given, under the configuration's settings."""
+    return load_tokenizer(model_dir or config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
 
 
 def load_tokenizer(model_dir: str, trust_remote_code: bool = False, variables: Mapping[str, str] | None = None) -> TextTokenizer:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from rlinf.data.tokenizer import BadChat, load_tokenizer
+from rlinf.config.schema import Config
+from rlinf.data.tokenizer import BadChat, load_tokenizer, tokenizer_of
 from rlinf.errors import UserError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -135,6 +136,15 @@ def test_variables_reach_the_chat_template_as_values(tmp_path: Path) -> None:
         load_tokenizer(folder, variables=given).render_chat(chat) for given in ({}, {"enable_thinking": "false", "style": "dry"})
     )
     assert plain == "<user>1+1?\n<assistant>" and quiet == plain + "<think></think>dry"
+
+
+def test_the_tokenizer_of_a_run_has_its_variables_also_over_another_folder(tmp_path: Path) -> None:
+    folder, config = str(make_folder(tmp_path, chat_template=THINKS)), Config()
+    config.rollout.model_dir, config.data.chat_template_variables = folder, {"enable_thinking": "false", "style": "dry"}
+    rendered = tokenizer_of(config).render_chat([{"role": "user", "content": "1+1?"}])
+    assert rendered == "<user>1+1?\n<assistant><think></think>dry"
+    config.rollout.model_dir = "/nowhere"
+    assert tokenizer_of(config, folder).render_chat([{"role": "user", "content": "1+1?"}]) == rendered
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from rlinf.config.model import load_model_config
 from rlinf.config.own_code import checksum_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
-from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
+from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
 from rlinf.evaluation.folder import SetFolder, hold, read_json, write_whole
 from rlinf.evaluation.models import Model, models_of, parse_words
 from rlinf.evaluation.opencompass import export
@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> int:
 def prepare(config: Config, model: Model) -> Task:
     """Read the model's tokenizer and every problem; refuse what cannot be evaluated."""
     positions = read_architecture(load_model_config(str(model.path)), model.path / "config.json").max_positions
-    tokenizer = load_tokenizer(str(model.path), config.rollout.trust_remote_code, config.data.chat_template_variables)
+    tokenizer = tokenizer_of(config, str(model.path))
     sets = load_sets(config, tokenizer)
     context = check_context(sets, positions, str(model.path))
     return Task(model, worker_config(config, model, context, max(s.protocol.max_tokens for s in sets)), tokenizer, tuple(sets))

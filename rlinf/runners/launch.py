@@ -7,20 +7,14 @@ import asyncio
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.config.load import Resolved
-from rlinf.config.model import own_functions
-from rlinf.config.own_code import load_own
 from rlinf.config.schema import Config
-from rlinf.data.prompts import load_prompts, repeated
-from rlinf.data.records import Prompt
-from rlinf.data.sampler import PromptSampler
-from rlinf.data.tokenizer import load_tokenizer
 from rlinf.metrics.summary import show_summary
-from rlinf.rewards.tasks import check_tasks
+from rlinf.runners.prepare import PROMPTS, prepare
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.runners.restarts import with_restarts
-from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.session import check_trackers, is_done, open_session, say
+from rlinf.runners.resuming import TRAIN
+from rlinf.runners.session import is_done, open_session
 from rlinf.scheduling.placement import PART, Plan, build_plan
 from rlinf.scheduling.turns import ENGINES_GIVE, Turn
 
@@ -40,30 +34,15 @@ def train(resolved: Resolved) -> int:
 
 
 def train_once(resolved: Resolved) -> int:
-    config = resolved.config
-    check_trackers(config.runner.logger.logger_backends)
-    folder = RunFolder(resolved)
-    tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
-    prompts, report = load_prompts(config.data.train_data_paths, config.data, tokenizer)
-    say(f"training data: {report.describe()}")
-    val_prompts: list[Prompt] = []
-    if config.data.val_data_paths:
-        val_prompts, val_report = load_prompts(config.data.val_data_paths, config.data, tokenizer)
-        say(f"validation data: {val_report.describe()}")
-        if warning := repeated(prompts, val_prompts):
-            say(warning)
-    check_tasks({p.task for p in (*prompts, *val_prompts)}, config.reward.own_tasks)
-    for _, function in own_functions(config):
-        load_own(function)
-    sampler = PromptSampler(len(prompts), config.data.rollout_batch_size, config.data.shuffle, config.data.seed, report.fingerprint)
-    if is_done(folder, sampler):
+    config, run = resolved.config, prepare(resolved, TRAIN, PROMPTS)
+    if is_done(run.folder, run.sampler):
         return 0
-    with open_session(resolved, folder, tokenizer, report.fingerprint) as session:
+    with open_session(resolved, run.folder, run.tokenizer, run.sampler.fingerprint) as session:
         plan = build_plan(config, session.nodes)
         groups = launch_workers(session.cluster, plan, config)
-        stop = stop_of(config.algorithm, tokenizer)
+        stop = stop_of(config.algorithm, run.tokenizer)
         runner = ReasoningRunner(
-            config, folder, session.cluster, prompts=prompts, val_prompts=val_prompts, sampler=sampler, stop=stop, **groups
+            config, run.folder, session.cluster, prompts=run.training, val_prompts=run.held_out, sampler=run.sampler, stop=stop, **groups
         )
         session.complete(runner, list(groups.values()))
     if len(runner.scores) > 1:

@@ -12,7 +12,7 @@ from rlinf.data.group_file import read_group, write_group
 from rlinf.data.journal import group_line, journal_of
 from rlinf.data.lines import append_lines
 from rlinf.data.records import Group, GroupHeader, Verdict
-from rlinf.data.tokenizer import load_tokenizer
+from rlinf.data.tokenizer import tokenizer_of
 from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.shaping import Shaping
 from rlinf.rewards.verifier import Item, Verifier
@@ -28,7 +28,7 @@ class RewardWorker:
         reward = config.reward
         self.address = address
         self.journals = config.runner.keep_groups != 0
-        self.tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+        self.tokenizer = tokenizer_of(config)
         self.verifier = VERIFIERS[reward.reward_type].of(reward, reward.num_processes)
         self.shaping = Shaping(
             max_new_tokens=config.algorithm.sampling_params.max_new_tokens,

@@ -13,7 +13,7 @@ import torch
 
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample
-from rlinf.data.tokenizer import load_tokenizer
+from rlinf.data.tokenizer import tokenizer_of
 from rlinf.device import choose, peak_memory
 from rlinf.errors import UserError
 from rlinf.rollout.build import build_engine
@@ -38,7 +38,7 @@ class RolloutWorker:
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         self.address = address
         torch.set_num_threads(address.threads)
-        tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+        tokenizer = tokenizer_of(config)
         self.folder = config.runner.run_dir
         self.traced = address.rank in config.runner.profile_ranks
         log = self.folder / "workers" / f"rollout-{address.rank}-engine.log"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from rlinf.config.schema import Config
-from rlinf.data.tokenizer import load_tokenizer
+from rlinf.data.tokenizer import tokenizer_of
 from rlinf.device import choose
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.build import build_engine
@@ -29,7 +29,7 @@ class RolloutPart:
         engine, place = divmod(address.rank, others)
         folder = config.runner.run_dir
         own = folder / "workers" / f"rollout-{engine}-engine-part-{place + 1}.log"
-        tokenizer = load_tokenizer(config.rollout.model_dir, config.rollout.trust_remote_code)
+        tokenizer = tokenizer_of(config)
         try:
             span = Span(others + 1, place + 1, heard(meeting_file(folder, engine, address.run_id), config.cluster.start_timeout))
             self.engine = build_engine(

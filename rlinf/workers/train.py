@@ -21,7 +21,7 @@ from rlinf.config.schema import AlgorithmConfig, Config, head_of
 from rlinf.data.packing import RankBatch, SampleRef
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
-from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
+from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
 from rlinf.device import choose, peak_memory
 from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
@@ -128,7 +128,7 @@ class TrainWorker(Checkpointed):
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        return load_tokenizer(self.config.rollout.model_dir, self.config.rollout.trust_remote_code)
+        return tokenizer_of(self.config)
 
     def _pack(self, groups: Sequence[Group], refs: Sequence[SampleRef]) -> PackedBatch:
         return pack(groups, refs, share_prefix=True, temperature=self.temperature, pad_to=self.engine.pad_to, device=self.device)
