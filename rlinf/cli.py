@@ -118,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ),
 )
 def train(args: argparse.Namespace) -> int:
+    from rlinf.checks.preflight import check_files, check_models, describe_step
     from rlinf.config.load import load
     from rlinf.config.validate import validate
     from rlinf.scheduling.placement import build_plan, describe, nodes_of
@@ -125,16 +126,12 @@ def train(args: argparse.Namespace) -> int:
     resolved = load(args.config, args.overrides)
     config = resolved.config
     validate(config, resolved.provenance)
-    warnings = _check_model(config, args.dry_run)
+    _, warnings = check_models(config, args.dry_run)
     plan = build_plan(config, nodes_of(config.cluster))
-    warnings += _check_files(config, args.dry_run)
+    warnings += check_files(config, args.dry_run)
     if args.dry_run:
-        group, kept = config.algorithm.group_size, config.algorithm.num_update_sample_per_prompt
-        batch = config.data.rollout_batch_size * min(group, kept or group)
         _say(f"config: {resolved.source}")
-        _say(f"step: {config.data.rollout_batch_size} prompts x {group} responses = {config.data.rollout_batch_size * group} samples, "
-             f"{f'{kept} of each prompt are trained on, ' if kept and kept < group else ''}"
-             f"{config.algorithm.n_minibatches} optimizer step(s) of {batch // config.algorithm.n_minibatches}")  # fmt: skip
+        _say(describe_step(config))
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report
     from rlinf.runners.disk import told_when_full
@@ -173,6 +170,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 @command("sft", "fine-tune a model on prompts and responses", config_argument, DRY_RUN)
 def sft(args: argparse.Namespace) -> int:
+    from rlinf.checks.preflight import check_files, check_models, describe_sft_step
     from rlinf.config.load import load
     from rlinf.config.validate import validate_sft
     from rlinf.scheduling.placement import build_sft_plan, describe, nodes_of
@@ -180,12 +178,12 @@ def sft(args: argparse.Namespace) -> int:
     resolved = load(args.config, args.overrides)
     config = resolved.config
     validate_sft(config, resolved.provenance)
-    warnings = _check_model(config, args.dry_run)
+    _, warnings = check_models(config, args.dry_run)
     plan = build_sft_plan(config, nodes_of(config.cluster))
-    warnings += _check_files(config, args.dry_run)
+    warnings += check_files(config, args.dry_run)
     if args.dry_run:
         _say(f"config: {resolved.source}")
-        _say(f"step: {config.sft.batch_size} examples, 1 optimizer step")
+        _say(describe_sft_step(config))
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.runners.disk import told_when_full
     from rlinf.runners.launch_sft import finetune
@@ -427,38 +425,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
-
-
-def _check_model(config: Config, dry_run: bool) -> list[str]:
-    """Read the model's shape and hold the configuration against it. A dry run needs no model: what was not there is a warning."""
-    from rlinf.config.model import load_model_config, planned_model_config, validate_model, validate_scorer
-    from rlinf.weights.architecture import read_architecture
-
-    def read(model_dir: str, key: str) -> tuple[dict[str, Any] | None, list[str]]:
-        return planned_model_config(model_dir, key) if dry_run else (load_model_config(model_dir, key), [])
-
-    hf, warnings = read(config.rollout.model_dir, "rollout.model_dir")
-    if hf:
-        read_architecture(hf, Path(config.rollout.model_dir, "config.json"))
-        validate_model(config, hf)
-    for role in config.megatron_roles[1:]:  # beside the actor
-        folder = config.model_dir_of(role)
-        other, more = (hf, []) if folder == config.rollout.model_dir else read(folder, f"{role}.model_dir")
-        warnings += more
-        if hf and other:
-            read_architecture(other, Path(folder, "config.json"))
-            validate_scorer(config, role, other, hf)
-    return warnings
-
-
-def _check_files(config: Config, dry_run: bool) -> list[str]:
-    """Look for the files that the run reads; what is missing is an error, or on a dry run a warning."""
-    from rlinf.config.model import missing_paths
-
-    absent = missing_paths(config)
-    if absent and not dry_run:
-        raise UserError("\n  ".join(["files that the run needs are not there:", *absent]))
-    return absent
 
 
 def _end_dry_run(placement: str, warnings: Sequence[str]) -> int:

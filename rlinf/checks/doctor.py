@@ -19,13 +19,14 @@ import torch.distributed as dist
 
 from rlinf import device
 from rlinf.checks.finding import FAIL, OK, WARN, Finding
+from rlinf.checks.preflight import check_files, check_models
 from rlinf.checks.toolchain import compilers, driver_version, glibc, locks, proxies, python
 from rlinf.cluster.host import PORTS
 from rlinf.cluster.node_probe import NodeView, look_at_nodes
 from rlinf.cluster.ray_node import default_port
 from rlinf.cluster.state import listens, state_folder
 from rlinf.config.load import ROOT, Resolved
-from rlinf.config.model import missing_paths, planned_model_config, read_config
+from rlinf.config.model import planned_model_config, read_config
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate, validate_sft
 from rlinf.cpu_kernels import VARIANTS, kernels
@@ -319,17 +320,17 @@ def cluster(views: Iterable[NodeView]) -> Iterator[Finding]:
 
 
 def files(config: Config) -> Iterator[Finding]:
-    """Model and data of the configuration."""
+    """Models and data of the configuration."""
+    unfit, absent = [], check_files(config, planned=True)
     try:
-        hf, warnings = planned_model_config(config.rollout.model_dir)
-        if hf:
-            read_architecture(hf, f"{config.rollout.model_dir}/config.json")
+        absent = check_models(config, planned=True)[1] + absent
     except UserError as error:
-        warnings = [str(error)]
-    absent = [*warnings, *missing_paths(config)]
+        unfit = [str(error)]
+    for text in unfit:
+        yield Finding("model", FAIL, text, "mend what is named, or name another model")
     for text in absent:
         yield Finding("files", FAIL, text, "copy it to where every node sees it, or name another path")
-    if not absent:
+    if not unfit and not absent:
         yield Finding("files", OK, "model and data are here")
 
 

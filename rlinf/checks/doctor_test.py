@@ -129,6 +129,13 @@ def test_missing_files_of_a_configuration_are_found() -> None:
     assert "/nowhere/a.jsonl" in found[1].text
 
 
+def test_a_model_that_does_not_fit_the_configuration_is_found_although_it_is_elsewhere() -> None:
+    config = load("qwen2.5-1.5b-grpo-megatron", ["rollout.model_dir=/nowhere/DeepSeek-R1-Distill-Qwen-1.5B"]).config
+    config.actor.model.tensor_model_parallel_size = 8
+    found = next(f for f in doctor.files(config))
+    assert told(found) == [("model", FAIL)] and "does not divide the model's 12 attention heads" in found.text
+
+
 def test_a_configuration_that_cannot_be_run_is_found(tmp_path: Path) -> None:
     assert told(doctor.configuration(load("smollm2-135m-grpo-cpu", []))) == [("configuration", OK)]
     assert told(doctor.configuration(load("smollm2-135m-sft-cpu", []))) == [("configuration", OK)]

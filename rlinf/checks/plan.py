@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rlinf.checks.preflight import check_models
 from rlinf.config.load import Resolved, value_of
-from rlinf.config.model import planned_model_config, validate_model
+from rlinf.config.model import validate_model
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.config.values import dump
@@ -277,11 +278,10 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
     longest = config.algorithm.sampling_params.max_new_tokens
     if mean_response and mean_response > longest:
         raise UserError(f"--mean-response {mean_response}: no response is longer than algorithm.sampling_params.max_new_tokens, {longest}")
-    hf, warnings = planned_model_config(config.rollout.model_dir)
+    hf, warnings = check_models(config, planned=True)
     if hf is None:
         raise UserError(f"{warnings[0]}; a plan needs them: put the model's config.json into a folder and name it in rollout.model_dir")
     arch, device = read_architecture(hf, f"{config.rollout.model_dir}/config.json"), choose_device(device_name, config)
-    validate_model(config, hf)
     result = forecast(config, arch, device, mean_response)
     change = nearest_fit(config, arch, hf, device, mean_response) if result.trouble else None
     spared = None if result.trouble else less_recomputation(config, arch, hf, device, mean_response)

@@ -1,0 +1,64 @@
+"""What is asked of a configuration before a run of it starts or is planned: do its models fit it, are its files there, how large is a step.
+
+planned: nothing is about to start, so models and files may be elsewhere: what is not on this machine is a warning.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model, validate_scorer
+from rlinf.config.schema import Config
+from rlinf.errors import UserError
+from rlinf.weights.architecture import read_architecture
+
+ModelConfig = dict[str, Any]  # a model's config.json
+
+
+def check_models(config: Config, planned: bool) -> tuple[ModelConfig | None, list[str]]:
+    """Hold the configuration against the shape of every model of the run: (that of the actor's, warnings).
+
+    The shape is None where `planned`, and neither the model nor a known one of its name is here; nothing is then held against it.
+    Raises UserError for a model that cannot be used, or does not fit.
+    """
+
+    def read(model_dir: str, key: str) -> tuple[ModelConfig | None, list[str]]:
+        return planned_model_config(model_dir, key) if planned else (load_model_config(model_dir, key), [])
+
+    actor, warnings = read(config.rollout.model_dir, "rollout.model_dir")
+    if actor:
+        read_architecture(actor, Path(config.rollout.model_dir, "config.json"))
+        validate_model(config, actor)
+    for role in config.megatron_roles[1:]:  # beside the actor
+        folder = config.model_dir_of(role)
+        model, more = (actor, []) if folder == config.rollout.model_dir else read(folder, f"{role}.model_dir")
+        warnings += more
+        if actor and model:
+            read_architecture(model, Path(folder, "config.json"))
+            validate_scorer(config, role, model, actor)
+    return actor, warnings
+
+
+def check_files(config: Config, planned: bool) -> list[str]:
+    """What the run reads beside models and is not there, one message each; a UserError with all of them, unless `planned`."""
+    absent = missing_paths(config)
+    if absent and not planned:
+        raise UserError("\n  ".join(["files that the run needs are not there:", *absent]))
+    return absent
+
+
+def describe_step(config: Config) -> str:
+    """The sizes of a step of `rlinf train`."""
+    prompts, group, kept = config.data.rollout_batch_size, config.algorithm.group_size, config.algorithm.num_update_sample_per_prompt
+    trained, n_minibatches = prompts * min(group, kept or group), config.algorithm.n_minibatches
+    some = f"{kept} of each prompt are trained on, " if kept and kept < group else ""
+    return (
+        f"step: {prompts} prompts x {group} responses = {prompts * group} samples, {some}"
+        f"{n_minibatches} optimizer step(s) of {trained // n_minibatches}"
+    )
+
+
+def describe_sft_step(config: Config) -> str:
+    """The sizes of a step of `rlinf sft`."""
+    return f"step: {config.sft.batch_size} examples, 1 optimizer step"

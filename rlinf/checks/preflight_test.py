@@ -1,0 +1,64 @@
+"""`rlinf train`, `rlinf plan` and `rlinf doctor` ask the same of a configuration's models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlinf.checks import doctor
+from rlinf.checks.finding import FAIL
+from rlinf.checks.preflight import check_files, check_models, describe_sft_step, describe_step
+from rlinf.cli import main
+from rlinf.config.load import load
+from rlinf.errors import UserError
+
+NAME = "smollm2-135m-grpo-cpu"
+SHAPE = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "hidden_size": 64,
+         "intermediate_size": 128, "vocab_size": 320}  # fmt: skip
+
+
+def model(folder: Path, **changes: object) -> Path:
+    folder.mkdir()
+    for name, text in {"config.json": json.dumps(SHAPE | changes), "model.safetensors": "", "tokenizer.json": "{}"}.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("role", "words"),
+    [("critic", ["algorithm.adv_type=gae"]), ("token_reward", ["algorithm.adv_type=grpo"])],
+    ids=["critic", "token_reward"],
+)
+def test_every_command_refuses_a_scoring_model_that_reads_other_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], role: str, words: list[str]
+) -> None:
+    models = [f"rollout.model_dir={model(tmp_path / 'actor')}", f"{role}.model_dir={model(tmp_path / 'other', vocab_size=99)}"]
+    placed = f"cluster.component_placement={{'actor,{role},rollout,reward': all}}"
+    words = [NAME, *models, *words, placed, "data.val_data_paths=[]"]
+    expected = "its vocab_size is 99, the actor's 320"
+    for command in (["train", *words, "--dry-run"], ["plan", *words]):
+        assert main(command) == 2 and expected in capsys.readouterr().err, command
+    found = [f for f in doctor.files(load(NAME, words[1:]).config) if f.check == "model"]
+    assert [f.status for f in found] == [FAIL] and expected in found[0].text
+
+
+def test_what_is_elsewhere_is_a_warning_to_a_plan_and_ends_a_run(tmp_path: Path) -> None:
+    words = ["rollout.model_dir=/nowhere/other", "data.train_data_paths=[/nowhere/a.jsonl]", "data.val_data_paths=[]"]
+    config = load(NAME, words).config
+    shape, warnings = check_models(config, planned=True)
+    assert shape is None and "parallel sizes are not checked" in warnings[0]
+    assert check_files(config, planned=True) == ["data.train_data_paths: /nowhere/a.jsonl is not on this machine"]
+    with pytest.raises(UserError, match="rollout.model_dir: /nowhere/other does not exist"):
+        check_models(config, planned=False)
+    with pytest.raises(UserError, match="files that the run needs are not there:\n  data.train_data_paths: /nowhere/a.jsonl"):
+        check_files(config, planned=False)
+
+
+def test_the_sizes_of_a_step() -> None:
+    config = load(NAME, ["data.rollout_batch_size=8", "algorithm.group_size=16", "algorithm.n_minibatches=2", "sft.batch_size=3"]).config
+    assert describe_step(config) == "step: 8 prompts x 16 responses = 128 samples, 2 optimizer step(s) of 64"
+    config.algorithm.num_update_sample_per_prompt = 4
+    assert describe_step(config).endswith("128 samples, 4 of each prompt are trained on, 2 optimizer step(s) of 16")
+    assert describe_sft_step(config) == "step: 3 examples, 1 optimizer step"
