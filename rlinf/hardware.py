@@ -1,11 +1,14 @@
-"""What this machine has, as its files and its kernel say it: asks no library, starts nothing."""
+"""What this machine has and allows, as its files and its kernel say it: asks no library, starts nothing."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
+import resource
 import socket
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +20,8 @@ PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any out
 MEETING_PORTS = PORTS[:4000]  # for what one asks for here and another binds a moment later; the rest is dealt out in slices
 SLICE, SLICES = 500, 16
 EVERYWHERE = ""  # as an address: all that this machine has
+SIOCGIFADDR = 0x8915  # Linux's request for the address of an interface
+OPEN_FILES = 1 << 20
 
 
 def has_gpu() -> bool:
@@ -63,6 +68,22 @@ def _can_bind(host: str, port: int) -> bool:
                 raise
             return False
     return True
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of a network interface. Raises OSError where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        return socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()))[20:24])
+
+
+def allow_open_files() -> None:
+    """Raise the soft limit of this process, which is 1024 in most shells, to the hard one: a rank has sockets to all others, and a file for
+    each shared tensor. To a million at most: where the hard limit is a billion, a program that closes all that it might have open takes
+    minutes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @cache  # each matrix of a weight sync asks

@@ -1,5 +1,8 @@
 import os
+import resource
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,39 @@ def test_a_port_is_free_when_it_can_be_bound(host: str) -> None:
         with pytest.raises(RunFailed, match=f"between {taken} and {taken} is free: `ss -tlnp`"):
             hardware.free_port(host, range(taken, taken + 1))
     assert hardware.free_port(host, range(taken, taken + 1)) == taken
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised"),
+    [
+        ((1024, 524288), (524288, 524288)),
+        ((1024, 1 << 30), (1 << 20, 1 << 30)),
+        ((1024, resource.RLIM_INFINITY), (1 << 20, resource.RLIM_INFINITY)),
+        ((4096, 4096), None),
+        ((1 << 21, 1 << 22), None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
+    ],
+)
+def test_the_soft_limit_of_open_files_is_raised(
+    limits: tuple[int, int], raised: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
+    hardware.allow_open_files()
+    assert asked == ([] if raised is None else [raised])
+
+
+def test_a_process_gets_all_the_open_files_that_this_user_may_have() -> None:
+    """In a process of its own: what a hard limit was lowered to stays."""
+    code = (
+        "import resource; from rlinf.hardware import allow_open_files; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048));"
+        "allow_open_files(); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "2048 2048\n"
+
+
+def test_the_address_of_an_interface() -> None:
+    assert hardware.address_of("lo") == "127.0.0.1"
+    with pytest.raises(OSError):
+        hardware.address_of("no such one")

@@ -21,7 +21,6 @@ from rlinf import device
 from rlinf.checks.finding import FAIL, OK, WARN, Finding
 from rlinf.checks.preflight import check_files, check_models
 from rlinf.checks.toolchain import compilers, driver_version, glibc, locks, proxies, python
-from rlinf.cluster.host import PORTS
 from rlinf.cluster.node_probe import NodeView, look_at_nodes
 from rlinf.cluster.ray_node import default_port
 from rlinf.cluster.state import listens, state_folder
@@ -31,7 +30,7 @@ from rlinf.config.schema import Config
 from rlinf.config.validate import validate, validate_sft
 from rlinf.cpu_kernels import VARIANTS, kernels
 from rlinf.errors import UserError
-from rlinf.hardware import cpu_flags, has_gpu
+from rlinf.hardware import PORTS, cpu_flags, has_gpu
 from rlinf.rollout.sglang_server import find_interpreter
 from rlinf.scheduling.memory import BYTES, rank_parameters
 from rlinf.weights.architecture import read_architecture
@@ -269,7 +268,7 @@ def locked_memory(limit: int) -> Finding:
 
 
 def ephemeral_ports(text: str) -> Finding:
-    """Rendezvous ports are taken from host.PORTS, which no outgoing connection may use."""
+    """Rendezvous ports are taken from hardware.PORTS, which no outgoing connection may use."""
     first, last = map(int, text.split())
     if first < PORTS.stop and last >= PORTS.start:
         return Finding("ports", WARN,

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import fcntl
 import importlib
 import inspect
 import logging
 import os
 import pickle
-import resource
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -29,13 +26,10 @@ from rlinf.cluster.processes import RUN_ID, die_with_parent, start_node_sentinel
 from rlinf.cluster.same_code import differences, own_code
 from rlinf.compute_thread import compute_thread
 from rlinf.errors import UserError
-from rlinf.hardware import PORTS as PORTS  # the doctor asks for it here
-from rlinf.hardware import cores, free_port
+from rlinf.hardware import address_of, allow_open_files, cores, free_port
 from rlinf.scheduling.placement import PART, WorkerAddress
 from rlinf.weights.routes import AUTO, BROADCAST, DISK
 
-SIOCGIFADDR = 0x8915
-OPEN_FILES = 1 << 20
 # Blocks of activations stay mapped (no page faults a step), on huge pages where the kernel has them. The few that are as large as an
 # embedding do not: between them lie small long-lived ones, and each time that a hole has become too small for its block the process grows,
 # by 70 MB a step of a 135M model. Of compiled kernels, one for each number of tokens that came, the last ones are kept.
@@ -269,27 +263,17 @@ def gpu_environment(component: str, transport: str | None) -> dict[str, str]:
     return env
 
 
-def allow_open_files() -> None:
-    """Raise the soft limit, which may be 1024, to the hard one: a rank has sockets to all others, and a file for each shared tensor. To a
-    million at most: where the hard limit is a billion, a program that closes all that it might have open takes minutes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 def interface_of(host: str) -> str | None:
     """The network interface that has this IPv4 address; None when none has (address translation)."""
     if host.startswith("127."):
         return "lo"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:
-                continue  # an interface without an IPv4 address
-            if socket.inet_ntoa(answer[20:24]) == host:
-                return name
+    for _, name in socket.if_nameindex():
+        try:
+            found = address_of(name)
+        except OSError:
+            continue  # an interface without an IPv4 address
+        if found == host:
+            return name
     return None
 
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import resource
 from dataclasses import replace
 
 import pytest
 
-from rlinf.cluster.host import Setup, allow_open_files, seat_environment
+from rlinf.cluster.host import Setup, seat_environment
 from rlinf.scheduling.placement import WorkerAddress
 
 SEAT = WorkerAddress("actor", 3, 8, 0, (1, 2), "127.0.0.1", 0, "run", 4, "127.0.0.1")
@@ -81,27 +80,6 @@ def test_process_groups_take_the_interface_of_the_seat_unless_another_was_export
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "bond0")
     env = environment(True)
     assert (env["NCCL_SOCKET_IFNAME"], env["GLOO_SOCKET_IFNAME"]) == ("bond", "bond0")
-
-
-@pytest.mark.parametrize(
-    ("limits", "raised"),
-    [
-        ((1024, 524288), (524288, 524288)),
-        ((1024, 1 << 30), (1 << 20, 1 << 30)),
-        ((1024, resource.RLIM_INFINITY), (1 << 20, resource.RLIM_INFINITY)),
-        ((4096, 4096), None),
-        ((1 << 21, 1 << 22), None),
-        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None),
-    ],
-)
-def test_the_soft_limit_of_open_files_is_raised(
-    limits: tuple[int, int], raised: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
-    allow_open_files()
-    assert asked == ([] if raised is None else [raised])
 
 
 def test_a_seat_without_gpus_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:

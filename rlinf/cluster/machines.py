@@ -66,6 +66,7 @@ def choose(nodes: list[dict[str, Any]], config: ClusterConfig, resource: str, pr
 
 
 def devices_of(node: dict[str, Any], resource: str) -> int:
+    """How many of a resource, `GPU` or `CPU`, Ray counts on a node."""
     return int(node["Resources"].get(resource, 0))
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import ray
 
-from rlinf.cluster.machines import RANK_LABEL, alive_nodes
+from rlinf.cluster.machines import RANK_LABEL, alive_nodes, devices_of
 from rlinf.cluster.ray_session import RaySession
 from rlinf.errors import UserError
 
 
-def devices_of(node: dict[str, Any]) -> int:
-    """GPUs, or on a node without any its CPU slots."""
-    return int(node["Resources"].get("GPU") or node["Resources"].get("CPU", 0))
+def gpus_or_slots(node: dict[str, Any]) -> int:
+    """GPUs, or on a node without any its CPU slots: nobody has said here which of them a run will use."""
+    return devices_of(node, "GPU") or devices_of(node, "CPU")
 
 
 def describe(node: dict[str, Any]) -> str:
@@ -33,7 +33,7 @@ def absent(wanted: int) -> str:
     ranks = {int(n["Labels"][RANK_LABEL]) for n in ray.nodes() if RANK_LABEL in n["Labels"]}
     answering = {n["Labels"].get(RANK_LABEL) for n in alive}
     parts = sorted({f"{describe(n)} is dead" for n in ray.nodes() if n["Labels"].get(RANK_LABEL) not in answering})
-    each = devices_of(alive[0]) if alive else 0
+    each = gpus_or_slots(alive[0]) if alive else 0
     expected = range(max(-(-wanted // each) if each else 0, max(ranks, default=0) + 1))
     missing = [str(rank) for rank in expected if rank not in ranks]
     return "; ".join(parts + ([f"no node has RANK {', '.join(missing)}"] if missing else []))
@@ -44,10 +44,10 @@ def wait_for_devices(wanted: int, timeout: float) -> bool:
     deadline, shown = time.monotonic() + timeout, ""
     while True:
         alive = alive_nodes()
-        there = sum(map(devices_of, alive))
+        there = sum(map(gpus_or_slots, alive))
         line = f"{there} of {wanted} devices on {len(alive)} nodes"
         if there >= wanted:
-            say(line + ": " + ", ".join(f"{describe(n)} {devices_of(n)}" for n in alive))
+            say(line + ": " + ", ".join(f"{describe(n)} {gpus_or_slots(n)}" for n in alive))
             return True
         line += f"; {absent(wanted)}"
         if line != shown:

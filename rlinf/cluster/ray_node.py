@@ -16,13 +16,10 @@ Environment:
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
-import resource
 import secrets
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -30,15 +27,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlinf.cluster.host import SIOCGIFADDR, cores, free_port
 from rlinf.cluster.processes import end_marked, marked
 from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, port_number, state_folder, whole_number
 from rlinf.errors import UserError
+from rlinf.hardware import address_of, allow_open_files, cores, free_port
 
 MARK = "RLINF_RAY_NODE"  # in the environment of every process of the node's Ray, and of the workers inside it
 ROOT = Path(__file__).resolve().parent.parent.parent
 ADDRESS_FILE, TOKEN_FILE = "ray_head_ip.txt", "ray_token"
-OPEN_FILES = 1 << 20  # more is of no use, and some programs walk through all that they may open
 TRIES = 3  # a node under load may miss one connection; whoever calls it dead ends it
 
 
@@ -125,7 +121,7 @@ def resource_options() -> list[str]:
 
 def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: str) -> None:
     """`ray start`, which returns when the node has joined."""
-    allow_open_files()
+    allow_open_files()  # Ray's daemons keep the limit that they are started with, and need a file for each connection
     node_ip = head.host if rank == 0 else own_address(head.host)
     command = [
         sys.executable,
@@ -162,15 +158,6 @@ def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: s
         end = "\n".join(done.stdout.strip().splitlines()[-8:])
         remedy = STORE_REMEDY if "object store" in end else "Mend what it says, then run start_ray.sh again"
         raise UserError(f"`ray start` failed on node {rank} with exit code {done.returncode}:\n{end}\n{remedy}")
-
-
-def allow_open_files() -> None:
-    """As many as this user may have: Ray's daemons keep the limit that they are started with, which is 1024 in most shells, and need a file
-    for each connection."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def environment(state: Path, mark: str) -> dict[str, str]:
@@ -289,13 +276,13 @@ def visible_gpus(driver: Path = Path("/proc/driver/nvidia/gpus"), devices: Path 
 def own_address(towards: str) -> str:
     """This node's address on RLINF_NIC, or else on the interface that leads towards a host."""
     nic = os.environ.get("RLINF_NIC")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        if not nic:
+    if not nic:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((towards, 9))  # sends nothing
             return probe.getsockname()[0]
-        if nic not in (name for _, name in socket.if_nameindex()):
-            raise UserError(f"RLINF_NIC={nic}: no such interface here; there are {', '.join(name for _, name in socket.if_nameindex())}")
-        return socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", nic.encode()))[20:24])
+    if nic not in (name for _, name in socket.if_nameindex()):
+        raise UserError(f"RLINF_NIC={nic}: no such interface here; there are {', '.join(name for _, name in socket.if_nameindex())}")
+    return address_of(nic)
 
 
 def name_of(pid: int) -> str:

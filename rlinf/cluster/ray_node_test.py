@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from rlinf.cluster import ray_node
 from rlinf.cluster.ray_node import Head, launch, lives, start, visible_gpus
 from rlinf.cluster.state import STORE_BYTES
 from rlinf.errors import UserError
+from rlinf.hardware import OPEN_FILES
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,6 @@ def test_a_head_that_misses_two_connections_is_not_dead(monkeypatch: pytest.Monk
     assert not lives("10.0.0.9:6379", "mark")
 
 
-def test_ray_is_started_with_all_the_open_files_that_this_user_may_have() -> None:
-    """In a process of its own: what a hard limit was lowered to stays."""
-    code = (
-        "import resource; from rlinf.cluster.ray_node import allow_open_files; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 2048));"
-        "allow_open_files(); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "2048 2048\n"
-
-
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
@@ -83,7 +74,7 @@ def test_a_start_that_fails_says_what_to_do(words: str, remedy: str, tmp_path: P
     with pytest.raises(UserError) as caught:
         launch(0, Head("127.0.0.1", 6379), [], tmp_path / "state", "no such mark")
     assert words in str(caught.value) and remedy in str(caught.value) and not (tmp_path / "state").exists()
-    assert limits == [min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], ray_node.OPEN_FILES)]
+    assert limits == [min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], OPEN_FILES)]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ BY_FILE = {  # file of rlinf/ -> function -> test
     "checks/doctor.py": {"collectives": "test_the_collectives_library_sums", "examine": "toolkits/gpu_acceptance.sh"},
     "cluster/local_cluster.py": {"LocalCluster.__init__": "test_one_process_takes_the_device_that_is_there"},
     "cluster/machines.py": dict.fromkeys(("", "wait_for_machines"), "test_a_ray_worker_sees_its_own_gpu_alone"),
-    "cluster/ray_check.py": {"devices_of": "test_devices_are_gpus_where_a_node_has_any"},
+    "cluster/ray_check.py": {"gpus_or_slots": "test_devices_are_gpus_where_a_node_has_any"},
     "cluster/ray_cluster.py": dict.fromkeys(
         ("RayCluster._actor", "RayCluster._connect", "RayCluster._reserve"), "test_a_ray_worker_sees_its_own_gpu_alone"
     ),
