@@ -41,10 +41,10 @@ from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import read_architecture
+from rlinf.weights.opening import open_source
 from rlinf.weights.receipts import check_probes, check_receipts
 from rlinf.weights.routes import SHARED_MEMORY
 from rlinf.weights.segments import Mappings
-from rlinf.weights.shared_memory import open_source
 from rlinf.weights.source import Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 

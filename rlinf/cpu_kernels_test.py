@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rlinf import cpu_kernels, rowwise
 from rlinf.cpu_kernels import EXPONENT, RUN, VARIANTS, Kernels, kernels, made_of
 from rlinf.hardware import cpu_flags
-from rlinf.weights.buckets import look_by_numpy
+from rlinf.weights.scan import scan_by_numpy
 
 RUNNABLE = [name for name, needed in VARIANTS.items() if needed <= cpu_flags()]
 pytestmark = pytest.mark.skipif(not RUNNABLE, reason="needs an x86-64 CPU with AVX2")
@@ -247,7 +247,7 @@ def sum_of_words(content: bytes, first: int) -> int:
 @settings(deadline=None)
 def test_a_look_copies_and_sums(content: bytes, first: int, shift: int) -> None:
     source = np.frombuffer(bytes(shift) + content, np.uint8)[shift:]
-    for look in (*(Kernels(name).look for name in RUNNABLE), look_by_numpy):
+    for look in (*(Kernels(name).look for name in RUNNABLE), scan_by_numpy):
         to = np.full(shift + len(content) + 64, 7, np.uint8)
         run = a_run(source, first, to=to[shift:])
         look(run)
@@ -260,7 +260,7 @@ def test_a_sum_of_many_words_is_that_of_its_parts(compiled: Kernels) -> None:
     content[:4096] = 255
     expected = sum_of_words(content.tobytes(), 5)
     cut = 4 * 77_777
-    for look in (compiled.look, look_by_numpy):
+    for look in (compiled.look, scan_by_numpy):
         runs = np.concatenate([a_run(content[:cut], 5), a_run(content[cut:], 5 + cut // 4)])
         look(runs)
         assert runs["sum"].sum(dtype=np.uint64) == expected

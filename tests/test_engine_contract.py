@@ -23,7 +23,7 @@ from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.receipts import check_receipts, merge_sources
 from rlinf.weights.routes import BROADCAST, BroadcastGroup, Feed, broadcast_groups
 from rlinf.weights.server_groups import ServerWire
-from rlinf.weights.shared_memory import Segments
+from rlinf.weights.shared_memory import SharedMemoryPublisher
 from rlinf.weights.source import Broadcast, Collective, Disk, Receipt
 from rlinf.weights.tensor_folder import open_hf_folder
 from tests.sglang_here import needs_sglang, small_server
@@ -317,7 +317,7 @@ def test_loaded_weights_are_the_policy_at_once_and_exactly(engine: RolloutEngine
     old = tokens(run(engine, ask("r", ids, 2, sampling=GREEDY))[0])  # fills the prefix store with keys of the old weights
     expected = Reference(models["other"]).greedy(ids, 12)
     assert old[0] != expected
-    publisher = DeviceBuckets("contract", torch.device("cpu")) if way == "device" else Segments("contract")
+    publisher = DeviceBuckets("contract", torch.device("cpu")) if way == "device" else SharedMemoryPublisher("contract")
     source = Disk(str(models["other"])) if way == "disk" else publisher.publish(open_hf_folder(models["other"]).items(), 3, 50_000)
     receipt = asyncio.run(engine.load_weights(source, 3))
     publisher.publish(
@@ -413,11 +413,11 @@ def test_faulty_weights_are_refused_by_name_and_the_old_ones_stay(
         tensors[name] = tensors[name].t().contiguous()
     else:
         tensors["extra.weight"] = torch.ones(1)
-    segments = Segments("contract-faulty")
-    source = segments.publish(tensors.items(), 1)
+    publisher = SharedMemoryPublisher("contract-faulty")
+    source = publisher.publish(tensors.items(), 1)
     with pytest.raises(RunFailed, match=message):
         asyncio.run(engine.load_weights(source, 1))
-    segments.close()
+    publisher.close()
     assert tokens(run(engine, ask("r", prompt(9), 2, sampling=repeatable(engine)))[0]) == before
 
 

@@ -40,6 +40,7 @@ from rlinf.training.parallel import Coordinates
 from rlinf.training.publishing import Publisher, score
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.broadcast import Wire, open_store
+from rlinf.weights.opening import open_source, release
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
 from rlinf.weights.routes import (
     AUTO,
@@ -55,7 +56,7 @@ from rlinf.weights.routes import (
     plan_feeds,
     publisher,
 )
-from rlinf.weights.shared_memory import land, open_source, release
+from rlinf.weights.shared_memory import land
 from rlinf.weights.source import Buckets, Disk, Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.rollout.linear import Linear, head, lies, linear
+from rlinf.rollout.linear import Linear, head, linear, uses_weight_in_place
 from rlinf.rowwise import rms_norm, rotate, swiglu
 from rlinf.weights.architecture import Architecture
 from rlinf.weights.complete import check_tensors
@@ -53,11 +53,11 @@ class EmbeddedModel:
     def load(self, tensors: Iterable[tuple[str, Tensor]], keep: bool = False) -> tuple[int, int]:
         """Take every weight, or raise ValueError that names the first tensor at fault and change nothing. Returns (tensors, bytes).
 
-        keep: nobody writes to the tensors' memory as long as anybody holds it; what can be used where it lies is then not copied.
+        keep: nobody writes to the tensors' memory as long as this model refers to it, so that weights used in place need no copy.
         """
         arrived = check_tensors(self.arch, tensors)
-        self._lies = lies(self.dtype, self.device)
-        self._keep = keep and self._lies
+        self._in_place = uses_weight_in_place(self.dtype, self.device)
+        self._keep = keep and self._in_place
         self._head = self._embedding_VH = None  # the new ones go where they were
         self._embedding_VH = self._own(arrived["model.embed_tokens.weight"])
         self._head = head(self._embedding_VH if self.arch.tied else self._own(arrived["lm_head.weight"]))
@@ -102,7 +102,7 @@ class EmbeddedModel:
 
     def _matrix(self, *parts: Tensor) -> Tensor:
         """For a product, which makes a copy itself where it needs another form."""
-        return joined(parts).to(self.device, self.dtype, copy=self._lies and not self._keep)
+        return joined(parts).to(self.device, self.dtype, copy=self._in_place and not self._keep)
 
     def _make_layer(self, index: int, arrived: dict[str, Tensor]) -> Layer:
         def parts(*names: str) -> list[Tensor]:

@@ -18,11 +18,11 @@ LEAST_ROWS = 4  # of a forward pass: with fewer, torch's products on CPU take an
 MOST_ROWS = 128  # with more, reordering weights at every call costs less than it gains
 
 
-def lies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `linear` computes with weights where they lie, without a copy in another form.
+def uses_weight_in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `linear` computes directly with the memory of the weight that it is given, without a copy in another form.
 
-    So it is on GPUs, and on CPU where our own code knows the CPU's best instructions for the type: else oneDNN does, and reorders the
-    weights for them once. benchmarks/rollout_engine.py and benchmarks/weight_sync.py say what both cost.
+    It does on GPUs, and on a CPU where our own code knows the CPU's best instructions for the type. Elsewhere oneDNN knows them, and makes
+    one reordered copy of the weight. benchmarks/rollout_engine.py and benchmarks/weight_sync.py say what both cost.
     """
     if device.type != "cpu":
         return True
@@ -32,11 +32,11 @@ def lies(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """The weight's memory is ours to read as long as the product is used, where it `lies`."""
+    """x -> x @ weight.T + bias. Where uses_weight_in_place(), nobody may write to the weight's memory as long as this is used."""
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight, bias=bias)
-    if lies(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
-        return AsItLies(weight, bias)
+    if uses_weight_in_place(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
+        return InPlaceLinear(weight, bias)
     return _reordered(weight, bias)
 
 
@@ -47,12 +47,12 @@ def head(weight: Tensor) -> Linear:
     if weight.device.type == "cuda":
         return partial(F.linear, weight=weight)
     if kernels() is not None and weight.dtype in (torch.float32, torch.bfloat16) and len(weight) >= LEAST_OUTPUTS:
-        return AsItLies(weight, None, torch.float32)
+        return InPlaceLinear(weight, None, torch.float32)
     product = _reordered(weight.float(), None)
     return lambda x: product(F.pad(x.float(), (0, 0, 0, max(0, LEAST_ROWS - len(x)))))[: len(x)]
 
 
-class AsItLies:
+class InPlaceLinear:
     """A product of our own (rlinf/cpu), accumulated in fp32; of many rows torch's, where that is faster.
 
     dtype: of the result, by default the weight's.

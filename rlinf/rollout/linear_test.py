@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from rlinf.cpu_kernels import Kernels
 from rlinf.hardware import cpu_multiplies_bf16
 from rlinf.rollout import linear as module
-from rlinf.rollout.linear import MOST_ROWS, AsItLies, head, lies, linear
+from rlinf.rollout.linear import MOST_ROWS, InPlaceLinear, head, linear, uses_weight_in_place
 
 # whether our code is compiled, whether the CPU multiplies bf16, the variant of our code (None: the best)
 FORMS = {
@@ -61,8 +61,8 @@ def test_what_lies_is_used_where_it_lies_and_what_does_not_is_copied(form: str, 
     weight = torch.randn(96, 64).to(dtype)
     product, x = linear(weight, None), torch.randn(5, 64).to(dtype)
     before = product(x)
-    here = lies(dtype, weight.device)
-    assert here == isinstance(product, AsItLies)
+    here = uses_weight_in_place(dtype, weight.device)
+    assert here == isinstance(product, InPlaceLinear)
     by_us = {
         "no bf16 instructions": dtype != torch.float16,
         "bf16 instructions that only oneDNN knows": dtype == torch.float32,

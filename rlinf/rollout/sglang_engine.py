@@ -31,9 +31,9 @@ from rlinf.rollout.sglang_weights import offered
 from rlinf.weights.broadcast import open_store
 from rlinf.weights.complete import check_shapes, check_tensors
 from rlinf.weights.files import folders_of
+from rlinf.weights.opening import open_source
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import MAKING, Follower
-from rlinf.weights.shared_memory import open_source
 from rlinf.weights.source import BucketSpec, Collective, DeviceIpc, Disk, Files, Receipt, SharedMemory, WeightSource
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

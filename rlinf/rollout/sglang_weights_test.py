@@ -20,8 +20,9 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from rlinf.rollout.sglang_weights import offered
+from rlinf.weights.opening import open_source
 from rlinf.weights.segments import USERS
-from rlinf.weights.shared_memory import Segments, open_source
+from rlinf.weights.shared_memory import SharedMemoryPublisher
 from rlinf.weights.source import DeviceBucket, SharedMemory, TensorSpec
 
 TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0))]
@@ -40,8 +41,8 @@ time.sleep(60)
 
 
 @pytest.fixture
-def segments() -> Iterator[Segments]:
-    made = Segments(f"sglang-weights-{os.getpid()}")
+def publisher() -> Iterator[SharedMemoryPublisher]:
+    made = SharedMemoryPublisher(f"sglang-weights-{os.getpid()}")
     yield made
     made.close()
 
@@ -65,8 +66,8 @@ def tensors_of(bucket: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
     return [(m.name, flat[m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)) for m in bucket["metadata"]]
 
 
-def test_what_is_sent_opens_as_the_bucket_with_calls_that_are_allowed(segments: Segments) -> None:
-    (bucket,) = segments.publish(TENSORS, 1).buckets
+def test_what_is_sent_opens_as_the_bucket_with_calls_that_are_allowed(publisher: SharedMemoryPublisher) -> None:
+    (bucket,) = publisher.publish(TENSORS, 1).buckets
     link = Path(f"{bucket.key}-link")
     for _ in range(2):
         with offered(bucket, link) as payload:
@@ -82,8 +83,8 @@ def test_what_is_sent_opens_as_the_bucket_with_calls_that_are_allowed(segments: 
         assert USERS - 10 < int.from_bytes(file.read(8), "little") <= USERS
 
 
-def test_a_reader_that_is_killed_leaves_the_bucket_where_it_is(segments: Segments) -> None:
-    (bucket,) = segments.publish(TENSORS, 1).buckets
+def test_a_reader_that_is_killed_leaves_the_bucket_where_it_is(publisher: SharedMemoryPublisher) -> None:
+    (bucket,) = publisher.publish(TENSORS, 1).buckets
     link = Path(f"{bucket.key}-link")
     with offered(bucket, link) as payload:
         reader = subprocess.Popen([sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -25,7 +25,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.metrics.logger import FILE_NAME
 from rlinf.runners.resuming import TRAIN, ahead, made_with, recorded_again, refuse_changes
-from rlinf.weights.files import FOLDER, remove_published
+from rlinf.weights.files import WEIGHTS_FOLDER, remove_published
 from rlinf.weights.tensor_folder import read_json, sync, write_json
 
 STATE = "run_state.json"
@@ -66,7 +66,7 @@ class RunFolder:
     def begin(self) -> None:
         """From here on the folder is this run's: what comes after the step that it goes on from is set aside."""
         self._set_aside(self.resume.step if self.resume else -1)
-        remove_published(self.path / FOLDER)
+        remove_published(self.path / WEIGHTS_FOLDER)
         (self.path / "config.yaml").write_text(to_yaml(self._resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
 
@@ -151,7 +151,7 @@ class RunFolder:
 
     def release(self) -> None:
         """The workers are gone, and another driver may have the folder."""
-        remove_published(self.path / FOLDER)
+        remove_published(self.path / WEIGHTS_FOLDER)
         self._lock.close()
 
     def finish(self) -> None:

@@ -17,7 +17,7 @@ from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.files import publish_files, publisher_name
 from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, SHARED_MEMORY
 from rlinf.weights.server_groups import ServerWire
-from rlinf.weights.shared_memory import Segments, collect
+from rlinf.weights.shared_memory import SharedMemoryPublisher, collect
 from rlinf.weights.source import Buckets
 
 
@@ -38,8 +38,8 @@ class Publisher:
     def __init__(self, engine: MegatronEngine, run_id: str, folder: Path, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.engine, self.folder, self.bucket_bytes = engine, folder, bucket_bytes
         self.place = publisher_name(engine.at.dp_rank, engine.at.pp_rank)
-        self.segments = Segments(f"{run_id}-{self.place}")
-        self.on_device = DeviceBuckets(self.segments.name, engine.device)
+        self.in_shared_memory = SharedMemoryPublisher(f"{run_id}-{self.place}")
+        self.on_device = DeviceBuckets(self.in_shared_memory.name, engine.device)
         self.wire: Wire | ServerWire | None = None
         self.on_disk = False
 
@@ -53,7 +53,7 @@ class Publisher:
                 for _ in tensors:  # the gather is collective
                     pass
             elif transport == SHARED_MEMORY:
-                sources[transport] = self.segments.publish(tensors, version, self.bucket_bytes)
+                sources[transport] = self.in_shared_memory.publish(tensors, version, self.bucket_bytes)
             elif transport == DEVICE_IPC:
                 sources[transport] = self.on_device.publish(tensors, version, self.bucket_bytes)
             elif transport == DISK:
@@ -63,12 +63,12 @@ class Publisher:
                 assert self.wire is not None, "the group of this publisher was not made"
                 sources[transport] = self.wire.send(tensors, version, self.bucket_bytes)
             else:
-                sources[transport], arrays = collect(tensors, self.segments.name, self.bucket_bytes)
+                sources[transport], arrays = collect(tensors, self.in_shared_memory.name, self.bucket_bytes)
         return HandedOut(sources, arrays)
 
     def withdraw(self) -> None:
         """What was handed out is not to be had any more."""
-        self.segments.withdraw()
+        self.in_shared_memory.withdraw()
         self.on_device.withdraw()
         if self.on_disk:
             shutil.rmtree(self.folder / self.place)
@@ -80,7 +80,7 @@ class Publisher:
         self.on_device.close()
         self.wire = None  # the store where its group met may be gone
         self.withdraw()
-        self.segments.close()
+        self.in_shared_memory.close()
 
 
 def score(engine: MegatronEngine, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:

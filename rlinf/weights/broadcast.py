@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlinf.errors import RunFailed
-from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, fill, group_into_buckets, layout
+from rlinf.weights.buckets import BUCKET_BYTES, Named, fill, group_into_buckets, layout
 from rlinf.weights.routes import BroadcastGroup
-from rlinf.weights.shared_memory import FOLDER, create_segment
+from rlinf.weights.scan import checksum
+from rlinf.weights.segments import SEGMENTS_FOLDER, create_segment
 from rlinf.weights.source import BucketSpec, SharedMemory, TensorSpec
 
 GRACE = 10.0  # seconds that the store itself has for an answer
@@ -107,7 +108,7 @@ class Wire(Member):
             while (length := int(self._pass(torch.zeros(1, dtype=torch.int64)))) > 0:
                 description = self._pass(torch.zeros(length, dtype=torch.uint8)).numpy().tobytes()
                 key, nbytes, sent, specs = json.loads(description)
-                path = f"{FOLDER}/rlinf-{name}-s{self.group.stage}-v{version}-{len(landed)}"
+                path = f"{SEGMENTS_FOLDER}/rlinf-{name}-s{self.group.stage}-v{version}-{len(landed)}"
                 segment = create_segment(path, nbytes)
                 undo.callback(os.unlink, path)
                 self._pass(segment)

@@ -17,9 +17,9 @@ from rlinf.errors import RunFailed
 from rlinf.weights import broadcast
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.buckets import Named
+from rlinf.weights.opening import open_source, release
 from rlinf.weights.receipts import merge_sources
 from rlinf.weights.routes import BROADCAST, BroadcastGroup, broadcast_groups, plan_feeds
-from rlinf.weights.shared_memory import open_source, release
 from rlinf.weights.source import SharedMemory
 
 CPU = torch.device("cpu")

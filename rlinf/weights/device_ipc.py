@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rlinf.device import forgo_shared, open_shared, share, synchronize
 from rlinf.errors import RunFailed
-from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, fill, group_into_buckets, layout
-from rlinf.weights.segments import FOLDER, create_segment, in_use, open_segment
+from rlinf.weights.buckets import BUCKET_BYTES, Named, fill, group_into_buckets, layout
+from rlinf.weights.scan import checksum
+from rlinf.weights.segments import SEGMENTS_FOLDER, create_segment, in_use, open_segment
 from rlinf.weights.source import DeviceBucket, DeviceIpc
 
 _OWN: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # by key: CUDA does not let a process open its own handles
@@ -40,7 +41,7 @@ class DeviceBuckets:
             undo.callback(self.close)
             for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
                 specs, nbytes = layout(bucket)
-                key = f"{FOLDER}/rlinf-{self.name}-ipc-v{version}-{i}"  # on a GPU nothing but a name
+                key = f"{SEGMENTS_FOLDER}/rlinf-{self.name}-ipc-v{version}-{i}"  # on a GPU nothing but a name
                 buffer, handle = self._allocate(key, nbytes)
                 fill(buffer, specs, bucket)
                 buckets.append(DeviceBucket(key, nbytes, specs, checksum(buffer), handle))

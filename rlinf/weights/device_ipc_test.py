@@ -9,18 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rlinf.errors import RunFailed
-from rlinf.weights import buckets, device_ipc
-from rlinf.weights.buckets import checksum
+from rlinf.weights import device_ipc
 from rlinf.weights.device_ipc import DeviceBuckets
+from rlinf.weights.opening import open_source
 from rlinf.weights.receipts import check_receipts, merge_sources
-from rlinf.weights.shared_memory import open_source
 from rlinf.weights.source import DeviceIpc, Receipt
 
 TENSORS = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]
@@ -110,37 +106,3 @@ def test_a_failing_publisher_leaves_nothing(publisher: DeviceBuckets) -> None:
     with pytest.raises(ArithmeticError):
         publisher.publish(broken(), 0, bucket_bytes=512)
     assert not list(Path("/dev/shm").glob(f"rlinf-{publisher.name}-*"))
-
-
-WORDS = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=2, max_size=40)
-
-
-def of_words(words: list[int]) -> torch.Tensor:
-    return torch.tensor(words, dtype=torch.int32).view(torch.uint8)
-
-
-@given(WORDS, st.sampled_from([3, 8, 1 << 22]))
-def test_the_checksum_is_the_sum_that_it_says_it_is(words: list[int], at_once: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "WORDS_AT_ONCE", at_once)
-        assert checksum(of_words(words)) == sum((2 * i + 1) * (x % 2**32) for i, x in enumerate(words)) % 2**64
-
-
-@given(WORDS, st.data())
-def test_a_changed_word_and_two_that_change_places_are_seen(words: list[int], data: st.DataObject) -> None:
-    i, j = (data.draw(st.integers(0, len(words) - 1)) for _ in range(2))
-    bit = data.draw(st.integers(0, 30))
-    changed, swapped = [*words], [*words]
-    changed[i] ^= 1 << bit
-    swapped[i], swapped[j] = words[j], words[i]
-    assert checksum(of_words(changed)) != checksum(of_words(words))
-    assert (checksum(of_words(swapped)) == checksum(of_words(words))) == (words[i] == words[j])
-
-
-def test_the_sign_of_the_last_value_is_seen_to_change_places() -> None:
-    """The difference that a sum loses most easily: the highest bit, at a distance of a power of two."""
-    far = np.zeros(1 << 16, np.int32)
-    far[0] = -(2**31)
-    other = far.copy()
-    other[0], other[1 << 15] = 0, far[0]
-    assert checksum(torch.from_numpy(far).view(torch.uint8)) != checksum(torch.from_numpy(other).view(torch.uint8))

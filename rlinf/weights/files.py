@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from rlinf.weights.buckets import BUCKET_BYTES, Named, checksum, group_into_buckets
+from rlinf.weights.buckets import BUCKET_BYTES, Named, group_into_buckets
+from rlinf.weights.scan import checksum
 from rlinf.weights.source import BucketSpec, Files, TensorSpec
 
-FOLDER = "weights"  # in the run's folder; below it each publisher has one of its own
+WEIGHTS_FOLDER = "weights"  # in the run's folder; below it each publisher has one of its own
 PUBLISHER = re.compile(r"d\d+-s\d+")  # what publisher_name() gives
 LENGTH_BYTES = 8  # at the front of a safetensors file: how long its header is
 

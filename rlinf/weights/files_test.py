@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from rlinf.errors import RunFailed
 from rlinf.weights.files import folders_of, publish_files
+from rlinf.weights.opening import open_source, release
 from rlinf.weights.receipts import merge_sources
-from rlinf.weights.shared_memory import open_source, release
 
 TENSORS = [("odd", torch.randn(3).bfloat16()), ("a", torch.randn(40, 8)), ("scalar", torch.tensor(2.0)), ("big", torch.randn(2000))]
 

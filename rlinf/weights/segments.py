@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlinf.errors import RunFailed
 
-FOLDER = "/dev/shm"
+SEGMENTS_FOLDER = "/dev/shm"
 HEADER = 64  # bytes in front of the content
 USERS = 1 << 30
 
@@ -34,6 +34,25 @@ def create_segment(path: str, nbytes: int) -> Tensor:
         undo.pop_all()
     whole[:8].view(torch.int64)[0] = USERS
     return whole[HEADER:]
+
+
+@dataclass(eq=False)
+class Segment:
+    """One segment of a publisher, mapped for writing."""
+
+    path: str
+    buffer: Tensor
+
+    def rename(self, path: str) -> None:
+        if os.path.exists(path):
+            raise FileExistsError(f"{path} belongs to another publisher")
+        os.rename(self.path, path)
+        self.path = path
+
+    def remove(self) -> None:
+        """Who has it mapped keeps the view. Already gone is no error."""
+        if os.path.exists(self.path):
+            os.unlink(self.path)
 
 
 def map_file(path: str, nbytes: int) -> Tensor:

@@ -22,7 +22,7 @@ class TensorSpec(NamedTuple):
 @dataclass(frozen=True)
 class BucketSpec:
     """A flat run of bytes: where it is (for shared memory: the segment's name), what is in it, and its checksum as sent
-    (weights/buckets.py)."""
+    (weights/scan.py)."""
 
     key: str
     nbytes: int

@@ -22,9 +22,10 @@ from rlinf.rollout.sglang_engine import Span
 from rlinf.rollout.sglang_server import free_port
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.broadcast import Wire, open_store
+from rlinf.weights.opening import release
 from rlinf.weights.receipts import merge_sources
 from rlinf.weights.routes import BroadcastGroup
-from rlinf.weights.shared_memory import land, release
+from rlinf.weights.shared_memory import land
 from rlinf.weights.source import Buckets, Collective, Receipt
 from rlinf.workers.device import peak_flops
 from rlinf.workers.rollout_part import meeting_file, nodes_of_engine, tell

@@ -35,7 +35,7 @@ from rlinf.training.publishing import Publisher, score
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.broadcast import Wire, open_store
-from rlinf.weights.files import FOLDER
+from rlinf.weights.files import WEIGHTS_FOLDER
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import ServerWire
 from rlinf.weights.source import Buckets
@@ -262,7 +262,7 @@ def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> 
 
 def weights_folder(config: Config) -> Path:
     """Where the disk transport writes: in the run's folder, which all nodes see."""
-    return config.runner.run_dir / FOLDER
+    return config.runner.run_dir / WEIGHTS_FOLDER
 
 
 def merged(parts: Sequence[TokenNumbers]) -> dict[str, np.ndarray]:

@@ -20,10 +20,10 @@ from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed
 from rlinf.scheduling.placement import Plan, Seat
 from rlinf.weights.broadcast import Wire, open_store
-from rlinf.weights.buckets import checksum
 from rlinf.weights.device_ipc import DeviceBuckets
+from rlinf.weights.opening import open_source
 from rlinf.weights.routes import BroadcastGroup
-from rlinf.weights.shared_memory import open_source
+from rlinf.weights.scan import checksum
 from rlinf.weights.source import DeviceIpc
 
 MIB = 2**20
