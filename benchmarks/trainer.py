@@ -39,7 +39,7 @@ from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture
 from rlinf.weights.tensor_folder import open_hf_folder
 
 RESULTS = Path(__file__).parent / "results" / "trainer.json"
@@ -53,7 +53,7 @@ Step = Callable[[], float]  # does the work and returns the loss
 
 def open_engine(model_dir: Path) -> MegatronEngine:
     at = parallel.initialize(1, 1, rank=0, world_size=1, device=torch.device("cpu"), address="127.0.0.1:29517")
-    arch = read_architecture(json.loads((model_dir / "config.json").read_text()))
+    arch = open_architecture(model_dir)
     engine = MegatronEngine(arch, ActorModelConfig(precision="bf16"), OPTIM, at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(model_dir))
     return engine

@@ -40,7 +40,7 @@ from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.publishing import Publisher, score
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture
 from rlinf.weights.opening import open_source
 from rlinf.weights.receipts import check_probes, check_receipts
 from rlinf.weights.routes import SHARED_MEMORY
@@ -72,7 +72,7 @@ def arrive(source: SharedMemory, mappings: Mappings) -> int:
 
 def open_actor(model_dir: Path, precision: str) -> MegatronEngine:
     at = parallel.initialize(1, 1, rank=0, world_size=1, device=torch.device("cpu"), address="127.0.0.1:29518")
-    arch = read_architecture(json.loads((model_dir / "config.json").read_text()))
+    arch = open_architecture(model_dir)
     engine = MegatronEngine(arch, ActorModelConfig(precision=precision), OptimConfig(), at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(model_dir))
     return engine

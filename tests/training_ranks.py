@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, pack
 from rlinf.training.parallel import Coordinates
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture
 from rlinf.weights.tensor_folder import open_hf_folder
 
 OPTIM = OptimConfig(lr=1e-2, adam_eps=1e-8, weight_decay=0.0)
@@ -32,7 +31,7 @@ def build(
     at: Coordinates, folder: Path, optim: OptimConfig = OPTIM, precision: str = "fp32", device: str = "cpu", **model: Any
 ) -> MegatronEngine:
     """An engine with the folder's weights, laid out as the pool is."""
-    arch = read_architecture(json.loads((folder / "config.json").read_text()))
+    arch = open_architecture(folder)
     engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision=precision, **model), optim, at, torch.device(device))
     engine.load_hf(open_hf_folder(folder))
     return engine

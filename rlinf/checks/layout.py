@@ -36,7 +36,7 @@ from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import by_sample, pack
 from rlinf.training.parallel import Coordinates
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture
 from rlinf.weights.tensor_folder import open_hf_folder
 
 RANKS = 4
@@ -163,7 +163,7 @@ def make_cases(quick: bool = False) -> list[Case]:
 
 def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str = "cpu") -> Measured:
     """Runs in every rank: both optimizer steps, the way a train worker makes them."""
-    arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
+    arch = open_architecture(folder)
     model = ActorModelConfig(case.tp, case.pp, case.sequence_parallel, precision="fp32", **RECOMPUTE[case.recompute])
     engine = MegatronEngine(arch, model, OPTIM, at, torch.device(device), case.head)
     engine.load_hf(open_hf_folder(folder))

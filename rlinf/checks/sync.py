@@ -38,7 +38,7 @@ from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.parallel import Coordinates
 from rlinf.training.publishing import Publisher, score
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.opening import open_source, release
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
@@ -136,7 +136,7 @@ def hand_out_weights(
     at: Coordinates, folder: str, run_id: str, transports: tuple[str, ...], files: str, meeting: Meeting, probes: list[np.ndarray]
 ) -> Handed:
     """Runs in every rank: by each transport, and over the groups of `meeting`."""
-    arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
+    arch = open_architecture(folder)
     engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision="fp32"), OptimConfig(), at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(folder))
     publisher = Publisher(engine, run_id, Path(files), BUCKET_BYTES)

@@ -25,11 +25,11 @@ from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
 from rlinf.rollout.embedded_model import EmbeddedModel
 from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sequence import Decode, Job
+from rlinf.weights.dtypes import DTYPES
 from rlinf.weights.opening import open_source
 from rlinf.weights.segments import Mappings
 from rlinf.weights.source import Disk, Receipt, SharedMemory, WeightSource
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TURN_SECONDS = 0.02  # how long the engine thread works before it looks for new requests
 
 

@@ -30,13 +30,13 @@ from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
 from rlinf.rollout.sglang_weights import offered
 from rlinf.weights.broadcast import open_store
 from rlinf.weights.complete import check_shapes, check_tensors
+from rlinf.weights.dtypes import DTYPES, dtype_name
 from rlinf.weights.files import folders_of
 from rlinf.weights.opening import open_source
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import MAKING, Follower
 from rlinf.weights.source import BucketSpec, Collective, DeviceIpc, Disk, Files, Receipt, SharedMemory, WeightSource
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SLACK = 8  # positions of context that the server is given beyond those that requests use: it keeps some for itself
 CPU_KV_TOKENS = 65_536  # KV cache on CPU at most, unless rollout.sglang.max_total_tokens says otherwise
 ON_CPU = {
@@ -92,7 +92,7 @@ class SGLangEngine:
     ) -> None:
         self._arch = architecture_for(model_dir, max_context)
         options: dict[str, Any] = {
-            "model_path": model_dir, "device": device, "dtype": DTYPES[dtype], "tp_size": tensor_parallel_size,
+            "model_path": model_dir, "device": device, "dtype": dtype_name(DTYPES[dtype]), "tp_size": tensor_parallel_size,
             "max_running_requests": slots, "context_length": max_context + SLACK, "random_seed": seed,
             "trust_remote_code": trust_remote_code, "weight_version": "0",
             "incremental_streaming_output": True, "sampling_defaults": "openai", "log_level_http": "warning",
@@ -125,7 +125,7 @@ class SGLangEngine:
         self._loading = False
         self._proved = False
         self._groups: dict[str, Follower] = {}  # by name, of those that the server has joined
-        self._device, self._dtype, self._tensor_parallel_size = device, DTYPES[dtype], tensor_parallel_size
+        self._device, self._dtype, self._tensor_parallel_size = device, dtype_name(DTYPES[dtype]), tensor_parallel_size
         self._tracing = False
         self._closed = False
 

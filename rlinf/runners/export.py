@@ -18,11 +18,10 @@ from rlinf.errors import RunFailed, UserError
 from rlinf.runners.run_folder import read_checkpoint
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
+from rlinf.weights.dtypes import DTYPES, dtype_name
 from rlinf.weights.hf_folder import finish_hf_folder
 from rlinf.weights.mapping import hf_shapes
 from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, sync, write_tensors
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None)
     wanted = DTYPES[dtype] if dtype else _dtype_of(config, model_dir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    name = str(wanted).removeprefix("torch.")
+    name = dtype_name(wanted)
     try:
         stored = finish_hf_folder(partial, model_dir, write_tensors(partial, "export", _cast(weights, wanted)), name)
         for _ in TensorFolder.of(partial, stored).values():  # each is compared with its checksum
@@ -67,7 +66,7 @@ def _config(model_dir: Path) -> dict[str, Any]:
 
 def _dtype_of(config: dict[str, Any], model_dir: Path) -> torch.dtype:
     """That the model's configuration names; bf16 when it names none."""
-    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    by_name = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     name = config.get(key)
     if name is None:

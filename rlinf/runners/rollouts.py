@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 from rlinf.cluster.group import Ref, WorkerGroup, gather_or_cancel
 from rlinf.config.schema import Config
@@ -17,7 +15,7 @@ from rlinf.runners.engines import Engines
 from rlinf.runners.requests import GroupRequest
 from rlinf.runners.step_metrics import engine_metrics
 from rlinf.scheduling.dispatcher import Dispatcher
-from rlinf.weights.architecture import Architecture, read_architecture
+from rlinf.weights.architecture import Architecture, open_architecture
 
 Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where its tokens are
 
@@ -103,7 +101,7 @@ class Rollouts:
 
     @cached_property
     def arch(self) -> Architecture:
-        return read_architecture(json.loads(Path(self.config.rollout.model_dir, "config.json").read_text()))
+        return open_architecture(self.config.rollout.model_dir)
 
     async def pause(self) -> None:
         """The engines let go of every pausable group that is not finished; their tokens are kept."""

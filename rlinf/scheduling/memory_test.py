@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from rlinf.scheduling.memory import (
 )
 from rlinf.training import logprobs
 from rlinf.training.layout import pack
-from rlinf.weights.architecture import Architecture, read_architecture
+from rlinf.weights.architecture import Architecture, open_architecture
 from rlinf.weights.mapping import hf_shapes
 from tests.training_ranks import build
 
@@ -45,7 +44,7 @@ FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
 
 
 def shape(folder: Path) -> Architecture:
-    return read_architecture(json.loads((folder / "config.json").read_text()))
+    return open_architecture(folder)
 
 
 def allocated(at: Any, folder: Path, precision: str) -> dict[str, int]:

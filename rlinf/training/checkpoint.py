@@ -22,8 +22,9 @@ from rlinf.errors import RunFailed, UserError
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
 from rlinf.training.parallel import wait_for_all
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture
 from rlinf.weights.checkpoint_part import KINDS, open_part, write_index
+from rlinf.weights.dtypes import dtype_name
 from rlinf.weights.hf_folder import finish_hf_folder
 from rlinf.weights.mapping import hf_shapes
 from rlinf.weights.tensor_folder import Stored, TensorFolder, read_json, write_json, write_tensors
@@ -65,7 +66,7 @@ class Writing:
 
     def finish(self) -> None:
         """Wait for the files, complete hf/, and compare what stands in it with what the engine computed. Raises RunFailed."""
-        dtype = str(self.engine.config.params_dtype).removeprefix("torch.")
+        dtype = dtype_name(self.engine.config.params_dtype)
         own: list[dict[str, Stored]] = [{}] * dist.get_world_size()
         dist.all_gather_object(own, self._result())
         stored: list[dict[str, Stored]] = [{}]
@@ -110,7 +111,7 @@ class Writing:
         engine = self.engine
         if engine.at.dp_rank:
             return
-        if read_architecture(read_json(hf.folder / "config.json")) != engine.arch:
+        if open_architecture(hf.folder) != engine.arch:
             raise RunFailed(f"{hf.folder}: config.json describes another model than the one that was trained")
         params = [param for _, param in engine.state.params]
         with torch.no_grad():

@@ -27,9 +27,8 @@ from rlinf.training.context import gather_tokens, share_of
 from rlinf.training.layout import PackedBatch
 from rlinf.training.logprobs import target_logprobs
 from rlinf.weights.architecture import Architecture
+from rlinf.weights.dtypes import DTYPES
 from rlinf.weights.mapping import padded_vocab
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RMSNorm(torch.nn.RMSNorm):

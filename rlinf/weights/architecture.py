@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlinf.config.model import read_config
 from rlinf.errors import UserError
 
 
@@ -61,6 +62,12 @@ def _check_types(hf: dict[str, Any], where: str | Path) -> None:
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(hf.get(name) or {}, dict):
             raise UserError(f'{where}: {name} is {json.dumps(hf[name])}, which is no object such as {{"rope_type": ...}}; {again}')
+
+
+def open_architecture(model_dir: str | Path) -> Architecture:
+    """The shape of the model in a Hugging Face folder. Raises UserError that names its config.json, as read_architecture()."""
+    file = Path(model_dir, "config.json")
+    return read_architecture(read_config(file), file)
 
 
 def read_architecture(hf: dict[str, Any], where: str | Path = "config.json") -> Architecture:

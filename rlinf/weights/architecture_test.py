@@ -1,9 +1,11 @@
 """A broken config.json is one message that names the file and the value."""
 
+from pathlib import Path
+
 import pytest
 
 from rlinf.errors import UserError
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture, read_architecture
 
 QWEN = {
     "model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 320,
@@ -13,6 +15,16 @@ QWEN = {
 def test_a_whole_one_is_read() -> None:
     arch = read_architecture(QWEN | {"num_key_value_heads": None, "rope_scaling": None, "rope_theta": 5000})
     assert (arch.n_layers, arch.n_kv_heads, arch.head_dim, arch.rope_theta) == (2, 4, 16, 5000.0)
+
+
+def test_a_folder_whose_config_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "qwen2",')
+    with pytest.raises(UserError, match=f"{file}:1: not valid JSON"):
+        open_architecture(tmp_path)
+    file.write_text('{"model_type": "mistral"}')
+    with pytest.raises(UserError, match=f"{file}: unknown architecture"):
+        open_architecture(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from rlinf.weights.dtypes import dtype_name
 from rlinf.weights.source import TensorSpec
 
 BUCKET_BYTES = 128 * 2**20
@@ -35,8 +36,7 @@ def layout(bucket: Sequence[Named]) -> tuple[tuple[TensorSpec, ...], int]:
     specs = []
     offset = 0
     for name, tensor in bucket:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        specs.append(TensorSpec(name, dtype, tuple(tensor.shape), offset, tensor.nbytes))
+        specs.append(TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape), offset, tensor.nbytes))
         offset += aligned(tensor.nbytes)
     return tuple(specs), offset
 

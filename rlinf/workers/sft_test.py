@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -54,13 +53,13 @@ def plain_losses(folder: Path, groups: list[Group]) -> tuple[dict[str, torch.nn.
 def step(at: Any, folder: Path, groups: list[Group], layout: tuple[Any, ...], budget: int, reweighting: str | None) -> dict[str, Any]:
     """One optimizer step as the runner asks for it, inside a rank."""
     from rlinf.training.engine import MegatronEngine
-    from rlinf.weights.architecture import read_architecture
+    from rlinf.weights.architecture import open_architecture
     from rlinf.workers import sft
 
     config = Config()
     config.actor.model = ActorModelConfig(layout[TP], layout[PP], layout[SP], precision="fp32")
     config.sft.reweighting, config.sft.reweighting_temperature = reweighting, 0.5
-    arch = read_architecture(json.loads((folder / "config.json").read_text()))
+    arch = open_architecture(folder)
     engine = MegatronEngine(arch, config.actor.model, OPTIM, at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(folder))
     with mock.patch.object(sft, "open_engine", lambda address, config: engine):  # the pool has joined the ranks already

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -33,7 +32,7 @@ from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
 from rlinf.training.publishing import Publisher, score
 from rlinf.training.reference import ReferencePolicy
-from rlinf.weights.architecture import read_architecture
+from rlinf.weights.architecture import open_architecture
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.files import WEIGHTS_FOLDER
 from rlinf.weights.routes import BroadcastGroup
@@ -248,7 +247,7 @@ def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> 
         device=device,
         address=f"{address.master_addr}:{address.master_port}",
     )
-    arch = read_architecture(json.loads(Path(folder, "config.json").read_text()))
+    arch = open_architecture(folder)
     optim = None if role == "token_reward" else getattr(config, role).optim
     engine = MegatronEngine(arch, model, optim, at, device, head_of(role))
     tensors = open_hf_folder(folder)
