@@ -1,5 +1,5 @@
 """What the CPU computes in our own C (rlinf/cpu): products with weights as they lie in memory, a decode step's attention, rows, the head, a
-look at bytes on their way.
+scan of weights on their way.
 
 The installation compiles it where it finds a C compiler, for each instruction set of x86-64 that it knows. `kernels()` is None where that
 did not happen or the CPU has none of them; callers then take what torch has.
@@ -49,12 +49,12 @@ FUNCTIONS = {  # after rlinf_: their arguments, the first two of which are a tea
     "head_top": "pi pp nnn i",
     "head_sums": "pi pppp nnn fi",
     "head_back": "pi ppppppp nnn fi",
-    "look": "p n",
+    "scan": "p n",
 }
 ONLY_AMX = {"linear_amx"}
 SOURCES = Path(__file__).with_name("cpu")
 ATTENTION_LANES, ATTENTION_DIM = 32, 256  # the head dimension of decode attention: a multiple, and at most
-RUN = np.dtype(  # a run of bytes that is looked at, as bytes.c has it: addresses, size, number of its first word; then what was found
+RUN = np.dtype(  # a run of bytes that is scanned, as bytes.c has it: addresses, size, number of its first word; then what was found
     [
         ("source", "u8"),
         ("to", "u8"),
@@ -63,7 +63,7 @@ RUN = np.dtype(  # a run of bytes that is looked at, as bytes.c has it: addresse
         ("sum", "u8"),
         ("exponent", "u4"),
         ("unit", "u2"),
-        ("spoiled", "u2"),
+        ("not_finite", "u2"),
     ]
 )
 # bits of the exponent in a 32-bit word, and the lowest of them in its upper half
@@ -218,10 +218,10 @@ class Kernels:
         addresses = _addresses(logits_NV, columns_N, mine_N, lse_N, entropy_N, by_logprob_N, by_entropy_N)
         self._head_back(*self._threads(), *addresses, *logits_NV.shape, valid, 1 / temperature, _is_bf16(logits_NV))
 
-    def look(self, runs: np.ndarray) -> None:
-        """Copy the runs of bytes ([n] RUN) to where they go, if anywhere, and find their `sum` (see weights/buckets.py) and whether they
-        are `spoiled` by a value that is not finite. By the calling thread alone; memory is read once."""
-        self._look(runs.ctypes.data, len(runs))
+    def scan(self, runs: np.ndarray) -> None:
+        """Copy the runs of bytes ([n] RUN) to where they go, if anywhere, and find their `sum` (see weights/scan.py) and whether one
+        of their values is `not_finite`. By the calling thread alone; memory is read once."""
+        self._scan(runs.ctypes.data, len(runs))
 
     def _threads(self) -> tuple[int | None, int]:
         return self._team, torch.get_num_threads() if self._team else 1

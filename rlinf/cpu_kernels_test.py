@@ -245,12 +245,12 @@ def sum_of_words(content: bytes, first: int) -> int:
 
 @given(st.binary(max_size=600), st.sampled_from([0, 1, 1 << 20, (1 << 33) + 7]), st.integers(0, 70))
 @settings(deadline=None)
-def test_a_look_copies_and_sums(content: bytes, first: int, shift: int) -> None:
+def test_a_scan_copies_and_sums(content: bytes, first: int, shift: int) -> None:
     source = np.frombuffer(bytes(shift) + content, np.uint8)[shift:]
-    for look in (*(Kernels(name).look for name in RUNNABLE), scan_by_numpy):
+    for scan in (*(Kernels(name).scan for name in RUNNABLE), scan_by_numpy):
         to = np.full(shift + len(content) + 64, 7, np.uint8)
         run = a_run(source, first, to=to[shift:])
-        look(run)
+        scan(run)
         assert run["sum"][0] == sum_of_words(content, first)
         assert to[shift : shift + len(content)].tobytes() == content and (to[:shift] == 7).all() and (to[shift + len(content) :] == 7).all()
 
@@ -260,26 +260,26 @@ def test_a_sum_of_many_words_is_that_of_its_parts(compiled: Kernels) -> None:
     content[:4096] = 255
     expected = sum_of_words(content.tobytes(), 5)
     cut = 4 * 77_777
-    for look in (compiled.look, scan_by_numpy):
+    for scan in (compiled.scan, scan_by_numpy):
         runs = np.concatenate([a_run(content[:cut], 5), a_run(content[cut:], 5 + cut // 4)])
-        look(runs)
+        scan(runs)
         assert runs["sum"].sum(dtype=np.uint64) == expected
 
 
 @pytest.mark.parametrize("dtype", EXPONENT)
 @pytest.mark.parametrize("size", [1, 2, 15, 16, 64, 203])
-def test_one_value_that_is_not_finite_spoils_a_run(compiled: Kernels, dtype: torch.dtype, size: int) -> None:
+def test_one_value_that_is_not_finite_is_found_in_a_run(compiled: Kernels, dtype: torch.dtype, size: int) -> None:
     size += size % 2
     largest = torch.full((size,), torch.finfo(dtype).max).to(dtype)
     largest[1::2] *= -1
-    for value, spoiled in ((None, 0), (float("inf"), 1), (float("-inf"), 1), (float("nan"), 1)):
+    for value, not_finite in ((None, 0), (float("inf"), 1), (float("-inf"), 1), (float("nan"), 1)):
         for at in {0, 1, size // 2, size - 1}:
             tensor = largest.clone()
             if value is not None:
                 tensor[at] = value
             run = a_run(tensor.view(torch.uint8).numpy(), dtype=dtype)
-            compiled.look(run)
-            assert run["spoiled"][0] == spoiled
+            compiled.scan(run)
+            assert run["not_finite"][0] == not_finite
     run = a_run(torch.full((size,), float("nan"), dtype=dtype).view(torch.uint8).numpy())  # bytes of no type
-    compiled.look(run)
-    assert run["spoiled"][0] == 0
+    compiled.scan(run)
+    assert run["not_finite"][0] == 0

@@ -1,4 +1,4 @@
-/* A look at each byte of weights on its way: copy, checksum, and whether all values are finite, in one pass over memory. */
+/* A scan of weights on their way: copy, checksum, and whether all values are finite, in one pass over memory. */
 #include "vectors.h"
 
 #ifdef __AVX512F__
@@ -14,8 +14,8 @@ typedef uint16_t shorts __attribute__((vector_size(4 * LANES)));
 typedef uint64_t longs __attribute__((vector_size(4 * LANES)));
 
 /* A run of bytes on its way: `bytes` of them, copied to `to` unless that is NULL. sum: their share of the checksum of
- * rlinf/weights/buckets.py, the sum of (2 i + 1) times word i modulo 2^64, the first word here being number `first`; bytes behind the last
- * word are the low ones of another. spoiled: 1 if they hold a value that is not finite, one whose exponent's bits are all ones. exponent:
+ * rlinf/weights/scan.py, the sum of (2 i + 1) times word i modulo 2^64, the first word here being number `first`; bytes behind the last
+ * word are the low ones of another. not_finite: 1 if they hold a value that is not finite, one whose exponent's bits are all ones. exponent:
  * those bits in a word, of one fp32 or two 16-bit values (0: nothing is looked for); unit: the lowest of them in 16 bits, so that all of them
  * and it make a carry. */
 typedef struct {
@@ -24,11 +24,11 @@ typedef struct {
   int64_t bytes;
   uint64_t first, sum;
   uint32_t exponent;
-  uint16_t unit, spoiled;
+  uint16_t unit, not_finite;
 } Run;
 
 /* The sum without products: with A the running sum of a lane and B that of all A so far, B after T words is the sum of (T - t) times word t. */
-static void look(Run *run) {
+static void scan(Run *run) {
   const char *from = run->from;
   char *to = run->to;
   const uint64_t first = run->first;
@@ -67,9 +67,9 @@ static void look(Run *run) {
     carry |= (uint16_t)((word & run->exponent) >> 16) + run->unit;
   }
   run->sum = sum;
-  run->spoiled = run->exponent && carry >> 15;
+  run->not_finite = run->exponent && carry >> 15;
 }
 
-void rlinf_look(Run *runs, ptrdiff_t n) {
-  for (ptrdiff_t i = 0; i < n; i++) look(runs + i);
+void rlinf_scan(Run *runs, ptrdiff_t n) {
+  for (ptrdiff_t i = 0; i < n; i++) scan(runs + i);
 }

@@ -18,6 +18,6 @@ def finite(tensor: Tensor) -> bool:
         run = np.zeros(1, RUN)
         run["source"], run["nbytes"] = tensor.data_ptr(), tensor.nbytes
         run["exponent"], run["unit"] = EXPONENT[tensor.dtype]
-        compiled.look(run)
-        return not run["spoiled"][0]
+        compiled.scan(run)
+        return not run["not_finite"][0]
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

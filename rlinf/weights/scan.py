@@ -39,7 +39,7 @@ class Scan:
         self.names, self.held = names, held
         self.runs = np.array([(s, to, n, at // 4, 0, *EXPONENT.get(dtype, (0, 0)), 0) for s, to, n, at, dtype in rows], RUN)
         begins = np.flatnonzero(np.diff(np.cumsum(self.runs["nbytes"]) // PIECE_BYTES, prepend=-1))
-        work = scan_by_numpy if kernels() is None else kernels().look
+        work = scan_by_numpy if kernels() is None else kernels().scan
         self.futures = [pool.submit(work, part) for part in np.split(self.runs, begins[1:])]
 
     def checksum(self) -> int:
@@ -52,7 +52,7 @@ class Scan:
 
     def first_not_finite(self) -> str | None:
         """The first tensor with a value that is not finite, among those that were scanned for such values; after checksum()."""
-        found = np.flatnonzero(self.runs["spoiled"])
+        found = np.flatnonzero(self.runs["not_finite"])
         return self.names[found[0]] if len(found) else None
 
     def scanned_for_finite(self) -> set[str]:
@@ -111,7 +111,7 @@ def checksum(buffer: Tensor) -> int:
     if buffer.device.type == "cpu":
         run = np.zeros(1, RUN)
         run["source"], run["nbytes"] = buffer.data_ptr(), len(buffer)
-        (scan_by_numpy if kernels() is None else kernels().look)(run)
+        (scan_by_numpy if kernels() is None else kernels().scan)(run)
         return int(run["sum"][0])
     return device_checksum(buffer)
 

@@ -47,9 +47,9 @@ class ServerWire(Member):
         sent: list[BucketSpec] = []
         with self.together(_coming(version, self.round)):
             for bucket in group_into_buckets(tensors, bucket_bytes):
-                spoiled = next((name for name, tensor in bucket if not finite(tensor)), None)
-                if spoiled:
-                    raise RunFailed(f"weights of version {version} are not sent: tensor {spoiled} holds values that are not finite")
+                not_finite = next((name for name, tensor in bucket if not finite(tensor)), None)
+                if not_finite:
+                    raise RunFailed(f"weights of version {version} are not sent: tensor {not_finite} holds values that are not finite")
                 sent.append(self._describe(bucket, f"{self.group.name}, v{version}-{len(sent)}", len(sent)))
                 whole = [tensor.to(self.device).contiguous() for _, tensor in bucket]
                 for work in [self.process_group.broadcast(tensor, 0) for tensor in whole]:
