@@ -159,8 +159,8 @@ def test_a_killed_scheduler_is_started_anew_and_its_tokens_are_kept(tmp_path: Pa
         assert running.process.poll() is None and time.monotonic() < deadline, running.last_words()
         time.sleep(0.5)
     running.process.send_signal(signal.SIGINT)
-    code, _ = running.end()
-    assert code == 130
+    code, errors = running.end()
+    assert code == 130 and f"the SGLang engine is dead: its scheduler (pid {scheduler}) ended" in errors
     for m in steps[1:]:
         assert m["rollout/samples"] == 16 and m["train/rollout_logprob_gap_max"] <= 1e-4
         names = [json.loads(line)["sample_id"] for line in (tmp_path / f"logs/tiny/samples/step_{m['step']:06d}.jsonl").open()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import re
 import secrets
@@ -202,6 +203,7 @@ class SGLangServer:
             for fd in names:
                 os.close(fd)
             if self.death is not None and self.on_death is not None:
+                logging.getLogger(__name__).error(self.death.partition("\n")[0])  # nobody may be left to tell it to
                 self.on_death()
 
         self._watcher = threading.Thread(target=wait, name="sglang-watcher", daemon=True)

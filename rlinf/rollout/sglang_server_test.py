@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -114,14 +115,18 @@ def member(server: SGLangServer, word: str) -> int:
     return found()[0]
 
 
-def test_helpers_end_and_the_engine_lives_a_scheduler_ends_and_it_is_dead(server: SGLangServer) -> None:
+def test_helpers_end_and_the_engine_lives_a_scheduler_ends_and_it_is_dead(server: SGLangServer, caplog: pytest.LogCaptureFixture) -> None:
     """Inductor's compilers leave about a minute after their last kernel."""
     helper, scheduler = member(server, "python3 -m torch._inductor"), member(server, "sglang::")
     tree = server._tree()
     assert tree == {server.process.pid: "HTTP front", scheduler: "scheduler_TP0"}
+    told: list[str] = []
+    server.on_death = lambda: told.extend(caplog.messages)  # by then it is in the worker's log, which the driver quotes
     server._watch(tree)
     kill([helper])
     assert not within(0.3, lambda: server.death is not None) and scheduler in session_members(server.process.pid)
     kill([scheduler])
-    assert within(10, lambda: server.death is not None)
+    assert within(10, lambda: bool(told))
+    (line,) = told
+    assert re.fullmatch(rf"the SGLang engine is dead: its scheduler_TP0 \(pid {scheduler}\).* ended; its log: {server.log}", line)
     assert "its scheduler_TP0 (pid" in server.death and "the last line" in server.death
