@@ -26,7 +26,7 @@ from rlinf.errors import UserError
 from rlinf.metrics.names import METRICS
 from rlinf.report.parts import MAX_TEXT_STEPS, Parts, choose_files
 from rlinf.report.rules import RULES, Finding, find_problems
-from rlinf.report.run_data import RunData, SampleFile, count_all, open_run
+from rlinf.report.run_data import RunData, count_all, open_run
 
 MAX_BYTES = 20_000_000
 MAX_POINTS = 2000  # of a curve
@@ -57,7 +57,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
     for file in chosen:
         parts.add_texts(file, file.rows())
     style, script = asset("page.css"), asset("page.js")
-    room = MAX_BYTES - len(style) - len(script) - 3 * len(to_json(page_data(run, findings, parts, chosen)).encode())
+    room = MAX_BYTES - len(style) - len(script) - 3 * len(to_json(page_data(run, findings, parts)).encode())
     parts.fit(room, chosen)
     page = fill(
         asset("page.html"),
@@ -65,7 +65,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
             "CSP": policy(script),
             "TITLE": html.escape(f"{run.path.name} · rlinf"),
             "STYLE": style,
-            "DATA": to_json(page_data(run, findings, parts, chosen)),
+            "DATA": to_json(page_data(run, findings, parts)),
             "BLOBS": parts.html(),
             "SCRIPT": script,
         },
@@ -105,7 +105,7 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: Sequence[SampleFile]) -> dict[str, Any]:
+def page_data(run: RunData, findings: Sequence[Finding], parts: Parts) -> dict[str, Any]:
     lines = thinned(run.metrics, {step for f in findings for step in f.steps})
     names = sorted({name for m in run.metrics for name in m} - {"step", "time"})
     metrics = {name: [rounded(m.get(name)) for m in lines] for name in names}
@@ -128,7 +128,7 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts, chosen: S
         "settings": [[s.key, s.value, s.origin, helps.get(s.key, "")] for s in run.settings],
         "environment": [{name: value for name, value in start.items() if name != "settings"} for start in run.environment],
         "files": [parts.describe(file) for file in run.files],
-        "leftOut": left_out(run, parts, chosen, len(lines)),
+        "leftOut": left_out(run, parts, len(lines)),
     }
 
 
@@ -177,7 +177,7 @@ def rounded(value: float | None) -> float | None:
     return float(f"{value:.5g}") if value is not None and math.isfinite(value) else None
 
 
-def left_out(run: RunData, parts: Parts, chosen: Sequence[SampleFile], points: int) -> list[str]:
+def left_out(run: RunData, parts: Parts, points: int) -> list[str]:
     """What a reader will not find here, and where it is."""
     samples, shown = sum(parts.samples.values()), len(parts.texts)
     lines = [

@@ -27,19 +27,15 @@ class SGLangHttp:
         self.port = port
         self._key = key
 
-    async def get(self, path: str) -> Any:
-        async with self._call("GET", path, None) as lines:
-            return json.loads("".join([line async for line in lines]))
-
     async def post(self, path: str, body: dict[str, Any], words: bool = False) -> Any:
         """The answer; None when it is empty. words: the route answers in words, not in JSON."""
-        async with self._call("POST", path, body) as lines:
+        async with self._call(path, body) as lines:
             text = "".join([line async for line in lines])
             return text if words else json.loads(text) if text else None
 
     async def stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Server-sent events as they come."""
-        async with self._call("POST", path, body) as lines:
+        async with self._call(path, body) as lines:
             async for line in lines:
                 if line.startswith("data: "):
                     if line == "data: [DONE]":
@@ -48,13 +44,13 @@ class SGLangHttp:
         raise EOFError("the stream ended before its last event")
 
     @asynccontextmanager
-    async def _call(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[AsyncIterator[str]]:
+    async def _call(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[str]]:
         """The lines of the answer's body."""
         reader, writer = await asyncio.open_connection(HOST, self.port, limit=LINE_BYTES)
         try:
-            payload = b"" if body is None else json.dumps(body).encode()
+            payload = json.dumps(body).encode()
             head = (
-                f"{method} {path} HTTP/1.1\r\nHost: {HOST}\r\nAuthorization: Bearer {self._key}\r\nConnection: close\r\n"
+                f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nAuthorization: Bearer {self._key}\r\nConnection: close\r\n"
                 f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
             )
             writer.write(head.encode() + payload)
@@ -62,7 +58,7 @@ class SGLangHttp:
             status, headers = await _read_head(reader)
             lines = _lines(_chunks(reader) if headers.get("transfer-encoding") == "chunked" else _whole(reader, headers))
             if status >= 400:
-                raise Refused(_message("\n".join([line async for line in lines])) or f"{method} {path}: HTTP status {status}")
+                raise Refused(_message("\n".join([line async for line in lines])) or f"{path}: HTTP status {status}")
             yield lines
         finally:
             writer.close()

@@ -27,10 +27,6 @@ class Coordinates:
     cp: int
 
     @property
-    def first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
