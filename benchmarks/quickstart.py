@@ -25,6 +25,7 @@ import numpy as np
 
 from rlinf.metrics.logger import read_metrics
 from rlinf.metrics.summary import paired_gain
+from rlinf.run_paths import RunPaths
 from rlinf.runners.run_folder import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def run(out: Path, name: str, *words: str) -> dict[str, float]:
 def judge(run_dir: Path) -> dict[str, float]:
     metrics = [m for m in read_metrics(run_dir) if m["step"] > 0]
     rewards = [m["rollout/rewards"] for m in metrics]
-    scores = read_checkpoint((run_dir / "checkpoints" / "latest").resolve()).state["validation"]
+    scores = read_checkpoint(RunPaths(run_dir).latest.resolve()).state["validation"]
     first, last = (scores[str(f(map(int, scores)))] for f in (min, max))
     gain = paired_gain(np.array(first["right"], float), np.array(last["right"], float))
     return {

@@ -164,7 +164,7 @@ def write_samples(run: RunFolder, step: int, group: Group, answers: list[Answer]
         )
         for a in answers
     )
-    dump(run.samples(step), group, group.prompt.text, [a.text for a in answers], verdicts)
+    dump(run.paths.samples(step), group, group.prompt.text, [a.text for a in answers], verdicts)
     return group.header().with_verdicts(verdicts)
 
 
@@ -172,8 +172,8 @@ def write_tokens(
     run: RunFolder, step: int, groups: list[Group], headers: list[GroupHeader], advantages: list[np.ndarray], gap: float
 ) -> tuple[float, float]:
     """(mean, largest) gap."""
-    plan = plan_dump(str(run.tokens(step)), headers, advantages, [np.ones(len(a), bool) for a in advantages], (0, step))
-    texts = {row["sample_id"]: row["response"] for row in read(run.samples(step))}
+    plan = plan_dump(str(run.paths.tokens(step)), headers, advantages, [np.ones(len(a), bool) for a in advantages], (0, step))
+    texts = {row["sample_id"]: row["response"] for row in read(run.paths.samples(step))}
     noise = np.random.default_rng(step)
     lines, every = [], []
     for group, advantage in zip(groups, advantages):

@@ -119,11 +119,11 @@ def test_mistakes_end_with_one_message_and_exit_code_2(
 
 def test_beside_a_checkpoint_that_is_gone_those_that_are_there_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     model = small_model(tmp_path / "model")
-    for name in ("step_000005", "step_000004", "step_000003.partial"):
+    for name in ("step_1000000", "step_999999", "step_000004", "step_000003.partial", "step_000.bak"):
         (tmp_path / name).mkdir()
     gone = f"runner.resume_dir={tmp_path}/step_000003"
     code, _, err = run(capsys, "train", "smollm2-135m-grpo-cpu", f"rollout.model_dir={model}", gone)
-    assert code == 2 and f"step_000003 is not on this machine; {tmp_path} has step_000004, step_000005" in err
+    assert code == 2 and f"step_000003 is not on this machine; {tmp_path} has step_000004, step_999999, step_1000000" in err
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ import numpy as np
 import rlinf
 from rlinf.cluster.processes import end_run, marked
 from rlinf.errors import RunFailed
-from rlinf.metrics.logger import FILE_NAME, read_metrics
-from rlinf.runners.run_folder import COMPLETE
+from rlinf.metrics.logger import read_metrics
+from rlinf.run_paths import METRICS_FILE, PARTIAL, RunPaths
 
 ROOT = Path(rlinf.__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
@@ -182,10 +182,10 @@ class Life:
 
     def checkpoint_sign(self, kill: Kill) -> str:
         """A checkpoint of the step or a later one that is not complete, with at least spread x 10 files."""
-        for partial in (self.run_dir / "checkpoints").glob("step_*.partial"):
+        for step, partial in RunPaths(self.run_dir).unfinished_checkpoints():
             files = sum(len(names) for _, _, names in os.walk(partial))  # which does not mind that the folder goes away meanwhile
-            if step_of(partial) >= kill.step and files >= int(kill.spread * 10):
-                return f"checkpoint of step {step_of(partial)}, {files} files written"
+            if partial.suffix == PARTIAL and step >= kill.step and files >= int(kill.spread * 10):
+                return f"checkpoint of step {step}, {files} files written"
         return ""
 
     def sync_sign(self, kill: Kill) -> str:
@@ -208,7 +208,7 @@ class Life:
 
     def last_step(self) -> int:
         """Of metrics.jsonl; 0 before the first."""
-        lines = read_metrics(self.run_dir) if (self.run_dir / FILE_NAME).exists() else []
+        lines = read_metrics(self.run_dir) if (self.run_dir / METRICS_FILE).exists() else []
         return int(lines[-1]["step"]) if lines else 0
 
     def wait_for(
@@ -227,14 +227,9 @@ class Life:
         return RunFailed(f"the run {self.run_dir} {what}; the end of its output:\n{tail}")
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_").partition(".")[0])
-
-
 def newest_checkpoint(run_dir: Path) -> int:
     """The step of the newest complete one; 0 when there is none."""
-    done = [step_of(p) for p in (run_dir / "checkpoints").glob("step_*") if "." not in p.name and (p / COMPLETE).exists()]
-    return max(done, default=0)
+    return max(RunPaths(run_dir).complete_checkpoints(), default=0)
 
 
 def plan_kills(kinds: Sequence[str], steps: int, victims: Sequence[str], seed: int) -> list[Kill]:

@@ -27,6 +27,7 @@ from rlinf.checks.killing import Kill, Life, newest_checkpoint, plan_kills
 from rlinf.checks.tiny_model import write_tiny_model, write_tiny_tokenizer
 from rlinf.errors import UserError
 from rlinf.metrics.logger import read_metrics
+from rlinf.run_paths import RunPaths
 from rlinf.runners.run_folder import read_checkpoint
 from rlinf.weights.checkpoint_part import KINDS, open_part
 from rlinf.weights.tensor_folder import open_hf_folder
@@ -169,7 +170,7 @@ def kill_again_and_again(bench: Bench, chain: Chain, reference: Path, seed: int)
             yield replace(deaths[-1], resumed_at=life.resumed_at())
         newest = newest_checkpoint(run_dir)
         if newest:
-            read_checkpoint((run_dir / "checkpoints" / "latest").resolve())  # whole, whatever was going on
+            read_checkpoint(RunPaths(run_dir).latest.resolve())  # whole, whatever was going on
         deaths.append(Death(chain.name, kill, life.where, life.last_step(), 0, newest, allowed, time.perf_counter() - started))
     yield deaths[-1]  # the caller learns from the next life where it resumed
 
@@ -182,7 +183,7 @@ def finish(config: Path, run_dir: Path, alone: bool) -> Life:
 
 def compare(chain: str, run_dir: Path, reference: Path, model: Path, steps: int, tolerance: float) -> Ending:
     """The finished run beside the uninterrupted one; in another layout texts and curves may differ in the last digit, ids may not."""
-    ours, theirs = (open_part((d / "checkpoints" / "latest").resolve() / "actor") for d in (run_dir, reference))
+    ours, theirs = (open_part(RunPaths(d).latest.resolve() / "actor") for d in (run_dir, reference))
     gaps = {kind: max(float((ours[kind][n] - t).abs().max()) for n, t in theirs[kind].items()) for kind in KINDS}
     start = open_hf_folder(model)
     moved = max(float((ours["param"][n] - t).abs().max()) for n, t in start.items())
@@ -210,7 +211,7 @@ def compare_curves(run_dir: Path, reference: Path, steps: int, exact: bool) -> l
 
 
 def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    file = run_dir / "samples" / f"step_{step:06d}.jsonl"
+    file = RunPaths(run_dir).samples(step)
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from rlinf.checks.killing import Kill, Life, newest_checkpoint, plan_kills
 from rlinf.checks.resume import CHAINS, CURVES, Death, compare, compare_samples
-from rlinf.runners.run_folder import COMPLETE
+from rlinf.run_paths import COMPLETE
 from rlinf.weights.checkpoint_part import KINDS, write_index
 from rlinf.weights.tensor_folder import write_tensors
 

@@ -28,6 +28,7 @@ from rlinf.config.settings import COMMAND_LINE, Setting, parse, read_override, r
 from rlinf.config.values import convert, dump
 from rlinf.errors import UserError
 from rlinf.hardware import fast_precision
+from rlinf.run_paths import CONFIG_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "math" / "config"
@@ -101,9 +102,9 @@ def _what(folder: Path) -> str:
     """What a folder is that was given as a configuration, and where it belongs."""
     if (folder / "config.json").is_file():
         return f"a model folder, no configuration; give a YAML file, with rollout.model_dir={folder}, or score it: rlinf eval {folder}"
-    if (folder / "config.yaml").is_file():
+    if (folder / CONFIG_FILE).is_file():
         return (
-            f"the folder of a run, which rlinf report, watch and replay take; its configuration is {folder / 'config.yaml'}, "
+            f"the folder of a run, which rlinf report, watch and replay take; its configuration is {folder / CONFIG_FILE}, "
             "and runner.resume_dir=auto goes on with it"
         )
     return "a folder, no configuration; give a YAML file in it"

@@ -12,6 +12,7 @@ from rlinf.config.own_code import file_of, is_own
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.config.values import unique_keys
 from rlinf.errors import UserError
+from rlinf.run_paths import step_name, step_of
 
 DATA = ("data.train_data_paths", "data.val_data_paths")
 SHAPES = EXAMPLES / "models"
@@ -114,8 +115,8 @@ def missing_paths(config: Config) -> list[str]:
 
 def _beside(key: str, path: str) -> str:
     """The checkpoints that there are in the place of one: runner.keep_checkpoints removes old ones."""
-    others = sorted(p.name for p in Path(path).parent.glob("step_??????")) if key == "runner.resume_dir" else []
-    return f"; {Path(path).parent} has {', '.join(others)}" if others else ""
+    others = sorted(step for p in Path(path).parent.glob("*") if (step := step_of(p)) is not None) if key == "runner.resume_dir" else []
+    return f"; {Path(path).parent} has {', '.join(map(step_name, others))}" if others else ""
 
 
 def own_functions(config: Config) -> list[tuple[str, str]]:

@@ -19,12 +19,6 @@ from rlinf.errors import UserError
 TYPES = {"prompt": "<i4", "token_ids": "<i4", "rollout_logprobs": "<f4", "loss_mask": "|u1"}  # by the last part of an array's name
 
 
-def journal_of(samples: Path) -> Path | None:
-    """samples/groups_000012.jsonl for samples/step_000012.jsonl; None for validation, which is never trained on."""
-    kind, _, step = samples.name.partition("_")
-    return samples.with_name(f"groups_{step}") if kind == "step" else None
-
-
 def group_line(group: Group) -> str:
     about, arrays = take_apart(group)
     packed = {name: base64.b64encode(np.ascontiguousarray(a, dtype_of(name)).tobytes()).decode() for name, a in arrays.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.data.group_file_test import make, same
-from rlinf.data.journal import group_line, journal_of, read_groups
+from rlinf.data.journal import group_line, read_groups
 from rlinf.data.lines import append_lines
 from rlinf.errors import UserError
 
@@ -31,8 +31,3 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_named(tmp_path: Path) ->
     path.write_bytes(line.encode() + b"\n\0\xff\x80\n")
     with pytest.raises(UserError, match="groups_000004.jsonl:2"):
         list(read_groups(path))
-
-
-def test_only_steps_are_journalled() -> None:
-    assert journal_of(Path("a/samples/step_000012.jsonl")) == Path("a/samples/groups_000012.jsonl")
-    assert journal_of(Path("a/samples/validation_000012.jsonl")) is None

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlinf.config.load import find
 from rlinf.errors import UserError
-
-STEP = re.compile(r"step_(\d+)")
+from rlinf.run_paths import CHECKPOINTS, step_of
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,15 @@ def model_of(folder: str) -> Model:
     path = Path(folder).expanduser().resolve()
     if not (path / "config.json").is_file() and (path / "hf" / "config.json").is_file():
         path = path / "hf"
-    step = STEP.fullmatch(path.parent.name) if path.name == "hf" else None
+    step = step_of(path.parent) if path.name == "hf" else None
     if step is None:
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{path}: no config.json, so no model; give a Hugging Face folder or a checkpoint such as RUN/checkpoints/step_000050/hf"
             )
         return Model(path, path.name, path.name, 0)
-    run = path.parents[2].name if path.parents[1].name == "checkpoints" else path.parents[1].name
-    return Model(path, f"{run}-{path.parent.name}", run, int(step[1]))
+    run = path.parents[2].name if path.parents[1].name == CHECKPOINTS else path.parents[1].name
+    return Model(path, f"{run}-{path.parent.name}", run, step)
 
 
 def models_of(folders: Sequence[str]) -> list[Model]:

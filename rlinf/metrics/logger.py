@@ -18,9 +18,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from rlinf.errors import UserError
 from rlinf.metrics.kinds import NUMBER, WHOLE, Kind, misfit, or_null
 from rlinf.metrics.trackers import TRACKERS, Trackers
+from rlinf.run_paths import METRICS_FILE, aside
 
 BACKENDS = ("tensorboard", *TRACKERS)
-FILE_NAME = "metrics.jsonl"
 REMEDY = "take that line out, and keep a copy of the file"
 
 
@@ -40,7 +40,7 @@ class MetricLogger:
         if unknown:
             raise ValueError(f"unknown logger backends {unknown}; there is {list(BACKENDS)}")
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / FILE_NAME
+        path = run_dir / METRICS_FILE
         self.last_step = -1
         if resume_step is not None:
             self.last_step = cut_after(path, resume_step)
@@ -62,7 +62,7 @@ class MetricLogger:
         line = {"step": step, "time": now} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         text = (json.dumps(line, allow_nan=False) + "\n").encode()
         if os.write(self.file, text) < len(text):  # one write: a line is whole, or torn because nothing more fits
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), FILE_NAME)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), METRICS_FILE)
         if self.tensorboard is not None:
             scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
             self.tensorboard.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
@@ -83,7 +83,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     Raises UserError that names the first line without a step, with one that does not come after the last, or with something else than
     numbers.
     """
-    return _metrics(run_dir / FILE_NAME)
+    return _metrics(run_dir / METRICS_FILE)
 
 
 def _metrics(path: Path) -> list[dict[str, float]]:
@@ -148,10 +148,7 @@ def cut_after(path: Path, step: int) -> int:
     last = steps[len(kept) - 1] if kept else -1
     if not replaced:
         return last
-    number = 1
-    while (tail := path.with_name(f"{path.name}.replaced-{number}")).exists():
-        number += 1
-    write_through(tail, "".join(replaced))
+    write_through(aside(path), "".join(replaced))
     fresh = path.with_name(f"{path.name}.new")
     write_through(fresh, "".join(kept))
     os.replace(fresh, path)

@@ -10,8 +10,9 @@ from typing import Any
 from rlinf.config.settings import parse, python_value
 from rlinf.config.values import dump
 from rlinf.errors import UserError
-from rlinf.metrics.logger import FILE_NAME, read_metrics, whole_rows
+from rlinf.metrics.logger import read_metrics, whole_rows
 from rlinf.report.run_data import CHANGED, SAMPLE, read_starts
+from rlinf.run_paths import CONFIG_FILE, METRICS_FILE, RunPaths
 from rlinf.weights.checksum import weights_checksum
 
 Sample = dict[str, Any]
@@ -38,26 +39,27 @@ class Run:
         return dict(_flat({key: python_value(parse(dump(value), key)) for key, value in settings.items()}, "")) or self.config
 
     def samples(self, step: int) -> dict[str, Sample]:
-        return _samples(self.path / "samples" / f"step_{step:06d}.jsonl")
+        return _samples(RunPaths(self.path).samples(step))
 
     def validation(self, step: int) -> dict[str, Sample]:
-        return _samples(self.path / "samples" / f"validation_{step:06d}.jsonl")
+        return _samples(RunPaths(self.path).validation(step))
 
     def checkpoint_weights(self) -> dict[int, str]:
         """Checksums of the exported weights of every complete checkpoint."""
-        folders = sorted(p.parent for p in (self.path / "checkpoints").glob(f"step_{'[0-9]' * 6}/COMPLETE"))
-        return {int(p.name[5:]): weights_checksum(p / "hf") for p in folders if (p / "hf" / "config.json").is_file()}
+        paths = RunPaths(self.path)
+        models = {step: paths.checkpoint(step) / "hf" for step in paths.complete_checkpoints()}
+        return {step: weights_checksum(model) for step, model in models.items() if (model / "config.json").is_file()}
 
 
 def read_run(path: Path) -> Run:
     """Raises UserError when the folder is no run, or a run without a single step."""
-    if not (path / "config.yaml").is_file():
+    if not (path / CONFIG_FILE).is_file():
         raise UserError(f"{path}: no config.yaml, so no run; give <runner.output_dir>/<runner.experiment_name>")
-    if not (path / FILE_NAME).is_file() or not (lines := read_metrics(path)):
-        raise UserError(f"{path}: no {FILE_NAME} with a step in it: the run ended before its first step, there is nothing to compare")
-    tree = python_value(parse((path / "config.yaml").read_bytes(), str(path / "config.yaml")))
+    if not (path / METRICS_FILE).is_file() or not (lines := read_metrics(path)):
+        raise UserError(f"{path}: no {METRICS_FILE} with a step in it: the run ended before its first step, there is nothing to compare")
+    tree = python_value(parse((path / CONFIG_FILE).read_bytes(), str(path / CONFIG_FILE)))
     if not isinstance(tree, dict) or not tree:
-        raise UserError(f"{path / 'config.yaml'}: holds no settings; {CHANGED}")
+        raise UserError(f"{path / CONFIG_FILE}: holds no settings; {CHANGED}")
     config = dict(_flat(tree, ""))
     metrics = {int(line["step"]): {k: v for k, v in line.items() if k not in ("step", "time")} for line in lines}
     return Run(path, config, tuple(read_starts(path)), metrics)

@@ -27,6 +27,7 @@ from rlinf.metrics.names import METRICS
 from rlinf.report.parts import MAX_TEXT_STEPS, Parts, choose_files
 from rlinf.report.rules import RULES, Finding, find_problems
 from rlinf.report.run_data import RunData, count_all, open_run
+from rlinf.run_paths import REPLACED, RunPaths
 
 MAX_BYTES = 20_000_000
 MAX_POINTS = 2000  # of a curve
@@ -193,7 +194,8 @@ def left_out(run: RunData, parts: Parts, points: int) -> list[str]:
         lines.append(f"The samples of {len(missing):,} files did not fit, from {missing[0].path.name} to {missing[-1].path.name}.")
     if points < len(run.metrics):
         lines.append(f"The curves show {points:,} of {len(run.metrics):,} steps; every step is in metrics.jsonl.")
-    replaced = sorted(p.name for p in run.path.glob("*.replaced-*")) + sorted(p.name for p in (run.path / "samples").glob("*.replaced-*"))
+    folders = (run.path, RunPaths(run.path).samples_dir)
+    replaced = [name for folder in folders for name in sorted(p.name for p in folder.glob(f"*{REPLACED}*"))]
     if replaced:
         lines.append(
             f"The run went back to a checkpoint; what it then repeated is in {', '.join(replaced[:6])}{' …' if len(replaced) > 6 else ''}."

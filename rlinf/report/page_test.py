@@ -19,6 +19,7 @@ from rlinf.report import page as report_page
 from rlinf.report.page import MAX_BYTES, fill, summary, thinned, to_json, write_report
 from rlinf.report.parts import MAX_TEXT_STEPS, TEXTS_A_STEP, Parts, choose_files
 from rlinf.report.run_data import SampleFile, open_run, read_settings
+from rlinf.run_paths import RunPaths
 from tests.chromium import BINARY, Page, chromium
 from tests.run_folders import BEHAVIOURS, HEALTHY, Answer, Behaviour, make_run
 
@@ -71,7 +72,7 @@ def test_the_page_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_lists_of_samples_that_are_too_large_by_themselves_go_with_their_texts(tmp_path: Path) -> None:
     """60 steps of 8,192 samples have lists of 23 MB."""
-    chosen = [SampleFile(tmp_path / f"step_{i:06d}.jsonl", i, False) for i in range(1, 61)]
+    chosen = [SampleFile(RunPaths(tmp_path), i, False) for i in range(1, 61)]
     parts = Parts()
     for file in chosen:
         parts.headers[file.label] = "h" * 384_000
@@ -92,8 +93,8 @@ def test_the_tiles_are_of_all_steps_of_a_long_run() -> None:
 
 
 def test_flagged_first_and_last_steps_have_texts(tmp_path: Path) -> None:
-    files = [SampleFile(tmp_path / f"step_{i:06d}.jsonl", i, False) for i in range(1, 501)] + [
-        SampleFile(tmp_path / f"validation_{i:06d}.jsonl", i, True) for i in (0, 250, 500)
+    files = [SampleFile(RunPaths(tmp_path), i, False) for i in range(1, 501)] + [
+        SampleFile(RunPaths(tmp_path), i, True) for i in (0, 250, 500)
     ]
     chosen = choose_files(files, {77, 313})
     steps = {f.step for f in chosen if not f.validation}

@@ -17,14 +17,13 @@ from rlinf.config.load import Resolved, load, value_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.errors import UserError
-from rlinf.metrics.logger import FILE_NAME, read_metrics
+from rlinf.metrics.logger import read_metrics
 from rlinf.report.compare import NOT_COMPARED, relative
 from rlinf.report.compare_facts import read_run
-from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
+from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths, step_name
 from rlinf.runners.launch import train
 from rlinf.runners.launch_debug import train_only
 from rlinf.runners.recorded import RecordedSteps, ranges
-from rlinf.runners.run_folder import COMPLETE
 
 FP32, HALF = 1e-5, 0.02  # difference that counts as rounding: another layout sums in another order
 WIDTH = 140  # of a table in a file
@@ -119,21 +118,22 @@ def refuse_useless(keys: Sequence[str], rollout: bool) -> None:
 
 def recorded_metrics(run_dir: Path, step: int) -> Mapping[str, float]:
     """Raises UserError when the folder holds no run, or no such step."""
-    if not (run_dir / FILE_NAME).is_file() or not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: no run here ({FILE_NAME} and config.yaml); give <runner.output_dir>/<runner.experiment_name>")
+    if not (run_dir / METRICS_FILE).is_file() or not (run_dir / CONFIG_FILE).is_file():
+        raise UserError(f"{run_dir}: no run here ({METRICS_FILE} and {CONFIG_FILE}); give <runner.output_dir>/<runner.experiment_name>")
     steps = {int(line["step"]): line for line in read_metrics(run_dir)}
     if step < 1 or step not in steps:
         known = ranges(sorted(s for s in steps if s > 0))
-        raise UserError(f"--step {step}: {run_dir / FILE_NAME} has no such step" + (f"; it has {known}" if known else ""))
+        raise UserError(f"--step {step}: {run_dir / METRICS_FILE} has no such step" + (f"; it has {known}" if known else ""))
     return {name: value for name, value in steps[step].items() if name not in ("step", "time")}
 
 
 def checkpoint_before(run_dir: Path, step: int) -> Path:
     """Raises UserError that names the steps which have one."""
-    before = run_dir / "checkpoints" / f"step_{step - 1:06d}"
-    if (before / COMPLETE).exists():
+    paths = RunPaths(run_dir)
+    before, complete = paths.checkpoint(step - 1), paths.complete_checkpoints()
+    if step - 1 in complete:
         return before.resolve()
-    behind = {1} | {int(p.parent.name[5:]) + 1 for p in (run_dir / "checkpoints").glob(f"step_{'[0-9]' * 6}/{COMPLETE}")}
+    behind = {1} | {saved + 1 for saved in complete}
     can = ranges(sorted(behind & {*RecordedSteps(run_dir).steps}))
     raise UserError(
         f"--step {step}: there is no complete checkpoint of step {step - 1} ({before}). Steps that can be replayed: {can or 'none'}; "
@@ -143,23 +143,23 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
 
 def resolve(run_dir: Path, step: int, words: Sequence[str]) -> Resolved:
     """The settings of the start that made the step, and the words. config.yaml is the last start's, which may have had others."""
-    now = load(str(run_dir / "config.yaml")).config
+    now = load(str(run_dir / CONFIG_FILE)).config
     recorded = read_run(run_dir).environment(step).get("settings", {})
     then = {
         key: json.dumps(recorded[key], ensure_ascii=False)
         for key in known_keys()
         if key in recorded and recorded[key] != json.loads(json.dumps(value_of(now, key)))
     }
-    resolved = load(str(run_dir / "config.yaml"), [*(f"{key}={value}" for key, value in then.items()), *words])
+    resolved = load(str(run_dir / CONFIG_FILE), [*(f"{key}={value}" for key, value in then.items()), *words])
     for key in then.keys() - {word.partition("=")[0] for word in words}:
-        resolved.provenance[key] = str(run_dir / ENVIRONMENT)  # nobody has asked for it now
+        resolved.provenance[key] = str(run_dir / ENVIRONMENT_FILE)  # nobody has asked for it now
     return resolved
 
 
 def settings(run_dir: Path, step: int, before: Path | None) -> list[str]:
     """One step, in a folder of its own below the run's."""
     replays, number = run_dir.resolve() / "replays", 1
-    while (replays / (name := f"step_{step:06d}" + (f"-{number}" if number > 1 else ""))).exists():
+    while (replays / (name := step_name(step) + (f"-{number}" if number > 1 else ""))).exists():
         number += 1
     place = [f"runner.output_dir={replays}", f"runner.experiment_name={name}", f"runner.resume_dir={before or 'null'}"]
     return [*place, f"runner.max_steps={step}", *QUIET]

@@ -15,9 +15,9 @@ from typing import Any
 
 from rlinf.errors import UserError
 from rlinf.metrics.kinds import NUMBER, NUMBERS, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, misfit, or_null
-from rlinf.metrics.logger import FILE_NAME, damaged, read_metrics, whole_rows
+from rlinf.metrics.logger import damaged, read_metrics, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
-from rlinf.runners.environment import FILE_NAME as ENVIRONMENT
+from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths
 from rlinf.runners.status import read_status
 
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>.*)$")
@@ -44,11 +44,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class SampleFile:
-    """samples/step_000012.jsonl or samples/validation_000012.jsonl, with what training saw of the same samples where it was written."""
+    """The samples of a step, or of its validation, with what training saw of the same samples where it was written."""
 
-    path: Path
+    run: RunPaths
     step: int
     validation: bool
+
+    @property
+    def path(self) -> Path:
+        return self.run.validation(self.step) if self.validation else self.run.samples(self.step)
 
     @property
     def label(self) -> str:
@@ -56,13 +60,10 @@ class SampleFile:
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines, each with its number as `line` and, under `trained`, the sample's line of the tokens file."""
-        trained = {row["sample_id"]: row for row in read_trained(self.tokens)} if self.tokens.exists() else {}
+        tokens = self.run.tokens(self.step)
+        trained = {row["sample_id"]: row for row in read_trained(tokens)} if tokens.exists() and not self.validation else {}
         samples = enumerate(whole_rows(self.path, SAMPLE), 1)
         return [row | {"line": number, "trained": trained.get(row["sample_id"], {})} for number, row in samples]
-
-    @property
-    def tokens(self) -> Path:
-        return self.path.with_name("no-tokens" if self.validation else f"tokens_{self.step:06d}.jsonl")
 
 
 @dataclass
@@ -93,20 +94,20 @@ class RunData:
         try:
             return otherwise if text == "null" else float(text)
         except ValueError as error:
-            raise UserError(f"{self.path / 'config.yaml'}: {key} is {text}, no number; {CHANGED}") from error
+            raise UserError(f"{self.path / CONFIG_FILE}: {key} is {text}, no number; {CHANGED}") from error
 
 
 def open_run(path: Path) -> RunData:
     """Everything but the samples' text. Raises UserError when the folder holds no run."""
-    if not (path / FILE_NAME).is_file():
-        raise UserError(f"{path}: no {FILE_NAME} here; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
+    if not (path / METRICS_FILE).is_file():
+        raise UserError(f"{path}: no {METRICS_FILE} here; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
     return RunData(
         path=path.resolve(),
         metrics=read_metrics(path),
-        settings=read_settings(path / "config.yaml"),
+        settings=read_settings(path / CONFIG_FILE),
         environment=read_starts(path),
         status=read_status(path),
-        files=sorted(sample_files(path / "samples"), key=lambda f: (f.step, f.validation)),
+        files=sample_files(RunPaths(path)),
     )
 
 
@@ -120,11 +121,10 @@ def count_all(run: RunData) -> Iterator[tuple[SampleFile, list[dict[str, Any]]]]
         yield file, rows
 
 
-def sample_files(folder: Path) -> Iterator[SampleFile]:
-    for path in folder.glob("*_??????.jsonl"):
-        kind, _, step = path.stem.rpartition("_")
-        if kind in ("step", "validation") and step.isdigit():
-            yield SampleFile(path, int(step), kind == "validation")
+def sample_files(run: RunPaths) -> list[SampleFile]:
+    """In the order of steps; the validation is behind its step."""
+    found = [(step, validation) for validation in (False, True) for step in run.steps_of("validation" if validation else "step")]
+    return [SampleFile(run, step, validation) for step, validation in sorted(found)]
 
 
 def read_trained(path: Path) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def read_trained(path: Path) -> list[dict[str, Any]]:
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of environment.jsonl, one for each time the run was started; none when there is no such file."""
-    path = run_dir / ENVIRONMENT
+    path = run_dir / ENVIRONMENT_FILE
     return _rows(path, START, lambda row: {name: kind for name, kind in OF_A_START.items() if name in row}) if path.exists() else []
 
 

@@ -13,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlinf.errors import UserError
-from rlinf.metrics.logger import FILE_NAME as METRICS
 from rlinf.metrics.logger import read_metrics
 from rlinf.metrics.progress import FIELDS, duration
-from rlinf.runners.status import FILE_NAME as STATUS
+from rlinf.run_paths import METRICS_FILE, STATUS_FILE
 from rlinf.runners.status import read_status
 
 STEPS = 8  # shown
@@ -43,7 +42,9 @@ def watch(run_dir: Path, once: bool = False, console: Console | None = None, per
 def of_a_run(run_dir: Path) -> dict[str, Any]:
     if status := read_status(run_dir):
         return status
-    raise UserError(f"{run_dir}: no {STATUS} here; give the folder of a run that has started: <runner.output_dir>/<runner.experiment_name>")
+    raise UserError(
+        f"{run_dir}: no {STATUS_FILE} here; give the folder of a run that has started: <runner.output_dir>/<runner.experiment_name>"
+    )
 
 
 def gone(status: dict[str, Any], now: float) -> bool:
@@ -56,7 +57,7 @@ def exit_code(status: dict[str, Any], now: float) -> int:
 
 def picture(run_dir: Path, status: dict[str, Any], now: float) -> Group:
     """Heading, last steps, components, engines."""
-    metrics = read_metrics(run_dir)[-STEPS:] if (run_dir / METRICS).exists() else []
+    metrics = read_metrics(run_dir)[-STEPS:] if (run_dir / METRICS_FILE).exists() else []
     parts: list[Any] = [heading(run_dir, status, now)]
     if metrics:
         parts.append(steps_table(metrics))

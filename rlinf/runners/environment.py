@@ -19,10 +19,10 @@ from rlinf.data.lines import append_lines
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.hardware import cores
 from rlinf.metrics.logger import whole_rows
+from rlinf.run_paths import ENVIRONMENT_FILE
 from rlinf.scheduling.placement import Node
 from rlinf.weights.checksum import STRIDE, weights_checksum
 
-FILE_NAME = "environment.jsonl"
 WHERE = ("runner.resume_dir", "runner.output_dir", "runner.experiment_name")  # not what a run does
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "sglang", "transformer-engine", "math-verify", "numpy", "rlinf")
 
@@ -64,12 +64,12 @@ def record_environment(
         "data_fingerprint": data_fingerprint,
         "own_code": {f"{key} {function.rpartition('/')[2]}": checksum_of(function) for key, function in own_functions},
     } | ({} if settings is None else {"settings": dict(settings)})
-    append_lines(run_dir / FILE_NAME, [json.dumps(found)])
+    append_lines(run_dir / ENVIRONMENT_FILE, [json.dumps(found)])
 
 
 def changed_settings(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
     """`key: before, now after` for every setting that the last start in this folder had otherwise; none in a new one."""
-    starts = whole_rows(run_dir / FILE_NAME) if (run_dir / FILE_NAME).is_file() else []
+    starts = whole_rows(run_dir / ENVIRONMENT_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else []
     before = starts[-1].get("settings", {}) if starts else {}
     now = json.loads(json.dumps(settings))
     found = [key for key in now if key in before and before[key] != now[key] and key not in WHERE]

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlinf.config.model import read_config
 from rlinf.config.settings import parse, python_value
 from rlinf.errors import RunFailed, UserError
+from rlinf.run_paths import CONFIG_FILE
 from rlinf.runners.run_folder import read_checkpoint
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
@@ -81,7 +82,7 @@ def _dtype_of(config: dict[str, Any], model_dir: Path) -> torch.dtype:
 def _model_dir(step_dir: Path) -> Path:
     if (step_dir / "hf" / "config.json").is_file():
         return step_dir / "hf"
-    run_config = step_dir.parent.parent / "config.yaml"
+    run_config = step_dir.parent.parent / CONFIG_FILE
     if run_config.is_file():
         tree = python_value(parse(run_config.read_bytes(), str(run_config)))
         section = tree.get("rollout") if isinstance(tree, dict) else None

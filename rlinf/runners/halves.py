@@ -54,7 +54,7 @@ class RolloutOnly(Half):
         await asyncio.gather(self.rollout.ready(), self.reward.ready())
 
     async def take_step(self) -> StepResult:
-        algorithm, dump, taken = self.config.algorithm, str(self.folder.samples(self.step)), Counter[str]()
+        algorithm, dump, taken = self.config.algorithm, str(self.folder.paths.samples(self.step)), Counter[str]()
 
         async def generate(indices: Sequence[int]) -> list[Scored]:
             prompts = [self.prompts[i] for i in indices]
@@ -102,7 +102,7 @@ class TrainOnly(Half):
         with self.phase("train"):
             groups = await self.learner.reward(self.step, batch.scored)
             advantages = group_advantages(groups.headers, self.config.algorithm)
-            update = await self.learner.update(self.step, groups, advantages, str(self.folder.tokens(self.step)))
+            update = await self.learner.update(self.step, groups, advantages, str(self.folder.paths.tokens(self.step)))
         metrics = rollout_metrics(batch.generated) | staleness_metrics(groups.headers, self.step - 1) | groups.metrics | update.metrics
         metrics["perf/train_tokens_per_second"] = update.tokens / self.timers.seconds["train"]
         memory, written = groups.memory | update.memory, update.checkpoint_written

@@ -29,6 +29,6 @@ def finetune_once(resolved: Resolved) -> int:
     if runner.val_losses:
         first, last = min(runner.val_losses), max(runner.val_losses)
         say(f"held-out loss: {runner.val_losses[first]:.4f} before step {first + 1}, {runner.val_losses[last]:.4f} after step {last}")
-    if (run.folder.checkpoints / "latest").exists():
-        say(f"model: {run.folder.checkpoints / 'latest' / 'hf'} (rollout.model_dir of a run that goes on from it)")
+    if run.folder.paths.latest.exists():
+        say(f"model: {run.folder.paths.latest / 'hf'} (rollout.model_dir of a run that goes on from it)")
     return 0

@@ -15,10 +15,11 @@ from rlinf.config.schema import Config
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
+from rlinf.run_paths import GROUPS_AHEAD
 from rlinf.runners.learner import Learner
 from rlinf.runners.requests import GroupRequest, training_requests, validation_requests
 from rlinf.runners.rollouts import Rollouts
-from rlinf.runners.run_folder import GROUPS_AHEAD, RunFolder
+from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.schedules import GroupsOnDisk, Logical, Schedule, Wallclock
 from rlinf.runners.selection import StepBatch, group_advantages
 from rlinf.runners.shared_devices import SharedDevices
@@ -45,7 +46,7 @@ class ReasoningRunner(TrainingLoop):
         self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
-            config, sampler, self.rollouts, GroupsOnDisk(reward, folder.samples), self.requests, self.total_steps
+            config, sampler, self.rollouts, GroupsOnDisk(reward, folder.paths.samples), self.requests, self.total_steps
         )
         self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
@@ -58,7 +59,7 @@ class ReasoningRunner(TrainingLoop):
         with self.phase("train"):
             groups = await self.learner.reward(self.step, batch.scored)
             advantages = group_advantages(groups.headers, self.config.algorithm)
-            update = await self.learner.update(self.step, groups, advantages, str(self.folder.tokens(self.step)))
+            update = await self.learner.update(self.step, groups, advantages, str(self.folder.paths.tokens(self.step)))
         with self.phase("rollout"):
             await self.schedule.before_sync()
         await self.rollouts.end_trace()
@@ -94,7 +95,8 @@ class ReasoningRunner(TrainingLoop):
         return synced
 
     def requests(self, step: int, indices: Sequence[int], taken: Counter[str]) -> list[GroupRequest]:
-        return training_requests(self.config.algorithm, step, [self.prompts[i] for i in indices], taken, str(self.folder.samples(step)))
+        dump = str(self.folder.paths.samples(step))
+        return training_requests(self.config.algorithm, step, [self.prompts[i] for i in indices], taken, dump)
 
     @asynccontextmanager
     async def actor_alone(self) -> AsyncIterator[None]:
@@ -106,7 +108,7 @@ class ReasoningRunner(TrainingLoop):
         if not self.val_prompts:
             return {}
         with self.phase("validate"):
-            dump = str(self.folder.validation(self.step))
+            dump = str(self.folder.paths.validation(self.step))
             scored = await self.rollouts.held_out(validation_requests(self.step, self.val_prompts, dump))
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])

@@ -13,6 +13,7 @@ from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
 from rlinf.metrics.kinds import TEXTS
 from rlinf.metrics.logger import whole_rows
+from rlinf.run_paths import RunPaths, replaced
 from rlinf.runners.rollouts import Scored
 from rlinf.runners.selection import StepBatch
 
@@ -21,8 +22,8 @@ class RecordedSteps:
     """In place of a sampler, whose part of a training loop it plays: the steps are given, and there is nothing to remember."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.samples = run_dir / "samples"
-        self.steps = sorted(int(p.stem.rpartition("_")[2]) for p in self.samples.glob(f"order_{'[0-9]' * 6}.jsonl"))
+        self.paths = RunPaths(run_dir)
+        self.steps = self.paths.steps_of("order")
         if not self.steps:
             raise UserError(
                 f"{run_dir}: no step of this run is journalled (samples/order_*.jsonl); runs of `rlinf train` keep them "
@@ -41,8 +42,10 @@ class RecordedSteps:
     def order(self, step: int) -> tuple[list[str], list[str]]:
         """(groups to train on, all that were generated). Raises UserError that names the steps that there are."""
         if step not in self.steps:
-            raise UserError(f"step {step} is not journalled in {self.samples}; there are steps {ranges(self.steps)} (runner.keep_groups)")
-        path = self.samples / f"order_{step:06d}.jsonl"
+            raise UserError(
+                f"step {step} is not journalled in {self.paths.samples_dir}; there are steps {ranges(self.steps)} (runner.keep_groups)"
+            )
+        path = self.paths.order(step)
         rows = whole_rows(path, {"groups": TEXTS, "generated": TEXTS})
         trained, generated = (rows[-1]["groups"], rows[-1]["generated"]) if rows else ([], [])
         if not trained or not {*trained} <= {*generated} or not all(name.partition(".")[0].isdecimal() for name in generated):
@@ -51,9 +54,8 @@ class RecordedSteps:
 
     def files(self, group_id: str) -> list[str]:
         """Where a group may be: the journal of the step that it was begun for, or of an earlier life of the run that began it."""
-        name = f"groups_{int(group_id.partition('.')[0]):06d}.jsonl"
-        older = sorted(self.samples.glob(f"{name}.replaced-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-        return [str(p) for p in (self.samples / name, *older) if p.exists()]
+        journal = self.paths.groups(int(group_id.partition(".")[0]))
+        return [str(p) for p in (journal, *replaced(journal)) if p.exists()]
 
     async def take(self, step: int, reader: WorkerGroup) -> StepBatch:
         """The groups of a step, read by the ranks of `reader` (workers.journal)."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from rlinf.config.load import Resolved
 from rlinf.errors import Hang
+from rlinf.run_paths import RunPaths
 from rlinf.runners.session import say
 
 
@@ -17,7 +18,7 @@ def with_restarts(once: Callable[[Resolved], int], resolved: Resolved) -> int:
         try:
             return once(resolved)
         except Hang as hang:
-            if runner.on_hang != "restart" or restarts == runner.max_restarts or not (runner.run_dir / "checkpoints" / "latest").exists():
+            if runner.on_hang != "restart" or restarts == runner.max_restarts or not RunPaths(runner.run_dir).latest.exists():
                 raise
             restarts += 1
             say(f"rlinf: {hang}\nrlinf: restart {restarts} of at most {runner.max_restarts}, from the latest checkpoint")

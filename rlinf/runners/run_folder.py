@@ -1,4 +1,4 @@
-"""A run on disk: who owns the folder, where things are, and checkpoints that are complete or absent.
+"""A run's folder: who owns it, how a run goes on in it, and checkpoints that are complete or absent.
 
 A checkpoint is written to a folder beside its place, synced, marked COMPLETE, renamed, and only then does `latest` point to it. COMPLETE
 lists every file with its size, and the xxh3 of the small ones (the indexes; they hold the checksums of the tensors in the large ones).
@@ -10,7 +10,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -23,15 +22,10 @@ from rlinf.config.load import Resolved, to_yaml
 from rlinf.data.lines import append_lines
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
-from rlinf.metrics.logger import FILE_NAME
+from rlinf.run_paths import COMPLETE, CONFIG_FILE, FINISHED, GROUPS_AHEAD, METRICS_FILE, SAMPLE_KINDS, STATE, RunPaths, aside
 from rlinf.runners.resuming import TRAIN, ahead, made_with, recorded_again, refuse_changes
 from rlinf.weights.files import WEIGHTS_FOLDER, remove_published
 from rlinf.weights.tensor_folder import read_json, sync, write_json
-
-STATE = "run_state.json"
-COMPLETE = "COMPLETE"
-FINISHED = "FINISHED"
-GROUPS_AHEAD = "waiting"  # in a checkpoint: groups that were generated and not yet trained on
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class RunFolder:
 
     def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
         runner, self.command, self.config = resolved.config.runner, command, resolved.config
-        self.path = runner.run_dir
+        self.path, self.paths = runner.run_dir, RunPaths(runner.run_dir)
         self.keep, self.keep_groups, self.ahead = runner.keep_checkpoints, runner.keep_groups, resolved.config.algorithm.max_staleness
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
@@ -67,7 +61,7 @@ class RunFolder:
         """From here on the folder is this run's: what comes after the step that it goes on from is set aside."""
         self._set_aside(self.resume.step if self.resume else -1)
         remove_published(self.path / WEIGHTS_FOLDER)
-        (self.path / "config.yaml").write_text(to_yaml(self._resolved))
+        (self.path / CONFIG_FILE).write_text(to_yaml(self._resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
 
     def nothing_left(self, sampler: PromptSampler) -> bool:
@@ -80,36 +74,17 @@ class RunFolder:
         state, runner = self.resume.state, self.config.runner
         sampler.load_state_dict(state["sampler"])
         total = sampler.total_steps(runner.max_epochs, runner.max_steps, self.resume.step, ahead(state))
-        own = self.resume.step_dir.parent == self.checkpoints
+        own = self.resume.step_dir.parent == self.paths.checkpoints
         return own and (self.path / FINISHED).exists() and total <= self.resume.step
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
 
     @property
     def resume_step(self) -> int | None:
         """After which step the metrics go on: None in a new folder, -1 when the run starts again."""
         return None if not self.continues else self.resume.step if self.resume else -1
 
-    def samples(self, step: int) -> Path:
-        return self.path / "samples" / f"step_{step:06d}.jsonl"
-
-    def tokens(self, step: int) -> Path:
-        return self.path / "samples" / f"tokens_{step:06d}.jsonl"
-
-    def groups(self, step: int) -> Path:
-        return self.path / "samples" / f"groups_{step:06d}.jsonl"
-
-    def order(self, step: int) -> Path:
-        return self.path / "samples" / f"order_{step:06d}.jsonl"
-
-    def validation(self, step: int) -> Path:
-        return self.path / "samples" / f"validation_{step:06d}.jsonl"
-
     def begin_checkpoint(self, step: int) -> Path:
         """An empty folder to write the checkpoint of `step` into."""
-        partial = self.checkpoints / f"step_{step:06d}.partial"
+        partial = self.paths.partial_checkpoint(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
@@ -122,10 +97,10 @@ class RunFolder:
             sync(folder)
         write_json(partial / COMPLETE, inventory(partial))
         sync(partial)
-        final = partial.with_suffix("")
+        final = self.paths.checkpoint(state["step"])
         partial.rename(final)
         self._point_latest_to(final)
-        self._retire(final)
+        self._retire(state["step"])
         return final
 
     def record_order(self, step: int, trained: Sequence[str], generated: Sequence[str]) -> None:
@@ -133,21 +108,18 @@ class RunFolder:
         it can be replayed. Old journals go."""
         if self.keep_groups == 0:
             return
-        append_lines(self.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
+        append_lines(self.paths.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
         if self.keep_groups < 0:
             return
-        pinned = {1, *(_step(c) + 1 for c in self._complete())}
-        for order in self._journals("order"):
-            if _step(order) <= step - self.keep_groups and _step(order) not in pinned:
-                order.unlink()
-        kept = {_step(order) for order in self._journals("order")}
-        for groups in self._journals("groups"):  # named by the step that they were begun for; some later one trains on them
-            trains = range(_step(groups), _step(groups) + self.ahead + 1)
+        pinned = {1, *(saved + 1 for saved in self.paths.complete_checkpoints())}
+        for trained_on in self.paths.steps_of("order"):
+            if trained_on <= step - self.keep_groups and trained_on not in pinned:
+                self.paths.order(trained_on).unlink()
+        kept = {*self.paths.steps_of("order")}
+        for begun_for in self.paths.steps_of("groups"):  # that step or some later one trains on them
+            trains = range(begun_for, begun_for + self.ahead + 1)
             if trains[-1] <= step and kept.isdisjoint(trains):
-                groups.unlink()
-
-    def _journals(self, kind: str) -> list[Path]:
-        return _own(self.path / "samples", rf"{kind}_\d{{6,}}\.jsonl")
+                self.paths.groups(begun_for).unlink()
 
     def release(self) -> None:
         """The workers are gone, and another driver may have the folder."""
@@ -157,29 +129,24 @@ class RunFolder:
     def finish(self) -> None:
         (self.path / FINISHED).touch()
 
-    def _complete(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
-        found = [p for p in _own(self.checkpoints, r"step_\d{6,}") if (p / COMPLETE).exists()]
-        return sorted(found, key=_step)
-
     def _newest(self) -> Path | None:
         """Where `auto` goes on.
 
         `latest` may be one behind, as a run can die between the two; or lead to another run, of which this is a branch.
         """
-        complete, latest = self._complete(), self.checkpoints / "latest"
+        complete, latest = self.paths.complete_checkpoints(), self.paths.latest
         if not complete and latest.is_symlink() and not latest.exists():
             raise UserError(
                 f"runner.resume_dir: this run goes on from {os.readlink(latest)}, which is gone; restore it, or name another step_* folder"
             )
-        return complete[-1] if complete else latest if latest.exists() else None
+        return self.paths.checkpoint(complete[-1]) if complete else latest if latest.exists() else None
 
     def _has_steps(self) -> bool:
         """A start that failed before its first line of metrics left nothing worth keeping: the run may start again in its folder."""
-        metrics = self.path / FILE_NAME
+        metrics = self.path / METRICS_FILE
         if metrics.exists() and metrics.stat().st_size == 0:
             metrics.unlink()
-        return metrics.exists() or bool(self._complete())
+        return metrics.exists() or bool(self.paths.complete_checkpoints())
 
     def _set_aside(self, step: int) -> None:
         """What comes after `step` is about to be made again: samples and checkpoints keep their content under another name.
@@ -188,38 +155,39 @@ class RunFolder:
         """
         if self.resume is not None:
             self._point_latest_to(self.resume.step_dir)
-        own = self.resume is not None and self.resume.step_dir.parent == self.checkpoints
-        for unfinished in [p for p in _own(self.checkpoints, r"step_\d{6,}(\.partial)?") if p not in self._complete()]:
-            shutil.rmtree(unfinished)  # its writing or its removal was interrupted
-        for later in reversed(self._complete()):
-            if not own or _step(later) > step:
-                _replaced(later)
-        for file in sorted(_own(self.path / "samples", r"[a-z]+_\d{6,}\.jsonl"), reverse=True):
-            if _step(file) > step:
-                _replaced(file)
+        own = self.resume is not None and self.resume.step_dir.parent == self.paths.checkpoints
+        for _, unfinished in self.paths.unfinished_checkpoints():
+            shutil.rmtree(unfinished)
+        for later in reversed(self.paths.complete_checkpoints()):
+            if not own or later > step:
+                _put_aside(self.paths.checkpoint(later))
+        files = [(of, kind) for kind in SAMPLE_KINDS for of in self.paths.steps_of(kind) if of > step]
+        for of, kind in sorted(files, reverse=True):
+            _put_aside(self.paths.sample_file(kind, of))
         if self.resume is not None and self.command == TRAIN:
             for at, groups in recorded_again(self.resume.state).items():
-                for file in (self.samples(at), self.groups(at)):
+                for file in (self.paths.samples(at), self.paths.groups(at)):
                     _take_out(file, groups)
 
     def _point_latest_to(self, step_dir: Path) -> None:
         """Also to a checkpoint of another run, until there is one of this run."""
-        self.checkpoints.mkdir(exist_ok=True)
-        link = self.checkpoints / "latest.new"
+        checkpoints, latest = self.paths.checkpoints, self.paths.latest
+        checkpoints.mkdir(exist_ok=True)
+        link = latest.with_name(f"{latest.name}.new")
         link.unlink(missing_ok=True)
-        link.symlink_to(step_dir.name if step_dir.parent == self.checkpoints else step_dir)
-        link.replace(self.checkpoints / "latest")
-        sync(self.checkpoints)
+        link.symlink_to(step_dir.name if step_dir.parent == checkpoints else step_dir)
+        link.replace(latest)
+        sync(checkpoints)
 
-    def _retire(self, newest: Path) -> None:
+    def _retire(self, newest: int) -> None:
         """Remove checkpoints beyond keep_checkpoints, and those of an earlier life of the run that this one has now made again: a branch
         of another run does not make the steps before it."""
-        for old in self._complete()[: -self.keep] if self.keep else []:
-            _remove(old)
+        for old in self.paths.complete_checkpoints()[: -self.keep] if self.keep else []:
+            _remove(self.paths.checkpoint(old))
         begun_after = self.resume.step if self.resume else -1
-        for old in self.checkpoints.glob("step_*.replaced-*"):
-            if begun_after < _step(old) <= _step(newest):
-                _remove(old)
+        for step, replaced in self.paths.replaced_checkpoints():
+            if begun_after < step <= newest:
+                _remove(replaced)
 
     def _hold(self) -> None:
         busy = f"{self.path}: another run is writing here now; set runner.experiment_name to another name"
@@ -227,7 +195,7 @@ class RunFolder:
 
     def _find_resume(self, resume_dir: str | None) -> Resume | None:
         others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
-        if others and not (self.path / "config.yaml").exists():
+        if others and not (self.path / CONFIG_FILE).exists():
             raise UserError(
                 f"{self.path}: the folder holds {sorted(others)[0]} but no run of rlinf; "
                 "set runner.experiment_name or runner.output_dir elsewhere"
@@ -293,26 +261,8 @@ def describe(file: Path) -> dict[str, Any]:
     )
 
 
-def _own(folder: Path, pattern: str) -> list[Path]:
-    """What the run itself wrote under such a name: a copy that somebody made beside it (step_000050.bak) is theirs, and stays."""
-    return [p for p in folder.glob("*") if re.fullmatch(pattern, p.name)]
-
-
-def _step(path: Path) -> int:
-    """Of a checkpoint, or of a journal."""
-    return int(path.name.partition(".")[0].rpartition("_")[2])
-
-
-def _replaced(path: Path) -> None:
-    path.rename(_aside(path))
-
-
-def _aside(path: Path) -> Path:
-    """The first free name of the form <name>.replaced-N."""
-    number = 1
-    while (other := path.with_name(f"{path.name}.replaced-{number}")).exists():
-        number += 1
-    return other
+def _put_aside(path: Path) -> None:
+    path.rename(aside(path))
 
 
 def _take_out(path: Path, groups: Set[str]) -> None:
@@ -330,7 +280,7 @@ def _take_out(path: Path, groups: Set[str]) -> None:
             else:
                 stay.write(line)
     if go:
-        _aside(path).write_bytes(b"".join(go))
+        aside(path).write_bytes(b"".join(go))
         rest.replace(path)
     else:
         rest.unlink()

@@ -13,8 +13,9 @@ from rlinf.config.load import load
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.evaluation.folder import hold
+from rlinf.run_paths import COMPLETE
 from rlinf.runners.resuming import TRAIN_ONLY
-from rlinf.runners.run_folder import COMPLETE, RunFolder, inventory, read_checkpoint
+from rlinf.runners.run_folder import RunFolder, inventory, read_checkpoint
 from rlinf.weights.tensor_folder import write_json
 
 
@@ -144,7 +145,7 @@ def test_latest_points_to_the_newest_complete_checkpoint_and_old_ones_go(tmp_pat
     folder.begin_checkpoint(4)  # interrupted
     with_steps(folder)
     close(folder)
-    assert sorted(p.name for p in folder.checkpoints.glob("step_??????")) == ["step_000002", "step_000003"]
+    assert sorted(p.name for p in folder.paths.checkpoints.glob("step_??????")) == ["step_000002", "step_000003"]
     resumed = open_folder(tmp_path, "runner.resume_dir=auto")
     assert resumed.continues and resumed.resume is not None and resumed.resume.step == 3
 
@@ -214,7 +215,7 @@ def test_whenever_a_checkpoint_is_interrupted_the_run_goes_on_from_it_or_from_th
         for step in range(at + 1, before + 3):
             assert (checkpoint(folder, step) / "actor" / "weights.safetensors").read_text() == str(step)
         sound(tmp_path)
-        kept = sorted(p.name for p in folder.checkpoints.iterdir())
+        kept = sorted(p.name for p in folder.paths.checkpoints.iterdir())
         assert kept == ["latest", f"step_{before + 1:06d}", f"step_{before + 2:06d}"]
         close(folder)
         shutil.rmtree(tmp_path / "run")
@@ -228,11 +229,11 @@ def test_going_back_to_an_earlier_checkpoint_may_be_interrupted_at_any_instant(t
         folder = open_folder(tmp_path, "runner.keep_checkpoints=0")
         for step in (1, 2, 3, 4):
             checkpoint(folder, step)
-            folder.samples(step).parent.mkdir(exist_ok=True)
-            folder.samples(step).write_text(str(step))
+            folder.paths.samples(step).parent.mkdir(exist_ok=True)
+            folder.paths.samples(step).write_text(str(step))
         with_steps(folder)
         close(folder)
-        back = f"runner.resume_dir={folder.checkpoints / 'step_000002'}"
+        back = f"runner.resume_dir={folder.paths.checkpoints / 'step_000002'}"
         interrupted = killed_at(monkeypatch, operation, lambda: close(open_folder(tmp_path, back, "runner.keep_checkpoints=0")))
         sound(tmp_path)
         # the lock is of a process that is gone
@@ -241,13 +242,13 @@ def test_going_back_to_an_earlier_checkpoint_may_be_interrupted_at_any_instant(t
         assert folder.resume is not None
         steps.add(folder.resume.step)
         later = range(folder.resume.step + 1, 5)
-        assert not any(folder.samples(step).exists() or (folder.checkpoints / f"step_{step:06d}").exists() for step in later)
+        assert not any(folder.paths.samples(step).exists() or (folder.paths.checkpoints / f"step_{step:06d}").exists() for step in later)
         for step in (3, 4):  # nothing is lost before it is made again
-            assert any(p.read_text() == str(step) for p in folder.checkpoints.glob(f"step_{step:06d}*/actor/weights.safetensors"))
-            assert any(p.read_text() == str(step) for p in folder.samples(step).parent.glob(f"step_{step:06d}*"))
+            assert any(p.read_text() == str(step) for p in folder.paths.checkpoints.glob(f"step_{step:06d}*/actor/weights.safetensors"))
+            assert any(p.read_text() == str(step) for p in folder.paths.samples(step).parent.glob(f"step_{step:06d}*"))
         for step in later:
             checkpoint(folder, step)
-        assert not list(folder.checkpoints.glob("*.replaced-*"))
+        assert not list(folder.paths.checkpoints.glob("*.replaced-*"))
         close(folder)
         shutil.rmtree(tmp_path / "run")
         operation += 1
@@ -265,7 +266,7 @@ def test_a_branch_of_another_run_goes_on_from_its_start_until_it_has_a_checkpoin
     checkpoint(branch, 8)
     close(branch)
     branch = open_folder(tmp_path, "runner.resume_dir=auto")
-    assert branch.resume is not None and branch.resume.step_dir.parent == branch.checkpoints
+    assert branch.resume is not None and branch.resume.step_dir.parent == branch.paths.checkpoints
 
 
 def test_a_branch_whose_start_is_gone_does_not_begin_anew(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_a_branch_into_a_run_keeps_the_steps_that_it_does_not_make_again(tmp_pat
     close(folder)
     branch = open_folder(tmp_path, f"runner.resume_dir={checkpoint(open_folder(tmp_path / 'other'), 50)}")
     checkpoint(branch, 70)
-    kept = {p.name for p in branch.checkpoints.iterdir()}
+    kept = {p.name for p in branch.paths.checkpoints.iterdir()}
     assert kept == {"latest", "step_000070", "step_000010.replaced-1"}  # 60 was before 70 and is made again
 
 
@@ -296,10 +297,10 @@ def test_another_order_of_the_data_is_refused_before_anything_is_touched(tmp_pat
         checkpoint(folder, step, sampler=made)
     with_steps(folder)
     close(folder)
-    before = {p.name for p in folder.checkpoints.iterdir()}
+    before = {p.name for p in folder.paths.checkpoints.iterdir()}
     with pytest.raises(UserError, match=f"cannot resume: .*{word.partition('=')[0]}"):
-        open_folder(tmp_path, f"runner.resume_dir={folder.checkpoints / 'step_000001'}", word)
-    assert {p.name for p in folder.checkpoints.iterdir()} == before and (folder.checkpoints / "latest").resolve().name == "step_000002"
+        open_folder(tmp_path, f"runner.resume_dir={folder.paths.checkpoints / 'step_000001'}", word)
+    assert {p.name for p in folder.paths.checkpoints.iterdir()} == before and folder.paths.latest.resolve().name == "step_000002"
 
 
 def test_a_checkpoint_is_one_without_its_model_for_others(tmp_path: Path) -> None:
@@ -326,13 +327,13 @@ SIXTEEN = ("data.rollout_batch_size=16", "algorithm.group_size=8")
 def resumed_with(tmp_path: Path, schedule: dict[str, object], before: tuple[str, ...], after: tuple[str, ...]) -> RunFolder:
     folder = open_folder(tmp_path, *SIXTEEN, *before)
     checkpoint(folder, 1, schedule=schedule, sampler={"epoch": 0})
-    folder.samples(2).parent.mkdir()
-    folder.samples(2).write_text("made after the checkpoint")
+    folder.paths.samples(2).parent.mkdir()
+    folder.paths.samples(2).write_text("made after the checkpoint")
     close(folder)
     try:
         return open_folder(tmp_path, "runner.resume_dir=auto", *SIXTEEN, *before, *after)
     except UserError:
-        assert folder.samples(2).exists()  # nothing was set aside for it
+        assert folder.paths.samples(2).exists()  # nothing was set aside for it
         raise
 
 
@@ -429,35 +430,36 @@ def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path, file: str, d
 
 def test_samples_of_a_run_that_died_in_its_first_step_are_not_mixed_with_those_of_the_next_life(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
-    folder.samples(1).parent.mkdir()
-    folder.samples(1).write_text("half a step")
+    folder.paths.samples(1).parent.mkdir()
+    folder.paths.samples(1).write_text("half a step")
     close(folder)
-    assert not open_folder(tmp_path).continues and not folder.samples(1).exists()
+    assert not open_folder(tmp_path).continues and not folder.paths.samples(1).exists()
 
 
 def test_samples_of_repeated_steps_are_set_aside_not_lost_nor_mixed(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     checkpoint(folder, 1)
     with_steps(folder)
-    folder.samples(1).parent.mkdir()
+    folder.paths.samples(1).parent.mkdir()
     for step in (1, 2):
-        folder.samples(step).write_text(f"old {step}")
+        folder.paths.samples(step).write_text(f"old {step}")
     close(folder)
     open_folder(tmp_path, "runner.resume_dir=auto")
-    assert folder.samples(1).read_text() == "old 1" and not folder.samples(2).exists()
-    assert (folder.samples(2).parent / "step_000002.jsonl.replaced-1").read_text() == "old 2"
+    assert folder.paths.samples(1).read_text() == "old 1" and not folder.paths.samples(2).exists()
+    assert (folder.paths.samples(2).parent / "step_000002.jsonl.replaced-1").read_text() == "old 2"
 
 
 def test_copies_that_somebody_made_of_checkpoints_and_samples_are_left_alone(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     checkpoint(folder, 1)
     with_steps(folder)
-    folder.samples(1).parent.mkdir()
-    folder.samples(2).write_text("old 2")
-    copies = [folder.checkpoints / name for name in ("step_000001.bak", "step_000001_good", "step_best")]
+    folder.paths.samples(1).parent.mkdir()
+    folder.paths.samples(2).write_text("old 2")
+    names = ("step_000001.bak", "step_000002.bak.replaced-1", "step_best.replaced-1", "step_best")
+    copies = [folder.paths.checkpoints / name for name in names]
     for copy in copies:
-        shutil.copytree(folder.checkpoints / "step_000001", copy)
-    files = [folder.samples(1).with_name(name) for name in ("step_000002_copy.jsonl", "order_000002_copy.jsonl", "my_notes.jsonl")]
+        shutil.copytree(folder.paths.checkpoints / "step_000001", copy)
+    files = [folder.paths.samples(1).with_name(name) for name in ("step_000002_copy.jsonl", "order_000002_copy.jsonl", "my_notes.jsonl")]
     for file in files:
         file.write_text("mine")
     close(folder)
@@ -476,13 +478,13 @@ def test_groups_that_a_checkpoint_holds_are_written_down_again(tmp_path: Path) -
     folder = open_folder(tmp_path, *CLOCK)
     (folder.path / "samples").mkdir()
     for step, text in record:
-        folder.samples(step).write_text(text)
-        folder.groups(step).write_text(text)
+        folder.paths.samples(step).write_text(text)
+        folder.paths.groups(step).write_text(text)
     checkpoint(folder, 3, schedule=WALLCLOCK | {"wanted": wanted}, sampler={"epoch": 0})
     close(folder)
     for _ in range(2):  # the second time there is nothing left to be moved
         close(open_folder(tmp_path, "runner.resume_dir=auto", *CLOCK))
-        for files in (folder.samples, folder.groups):
+        for files in (folder.paths.samples, folder.paths.groups):
             assert files(2).read_text() == row("2.x") and files(3).read_text() == row("3.x") + row("3.y") and not files(4).exists()
             assert {step: files(step).with_name(f"{files(step).name}.replaced-1").read_text() for step in again} == again
     assert len(list((folder.path / "samples").iterdir())) == 2 * 5
@@ -503,13 +505,13 @@ def test_journals_of_the_last_steps_and_of_those_behind_a_checkpoint_stay(
     (folder.path / "samples").mkdir()
     for step in range(1, 8):
         if keep:
-            folder.groups(step).write_text("{}\n")
+            folder.paths.groups(step).write_text("{}\n")
         folder.record_order(step, [f"{step}.b", f"{step}.a"], [f"{step}.a", f"{step}.b"])
         if step == 3:
             checkpoint(folder, 3)
     assert sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/groups_*")) == begun
     assert sorted(int(p.stem[-6:]) for p in folder.path.glob("samples/order_*")) == kept
-    assert all(json.loads(folder.order(step).read_text())["groups"] == [f"{step}.b", f"{step}.a"] for step in kept)
+    assert all(json.loads(folder.paths.order(step).read_text())["groups"] == [f"{step}.b", f"{step}.a"] for step in kept)
 
 
 def sampler(fingerprint: str = "ours") -> PromptSampler:

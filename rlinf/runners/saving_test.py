@@ -38,7 +38,7 @@ def state(values: dict[str, int]) -> Callable[[Path], Awaitable[dict[str, int]]]
 
 
 def latest(folder: RunFolder) -> str | None:
-    link = folder.checkpoints / "latest"
+    link = folder.paths.latest
     return link.resolve().name if link.exists() else None
 
 

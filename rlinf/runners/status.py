@@ -16,9 +16,8 @@ from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
 from rlinf.metrics.kinds import NUMBER, TEXT, Kind, misfit, or_null
 from rlinf.rollout.contract import EngineStats
+from rlinf.run_paths import STATUS_FILE
 from rlinf.runners.training_loop import TrainingLoop
-
-FILE_NAME = "status.json"
 
 
 def _ranks(value: Any) -> bool:
@@ -42,7 +41,7 @@ FIELDS = {
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """What the file says; empty where there is none. Raises UserError when it is damaged."""
-    path = run_dir / FILE_NAME
+    path = run_dir / STATUS_FILE
     if not path.is_file():
         return {}
     try:
@@ -59,7 +58,7 @@ class Status:
     """The file of one run. Written by the threads of monitor.py, so that it is also fresh when the loop is stuck."""
 
     def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: TrainingLoop) -> None:
-        self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / FILE_NAME, run_id, cluster, groups, loop
+        self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / STATUS_FILE, run_id, cluster, groups, loop
         self.started = time.time()
         self.phase, self.phase_since = cluster.phase, self.started
         self.first_step: int | None = None

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from rlinf.config.schema import Config
 from rlinf.data.group_file import read_group, write_group
-from rlinf.data.journal import group_line, journal_of
+from rlinf.data.journal import group_line
 from rlinf.data.lines import append_lines
 from rlinf.data.records import Group, GroupHeader, Verdict
 from rlinf.data.tokenizer import tokenizer_of
 from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.shaping import Shaping
 from rlinf.rewards.verifier import Item, Verifier
+from rlinf.run_paths import journal_of
 from rlinf.scheduling.placement import WorkerAddress
 
 VERIFIERS = {"math": Verifier}  # by reward.reward_type; what a task is judged by within it: rlinf.rewards.tasks
