@@ -23,7 +23,7 @@ from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.tasks import check_tasks
 from rlinf.rewards.verifier import Verifier
 from rlinf.runners.selection import group_advantages
-from rlinf.workers.train import objective_settings
+from rlinf.workers.objective_settings import objective_settings
 from tests.test_tiny_run import lines, run, write_run
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -49,7 +49,7 @@ from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
 from rlinf.workers.device import peak_flops
-from rlinf.workers.operations import work_of
+from rlinf.workers.megatron import work_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_SLACK = 10.0  # other kernels sum in another order: of the layout check's tolerances, which are CPU's

@@ -11,47 +11,40 @@ from rlinf.algorithms.supervised import finalize_supervised, lengths_S, loss_wei
 from rlinf.config.schema import Config
 from rlinf.data.packing import MiniBatch, RankBatch
 from rlinf.data.records import Group
-from rlinf.device import peak_memory
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.training.layout import PackedBatch, pack
+from rlinf.training.layout import PackedBatch
 from rlinf.training.parallel import gather_over_data_ranks
 from rlinf.training.profiling import profiled
-from rlinf.workers.checkpointed import Checkpointed
 from rlinf.workers.interfaces import TrainReport
-from rlinf.workers.train import open_engine
+from rlinf.workers.megatron import MegatronWorker
 
 
-class SftWorker(Checkpointed):
-    """Implements workers.interfaces.SftWorker."""
+class SftWorker(MegatronWorker):
+    """Implements workers.interfaces.SftWorker. It shares its device with nobody."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        self.config = config
-        self.engine = open_engine(address, config)
+        super().__init__(address, config, "actor")
 
     def train_step(self, step: int, batch: RankBatch, *groups: Group) -> TrainReport:
         """One optimizer step on one global batch."""
         (mini,) = batch.mini_batches
-        packs = self._pack(mini, groups)
+        (packs,) = self.pack(batch, groups)
         weights = self._weights(step, mini, packs)
         with profiled(self.config.runner, step, "actor"):
             update = self.engine.optimize(packs, lambda i, output: supervised_objective(*output, weights[i]))
         metrics = {f"sft/{name}": value for name, value in finalize_supervised(update.metrics).items()}
         metrics |= {"sft/grad_norm": update.grad_norm, "sft/lr": update.learning_rate, "sft/skipped": float(update.skipped)}
         timers = {f"time/{part}": seconds for part, seconds in update.timers.items()}
-        return TrainReport(metrics, timers, peak_memory(self.engine.device), self.checkpoint_written)
+        return self.report(metrics, timers, {}, {})
 
     def validate(self, batch: RankBatch, *groups: Group) -> dict[str, float]:
         """Token means over the held-out examples; nothing is trained."""
         (mini,) = batch.mini_batches
-        packs = self._pack(mini, groups)
+        (packs,) = self.pack(batch, groups)
         metrics = finalize_supervised(
             self.engine.evaluate(packs, lambda i, output: supervised_objective(*output, token_mean_N(packs[i], mini)))
         )
         return {"sft/val_loss": metrics["loss"], "sft/val_entropy": metrics["entropy"]}
-
-    def _pack(self, mini: MiniBatch, groups: Sequence[Group]) -> list[PackedBatch]:
-        packed = lambda refs: pack(groups, refs, share_prefix=True, temperature=1.0, pad_to=self.engine.pad_to, device=self.engine.device)
-        return [packed(refs) for refs in mini.micro_batches]
 
     def _weights(self, step: int, mini: MiniBatch, packs: Sequence[PackedBatch]) -> list[Tensor]:
         """The weight of each token in the loss, by micro-batch; only the last pipeline stage asks for them."""

@@ -19,11 +19,12 @@ from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.examples import example
 from rlinf.data.packing import build_rank_batches
 from rlinf.data.records import Group
-from rlinf.weights.tensor_folder import open_hf_folder
+from rlinf.scheduling.placement import WorkerAddress
 
 SHAPES = ((5, 3), (1, 6), (9, 2), (4, 1), (7, 16), (3, 8), (12, 5))  # prompt and response lengths
 LAYOUTS = [(1, 1, 1, False), (3, 1, 1, False), (2, 2, 1, True), (2, 1, 2, False), (4, 2, 2, True), (4, 2, 1, False)]  # ranks, TP, PP, SP
 TP, PP, SP = 1, 2, 3
+ADDRESS = WorkerAddress("actor", 0, 1, 0, (0,), "127.0.0.1", 0, "run", 1)  # the ranks of the pool have joined each other already
 
 
 def examples() -> list[Group]:
@@ -52,18 +53,13 @@ def plain_losses(folder: Path, groups: list[Group]) -> tuple[dict[str, torch.nn.
 
 def step(at: Any, folder: Path, groups: list[Group], layout: tuple[Any, ...], budget: int, reweighting: str | None) -> dict[str, Any]:
     """One optimizer step as the runner asks for it, inside a rank."""
-    from rlinf.training.engine import MegatronEngine
-    from rlinf.weights.architecture import open_architecture
-    from rlinf.workers import sft
+    from rlinf.workers.sft import SftWorker
 
     config = Config()
+    config.cluster.device, config.rollout.model_dir, config.actor.optim = "cpu", str(folder), OPTIM
     config.actor.model = ActorModelConfig(layout[TP], layout[PP], layout[SP], precision="fp32")
     config.sft.reweighting, config.sft.reweighting_temperature = reweighting, 0.5
-    arch = open_architecture(folder)
-    engine = MegatronEngine(arch, config.actor.model, OPTIM, at, torch.device("cpu"))
-    engine.load_hf(open_hf_folder(folder))
-    with mock.patch.object(sft, "open_engine", lambda address, config: engine):  # the pool has joined the ranks already
-        worker = sft.SftWorker(None, config)
+    worker = SftWorker(ADDRESS, config)
     headers = [g.header() for g in groups]
     share = build_rank_batches(
         headers, [np.ones(1, np.float32)] * len(groups), dp=at.dp, n_minibatches=1, max_tokens=budget, share_prefix=True
@@ -71,7 +67,7 @@ def step(at: Any, folder: Path, groups: list[Group], layout: tuple[Any, ...], bu
     mine = [next(g for g in groups if g.group_id == name) for name in share.group_ids]
     before = worker.validate(share, *mine)
     report = worker.train_step(1, share, *mine)
-    grads = {name: t.numpy().copy() for name, t in engine.export("exp_avg")}  # beta1 is 0: the first moment is the gradient
+    grads = {name: t.numpy().copy() for name, t in worker.engine.export("exp_avg")}  # beta1 is 0: the first moment is the gradient
     return {"before": before, "metrics": report.metrics, "grads": {} if at.tp_rank or at.dp_rank else grads}
 
 
@@ -115,12 +111,9 @@ def weights_by_step(at: Any, folder: Path, groups: list[Group]) -> list[list[flo
 
     config = Config()
     config.sft.reweighting, config.sft.reweighting_burn_in = "extremes", 2
-    config.actor.model.precision = "fp32"
-    from tests.training_ranks import build
-
-    engine = build(at, folder)
-    with mock.patch.object(sft, "open_engine", lambda address, config: engine), mock.patch.object(sft, "loss_weights_S", spy):
-        worker = sft.SftWorker(None, config)
+    config.cluster.device, config.rollout.model_dir, config.actor.model.precision = "cpu", str(folder), "fp32"
+    with mock.patch.object(sft, "loss_weights_S", spy):
+        worker = sft.SftWorker(ADDRESS, config)
         share = build_rank_batches(
             [g.header() for g in groups], [np.ones(1)] * len(groups), dp=1, n_minibatches=1, max_tokens=512, share_prefix=True
         )[0]

@@ -5,59 +5,49 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from rlinf.algorithms.aggregation import Denominators
-from rlinf.algorithms.importance import Correction
-from rlinf.algorithms.losses import LOSSES
-from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, finalize_metrics
-from rlinf.algorithms.token_advantages import SampledTokens, TokenAdvantageSettings, token_advantages, value_targets
-from rlinf.config.own_code import is_own, load_own
-from rlinf.config.schema import AlgorithmConfig, Config, head_of
-from rlinf.data.packing import RankBatch, SampleRef
+from rlinf.algorithms.objective import MetricSums, finalize_metrics
+from rlinf.algorithms.token_advantages import SampledTokens, token_advantages, value_targets
+from rlinf.config.schema import Config
+from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan
 from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
-from rlinf.device import choose, peak_memory
 from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training import parallel
-from rlinf.training.engine import MegatronEngine, Update
-from rlinf.training.layout import PackedBatch, by_sample, by_token, pack
-from rlinf.training.model import with_scoring_head, with_value_head
+from rlinf.training.engine import Update
+from rlinf.training.layout import PackedBatch, by_sample, by_token
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
 from rlinf.training.publishing import Publisher, score
 from rlinf.training.reference import ReferencePolicy
-from rlinf.weights.architecture import open_architecture
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.files import WEIGHTS_FOLDER
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import ServerWire
 from rlinf.weights.source import Buckets
-from rlinf.weights.tensor_folder import open_hf_folder
-from rlinf.workers.checkpointed import Checkpointed
-from rlinf.workers.device import peak_flops
 from rlinf.workers.interfaces import TokenNumbers, TokenRewards, TrainReport
-from rlinf.workers.operations import rank_flops, work_of
+from rlinf.workers.megatron import MegatronWorker, merged, optimizer_metrics, work_of
+from rlinf.workers.objective_settings import objective_settings, token_advantage_settings
 from rlinf.workers.token_dump import write_token_values
 
 
-class TrainWorker(Checkpointed):
+class TrainWorker(MegatronWorker):
     """Implements workers.interfaces.TrainWorker for the actor role."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        self.address, self.config = address, config
-        self.engine = open_engine(address, config)
-        self.at, self.device = self.engine.at, self.engine.device
+        super().__init__(address, config, "actor")
         self.reference = ReferencePolicy(self.engine) if config.algorithm.kl_beta > 0 else None
-        self.settings, self.on_tokens = objective_settings(config.algorithm), token_level_settings(config.algorithm)
+        self.settings = objective_settings(config.algorithm)
+        self.token_advantage_settings = token_advantage_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature
         self.offloader = Offloader(self.engine, config.actor)
-        self.publisher = Publisher(self.engine, address.run_id, weights_folder(config))
+        self.publisher = Publisher(self.engine, address.run_id, config.runner.run_dir / WEIGHTS_FOLDER)  # all nodes see it
         self.forward_only = Work()  # passes of this step without a gradient
         self.feeds_nobody = False  # then nothing comes between its training and the engines' turn
 
@@ -70,8 +60,6 @@ class TrainWorker(Checkpointed):
         and with dense rewards those.
         """
         groups, numbers = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
-        if [g.group_id for g in groups] != list(batch.group_ids):
-            raise ValueError(f"step {step}: payloads do not match the plan")
         if not self.config.algorithm.max_staleness:  # no engine is at work that could need them again
             self.publisher.withdraw()
         with profiled(self.config.runner, step, "actor"):
@@ -84,9 +72,9 @@ class TrainWorker(Checkpointed):
         self, step: int, dump: DumpPlan, batch: RankBatch, groups: Sequence[Group], numbers: Sequence[TokenNumbers]
     ) -> tuple[TrainReport, TokenNumbers]:
         started = time.perf_counter()
-        self.offloader.before_use()
+        self.bring_back()
         self.forward_only = Work()
-        minibatches = [[self._pack(groups, refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
+        minibatches = self.pack(batch, groups)
         if self.config.algorithm.interpolates_proximal:
             ages = {s.sample_id: step - s.token_versions for g in groups for s in g.samples}
             for b in (b for packs in minibatches for b in packs):
@@ -94,15 +82,16 @@ class TrainWorker(Checkpointed):
         packed = time.perf_counter()
         trains = self.config.trains_actor(step)
         old = ref = [None] * len(minibatches)
-        if trains or self.on_tokens.needs_logprobs:
+        if trains or self.token_advantage_settings.needs_logprobs:
             old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
         rewards = merged([part for part in numbers if isinstance(part, TokenRewards)])
         values = merged([part for part in numbers if not isinstance(part, TokenRewards)])
         targets = self._finish_advantages(minibatches, old, ref, values, rewards)
         recomputed = time.perf_counter()
         timers = {"time/pack": packed - started, "time/recompute_logprobs": recomputed - packed}
+        forward_only = {"recompute_logprobs": self.forward_only}
         if not trains:
-            return self._report({}, timers, Work()), targets
+            return self.report({}, timers, forward_only, {}), targets
         updates = [
             self.engine.update(
                 packs,
@@ -118,25 +107,19 @@ class TrainWorker(Checkpointed):
             write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates)
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
-        return self._report(step_metrics(updates), timers, work_of(b for packs in minibatches for b in packs)), targets
-
-    def _report(self, metrics: dict[str, float], timers: dict[str, float], trained: Work) -> TrainReport:
-        work = {"recompute_logprobs": self.forward_only}, {"forward_backward": trained}
-        flops = rank_flops(self.engine, self.config.actor.model, *work)
-        return TrainReport(metrics, timers, peak_memory(self.device), self.checkpoint_written, flops, peak_flops(self.device))
+        trained = {"forward_backward": work_of(b for packs in minibatches for b in packs)}
+        return self.report(step_metrics(updates), timers, forward_only, trained), targets
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         return tokenizer_of(self.config)
 
-    def _pack(self, groups: Sequence[Group], refs: Sequence[SampleRef]) -> PackedBatch:
-        return pack(groups, refs, share_prefix=True, temperature=self.temperature, pad_to=self.engine.pad_to, device=self.device)
-
     def _old_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
         """pi_old of every mini-batch; of the first one only when the advantages need it, because it is trained with the very weights."""
         if not self.config.algorithm.recompute_logprobs:
             return [[b.rollout_logprobs_N for b in packs] for packs in minibatches]
-        first = self._logprobs(minibatches[0]) if self.on_tokens is not None and self.on_tokens.needs_logprobs else None
+        settings = self.token_advantage_settings
+        first = self._logprobs(minibatches[0]) if settings is not None and settings.needs_logprobs else None
         return [first, *(self._logprobs(packs) for packs in minibatches[1:])]
 
     def _reference_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
@@ -157,7 +140,8 @@ class TrainWorker(Checkpointed):
 
         With a critic's values of this rank's samples: their targets, from the rank that leads.
         """
-        if self.on_tokens is None or not self.at.last_stage:
+        settings = self.token_advantage_settings
+        if settings is None or not self.at.last_stage:
             return {}
         packs = [b for batches in minibatches for b in batches]
         flat = [[t for part, batches in zip(found, minibatches) for t in part or [None] * len(batches)] for found in (old, ref)]
@@ -169,11 +153,11 @@ class TrainWorker(Checkpointed):
             )
             for b, logprobs, reference, values_N, rewards_N in zip(packs, *flat, of_critic, of_scorer, strict=True)
         ]
-        for b, advantages in zip(packs, token_advantages(tokens, self.on_tokens, parallel.sum_over_data_ranks)):
+        for b, advantages in zip(packs, token_advantages(tokens, settings, parallel.sum_over_data_ranks)):
             b.advantages_N = advantages
         if not self.config.has_critic or not self.at.leads:
             return {}
-        return merged([by_sample(b, targets) for b, targets in zip(packs, value_targets(tokens, self.on_tokens))])
+        return merged([by_sample(b, targets) for b, targets in zip(packs, value_targets(tokens, settings))])
 
     def _logprobs(self, packs: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
         self.forward_only += work_of(packs)
@@ -224,102 +208,11 @@ class TrainWorker(Checkpointed):
         """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
         return score(self.engine, sequences, temperature)
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------------------
-
-    def bring_back(self) -> None:
-        self.offloader.before_use()
-
-    def hand_over(self) -> None:
-        self.offloader.after_training()
-        self.offloader.after_publishing()
-
-
-def open_engine(address: WorkerAddress, config: Config, role: str = "actor") -> MegatronEngine:
-    """Join the ranks of this component and lay the model of `actor`, `critic` or `token_reward` over them."""
-    torch.set_num_threads(address.threads)
-    folder, device, model = config.model_dir_of(role), choose(config.cluster.device), getattr(config, role).model
-    at = parallel.initialize(
-        model.tensor_model_parallel_size,
-        model.pipeline_model_parallel_size,
-        model.context_parallel_size,
-        rank=address.rank,
-        world_size=address.world_size,
-        device=device,
-        address=f"{address.master_addr}:{address.master_port}",
-    )
-    arch = open_architecture(folder)
-    optim = None if role == "token_reward" else getattr(config, role).optim
-    engine = MegatronEngine(arch, model, optim, at, device, head_of(role))
-    tensors = open_hf_folder(folder)
-    if role == "critic":
-        tensors = with_value_head(tensors, arch.hidden, config.critic.seed)
-    elif role == "token_reward":
-        tensors, _ = with_scoring_head(tensors, arch.hidden)
-    engine.load_hf(tensors)
-    return engine
-
-
-def weights_folder(config: Config) -> Path:
-    """Where the disk transport writes: in the run's folder, which all nodes see."""
-    return config.runner.run_dir / WEIGHTS_FOLDER
-
-
-def merged(parts: Sequence[TokenNumbers]) -> dict[str, np.ndarray]:
-    """Numbers of the samples of several ranks or micro-batches together."""
-    return {name: numbers for part in parts for name, numbers in part.items()}
-
-
-def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
-    if is_own(algorithm.loss_type):
-        LOSSES[algorithm.loss_type] = load_own(algorithm.loss_type)
-    eps = algorithm.ratio_clip_eps
-    return ObjectiveSettings(
-        loss_type=algorithm.loss_type,
-        loss_agg_func=algorithm.loss_agg_func,
-        clip_low=eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low,
-        clip_high=eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high,
-        clip_c=algorithm.clip_ratio_c,
-        kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
-        kl_penalty_type=algorithm.kl_penalty_type,
-        entropy_bonus=algorithm.entropy_bonus,
-        correction=correction_of(algorithm),
-        max_new_tokens=algorithm.sampling_params.max_new_tokens,
-    )
-
-
-def token_level_settings(algorithm: AlgorithmConfig) -> TokenAdvantageSettings | None:
-    """What is left to do to the driver's advantages, if anything."""
-    normalize_by = correction_of(algorithm) if algorithm.importance_sampling_normalize else None
-    if not algorithm.token_level and normalize_by is None:
-        return None
-    return TokenAdvantageSettings(
-        gamma=algorithm.gamma,
-        kl_beta=algorithm.kl_beta if algorithm.kl_in == "reward" else 0.0,
-        kl_penalty_type=algorithm.kl_penalty_type,
-        whiten=algorithm.token_level and algorithm.normalize_advantages,  # else the driver has done it
-        normalize_by=normalize_by,
-        gae_lambda=algorithm.gae_lambda,
-    )
-
-
-def correction_of(algorithm: AlgorithmConfig) -> Correction | None:
-    """How token losses are weighed by actor over engine, if at all."""
-    if algorithm.loss_type == "decoupled-ppo":
-        return Correction("token-mask", 0.0, algorithm.behav_imp_weight_cap)
-    if not algorithm.importance_sampling_fix:
-        return None
-    high, low = algorithm.importance_sampling_clip, algorithm.importance_sampling_low
-    return Correction(algorithm.importance_sampling_type, 1 / high if low is None else low, high)
-
 
 def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """train/* of one step: token means over all its mini-batches."""
     total: MetricSums = sum((u.metrics for u in updates[1:]), updates[0].metrics)
-    metrics = finalize_metrics(total.sums, total.maxima, len(updates))
-    stepped = [u.grad_norm for u in updates if not u.skipped]
-    metrics["train/grad_norm"] = sum(stepped) / len(stepped) if stepped else float("nan")
-    metrics["train/lr"] = updates[-1].learning_rate
-    metrics["train/minibatches_skipped"] = float(sum(u.skipped for u in updates))
+    metrics = finalize_metrics(total.sums, total.maxima, len(updates)) | optimizer_metrics(updates, "train")
     if updates[-1].loss_scale is not None:
         metrics["train/loss_scale"] = updates[-1].loss_scale
     first = finalize_metrics(updates[0].metrics.sums, updates[0].metrics.maxima)

@@ -1,0 +1,23 @@
+"""The base of the workers around a Megatron engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rlinf.data.examples import example
+from rlinf.data.packing import RankBatch
+from rlinf.workers.critic import CriticWorker
+from rlinf.workers.megatron import MegatronWorker
+from rlinf.workers.sft import SftWorker
+from rlinf.workers.token_reward import TokenRewardWorker
+from rlinf.workers.train import TrainWorker
+
+
+@pytest.mark.parametrize("kind", [TrainWorker, CriticWorker, TokenRewardWorker, SftWorker])
+def test_groups_that_the_plan_does_not_name_in_this_order_are_refused(kind: type[MegatronWorker]) -> None:
+    tokens = np.ones(3, np.int32)
+    a, b = (example(name, tokens, tokens) for name in "ab")
+    for came in ([b, a], [a], [a, b, b]):
+        with pytest.raises(ValueError, match=r"payloads do not match the plan: .* came for \['a', 'b'\]"):
+            kind.__new__(kind).pack(RankBatch(("a", "b"), ()), came)

@@ -1,0 +1,54 @@
+"""What the actor's loss and token-level advantages are made with, from the settings of `algorithm`."""
+
+from __future__ import annotations
+
+from rlinf.algorithms.importance import Correction
+from rlinf.algorithms.losses import LOSSES
+from rlinf.algorithms.objective import ObjectiveSettings
+from rlinf.algorithms.token_advantages import TokenAdvantageSettings
+from rlinf.config.own_code import is_own, load_own
+from rlinf.config.schema import AlgorithmConfig
+
+
+def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
+    """The policy loss; one of the user's own is loaded, and known by its name from then on."""
+    if is_own(algorithm.loss_type):
+        LOSSES[algorithm.loss_type] = load_own(algorithm.loss_type)
+    eps = algorithm.ratio_clip_eps
+    return ObjectiveSettings(
+        loss_type=algorithm.loss_type,
+        loss_agg_func=algorithm.loss_agg_func,
+        clip_low=eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low,
+        clip_high=eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high,
+        clip_c=algorithm.clip_ratio_c,
+        kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        entropy_bonus=algorithm.entropy_bonus,
+        correction=correction_of(algorithm),
+        max_new_tokens=algorithm.sampling_params.max_new_tokens,
+    )
+
+
+def token_advantage_settings(algorithm: AlgorithmConfig) -> TokenAdvantageSettings | None:
+    """What is left to do to the driver's advantages, if anything."""
+    normalize_by = correction_of(algorithm) if algorithm.importance_sampling_normalize else None
+    if not algorithm.token_level and normalize_by is None:
+        return None
+    return TokenAdvantageSettings(
+        gamma=algorithm.gamma,
+        kl_beta=algorithm.kl_beta if algorithm.kl_in == "reward" else 0.0,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        whiten=algorithm.token_level and algorithm.normalize_advantages,  # else the driver has done it
+        normalize_by=normalize_by,
+        gae_lambda=algorithm.gae_lambda,
+    )
+
+
+def correction_of(algorithm: AlgorithmConfig) -> Correction | None:
+    """How token losses are weighed by actor over engine, if at all."""
+    if algorithm.loss_type == "decoupled-ppo":
+        return Correction("token-mask", 0.0, algorithm.behav_imp_weight_cap)
+    if not algorithm.importance_sampling_fix:
+        return None
+    high, low = algorithm.importance_sampling_clip, algorithm.importance_sampling_low
+    return Correction(algorithm.importance_sampling_type, 1 / high if low is None else low, high)
