@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from rlinf.data.records import Finish, Sample
 from rlinf.rollout.attention import Span, causal_attention, decode_attention, prefill_attention
-from rlinf.rollout.contract import EngineStats
+from rlinf.rollout.contract import Counters
 from rlinf.rollout.embedded_model import EmbeddedModel
 from rlinf.rollout.linear import LEAST_ROWS
 from rlinf.rollout.sampling import draw, uniform
@@ -40,7 +39,7 @@ class Batcher:
     def __init__(self, model: EmbeddedModel, slots: int, max_context: int, seed: int, decode: Decode | None) -> None:
         self.model = model
         self.version = 0
-        self.totals = EngineStats()  # since the start; only replaced, never changed
+        self.counters = Counters()
         self._max_context = max_context
         self._seed = seed
         self._decode_text = decode
@@ -94,7 +93,7 @@ class Batcher:
             outcomes = []  # a long context is not through yet
         else:
             outcomes = self._decode()
-        self._count(busy_seconds=time.perf_counter() - start)
+        self.counters.add(busy_seconds=time.perf_counter() - start)
         return outcomes
 
     def score(self, sequences: SequenceOf[np.ndarray], temperature: float) -> list[np.ndarray]:
@@ -141,13 +140,13 @@ class Batcher:
             self._seat(sequence, free.popleft(), shared)
             if entry is not None:
                 self._slots.restore([sequence.row], entry.kv, shared)
-                self._count(reused_tokens=shared)
+                self.counters.add(reused_tokens=shared)
             leaders.append(tokens)
             in_flight.add(tokens.tobytes())
         self._waiting.extendleft(reversed(passed))
         for entry, group in hits.values():
             self._slots.restore([s.row for s in group], entry.kv, len(entry.token_ids))
-            self._count(reused_tokens=len(entry.token_ids) * len(group))
+            self.counters.add(reused_tokens=len(entry.token_ids) * len(group))
         return [(s, entry.last_hidden) for entry, group in hits.values() for s in group]
 
     def _seat(self, sequence: Sequence, row: int, filled: int) -> None:
@@ -173,7 +172,7 @@ class Batcher:
         positions = [p for span in spans for p in range(span.start, span.end)]
         attend = prefill_attention(self._slots, spans, self.model.device)
         hidden_NH = self.model.forward(self._tensor(tokens), self._tensor(positions), attend)
-        self._count(prefilled_tokens=len(tokens))
+        self.counters.add(prefilled_tokens=len(tokens))
         ready = []
         end = 0
         for sequence, span in zip(batch, spans):
@@ -228,7 +227,7 @@ class Batcher:
                 finish = sequence.finish(self._max_context, self._decode_text)
                 if finish is not None:
                     outcomes.append(self._end(sequence, finish))
-        self._count(decoded_tokens=len(sequences), truncated_mass=mass)
+        self.counters.add(decoded_tokens=len(sequences), truncated_mass=mass)
         return outcomes
 
     def _end(self, sequence: Sequence, finish: Finish) -> Outcome:
@@ -254,9 +253,6 @@ class Batcher:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.model.device)
-
-    def _count(self, **increments: float) -> None:
-        self.totals = replace(self.totals, **{name: getattr(self.totals, name) + value for name, value in increments.items()})
 
 
 def _round_rows(rows: int) -> int:

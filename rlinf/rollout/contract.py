@@ -7,8 +7,9 @@ top-p / top-k; an engine that truncates logs the truncated mass.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -116,6 +117,24 @@ class EngineStats:
     truncated_mass: float = 0.0
     memory_bytes: int = 0
     peak_flops: float = 0.0
+
+
+class Counters:
+    """What an engine counts between two calls of stats(). Any thread may add; none of it is lost or told twice."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._since = EngineStats()
+
+    def add(self, **increments: float) -> None:
+        """By field of EngineStats."""
+        with self._lock:
+            self._since = replace(self._since, **{name: getattr(self._since, name) + value for name, value in increments.items()})
+
+    def since_last(self) -> EngineStats:
+        with self._lock:
+            told, self._since = self._since, EngineStats()
+        return told
 
 
 class RolloutEngine(Protocol):

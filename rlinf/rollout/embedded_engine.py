@@ -71,7 +71,6 @@ class EmbeddedEngine:
         self._inbox: deque[Job] = deque()  # submitted, not yet seen by the engine thread
         self._abandoned: deque[Job] = deque()
         self._outboxes: dict[Job, asyncio.Queue[Sample | BaseException]] = {}
-        self._reported = EngineStats()
         self._trace: tuple[profile, Path] | None = None
         self._driver: asyncio.Task[None] | None = None
         self._broken: BaseException | None = None
@@ -134,9 +133,7 @@ class EmbeddedEngine:
         self._asleep -= tags - {"weights"}
 
     def stats(self) -> EngineStats:
-        before, self._reported = self._reported, self._batcher.totals
-        counters = ("decoded_tokens", "prefilled_tokens", "reused_tokens", "busy_seconds", "truncated_mass")
-        return EngineStats(**{name: getattr(self._reported, name) - getattr(before, name) for name in counters})
+        return self._batcher.counters.since_last()
 
     async def start_trace(self, folder: Path, name: str) -> None:
         await self._call(self._start_trace, folder / f"{name}.json.gz")

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rlinf.config.settings import read_texts
 from rlinf.data.records import Finish, Sample
 from rlinf.device import choose, give_back_free_memory
 from rlinf.errors import RunFailed, UserError
-from rlinf.rollout.contract import Capabilities, Decode, EngineStats, GenerateRequest
+from rlinf.rollout.contract import Capabilities, Counters, Decode, EngineStats, GenerateRequest
 from rlinf.rollout.limits import architecture_for, check_request
 from rlinf.rollout.sglang_http import Refused, SGLangHttp
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
@@ -118,8 +118,7 @@ class SGLangEngine:
         self._version = 0
         self._seed = seed if self.capabilities.seeded else None
         self._running: dict[str, list[Arriving]] = {}
-        self._totals = EngineStats()
-        self._reported = EngineStats()
+        self._counters = Counters()
         self._busy_since = 0.0
         self._asleep: frozenset[str] = frozenset()
         self._loading = False
@@ -200,7 +199,7 @@ class SGLangEngine:
                     if "error" in event:
                         raise RuntimeError(f"request {request.request_id}: SGLang refuses it: {event['error']['message']}")
                     sample = samples[event["index"]]
-                    self._count(decoded_tokens=sample.take(event))
+                    self._counters.add(decoded_tokens=sample.take(event))
                     started.set()
                     if sample.finish is not None:
                         self._finished(request, sample)
@@ -395,14 +394,9 @@ class SGLangEngine:
         """
         if self._running:
             now = time.perf_counter()
-            self._count(busy_seconds=now - self._busy_since)
+            self._counters.add(busy_seconds=now - self._busy_since)
             self._busy_since = now
-        before, self._reported = self._reported, self._totals
-        counters = ("decoded_tokens", "prefilled_tokens", "reused_tokens", "busy_seconds", "truncated_mass")
-        stats = EngineStats(**{name: getattr(self._totals, name) - getattr(before, name) for name in counters})
-        self._totals = replace(self._totals, truncated_mass=0.0)
-        self._reported = replace(self._reported, truncated_mass=0.0)
-        return stats
+        return self._counters.since_last()
 
     async def start_trace(self, folder: Path, name: str) -> None:
         """Each process of the engine records what it does; its file's name ends in its tensor-parallel rank."""
@@ -435,19 +429,16 @@ class SGLangEngine:
     def _end(self, request_id: str) -> None:
         del self._running[request_id]
         if not self._running:
-            self._count(busy_seconds=time.perf_counter() - self._busy_since)
+            self._counters.add(busy_seconds=time.perf_counter() - self._busy_since)
 
     def _finished(self, request: GenerateRequest, sample: Arriving) -> None:
         sample.look_again(request, self._decode)
         cut = request.sampling.temperature > 0 and (request.sampling.top_p < 1 or 0 < request.sampling.top_k < self._arch.vocab)
-        self._count(
+        self._counters.add(
             prefilled_tokens=len(sample.input_ids) - sample.cached_tokens,
             reused_tokens=sample.cached_tokens,
             truncated_mass=float("nan") if cut else 0.0,
         )
-
-    def _count(self, **increments: float) -> None:
-        self._totals = replace(self._totals, **{name: getattr(self._totals, name) + value for name, value in increments.items()})
 
     async def _ask(self, path: str, body: dict[str, Any], words: bool = False) -> Any:
         """An answer that must be good."""
