@@ -64,6 +64,13 @@ def test_an_unknown_option_is_refused_by_name(tmp_path: Path, name: str) -> None
 
 
 @with_sglang
+def test_an_engine_that_holds_no_whole_sample_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds 50 tokens, and a sample of runner.seq_length 64 needs 72: raise rollout.sglang.max_total"):
+        small_server(make_tiny_model(tmp_path / "model"), 64, native={"max_total_tokens": "50"})
+    assert not list(Path("/dev/shm").glob(f"rlinf-test-{tmp_path.name}*"))
+
+
+@with_sglang
 @pytest.mark.parametrize("taken_first", [HOST, EVERYWHERE], ids=["of the front", "of the schedulers"])
 def test_a_server_starts_behind_a_proxy_and_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_first: str) -> None:
     """Its warm-up is a request to itself, which the proxy does not answer; another program has taken a port between look and start."""

@@ -7,6 +7,14 @@ from rlinf.errors import UserError
 from rlinf.rollout.contract import GenerateRequest
 from rlinf.weights.architecture import Architecture, read_architecture
 
+SLACK = 8  # positions of context that SGLang's server is given beyond those that requests use: it keeps some for itself
+CPU_KV_TOKENS = 65_536
+
+
+def kv_tokens_on_cpu(slots: int, max_context: int) -> int:
+    """Tokens of the KV cache of an SGLang server on CPU: what all slots need, up to a bound, but one whole sample at least."""
+    return max(max_context + SLACK, min(slots * (max_context + SLACK), CPU_KV_TOKENS))
+
 
 def architecture_for(model_dir: str, max_context: int) -> Architecture:
     """The model's shape. Raises UserError when it has fewer positions than max_context."""

@@ -23,7 +23,7 @@ from rlinf.data.records import Finish, Sample
 from rlinf.device import choose, give_back_free_memory
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.contract import Capabilities, Counters, Decode, EngineStats, GenerateRequest
-from rlinf.rollout.limits import architecture_for, check_request
+from rlinf.rollout.limits import SLACK, architecture_for, check_request, kv_tokens_on_cpu
 from rlinf.rollout.sglang_http import Refused, SGLangHttp
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
 from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
@@ -37,8 +37,6 @@ from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import MAKING, Follower
 from rlinf.weights.source import BucketSpec, Collective, DeviceIpc, Disk, Files, Receipt, SharedMemory, WeightSource
 
-SLACK = 8  # positions of context that the server is given beyond those that requests use: it keeps some for itself
-CPU_KV_TOKENS = 65_536  # KV cache on CPU at most, unless rollout.sglang.max_total_tokens says otherwise
 ON_CPU = {
     "attention_backend": "torch_native", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_overlap_schedule": True,
     "sleep_on_idle": True,  # an idle scheduler would spin on a core that the actor needs
@@ -98,7 +96,7 @@ class SGLangEngine:
             "incremental_streaming_output": True, "sampling_defaults": "openai", "log_level_http": "warning",
         }  # fmt: skip
         if device == "cpu":
-            options |= ON_CPU | {"max_total_tokens": min(slots * (max_context + SLACK), CPU_KV_TOKENS)}
+            options |= ON_CPU | {"max_total_tokens": kv_tokens_on_cpu(slots, max_context)}
         else:
             options |= {"mem_fraction_static": memory_fraction} | ({"enable_memory_saver": True} if memory_saver else {})
         if span is not None:
@@ -107,6 +105,12 @@ class SGLangEngine:
         self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death, serves)
         self._http = SGLangHttp(self._server.port, self._server.key)
         info = self._server.info
+        if serves and (held := info["max_total_num_tokens"]) < max_context + SLACK:  # SGLang would end longer samples without a word
+            self._server.close()
+            raise UserError(
+                f"the KV cache of an SGLang engine holds {held} tokens, and a sample of runner.seq_length {max_context} needs "
+                f"{max_context + SLACK}: raise {'rollout.sglang.max_total_tokens' if device == 'cpu' else 'rollout.gpu_memory_utilization'}"
+            )
         self.capabilities = Capabilities(
             seeded=bool(info.get("enable_deterministic_inference")),
             retract_and_continue=True,

@@ -46,7 +46,8 @@ class Arriving:
     def take(self, event: dict[str, Any]) -> int:
         """The tokens of one event; how many are new. An event of an aborted sample repeats tokens: the count tells.
 
-        Raises RuntimeError when the server ended the sample for a reason of its own, such as memory.
+        Raises RuntimeError when the server ended the sample for a reason of its own, such as memory, or before it had all
+        the tokens that it may have.
         """
         meta = event["meta_info"]
         new = meta["completion_tokens"] - len(self.token_ids)
@@ -60,6 +61,9 @@ class Arriving:
         if reason is not None:
             if reason.get("status_code"):
                 raise RuntimeError(f"sample {self.sample_id}: SGLang gave up: {reason['message']}")
+            if reason["type"] == "length" and len(self.token_ids) < self.room:
+                raise RuntimeError(f"sample {self.sample_id}: SGLang ended it after {len(self.token_ids)} of {self.room} tokens; does "
+                                   "its KV cache hold runner.seq_length, or is SGLANG_MAX_NEW_TOKENS_LIMIT exported?")  # fmt: skip
             limit = Finish.WINDOW if self.limited_by_window else Finish.LENGTH
             self.finish = {"stop": Finish.STOP, "length": limit, "abort": Finish.ABORT}[reason["type"]]
             self.spans = meta.get("weight_versions", [])

@@ -90,7 +90,8 @@ def test_an_aborted_sample_whose_last_token_ends_it_is_complete(
     ],
 )
 def test_a_stop_string_that_the_server_overlooks_ends_the_sample(ids: list[int], stop: str, reason: str, kept: int, finish: Finish) -> None:
-    asked = request(n=1, prefixes=(np.array([12], np.int32),), stop=Stop((), (stop, "never this")))
+    prefixes, stop_at = (np.array([12], np.int32),), Stop((), (stop, "never this"))
+    asked = request(n=1, prefixes=prefixes, stop=stop_at, max_new_tokens=1 + len(ids))
     (sample,) = arriving(asked, 100)
     sample.take(event(ids, len(ids), {"type": reason}, [(0, 0, 2), (1, 2, len(ids))]))
     sample.look_again(asked, lambda ids: "".join(f"{i:x}" for i in ids))
@@ -107,6 +108,8 @@ def test_an_aborted_sample_without_tokens_is_empty() -> None:
 def test_lost_tokens_and_errors_of_the_server_are_not_swallowed() -> None:
     with pytest.raises(RuntimeError, match="r/0: 1 tokens and 1 log-probabilities arrived of 3"):
         arriving(request(), 100)[0].take(event([9], 3))
+    with pytest.raises(RuntimeError, match="r/0: SGLang ended it after 2 of 10 tokens"):
+        arriving(request(), 100)[0].take(event([8, 9], 2, {"type": "length", "length": 10}, [(0, 0, 2)]))
     with pytest.raises(RuntimeError, match="r/0: SGLang gave up: out of memory"):
         arriving(request(), 100)[0].take(event([], 0, {"type": "abort", "message": "out of memory", "status_code": 500}))
 
