@@ -26,6 +26,7 @@ from rlinf.weights.architecture import Architecture, read_architecture
 
 RESERVE = 0.06  # of a GPU's memory: fragments, workspaces of libraries
 SGLANG_WORKSPACE = 2 * GIB  # CUDA graphs and activations, outside rollout.gpu_memory_utilization
+SGLANG_PROCESSES = 3  # of a server: front, scheduler, detokenizer
 BUCKETS = 256 << 20  # weights on the way
 Change = dict[str, Any]
 
@@ -56,7 +57,7 @@ def forecast(config: Config, arch: Architecture, device: Device, mean_response: 
     actors, engines = placement.of("actor"), placement.of("rollout")
     dp = model.data_parallel_size(len(actors))
     stages = tuple(actor_memory(arch, config, dp, stage, gpu=not device.shared) for stage in range(model.pipeline_model_parallel_size))
-    engine, load = engine_memory(arch, config), step_load(config, mean_response)
+    engine, load = engine_memory(arch, config, gpu=not device.shared), step_load(config, mean_response)
     if device.shared:
         phases, limit, kv_tokens = (
             _host_phases(config, placement, device, stages, engine),
@@ -105,7 +106,8 @@ def _host_phases(config: Config, plan: Plan, device: Device, stages: tuple[Actor
     tp, pp = config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size
     actors = plan.of("actor")
     per_stage = len(actors) // pp
-    held = engine.weights + engine.kv_token * engine.tokens
+    server = SGLANG_PROCESSES * device.context if config.rollout.rollout_backend == "sglang" else 0
+    held = engine.weights + engine.kv_token * engine.tokens + server
     found = {"training": 0, "weights": 0, "rollout": 0}
     for node in {s.node for s in plan.seats}:
         processes = sum(s.node == node for s in plan.seats) * device.context

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.rollout.limits import kv_tokens_on_cpu
 from rlinf.weights.architecture import Architecture
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -116,16 +117,19 @@ def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: b
     return 3 * tokens * arch.hidden * size + chunk + rows * arch.hidden * (4 + size)
 
 
-def engine_memory(arch: Architecture, config: Config) -> EngineMemory:
+def engine_memory(arch: Architecture, config: Config, gpu: bool) -> EngineMemory:
     """An engine of rollout.tensor_parallel_size devices.
 
-    The embedded engine may fill all its slots to runner.seq_length; SGLang queues what does not fit,
-    so that one whole sample is all it must hold.
+    The embedded engine may fill all its slots to runner.seq_length; SGLang queues what does not fit, so that on a GPU one whole sample is
+    all it must hold. On CPU its server is told how many tokens to hold.
     """
-    rollout, tp = config.rollout, config.rollout.tensor_parallel_size
+    rollout, tp, context = config.rollout, config.rollout.tensor_parallel_size, config.runner.seq_length
     size = BYTES[rollout.precision or config.actor.model.precision]
     vocabulary = (1 if arch.tied else 2) * arch.vocab * arch.hidden
     weights = (arch.n_layers * layer_parameters(arch, 1) + vocabulary + arch.hidden) * size // tp
     kv_token = 2 * arch.n_layers * max(1, arch.n_kv_heads // tp) * arch.head_dim * size
-    slots = rollout.max_running_requests if rollout.rollout_backend == "embedded" else 1
-    return EngineMemory(weights, kv_token, slots * config.runner.seq_length)
+    if rollout.rollout_backend == "embedded":
+        tokens = rollout.max_running_requests * context
+    else:
+        tokens = context if gpu else int(rollout.sglang.get("max_total_tokens", kv_tokens_on_cpu(rollout.max_running_requests, context)))
+    return EngineMemory(weights, kv_token, tokens)

@@ -13,6 +13,7 @@ import torch
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.data.packing import SampleRef
 from rlinf.data.records import Finish, Group, Prompt, Sample
+from rlinf.rollout.limits import kv_tokens_on_cpu
 from rlinf.scheduling.memory import (
     LOGITS_BLOCK,
     LOGITS_CHUNK,
@@ -181,6 +182,26 @@ def test_an_engine_replicates_key_value_heads_that_do_not_split(tiny_models: dic
     sizes = {}
     for tp in (1, 2, 4):
         config.rollout.tensor_parallel_size = tp
-        sizes[tp] = engine_memory(arch, config)
+        sizes[tp] = engine_memory(arch, config, gpu=True)
     assert [sizes[tp].kv_token for tp in (1, 2, 4)] == [2 * 4 * heads * 8 * 2 for heads in (2, 1, 1)]
     assert sizes[1].weights == 2 * sum(torch.Size(s).numel() for s in hf_shapes(arch).values())
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpu", "changes", "tokens"),
+    [
+        ("embedded", False, {}, 64 * 2048),
+        ("sglang", True, {}, 2048),
+        ("sglang", False, {"max_running_requests": 4}, 4 * (2048 + 8)),
+        ("sglang", False, {}, 65_536),
+        ("sglang", False, {"sglang": {"max_total_tokens": "9000"}}, 9000),
+    ],
+)
+def test_the_kv_cache_of_an_engine(tiny_models: dict[str, Path], backend: str, gpu: bool, changes: dict, tokens: int) -> None:
+    config = Config()
+    config.runner.seq_length, config.rollout = 2048, replace(config.rollout, rollout_backend=backend, **changes)
+    assert engine_memory(shape(tiny_models["qwen2"]), config, gpu).tokens == tokens
+
+
+def test_a_server_on_cpu_holds_one_whole_sample_at_least() -> None:
+    assert kv_tokens_on_cpu(64, 100_000) == 100_008 and kv_tokens_on_cpu(4, 1000) == 4032
