@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rlinf.errors import RunFailed
 
-GPUS = "CUDA_VISIBLE_DEVICES"  # the variable that says which GPUs a process sees; CUDA reads it once
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"  # the variable that says which GPUs a process sees; CUDA reads it once
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # x86's and ARM's words for instructions that multiply bf16 numbers
 PORTS = range(20000, 32000)  # below the kernel's ephemeral ports, where any outgoing connection could take one
 MEETING_PORTS = PORTS[:4000]  # for what one asks for here and another binds a moment later; the rest is dealt out in slices
@@ -26,7 +26,7 @@ OPEN_FILES = 1 << 20
 
 def has_gpu() -> bool:
     """Whether this machine has a CUDA device that this process may see."""
-    hidden = os.environ.get(GPUS) in ("", "-1")
+    hidden = os.environ.get(VISIBLE_GPUS) in ("", "-1")
     return not hidden and Path("/dev/nvidiactl").exists() and any(Path("/dev").glob("nvidia[0-9]*"))
 
 

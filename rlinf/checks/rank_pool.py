@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from rlinf.cluster.processes import die_with_parent
 from rlinf.errors import RunFailed
-from rlinf.hardware import GPUS
+from rlinf.hardware import VISIBLE_GPUS
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
@@ -115,7 +115,7 @@ def _serve(rank: int, pipe: Connection, parent: int, folder: str) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     faulthandler.enable()
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", GPUS: ""}  # Megatron puts its tensors on a GPU that it sees
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", VISIBLE_GPUS: ""}  # Megatron puts its tensors on a GPU that it sees
 
     import torch
     import torch.distributed as dist

@@ -19,10 +19,10 @@ from rlinf.cluster.processes import RUN_ID, dismiss, end_run, start_sentinel
 from rlinf.compute_thread import common_thread
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed, UserError
-from rlinf.hardware import GPUS, cores, free_port, has_gpu
+from rlinf.hardware import VISIBLE_GPUS, cores, free_port, has_gpu
 from rlinf.scheduling.placement import Node, Plan, Seat, WorkerAddress
 
-VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", GPUS)
+VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", VISIBLE_GPUS)
 
 
 class LocalCluster(Cluster):
@@ -47,7 +47,7 @@ class LocalCluster(Cluster):
         self.environment = {name: os.environ.get(name) for name in VARIABLES}
         os.environ.update({RUN_ID: run_id, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"})
         if self.device == "cpu":
-            os.environ[GPUS] = ""  # Megatron puts its tensors on a GPU that it sees
+            os.environ[VISIBLE_GPUS] = ""  # Megatron puts its tensors on a GPU that it sees
 
     def inventory(self) -> list[Node]:
         return [Node(0, 1)]

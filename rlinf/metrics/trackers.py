@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackedRun:
     """What a tracker is told of a run. resume_id: the id that the tracker gave it when it began."""
 
     project: str
@@ -37,7 +37,7 @@ class Tracker(Protocol):
 class Wandb:
     """https://docs.wandb.ai: steps of a tracker only grow, so that a step that is done again keeps its first values there."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -60,7 +60,7 @@ class Wandb:
 class Swanlab:
     """https://docs.swanlab.cn"""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import swanlab
 
         own = {"id": run.resume_id, "resume": "allow"} if run.resume_id else {}
@@ -80,7 +80,7 @@ class Swanlab:
 class Mlflow:
     """https://mlflow.org/docs: the server of MLFLOW_TRACKING_URI, or the folder mlruns/ of the working directory."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         import mlflow
 
         self._module = mlflow
@@ -96,7 +96,7 @@ class Mlflow:
         self._module.end_run()
 
 
-TRACKERS: dict[str, Callable[[Run], Tracker]] = {"wandb": Wandb, "swanlab": Swanlab, "mlflow": Mlflow}
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"wandb": Wandb, "swanlab": Swanlab, "mlflow": Mlflow}
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
@@ -110,7 +110,7 @@ class Trackers:
     def __init__(self, names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any], resumed: bool) -> None:
         file = folder / "trackers.json"
         ids: dict[str, str] = json.loads(file.read_text()) if resumed and file.exists() else {}
-        self._open = {n: TRACKERS[n](Run(project, folder.name, folder, config, ids.get(n) or None)) for n in names if n in TRACKERS}
+        self._open = {n: TRACKERS[n](TrackedRun(project, folder.name, folder, config, ids.get(n) or None)) for n in names if n in TRACKERS}
         if self._open:
             file.write_text(json.dumps(ids | {n: tracker.run_id for n, tracker in self._open.items()}) + "\n")
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from rlinf.rollout.attention import Span, causal_attention, decode_attention, pr
 from rlinf.rollout.contract import Counters
 from rlinf.rollout.embedded_model import EmbeddedModel
 from rlinf.rollout.linear import LEAST_ROWS
+from rlinf.rollout.running_sample import Decode, Job, RunningSample, running_samples
 from rlinf.rollout.sampling import draw, uniform
-from rlinf.rollout.sequence import Decode, Job, Sequence, sequences_of
 from rlinf.rollout.slot_cache import MINIMUM_REUSE, CachedPrompt, PrefixCache, SlotCache, common_prefix
 
 PREFILL_TOKENS = 2048  # padded tokens of one prefill step
@@ -45,21 +44,21 @@ class Batcher:
         self._decode_text = decode
         self._slots = SlotCache(model.arch, slots, max_context, model.dtype, model.device)
         self._prefixes = PrefixCache(slots * PREFIX_TOKENS_PER_SLOT)
-        self._rows: list[Sequence | None] = [None] * slots
-        self._waiting: deque[Sequence] = deque()
+        self._rows: list[RunningSample | None] = [None] * slots
+        self._waiting: deque[RunningSample] = deque()
 
     @property
     def busy(self) -> bool:
         return bool(self._waiting) or any(s is not None for s in self._rows)
 
     def submit(self, job: Job) -> None:
-        self._waiting.extend(sequences_of(job))
+        self._waiting.extend(running_samples(job))
 
     def abort(self, chosen: Callable[[Job], bool]) -> list[Outcome]:
         """End the samples of the chosen jobs with what they have."""
         ended = [s for s in (*self._rows, *self._waiting) if s is not None and chosen(s.job)]
         self._waiting = deque(s for s in self._waiting if not chosen(s.job))
-        return [self._end(sequence, Finish.ABORT) for sequence in ended]
+        return [self._end(sample, Finish.ABORT) for sample in ended]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int, keep: bool = False) -> tuple[int, int]:
         """Take weights; running samples go back to the queue and are computed anew from their tokens. Returns (tensors, bytes)."""
@@ -71,8 +70,8 @@ class Batcher:
     def retract(self) -> None:
         """Forget every key and value; running samples keep their tokens and wait again, in their order."""
         running = [s for s in self._rows if s is not None]
-        for sequence in running:
-            sequence.row, sequence.filled = None, 0
+        for sample in running:
+            sample.row, sample.filled = None, 0
         self._waiting.extendleft(reversed(running))
         self._rows = [None] * len(self._rows)
         self._prefixes.clear()
@@ -96,7 +95,7 @@ class Batcher:
         self.counters.add(busy_seconds=time.perf_counter() - start)
         return outcomes
 
-    def score(self, sequences: SequenceOf[np.ndarray], temperature: float) -> list[np.ndarray]:
+    def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
         """Log-probability of each token given those before it."""
         scores: dict[int, np.ndarray] = {}
         batch: list[int] = []
@@ -109,7 +108,7 @@ class Batcher:
             scores |= self._score_batch(sequences, batch, temperature or 1.0)
         return [scores[i] for i in range(len(sequences))]
 
-    def _admit(self) -> list[tuple[Sequence, Tensor]]:
+    def _admit(self) -> list[tuple[RunningSample, Tensor]]:
         """Give free slots to waiting samples, in order. Those whose whole context is stored are ready, with its hidden state.
 
         A sample that shares more with a context being prefilled now than with the store waits for it: it will start from there.
@@ -120,26 +119,26 @@ class Batcher:
         self._slots.reserve(max(len(s.context) for s in list(self._waiting)[: len(free)]) + 1)
         leaders = [np.array(s.context, dtype=np.int32) for s in self._rows if s is not None and s.prefilling]
         in_flight = {leader.tobytes() for leader in leaders}
-        hits: dict[int, tuple[CachedPrompt, list[Sequence]]] = {}
-        passed: deque[Sequence] = deque()
+        hits: dict[int, tuple[CachedPrompt, list[RunningSample]]] = {}
+        passed: deque[RunningSample] = deque()
         budget = 4 * len(self._rows)  # how far ahead to look
         while free and self._waiting and budget:
             budget -= 1
-            sequence = self._waiting.popleft()
-            tokens = np.array(sequence.context, dtype=np.int32)
+            sample = self._waiting.popleft()
+            tokens = np.array(sample.context, dtype=np.int32)
             entry = self._prefixes.whole(tokens)
             if entry is not None:
-                self._seat(sequence, free.popleft(), len(tokens))
-                hits.setdefault(id(entry), (entry, []))[1].append(sequence)
+                self._seat(sample, free.popleft(), len(tokens))
+                hits.setdefault(id(entry), (entry, []))[1].append(sample)
                 continue
             shared, entry = self._prefixes.longest(tokens)
             shared = min(shared, max(0, len(tokens) - LEAST_ROWS))
             if tokens.tobytes() in in_flight or any(common_prefix(tokens, leader) >= shared + MINIMUM_REUSE for leader in leaders):
-                passed.append(sequence)
+                passed.append(sample)
                 continue
-            self._seat(sequence, free.popleft(), shared)
+            self._seat(sample, free.popleft(), shared)
             if entry is not None:
-                self._slots.restore([sequence.row], entry.kv, shared)
+                self._slots.restore([sample.row], entry.kv, shared)
                 self.counters.add(reused_tokens=shared)
             leaders.append(tokens)
             in_flight.add(tokens.tobytes())
@@ -149,23 +148,23 @@ class Batcher:
             self.counters.add(reused_tokens=len(entry.token_ids) * len(group))
         return [(s, entry.last_hidden) for entry, group in hits.values() for s in group]
 
-    def _seat(self, sequence: Sequence, row: int, filled: int) -> None:
-        self._rows[row] = sequence
-        sequence.row, sequence.filled = row, filled
-        self._slots.reserve(len(sequence.context) + 1)
+    def _seat(self, sample: RunningSample, row: int, filled: int) -> None:
+        self._rows[row] = sample
+        sample.row, sample.filled = row, filled
+        self._slots.reserve(len(sample.context) + 1)
 
-    def _prefill(self) -> list[tuple[Sequence, Tensor]]:
+    def _prefill(self) -> list[tuple[RunningSample, Tensor]]:
         """Compute the next part of the contexts that are not through; those that now are, with their last hidden state."""
         pending = sorted((s for s in self._rows if s is not None and s.prefilling), key=lambda s: len(s.context) - s.filled)
-        batch: list[Sequence] = []
+        batch: list[RunningSample] = []
         spans: list[Span] = []
-        for sequence in pending:
-            left = len(sequence.context) - sequence.filled
+        for sample in pending:
+            left = len(sample.context) - sample.filled
             take = left if left <= PREFILL_CHUNK + LEAST_ROWS else PREFILL_CHUNK
             if batch and (len(batch) + 1) * take > PREFILL_TOKENS:
                 break
-            batch.append(sequence)
-            spans.append(Span(sequence.row, sequence.filled, sequence.filled + take))
+            batch.append(sample)
+            spans.append(Span(sample.row, sample.filled, sample.filled + take))
         if not batch:
             return []
         tokens = [t for s, span in zip(batch, spans) for t in s.context[span.start : span.end]]
@@ -175,14 +174,14 @@ class Batcher:
         self.counters.add(prefilled_tokens=len(tokens))
         ready = []
         end = 0
-        for sequence, span in zip(batch, spans):
+        for sample, span in zip(batch, spans):
             end += span.end - span.start
-            sequence.filled = span.end
-            if span.end == len(sequence.context):
+            sample.filled = span.end
+            if span.end == len(sample.context):
                 last = hidden_NH[end - 1].clone()
-                kv = self._slots.snapshot(sequence.row, span.end)
-                self._prefixes.add(CachedPrompt(np.array(sequence.context, dtype=np.int32), kv, last))
-                ready.append((sequence, last))
+                kv = self._slots.snapshot(sample.row, span.end)
+                self._prefixes.add(CachedPrompt(np.array(sample.context, dtype=np.int32), kv, last))
+                ready.append((sample, last))
         return ready
 
     def _decode(self) -> list[Outcome]:
@@ -190,13 +189,13 @@ class Batcher:
         rows = self._compact()
         running = [s for s in self._rows[:rows] if s is not None]
         tokens, positions = [0] * rows, [0] * rows
-        for sequence in running:
-            tokens[sequence.row], positions[sequence.row] = sequence.context[-1], len(sequence.context) - 1
+        for sample in running:
+            tokens[sample.row], positions[sample.row] = sample.context[-1], len(sample.context) - 1
         self._slots.fit(max(positions) + 1)
         attend = decode_attention(self._slots, self.model.arch, self._tensor(positions))
         hidden_RH = self.model.forward(self._tensor(tokens), self._tensor(positions), attend)
-        for sequence in running:
-            sequence.filled += 1
+        for sample in running:
+            sample.filled += 1
         if len(running) < rows:
             hidden_RH = hidden_RH[self._tensor([s.row for s in running])]
         return self._choose(running, hidden_RH)
@@ -207,36 +206,36 @@ class Batcher:
         rows = min(_round_rows(len(occupied)), len(self._rows))
         free = [row for row in range(rows) if self._rows[row] is None]
         for source, target in zip([row for row in occupied if row >= rows], free):
-            sequence = self._rows[source]
-            self._slots.move(source, target, sequence.filled)
-            self._rows[source], self._rows[target], sequence.row = None, sequence, target
+            sample = self._rows[source]
+            self._slots.move(source, target, sample.filled)
+            self._rows[source], self._rows[target], sample.row = None, sample, target
         return rows
 
-    def _choose(self, sequences: list[Sequence], hidden_BH: Tensor) -> list[Outcome]:
+    def _choose(self, samples: list[RunningSample], hidden_BH: Tensor) -> list[Outcome]:
         """The next token of some samples; those that end with it."""
         outcomes = []
         mass = 0.0
         rows = max(1, LOGIT_ELEMENTS // self.model.arch.vocab)
-        for start in range(0, len(sequences), rows):
-            part = sequences[start : start + rows]
+        for start in range(0, len(samples), rows):
+            part = samples[start : start + rows]
             noise = [uniform(self._seed, s.sample_id, s.generated) for s in part]
             drawn = draw(self.model.logits(hidden_BH[start : start + rows]), [s.job.request.sampling for s in part], noise)
             mass += float(drawn.truncated_mass.sum())
-            for sequence, token, logprob in zip(part, drawn.tokens.tolist(), drawn.logprobs.tolist()):
-                sequence.append(token, logprob, self.version)
-                finish = sequence.finish(self._max_context, self._decode_text)
+            for sample, token, logprob in zip(part, drawn.tokens.tolist(), drawn.logprobs.tolist()):
+                sample.append(token, logprob, self.version)
+                finish = sample.finish(self._max_context, self._decode_text)
                 if finish is not None:
-                    outcomes.append(self._end(sequence, finish))
-        self.counters.add(decoded_tokens=len(sequences), truncated_mass=mass)
+                    outcomes.append(self._end(sample, finish))
+        self.counters.add(decoded_tokens=len(samples), truncated_mass=mass)
         return outcomes
 
-    def _end(self, sequence: Sequence, finish: Finish) -> Outcome:
-        if sequence.row is not None:
-            self._rows[sequence.row] = None
-        sequence.job.unfinished -= 1
-        return sequence.job, sequence.sample(finish)
+    def _end(self, sample: RunningSample, finish: Finish) -> Outcome:
+        if sample.row is not None:
+            self._rows[sample.row] = None
+        sample.job.unfinished -= 1
+        return sample.job, sample.ended(finish)
 
-    def _score_batch(self, sequences: SequenceOf[np.ndarray], batch: list[int], temperature: float) -> dict[int, np.ndarray]:
+    def _score_batch(self, sequences: Sequence[np.ndarray], batch: list[int], temperature: float) -> dict[int, np.ndarray]:
         lengths = [len(sequences[i]) for i in batch]
         tokens_N = self._tensor(np.concatenate([sequences[i] for i in batch]).tolist())
         positions_N = self._tensor([p for n in lengths for p in range(n)])

@@ -14,7 +14,7 @@ from rlinf.rollout import batcher as batcher_module
 from rlinf.rollout.batcher import Batcher
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.embedded_model import EmbeddedModel
-from rlinf.rollout.sequence import Job
+from rlinf.rollout.running_sample import Job
 from rlinf.rollout.slot_cache import CachedPrompt, PrefixCache
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.tensor_folder import open_hf_folder

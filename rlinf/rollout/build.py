@@ -10,7 +10,7 @@ from rlinf.config.schema import Config
 from rlinf.device import choose, limit_memory
 from rlinf.rollout.contract import RolloutEngine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
-from rlinf.rollout.sglang_engine import SGLangEngine, Span
+from rlinf.rollout.sglang_engine import ServerNode, SGLangEngine
 
 
 class Tokenizer(Protocol):
@@ -26,12 +26,12 @@ def build_engine(
     log: Path,
     run_id: str,
     on_death: Callable[[], None] | None = None,
-    span: Span | None = None,
+    node: ServerNode | None = None,
 ) -> RolloutEngine:
     """The engine of rollout.rollout_backend with the weights of rollout.model_dir (version 0) on `device`.
 
     log: where a server of its own writes; run_id: the mark of what it leaves in shared memory; on_death: called when that server dies;
-    span: which node's part of an engine that has several.
+    node: which one this is, of an engine that runs on several.
     """
     rollout = config.rollout
     if rollout.rollout_backend == "sglang":
@@ -52,7 +52,7 @@ def build_engine(
             trust_remote_code=rollout.trust_remote_code,
             start_timeout=config.cluster.start_timeout,
             on_death=on_death,
-            span=span,
+            node=node,
             decode=tokenizer.decode,
         )
     if config.cluster.backend == "ray":  # in one process the limit would be the actor's too

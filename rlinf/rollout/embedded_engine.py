@@ -24,7 +24,7 @@ from rlinf.rollout.batcher import Batcher, Outcome
 from rlinf.rollout.contract import Capabilities, EngineStats, GenerateRequest
 from rlinf.rollout.embedded_model import EmbeddedModel
 from rlinf.rollout.limits import architecture_for, check_request
-from rlinf.rollout.sequence import Decode, Job
+from rlinf.rollout.running_sample import Decode, Job
 from rlinf.weights.dtypes import DTYPES
 from rlinf.weights.opening import open_source
 from rlinf.weights.segments import Mappings

@@ -46,8 +46,8 @@ RETRY = 0.05  # seconds between two attempts to abort a sample that the schedule
 
 
 @dataclass(frozen=True)
-class Span:
-    """The place of a server among those of one engine, a node each. address: host:port of the first, where they meet."""
+class ServerNode:
+    """One node of an engine's server that runs on several. address: host:port of the first, where their processes meet."""
 
     nodes: int
     rank: int
@@ -61,7 +61,7 @@ class SGLangEngine:
     under the new weights, their keys and values are computed anew; the server says which version decoded which token.
     dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. memory_saver: sleep() gives memory
     back (on a GPU). native: rollout.sglang.
-    span: of an engine that has several nodes; all but the first take no requests and have nothing to be asked.
+    node: of an engine that runs on several; all but the first take no requests and have nothing to be asked.
     on_death: called from another thread when the server dies; running requests then end with what has arrived (finish ABORT) instead of
     raising, because somebody goes on with them. decode: finds stop strings at the end of an aborted sample.
     """
@@ -85,7 +85,7 @@ class SGLangEngine:
         trust_remote_code: bool = False,
         start_timeout: float = 600.0,
         on_death: Callable[[], None] | None = None,
-        span: Span | None = None,
+        node: ServerNode | None = None,
         decode: Decode | None = None,
     ) -> None:
         self._arch = architecture_for(model_dir, max_context)
@@ -99,9 +99,9 @@ class SGLangEngine:
             options |= ON_CPU | {"max_total_tokens": kv_tokens_on_cpu(slots, max_context)}
         else:
             options |= {"mem_fraction_static": memory_fraction} | ({"enable_memory_saver": True} if memory_saver else {})
-        if span is not None:
-            options |= {"nnodes": span.nodes, "node_rank": span.rank, "dist_init_addr": span.address}
-        given, serves = read_texts(native or {}, "rollout.sglang"), span is None or span.rank == 0
+        if node is not None:
+            options |= {"nnodes": node.nodes, "node_rank": node.rank, "dist_init_addr": node.address}
+        given, serves = read_texts(native or {}, "rollout.sglang"), node is None or node.rank == 0
         self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death, serves)
         self._http = SGLangHttp(self._server.port, self._server.key)
         info = self._server.info

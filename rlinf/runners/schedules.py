@@ -89,17 +89,17 @@ class Logical:
         self.algorithm, self.max_epochs = config.algorithm, config.runner.max_epochs
         self.sampler, self.rollouts, self.on_disk, self.requests, self.total_steps = sampler, rollouts, on_disk, requests, total_steps
         self.batches: deque[asyncio.Future[StepBatch | None]] = deque()  # of the steps to come; None: the data were used up
-        self.begun = 0  # the last step whose batch is begun
+        self.last_begun = 0  # step whose batch was begun last
 
     @property
     def exhausted(self) -> bool:
         return not any(batch.done() and batch.result() for batch in self.batches) and self.sampler.exhausted(self.max_epochs)
 
     async def take(self, step: int) -> StepBatch:
-        self.begun = max(self.begun, step - 1)
-        while self.begun < min(step + self.algorithm.max_staleness, self.total_steps):
-            self.begun += 1
-            self.batches.append(asyncio.ensure_future(self.produce(self.begun, self.batches[-1] if self.batches else None)))
+        self.last_begun = max(self.last_begun, step - 1)
+        while self.last_begun < min(step + self.algorithm.max_staleness, self.total_steps):
+            self.last_begun += 1
+            self.batches.append(asyncio.ensure_future(self.produce(self.last_begun, self.batches[-1] if self.batches else None)))
         batch = await self.batches.popleft()
         assert batch is not None, "a step was begun without data"
         return batch
@@ -126,11 +126,11 @@ class Logical:
             await asyncio.gather(*(self.on_disk.put(folder, names[h.group_id], ref, h.verdicts) for h, ref in batch.scored))
             generated = [names.get(h.group_id) or header_to_json(h) for h in batch.generated]
             waiting.append({"scored": list(names.values()), "generated": generated, "metrics": batch.metrics})
-        return {"begun": self.begun, "waiting": waiting}
+        return {"begun": self.last_begun, "waiting": waiting}
 
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
         waiting = state.get("waiting", [])
-        self.begun = step + len(waiting)
+        self.last_begun = step + len(waiting)
         for at, kept in enumerate(waiting, step + 1):
             scored = dict(zip(kept["scored"], await asyncio.gather(*(self.on_disk.get(folder, name, at) for name in kept["scored"]))))
             generated = [scored[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
@@ -157,7 +157,7 @@ class Wallclock:
         self.done: dict[str, Scored] = {}
         self.taken: tuple[int, Counter[str]] = 0, Counter()  # (step, how often it has taken each prompt)
         self.dropped: list[GroupHeader] = []  # groups that teach nothing, since the last batch
-        self.begun = 0
+        self.groups_begun = 0  # since the start of the run, those too that were dropped later
 
     @property
     def exhausted(self) -> bool:
@@ -194,16 +194,16 @@ class Wallclock:
         """Everything that may be begun, those first that an earlier process had begun."""
         waiting = [name for name in self.wanted if name not in self.tasks and name not in self.done]
         size, most = self.sampler.batch_size, self.rollout.over_provisioning
-        room = min(self.ledger.room(version), self.total_steps * size - self.ledger.begun)
+        room = min(self.ledger.room(version), self.total_steps * size - self.ledger.begun_and_kept)
         if most:
             room = min(room, int(most * size) - len(self.ledger.groups))
         # where too many of the last groups teach nothing, the step is completed from a further epoch: it is not to wait for ever
         room = min(room, max(self.left, size - len(self.ledger.groups)))
         for prompt in self.sampler.next_batch(max(0, room)):
-            step = self.begun // size + 1
+            step = self.groups_begun // size + 1
             self.taken = self.taken if self.taken[0] == step else (step, Counter())
             (wanted,) = self.requests(step, [prompt], self.taken[1])
-            self.begun += 1
+            self.groups_begun += 1
             self.wanted[wanted.name] = prompt, step
             self.ledger.begin(wanted.name, version)
             self.bias.begin(wanted.name)
@@ -252,18 +252,18 @@ class Wallclock:
             "ledger": self.ledger.state(),
             "wanted": [[name, prompt, step] for name, (prompt, step) in self.wanted.items()],
             "files": files,
-            "begun": self.begun,
+            "begun": self.groups_begun,
             "met": [self.taken[0], dict(self.taken[1])],
         }
 
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
         if not state.get("wanted"):
             size, named = self.sampler.batch_size, state.get("met", [0])[0]  # no group is named as one before the checkpoint
-            self.ledger.begun, self.begun = step * size, max(step, named) * size
+            self.ledger.begun_and_kept, self.groups_begun = step * size, max(step, named) * size
             return
         self.ledger.restore(state["ledger"])
         self.wanted = {name: (prompt, step) for name, prompt, step in state["wanted"]}
-        self.begun, self.taken = state["begun"], (state["met"][0], Counter(state["met"][1]))
+        self.groups_begun, self.taken = state["begun"], (state["met"][0], Counter(state["met"][1]))
         for name, file in state["files"].items():
             done = self.ledger.groups[name].done
             header, tokens = await self.on_disk.get(folder, file, self.wanted[name][1] if done else None)

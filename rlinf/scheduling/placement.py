@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rlinf.config.schema import MEGATRON_ROLES, ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
-from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, Device, Feed, device_feeds, publisher
+from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, DeviceAddress, Feed, device_feeds, publisher
 
 KEY = "cluster.component_placement"
 COMPONENTS = (*MEGATRON_ROLES, "rollout", "reward")
@@ -36,7 +36,7 @@ class Seat:
     devices: tuple[int, ...]
 
     @property
-    def places(self) -> list[Device]:
+    def places(self) -> list[DeviceAddress]:
         return [(self.node, index) for index in self.devices]
 
 
@@ -188,9 +188,9 @@ def _layout(component: str, model: ActorModelConfig, seats: Sequence[Seat]) -> s
     return f"  {component:<8} {len(seats)} rank(s) = TP {tp} x {context}DP {model.data_parallel_size(len(seats))} x PP {pp}{slow}"
 
 
-def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node], needed: Sequence[str]) -> dict[str, list[Device]]:
+def _component_devices(placement: Mapping[str, str], nodes: Sequence[Node], needed: Sequence[str]) -> dict[str, list[DeviceAddress]]:
     everything = [(n.rank, i) for n in nodes for i in range(n.devices)]
-    devices: dict[str, list[Device]] = {}
+    devices: dict[str, list[DeviceAddress]] = {}
     for names, spec in placement.items():
         for name in (n.strip() for n in names.split(",")):
             if name not in COMPONENTS:
@@ -234,7 +234,7 @@ def _indices(name: str, spec: str, available: int) -> list[int]:
     return sorted(found)
 
 
-def _megatron_seats(component: str, model: ActorModelConfig, devices: Sequence[Device]) -> list[Seat]:
+def _megatron_seats(component: str, model: ActorModelConfig, devices: Sequence[DeviceAddress]) -> list[Seat]:
     names = ["tensor_model_parallel_size", "pipeline_model_parallel_size", *["context_parallel_size"] * (model.context_parallel_size > 1)]
     sizes, least = " x ".join(f"{component}.model.{name} {getattr(model, name)}" for name in names), model.copy_ranks
     if len(devices) < least:
@@ -252,7 +252,7 @@ def _megatron_seats(component: str, model: ActorModelConfig, devices: Sequence[D
     return [Seat(component, rank, device[0], (device[1],)) for rank, device in enumerate(d for group in groups for d in group)]
 
 
-def _rollout_seats(tp: int, devices: Sequence[Device]) -> list[Seat]:
+def _rollout_seats(tp: int, devices: Sequence[DeviceAddress]) -> list[Seat]:
     key = "rollout.tensor_parallel_size"
     if len(devices) % tp:
         sizes = [t for t in range(1, len(devices) + 1) if len(devices) % t == 0]
@@ -274,7 +274,7 @@ def _rollout_seats(tp: int, devices: Sequence[Device]) -> list[Seat]:
     return [Seat("rollout", rank, group[0][0], tuple(i for _, i in group)) for rank, group in enumerate(groups)]
 
 
-def _spanning_seats(span: int, devices: Sequence[Device]) -> list[Seat]:
+def _spanning_seats(span: int, devices: Sequence[DeviceAddress]) -> list[Seat]:
     """Each engine has `span` nodes, one after the other; the first serves."""
     by_node = [(node, tuple(i for _, i in found)) for node, found in itertools.groupby(devices, key=lambda d: d[0])]
     first = [Seat("rollout", rank, *by_node[rank * span]) for rank in range(len(by_node) // span)]
@@ -296,12 +296,12 @@ def _check_spanning(config: Config) -> None:
         raise UserError(f"{what}, and one that dies is not started anew: set rollout.max_engine_restarts to 0")
 
 
-def _reward_seats(devices: Sequence[Device]) -> list[Seat]:
+def _reward_seats(devices: Sequence[DeviceAddress]) -> list[Seat]:
     first = {node: index for node, index in reversed(devices)}
     return [Seat("reward", rank, node, (first[node],)) for rank, node in enumerate(sorted(first))]
 
 
-def _groups(devices: Sequence[Device], size: int) -> list[list[Device]]:
+def _groups(devices: Sequence[DeviceAddress], size: int) -> list[list[DeviceAddress]]:
     """Consecutive devices in groups of `size`, as many as possible inside one node, in the order of their first device."""
     groups, left = [], []
     for _, on_node in itertools.groupby(devices, key=lambda d: d[0]):

@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass
-class Begun:
+class GroupInFlight:
     """born: the version of the weights when the group was begun."""
 
     born: int
@@ -29,18 +29,18 @@ class Ledger:
 
     def __init__(self, batch_size: int, max_staleness: int) -> None:
         self.batch_size, self.eta = batch_size, max_staleness
-        self.begun = 0  # groups since the start of the run, without those that were dropped
-        self.groups: dict[str, Begun] = {}
+        self.begun_and_kept = 0  # groups since the start of the run, but for those that were dropped
+        self.groups: dict[str, GroupInFlight] = {}
 
     def room(self, version: int) -> int:
         """How many more groups may be begun now: N_r such that floor((N_r - 1) / B) <= version + eta."""
-        return (version + self.eta + 1) * self.batch_size - self.begun
+        return (version + self.eta + 1) * self.batch_size - self.begun_and_kept
 
     def begin(self, name: str, version: int) -> None:
         if name in self.groups:
             raise ValueError(f"group {name} is already on its way")
-        self.groups[name] = Begun(version)
-        self.begun += 1
+        self.groups[name] = GroupInFlight(version)
+        self.begun_and_kept += 1
 
     def finish(self, name: str) -> None:
         self.groups[name].done = True
@@ -49,7 +49,7 @@ class Ledger:
         """It will not be trained on, and counts as never begun:
         without that its place would be lost, and in the end the run would stand."""
         del self.groups[name]
-        self.begun -= 1
+        self.begun_and_kept -= 1
 
     def take(self, version: int) -> list[str] | None:
         """The groups of the step that starts from `version`, in the order they were begun; None while they are not there.
@@ -71,10 +71,10 @@ class Ledger:
         return chosen
 
     def state(self) -> dict[str, Any]:
-        return {"begun": self.begun, "groups": [[name, g.born, g.done] for name, g in self.groups.items()]}
+        return {"begun": self.begun_and_kept, "groups": [[name, g.born, g.done] for name, g in self.groups.items()]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.begun, self.groups = state["begun"], {name: Begun(born, done) for name, born, done in state["groups"]}
+        self.begun_and_kept, self.groups = state["begun"], {name: GroupInFlight(born, done) for name, born, done in state["groups"]}
 
 
 class LengthBias:
@@ -85,16 +85,16 @@ class LengthBias:
     """
 
     def __init__(self) -> None:
-        self.begun: deque[str] = deque()  # behind the first k
+        self.in_order: deque[str] = deque()  # names of the groups behind the first k, as they were begun
         self.trained: deque[float] = deque()
         self.lengths: dict[str, float] = {}
         self.sum_begun = self.sum_trained = 0.0
 
     def begin(self, name: str) -> None:
-        self.begun.append(name)
+        self.in_order.append(name)
 
     def drop(self, name: str) -> None:
-        self.begun.remove(name)
+        self.in_order.remove(name)
 
     def finish(self, name: str, length: float) -> None:
         self.lengths[name] = length
@@ -102,7 +102,7 @@ class LengthBias:
     def train(self, lengths: Sequence[float]) -> float:
         """(trained - begun) / begun, of mean response lengths."""
         self.trained += lengths
-        while self.begun and self.trained and self.begun[0] in self.lengths:
-            self.sum_begun += self.lengths.pop(self.begun.popleft())
+        while self.in_order and self.trained and self.in_order[0] in self.lengths:
+            self.sum_begun += self.lengths.pop(self.in_order.popleft())
             self.sum_trained += self.trained.popleft()
         return (self.sum_trained - self.sum_begun) / self.sum_begun if self.sum_begun else 0.0

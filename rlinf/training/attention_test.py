@@ -99,11 +99,11 @@ def test_packed_attention_equals_each_sample_alone(
 
 
 def rows_of(batch: PackedBatch, sequence: list[int], number: int | None) -> list[int]:
-    """Rows of a sample's tokens. Unshared prompts repeat tokens: there sample `number` is the number-th segment."""
+    """Rows of a sample's tokens. Unshared prompts repeat tokens: there sample `number` is the number-th group."""
     tokens = batch.token_ids.tolist()
     if number is None:
         return [tokens.index(t) for t in sequence]
-    first = sum(s.prompt + s.own for s in batch.segments[:number])
+    first = sum(s.prompt + s.own for s in batch.packed_groups[:number])
     assert tokens[first : first + len(sequence)] == sequence
     return list(range(first, first + len(sequence)))
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rlinf.training.layout import PackedBatch, Segment
+    from rlinf.training.layout import PackedBatch, PackedGroup
 
 Range = tuple[int, int]  # rows of the micro-batch
 
@@ -77,7 +77,7 @@ def share_of(batch: PackedBatch, rank: int, size: int) -> Share:
     if size > 1:
         length = total // (2 * size)
         chunks = [(chunk * length, (chunk + 1) * length) for chunk in chunks_of(rank, size)]
-    pieces, atoms = plan_pieces(batch.segments, batch.common, chunks, batch.token_ids.device)
+    pieces, atoms = plan_pieces(batch.packed_groups, batch.common, chunks, batch.token_ids.device)
     if size == 1:
         return Share(batch.token_ids, batch.positions, pieces, atoms, batch.predict_rows, None)
     rows = torch.cat([torch.arange(first, last, device=batch.token_ids.device) for first, last in chunks])
@@ -89,13 +89,13 @@ def share_of(batch: PackedBatch, rank: int, size: int) -> Share:
 
 
 def plan_pieces(
-    segments: Sequence[Segment], common: int, chunks: Sequence[Range], device: torch.device
+    packed_groups: Sequence[PackedGroup], common: int, chunks: Sequence[Range], device: torch.device
 ) -> tuple[tuple[Piece, ...], tuple[int, ...]]:
     """The pieces of the rows in `chunks`, in their order, and the lengths of the atoms that they name. Responses that lie wholly in a chunk
     are computed together, one that a chunk's border cuts by itself."""
     found: list[tuple[tuple[Range, ...], Range, list[Range]]] = []  # prefix, keys of its own, rows
     for first, last in chunks:
-        for prefix, sequences in _families(segments, common):
+        for prefix, sequences in _families(packed_groups, common):
             here = [s for s in sequences if max(s[0], first) < min(s[1], last)]
             for whole, some in groupby(here, lambda s: first <= s[0] and s[1] <= last):
                 members = list(some)
@@ -103,7 +103,7 @@ def plan_pieces(
                     found.append((prefix, (members[0][0], members[-1][1]), members))
                 else:
                     found += [(prefix, (a, min(b, last)), [(max(a, first), min(b, last))]) for a, b in members]
-    total = sum(s.prompt + s.own for s in segments)
+    total = sum(s.prompt + s.own for s in packed_groups)
     borders = sorted({0, total, *(row for prefix, own, _ in found for part in (*prefix, own) for row in part)})
     number = {row: i for i, row in enumerate(borders)}
     atoms = lambda ranges: tuple(i for a, b in ranges for i in range(number[a], number[b]))
@@ -115,18 +115,18 @@ def plan_pieces(
     return tuple(pieces), tuple(b - a for a, b in pairwise(borders))
 
 
-def _families(segments: Sequence[Segment], common: int) -> Iterator[tuple[tuple[Range, ...], list[Range]]]:
+def _families(packed_groups: Sequence[PackedGroup], common: int) -> Iterator[tuple[tuple[Range, ...], list[Range]]]:
     """Sequences that stand behind the same rows, with those: a whole sample, or a shared prompt and then its responses."""
     start = 0
-    for i, segment in enumerate(segments):
+    for i, group in enumerate(packed_groups):
         before = ((0, common),) if common and i else ()
-        end = start + segment.prompt + segment.own
-        if len(segment.responses) < 2:
+        end = start + group.prompt + group.own
+        if len(group.responses) < 2:
             yield before, [(start, end)]
         else:
-            prompt = (start, start + segment.prompt)
+            prompt = (start, start + group.prompt)
             yield before, [prompt]
-            yield (*before, prompt), list(pairwise(accumulate(segment.responses, initial=prompt[1])))
+            yield (*before, prompt), list(pairwise(accumulate(group.responses, initial=prompt[1])))
         start = end
 
 

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlinf.training.context import Piece, Range, chunks_of, plan_pieces, row_multiple, share_of
-from rlinf.training.layout import PackedBatch, Segment
+from rlinf.training.layout import PackedBatch, PackedGroup
 
 CPU = torch.device("cpu")
 SEGMENTS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 7), max_size=5)), min_size=1, max_size=5)
 
 
-def padded(shapes: list[tuple[int, list[int]]], common: int, multiple: int) -> list[Segment]:
-    segments = [Segment(common, ())] * bool(common) + [Segment(prompt, tuple(counts)) for prompt, counts in shapes]
-    padding = -sum(s.prompt + s.own for s in segments) % multiple
-    return segments + [Segment(padding, ())] * bool(padding)
+def padded(shapes: list[tuple[int, list[int]]], common: int, multiple: int) -> list[PackedGroup]:
+    packed_groups = [PackedGroup(common, ())] * bool(common) + [PackedGroup(prompt, tuple(counts)) for prompt, counts in shapes]
+    padding = -sum(s.prompt + s.own for s in packed_groups) % multiple
+    return packed_groups + [PackedGroup(padding, ())] * bool(padding)
 
 
 def chunks(rank: int, size: int, total: int) -> list[Range]:
@@ -48,15 +48,15 @@ def seen(pieces: tuple[Piece, ...], atoms: tuple[int, ...]) -> list[list[int]]:
     return found
 
 
-def may_see(segments: list[Segment], common: int) -> list[list[int]]:
-    """The same, read off the segments."""
+def may_see(packed_groups: list[PackedGroup], common: int) -> list[list[int]]:
+    """The same, read off the groups."""
     found, start = [], 0
-    for i, segment in enumerate(segments):
+    for i, group in enumerate(packed_groups):
         before = list(range(common)) if i else []
-        prompt = list(range(start, start + segment.prompt))
-        found += [before + prompt[: t + 1] for t in range(segment.prompt)]
-        first = start + segment.prompt
-        for count in segment.responses:
+        prompt = list(range(start, start + group.prompt))
+        found += [before + prompt[: t + 1] for t in range(group.prompt)]
+        first = start + group.prompt
+        for count in group.responses:
             found += [before + prompt + list(range(first, first + t + 1)) for t in range(count)]
             first += count
         start = first
@@ -65,12 +65,12 @@ def may_see(segments: list[Segment], common: int) -> list[list[int]]:
 
 @given(shapes=SEGMENTS, common=st.sampled_from([0, 5]), size=st.sampled_from([1, 2, 3, 4]))
 def test_each_row_is_computed_once_and_sees_what_is_before_it(shapes: list[tuple[int, list[int]]], common: int, size: int) -> None:
-    segments = padded(shapes, common, row_multiple(size))
-    expected = may_see(segments, common)
+    packed_groups = padded(shapes, common, row_multiple(size))
+    expected = may_see(packed_groups, common)
     found: dict[int, list[int]] = {}
     for rank in range(size):
         mine = chunks(rank, size, len(expected))
-        pieces, atoms = plan_pieces(segments, common, mine, CPU)
+        pieces, atoms = plan_pieces(packed_groups, common, mine, CPU)
         rows = [row for first, last in mine for row in range(first, last)]
         assert sum(atoms) == len(expected)
         found |= dict(zip(rows, seen(pieces, atoms), strict=True))
@@ -79,20 +79,23 @@ def test_each_row_is_computed_once_and_sees_what_is_before_it(shapes: list[tuple
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_long_sequence_costs_every_rank_the_same(size: int) -> None:
-    segments, total = [Segment(32 * size, ())], 32 * size
-    costs = [sum(map(len, seen(*plan_pieces(segments, 0, chunks(rank, size, total), CPU)))) for rank in range(size)]
+    packed_groups, total = [PackedGroup(32 * size, ())], 32 * size
+    costs = [sum(map(len, seen(*plan_pieces(packed_groups, 0, chunks(rank, size, total), CPU)))) for rank in range(size)]
     assert len(set(costs)) == 1
 
 
-def batch_of(segments: list[Segment], predict: list[int]) -> PackedBatch:
-    total = sum(s.prompt + s.own for s in segments)
+def batch_of(packed_groups: list[PackedGroup], predict: list[int]) -> PackedBatch:
+    total = sum(s.prompt + s.own for s in packed_groups)
     return PackedBatch(
-        token_ids=torch.arange(total) + 100, positions=torch.arange(total), segments=tuple(segments), predict_rows=torch.tensor(predict)
+        token_ids=torch.arange(total) + 100,
+        positions=torch.arange(total),
+        packed_groups=tuple(packed_groups),
+        predict_rows=torch.tensor(predict),
     )
 
 
 def test_each_response_token_is_predicted_on_the_rank_that_has_its_row() -> None:
-    batch = batch_of([Segment(5, (2, 4)), Segment(1, ())], [4, 5, 6, 4, 7, 8, 9, 10])
+    batch = batch_of([PackedGroup(5, (2, 4)), PackedGroup(1, ())], [4, 5, 6, 4, 7, 8, 9, 10])
     tokens: list[int] = []
     for rank in range(3):
         share = share_of(batch, rank, 3)
@@ -106,4 +109,4 @@ def test_each_response_token_is_predicted_on_the_rank_that_has_its_row() -> None
 
 def test_rows_that_make_no_equal_chunks_are_refused() -> None:
     with pytest.raises(ValueError, match="13 rows are not a multiple of 4: pack with the engine's pad_to"):
-        share_of(batch_of([Segment(13, ())], [0]), 0, 2)
+        share_of(batch_of([PackedGroup(13, ())], [0]), 0, 2)

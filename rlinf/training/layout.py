@@ -31,8 +31,9 @@ COMMON_MIN = 16  # a shorter common start is not worth the concatenation of keys
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A packed group: `prompt` rows of the prompt, then the responses, row counts in order (a count may be 0)."""
+class PackedGroup:
+    """`prompt` rows of the prompt, then the rows of its responses, one count for each (it may be 0). Without responses: rows that all
+    groups begin with, or padding."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -44,14 +45,14 @@ class Segment:
 
 @dataclass
 class PackedBatch(PackedSeqParams):
-    """Rows, positions and segments, and for each response token the row that predicts it.
+    """Rows, positions and groups, and for each response token the row that predicts it.
 
     It travels through Megatron as packed_seq_params (format thd), which is how the attention and the head get to see it.
     """
 
     token_ids: Tensor | None = None  # [T] int64
     positions: Tensor | None = None  # [T] int64
-    segments: tuple[Segment, ...] = ()
+    packed_groups: tuple[PackedGroup, ...] = ()
     predict_rows: Tensor | None = None  # [N] int64
     targets: Tensor | None = None  # [N] int64
     sample_N: Tensor | None = None  # [N] int64, which of the S samples a token belongs to
@@ -61,7 +62,7 @@ class PackedBatch(PackedSeqParams):
     age_N: Tensor | None = None  # [N] float32, for an interpolated pi_prox (algorithms.importance)
     n_samples: int = 0
     sample_ids: tuple[str, ...] = ()  # of the S samples, in the order of their tokens
-    common: int = 0  # rows of the start that all prompts share: the first segment, if any
+    common: int = 0  # rows of the start that all prompts share: the first of packed_groups, if any
     temperature: float = 1.0
     share: Share | None = None  # what this rank does of it, filled in once by the model
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin of the share's rows [t, 1, D], filled in once by the model
@@ -70,9 +71,9 @@ class PackedBatch(PackedSeqParams):
     def attended_pairs(self) -> int:
         """(query, key) pairs that attend to each other; a row attends to itself too."""
         pairs = 0
-        for i, segment in enumerate(self.segments):
+        for i, group in enumerate(self.packed_groups):
             before = self.common if i else 0
-            pairs += _causal(segment.prompt, before) + sum(_causal(n, before + segment.prompt) for n in segment.responses)
+            pairs += _causal(group.prompt, before) + sum(_causal(n, before + group.prompt) for n in group.responses)
         return pairs
 
 
@@ -85,7 +86,7 @@ def pack(
     """
     rows: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    segments: list[Segment] = []
+    packed_groups: list[PackedGroup] = []
     predict: list[np.ndarray] = []
     order: list[tuple[Sample, float]] = []
     members_of = _by_prompt(refs, share_prefix)
@@ -93,7 +94,7 @@ def pack(
     if common:
         rows.append(groups[members_of[0][0].group].prompt.token_ids[:common])
         positions.append(np.arange(common))
-        segments.append(Segment(common, ()))
+        packed_groups.append(PackedGroup(common, ()))
     for members in members_of:
         prompt = groups[members[0].group].prompt.token_ids[common:]
         samples = [groups[r.group].samples[r.index] for r in members]
@@ -102,7 +103,7 @@ def pack(
         length = common + len(prompt)
         positions += [np.arange(common, length), *(np.arange(length, length + len(s) - 1) for s in samples)]
         counts = tuple(len(s) - 1 for s in samples)
-        segments.append(Segment(len(prompt), counts))
+        packed_groups.append(PackedGroup(len(prompt), counts))
         first = start + len(prompt)
         for n in counts:  # token 0 is predicted by the prompt's last row, token t > 0 by the row of token t - 1
             predict.append(np.concatenate([[start + len(prompt) - 1], np.arange(first, first + n)]))
@@ -112,14 +113,14 @@ def pack(
     if padding:
         rows.append(np.zeros(padding, np.int64))
         positions.append(np.arange(padding))
-        segments.append(Segment(padding, ()))
+        packed_groups.append(PackedGroup(padding, ()))
     lengths = [len(s) for s, _ in order]
     tensor = lambda parts, dtype: torch.as_tensor(np.concatenate([*parts, []]).astype(dtype), device=device)
     return PackedBatch(
         qkv_format="thd",
         token_ids=tensor(rows, np.int64),
         positions=tensor(positions, np.int64),
-        segments=tuple(segments),
+        packed_groups=tuple(packed_groups),
         predict_rows=tensor(predict, np.int64),
         targets=tensor([s.token_ids for s, _ in order], np.int64),
         sample_N=tensor([np.repeat(np.arange(len(order)), lengths)], np.int64),

@@ -39,20 +39,20 @@ def everything(groups: list[Group]) -> list[SampleRef]:
 
 
 def history(batch: PackedBatch, row: int) -> list[int]:
-    """The tokens that a row can see, read off the segments alone, itself last."""
+    """The tokens that a row can see, read off the groups alone, itself last."""
     start, common = 0, list(range(batch.common))
-    for number, segment in enumerate(batch.segments):
-        prompt = list(range(start, start + segment.prompt))
+    for number, group in enumerate(batch.packed_groups):
+        prompt = list(range(start, start + group.prompt))
         seen = (common if batch.common and number else []) + prompt
         if row in prompt:
             return batch.token_ids[[r for r in seen if r <= row]].tolist()
-        first = start + segment.prompt
-        for count in segment.responses:
+        first = start + group.prompt
+        for count in group.responses:
             if first <= row < first + count:
                 return batch.token_ids[seen + list(range(first, row + 1))].tolist()
             first += count
         start = first
-    raise AssertionError(f"row {row} is in no segment")
+    raise AssertionError(f"row {row} is in no group")
 
 
 GROUPS = [group("a", [1, 2, 3], [[10, 11, 12], [20], [30, 31]]), group("b", [7], [[40, 41]])]
@@ -69,7 +69,7 @@ def test_the_rows_of_a_shared_prompt() -> None:
     assert batch.advantages_N.tolist() == np.float32([0, 0, 0, 0.1, 0.2, 0.2, 1, 1]).tolist()
     assert batch.loss_mask_N.tolist() == [0, 1, 0, 0, 0, 1, 0, 1]
     assert batch.rollout_logprobs_N.tolist() == np.float32([1, 1.1, 1.2, 2, 3, 3.1, 4, 4.1]).tolist()
-    assert [(s.prompt, s.responses) for s in batch.segments] == [(3, (2, 0, 1)), (1, (1,))]
+    assert [(s.prompt, s.responses) for s in batch.packed_groups] == [(3, (2, 0, 1)), (1, (1,))]
     assert [(p.rows, p.prefix, p.own, p.responses) for p in share_of(batch, 0, 1).pieces] == [
         (3, (), (0,), ()),
         (3, (0,), (1,), (2, 1)),
@@ -113,7 +113,7 @@ def test_every_token_is_predicted_from_exactly_its_own_history(
     refs = responses.draw(st.permutations(everything(groups)))
     batch = packed(groups, refs, share_prefix, pad_to)
     assert len(batch.token_ids) % pad_to == 0 == len(batch.token_ids) - len(batch.positions)
-    assert sum(s.prompt + s.own for s in batch.segments) == len(batch.token_ids)
+    assert sum(s.prompt + s.own for s in batch.packed_groups) == len(batch.token_ids)
     at = 0
     for sample_number in range(batch.n_samples):
         tokens = batch.targets[batch.sample_N == sample_number].tolist()
@@ -133,8 +133,8 @@ def test_every_token_is_predicted_from_exactly_its_own_history(
 
 
 def padding(batch: PackedBatch) -> int:
-    last = batch.segments[-1]
-    return last.prompt if not last.responses and len(batch.segments) > bool(batch.common) else 0
+    last = batch.packed_groups[-1]
+    return last.prompt if not last.responses and len(batch.packed_groups) > bool(batch.common) else 0
 
 
 def test_a_start_that_all_prompts_share_is_packed_once() -> None:
@@ -158,7 +158,7 @@ def test_an_identical_prompt_of_two_groups_keeps_its_last_token() -> None:
 
 def test_padding_is_inert_and_an_empty_micro_batch_is_only_padding() -> None:
     batch = packed(GROUPS, everything(GROUPS), pad_to=3)
-    assert len(batch.token_ids) == 9 and batch.segments[-1].prompt == 1 and batch.segments[-1].responses == ()
+    assert len(batch.token_ids) == 9 and batch.packed_groups[-1].prompt == 1 and batch.packed_groups[-1].responses == ()
     assert 8 not in batch.predict_rows.tolist()
     for pad_to in (1, 4):
         empty = packed(GROUPS, [], pad_to=pad_to)

@@ -227,10 +227,10 @@ def model_logits_gap(at: Any, folder: Path) -> tuple[float, float]:
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     (batch,) = packs
     want, row = [], 0
-    for number, segment in enumerate(batch.segments):
-        tokens = batch.token_ids[row : row + segment.prompt + segment.own]
+    for number, group in enumerate(batch.packed_groups):
+        tokens = batch.token_ids[row : row + group.prompt + group.own]
         targets = batch.targets[batch.sample_N == number]
-        logits = model(tokens[None]).logits[0, segment.prompt - 1 :]
+        logits = model(tokens[None]).logits[0, group.prompt - 1 :]
         want.append((logits / batch.temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0].detach())
         row += len(tokens)
     of_responses = (got - torch.cat(want)).abs().max().item()

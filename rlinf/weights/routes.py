@@ -12,7 +12,7 @@ DEVICE_IPC = "device_ipc"  # buckets in memory of the device that engine and act
 BROADCAST = "broadcast"  # a process group of each publisher and the engines that it feeds
 AUTO = "auto"  # SHARED_MEMORY on a node, OBJECT_STORE between nodes; see also device_feeds
 
-Device = tuple[int, int]  # (node, index on the node)
+DeviceAddress = tuple[int, int]  # (node, index on the node)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int], tran
     return tuple(feeds)
 
 
-def device_feeds(publishers: Sequence[Sequence[Device]], engines: Sequence[Sequence[Device]]) -> tuple[Feed, ...] | None:
+def device_feeds(publishers: Sequence[Sequence[DeviceAddress]], engines: Sequence[Sequence[DeviceAddress]]) -> tuple[Feed, ...] | None:
     """One feed for each engine by DEVICE_IPC, or None when one of them has no replica all of whose publishers are on its own devices.
 
     publishers[d][p] is the device of the rank that publishes pipeline stage p of replica d; engines[e] are those of engine e. Memory of a

@@ -18,7 +18,7 @@ from rlinf.device import choose, peak_memory
 from rlinf.errors import UserError
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest, GroupMember
-from rlinf.rollout.sglang_engine import Span
+from rlinf.rollout.sglang_engine import ServerNode
 from rlinf.rollout.sglang_server import free_port
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.broadcast import Wire, open_store
@@ -48,11 +48,11 @@ class RolloutWorker:
         self.asleep, self.waking, self.loading = False, asyncio.Lock(), asyncio.Lock()
         self.wires: dict[str, Wire] = {}  # by the name of the broadcast group
         self.replaceable = replaceable = config.engine_restarts > 0
-        nodes, span = nodes_of_engine(config, address), None
+        nodes, node = nodes_of_engine(config, address), None
         if nodes > 1:
-            span = Span(nodes, 0, f"{address.host}:{free_port(address.host)}")
-            tell(meeting_file(self.folder, address.rank, address.run_id), span.address)
-        self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None, span)
+            node = ServerNode(nodes, 0, f"{address.host}:{free_port(address.host)}")
+            tell(meeting_file(self.folder, address.rank, address.run_id), node.address)
+        self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None, node)
         if config.rollout.offload and not self.engine.capabilities.sleep:
             raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")
 

@@ -14,7 +14,7 @@ from rlinf.data.tokenizer import tokenizer_of
 from rlinf.device import choose
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.build import build_engine
-from rlinf.rollout.sglang_engine import Span
+from rlinf.rollout.sglang_engine import ServerNode
 from rlinf.scheduling.placement import WorkerAddress
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,9 @@ class RolloutPart:
         own = folder / "workers" / f"rollout-{engine}-engine-part-{place + 1}.log"
         tokenizer = tokenizer_of(config)
         try:
-            span = Span(others + 1, place + 1, heard(meeting_file(folder, engine, address.run_id), config.cluster.start_timeout))
+            node = ServerNode(others + 1, place + 1, heard(meeting_file(folder, engine, address.run_id), config.cluster.start_timeout))
             self.engine = build_engine(
-                config, tokenizer, choose(config.cluster.device).type, own, address.run_id, lambda: leave(f"see {own}"), span
+                config, tokenizer, choose(config.cluster.device).type, own, address.run_id, lambda: leave(f"see {own}"), node
             )
         except (RunFailed, UserError) as error:
             leave(str(error))

@@ -19,7 +19,7 @@ class Job:
 
 
 @dataclass(eq=False)
-class Sequence:
+class RunningSample:
     """context = prompt + prefix + new tokens; the first `given` of them were not decoded by this request.
 
     row: the slot it runs in (None: waiting). filled: tokens of the context whose keys and values are in the slot.
@@ -62,7 +62,7 @@ class Sequence:
             return Finish.LENGTH
         return Finish.WINDOW if len(self.context) >= max_context else None
 
-    def sample(self, finish: Finish) -> Sample:
+    def ended(self, finish: Finish) -> Sample:
         tokens = np.array(self.context[self.given :], dtype=np.int32)
         return Sample(
             sample_id=self.sample_id,
@@ -80,11 +80,12 @@ class Sequence:
         return completes_string(self.job.request.stop, self.context, self.prompt_length, decode)
 
 
-def sequences_of(job: Job) -> list[Sequence]:
+def running_samples(job: Job) -> list[RunningSample]:
     """The n samples of a request."""
     request = job.request
     prompt = request.prompt_ids.tolist()
     prefixes = [p.tolist() for p in request.prefixes] or [[]] * request.n
     return [
-        Sequence(job, name, prompt + p, len(prompt) + len(p), len(prompt)) for name, p in zip(request.sample_ids, prefixes, strict=True)
+        RunningSample(job, name, prompt + p, len(prompt) + len(p), len(prompt))
+        for name, p in zip(request.sample_ids, prefixes, strict=True)
     ]
