@@ -105,12 +105,9 @@ class SGLangEngine:
         self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death, serves)
         self._http = SGLangHttp(self._server.port, self._server.key)
         info = self._server.info
-        if serves and (held := info["max_total_num_tokens"]) < max_context + SLACK:  # SGLang would end longer samples without a word
+        if serves and (problem := small_cache(info["max_total_num_tokens"], max_context, device)):
             self._server.close()
-            raise UserError(
-                f"the KV cache of an SGLang engine holds {held} tokens, and a sample of runner.seq_length {max_context} needs "
-                f"{max_context + SLACK}: raise {'rollout.sglang.max_total_tokens' if device == 'cpu' else 'rollout.gpu_memory_utilization'}"
-            )
+            raise UserError(problem)
         self.capabilities = Capabilities(
             seeded=bool(info.get("enable_deterministic_inference")),
             retract_and_continue=True,
@@ -125,12 +122,10 @@ class SGLangEngine:
         self._counters = Counters()
         self._busy_since = 0.0
         self._asleep: frozenset[str] = frozenset()
-        self._loading = False
-        self._proved = False
+        self._loading = self._proved = False
         self._groups: dict[str, Follower] = {}  # by name, of those that the server has joined
         self._device, self._dtype, self._tensor_parallel_size = device, dtype_name(DTYPES[dtype]), tensor_parallel_size
-        self._tracing = False
-        self._closed = False
+        self._tracing = self._closed = False
 
     @property
     def dead(self) -> bool:
@@ -478,3 +473,12 @@ class SGLangEngine:
         self._check_open()
         if self._asleep:
             raise RuntimeError(f"the rollout engine is asleep ({', '.join(sorted(self._asleep))}); wake it, or load weights first")
+
+
+def small_cache(held: int, max_context: int, device: str) -> str:
+    """What is wrong with a KV cache of `held` tokens, if anything: SGLang would end longer samples without a word."""
+    if held >= max_context + SLACK:
+        return ""
+    key = "rollout.sglang.max_total_tokens" if device == "cpu" else "rollout.gpu_memory_utilization"
+    needed = f"a sample of runner.seq_length {max_context} needs {max_context + SLACK}"
+    return f"the KV cache of an SGLang engine holds {held} tokens, and {needed}: raise {key}"

@@ -19,7 +19,7 @@ from rlinf.workers.train import TrainWorker
 
 WORKERS = (TrainWorker, CriticWorker, TokenRewardWorker, SftWorker, RolloutWorker, RewardWorker, JournalWorker)
 LOOPS = [Path(__file__).parents[1] / room for room in ("runners", "evaluation")]
-CALLS = {"ref", "call", "call_all", "call_ranks", "call_each", "ask_all", "ask_each", "ask_once", "work", "finish"}
+CALLS = {"ref", "call", "call_all", "call_ranks", "call_each", "ask_all", "ask_each", "ask_once", "run", "run_on_kept_batch"}
 
 
 def methods(kind: type) -> dict[str, inspect.Signature]:
