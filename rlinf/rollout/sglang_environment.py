@@ -12,6 +12,8 @@ KERNELS = "RLINF_KERNEL_CACHE"
 FOREIGN = (  # not handed on
     "PYTHONPATH", "PYTHONHOME",  # the server has an interpreter of its own
     "SGLANG_MEMORY_SAVER_CUDA_GRAPH",  # graphs in memory that sleep() does not give back, and an all-reduce that copies for them
+    "SGLANG_RETURN_ORIGINAL_LOGPROB",  # log-probabilities that know nothing of the temperature
+    "SGLANG_MAX_NEW_TOKENS_LIMIT",  # shorter responses than the configuration says
 )  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost")
 

@@ -71,6 +71,8 @@ def test_a_folder_for_kernels_that_is_not_ours_is_refused(own_kernels: Path, mon
         kernel_folder()
 
 
-def test_graphs_are_left_out_of_the_memory_that_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "1")
-    assert "SGLANG_MEMORY_SAVER_CUDA_GRAPH" not in server_environment(CPU, FOLDER)
+@pytest.mark.parametrize("name", ["SGLANG_MEMORY_SAVER_CUDA_GRAPH", "SGLANG_RETURN_ORIGINAL_LOGPROB", "SGLANG_MAX_NEW_TOKENS_LIMIT"])
+def test_what_would_break_the_contract_of_an_engine_is_not_handed_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs in memory that is given back, log-probabilities at another temperature, shorter responses."""
+    monkeypatch.setenv(name, "1")
+    assert name not in server_environment(CPU, FOLDER)

@@ -62,8 +62,7 @@ class Arriving:
             if reason.get("status_code"):
                 raise RuntimeError(f"sample {self.sample_id}: SGLang gave up: {reason['message']}")
             if reason["type"] == "length" and len(self.token_ids) < self.room:
-                raise RuntimeError(f"sample {self.sample_id}: SGLang ended it after {len(self.token_ids)} of {self.room} tokens; does "
-                                   "its KV cache hold runner.seq_length, or is SGLANG_MAX_NEW_TOKENS_LIMIT exported?")  # fmt: skip
+                raise RuntimeError(f"sample {self.sample_id}: SGLang ended it after {len(self.token_ids)} of {self.room} tokens")
             limit = Finish.WINDOW if self.limited_by_window else Finish.LENGTH
             self.finish = {"stop": Finish.STOP, "length": limit, "abort": Finish.ABORT}[reason["type"]]
             self.spans = meta.get("weight_versions", [])
