@@ -44,7 +44,7 @@ class LightActor:
     def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, SharedMemory], float], tuple[np.ndarray, ...]]:
         return ({t: self.sources[t] for t in transports if t in self.sources}, 0.1), ()
 
-    def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+    def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.zeros(len(s) - 1, np.float32) for s in sequences]
 
     def release(self, keep: bool = False) -> None:
@@ -83,7 +83,7 @@ class LightRollout:
         tensors, nbytes = sum(len(b.tensors) for b in source.buckets), sum(b.nbytes for b in source.buckets)
         return Receipt(version, {b.key: b.checksum for b in source.buckets}, tensors, nbytes, 0.1), EngineStats(decoded_tokens=1000)
 
-    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+    async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.zeros(len(s) - 1, np.float32) for s in sequences]
 
 

@@ -39,7 +39,7 @@ from rlinf.hardware import fast_precision
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.publishing import Publisher, score
+from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.weights.architecture import open_architecture
 from rlinf.weights.opening import open_source
 from rlinf.weights.receipts import check_probes, check_receipts
@@ -55,7 +55,7 @@ WARM_UP = 3  # syncs: memory is allocated, kernels are made
 
 
 def serve(model_dir: str, precision: str, threads: int, connection: Connection) -> None:
-    """The engine's process: loads what it is told of, scores what it is sent, ends when the other side does."""
+    """The engine's process: loads what it is told of, answers with log-probabilities of what it is sent, ends when the other side does."""
     torch.set_num_threads(threads)
     engine = EmbeddedEngine(model_dir, dtype=precision, slots=64, max_context=128, seed=0, load_weights=False)
     mappings = Mappings()
@@ -159,8 +159,8 @@ def main() -> None:
         rates.append(copies.rates())
         seconds.append(sync(publisher, engine, version))
     probes = [np.array(load_tokenizer(str(args.model_dir)).encode(text), np.int32) for text in PROBES]
-    engine.send(("score", (probes, 1.0)))
-    gap = check_probes(version, args.precision, score(actor, probes, 1.0), [engine.recv()])
+    engine.send(("sequence_logprobs", (probes,)))
+    gap = check_probes(version, args.precision, sequence_logprobs(actor, probes), [engine.recv()])
     engine.send(None)
     process.join(60)
     publisher.close()

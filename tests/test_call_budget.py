@@ -64,7 +64,10 @@ def test_calls_of_a_run_stay_within_the_budget_and_memory_changes_hands(tmp_path
     calls, turns = watched_run(config, tmp_path)
     groups = 4 * STEPS
     assert calls["rollout"].pop("generate") == calls["reward"].pop("judge") == groups  # two calls a group
-    start = {"actor": 3, "rollout": 2}  # the first weights and their probe: publish, score, release; load_weights, score
+    start = {
+        "actor": 3,
+        "rollout": 2,
+    }  # the first weights and their probe: publish, probe, release; load_weights, probe
     for component, at_start in start.items():
         assert sum(calls[component].values()) <= 3 * STEPS + at_start, calls
     assert not calls["reward"]

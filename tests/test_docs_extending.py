@@ -269,7 +269,7 @@ from rlinf.config.schema import ActorModelConfig, OptimConfig
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.publishing import score
+from rlinf.training.publishing import sequence_logprobs
 from rlinf.weights.source import Disk
 from rlinf.weights.tensor_folder import open_hf_folder
 
@@ -277,11 +277,11 @@ tokens = np.random.default_rng(0).integers(0, 131, 40)
 wanted = model(torch.tensor(tokens)[None]).logits[0].log_softmax(-1)[torch.arange(39), torch.tensor(tokens[1:])].detach().numpy()
 engine = EmbeddedEngine(str(folder), dtype="fp32", slots=1, max_context=64, seed=0, decode=str)
 asyncio.run(engine.load_weights(Disk(str(folder)), 0))
-rollout = asyncio.run(engine.score([tokens], 1.0))[0]
+rollout = asyncio.run(engine.sequence_logprobs([tokens]))[0]
 at = parallel.initialize(1, 1, rank=0, world_size=1, device=torch.device("cpu"), address="127.0.0.1:" + sys.argv[3])
 actor = MegatronEngine(architecture.read_architecture(hf), ActorModelConfig(precision="fp32"), OptimConfig(), at, torch.device("cpu"), "lm")
 actor.load_hf(open_hf_folder(str(folder)))
-trained = score(actor, [tokens], 1.0)[0]
+trained = sequence_logprobs(actor, [tokens])[0]
 print(json.dumps([float(abs(rollout - wanted).max()), float(abs(trained - wanted).max()), float(wanted.std())]))
 try:
     architecture.read_architecture(hf | {"sliding_window": 4096})

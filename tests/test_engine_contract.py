@@ -144,9 +144,7 @@ class Reference:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("make", ENGINES)
-def test_greedy_tokens_logprobs_and_scores_equal_transformers(
-    make, family: str, models: dict[str, Path], request: pytest.FixtureRequest
-) -> None:
+def test_greedy_tokens_and_logprobs_equal_transformers(make, family: str, models: dict[str, Path], request: pytest.FixtureRequest) -> None:
     shared = make is sglang and family == "qwen2"  # the server that the other tests have
     engine = request.getfixturevalue("sglang_engine") if shared else make(models[family])
     reference = Reference(models[family])
@@ -163,8 +161,8 @@ def test_greedy_tokens_logprobs_and_scores_equal_transformers(
             whole = np.concatenate([ids, sample.token_ids])
             truth = np.take_along_axis(reference.logprobs(whole, temperature), whole[1:, None].astype(np.int64), 1)[:, 0]
             np.testing.assert_allclose(sample.rollout_logprobs, truth[len(ids) - 1 :], atol=1e-4)
-            if temperature == 1.0 or engine.capabilities.scores_at_any_temperature:
-                np.testing.assert_allclose(asyncio.run(engine.score([whole], temperature))[0], truth, atol=1e-4)
+            if temperature == 1.0:
+                np.testing.assert_allclose(asyncio.run(engine.sequence_logprobs([whole]))[0], truth, atol=1e-4)
     if not shared:
         engine.close()
 
@@ -249,8 +247,6 @@ def test_stop_string_ends_with_the_token_that_completes_it(engine: RolloutEngine
 
 
 def test_stop_string_that_begins_in_the_prefix_ends_the_sample(engine: RolloutEngine, models: dict[str, Path]) -> None:
-    if not engine.capabilities.retract_and_continue:
-        pytest.skip("the engine does not continue")
     letters, free, end, string = readable_pair(engine, models)
     prefix = np.array(free[: end - 1], np.int32)
     asked = ask("r", letters, sampling=repeatable(engine), new=60, stop=Stop(strings=(string,)), prefixes=(prefix,))
@@ -285,8 +281,6 @@ def test_abort_loses_no_token(engine: RolloutEngine) -> None:
 
 
 def test_continuing_from_prefixes_equals_never_stopping(engine: RolloutEngine) -> None:
-    if not engine.capabilities.retract_and_continue:
-        pytest.skip("the engine does not continue")
     again = repeatable(engine)
     whole = run(engine, ask("r", prompt(8), 3, sampling=again, new=20))[0]
     cuts = (0, 7, 19)

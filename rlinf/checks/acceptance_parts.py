@@ -44,7 +44,7 @@ from rlinf.scheduling.flops import forward_flops
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import PackedBatch, pack
-from rlinf.training.publishing import Publisher, score
+from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
@@ -212,8 +212,8 @@ def time_syncs(
         receipt = asyncio.run(engine.load_weights(source, version))
         loaded.append(receipt.seconds)
         nbytes = receipt.nbytes
-        engine_scores = asyncio.run(engine.score(probes, 1.0))
-        gaps.append(check_probes(version, precision, score(actor, probes, 1.0), [engine_scores]))
+        received = asyncio.run(engine.sequence_logprobs(probes))
+        gaps.append(check_probes(version, precision, sequence_logprobs(actor, probes), [received]))
     publisher.withdraw()
     rate = lambda seconds: nbytes / statistics.median(seconds[1:]) / 1e9
     whole = [a + b for a, b in zip(published, loaded)]

@@ -37,7 +37,7 @@ from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.parallel import Coordinates
-from rlinf.training.publishing import Publisher, score
+from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.weights.architecture import open_architecture
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.opening import open_source, release
@@ -148,7 +148,7 @@ def hand_out_weights(
             store = dist.PrefixStore(f"{meeting.name}-{engines}", open_store(HOST, meeting.port, keeps=False))
             publisher.wire = Wire(mine[0], mine[0].members[0], store, engine.device, TIMEOUT)
         sources |= {engines: source for source in publisher.hand_out(VERSION, (BROADCAST,) if mine else ()).sources.values()}
-    return Handed(sources, handed.arrays, score(engine, probes, 1.0))
+    return Handed(sources, handed.arrays, sequence_logprobs(engine, probes))
 
 
 def receive(meeting: Meeting, engines: int, rank: int) -> SharedMemory:
@@ -237,7 +237,7 @@ async def take(
         check_receipts(sources, VERSION, receipts)
         wrong = [different(source, models.after) for source in sources]
         trainer = next(h.scores for h in handed if h.scores)
-        gap = check_probes(VERSION, "fp32", trainer, [await engine.score(probes, 1.0) for engine in engines])
+        gap = check_probes(VERSION, "fp32", trainer, [await engine.sequence_logprobs(probes) for engine in engines])
     except RunFailed as error:
         return float("nan"), str(error)
     finally:

@@ -26,7 +26,7 @@ from rlinf.rollout.slot_cache import MINIMUM_REUSE, CachedPrompt, PrefixCache, S
 PREFILL_TOKENS = 2048  # padded tokens of one prefill step
 PREFILL_CHUNK = 512  # tokens of one context in one prefill step
 PREFIX_TOKENS_PER_SLOT = 128  # the prefix store's size: what half-full slots would hold at 256 tokens
-SCORE_TOKENS = 1024  # padded tokens of one scoring pass
+SEQUENCE_TOKENS = 1024  # padded tokens of one pass over given sequences
 LOGIT_ELEMENTS = 2**25  # float32 logits at a time (128 MiB)
 
 Outcome = tuple[Job, Sample]
@@ -95,18 +95,18 @@ class Batcher:
         self.counters.add(busy_seconds=time.perf_counter() - start)
         return outcomes
 
-    def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+    def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probability of each token given those before it."""
-        scores: dict[int, np.ndarray] = {}
+        found: dict[int, np.ndarray] = {}
         batch: list[int] = []
         for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-            if batch and (len(batch) + 1) * len(sequences[i]) > SCORE_TOKENS:
-                scores |= self._score_batch(sequences, batch, temperature or 1.0)
+            if batch and (len(batch) + 1) * len(sequences[i]) > SEQUENCE_TOKENS:
+                found |= self._batch_logprobs(sequences, batch)
                 batch = []
             batch.append(i)
         if batch:
-            scores |= self._score_batch(sequences, batch, temperature or 1.0)
-        return [scores[i] for i in range(len(sequences))]
+            found |= self._batch_logprobs(sequences, batch)
+        return [found[i] for i in range(len(sequences))]
 
     def _admit(self) -> list[tuple[RunningSample, Tensor]]:
         """Give free slots to waiting samples, in order. Those whose whole context is stored are ready, with its hidden state.
@@ -235,20 +235,20 @@ class Batcher:
         sample.job.unfinished -= 1
         return sample.job, sample.ended(finish)
 
-    def _score_batch(self, sequences: Sequence[np.ndarray], batch: list[int], temperature: float) -> dict[int, np.ndarray]:
+    def _batch_logprobs(self, sequences: Sequence[np.ndarray], batch: list[int]) -> dict[int, np.ndarray]:
         lengths = [len(sequences[i]) for i in batch]
         tokens_N = self._tensor(np.concatenate([sequences[i] for i in batch]).tolist())
         positions_N = self._tensor([p for n in lengths for p in range(n)])
         hidden_NH = self.model.forward(tokens_N, positions_N, causal_attention(lengths, self.model.device))
         rows = max(1, LOGIT_ELEMENTS // self.model.arch.vocab)
         parts = []
-        following_N = torch.cat([tokens_N[1:], tokens_N[:1]])  # the last of each sequence scores a token that is cut off below
+        following_N = torch.cat([tokens_N[1:], tokens_N[:1]])  # the last of each sequence is followed by no token of its own: cut off below
         for hidden, following in zip(hidden_NH.split(rows), following_N.split(rows)):
-            logprobs = torch.log_softmax(self.model.logits(hidden) / temperature, -1)
-            parts.append(logprobs.gather(1, following[:, None])[:, 0])
-        scores = torch.cat(parts).cpu().numpy()
+            logprobs_NV = torch.log_softmax(self.model.logits(hidden), -1)
+            parts.append(logprobs_NV.gather(1, following[:, None])[:, 0])
+        logprobs = torch.cat(parts).cpu().numpy()
         ends = np.cumsum(lengths)
-        return {i: scores[end - n : end - 1].copy() for i, n, end in zip(batch, lengths, ends)}
+        return {i: logprobs[end - n : end - 1].copy() for i, n, end in zip(batch, lengths, ends)}
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.model.device)

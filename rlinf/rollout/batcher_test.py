@@ -93,7 +93,7 @@ def test_bf16_scores_stay_near_fp32(model: EmbeddedModel, tmp_path: Path) -> Non
     small = EmbeddedModel(model.arch, torch.bfloat16, torch.device("cpu"), CONTEXT)
     small.load(open_hf_folder(folder).items())
     ids = [np.arange(n, dtype=np.int32) for n in (2, 40, 200)]
-    exact, rounded = (Batcher(m, 1, CONTEXT, 0, None).score(ids, 1.0) for m in (model, small))
+    exact, rounded = (Batcher(m, 1, CONTEXT, 0, None).sequence_logprobs(ids) for m in (model, small))
     assert [len(s) for s in exact] == [1, 39, 199]
     assert max(np.abs(a - b).max() for a, b in zip(exact, rounded)) < 0.1
 

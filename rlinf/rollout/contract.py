@@ -97,10 +97,8 @@ class Capabilities:
     """What the contract suite and the runner may ask of an engine."""
 
     seeded: bool  # noise keyed by (seed, sample id, position)
-    retract_and_continue: bool  # prefixes are honoured
     sleep: bool  # memory is really given back by sleep()
     max_context: int  # prompt + response tokens
-    scores_at_any_temperature: bool  # otherwise score() takes temperature 1 alone
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,8 @@ class RolloutEngine(Protocol):
         """Take the weights in place, flush every KV and prefix cache, stamp later tokens with `version`. Raises on any mismatch."""
         ...
 
-    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        """Log-probability of each token given those before it: for a sequence of n tokens an array [n-1] float32."""
+    async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probability of each token given those before it, at temperature 1: for a sequence of n tokens an array [n-1] float32."""
         ...
 
     async def sleep(self, tags: frozenset[str]) -> None: ...

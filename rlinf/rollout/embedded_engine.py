@@ -56,9 +56,7 @@ class EmbeddedEngine:
         load_weights: bool = True,
     ) -> None:
         arch = architecture_for(model_dir, max_context)
-        self.capabilities = Capabilities(
-            seeded=True, retract_and_continue=True, sleep=True, max_context=max_context, scores_at_any_temperature=True
-        )
+        self.capabilities = Capabilities(seeded=True, sleep=True, max_context=max_context)
         self._decode = decode
         self._vocab = arch.vocab
         self._thread = compute_thread("embedded-engine")
@@ -111,10 +109,10 @@ class EmbeddedEngine:
         self._asleep -= {"weights"}
         return receipt
 
-    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        """Log-probability of each token given those before it: for a sequence of n tokens an array [n-1] float32."""
+    async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probability of each token given those before it, at temperature 1: for a sequence of n tokens an array [n-1] float32."""
         self._check_awake()
-        return await self._call(self._batcher.score, sequences, temperature)
+        return await self._call(self._batcher.sequence_logprobs, sequences)
 
     async def sleep(self, tags: frozenset[str]) -> None:
         """Give memory back: the KV cache, the weights (they come back with load_weights). Raises RuntimeError while requests run."""

@@ -58,7 +58,7 @@ def test_an_engine_that_sleeps_hands_its_memory_to_other_processes(tmp_path: Pat
 
     monkeypatch.setattr(embedded_engine, "give_back_free_memory", give_back)
     try:
-        asyncio.run(engine.score([np.arange(1, 9, dtype=np.int32)], 1.0))
+        asyncio.run(engine.sequence_logprobs([np.arange(1, 9, dtype=np.int32)]))
         asyncio.run(engine.sleep(frozenset({"kv"})))
         asyncio.run(engine.sleep(frozenset({"kv", "weights"})))
     finally:

@@ -110,10 +110,8 @@ class SGLangEngine:
             raise UserError(problem)
         self.capabilities = Capabilities(
             seeded=bool(info.get("enable_deterministic_inference")),
-            retract_and_continue=True,
             sleep=device != "cpu" and bool(info.get("enable_memory_saver")),
             max_context=max_context,
-            scores_at_any_temperature=False,
         )
         self._decode = decode
         self._version = 0
@@ -172,14 +170,9 @@ class SGLangEngine:
             await self._send_aborts(pending)
             await asyncio.sleep(RETRY)
 
-    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        """Log-probability of each token given those before it: for a sequence of n tokens an array [n-1] float32.
-
-        Raises ValueError for another temperature than 1 (or 0, which means greedy with log-probabilities of 1): the server has no other.
-        """
+    async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Log-probability of each token given those before it, at temperature 1: for a sequence of n tokens an array [n-1] float32."""
         self._check_usable()
-        if temperature not in (0, 1):
-            raise ValueError(f"SGLang scores prompts at temperature 1 only, not {temperature:g}")
         wanted = {"max_new_tokens": 0, "temperature": 0}
         body = {"input_ids": [s.tolist() for s in sequences], "sampling_params": wanted, "return_logprob": True, "logprob_start_len": 0}
         with self._speaking():

@@ -105,9 +105,9 @@ def test_who_does_not_answer_is_ended_once_and_asked_again() -> None:
         group = Group(mute_lives=1)
         engines = Engines(group, Seats(), 0.2)  # type: ignore[arg-type]
         began = asyncio.get_running_loop().time()
-        answers = await asyncio.gather(engines.ask_all("score"), engines.ask_all("stats"))
+        answers = await asyncio.gather(engines.ask_all("sequence_logprobs"), engines.ask_all("stats"))
         assert 0.2 <= asyncio.get_running_loop().time() - began < 0.35  # one stall_timeout and a restart, not two
-        assert answers == [["score by life 1"], ["stats by life 1"]] and set(group.killed) == {0} and group.lives == [1]
+        assert answers == [["sequence_logprobs by life 1"], ["stats by life 1"]] and set(group.killed) == {0} and group.lives == [1]
         engines.end(0, life=0)  # somebody who noticed late
         assert set(group.killed) == {0}
 

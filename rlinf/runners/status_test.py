@@ -16,7 +16,9 @@ from rlinf.runners.training_loop import StepResult
 
 
 def make(tmp_path: Path) -> Status:
-    group = SimpleNamespace(component="actor", size=1, where=lambda rank: f"actor rank {rank}", in_flight=[Counter(train_step=1, score=0)])
+    group = SimpleNamespace(
+        component="actor", size=1, where=lambda rank: f"actor rank {rank}", in_flight=[Counter(train_step=1, sequence_logprobs=0)]
+    )
     loop = SimpleNamespace(step=0, total_steps=9, engine_load=[0, 0], last=StepResult({}, 0))
     return Status(tmp_path, "run", SimpleNamespace(phase=START), [group], loop)
 

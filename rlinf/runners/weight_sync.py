@@ -86,7 +86,7 @@ class WeightSync:
             "sync/load_seconds": max(r.seconds for r in receipts),
             "sync/gib": sum(b.nbytes for b in moved.sources[0].buckets) / 2**30,
         }
-        expected = await self._actor_scores() if self._probes_now() else None
+        expected = await self._actor_logprobs() if self._probes_now() else None
         await self.actor.call_ranks(ranks, "release", self.keep)
         if expected is not None:  # engines compute only when the actor has left the device
             metrics["sync/probe_gap_max"] = await self.probe(version, expected)
@@ -128,9 +128,9 @@ class WeightSync:
         every = self.config.rollout.verify_weights_every
         return self.syncs == 0 or bool(every and self.syncs % every == 0)
 
-    async def _actor_scores(self) -> list[np.ndarray]:
+    async def _actor_logprobs(self) -> list[np.ndarray]:
         """The actor's side of the probes, from the last stage, which alone has it."""
-        found = await self.actor.call_ranks(self.probed, "score", self.probes, 1.0)
+        found = await self.actor.call_ranks(self.probed, "sequence_logprobs", self.probes)
         return next(filter(None, found))
 
     async def _join(self) -> None:
@@ -158,8 +158,8 @@ class WeightSync:
                 check_receipts([offer.value], self.version, [receipt])
 
     async def probe(self, version: int, expected: Sequence[np.ndarray]) -> float:
-        """Largest gap between the engines' scores of the probes and the actor's."""
-        engines = await self.engines.ask_all("score", self.probes, 1.0)
+        """Largest gap between the engines' log-probabilities of the probes and the actor's."""
+        engines = await self.engines.ask_all("sequence_logprobs", self.probes)
         precision = self.config.rollout.precision or self.config.actor.model.precision
         return check_probes(version, precision, expected, engines)
 

@@ -151,7 +151,7 @@ def by_token(batch: PackedBatch, values: Mapping[str, np.ndarray]) -> Tensor:
 
 
 def pack_sequences(sequences: Sequence[np.ndarray], temperature: float, pad_to: int, device: torch.device) -> PackedBatch:
-    """Sequences to be scored, each by itself: its first token stands as the prompt, the n-1 others as a response."""
+    """Sequences whose log-probabilities are wanted, each by itself: its first token stands as the prompt, the n-1 others as a response."""
     groups = [example(f"sequence-{i}", tokens[:1], tokens[1:]) for i, tokens in enumerate(sequences)]
     refs = [SampleRef(i, 0, 0.0) for i in range(len(groups))]
     return pack(groups, refs, share_prefix=False, temperature=temperature, pad_to=pad_to, device=device)

@@ -83,9 +83,9 @@ class Publisher:
         self.in_shared_memory.close()
 
 
-def score(engine: MegatronEngine, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+def sequence_logprobs(engine: MegatronEngine, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
-    outputs = engine.logprobs([pack_sequences(sequences, temperature or 1.0, engine.pad_to, engine.device)])
+    outputs = engine.logprobs([pack_sequences(sequences, 1.0, engine.pad_to, engine.device)])
     if not outputs:
         return []
     return [part.cpu().numpy() for part in outputs[0][0].split([len(s) - 1 for s in sequences])]

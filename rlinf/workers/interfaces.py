@@ -94,8 +94,8 @@ class TrainWorker(InCheckpoints, OnSharedDevices, Protocol):
         """Make the broadcast group of this publisher, and return when all its members have."""
         ...
 
-    def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
-        """The trainer's side of a receipt: log-probability of each token given those before it (rollout.contract.RolloutEngine.score)."""
+    def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The trainer's side of a receipt, as rollout.contract.RolloutEngine.sequence_logprobs()."""
         ...
 
     def release(self, keep: bool = False) -> None:
@@ -160,7 +160,7 @@ class RolloutWorker(Protocol):
         """Make the broadcast groups of this engine, in their order, and return when all their members have."""
         ...
 
-    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]: ...
+    async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]: ...
 
     async def sleep(self, tags: Sequence[str]) -> None:
         """Give memory back while the actor has the device; tags of `kv`, `weights`."""

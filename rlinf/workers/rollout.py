@@ -113,9 +113,9 @@ class RolloutWorker:
         for group in mine:
             self.wires[group.name] = await asyncio.to_thread(Wire, group, member, open_store(*store, keeps=False), self.device, timeout)
 
-    async def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+    async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         await self._wake()
-        return await self.engine.score(sequences, temperature)
+        return await self.engine.sequence_logprobs(sequences)
 
     async def sleep(self, tags: Sequence[str]) -> None:
         """Give memory back (rollout.contract.RolloutEngine.sleep). The KV cache comes back with the next request, weights with the next

@@ -24,7 +24,7 @@ from rlinf.training.engine import Update
 from rlinf.training.layout import PackedBatch, by_sample, by_token
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
-from rlinf.training.publishing import Publisher, score
+from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.files import WEIGHTS_FOLDER
@@ -204,9 +204,9 @@ class TrainWorker(MegatronWorker):
     def close(self) -> None:
         self.publisher.close()
 
-    def score(self, sequences: Sequence[np.ndarray], temperature: float) -> list[np.ndarray]:
+    def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probability of each token given those before it: [n-1] for a sequence of n tokens; empty on all but the last stage."""
-        return score(self.engine, sequences, temperature)
+        return sequence_logprobs(self.engine, sequences)
 
 
 def step_metrics(updates: Sequence[Update]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from rlinf.training import logprobs as head
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.offload import Offloader
 from rlinf.training.profiling import profiled
-from rlinf.training.publishing import Publisher, score
+from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.training.reference import ReferencePolicy
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
@@ -141,7 +141,7 @@ def test_offloading_frees_the_device_and_training_does_not_notice(
     offloader.after_training()  # before the first step, so that engines can start; publishing then needs the weights alone
     offloader.after_publishing()
     offloader.before_forward()
-    assert all(np.array_equal(a, b) for a, b in zip(score(engine, PROBES, 1.0), score(twin, PROBES, 1.0)))
+    assert all(np.array_equal(a, b) for a, b in zip(sequence_logprobs(engine, PROBES), sequence_logprobs(twin, PROBES)))
     for mini in minibatches(engine, n=2):
         offloader.before_use()
         update(engine, mini)
@@ -180,12 +180,12 @@ def test_a_checkpoint_is_saved_and_loaded(device: torch.device, at: Any, models:
 def test_the_reference_policy_is_swapped_in_and_out(device: torch.device, at: Any, models: dict[str, Path]) -> None:
     engine = engine_on(device, at, models["qwen2"])
     reference = ReferencePolicy(engine)
-    before = score(engine, PROBES, 1.0)
+    before = sequence_logprobs(engine, PROBES)
     update(engine, minibatches(engine)[0])
-    after = score(engine, PROBES, 1.0)
+    after = sequence_logprobs(engine, PROBES)
     with reference.swapped_in():
-        assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(score(engine, PROBES, 1.0), before))
-    assert all(np.array_equal(a, b) for a, b in zip(score(engine, PROBES, 1.0), after)) and not np.allclose(after[0], before[0])
+        assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(sequence_logprobs(engine, PROBES), before))
+    assert all(np.array_equal(a, b) for a, b in zip(sequence_logprobs(engine, PROBES), after)) and not np.allclose(after[0], before[0])
 
 
 def test_a_token_reward_model_is_parked_while_it_does_not_score(device: torch.device, at: Any, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_an_engine_on_the_same_device_runs_the_actors_weights(
         asyncio.run(engine.load_weights(publisher.hand_out(1, [transport]).sources[transport], 1))
         for buffer in publisher.on_device._offered.values():
             buffer.zero_()
-        check_probes(1, precision, score(actor, PROBES, 1.0), [asyncio.run(engine.score(PROBES, 1.0))])
+        check_probes(1, precision, sequence_logprobs(actor, PROBES), [asyncio.run(engine.sequence_logprobs(PROBES))])
     finally:
         publisher.close()
         engine.close()
