@@ -200,7 +200,7 @@ class EmbeddedEngine:
     def _load(self, source: WeightSource, version: int) -> Receipt:
         start = time.perf_counter()
         try:
-            keep = isinstance(source, SharedMemory)  # who publishes there leaves what is looked at alone
+            keep = isinstance(source, SharedMemory)  # its publisher writes no segment of which an engine has a view
             n_tensors, nbytes = self._batcher.load(open_source(source, self._mappings), version, keep)
             synchronize(self._batcher.model.device)  # the source may be written again when this has answered
         except ValueError as error:

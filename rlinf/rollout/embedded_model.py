@@ -130,7 +130,7 @@ class EmbeddedModel:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts; without a copy where they already lie one after another, as the tensors of a bucket do."""
+    """The rows of all parts; without a copy where they are already side by side in memory, as the tensors of a bucket are."""
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -16,29 +16,32 @@ log = logging.getLogger(__name__)
 
 
 class Engines:
-    """rank of an engine -> calls that survive its death. load: gives an engine the current weights, where they are still to be had.
+    """Calls to the engines that are repeated when an engine dies. load: gives a restarted engine the current weights, if they can be read.
 
-    stall_timeout: seconds after which an engine that does not answer, and ends no group either, is ended; 0 = never.
+    stall_timeout: seconds without an answer or a finished group, after which an engine is ended; 0 = never.
     """
 
     def __init__(self, group: WorkerGroup, dispatcher: Dispatcher, stall_timeout: float) -> None:
         self.group, self.dispatcher, self.stall_timeout = group, dispatcher, stall_timeout
         self.load: Callable[[int], Awaitable[None]] | None = None
         self.restarted = 0
-        self._done = [0.0] * group.size  # when each engine was last done with a group
+        self._done = [0.0] * group.size  # when each engine last finished a group
         self._reviving: dict[int, asyncio.Task[None]] = {}
-        self._losses: dict[int, WorkerLost] = {}  # the last one of each rank that was made good
+        self._losses: dict[int, WorkerLost] = {}  # by rank, the last one that was repaired: another engine was started
 
     async def ask_all(self, method: str, *args: Any) -> list[Any]:
         common = [Shared(a) for a in args]
         return await self.ask_each(method, [common] * self.group.size)
 
     async def ask_each(self, method: str, per_rank_args: Sequence[Sequence[Any]]) -> list[Any]:
-        """One call a rank that may be made twice; results by rank. They are waited for one by one only when something is amiss."""
+        """One call a rank, repeated when its engine dies; results by rank.
+
+        All are awaited together; each by itself only when one has failed, or is late.
+        """
         asked = [self.group.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)]
         loop, together = asyncio.get_running_loop(), asyncio.ensure_future(self.group.results(asked))
         begun = loop.time()
-        try:  # for half the time: an engine that is well must have answered by itself before the other half is over
+        try:  # half the time for all together, the other half for each by itself
             done, _ = await asyncio.wait({together}, timeout=self.stall_timeout / 2 or None)
             if done and together.exception() is None:
                 return together.result()
@@ -52,8 +55,10 @@ class Engines:
         return await self._in_time(self.group.ref(rank, method, *args), self.stall_timeout)
 
     async def group_of(self, rank: int, header: Ref) -> tuple[GroupHeader, None] | tuple[None, WorkerLost]:
-        """The group that an engine was asked for; or its loss. Groups take their time: only one that is done with none of them for
-        stall_timeout stands still."""
+        """The group that an engine was asked for, or the engine's loss.
+
+        A group may take long: an engine hangs only when it has finished none of its groups for stall_timeout.
+        """
         loop, asked = asyncio.get_running_loop(), asyncio.ensure_future(header)
         begun = loop.time()
         try:
@@ -90,15 +95,15 @@ class Engines:
             answer.cancel()
 
     def end(self, rank: int, life: int) -> None:
-        """End a worker that stands still, unless another already stands in its place."""
+        """End a worker that hangs, unless another one has already replaced it."""
         if self.group.lives[rank] == life:
             self.group.kill(rank)
 
     async def revive(self, rank: int, loss: WorkerLost) -> None:
-        """Return when another worker stands in the place of the lost one; one attempt, however many wait for it."""
+        """Return when another worker has replaced the lost one. It is started once, however many callers wait for it."""
         if rank not in self._reviving:
             if self._losses.get(rank) is loss:
-                return  # who asks comes late
+                return  # this loss was already repaired
             self._losses[rank] = loss
             self._reviving[rank] = asyncio.ensure_future(self._revive(rank, loss))
         await asyncio.shield(self._reviving[rank])

@@ -43,14 +43,15 @@ class Moved(NamedTuple):
 
 
 class WeightSync:
-    """What stands where, so that the current weights reach every engine; and for one that is started anew where they still are."""
+    """Moves the actor's weights into all engines, and remembers where the current version can still be read, for a restarting engine."""
 
     def __init__(self, config: Config, actor: WorkerGroup, engines: Engines, prompts: Sequence[Prompt]) -> None:
         self.config, self.actor, self.engines = config, actor, engines
         rollout, engines.load = engines.group, self.load_again
         self.keep = rollout.deaths_allowed > 0
-        self.held: list[tuple[Shared, list[Ref]]] = []  # by engine: where the current weights still are
-        self.replacing = asyncio.Lock()  # nobody reads what the actor withdraws, and who comes while it writes waits for the new weights
+        self.held: list[tuple[Shared, list[Ref]]] = []  # by engine: where the current version can still be read
+        # held while the actor writes a version: a restarting engine waits for the new one
+        self.replacing = asyncio.Lock()
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
         self.version: int | None = None
         self.syncs = 0
@@ -75,7 +76,7 @@ class WeightSync:
 
     async def publish(self, version: int) -> Synced:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
-        ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # the others have learned that they feed nobody
+        ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # after the first sync the others know that they feed no engine
         if self.groups and self.syncs == 0:
             await self._join()
         moved = await (self._broadcast(ranks, version) if self.groups else self._offer(ranks, version))
@@ -88,7 +89,7 @@ class WeightSync:
         }
         expected = await self._actor_logprobs() if self._probes_now() else None
         await self.actor.call_ranks(ranks, "release", self.keep)
-        if expected is not None:  # engines compute only when the actor has left the device
+        if expected is not None:  # only after the release: the engines may need the device that the actor has just left
             metrics["sync/probe_gap_max"] = await self.probe(version, expected)
         if not self.keep:
             self.held = []
@@ -111,8 +112,8 @@ class WeightSync:
         return Moved(gather_seconds(parts), [sources[feed] for feed in self.feeds], taken)
 
     async def _broadcast(self, ranks: Sequence[int], version: int) -> Moved:
-        """Send and receive at once; no engine is started anew then."""
-        rounds = 2 if self.joining and self.syncs == 0 else 1  # the second is for the proof that the engines do at first
+        """Send and receive at the same time; no engine is restarted meanwhile."""
+        rounds = 2 if self.joining and self.syncs == 0 else 1  # the first version is sent twice: SGLang proves that it loads all of it
         async with self.replacing:
             calls = [self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks]
             written, taken = await gather_or_cancel([self.actor.results([written for written, _ in calls]), self._receive(version)])
@@ -149,8 +150,7 @@ class WeightSync:
         self.held = []
 
     async def load_again(self, engine: int) -> None:
-        """The current weights for an engine that was restarted;
-        it has to wait for the next publish() when the actor is already past them."""
+        """Load the current version into an engine that was restarted. When it can no longer be read, the engine gets the next publish()."""
         async with self.replacing:
             if self.held:
                 offer, payload = self.held[engine]

@@ -67,7 +67,7 @@ class Publisher:
         return HandedOut(sources, arrays)
 
     def withdraw(self) -> None:
-        """What was handed out is not to be had any more."""
+        """What was handed out can no longer be opened."""
         self.in_shared_memory.withdraw()
         self.on_device.withdraw()
         if self.on_disk:

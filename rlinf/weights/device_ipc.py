@@ -1,4 +1,4 @@
-"""Weights on the device that actor and engine share: nothing but handles leaves the publisher, and the engine looks at the same memory.
+"""Weights on the device that actor and engine share: the publisher sends handles only, and the engine opens the same memory.
 
 On a GPU a handle is CUDA's (rlinf/device.py). On CPU, where the device's memory is the host's, it is the name of a segment in shared
 memory; everything else is the same. A receipt gives the memory back: an engine keeps no view of a bucket when it answers.
@@ -50,8 +50,8 @@ class DeviceBuckets:
         return DeviceIpc(tuple(buckets))
 
     def withdraw(self) -> None:
-        """The engines have answered, and the memory is given up. Raises RunFailed when one of them still looks at it, which only a CPU's
-        segments tell."""
+        """Free the memory, when all engines have answered. Raises RunFailed when one of them still has a view of it, which can be seen
+        on a CPU only, by the segment's lock."""
         looked_at = [key for key in self._offered if os.path.exists(key) and in_use(key)]
         self.close()
         if looked_at:

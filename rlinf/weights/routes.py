@@ -55,8 +55,8 @@ def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int], tran
     """One feed for each engine.
 
     publishers[d][p] is the node of the rank that publishes pipeline stage p of replica d; engines[e] is the node of engine e. The replica
-    with most stages on the engine's node feeds it, of equals the first. AUTO: through shared memory if it lies wholly there, otherwise
-    through the object store.
+    with most stages on the engine's node feeds it; of several, the first. AUTO: through shared memory if all its stages are on that node,
+    otherwise through the object store.
     """
     feeds = []
     for node in engines:
@@ -80,7 +80,8 @@ def device_feeds(publishers: Sequence[Sequence[DeviceAddress]], engines: Sequenc
 def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int, engine_ranks: int = 1) -> tuple[BroadcastGroup, ...]:
     """The groups of a run, sorted: replica, then stage. Every process makes those that it is a member of in this order.
 
-    Making a group waits for all its members; with one order for all there is always a first unmade group that no member of it is kept from.
+    Making a group waits for all its members, so two processes that make the same two groups in different orders would wait for each other
+    for ever. In one order for all this cannot happen: no member of the first group that is not made yet waits for another group.
     """
     fed: dict[int, list[int]] = {}
     for engine, feed in enumerate(feeds):

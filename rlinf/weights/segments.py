@@ -70,7 +70,7 @@ def open_segment(path: str, nbytes: int) -> Tensor:
 
 @dataclass
 class Mapping:
-    """A segment that a reader has mapped; views: how many of its results are looked at, which is when it is locked."""
+    """A segment that a reader has mapped. views: how many of its tensors are alive; with one or more, the file is locked for in_use()."""
 
     file: BinaryIO
     memory: mmap.mmap
@@ -99,11 +99,10 @@ class Mapping:
 
 
 class Mappings:
-    """The segments of one reader, which stay mapped while their publisher writes later versions into them: the first look at each page of
-    a new mapping costs about as much as the bytes in it do.
+    """The segments of one reader, which stay mapped while their publisher writes later versions into them: the first access to each page
+    of a new mapping costs about as much as reading its bytes.
 
-    What the reader writes into a view it would see in later ones, so it must not. A segment that was removed is let go of at the next
-    open().
+    The reader must not write into a view: later views would show it. The mapping of a removed segment is closed at the next open().
     """
 
     def __init__(self) -> None:

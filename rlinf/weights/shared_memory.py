@@ -22,7 +22,7 @@ class SharedMemoryPublisher:
     can be read.
 
     Segments of earlier versions are written again, since fresh pages cost several times the copy. One that an engine still has a view of is
-    left as it is, and another takes its place: so an engine that computes directly with the memory that it was sent goes on with one
+    left as it is, and another one is used: so an engine that computes directly with the memory that it was sent goes on with one
     version while the next one is written to the segments of the version before.
     """
 
@@ -50,7 +50,7 @@ class SharedMemoryPublisher:
         return SharedMemory(buckets, rewritten=True)
 
     def withdraw(self) -> None:
-        """What was published is not to be had any more; its memory waits for the next version."""
+        """What was published can no longer be opened; its memory waits for the next version."""
         for segment in self._offered:
             segment.rename(f"{SEGMENTS_FOLDER}/rlinf-{self.name}-spare-{self._withdrawn}")
             self._withdrawn += 1
