@@ -13,7 +13,7 @@ from rlinf.cli import main
 from rlinf.config.keys import known_keys
 from rlinf.config.load import load, value_of
 from rlinf.errors import UserError
-from rlinf.metrics.logger import whole_lines
+from rlinf.record_files import whole_lines
 from rlinf.report.compare import Comparison, Difference, compare, describe, within
 from rlinf.report.compare_facts import read_run
 from tests.test_tiny_run import run, write_run

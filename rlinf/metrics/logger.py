@@ -15,13 +15,11 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from rlinf.errors import UserError
-from rlinf.metrics.kinds import NUMBER, WHOLE, Kind, misfit, or_null
 from rlinf.metrics.trackers import TRACKERS, Trackers
+from rlinf.record_files import NUMBER, WHOLE, damaged, misfit, or_null, whole_lines, whole_rows
 from rlinf.run_paths import METRICS_FILE, aside
 
 BACKENDS = ("tensorboard", *TRACKERS)
-REMEDY = "take that line out, and keep a copy of the file"
 
 
 class MetricLogger:
@@ -96,42 +94,6 @@ def _metrics(path: Path) -> list[dict[str, float]]:
             raise damaged(path, number, wrong)
         found.append({name: math.nan if v is None else v if name == "step" else float(v) for name, v in row.items()})
     return found
-
-
-def whole_rows(path: Path, fields: Mapping[str, Kind] | None = None) -> list[dict[str, Any]]:
-    """The object of every complete line. fields: what each must hold.
-
-    Raises UserError that names the first line that holds no such object, as after a power cut.
-    """
-    rows = []
-    for number, line in enumerate(whole_lines(path)[0], 1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise damaged(path, number, f"not JSON ({error})") from error
-        if not isinstance(rows[-1], dict):
-            raise damaged(path, number, "not a JSON object")
-        if wrong := misfit(rows[-1], fields or {}):
-            raise damaged(path, number, wrong)
-    return rows
-
-
-def damaged(path: Path, number: int, what: str) -> UserError:
-    """Of a line of a record file."""
-    return UserError(f"{path}, line {number}: {what}; the file is damaged there: {REMEDY}")
-
-
-def whole_lines(path: Path) -> tuple[list[str], str]:
-    """The complete lines of the file, each with its newline, and what is left after the last newline."""
-    data = path.read_bytes()
-    try:
-        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise damaged(path, number, f"not UTF-8 (byte {error.start})") from error
-    torn = data[data.rfind(b"\n") + 1 :].decode("utf-8", errors="replace")  # it may end within a character
-    *lines, _ = text.split("\n")  # not splitlines(): text may hold U+2028 and its like
-    return [line + "\n" for line in lines], torn
 
 
 def cut_after(path: Path, step: int) -> int:

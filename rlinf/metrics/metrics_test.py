@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from rlinf.errors import UserError
-from rlinf.metrics.logger import MetricLogger, read_metrics, whole_rows
+from rlinf.metrics.logger import MetricLogger, read_metrics
 from rlinf.metrics.names import METRICS, markdown, undocumented
 from rlinf.metrics.progress import Progress, duration
 from rlinf.metrics.summary import Scores, paired_gain, show_summary, wilson
@@ -265,8 +265,3 @@ def test_every_metric_says_what_it_is_and_the_page_is_up_to_date() -> None:
     assert all(m.meaning and m.healthy and m.action for m in METRICS.values())
     assert undocumented(["rollout/rewards", "time/anything", "train/nope"]) == ["train/nope"]
     assert (ROOT / "docs/metrics.md").read_text() == markdown(), "run: python -m rlinf.metrics.names > docs/metrics.md"
-
-
-def test_a_last_line_that_is_torn_within_a_character_is_only_torn(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes('{"a": "é"}\n{"a": "é'.encode()[:-1])
-    assert whole_rows(tmp_path / "rows.jsonl") == [{"a": "é"}]

@@ -10,7 +10,8 @@ from typing import Any
 from rlinf.config.settings import parse, python_value
 from rlinf.config.values import dump
 from rlinf.errors import UserError
-from rlinf.metrics.logger import read_metrics, whole_rows
+from rlinf.metrics.logger import read_metrics
+from rlinf.record_files import whole_rows
 from rlinf.report.run_data import CHANGED, SAMPLE, read_starts
 from rlinf.run_paths import CONFIG_FILE, METRICS_FILE, RunPaths
 from rlinf.weights.checksum import weights_checksum

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.errors import UserError
-from rlinf.metrics.kinds import NUMBER, NUMBERS, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, misfit, or_null
-from rlinf.metrics.logger import damaged, read_metrics, whole_rows
+from rlinf.metrics.logger import read_metrics
+from rlinf.record_files import NUMBER, NUMBERS, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, damaged, misfit, or_null, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
 from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths
 from rlinf.runners.status import read_status

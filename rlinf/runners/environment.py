@@ -18,7 +18,7 @@ from rlinf.config.own_code import checksum_of
 from rlinf.data.lines import append_lines
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.hardware import cores
-from rlinf.metrics.logger import whole_rows
+from rlinf.record_files import whole_rows
 from rlinf.run_paths import ENVIRONMENT_FILE
 from rlinf.scheduling.placement import Node
 from rlinf.weights.checksum import STRIDE, weights_checksum

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
-from rlinf.metrics.kinds import TEXTS
-from rlinf.metrics.logger import whole_rows
+from rlinf.record_files import TEXTS, whole_rows
 from rlinf.run_paths import RunPaths, replaced
 from rlinf.runners.rollouts import Scored
 from rlinf.runners.selection import StepBatch

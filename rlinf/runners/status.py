@@ -14,7 +14,7 @@ from typing import Any
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
-from rlinf.metrics.kinds import NUMBER, TEXT, Kind, misfit, or_null
+from rlinf.record_files import NUMBER, TEXT, Kind, misfit, or_null
 from rlinf.rollout.contract import EngineStats
 from rlinf.run_paths import STATUS_FILE
 from rlinf.runners.training_loop import TrainingLoop
