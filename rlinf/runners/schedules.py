@@ -22,6 +22,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.runners.requests import GroupRequest
 from rlinf.runners.rollouts import Rollouts, Scored, mean_length
 from rlinf.runners.selection import StepBatch, next_groups, no_signal
+from rlinf.runners.step_metrics import dynamic_sampling_metrics
 from rlinf.scheduling.staleness import Ledger, LengthBias
 
 Requests = Callable[[int, Sequence[int], Counter[str]], list[GroupRequest]]  # (step, prompts, how often the step has taken each)
@@ -180,27 +181,23 @@ class Wallclock:
         scored = [self.done.pop(name) for name in names]
         for name in names:
             del self.wanted[name]
-        metrics = {"carried_over": len(self.tasks), "length_bias": self.bias.train([mean_length(h) for h, _ in scored])}
+        metrics = {
+            "rollout/carried_over": float(len(self.tasks)),
+            "rollout/length_bias": self.bias.train([mean_length(header) for header, _ in scored]),
+        }
+        generated, self.dropped = [*(header for header, _ in scored), *self.dropped], []
         if self.algorithm.dynamic_sampling:
-            metrics |= {
-                "prompts_generated": len(scored) + len(self.dropped),
-                "prompts_used": len(scored) + len(self.dropped),
-                "prompts_filtered": len(self.dropped),
-            }
-        generated, self.dropped = [*(h for h, _ in scored), *self.dropped], []
-        return StepBatch(scored, generated, {f"rollout/{name}": float(value) for name, value in metrics.items()})
+            metrics |= dynamic_sampling_metrics(len(generated), len(generated), len(generated) - len(scored))
+        return StepBatch(scored, generated, metrics)
 
     def begin(self, version: int) -> None:
         """Everything that may be begun, those first that an earlier process had begun."""
-        waiting = [name for name in self.wanted if name not in self.tasks and name not in self.done]
-        size, most = self.sampler.batch_size, self.rollout.over_provisioning
-        room = min(self.ledger.room(version), self.total_steps * size - self.ledger.begun_and_kept)
-        if most:
-            room = min(room, int(most * size) - len(self.ledger.groups))
-        # where too many of the last groups teach nothing, the step is completed from a further epoch: it is not to wait for ever
-        room = min(room, max(self.left, size - len(self.ledger.groups)))
-        for prompt in self.sampler.next_batch(max(0, room)):
-            step = self.groups_begun // size + 1
+        for name in [name for name in self.wanted if name not in self.tasks and name not in self.done]:
+            prompt, step = self.wanted[name]
+            (wanted,) = self.requests(step, [prompt], Counter())
+            self._start(replace(wanted, name=name))
+        for prompt in self.sampler.next_batch(self.room(version)):
+            step = self.groups_begun // self.sampler.batch_size + 1
             self.taken = self.taken if self.taken[0] == step else (step, Counter())
             (wanted,) = self.requests(step, [prompt], self.taken[1])
             self.groups_begun += 1
@@ -208,10 +205,18 @@ class Wallclock:
             self.ledger.begin(wanted.name, version)
             self.bias.begin(wanted.name)
             self._start(wanted)
-        for name in waiting:
-            prompt, step = self.wanted[name]
-            (wanted,) = self.requests(step, [prompt], Counter())
-            self._start(replace(wanted, name=name))
+
+    def room(self, version: int) -> int:
+        """How many more groups may be begun now."""
+        size, waiting = self.sampler.batch_size, len(self.ledger.groups)
+        bounds = [
+            self.ledger.room(version),  # staleness
+            self.total_steps * size - self.ledger.begun_and_kept,  # the end of the run
+            max(self.left, size - waiting),  # the data; a step that too many groups without signal leave short takes a further epoch's
+        ]
+        if self.rollout.over_provisioning:
+            bounds.append(int(self.rollout.over_provisioning * size) - waiting)
+        return max(0, min(bounds))
 
     def _start(self, group: GroupRequest) -> None:
         self.tasks[group.name] = asyncio.ensure_future(self.rollouts.one(group, pausable=self.rollout.partial))

@@ -15,6 +15,7 @@ from rlinf.data.records import GroupHeader
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.runners.rollouts import Scored
+from rlinf.runners.step_metrics import dynamic_sampling_metrics
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ async def next_groups(
                 kept += [one] if has_signal(one[0].right) else []
         if len(kept) == sampler.batch_size:
             sampler.give_back(len(generated) - used)
-            metrics = {"prompts_generated": len(generated), "prompts_used": used, "prompts_filtered": used - len(kept)}
-            return StepBatch(kept, generated, {f"rollout/{name}": float(value) for name, value in metrics.items()})
+            return StepBatch(kept, generated, dynamic_sampling_metrics(len(generated), used, used - len(kept)))
     raise no_signal(algorithm, size, sampler.batch_size, len(kept), generated)
 
 

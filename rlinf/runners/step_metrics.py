@@ -58,6 +58,11 @@ def rollout_metrics(headers: Sequence[GroupHeader]) -> dict[str, float]:
     return {f"rollout/{name}": float(value) for name, value in metrics.items()}
 
 
+def dynamic_sampling_metrics(generated: int, used: int, filtered: int) -> dict[str, float]:
+    """Of the prompts that a step asked for: how many were answered, looked at, and found to teach nothing."""
+    return {f"rollout/prompts_{name}": float(n) for name, n in (("generated", generated), ("used", used), ("filtered", filtered))}
+
+
 def advantage_metrics(advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray], config: Config) -> dict[str, float]:
     """Of the driver's advantages, an array [samples] a group, for the samples that are trained on (bool): what is left out of the whitening
     may lie anywhere. With a critic none: the actor makes them then, token by token."""
