@@ -8,9 +8,8 @@ import pytest
 
 from rlinf.errors import UserError
 from rlinf.evaluation.models import model_of
-from rlinf.report.compare_facts import Run
 from rlinf.report.replay import checkpoint_before
-from rlinf.report.run_data import sample_files
+from rlinf.report.run_data import RunData, sample_files
 from rlinf.run_paths import COMPLETE, PARTIAL, SAMPLE_KINDS, RunPaths, aside, journal_of, replaced, step_of
 from rlinf.runners.recorded import RecordedSteps
 
@@ -55,7 +54,7 @@ def test_steps_of_six_digits_and_more_are_found_in_their_order_and_copies_are_no
 def test_every_reader_finds_the_steps_of_a_long_run(paths: RunPaths) -> None:
     assert RecordedSteps(paths.run_dir).steps == STEPS
     assert [(file.step, file.validation) for file in sample_files(paths)] == [(step, v) for step in STEPS for v in (False, True)]
-    assert [*Run(paths.run_dir, {}, (), {}).checkpoint_weights()] == STEPS
+    assert [*RunData(paths.run_dir, []).checkpoint_weights()] == STEPS
     assert checkpoint_before(paths.run_dir, 1_000_001) == paths.checkpoint(1_000_000)
     with pytest.raises(UserError, match=r"Steps that can be replayed: 1000000;"):
         checkpoint_before(paths.run_dir, 7)

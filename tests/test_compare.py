@@ -14,8 +14,7 @@ from rlinf.config.keys import known_keys
 from rlinf.config.load import load, value_of
 from rlinf.errors import UserError
 from rlinf.record_files import whole_lines
-from rlinf.report.compare import Comparison, Difference, compare, describe, within
-from rlinf.report.compare_facts import read_run
+from rlinf.report.compare import Comparison, Difference, compare, describe, read_run, within
 from tests.test_tiny_run import run, write_run
 from tests.tiny import make_tiny_model
 
@@ -88,7 +87,7 @@ def test_a_metric_that_parts_is_named_with_step_and_both_values(base: Path, tmp_
 
 
 def test_rounding_is_told_apart_from_divergence(base: Path, tmp_path: Path) -> None:
-    value = read_run(base).metrics[1]["train/entropy_loss"]
+    value = read_run(base).metrics_by_step[1]["train/entropy_loss"]
     copy = edited(base, tmp_path, "metrics.jsonl", at_step(1, {"train/entropy_loss": value * (1 + 1e-8)}))
     set_config(copy, "tensor_model_parallel_size: 1", "tensor_model_parallel_size: 2")
     c = of(base, copy)

@@ -35,7 +35,12 @@ def convert(value: Any, key: Key) -> Any:
 
 
 def dump(value: Any) -> str:
-    """One YAML value on one line; text is quoted unless it is a plain word. `${` is escaped: values are resolved when printed."""
+    """yaml_line of a value that is resolved: `${` in it is escaped, so that it is read as it stands."""
+    return yaml_line(_escape(value))
+
+
+def yaml_line(value: Any) -> str:
+    """One YAML value on one line; text is quoted unless it is a plain word."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z./][\w./+-]*", value) and isinstance(python_value(parse(value, "")), str):
         return value
     if isinstance(value, float):
@@ -43,7 +48,7 @@ def dump(value: Any) -> str:
     if isinstance(value, list) and all(type(v) is int for v in value):
         return str(value)
     if isinstance(value, (str, list, dict)):
-        return yaml.safe_dump(_escape(value), default_style='"', default_flow_style=True, width=math.inf, allow_unicode=True).strip()
+        return yaml.safe_dump(value, default_style='"', default_flow_style=True, width=math.inf, allow_unicode=True).strip()
     return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
@@ -56,7 +61,9 @@ def _without_zeros(key: Key, value: Any) -> str:
 def _escape(value: Any) -> Any:
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
-    return [_escape(v) for v in value] if isinstance(value, list) else {k: _escape(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_escape(v) for v in value]
+    return {k: _escape(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _advice(key: Key, item: Any) -> str:

@@ -15,7 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rlinf.report.compare_facts import Run, Sample, read_run
+from rlinf.errors import UserError
+from rlinf.report.run_data import RunData, Sample, open_run
+from rlinf.run_paths import CONFIG_FILE, METRICS_FILE
 
 SMALLEST = 1e-3  # differences are relative to no less: what is zero but for rounding has no relative difference
 GAPS = "train/rollout_logprob_gap_*"  # differences of log-probabilities: in fp32 they are rounding themselves, and 1 is their scale
@@ -92,11 +94,20 @@ def main(path_a: Path, path_b: Path, tolerance: float, as_json: bool) -> int:
     return 0
 
 
-def compare(a: Run, b: Run, tolerance: float = 1e-6) -> Comparison:
+def read_run(path: Path) -> RunData:
+    """A run to compare. Raises UserError when the folder is no run, or a run without a single step."""
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path}: no {CONFIG_FILE}, so no run; give <runner.output_dir>/<runner.experiment_name>")
+    if not (path / METRICS_FILE).is_file() or not (run := open_run(path)).metrics:
+        raise UserError(f"{path}: no {METRICS_FILE} with a step in it: the run ended before its first step, there is nothing to compare")
+    return run
+
+
+def compare(a: RunData, b: RunData, tolerance: float = 1e-6) -> Comparison:
     """tolerance: relative difference of a metric that counts as rounding. Samples are compared exactly."""
     rounding = divergence = None
     also: tuple[Difference, ...] = ()
-    steps = sorted(set(a.metrics) & set(b.metrics))
+    steps = sorted(set(a.metrics_by_step) & set(b.metrics_by_step))
     for step in steps:
         found = list(differences(a, b, step))
         beyond = [d for d in found if not within(d, tolerance)]
@@ -108,16 +119,16 @@ def compare(a: Run, b: Run, tolerance: float = 1e-6) -> Comparison:
     candidates = tuple(candidates_for(a, b, at, steps)) if at else ()
     weights_a, weights_b = a.checkpoint_weights(), b.checkpoint_weights()
     equal = {step: weights_a[step] == weights_b[step] for step in sorted(set(weights_a) & set(weights_b))}
-    last = (max(a.metrics), max(b.metrics))
+    last = (max(a.metrics_by_step), max(b.metrics_by_step))
     return Comparison((str(a.path), str(b.path)), last, len(steps), rounding, divergence, also, candidates, tuple(notes(a, b, at)), equal)
 
 
-def differences(a: Run, b: Run, step: int) -> Iterator[Difference]:
+def differences(a: RunData, b: RunData, step: int) -> Iterator[Difference]:
     """Where one step differs, in the order of the algorithm: samples, then metrics; validation belongs to the end of a step."""
     in_samples = first_of_samples(step, a.samples(step), b.samples(step))
     if in_samples:
         yield in_samples
-    of_a, of_b = a.metrics[step], b.metrics[step]
+    of_a, of_b = a.metrics_by_step[step], b.metrics_by_step[step]
     for name in [*of_a, *(n for n in of_b if n not in of_a)]:
         if any(fnmatchcase(name, pattern) for pattern in NOT_COMPARED):
             continue
@@ -173,7 +184,7 @@ def _stage_of_metric(name: str, step: int) -> str:
     return "generation" if name.startswith("eval/") and step == 0 else "training"
 
 
-def candidates_for(a: Run, b: Run, at: Difference, steps: list[int]) -> Iterator[Candidate]:
+def candidates_for(a: RunData, b: RunData, at: Difference, steps: list[int]) -> Iterator[Candidate]:
     """Recorded differences that can act at or before the stage where the runs part; likely: those that act just there.
 
     After a step of training that showed no difference, generation may differ because of what training did unseen (weight decay, say).
@@ -192,9 +203,9 @@ def candidates_for(a: Run, b: Run, at: Difference, steps: list[int]) -> Iterator
         yield Candidate(name, stage, x, y, stage in likely)
 
 
-def _config_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str, Any, Any]]:
-    same_weights = a.environment(0).get("weights") == b.environment(0).get("weights") is not None
-    same_data = a.environment(0).get("data_fingerprint") == b.environment(0).get("data_fingerprint") is not None
+def _config_differences(a: RunData, b: RunData, step: int) -> Iterator[tuple[str, str, Any, Any]]:
+    same_weights = a.environment_at(0).get("weights") == b.environment_at(0).get("weights") is not None
+    same_data = a.environment_at(0).get("data_fingerprint") == b.environment_at(0).get("data_fingerprint") is not None
     in_a, in_b = a.config_at(step), b.config_at(step)
     absent = set()  # components that neither run has: nothing reads their keys
     if "gae" not in (in_a.get("algorithm.adv_type"), in_b.get("algorithm.adv_type")):
@@ -216,8 +227,8 @@ def stage_of(key: str) -> str:
     return next(stage for pattern, stage in STAGE_OF_KEY if fnmatchcase(key, pattern))
 
 
-def _recorded_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str, Any, Any]]:
-    of_a, of_b = a.environment(step), b.environment(step)
+def _recorded_differences(a: RunData, b: RunData, step: int) -> Iterator[tuple[str, str, Any, Any]]:
+    of_a, of_b = a.environment_at(step), b.environment_at(step)
     for name in RECORDED:
         x, y = of_a.get(name), of_b.get(name)
         if name == "packages" and x and y:
@@ -232,7 +243,7 @@ def _recorded_differences(a: Run, b: Run, step: int) -> Iterator[tuple[str, str,
             yield f"{name} at the start" if name in STAGE_OF_RECORD else name, STAGE_OF_RECORD.get(name, "any"), x, y
 
 
-def notes(a: Run, b: Run, at: Difference | None) -> Iterator[str]:
+def notes(a: RunData, b: RunData, at: Difference | None) -> Iterator[str]:
     """What a reader should know beside: resumptions before the divergence, facts that were not recorded."""
     for name, run in (("A", a), ("B", b)):
         for start in run.starts[1:]:

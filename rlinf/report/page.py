@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.keys import known_keys
+from rlinf.config.values import yaml_line
 from rlinf.data.jsonl import written_whole
 from rlinf.errors import UserError
 from rlinf.metrics.names import METRICS
@@ -64,7 +65,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         asset("page.html"),
         {
             "CSP": policy(script),
-            "TITLE": html.escape(f"{run.path.name} · rlinf"),
+            "TITLE": html.escape(f"{run.path.resolve().name} · rlinf"),
             "STYLE": style,
             "DATA": to_json(page_data(run, findings, parts)),
             "BLOBS": parts.html(),
@@ -113,8 +114,8 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts) -> dict[s
     helps = {name: key.help for name, key in known_keys().items()}
     status = run.status
     return {
-        "title": run.path.name,
-        "path": str(run.path),
+        "title": run.path.resolve().name,
+        "path": str(run.path.resolve()),
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "state": status.get("state", "no status file") + (f": {status['error'].splitlines()[0]}" if status.get("error") else ""),
         "step": int(run.metrics[-1]["step"]) if run.metrics else 0,
@@ -126,8 +127,8 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts) -> dict[s
         "meanings": {name: [METRICS[name].meaning, METRICS[name].healthy, METRICS[name].action] for name in names if name in METRICS},
         "findings": [vars(f) for f in findings],
         "rules": [rule.__name__.replace("_", " ") for rule in RULES],
-        "settings": [[s.key, s.value, s.origin, helps.get(s.key, "")] for s in run.settings],
-        "environment": [{name: value for name, value in start.items() if name != "settings"} for start in run.environment],
+        "settings": [[key, yaml_line(value), run.origins.get(key, ""), helps.get(key, "")] for key, value in run.config.items()],
+        "environment": [{name: value for name, value in start.items() if name != "settings"} for start in run.starts],
         "files": [parts.describe(file) for file in run.files],
         "leftOut": left_out(run, parts, len(lines)),
     }

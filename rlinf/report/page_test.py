@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from rlinf.cli import main
+from rlinf.config.values import yaml_line
 from rlinf.data.records import Status
 from rlinf.report import page as report_page
 from rlinf.report.page import MAX_BYTES, fill, summary, thinned, to_json, write_report
 from rlinf.report.parts import MAX_TEXT_STEPS, TEXTS_A_STEP, Parts, choose_files
-from rlinf.report.run_data import SampleFile, open_run, read_settings
+from rlinf.report.run_data import SampleFile, open_run, read_config, read_origins
 from rlinf.run_paths import RunPaths
 from tests.chromium import BINARY, Page, chromium
 from tests.run_folders import BEHAVIOURS, HEALTHY, Answer, Behaviour, make_run
@@ -119,15 +120,13 @@ def test_what_a_model_writes_cannot_leave_its_place(tmp_path: Path) -> None:
 def test_settings_come_with_who_set_them(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
-        'runner:\n  experiment_name: "a # b"     # command line\n  logger:\n    logger_backends: []   # x.yaml:3\n'
+        'runner:\n  experiment_name: "a # \\\\${b}"     # command line\n  logger:\n    logger_backends: []   # x.yaml:3\n'
         "data:\n  seed: 3 # default\n"
     )
-    found = [(s.key, s.value, s.origin) for s in read_settings(file)]
-    assert found == [
-        ("runner.experiment_name", '"a # b"', "command line"),
-        ("runner.logger.logger_backends", "[]", "x.yaml:3"),
-        ("data.seed", "3", "default"),
-    ]
+    keys = ["runner.experiment_name", "runner.logger.logger_backends", "data.seed"]
+    assert read_config(file) == dict(zip(keys, ["a # \\${b}", [], 3]))
+    assert [yaml_line(value) for value in read_config(file).values()] == ['"a # \\\\${b}"', "[]", "3"]  # as they are written
+    assert read_origins(file) == dict(zip(keys, ["command line", "x.yaml:3", "default"]))
     run = make_run(tmp_path, HEALTHY, steps=2)
     assert ["actor.optim.lr", "1e-06"] in [row[:2] for row in data(write_report(run).read_text())["settings"]]
 

@@ -19,7 +19,7 @@ from rlinf.config.validate import validate
 from rlinf.errors import UserError
 from rlinf.metrics.logger import read_metrics
 from rlinf.report.compare import NOT_COMPARED, relative
-from rlinf.report.compare_facts import read_run
+from rlinf.report.run_data import open_run
 from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths, step_name
 from rlinf.runners.launch import train
 from rlinf.runners.launch_debug import train_only
@@ -144,7 +144,7 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
 def resolve(run_dir: Path, step: int, words: Sequence[str]) -> Resolved:
     """The settings of the start that made the step, and the words. config.yaml is the last start's, which may have had others."""
     now = load(str(run_dir / CONFIG_FILE)).config
-    recorded = read_run(run_dir).environment(step).get("settings", {})
+    recorded = open_run(run_dir).environment_at(step).get("settings", {})
     then = {
         key: json.dumps(recorded[key], ensure_ascii=False)
         for key in known_keys()

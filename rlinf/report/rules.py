@@ -140,7 +140,7 @@ def wrong_template(run: RunData) -> Finding | None:
     ]
     if unmarked:
         title = f"The prompts lack the model's chat template: responses have no answer{' and do not end' if endless > 0.7 else ''}"
-        markers = " ".join(run.environment[-1]["chat_markers"][:4])
+        markers = " ".join(run.starts[-1]["chat_markers"][:4])
         evidence.append(f"the model's chat template writes {markers}, but the prompts contain none of it")
     return Finding(
         "wrong-template", title, tuple(evidence),
@@ -191,7 +191,7 @@ def stale_weights(run: RunData) -> Finding | None:
     series = zip(*run.series("train/rollout_logprob_gap_mean"))
     fresh = [(s, g) for s, g in series if not behind.get(s)]  # from an earlier version a token may well be far off
     steps, gap = [s for s, _ in fresh], [g for _, g in fresh]
-    fp32 = "fp32" in (run.values.get("rollout.precision"), run.values.get("actor.model.precision"))
+    fp32 = "fp32" in (run.config.get("rollout.precision"), run.config.get("actor.model.precision"))
     floor = 1e-4 if fp32 else 0.03
     lag = {s: s - 1 - c.oldest_version for s, c in run.counts.items() if c.oldest_version is not None}
     late = {s: k for s, k in lag.items() if k > run.number("algorithm.max_staleness", 0)}
@@ -227,7 +227,7 @@ def stale_weights(run: RunData) -> Finding | None:
 
 def no_signal(run: RunData) -> Finding | None:
     """Hardly a group has both right and wrong answers, and the advantages compare the samples of a group."""
-    if run.values.get("algorithm.adv_type", "grpo") not in COMPARING:
+    if run.config.get("algorithm.adv_type", "grpo") not in COMPARING:
         return None
     steps, none_right = run.series("rollout/groups_all_wrong")
     all_right = dict(zip(*run.series("rollout/groups_all_right")))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.report.rules import Finding, broken_verifier, entropy_collapse, find_problems, not_finite, skipped_updates, with_effects
-from rlinf.report.run_data import RunData, Setting, count_all, open_run
+from rlinf.report.run_data import RunData, count_all, open_run
 from rlinf.report.task_counts import StepCounts, TaskCounts, count_samples, number, plain
 from tests.run_folders import BEHAVIOURS, HEALTHY, Behaviour, make_run, solve
 
@@ -65,8 +65,7 @@ def test_a_gap_that_is_that_of_allowed_staleness_is_no_finding() -> None:
 def test_groups_of_one_kind_are_no_news_to_estimators_that_compare_across_prompts() -> None:
     run = run_of(rollout__groups_all_wrong=[0.6] * 6, rollout__groups_all_right=[0.4] * 6)
     assert [f.rule for f in find_problems(run)] == ["no-signal"]
-    run.settings = [Setting("algorithm.adv_type", "gae", "run.yaml")]
-    del run.values
+    run.config = {"algorithm.adv_type": "gae"}
     assert find_problems(run) == []
 
 

@@ -1,4 +1,4 @@
-"""A run folder as the report sees it: curves, a summary of every step's samples, configuration, environment.
+"""A run folder as the report and the comparison see it: curves, samples, a summary of every step's, configuration, environment.
 
 Sample files are read one at a time, so that memory does not grow with the run; torn last lines (the run died while it wrote) are left out.
 """
@@ -13,13 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rlinf.config.keys import known_keys
+from rlinf.config.settings import parse, python_value
+from rlinf.config.values import dump
 from rlinf.errors import UserError
 from rlinf.metrics.logger import read_metrics
 from rlinf.record_files import NUMBER, NUMBERS, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, damaged, misfit, or_null, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
 from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths
 from rlinf.runners.status import read_status
+from rlinf.weights.checksum import weights_checksum
 
+Sample = dict[str, Any]  # a line of a file of samples
 SETTING = re.compile(r"^(?P<indent> *)(?P<key>\w+):(?P<value>.*)$")
 SAMPLE: dict[str, Kind] = {
     "group_id": TEXT, "sample_id": TEXT, "task": TEXT, "prompt": TEXT, "response": TEXT, "solutions": TEXTS, "reward": NUMBER,
@@ -31,15 +36,6 @@ SHOWN: dict[str, Kind] = {"pieces": TEXTS} | dict.fromkeys(("advantages", "log_r
 CHANGED = "the file was changed by hand: bring back the run's own"
 START: dict[str, Kind] = {"first_step": WHOLE}
 OF_A_START: dict[str, Kind] = {"chat_markers": TEXTS, "packages": OBJECT, "settings": OBJECT}  # where they were recorded
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A line of config.yaml: dotted key, value as written, who set it."""
-
-    key: str
-    value: str
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -68,14 +64,17 @@ class SampleFile:
 
 @dataclass
 class RunData:
-    """What the rules and the page look at. metrics: the lines of metrics.jsonl, oldest first."""
+    """What its folder says of a run.
+
+    metrics: the lines of metrics.jsonl, oldest first. config, origins: dotted key -> value, and who set it, of the last start. starts: the
+    lines of environment.jsonl, one for each time the run was started.
+    """
 
     path: Path
     metrics: list[dict[str, float]]
-    settings: list[Setting] = field(default_factory=list)
-    environment: list[dict[str, Any]] = field(default_factory=list)
-    status: dict[str, Any] = field(default_factory=dict)
-    files: list[SampleFile] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    starts: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[int, StepCounts] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
@@ -84,36 +83,61 @@ class RunData:
         return [s for s, _ in points], [v for _, v in points]
 
     @cached_property
-    def values(self) -> dict[str, str]:
-        """Settings by key, as written in the file."""
-        return {s.key: s.value.strip("'\"") for s in self.settings}
+    def metrics_by_step(self) -> dict[int, dict[str, float]]:
+        return {int(line["step"]): {k: v for k, v in line.items() if k not in ("step", "time")} for line in self.metrics}
 
     def number(self, key: str, otherwise: float) -> float:
-        """Raises UserError when the file was changed, and holds none there."""
-        text = self.values.get(key, "null")
-        try:
-            return otherwise if text == "null" else float(text)
-        except ValueError as error:
-            raise UserError(f"{self.path / CONFIG_FILE}: {key} is {text}, no number; {CHANGED}") from error
+        """Of the last start. Raises UserError when the file was changed, and holds none there."""
+        value = self.config.get(key)
+        if value is not None and not NUMBER.holds(value):
+            raise UserError(f"{self.path / CONFIG_FILE}: {key} is {value}, no number; {CHANGED}")
+        return otherwise if value is None else float(value)
+
+    def environment_at(self, step: int) -> dict[str, Any]:
+        """Of the start that made this step; empty when none was recorded."""
+        made = [s for s in self.starts if s["first_step"] <= max(step, 1)]
+        return made[-1] if made else {}
+
+    def config_at(self, step: int) -> dict[str, Any]:
+        """The settings of the start that made this step: one that goes on may have others."""
+        settings = self.environment_at(step).get("settings", {})  # written as in config.yaml, which other runs may have alone
+        return dict(_leaves({key: python_value(parse(dump(value), key)) for key, value in settings.items()}, "")) or self.config
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        return read_status(self.path)
+
+    @cached_property
+    def files(self) -> list[SampleFile]:
+        return sample_files(RunPaths(self.path))
+
+    def samples(self, step: int) -> dict[str, Sample]:
+        """By their ids; none when the step left no such file."""
+        return _by_id(RunPaths(self.path).samples(step))
+
+    def validation(self, step: int) -> dict[str, Sample]:
+        """By their ids; none when the step was not validated."""
+        return _by_id(RunPaths(self.path).validation(step))
+
+    def checkpoint_weights(self) -> dict[int, str]:
+        """Checksums of the exported weights of every complete checkpoint."""
+        paths = RunPaths(self.path)
+        models = {step: paths.checkpoint(step) / "hf" for step in paths.complete_checkpoints()}
+        return {step: weights_checksum(model) for step, model in models.items() if (model / "config.json").is_file()}
 
 
 def open_run(path: Path) -> RunData:
     """Everything but the samples' text. Raises UserError when the folder holds no run."""
     if not (path / METRICS_FILE).is_file():
         raise UserError(f"{path}: no {METRICS_FILE} here; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
-    return RunData(
-        path=path.resolve(),
-        metrics=read_metrics(path),
-        settings=read_settings(path / CONFIG_FILE),
-        environment=read_starts(path),
-        status=read_status(path),
-        files=sample_files(RunPaths(path)),
-    )
+    file = path / CONFIG_FILE
+    config = read_config(file) if file.exists() else {}
+    return RunData(path, read_metrics(path), config, read_origins(file) if config else {}, read_starts(path))
 
 
 def count_all(run: RunData) -> Iterator[tuple[SampleFile, list[dict[str, Any]]]]:
     """Read the sample files one after another, filling run.counts on the way."""
-    markers = run.environment[-1].get("chat_markers", []) if run.environment else []
+    markers = run.starts[-1].get("chat_markers", []) if run.starts else []
     for file in run.files:
         rows = file.rows()
         if not file.validation:
@@ -146,24 +170,41 @@ def _rows(path: Path, fields: Mapping[str, Kind], more: Callable[[dict[str, Any]
     return rows
 
 
-def read_settings(path: Path) -> list[Setting]:
-    """The leaves of a config.yaml as RunFolder writes it; none when there is no such file."""
-    found: list[Setting] = []
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings of a config.yaml, by dotted key. Raises UserError where it holds none."""
+    tree = python_value(parse(file.read_bytes(), str(file)))
+    config = dict(_leaves(tree, "")) if isinstance(tree, dict) else {}
+    if not config:
+        raise UserError(f"{file}: holds no settings; {CHANGED}")
+    return config
+
+
+def read_origins(file: Path) -> dict[str, str]:
+    """Who set each key: the comment that RunFolder writes behind it, which a YAML parser leaves out."""
+    found: dict[str, str] = {}
     sections: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); {CHANGED}") from error
-    for line in lines:
+    for line in file.read_text(encoding="utf-8").splitlines():
         text, _, origin = line.rpartition(" # ") if " # " in line else (line, "", "")
         match = SETTING.match(text)
         if match is None:
             continue
         sections = sections[: len(match["indent"]) // 2]
-        if value := match["value"].strip():
-            found.append(Setting(".".join([*sections, match["key"]]), value, origin))
+        if match["value"].strip():
+            found[".".join([*sections, match["key"]])] = origin
         else:
             sections.append(match["key"])
-    if not found and path.exists():
-        raise UserError(f"{path}: holds no settings; {CHANGED}")
     return found
+
+
+def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Of the YAML tree. A key whose value is a mapping of the user's, such as the placement, is a leaf too."""
+    for name, value in section.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in known_keys():
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _by_id(file: Path) -> dict[str, Sample]:
+    return {row["sample_id"]: row for row in whole_rows(file, SAMPLE)} if file.is_file() else {}
