@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from ray._raylet import AuthenticationTokenLoader, Config
 
 from rlinf.cluster.processes import RUN_ID
 from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, state_folder
-from rlinf.errors import UserError
+from rlinf.errors import RunFailed, UserError
 
 LONGEST_TMP = 40  # characters: a unix socket's path has at most 107, and Ray appends 60
 PRIVATE_ENVIRONMENT = {
@@ -82,7 +83,7 @@ class RaySession:
         # Not started: the autoscaler's process, and the one that sends logs to drivers. Each costs a CPU second and nothing here needs it.
         parameter.RayParams = partial(RAY_PARAMS, no_monitor=True, include_log_monitor=False)
         try:
-            with own_signals():
+            with own_signals(), self.time_told():
                 ray.init(
                     address="local",
                     num_cpus=None if cuda else slots,
@@ -100,6 +101,21 @@ class RaySession:
                 raise
             self.close(keep_logs=False)
             raise UserError(f"Ray was not started, for its object store of {store / 2**30:.1f} GiB: {error}\n{STORE_REMEDY}") from error
+
+    @contextmanager
+    def time_told(self) -> Iterator[None]:
+        """Ray gives its own processes 30 s, which a busy machine may need; the error that says so has no class of its own."""
+        try:
+            yield
+        finally:
+            error = sys.exc_info()[1]
+            if type(error) is Exception and "timed out during startup" in str(error):
+                self.close(keep_logs=True)
+                load, cores = os.getloadavg()[0], os.cpu_count()
+                raise RunFailed(
+                    f"Ray's own processes were not up within the 30 s that Ray gives them; the load of this machine is {load:.0f} on "
+                    f"{cores} cores. Start the run again when it is less busy; Ray's logs are in {self.log_dir / 'ray'}"
+                ) from error
 
     def prepare(self, on_loopback: bool) -> None:
         """Have Ray, which reads its environment when imported, look again; its notices go to ray.log, not between the progress lines."""

@@ -59,3 +59,29 @@ def test_a_handler_of_sigterm_that_was_there_before_ray_stays(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", TERMINATED, run_id, str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "nodes: 1 None\n", done.stderr
     assert marked(run_id) == []
+
+
+SLOW = """
+import sys
+from pathlib import Path
+import ray
+from rlinf.cluster.cluster import Cluster
+from rlinf.config.schema import ClusterConfig
+from rlinf.errors import RunFailed
+
+def init(**_):
+    raise Exception("The current node timed out during startup. This could happen because ...")
+
+ray.init = init
+try:
+    Cluster.connect(ClusterConfig(num_gpus_per_node=1, device="cpu"), sys.argv[1], Path(sys.argv[2]) / "logs")
+except RunFailed as error:
+    print(error)
+"""
+
+
+def test_a_machine_too_busy_for_rays_own_limit_is_one_message(tmp_path: Path) -> None:
+    env = os.environ | {"RLINF_RAY_STATE": str(tmp_path / "none"), "RAY_ADDRESS": "", "RLINF_OBJECT_STORE_BYTES": str(200 * 2**20)}
+    done = subprocess.run([sys.executable, "-c", SLOW, new_run_id(), str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not up within the 30 s" in done.stdout and str(tmp_path / "logs" / "ray") in done.stdout
