@@ -159,7 +159,10 @@ class WorkerGroup(ABC):
             values = {task: task.result() for task in done}
             if pending:
                 late = ", ".join(self.where(rank) for rank, task in waiting.items() if task in pending)
-                raise RunFailed(f"not started within cluster.start_timeout = {self.start_timeout:g} s: {late}")
+                raise RunFailed(
+                    f"not started within cluster.start_timeout = {self.start_timeout:g} s: {late}\nTheir logs, in workers/ of the run's "
+                    "folder, say how far they came; where they were only slow, raise cluster.start_timeout"
+                )
             return [values[task] for task in waiting.values()]
         finally:
             for task in waiting.values():
