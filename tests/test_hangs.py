@@ -17,8 +17,9 @@ import pytest
 
 from rlinf.config.load import load
 from rlinf.errors import Hang, RunFailed
+from rlinf.run_paths import RunPaths
 from rlinf.runners import launch
-from rlinf.runners.run_folder import RunFolder, read_checkpoint
+from rlinf.runners.run_folder import read_checkpoint
 from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
 
 BUDGET = 20  # seconds; of phases that take well under one on an idle machine
@@ -69,7 +70,7 @@ def test_a_hang_before_any_checkpoint_ends_the_run_and_names_the_samples(tmp_pat
 
 
 def test_a_full_disk_is_no_hang_and_the_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunFolder, "samples", lambda self, step: Path("/dev/full"))
+    monkeypatch.setattr(RunPaths, "samples", lambda self, step: Path("/dev/full"))
     config = write_run(tmp_path, runner__val_check_interval=0, **ONE_PROCESS)
     with pytest.raises(RunFailed, match=r"reward rank 0 .* failed in judge .*No space left on device: '/dev/full'") as raised:
         launch.train(load(str(config)))
