@@ -13,7 +13,7 @@ from rlinf.metrics.timers import Timers
 from rlinf.rollout.contract import EngineStats, GenerateRequest, Stop
 from rlinf.runners.engines import Engines
 from rlinf.runners.requests import GroupRequest
-from rlinf.runners.step_metrics import engine_metrics
+from rlinf.runners.step_metrics import engine_metrics, engine_speed_metrics
 from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.weights.architecture import Architecture, open_architecture
 
@@ -84,9 +84,11 @@ class Rollouts:
 
     def metrics(self, generated: Sequence[GroupHeader], stats: Sequence[EngineStats]) -> dict[str, float]:
         """How fast the engines were. stats: what each of them counted while `generated` was made."""
-        devices, peak = self.rollout.size * self.config.rollout.tensor_parallel_size, self.config.runner.peak_tflops
-        restarts = {"rollout/engine_restarts": float(self.engines.restarted)}
-        return restarts | engine_metrics(generated, stats, self.arch, devices, peak)
+        metrics = {"rollout/engine_restarts": float(self.engines.restarted)} | engine_metrics(stats)
+        if any(s.busy_seconds for s in stats):
+            devices = self.rollout.size * self.config.rollout.tensor_parallel_size
+            metrics |= engine_speed_metrics(generated, stats, self.arch, devices, self.config.runner.peak_tflops)
+        return metrics
 
     async def begin_trace(self, step: int) -> None:
         """The engines are recorded in the steps of runner.profile_steps."""

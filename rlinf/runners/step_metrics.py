@@ -81,23 +81,26 @@ def staleness_metrics(headers: Sequence[GroupHeader], version: int) -> dict[str,
     return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(pairs[:, 0].max(initial=0.0))}
 
 
-def engine_metrics(
-    generated: Sequence[GroupHeader], stats: Sequence[EngineStats], arch: Architecture, devices: int, peak_tflops: float | None
-) -> dict[str, float]:
-    """What the engines counted in a step, and how fast they were. devices: of all engines. peak_tflops: see peak_flops."""
+def engine_metrics(stats: Sequence[EngineStats]) -> dict[str, float]:
+    """What the engines counted in a step."""
     decoded, busy = sum(s.decoded_tokens for s in stats), max(s.busy_seconds for s in stats)
-    metrics = {
+    return {
         "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
         "rollout/truncated_mass": sum(s.truncated_mass for s in stats) / max(1, decoded),
         "perf/rollout_tokens_per_second": decoded / busy if busy else 0.0,
         "perf/rollout_memory_gib": max(s.memory_bytes for s in stats) / 2**30,
     }
-    if busy:
-        work = sum((generation_work(h.prompt_length, h.response_lengths) for h in generated), Work())
-        speed = forward_flops(arch, work) / devices / busy
-        metrics["perf/rollout_tflops"] = speed / 1e12
-        if peak := peak_flops(peak_tflops, stats[0].peak_flops):
-            metrics["perf/rollout_mfu"] = speed / peak
+
+
+def engine_speed_metrics(
+    generated: Sequence[GroupHeader], stats: Sequence[EngineStats], arch: Architecture, devices: int, peak_tflops: float | None
+) -> dict[str, float]:
+    """How fast the engines were, of which one was busy at least. devices: of all engines. peak_tflops: see peak_flops."""
+    work = sum((generation_work(h.prompt_length, h.response_lengths) for h in generated), Work())
+    speed = forward_flops(arch, work) / devices / max(s.busy_seconds for s in stats)
+    metrics = {"perf/rollout_tflops": speed / 1e12}
+    if peak := peak_flops(peak_tflops, stats[0].peak_flops):
+        metrics["perf/rollout_mfu"] = speed / peak
     return metrics
 
 
