@@ -45,7 +45,7 @@ ready() { # the stamp names the pins; an environment with the dev set serves bot
 }
 
 locked=()
-compiled=() # on a laptop byte code is made where it is needed, which is a tenth of it; the nodes of a cluster may not write to the checkout
+compiled=() # on a laptop byte code is made where it is imported, which most of it never is; the nodes of a cluster may not write to the checkout
 if [[ "$device" == cpu ]]; then compiled=(--no-compile); fi
 pip_install() {
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -qq ${compiled[@]+"${compiled[@]}"} ${locked[@]+"${locked[@]}"} "$@"
