@@ -54,12 +54,18 @@ def verifier(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+TRAINER_CASES = {
+    "plain": "engine / transformers + torch",
+    "equal": "four groups, two of them with equal rewards: a backward pass for all / for those with a gradient",
+}
+
+
 def trainer(result: dict[str, Any]) -> list[str]:
     lines = ["| case | ratio of CPU seconds | 5 %, 95 % | aim | ratio of the tokens | a step, CPU seconds |", "|---|---|---|---|---|---|"]
     for name, c in result["cases"].items():
-        what = "engine / transformers + torch" if name == "plain" else "a copy for each sample / shared, prompt-response-samples " + name
+        what = TRAINER_CASES.get(name, "a copy for each sample / shared, prompt-response-samples " + name) + f", {c['precision']}"
         aim = "95 % at most 1.20" if name == "plain" else f"at least {c['aim']:.2f}"
-        tokens = "—" if name == "plain" else f"{c['token_ratio']:.2f}"
+        tokens = f"{c['token_ratio']:.2f}" if "token_ratio" in c else "—"
         seconds = " / ".join(f"{sum(s) / len(s):.2f}" for s in c["cpu_seconds"].values())
         lines.append(f"| {what} | {c['ratio']:.2f} | {c['p5']:.2f}, {c['p95']:.2f} | {aim} | {tokens} | {seconds} |")
     return lines

@@ -1,12 +1,14 @@
 """The training engine against plain transformers + torch, and a shared prompt against a copy for each sample: CPU seconds of one step.
 
-    python -m benchmarks.trainer MODEL_DIR [--pairs 15] [--threads 1] [--cases plain 75-20-8 256-32-8 64-256-8]
+    python -m benchmarks.trainer MODEL_DIR [--pairs 15] [--threads 1] [--precision bf16] [--cases plain 75-20-8 256-32-8 64-256-8 equal]
 
 plain     eight sequences of 96 tokens, loss on the last 48: forward, backward, clipping, Adam on fp32 master weights, new bf16 weights.
           Both sides see the same tokens. The plain side is as good as it can be had: equal lengths, so nothing is padded and attention is
           torch's causal kernel; logits at the trained positions alone; torch's fused Adam.
 P-R-G     one GRPO step on G responses of R tokens to one prompt of P tokens, packed with a copy of the prompt for each sample, and as
           the engine packs it by itself. The gain is compared with the ratio of the tokens.
+equal     one GRPO step on four groups of eight responses (75-20-8), two of which have equal rewards, with a backward pass for all and for
+          those alone that have a gradient. Of the whole step, optimizer included.
 
 Arms alternate within a process, the order turning from pair to pair; CPU time, not wall time, so that other work on the machine counts
 little. The bound is the 95th percentile of the ratio of means over 10,000 bootstrap resamples of the pairs. Writes
@@ -19,7 +21,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +54,10 @@ RESAMPLES = 10_000
 Step = Callable[[], float]  # does the work and returns the loss
 
 
-def open_engine(model_dir: Path) -> MegatronEngine:
+def open_engine(model_dir: Path, precision: str) -> MegatronEngine:
     at = parallel.initialize(1, 1, rank=0, world_size=1, device=torch.device("cpu"), address="127.0.0.1:29517")
     arch = open_architecture(model_dir)
-    engine = MegatronEngine(arch, ActorModelConfig(precision="bf16"), OPTIM, at, torch.device("cpu"))
+    engine = MegatronEngine(arch, ActorModelConfig(precision=precision), OPTIM, at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(model_dir))
     return engine
 
@@ -78,7 +81,7 @@ def engine_step(engine: MegatronEngine, tokens: np.ndarray) -> Step:
 
 
 def plain_step(model: torch.nn.Module, tokens: np.ndarray) -> Step:
-    """bf16 weights and gradients, fp32 master weights and moments: what the engine keeps too."""
+    """Weights and gradients in the model's precision, fp32 master weights and moments: what the engine keeps too."""
     params = list(model.parameters())
     masters = [p.detach().float().requires_grad_() for p in params]
     optimizer = torch.optim.AdamW(
@@ -104,11 +107,11 @@ def plain_step(model: torch.nn.Module, tokens: np.ndarray) -> Step:
     return step
 
 
-def make_group(vocab: int, shape: tuple[int, int, int]) -> Group:
-    rng, (prompt, response, n) = np.random.default_rng(0), shape
+def make_group(vocab: int, shape: tuple[int, int, int], name: str = "g", seed: int = 0) -> Group:
+    rng, (prompt, response, n) = np.random.default_rng(seed), shape
     samples = tuple(
         Sample(
-            f"g/{i}",
+            f"{name}/{i}",
             rng.integers(10, vocab, response).astype(np.int32),
             np.zeros(response, np.float32),
             np.ones(response, np.uint8),
@@ -117,19 +120,25 @@ def make_group(vocab: int, shape: tuple[int, int, int]) -> Group:
         )
         for i in range(n)
     )
-    return Group("g", Prompt("g", rng.integers(10, vocab, prompt).astype(np.int32), "math", ("",)), samples)
+    return Group(name, Prompt(name, rng.integers(10, vocab, prompt).astype(np.int32), "math", ("",)), samples)
 
 
-def grpo_step(engine: MegatronEngine, group: Group, share_prefix: bool) -> Step:
-    advantages = np.linspace(-1, 1, len(group.samples)).astype(np.float32)
+def grpo_step(
+    engine: MegatronEngine, groups: Sequence[Group], share_prefix: bool = True, equal: int = 0, zero_teaches: bool = True
+) -> Step:
+    """equal: how many of the groups, from the first on, have equal rewards."""
+    advantages = [np.linspace(-1, 1, len(g.samples)).astype(np.float32) * (k >= equal) for k, g in enumerate(groups)]
+    headers = [g.header() for g in groups]
+    how: dict[str, Any] = {"dp": 1, "n_minibatches": 1, "max_tokens": 4096, "share_prefix": share_prefix, "zero_teaches": zero_teaches}
 
     def step() -> float:
-        (share,) = build_rank_batches([group.header()], [advantages], dp=1, n_minibatches=1, max_tokens=4096, share_prefix=share_prefix)
+        (share,) = build_rank_batches(headers, advantages, **how)
         (mini,) = share.mini_batches
         packs = [
-            pack([group], refs, share_prefix=share_prefix, temperature=1.0, pad_to=1, device=engine.device) for refs in mini.micro_batches
+            pack(groups, refs, share_prefix=share_prefix, temperature=1.0, pad_to=1, device=engine.device) for refs in mini.micro_batches
         ]
-        update = engine.update(packs, None, None, Denominators(mini.global_tokens, mini.global_samples), SETTINGS, None)
+        denominators = Denominators(mini.global_tokens, mini.global_samples)
+        update = engine.update(packs, None, None, denominators, SETTINGS, None, mini.teaching)
         return update.grad_norm
 
     return step
@@ -161,7 +170,8 @@ def ratio(above: list[float], below: list[float]) -> dict[str, float]:
 
 
 def against_plain(engine: MegatronEngine, model_dir: Path, pairs: int) -> dict[str, Any]:
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="sdpa").train()
+    dtype = next(engine.model.parameters()).dtype
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa").train()
     tokens = np.random.default_rng(0).integers(10, engine.arch.vocab, (SEQUENCES, LENGTH)).astype(np.int32)
     result = measure({"engine": engine_step(engine, tokens), "plain": plain_step(model, tokens)}, pairs)
     found = ratio(result["cpu_seconds"]["engine"], result["cpu_seconds"]["plain"])
@@ -176,7 +186,7 @@ def against_plain(engine: MegatronEngine, model_dir: Path, pairs: int) -> dict[s
 def shared_prefix(engine: MegatronEngine, name: str, pairs: int) -> dict[str, Any]:
     prompt, response, n = SHAPES[name]
     group = make_group(engine.arch.vocab, SHAPES[name])
-    result = measure({"copies": grpo_step(engine, group, False), "automatic": grpo_step(engine, group, True)}, pairs)
+    result = measure({"copies": grpo_step(engine, [group], False), "automatic": grpo_step(engine, [group])}, pairs)
     found = ratio(result["cpu_seconds"]["copies"], result["cpu_seconds"]["automatic"])
     tokens = n * (prompt + response) / (prompt + n * response)
     aim = 0.75 * tokens if name != "64-256-8" else 0.95
@@ -190,23 +200,37 @@ def shared_prefix(engine: MegatronEngine, name: str, pairs: int) -> dict[str, An
     )
 
 
+def equal_groups(engine: MegatronEngine, pairs: int) -> dict[str, Any]:
+    groups = [make_group(engine.arch.vocab, SHAPES["75-20-8"], f"g{k}", seed=k) for k in range(4)]
+    arms = {"all": grpo_step(engine, groups, equal=2), "with a gradient": grpo_step(engine, groups, equal=2, zero_teaches=False)}
+    result = measure(arms, pairs)
+    found = ratio(result["cpu_seconds"]["all"], result["cpu_seconds"]["with a gradient"])
+    sys.stdout.write(f"equal: gain {found['ratio']:.2f} [{found['p5']:.2f}, {found['p95']:.2f}], aim 1.25\n")
+    return result | found | {"aim": 1.25, "reached": found["ratio"] >= 1.25}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cases", nargs="+", default=["plain", *SHAPES], choices=("plain", *SHAPES))
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--cases", nargs="+", default=["plain", *SHAPES, "equal"], choices=("plain", *SHAPES, "equal"))
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     restart_as_worker()
     torch.set_num_threads(args.threads)
-    engine = open_engine(args.model_dir)
+    engine = open_engine(args.model_dir, args.precision)
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "plain": lambda: against_plain(engine, args.model_dir, args.pairs),
+        "equal": lambda: equal_groups(engine, args.pairs),
+    } | {name: partial(shared_prefix, engine, name, args.pairs) for name in SHAPES}
     earlier = json.loads(args.out.read_text())["cases"] if args.out.exists() else {}
     for name in args.cases:
-        case = against_plain(engine, args.model_dir, args.pairs) if name == "plain" else shared_prefix(engine, name, args.pairs)
-        earlier[name] = case | {"machine": machine(args.threads), "pairs": args.pairs}
+        about = {"machine": machine(args.threads), "pairs": args.pairs, "precision": args.precision}
+        earlier[name] = cases[name]() | about
         args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps({"model": args.model_dir.name, "precision": "bf16", "cases": earlier}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"model": args.model_dir.name, "cases": earlier}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

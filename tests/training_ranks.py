@@ -24,7 +24,7 @@ from rlinf.weights.tensor_folder import open_hf_folder
 
 OPTIM = OptimConfig(lr=1e-2, adam_eps=1e-8, weight_decay=0.0)
 PLAIN = replace(SETTINGS, kl_beta=0.0, correction=None)  # no reference policy
-MiniBatch = tuple[list[PackedBatch], Denominators]
+MiniBatch = tuple[list[PackedBatch], Denominators, int]  # the micro-batches, of which the first so many have a gradient
 
 
 def build(
@@ -38,17 +38,19 @@ def build(
 
 
 def minibatches(
-    engine: MegatronEngine, n: int = 2, budget: int = 60, share_prefix: bool = True, batch: Batch | None = None
+    engine: MegatronEngine, n: int = 2, budget: int = 60, share_prefix: bool = True, batch: Batch | None = None, zero_teaches: bool = True
 ) -> list[MiniBatch]:
     """This rank's share of a random batch."""
     batch, at = batch or make_batch(VOCAB), engine.at
     headers = [g.header() for g in batch.groups]
-    plan = build_rank_batches(headers, batch.advantages, dp=at.dp, n_minibatches=n, max_tokens=budget, share_prefix=share_prefix)[
-        at.dp_rank
-    ]
+    plan = build_rank_batches(
+        headers, batch.advantages, dp=at.dp, n_minibatches=n, max_tokens=budget, share_prefix=share_prefix, zero_teaches=zero_teaches
+    )[at.dp_rank]
     groups = [next(g for g in batch.groups if g.group_id == i) for i in plan.group_ids]
     packed = lambda refs: pack(groups, refs, share_prefix=share_prefix, temperature=TEMPERATURE, pad_to=engine.pad_to, device=engine.device)
-    return [([packed(refs) for refs in m.micro_batches], Denominators(m.global_tokens, m.global_samples)) for m in plan.mini_batches]
+    return [
+        ([packed(refs) for refs in m.micro_batches], Denominators(m.global_tokens, m.global_samples), m.teaching) for m in plan.mini_batches
+    ]
 
 
 def logprobs(engine: MegatronEngine, packs: Sequence[PackedBatch]) -> list[torch.Tensor] | None:
@@ -57,8 +59,8 @@ def logprobs(engine: MegatronEngine, packs: Sequence[PackedBatch]) -> list[torch
 
 
 def update(engine: MegatronEngine, mini: MiniBatch, old: list[torch.Tensor] | None = None, early_stop: float | None = 5.0) -> Update:
-    packs, denominators = mini
-    return engine.update(packs, old, None, denominators, PLAIN, early_stop)
+    packs, denominators, teaching = mini
+    return engine.update(packs, old, None, denominators, PLAIN, early_stop, teaching)
 
 
 def numpy_dict(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 
 from rlinf.config.benchmarks import EvaluationConfig
 from rlinf.config.field import key
+from rlinf.config.own_code import is_own
 
 MEGATRON_ROLES = ("actor", "critic", "token_reward")  # the components whose ranks are Megatron's: each has a section with a `model`
 
@@ -205,6 +206,12 @@ class AlgorithmConfig:
         """Whether advantages differ from token to token:
         the driver then knows only the outcome, and the actor finishes (and whitens) them."""
         return self.kl_in == "reward" or self.gamma != 1 or self.adv_type == "gae" or self.dense_rewards
+
+    @property
+    def zero_teaches(self) -> bool:
+        """Whether a response with advantage 0 can be in the gradient: by a term of the loss beside the policy's, by advantages that are
+        finished token by token, or by a loss that is not ours."""
+        return self.kl_beta > 0 or self.entropy_bonus != 0 or self.token_level or is_own(self.loss_type)
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rlinf.config.schema import MEGATRON_ROLES, Config, head_of
+from dataclasses import replace
+
+from rlinf.config.schema import MEGATRON_ROLES, AlgorithmConfig, Config, head_of
 from rlinf.scheduling.placement import COMPONENTS
 
 
@@ -22,3 +24,10 @@ def test_a_role_without_a_folder_of_its_own_starts_from_the_actors() -> None:
     config.critic.model_dir = "/values"
     assert config.model_dir_of("critic") == "/values"
     assert [head_of(role) for role in MEGATRON_ROLES] == ["lm", "scalar", "scalar"]
+
+
+def test_where_nothing_else_is_in_the_loss_an_advantage_of_zero_has_no_gradient() -> None:
+    plain = AlgorithmConfig()
+    assert not plain.zero_teaches and not replace(plain, loss_type="gspo", adv_type="own.py:advantages").zero_teaches
+    for other in ({"kl_beta": 0.1}, {"entropy_bonus": -0.1}, {"gamma": 0.9}, {"adv_type": "gae"}, {"loss_type": "own.py:loss"}):
+        assert replace(plain, **other).zero_teaches, other

@@ -16,6 +16,7 @@ from rlinf.data.records import GroupHeader
 
 ATTENTION_LENGTH = 16384  # context at which attention costs as much as the matrices, where the model is not known
 BALANCE_TOLERANCE = 1.01
+FORWARD_SHARE = 1 / 3  # of a pass forward and backward
 PAIRS_PER_ROW = 1024  # attended pairs of a shared group that cost as much as the matrices for one token (SmolLM2-135M on CPU: about 940)
 
 
@@ -34,12 +35,13 @@ class SampleRef:
 class MiniBatch:
     """One optimizer step as one DP rank sees it.
 
-    micro_batches: at least one, which is empty and inert where the rank has no sample; DP ranks meet only when all are done, so that their
-    numbers may differ. The denominators are global: over all DP ranks and micro-batches of this mini-batch; a sample without a loss token
-    counts in neither.
+    micro_batches: the first `teaching` of them have a gradient, at least one, which is empty and inert where the rank has no such sample;
+    those behind need a forward pass only, for the metrics. DP ranks meet only when all are done, so that their numbers may differ. The
+    denominators are global: over all DP ranks and micro-batches of this mini-batch; a sample without a loss token counts in neither.
     """
 
     micro_batches: tuple[tuple[SampleRef, ...], ...]
+    teaching: int
     global_tokens: int
     global_samples: int
 
@@ -53,13 +55,15 @@ class RankBatch:
 
 
 class Item(NamedTuple):
-    """A sample while it is being placed. prompt: key of the prompt copy it needs; equal keys in one micro-batch share one copy."""
+    """A sample while it is being placed. prompt: key of the prompt copy it needs; equal keys in one micro-batch share one copy.
+    teaches: whether it is in the gradient."""
 
     group: int
     index: int
     prompt: int
     prompt_length: int
     response_length: int
+    teaches: bool = True
 
 
 Items = tuple[Item, ...]
@@ -76,11 +80,14 @@ def build_rank_batches(
     share_prefix: bool,
     shuffle_seed: tuple[int, ...] | None = None,
     trained: Sequence[np.ndarray] | None = None,
+    zero_teaches: bool = True,
     attention_length: int = ATTENTION_LENGTH,
 ) -> list[RankBatch]:
     """The split of one step, one RankBatch for each data-parallel rank. Deterministic; every sample is in it exactly once.
 
     trained: one bool for each sample of each group; the others are left out, of denominators too. None = all are in.
+    zero_teaches: whether a group whose advantages are all 0 is in the gradient all the same. If not, its samples stay in the denominators
+    and go to micro-batches of their own, behind those with a gradient.
     attention_length: see attention_length(); only the balance depends on it.
 
     Samples go to mini-batches in group order (or shuffled by shuffle_seed), then to ranks so that their costs are even, then to
@@ -91,8 +98,9 @@ def build_rank_batches(
     """
     check_inputs(headers, advantages)
     shares = [share_prefix and sharing_pays(h.prompt_length, h.response_lengths) for h in headers]
+    teaches = [zero_teaches or bool(np.any(group)) for group in advantages]
     items = [
-        Item(g, i, g if shares[g] else len(headers) + position, h.prompt_length, h.response_lengths[i])
+        Item(g, i, g if shares[g] else len(headers) + position, h.prompt_length, h.response_lengths[i], teaches[g])
         for position, (g, h, i) in enumerate((g, h, i) for g, h in enumerate(headers) for i in range(len(h.sample_ids)))
         if trained is None or trained[g][i]
     ]
@@ -152,21 +160,24 @@ def rank_batch(
             tuple(SampleRef(number[i.group], i.index, float(advantages[i.group][i.index]), i.prompt == i.group) for i in micro)
             for micro in split
         )
-        mini_batches.append(MiniBatch(micro_batches, tokens, samples))
+        teaching = sum(not micro or micro[0].teaches for micro in split)
+        mini_batches.append(MiniBatch(micro_batches, teaching, tokens, samples))
     return RankBatch(tuple(headers[g].group_id for g in groups), tuple(mini_batches))
 
 
 def split_minibatch(items: Sequence[Item], dp: int, max_tokens: int, length: int = ATTENTION_LENGTH) -> list[list[Items]]:
-    """[rank][micro-batch] -> items in (group, index) order; at least one micro-batch on every rank."""
-    return [pack(share, max_tokens) or [()] for share in balance(items, dp, length)]
+    """[rank][micro-batch] -> items in (group, index) order; at least one micro-batch on every rank, those with a gradient in front."""
+    shares = balance(items, dp, length)
+    return [(pack([i for i in s if i.teaches], max_tokens) or [()]) + pack([i for i in s if not i.teaches], max_tokens) for s in shares]
 
 
 def split_cost(items: Sequence[Item], length: int = ATTENTION_LENGTH) -> float:
-    """Cost of items that meet in a micro-batch, in units of one token's matrix work: tokens plus attended pairs / length x 2."""
+    """Cost of items that meet in a micro-batch, in units of one token's matrix work: tokens plus attended pairs / length x 2; a third of it
+    where there is no backward pass."""
     tokens = micro_batch_tokens(items)
     pairs = sum(n * n / 2 for n in {i.prompt: i.prompt_length for i in items}.values())
     pairs += sum(i.prompt_length * i.response_length + i.response_length**2 / 2 for i in items)
-    return tokens + 2 * pairs / length
+    return (tokens + 2 * pairs / length) * (1 if items[0].teaches else FORWARD_SHARE)
 
 
 def micro_batch_tokens(items: Sequence[Item]) -> int:

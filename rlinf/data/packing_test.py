@@ -53,6 +53,44 @@ def plan(headers: list[GroupHeader], **options: object) -> list[RankBatch]:
     return build_rank_batches(headers, advantages, **(defaults | options))
 
 
+@settings(max_examples=150, deadline=None)
+@given(batches(), st.integers(1, 4), st.integers(1, 3), st.integers(30, 120), st.booleans(), st.integers(0, 255))
+def test_groups_without_a_gradient_come_last_and_count_all_the_same(headers, dp, n_minibatches, max_tokens, share, equal) -> None:
+    advantages = [np.full(len(h.sample_ids), float(equal >> g & 1 == 0)) for g, h in enumerate(headers)]
+    options: dict = dict(dp=dp, n_minibatches=n_minibatches, max_tokens=max_tokens, share_prefix=share)
+    plain = build_rank_batches(headers, advantages, **options)
+    parted = build_rank_batches(headers, advantages, zero_teaches=False, **options)
+    for ranks, apart in ((plain, False), (parted, True)):
+        for mini in (mini for rank in ranks for mini in rank.mini_batches):
+            assert 1 <= mini.teaching <= len(mini.micro_batches) and (apart or mini.teaching == len(mini.micro_batches))
+            assert all(len(micro) for micro in mini.micro_batches[1:])  # only the first may be inert
+            if apart:
+                assert all(ref.advantage for micro in mini.micro_batches[: mini.teaching] for ref in micro)
+                assert not any(ref.advantage for micro in mini.micro_batches[mini.teaching :] for ref in micro)
+    assert samples_by_minibatch(plain) == samples_by_minibatch(parted)
+    assert [m.global_tokens for m in plain[0].mini_batches] == [m.global_tokens for m in parted[0].mini_batches]
+    assert [m.global_samples for m in plain[0].mini_batches] == [m.global_samples for m in parted[0].mini_batches]
+
+
+def samples_by_minibatch(ranks: list[RankBatch]) -> list[list[tuple[str, int, float]]]:
+    """Of all ranks together."""
+    return [
+        sorted(
+            (r.group_ids[ref.group], ref.index, ref.advantage) for r in ranks for micro in r.mini_batches[m].micro_batches for ref in micro
+        )
+        for m in range(len(ranks[0].mini_batches))
+    ]
+
+
+def test_a_forward_pass_weighs_a_third() -> None:
+    """One group with a gradient costs as much as three without."""
+    headers = [header(f"g{k}", 4, [6, 6]) for k in range(4)]
+    ranks = build_rank_batches(
+        headers, [np.full(2, float(k == 0)) for k in range(4)], dp=2, n_minibatches=1, max_tokens=16, share_prefix=True, zero_teaches=False
+    )
+    assert sorted([len(r.group_ids), r.mini_batches[0].teaching] for r in ranks) == [[1, 1], [3, 1]]
+
+
 def tokens_of(micro: tuple[SampleRef, ...], batch: RankBatch, by_id: dict[str, GroupHeader], share: bool) -> int:
     groups = {r.group for r in micro}
     prompts = (

@@ -44,7 +44,7 @@ class Role:
         a = config.algorithm
         return build_rank_batches(
             headers, advantages, dp=self.dp, n_minibatches=a.n_minibatches, max_tokens=config.runner.max_tokens_per_mbs, share_prefix=True,
-            shuffle_seed=(config.data.seed, step) if a.shuffle_rollout else None, trained=trained,
+            shuffle_seed=(config.data.seed, step) if a.shuffle_rollout else None, trained=trained, zero_teaches=a.zero_teaches,
             attention_length=length_of(config.rollout.model_dir),
         )  # fmt: skip
 

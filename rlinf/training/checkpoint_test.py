@@ -130,7 +130,7 @@ def test_a_checkpoint_of_bf16_holds_the_fp32_masters(rank_pool: Any, tiny_models
 def logprobs_of(at: Any, model: Path, step_dir: Path) -> list[np.ndarray] | None:
     engine = build(at, model, OPTIM)
     checkpoint.load(engine, step_dir)
-    packs, _ = minibatches(engine, n=1, budget=10_000)[0]
+    packs, *_ = minibatches(engine, n=1, budget=10_000)[0]
     values = logprobs(engine, packs)
     return values and [v.numpy() for v in values]
 

@@ -164,9 +164,10 @@ class MegatronEngine:
         denominators: Denominators,
         settings: ObjectiveSettings,
         early_stop_ratio: float | None,
+        teaching: int | None = None,
     ) -> Update:
         """One optimizer step of the policy on one mini-batch. When its token-mean importance ratio exceeds early_stop_ratio or is NaN,
-        nothing is stepped.
+        nothing is stepped. teaching: see optimize().
         """
         logprobs: dict[int, Tensor] = {}
 
@@ -178,7 +179,7 @@ class MegatronEngine:
         def stops(metrics: MetricSums) -> bool:
             return early_stop(metrics.sums["ratio"].item(), metrics.sums["tokens"].item(), early_stop_ratio)
 
-        done = self.optimize(batches, objective, stops)
+        done = self.optimize(batches, objective, stops, teaching)
         return replace(done, logprobs=tuple(logprobs[i] for i in sorted(logprobs)))
 
     def update_values(
@@ -206,17 +207,25 @@ class MegatronEngine:
         batches: Sequence[PackedBatch],
         objective: Callable[[int, Any], tuple[Tensor, MetricSums]],
         stops: Callable[[MetricSums], bool] = lambda _: False,
+        teaching: int | None = None,
     ) -> Update:
         """One optimizer step on one mini-batch; objective(i, output of the head) is micro-batch i's share of loss and metrics.
 
         Every micro-batch contributes sum(token loss) / (global denominator), gradients are summed over micro-batches, DP and CP ranks, so
         the split does not matter. Then all ranks look at the mini-batch's metrics: where `stops` says so nothing is stepped: not the
         weights, not the moments, not the schedule, not the loss scale. Neither is a gradient stepped that is not finite.
+
+        teaching: how many micro-batches, from the first on, have a gradient; None = all. The others are in the metrics only.
         """
         started = time.perf_counter()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        parts = self._run(batches, objective, forward_only=False)
+        teaching = len(batches) if teaching is None else teaching
+        looked_at: list[Any] = []
+        if batches[teaching:]:  # first: the ranks then wait for each other once, where gradients are summed
+            with torch.no_grad():
+                looked_at = self._run(batches[teaching:], lambda i, output: objective(teaching + i, output), forward_only=True)
+        parts = self._run(batches[:teaching], objective, forward_only=False) + looked_at
         metrics = merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
         computed = time.perf_counter()
         rate = learning_rate(self.optim, self.steps + 1)

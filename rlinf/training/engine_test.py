@@ -91,7 +91,7 @@ def gradient_of_nan(at: Any, folder: Path, precision: str) -> tuple[bool, bool, 
     """The ratio is 1, but a token without rollout log-probability makes its importance weight, and so the gradient, NaN."""
     engine, twin = build(at, folder, precision=precision), build(at, folder, precision=precision)
     first, second = minibatches(engine)
-    packs, denominators = minibatches(engine)[0]
+    packs, denominators, _ = minibatches(engine)[0]
     if at.dp_rank == 0:
         packs[0].rollout_logprobs_N[:] = float("nan")
     before = snapshot(engine)
@@ -223,7 +223,9 @@ def test_the_loss_scale_is_taken_out_of_the_gradient(rank_pool: Any, tiny_models
 def decay_only(at: Any, folder: Path) -> dict[str, np.ndarray]:
     engine = build(at, folder, OptimConfig(lr=0.5, weight_decay=0.1, clip_grad=1.0))
     batch = make_batch(VOCAB)
-    (packs, denominators), *_ = minibatches(engine, n=1, batch=replace(batch, advantages=tuple(np.zeros_like(a) for a in batch.advantages)))
+    (packs, denominators, _), *_ = minibatches(
+        engine, n=1, batch=replace(batch, advantages=tuple(np.zeros_like(a) for a in batch.advantages))
+    )
     engine.update(packs, None, None, denominators, replace(PLAIN, entropy_bonus=0.0), None)
     return numpy_dict(engine.export())
 
@@ -295,16 +297,55 @@ def test_on_policy_the_ratio_is_exactly_one(
 def agreement(at: Any, folder: Path, shift: int) -> float:
     """Largest gap between the actor and a rollout engine that computes the same, its log-probabilities shifted by some tokens."""
     engine = build(at, folder)
-    packs, denominators = minibatches(engine, n=1)[0]
+    packs, denominators, _ = minibatches(engine, n=1)[0]
     for batch, values in zip(packs, logprobs(engine, packs)):
         batch.rollout_logprobs_N = values.roll(shift)
-    gap = update(engine, (packs, denominators)).metrics.maxima["gap"].item()
+    gap = update(engine, (packs, denominators, len(packs))).metrics.maxima["gap"].item()
     return gap
 
 
 def test_rollout_logprobs_shifted_by_one_token_are_seen(rank_pool: Any, tiny_models: dict[str, Path]) -> None:
     assert rank_pool.run(agreement, tiny_models["qwen2"], 0, ranks=1) == [0.0]
     assert rank_pool.run(agreement, tiny_models["qwen2"], 1, ranks=1)[0] > 0.5
+
+
+# ---- groups without a gradient ------------------------------------------------------------------------------------------------------
+
+
+def with_and_without(at: Any, folder: Path, equal: tuple[int, ...]) -> list[tuple[dict[str, float], dict[str, np.ndarray], list[int]]]:
+    """Metrics, gradients (beta1 is 0) and rows that had a backward pass, with one for every group and with none for the `equal` ones."""
+    batch, found = make_batch(VOCAB), []
+    advantages = tuple(a * (g not in equal) for g, a in enumerate(batch.advantages))
+    for zero_teaches in (True, False):
+        engine = build(at, folder, replace(OPTIM, adam_beta1=0.0))
+        minis = minibatches(engine, batch=replace(batch, advantages=advantages), zero_teaches=zero_teaches)
+        rows = sum(len(b.token_ids) for packs, _, teaching in minis for b in packs[:teaching])
+        old, metrics, gradients = [None, logprobs(engine, minis[1][0])], [], {}
+        for i, (packs, denominators, teaching) in enumerate(minis):
+            done = engine.update(packs, old[i], None, denominators, replace(PLAIN, entropy_bonus=0.0), 5.0, teaching)
+            metrics.append(finalize_metrics(done.metrics.sums, done.metrics.maxima) | {"norm": done.grad_norm, "seen": len(done.logprobs)})
+            gradients |= {f"{i} {name}": g for name, g in numpy_dict(engine.export("exp_avg")).items()}
+        found.append((metrics, gradients, rows))
+    return found
+
+
+@pytest.mark.parametrize("equal", [(1, 4), (0, 1, 2), (0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (3, 1, 1), (4, 2, 2), (2, 1, 1, 2)])
+def test_what_has_no_gradient_is_seen_but_not_differentiated(
+    rank_pool: Any, tiny_models: dict[str, Path], layout: tuple[int, ...], equal: tuple[int, ...]
+) -> None:
+    everything, teaching = 0, 0
+    for (metrics, gradients, rows), (same_metrics, same_gradients, fewer) in rank_pool.run(
+        with_and_without, tiny_models["qwen2-tied"], equal, **at_layout(*layout)
+    ):
+        everything, teaching = everything + rows, teaching + fewer
+        for a, b in zip(metrics, same_metrics, strict=True):
+            seen = a.pop("seen"), b.pop("seen")
+            assert seen[0] > 0 and seen[1] > 0 or layout[2] > 1
+            assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(same_gradients[name], gradient, rtol=1e-3, atol=1e-6, err_msg=name)
+    assert teaching < everything
 
 
 # ---- activation recompute -----------------------------------------------------------------------------------------------------------

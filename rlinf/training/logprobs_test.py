@@ -222,7 +222,7 @@ def model_logits_gap(at: Any, folder: Path) -> tuple[float, float]:
     from tests.training_ranks import build, logprobs, minibatches
 
     engine = build(at, folder)
-    packs, _ = minibatches(engine, n=1, share_prefix=False, budget=1000)[0]
+    packs, *_ = minibatches(engine, n=1, share_prefix=False, budget=1000)[0]
     got = torch.cat(logprobs(engine, packs))
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     (batch,) = packs

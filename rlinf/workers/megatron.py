@@ -86,8 +86,9 @@ class MegatronWorker:
             return forward_flops(engine.arch, work if engine.model.head == "lm" else Work(work.rows, 0, work.pairs)) / copy
 
         again = sum(recomputed_flops(engine.arch, self.section.model, work) for work in trained.values()) / copy
-        found = {part: pass_over(work) for part, work in forward_only.items()}
-        return found | {part: 3 * pass_over(work) for part, work in trained.items()} | {"again": again}
+        nothing = Work()
+        passes = {p: pass_over(forward_only.get(p, nothing)) + 3 * pass_over(trained.get(p, nothing)) for p in [*forward_only, *trained]}
+        return passes | {"again": again}
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------------
 

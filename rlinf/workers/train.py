@@ -100,6 +100,7 @@ class TrainWorker(MegatronWorker):
                 Denominators(mini.global_tokens, mini.global_samples),
                 self.settings,
                 self.config.algorithm.early_stop_imp_ratio,
+                mini.teaching,
             )
             for i, (mini, packs) in enumerate(zip(batch.mini_batches, minibatches))
         ]
@@ -107,7 +108,9 @@ class TrainWorker(MegatronWorker):
             write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates)
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
-        trained = {"forward_backward": work_of(b for packs in minibatches for b in packs)}
+        taught = [(packs[: mini.teaching], packs[mini.teaching :]) for mini, packs in zip(batch.mini_batches, minibatches)]
+        forward_only["forward_backward"] = work_of(b for _, looked_at in taught for b in looked_at)
+        trained = {"forward_backward": work_of(b for teaching, _ in taught for b in teaching)}
         return self.report(step_metrics(updates), timers, forward_only, trained), targets
 
     @cached_property

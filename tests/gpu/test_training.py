@@ -65,7 +65,7 @@ def test_a_shared_prompt_gives_what_copies_give(
     engine = engine_on(device, at, models["qwen3"], precision)
     shared, apart = ({}, {})
     for found, share in ((shared, True), (apart, False)):
-        for packs, _ in minibatches(engine, n=1, budget=512, share_prefix=share):
+        for packs, *_ in minibatches(engine, n=1, budget=512, share_prefix=share):
             for batch, values in zip(packs, logprobs(engine, packs)):
                 lengths = torch.bincount(batch.sample_N, minlength=batch.n_samples).tolist()
                 found |= dict(zip(batch.sample_ids, (v.float().cpu() for v in values.split(lengths))))
