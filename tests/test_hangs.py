@@ -19,7 +19,7 @@ from rlinf.config.load import load
 from rlinf.errors import Hang, RunFailed
 from rlinf.run_paths import RunPaths
 from rlinf.runners import launch
-from rlinf.runners.run_folder import read_checkpoint
+from rlinf.runners.checkpoints import read_checkpoint
 from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
 
 BUDGET = 20  # seconds; of phases that take well under one on an idle machine

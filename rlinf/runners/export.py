@@ -16,7 +16,7 @@ from rlinf.config.model import read_config
 from rlinf.config.settings import parse, python_value
 from rlinf.errors import RunFailed, UserError
 from rlinf.run_paths import CONFIG_FILE
-from rlinf.runners.run_folder import read_checkpoint
+from rlinf.runners.checkpoints import read_checkpoint
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
 from rlinf.weights.dtypes import DTYPES, dtype_name

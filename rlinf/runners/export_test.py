@@ -17,8 +17,8 @@ from rlinf.checks.tiny_model import FAMILIES
 from rlinf.cli import main
 from rlinf.errors import UserError
 from rlinf.run_paths import COMPLETE, STATE
+from rlinf.runners.checkpoints import inventory
 from rlinf.runners.export import export
-from rlinf.runners.run_folder import inventory
 from rlinf.training import checkpoint
 from rlinf.weights.tensor_folder import write_json
 from tests.training_ranks import build, minibatches, update

@@ -22,7 +22,7 @@ def resolve(tmp_path: Path, model: Path, *words: str) -> Resolved:
 def finished_run(tmp_path: Path, model: Path) -> Path:
     folder = RunFolder(resolve(tmp_path, model))
     folder.begin()
-    partial = folder.begin_checkpoint(2)
+    partial = folder.checkpoints.begin(2)
     actor = partial / "actor"
     write_index(actor, 0, {kind: write_tensors(actor, f"{kind}-s0", open_hf_folder(model).items()) for kind in KINDS})
     step_dir = folder.finish_checkpoint(partial, {"step": 2, "sampler": {"seed": 1234}})

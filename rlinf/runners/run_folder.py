@@ -1,8 +1,4 @@
-"""A run's folder: who owns it, how a run goes on in it, and checkpoints that are complete or absent.
-
-A checkpoint is written to a folder beside its place, synced, marked COMPLETE, renamed, and only then does `latest` point to it. COMPLETE
-lists every file with its size, and the xxh3 of the small ones (the indexes; they hold the checksums of the tensors in the large ones).
-"""
+"""A run's folder: who owns it, and how a run goes on in it."""
 
 from __future__ import annotations
 
@@ -12,32 +8,17 @@ import json
 import os
 import shutil
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-
-import xxhash
 
 from rlinf.config.load import Resolved, to_yaml
 from rlinf.data.lines import append_lines
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
-from rlinf.run_paths import COMPLETE, CONFIG_FILE, FINISHED, GROUPS_AHEAD, METRICS_FILE, SAMPLE_KINDS, STATE, RunPaths, aside
+from rlinf.run_paths import CONFIG_FILE, FINISHED, METRICS_FILE, SAMPLE_KINDS, RunPaths, aside
+from rlinf.runners.checkpoints import Checkpoints, Resume, read_checkpoint
 from rlinf.runners.resuming import TRAIN, ahead, made_with, recorded_again, refuse_changes
 from rlinf.weights.files import WEIGHTS_FOLDER, remove_published
-from rlinf.weights.tensor_folder import read_json, sync, write_json
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Where a run goes on: the checkpoint's folder and its run_state.json."""
-
-    step_dir: Path
-    state: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.state["step"]
 
 
 class RunFolder:
@@ -49,7 +30,8 @@ class RunFolder:
     def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
         runner, self.command, self.config = resolved.config.runner, command, resolved.config
         self.path, self.paths = runner.run_dir, RunPaths(runner.run_dir)
-        self.keep, self.keep_groups, self.ahead = runner.keep_checkpoints, runner.keep_groups, resolved.config.algorithm.max_staleness
+        self.checkpoints = Checkpoints(self.paths, runner.keep_checkpoints)
+        self.keep_groups, self.ahead = runner.keep_groups, resolved.config.algorithm.max_staleness
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
         self._hold()
@@ -82,25 +64,11 @@ class RunFolder:
         """After which step the metrics go on: None in a new folder, -1 when the run starts again."""
         return None if not self.continues else self.resume.step if self.resume else -1
 
-    def begin_checkpoint(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of `step` into."""
-        partial = self.paths.partial_checkpoint(step)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        return partial
-
     def finish_checkpoint(self, partial: Path, state: dict[str, Any]) -> Path:
         """Make what was written the latest checkpoint; an interruption at any instant leaves it or the one before it in force."""
         settings = {"made_with": made_with(self.config)} if self.command == TRAIN else {}
-        write_json(partial / STATE, {"command": self.command} | settings | state)
-        for folder in [p for p in partial.rglob("*") if p.is_dir()]:
-            sync(folder)
-        write_json(partial / COMPLETE, inventory(partial))
-        sync(partial)
-        final = self.paths.checkpoint(state["step"])
-        partial.rename(final)
-        self._point_latest_to(final)
-        self._retire(state["step"])
+        final = self.checkpoints.finish(partial, {"command": self.command} | settings | state)
+        self.checkpoints.retire(self.resume.step if self.resume else -1, state["step"])
         return final
 
     def record_order(self, step: int, trained: Sequence[str], generated: Sequence[str]) -> None:
@@ -129,18 +97,6 @@ class RunFolder:
     def finish(self) -> None:
         (self.path / FINISHED).touch()
 
-    def _newest(self) -> Path | None:
-        """Where `auto` goes on.
-
-        `latest` may be one behind, as a run can die between the two; or lead to another run, of which this is a branch.
-        """
-        complete, latest = self.paths.complete_checkpoints(), self.paths.latest
-        if not complete and latest.is_symlink() and not latest.exists():
-            raise UserError(
-                f"runner.resume_dir: this run goes on from {os.readlink(latest)}, which is gone; restore it, or name another step_* folder"
-            )
-        return self.paths.checkpoint(complete[-1]) if complete else latest if latest.exists() else None
-
     def _has_steps(self) -> bool:
         """A start that failed before its first line of metrics left nothing worth keeping: the run may start again in its folder."""
         metrics = self.path / METRICS_FILE
@@ -154,7 +110,7 @@ class RunFolder:
         Newest first: an interruption leaves a run that could go on from an earlier step than before, with nothing missing.
         """
         if self.resume is not None:
-            self._point_latest_to(self.resume.step_dir)
+            self.checkpoints.point_latest_to(self.resume.step_dir)
         own = self.resume is not None and self.resume.step_dir.parent == self.paths.checkpoints
         for _, unfinished in self.paths.unfinished_checkpoints():
             shutil.rmtree(unfinished)
@@ -168,26 +124,6 @@ class RunFolder:
             for at, groups in recorded_again(self.resume.state).items():
                 for file in (self.paths.samples(at), self.paths.groups(at)):
                     _take_out(file, groups)
-
-    def _point_latest_to(self, step_dir: Path) -> None:
-        """Also to a checkpoint of another run, until there is one of this run."""
-        checkpoints, latest = self.paths.checkpoints, self.paths.latest
-        checkpoints.mkdir(exist_ok=True)
-        link = latest.with_name(f"{latest.name}.new")
-        link.unlink(missing_ok=True)
-        link.symlink_to(step_dir.name if step_dir.parent == checkpoints else step_dir)
-        link.replace(latest)
-        sync(checkpoints)
-
-    def _retire(self, newest: int) -> None:
-        """Remove checkpoints beyond keep_checkpoints, and those of an earlier life of the run that this one has now made again: a branch
-        of another run does not make the steps before it."""
-        for old in self.paths.complete_checkpoints()[: -self.keep] if self.keep else []:
-            _remove(self.paths.checkpoint(old))
-        begun_after = self.resume.step if self.resume else -1
-        for step, replaced in self.paths.replaced_checkpoints():
-            if begun_after < step <= newest:
-                _remove(replaced)
 
     def _hold(self) -> None:
         busy = f"{self.path}: another run is writing here now; set runner.experiment_name to another name"
@@ -206,7 +142,7 @@ class RunFolder:
                 f"{self.path}: there is a run here already, and it {how}; nothing was overwritten. "
                 "To go on with it: runner.resume_dir=auto. For a new run: runner.experiment_name=ANOTHER_NAME, or move the folder away"
             )
-        step_dir = self._newest() if resume_dir == "auto" else resume_dir and Path(resume_dir).expanduser()
+        step_dir = self.checkpoints.newest() if resume_dir == "auto" else resume_dir and Path(resume_dir).expanduser()
         if step_dir is None:
             return None
         resume = read_checkpoint(step_dir.resolve())
@@ -227,38 +163,6 @@ def lock_alone(lock: TextIO, folder: Path, key: str, busy: str) -> None:
             f"{folder}: files on this file system cannot be locked ({error.strerror}), so two runs could write there at once; mount it "
             f"with -o flock (Lustre) or with its lock service (NFS), or choose another {key}"
         ) from error
-
-
-def read_checkpoint(step_dir: Path) -> Resume:
-    """Open a step_* folder. Raises UserError when it is none, is incomplete, or has lost or changed a file."""
-    if not (step_dir / STATE).is_file():
-        raise UserError(f"{step_dir} is not a checkpoint (no {STATE}); give a checkpoints/step_* folder of a run")
-    if not (step_dir / COMPLETE).exists():
-        raise UserError(f"{step_dir} is incomplete (no {COMPLETE} marker): its writing was interrupted; use an earlier one")
-    for name, written in read_json(step_dir / COMPLETE).items():
-        if name.startswith("hf/") and not (step_dir / "hf").exists():
-            continue  # it can be made again (rlinf export), and nothing goes on from it
-        file = step_dir / name
-        found = {kind: value for kind, value in describe(file).items() if kind in written} if file.is_file() else None
-        if found != written:
-            what = "is missing" if found is None else f"is damaged: {found} instead of {written}"
-            raise UserError(f"{file} {what}; restore it, or use an earlier checkpoint")
-    return Resume(step_dir, read_json(step_dir / STATE))
-
-
-def inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file below the folder, by its relative path."""
-    return {str(p.relative_to(folder)): describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def describe(file: Path) -> dict[str, Any]:
-    """Bytes, and the xxh3 of a file whose tensors have no checksums of their own, as those of weights and moments have."""
-    size: dict[str, Any] = {"bytes": file.stat().st_size}
-    return (
-        size
-        if file.suffix == ".safetensors" and file.parent.name != GROUPS_AHEAD
-        else size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
-    )
 
 
 def _put_aside(path: Path) -> None:
@@ -292,11 +196,6 @@ def _group_of(line: bytes) -> str | None:
         return json.loads(line)["group_id"]
     except ValueError:
         return None
-
-
-def _remove(checkpoint: Path) -> None:
-    (checkpoint / COMPLETE).unlink(missing_ok=True)  # first: half a folder must not look complete
-    shutil.rmtree(checkpoint)
 
 
 def _make(path: Path) -> None:

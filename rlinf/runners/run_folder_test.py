@@ -14,8 +14,9 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.evaluation.folder import hold
 from rlinf.run_paths import COMPLETE
+from rlinf.runners.checkpoints import inventory, read_checkpoint
 from rlinf.runners.resuming import TRAIN_ONLY
-from rlinf.runners.run_folder import RunFolder, inventory, read_checkpoint
+from rlinf.runners.run_folder import RunFolder
 from rlinf.weights.tensor_folder import write_json
 
 
@@ -34,7 +35,7 @@ def close(folder: RunFolder) -> None:
 
 
 def checkpoint(folder: RunFolder, step: int, **state: object) -> Path:
-    partial = folder.begin_checkpoint(step)
+    partial = folder.checkpoints.begin(step)
     (partial / "actor").mkdir()
     (partial / "actor" / "weights.safetensors").write_text(str(step))
     (partial / "actor" / "index.json").write_text(json.dumps({"step": step}))
@@ -142,7 +143,7 @@ def test_latest_points_to_the_newest_complete_checkpoint_and_old_ones_go(tmp_pat
     folder = open_folder(tmp_path)
     for step in (1, 2, 3):
         checkpoint(folder, step)
-    folder.begin_checkpoint(4)  # interrupted
+    folder.checkpoints.begin(4)  # interrupted
     with_steps(folder)
     close(folder)
     assert sorted(p.name for p in folder.paths.checkpoints.glob("step_??????")) == ["step_000002", "step_000003"]
@@ -306,7 +307,7 @@ def test_another_order_of_the_data_is_refused_before_anything_is_touched(tmp_pat
 def test_a_checkpoint_is_one_without_its_model_for_others(tmp_path: Path) -> None:
     """hf/ can be made again; and groups that were generated ahead have no checksums of their own."""
     folder = open_folder(tmp_path)
-    partial = folder.begin_checkpoint(1)
+    partial = folder.checkpoints.begin(1)
     for name in ("hf", "waiting"):
         (partial / name).mkdir()
         (partial / name / "a.safetensors").write_bytes(bytes(100))
@@ -373,7 +374,7 @@ def test_other_settings_may_change(tmp_path: Path, schedule: dict[str, object], 
 
 def without_settings(folder: RunFolder, step: int, **state: object) -> Path:
     """A checkpoint as they were before they told the settings."""
-    partial = folder.begin_checkpoint(step)
+    partial = folder.checkpoints.begin(step)
     final = folder.finish_checkpoint(partial, {"step": step} | state)
     old = json.loads((final / "run_state.json").read_text())
     old.pop("made_with", None)

@@ -29,7 +29,7 @@ class Saving:
         describe: gives the run's state, and may write files of its own into the folder.
         """
         await self.complete()
-        partial = self.folder.begin_checkpoint(step)
+        partial = self.folder.checkpoints.begin(step)
         state = await describe(partial)
         for group in self.groups:
             await group.call_all("save", str(partial))
