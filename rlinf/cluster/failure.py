@@ -57,7 +57,7 @@ class Failure:
         if answer.done() or self.error is not None:
             return
         waiter = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(lambda _: waiter.done() or waiter.set_result(None))
+        answer.add_done_callback(lambda _: None if waiter.done() else waiter.set_result(None))
         self._waiters.add(waiter)
         try:
             await waiter
@@ -73,8 +73,9 @@ class Failure:
         """The result of `work`, or the failure as soon as there is one; `work` is then cancelled."""
         self.check()
         task = asyncio.ensure_future(work)
+        both: list[asyncio.Future[Any]] = [task, self.future()]
         try:
-            await asyncio.wait({task, self.future()}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
             if not task.done():
                 task.cancel()

@@ -88,34 +88,35 @@ class RayCluster(Cluster):
         seats = plan.of(component)
         if not seats:
             raise ValueError(f"the plan has no seat for {component}")
-        if self.bundles is None:
-            self._reserve(plan)
+        bundles = self._reserve(plan) if self.bundles is None else self.bundles
         logs = [self.log_file(seat) for seat in seats]
+        start = lambda seat: self._actor(plan, seat, bundles)
         group = RayWorkerGroup(
-            component, seats, lambda seat: self._actor(plan, seat), logs, self.failure, self.config.start_timeout, lambda: self.phase,
+            component, seats, start, logs, self.failure, self.config.start_timeout, lambda: self.phase,
             lambda *end: self.ended.put(end),
         )  # fmt: skip
         group.start(dotted(worker_class), args)
         self.groups.append(group)
         return group
 
-    def _reserve(self, plan: Plan) -> None:
+    def _reserve(self, plan: Plan) -> PlacementGroup:
         """One bundle for each device of the plan, each on its own node."""
         devices = sorted({(s.node, d) for s in plan.seats for d in s.devices})
         resource = "GPU" if self.device == "cuda" else "CPU"
         self.bundle_of = {device: i for i, device in enumerate(devices)}
-        self.bundles = placement_group(
+        self.bundles = bundles = placement_group(
             [{resource: 1}] * len(devices),
             strategy="PACK",
             bundle_label_selector=[{"ray.io/node-id": self.machines[node].ray_id} for node, _ in devices],
         )
-        if not self.bundles.wait(self.config.start_timeout):
+        if not bundles.wait(self.config.start_timeout):
             raise RunFailed(
                 f"the {len(devices)} devices of the plan were not free within cluster.start_timeout = {self.config.start_timeout} s: "
                 "another job holds them (`ray status` shows who uses what)"
             )
+        return bundles
 
-    def _actor(self, plan: Plan, seat: Seat) -> Any:
+    def _actor(self, plan: Plan, seat: Seat, bundles: PlacementGroup) -> Any:
         """The process of a seat. Seats that share a device take equal parts of its bundle."""
         again = seat in self.filled  # a file may have been edited since the run began, and the run is to go on
         self.filled.add(seat)
@@ -156,7 +157,7 @@ class RayCluster(Cluster):
             enable_task_events=False,  # nobody reads them: there is no dashboard
             max_concurrency=CONCURRENCY,
             runtime_env={"env_vars": process_environment(self.run_id)},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.bundles, self.bundle_of[(seat.node, seat.devices[0])]),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, self.bundle_of[(seat.node, seat.devices[0])]),
         ).remote(address, setup)
 
     def log_file(self, seat: Seat) -> Path:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import ray
 from ray._private import parameter, ray_constants, worker
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled code
 
 from rlinf.cluster.processes import RUN_ID
 from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, state_folder
@@ -81,7 +81,7 @@ class RaySession:
         self.set_environment({RUN_ID: self.run_id, "RAY_AUTH_TOKEN_PATH": str(token)} | PRIVATE_ENVIRONMENT)
         self.prepare(on_loopback=True)
         # Not started: the autoscaler's process, and the one that sends logs to drivers. Each costs a CPU second and nothing here needs it.
-        parameter.RayParams = partial(RAY_PARAMS, no_monitor=True, include_log_monitor=False)
+        setattr(parameter, "RayParams", partial(RAY_PARAMS, no_monitor=True, include_log_monitor=False))  # type: ignore[arg-type]  # a bool
         try:
             with own_signals(), self.time_told():
                 ray.init(

@@ -179,6 +179,15 @@ class GroupHeader:
     versions: tuple[tuple[tuple[int, int], ...], ...]
     verdicts: tuple[Verdict | None, ...]
 
+    @property
+    def judged(self) -> tuple[Verdict, ...]:
+        """The verdicts; raises ValueError if a sample has none yet."""
+        found = tuple(v for v in self.verdicts if v is not None)
+        if len(found) < len(self.sample_ids):
+            missing = [i for i, v in zip(self.sample_ids, self.verdicts) if v is None]
+            raise ValueError(f"group {self.group_id}: no verdict yet for {missing[:3]}")
+        return found
+
     def with_verdicts(self, verdicts: tuple[Verdict, ...]) -> GroupHeader:
         if len(verdicts) != len(self.sample_ids):
             raise ValueError(f"group {self.group_id}: {len(self.sample_ids)} samples, {len(verdicts)} verdicts")
@@ -186,11 +195,8 @@ class GroupHeader:
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """Scaled rewards; raises if a sample has no verdict yet."""
-        missing = [i for i, v in zip(self.sample_ids, self.verdicts) if v is None]
-        if missing:
-            raise ValueError(f"group {self.group_id}: no verdict yet for {missing[:3]}")
-        return tuple(v.reward for v in self.verdicts if v is not None)
+        """Scaled rewards; raises ValueError if a sample has no verdict yet."""
+        return tuple(v.reward for v in self.judged)
 
     @property
     def right(self) -> tuple[bool, ...]:

@@ -91,13 +91,13 @@ def causal_attention(lengths: Sequence[int], device: torch.device) -> Attend:
     longest = max(lengths)
 
     def attend(layer: int, queries_NAD: Tensor, keys_NKD: Tensor, values_NKD: Tensor) -> Tensor:
-        padded = []
-        for x in (queries_NAD, keys_NKD, values_NKD):
+        def padded(x: Tensor) -> Tensor:
             whole = x.new_zeros(len(lengths), longest, *x.shape[1:])
             whole[batch_N, offset_N] = x
-            padded.append(whole.transpose(1, 2))
+            return whole.transpose(1, 2)
+
         # padding stands at the right, where the causal mask hides it from every real token
-        out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=True)
+        out = F.scaled_dot_product_attention(padded(queries_NAD), padded(keys_NKD), padded(values_NKD), is_causal=True, enable_gqa=True)
         return out.transpose(1, 2)[batch_N, offset_N].flatten(1)
 
     return attend

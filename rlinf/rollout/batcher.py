@@ -119,7 +119,7 @@ class Batcher:
         self._slots.reserve(max(len(s.context) for s in list(self._waiting)[: len(free)]) + 1)
         leaders = [np.array(s.context, dtype=np.int32) for s in self._rows if s is not None and s.prefilling]
         in_flight = {leader.tobytes() for leader in leaders}
-        hits: dict[int, tuple[CachedPrompt, list[RunningSample]]] = {}
+        hits: dict[int, tuple[CachedPrompt, list[tuple[int, RunningSample]]]] = {}
         passed: deque[RunningSample] = deque()
         budget = 4 * len(self._rows)  # how far ahead to look
         while free and self._waiting and budget:
@@ -128,43 +128,47 @@ class Batcher:
             tokens = np.array(sample.context, dtype=np.int32)
             entry = self._prefixes.whole(tokens)
             if entry is not None:
-                self._seat(sample, free.popleft(), len(tokens))
-                hits.setdefault(id(entry), (entry, []))[1].append(sample)
+                row = self._seat(sample, free.popleft(), len(tokens))
+                hits.setdefault(id(entry), (entry, []))[1].append((row, sample))
                 continue
             shared, entry = self._prefixes.longest(tokens)
             shared = min(shared, max(0, len(tokens) - LEAST_ROWS))
             if tokens.tobytes() in in_flight or any(common_prefix(tokens, leader) >= shared + MINIMUM_REUSE for leader in leaders):
                 passed.append(sample)
                 continue
-            self._seat(sample, free.popleft(), shared)
+            row = self._seat(sample, free.popleft(), shared)
             if entry is not None:
-                self._slots.restore([sample.row], entry.kv, shared)
+                self._slots.restore([row], entry.kv, shared)
                 self.counters.add(reused_tokens=shared)
             leaders.append(tokens)
             in_flight.add(tokens.tobytes())
         self._waiting.extendleft(reversed(passed))
         for entry, group in hits.values():
-            self._slots.restore([s.row for s in group], entry.kv, len(entry.token_ids))
+            self._slots.restore([row for row, _ in group], entry.kv, len(entry.token_ids))
             self.counters.add(reused_tokens=len(entry.token_ids) * len(group))
-        return [(s, entry.last_hidden) for entry, group in hits.values() for s in group]
+        return [(sample, entry.last_hidden) for entry, group in hits.values() for _, sample in group]
 
-    def _seat(self, sample: RunningSample, row: int, filled: int) -> None:
+    def _seat(self, sample: RunningSample, row: int, filled: int) -> int:
         self._rows[row] = sample
         sample.row, sample.filled = row, filled
         self._slots.reserve(len(sample.context) + 1)
+        return row
+
+    def _seated(self, rows: int | None = None) -> list[tuple[int, RunningSample]]:
+        """(row, sample) of those that run in the first `rows` rows; None: in all."""
+        return [(row, sample) for row, sample in enumerate(self._rows[:rows]) if sample is not None]
 
     def _prefill(self) -> list[tuple[RunningSample, Tensor]]:
         """Compute the next part of the contexts that are not through; those that now are, with their last hidden state."""
-        pending = sorted((s for s in self._rows if s is not None and s.prefilling), key=lambda s: len(s.context) - s.filled)
+        pending = [(len(s.context) - s.filled, row, s) for row, s in self._seated() if s.prefilling]
         batch: list[RunningSample] = []
         spans: list[Span] = []
-        for sample in pending:
-            left = len(sample.context) - sample.filled
+        for left, row, sample in sorted(pending, key=lambda p: p[:2]):
             take = left if left <= PREFILL_CHUNK + LEAST_ROWS else PREFILL_CHUNK
             if batch and (len(batch) + 1) * take > PREFILL_TOKENS:
                 break
             batch.append(sample)
-            spans.append(Span(sample.row, sample.filled, sample.filled + take))
+            spans.append(Span(row, sample.filled, sample.filled + take))
         if not batch:
             return []
         tokens = [t for s, span in zip(batch, spans) for t in s.context[span.start : span.end]]
@@ -179,7 +183,7 @@ class Batcher:
             sample.filled = span.end
             if span.end == len(sample.context):
                 last = hidden_NH[end - 1].clone()
-                kv = self._slots.snapshot(sample.row, span.end)
+                kv = self._slots.snapshot(span.row, span.end)
                 self._prefixes.add(CachedPrompt(np.array(sample.context, dtype=np.int32), kv, last))
                 ready.append((sample, last))
         return ready
@@ -187,26 +191,25 @@ class Batcher:
     def _decode(self) -> list[Outcome]:
         """One token for every running sample."""
         rows = self._compact()
-        running = [s for s in self._rows[:rows] if s is not None]
+        running = self._seated(rows)
         tokens, positions = [0] * rows, [0] * rows
-        for sample in running:
-            tokens[sample.row], positions[sample.row] = sample.context[-1], len(sample.context) - 1
+        for row, sample in running:
+            tokens[row], positions[row] = sample.context[-1], len(sample.context) - 1
         self._slots.fit(max(positions) + 1)
         attend = decode_attention(self._slots, self.model.arch, self._tensor(positions))
         hidden_RH = self.model.forward(self._tensor(tokens), self._tensor(positions), attend)
-        for sample in running:
+        for _, sample in running:
             sample.filled += 1
         if len(running) < rows:
-            hidden_RH = hidden_RH[self._tensor([s.row for s in running])]
-        return self._choose(running, hidden_RH)
+            hidden_RH = hidden_RH[self._tensor([row for row, _ in running])]
+        return self._choose([sample for _, sample in running], hidden_RH)
 
     def _compact(self) -> int:
         """Move samples from the last rows into free ones if that makes the decode batch smaller; its rows, rounded to a few shapes."""
-        occupied = [row for row, s in enumerate(self._rows) if s is not None]
+        occupied = self._seated()
         rows = min(_round_rows(len(occupied)), len(self._rows))
         free = [row for row in range(rows) if self._rows[row] is None]
-        for source, target in zip([row for row in occupied if row >= rows], free):
-            sample = self._rows[source]
+        for (source, sample), target in zip([seat for seat in occupied if seat[0] >= rows], free):
             self._slots.move(source, target, sample.filled)
             self._rows[source], self._rows[target], sample.row = None, sample, target
         return rows

@@ -9,6 +9,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +158,8 @@ class EmbeddedEngine:
             self._deliver(await self._call(self._work))
 
     def _driver_ended(self, driver: asyncio.Task[None]) -> None:
-        if not driver.cancelled() and driver.exception() is not None:
-            self._fail(driver.exception())
+        if not driver.cancelled() and (error := driver.exception()) is not None:
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """From now on the engine is broken; every pending iterator hears why."""
@@ -191,7 +193,7 @@ class EmbeddedEngine:
             self._batcher.submit(self._inbox.popleft())
         while self._abandoned:
             job = self._abandoned.popleft()
-            self._batcher.abort(lambda other, job=job: other is job)
+            self._batcher.abort(partial(is_, job))
 
     def _abort(self, chosen: Callable[[Job], bool]) -> list[Outcome]:
         self._take_in()

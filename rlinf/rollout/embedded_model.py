@@ -35,6 +35,15 @@ class Layer:
     down: Linear
 
 
+@dataclass
+class Ends:
+    """The weights before and behind the blocks."""
+
+    embedding_VH: Tensor
+    final_norm_H: Tensor
+    head: Linear
+
+
 class EmbeddedModel:
     """Weights of one dense decoder on one device. load() before use."""
 
@@ -43,6 +52,7 @@ class EmbeddedModel:
         self.dtype = dtype
         self.device = device
         self._layers: list[Layer] = []
+        self._ends: Ends | None = None
         inverse_D2 = 1.0 / arch.rope_theta ** (torch.arange(0, arch.head_dim, 2).float() / arch.head_dim)
         angle_TD2 = torch.outer(torch.arange(max_context).float(), inverse_D2)
         cos, sin = angle_TD2.cos(), angle_TD2.sin()
@@ -58,26 +68,31 @@ class EmbeddedModel:
         arrived = check_tensors(self.arch, tensors)
         self._in_place = uses_weight_in_place(self.dtype, self.device)
         self._keep = keep and self._in_place
-        self._head = self._embedding_VH = None  # the new ones go where they were
-        self._embedding_VH = self._own(arrived["model.embed_tokens.weight"])
-        self._head = head(self._embedding_VH if self.arch.tied else self._own(arrived["lm_head.weight"]))
-        self._final_norm_H = self._own(arrived["model.norm.weight"])
-        self._layers = self._layers or [None] * self.arch.n_layers  # type: ignore[list-item]
+        self._ends = None  # the new ones go where they were
+        embedding_VH = self._own(arrived["model.embed_tokens.weight"])
+        logits = head(embedding_VH if self.arch.tied else self._own(arrived["lm_head.weight"]))
+        self._ends = Ends(embedding_VH, self._own(arrived["model.norm.weight"]), logits)
+        self._layers = self._layers or [None] * self.arch.n_layers  # type: ignore[list-item]  # for a moment
         for i in range(self.arch.n_layers):  # one layer at a time: at no moment two whole models in memory
             self._layers[i] = self._make_layer(i, arrived)
         return len(arrived), sum(t.nbytes for t in arrived.values())
 
     def free(self) -> None:
         """Give the weights' memory back; load() before the next use."""
-        self._layers = []
-        self._head = self._embedding_VH = self._final_norm_H = None
+        self._layers, self._ends = [], None
+
+    @property
+    def ends(self) -> Ends:
+        if self._ends is None:
+            raise RuntimeError("the model has no weights: load() before use")
+        return self._ends
 
     @torch.inference_mode()
     def forward(self, token_ids_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """Hidden states [N, H] after the final norm."""
         a = self.arch
         rotated = a.n_heads + a.n_kv_heads
-        x_NH = F.embedding(token_ids_N, self._embedding_VH)
+        x_NH = F.embedding(token_ids_N, self.ends.embedding_VH)
         cos_ND, sin_ND = self._cos_TD[positions_N], self._sin_TD[positions_N]
         for i, layer in enumerate(self._layers):
             qkv = layer.qkv(self._norm(x_NH, layer.input_norm)).view(len(x_NH), rotated + a.n_kv_heads, a.head_dim)
@@ -87,12 +102,12 @@ class EmbeddedModel:
             qk = rotate(qk, cos_ND, sin_ND)
             x_NH += layer.output(attend(i, qk[:, : a.n_heads], qk[:, a.n_heads :], values))
             x_NH += layer.down(swiglu(layer.gate_up(self._norm(x_NH, layer.post_norm))))
-        return self._norm(x_NH, self._final_norm_H)
+        return self._norm(x_NH, self.ends.final_norm_H)
 
     @torch.inference_mode()
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits [N, V] in float32, accumulated and stored in float32 also for bf16 weights."""
-        return self._head(hidden_NH)
+        return self.ends.head(hidden_NH)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, self.arch.norm_eps)
@@ -118,12 +133,12 @@ class EmbeddedModel:
             return linear(weight, get(*(f"{block}.{n}_proj.bias" for n in names)))
 
         return Layer(
-            input_norm=get("input_layernorm.weight"),
+            input_norm=self._own(*parts("input_layernorm.weight")),
             qkv=product("self_attn", "q", "k", "v"),
             q_norm=get("self_attn.q_norm.weight"),
             k_norm=get("self_attn.k_norm.weight"),
             output=product("self_attn", "o"),
-            post_norm=get("post_attention_layernorm.weight"),
+            post_norm=self._own(*parts("post_attention_layernorm.weight")),
             gate_up=product("mlp", "gate", "up"),
             down=product("mlp", "down"),
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.cpu_kernels import LEAST_OUTPUTS, kernels
+from rlinf.cpu_kernels import LEAST_OUTPUTS, Kernels, kernels
 from rlinf.hardware import cpu_multiplies_bf16
 
 Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
@@ -35,8 +35,8 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """x -> x @ weight.T + bias. Where uses_weight_in_place(), nobody may write to the weight's memory as long as this is used."""
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight, bias=bias)
-    if uses_weight_in_place(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
-        return InPlaceLinear(weight, bias)
+    if (own := kernels()) is not None and uses_weight_in_place(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
+        return InPlaceLinear(own, weight, bias)
     return _reordered(weight, bias)
 
 
@@ -46,8 +46,8 @@ def head(weight: Tensor) -> Linear:
         return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
     if weight.device.type == "cuda":
         return partial(F.linear, weight=weight)
-    if kernels() is not None and weight.dtype in (torch.float32, torch.bfloat16) and len(weight) >= LEAST_OUTPUTS:
-        return InPlaceLinear(weight, None, torch.float32)
+    if (own := kernels()) is not None and weight.dtype in (torch.float32, torch.bfloat16) and len(weight) >= LEAST_OUTPUTS:
+        return InPlaceLinear(own, weight, None, torch.float32)
     product = _reordered(weight.float(), None)
     return lambda x: product(F.pad(x.float(), (0, 0, 0, max(0, LEAST_ROWS - len(x)))))[: len(x)]
 
@@ -58,11 +58,10 @@ class InPlaceLinear:
     dtype: of the result, by default the weight's.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        self._weight, self._bias = weight, bias
+    def __init__(self, own: Kernels, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        self._kernels, self._weight, self._bias = own, weight, bias
         self._bias_fp32 = None if bias is None else bias.float()
         self._dtype = dtype or weight.dtype
-        own = self._kernels = kernels()
         torch_is_faster = weight.dtype == torch.float32 or own.multiplies_bf16
         torch_has_it = self._dtype == weight.dtype  # and no fp32 result of bf16 numbers
         self._most_rows = MOST_ROWS if torch_is_faster and torch_has_it else None

@@ -141,9 +141,14 @@ class SGLangEngine:
         self._begin(request.request_id, samples)
         alone = 1 if request.n > 1 and not request.prefixes else request.n  # the rest start when the prompt's keys and values are there
         feeds = (self._feed(request, samples[:alone], outbox, started), self._feed_after(started, request, samples[alone:], outbox))
+
+        def put_error(done: asyncio.Future[None]) -> None:
+            if not done.cancelled() and (error := done.exception()) is not None:
+                outbox.put_nowait(error)
+
         tasks = [asyncio.ensure_future(feed) for feed in feeds]
         for task in tasks:
-            task.add_done_callback(lambda done: done.cancelled() or done.exception() is None or outbox.put_nowait(done.exception()))
+            task.add_done_callback(put_error)
         try:
             for _ in samples:
                 item = await outbox.get()

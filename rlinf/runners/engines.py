@@ -54,7 +54,7 @@ class Engines:
         """One call that is not made again: raises WorkerLost for a worker that dies, or has to be ended, before it answers."""
         return await self._in_time(self.group.ref(rank, method, *args), self.stall_timeout)
 
-    async def group_of(self, rank: int, header: Ref) -> tuple[GroupHeader, None] | tuple[None, WorkerLost]:
+    async def group_of(self, rank: int, header: Ref) -> GroupHeader | WorkerLost:
         """The group that an engine was asked for, or the engine's loss.
 
         A group may take long: an engine hangs only when it has finished none of its groups for stall_timeout.
@@ -67,10 +67,10 @@ class Engines:
                     self.end(rank, header.life)
                     begun = loop.time()
             self._done[rank] = loop.time()
-            return asked.result(), None
+            return asked.result()
         except WorkerLost as loss:
             self.dispatcher.close(rank)
-            return None, loss
+            return loss
         finally:
             asked.cancel()
 

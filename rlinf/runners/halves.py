@@ -41,6 +41,8 @@ class Half(TrainingLoop):
 class RolloutOnly(Half):
     """Every step with the weights that the engines started with: prompts, responses, verdicts, the advantages that training would see."""
 
+    sampler: PromptSampler
+
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, rollout: WorkerGroup, reward: WorkerGroup, prompts: Sequence[Prompt],
         sampler: PromptSampler, stop: Stop,

@@ -28,8 +28,8 @@ class Rewarded:
     headers: Sequence[GroupHeader]
     payloads: Mapping[str, Ref]
     token_rewards: Sequence[Part] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    memory: Mapping[str, list[int]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Learner:
         config, headers, payloads = self.config, groups.headers, groups.payloads
         trained = trained_samples(headers, config.algorithm, config.data.seed)
         batch = (config, step, headers, advantages, trained)
-        metrics, values = advantage_metrics(advantages, trained, config), []
+        metrics = advantage_metrics(advantages, trained, config)
+        values: list[Part] = []
         if self.critic is not None:
             critic_shares = self.critic.split(*batch)
             reports, values = await self.critic.run("values", (step,), critic_shares, payloads)

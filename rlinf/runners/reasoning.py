@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from rlinf.runners.validation import ValidationScores, score_validation, validat
 from rlinf.runners.weight_sync import Synced, WeightSync
 from rlinf.scheduling.turns import Turn
 
-SCHEDULES = {"logical": Logical, "wallclock": Wallclock}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"logical": Logical, "wallclock": Wallclock}
 
 
 class ReasoningRunner(TrainingLoop):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
@@ -18,7 +19,7 @@ from rlinf.runners.selection import StepBatch
 
 
 class RecordedSteps:
-    """In place of a sampler, whose part of a training loop it plays: the steps are given, and there is nothing to remember."""
+    """A StepSource (runners.training_loop) whose steps are given, with nothing to remember."""
 
     def __init__(self, run_dir: Path) -> None:
         self.paths = RunPaths(run_dir)
@@ -33,10 +34,10 @@ class RecordedSteps:
         """The last step; earlier when max_steps says so. The rest is for a sampler."""
         return self.steps[-1] if max_steps == -1 else min(self.steps[-1], max_steps)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def order(self, step: int) -> tuple[list[str], list[str]]:
         """(groups to train on, all that were generated). Raises UserError that names the steps that there are."""

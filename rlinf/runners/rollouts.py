@@ -9,6 +9,7 @@ from functools import cached_property
 from rlinf.cluster.group import Ref, WorkerGroup, gather_or_cancel
 from rlinf.config.schema import Config
 from rlinf.data.records import Finish, GroupHeader
+from rlinf.errors import WorkerLost
 from rlinf.metrics.timers import Timers
 from rlinf.rollout.contract import EngineStats, GenerateRequest, Stop
 from rlinf.runners.engines import Engines
@@ -73,9 +74,9 @@ class Rollouts:
                 before = (self.unfinished[group.name],) if group.name in self.unfinished else ()
                 header_ref, tokens = self.rollout.ref(rank, "generate", request, group.prompt, *before, returns=2)
                 with self.timers.phase(group.timer):
-                    header, loss = await self.engines.group_of(rank, header_ref)
-            if header is None:
-                await self.engines.revive(rank, loss)
+                    header = await self.engines.group_of(rank, header_ref)
+            if isinstance(header, WorkerLost):
+                await self.engines.revive(rank, header)
                 continue
             if Finish.ABORT not in header.finishes:
                 self.unfinished.pop(group.name, None)

@@ -142,7 +142,7 @@ class RunFolder:
                 f"{self.path}: there is a run here already, and it {how}; nothing was overwritten. "
                 "To go on with it: runner.resume_dir=auto. For a new run: runner.experiment_name=ANOTHER_NAME, or move the folder away"
             )
-        step_dir = self.checkpoints.newest() if resume_dir == "auto" else resume_dir and Path(resume_dir).expanduser()
+        step_dir = self.checkpoints.newest() if resume_dir == "auto" else Path(resume_dir).expanduser() if resume_dir else None
         if step_dir is None:
             return None
         resume = read_checkpoint(step_dir.resolve())

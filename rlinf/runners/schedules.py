@@ -121,7 +121,7 @@ class Logical:
             await batch
 
     async def save(self, folder: Path) -> dict[str, Any]:
-        waiting = []
+        waiting: list[dict[str, Any]] = []
         for batch in (b for future in self.batches if (b := future.result())):
             names = {header.group_id: f"{len(waiting):02d}-{i:05d}" for i, (header, _) in enumerate(batch.scored)}
             await asyncio.gather(*(self.on_disk.put(folder, names[h.group_id], ref, h.verdicts) for h, ref in batch.scored))

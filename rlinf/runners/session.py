@@ -81,7 +81,7 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
 
 def is_done(folder: RunFolder, sampler: PromptSampler) -> bool:
     """Whether a run that goes on has nothing to do; then it says so, and the folder is released."""
-    if not folder.nothing_left(sampler):
+    if folder.resume is None or not folder.nothing_left(sampler):
         return False
     say(f"{folder.path}: all {folder.resume.step} steps are made; to train further raise runner.max_steps or runner.max_epochs")
     folder.release()

@@ -25,6 +25,8 @@ WEIGHT = np.ones(1, np.float32)  # packing carries a scalar for each sample; the
 class SftRunner(TrainingLoop):
     """val_losses: the held-out loss by step."""
 
+    sampler: PromptSampler
+
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, examples: Sequence[Group],
         val_examples: Sequence[Group], sampler: PromptSampler,

@@ -8,13 +8,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.cluster.phase import RESUME, START, Phase
 from rlinf.config.schema import Config
-from rlinf.data.sampler import PromptSampler
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
@@ -39,6 +38,18 @@ class StepResult:
     checkpoint_written: bool = False
 
 
+class StepSource(Protocol):
+    """What the steps of a run are made of: the sampler of prompts or examples, or the steps of an earlier run."""
+
+    def total_steps(self, max_epochs: int, max_steps: int, done: int = 0, waiting: int = 0) -> int:
+        """The last step. done: the step from which the run goes on; waiting: batches that were taken for steps behind it."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class TrainingLoop(ABC):
     """One run. What it learns from, and how, is in the subclass; status.py looks at it from another thread.
 
@@ -49,7 +60,7 @@ class TrainingLoop(ABC):
     engine_load: Sequence[int] = ()
     last = StepResult({}, 0)
 
-    def __init__(self, config: Config, folder: RunFolder, cluster: Cluster, sampler: PromptSampler, trained: Sequence[WorkerGroup]) -> None:
+    def __init__(self, config: Config, folder: RunFolder, cluster: Cluster, sampler: StepSource, trained: Sequence[WorkerGroup]) -> None:
         self.config, self.folder, self.cluster, self.sampler = config, folder, cluster, sampler
         self.total_steps = sampler.total_steps(config.runner.max_epochs, config.runner.max_steps)
         self.saving = Saving(folder, trained, config.runner.async_checkpoint)

@@ -34,7 +34,7 @@ class ValidationScores:
 
 
 def score_validation(headers: Sequence[GroupHeader]) -> ValidationScores:
-    verdicts = [h.verdicts[0] for h in headers]
+    verdicts = [h.judged[0] for h in headers]
     return ValidationScores(
         right=tuple(int(h.right[0]) for h in headers),
         boxed=tuple(int(v.extracted is not None) for v in verdicts),

@@ -152,7 +152,7 @@ class WeightSync:
     async def load_again(self, engine: int) -> None:
         """Load the current version into an engine that was restarted. When it can no longer be read, the engine gets the next publish()."""
         async with self.replacing:
-            if self.held:
+            if self.held and self.version is not None:
                 offer, payload = self.held[engine]
                 receipt, _ = await self.engines.ask_once(engine, "load_weights", offer, self.version, *payload)
                 check_receipts([offer.value], self.version, [receipt])

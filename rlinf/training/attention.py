@@ -56,7 +56,8 @@ class PackedAttention(MegatronModule):
 
         def keys_of(names: tuple[int, ...]) -> tuple[Tensor, Tensor]:
             if names not in joined:
-                joined[names] = tuple(torch.cat([atoms[i][part] for i in names]) for part in (0, 1)) if len(names) > 1 else atoms[names[0]]
+                keys, values = zip(*(atoms[i] for i in names))
+                joined[names] = (torch.cat(keys), torch.cat(values)) if len(names) > 1 else atoms[names[0]]
             return joined[names]
 
         outputs = []
@@ -74,12 +75,12 @@ class PackedAttention(MegatronModule):
         n, longest = len(piece.responses), piece.longest
 
         def grid(rows: Tensor) -> Tensor:  # [rows, heads, D] -> [R, L, heads, D]
-            full = rows if len(rows) == n * longest else rows.new_zeros(n * longest, *rows.shape[1:]).index_copy(0, piece.slots, rows)
+            full = rows if piece.slots is None else rows.new_zeros(n * longest, *rows.shape[1:]).index_copy(0, piece.slots, rows)
             return full.view(n, longest, *rows.shape[1:])
 
         k, v = (torch.cat([head.expand(n, -1, -1, -1), grid(own)], 1) for head, own in ((prompt_k, k), (prompt_v, v)))  # [R, P + L, K, D]
         out = self._attend(grid(q), k, v).reshape(n * longest, *q.shape[1:])
-        return out if len(out) == piece.rows else out.index_select(0, piece.slots)
+        return out if piece.slots is None else out.index_select(0, piece.slots)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention, queries aligned to the end of the keys: q [B,L,H,D], k and v [B,S,K,D] -> [B,L,H,D]."""
@@ -114,7 +115,7 @@ def _to_the_end(length: int, size: int) -> Tensor:
     from torch.nn.attention.bias import CausalBias, CausalVariant  # brings torch._dynamo along, a second that CPU ranks do not need
 
     mask = CausalBias.__new__(CausalBias)
-    mask.__init__(CausalVariant.LOWER_RIGHT, length, size)
+    mask.__init__(CausalVariant.LOWER_RIGHT, length, size)  # type: ignore[misc]  # torch's constructor is in __new__, which reserves it
     return mask
 
 

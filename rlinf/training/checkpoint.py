@@ -9,7 +9,7 @@ Completeness (write beside, rename, COMPLETE) is the runner's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,7 +87,7 @@ class Writing:
             pass
         return ()
 
-    def _write(self, kinds: dict[str, Iterable[Named]]) -> dict[str, Stored]:
+    def _write(self, kinds: Mapping[str, Iterable[Named]]) -> dict[str, Stored]:
         """Everything of this rank, one file after another; where the model's tensors are."""
         if not self.writer:
             return {}

@@ -33,7 +33,7 @@ class Piece:
     """Consecutive rows of this rank that are computed in one go. prefix and own name atoms of keys, in order.
 
     Without responses: the last rows of the sequence `prefix | own`, causal. With them: several responses, their row counts in order, each
-    behind the same prefix; slots says where each row stands in a [responses, longest] grid, flattened.
+    behind the same prefix; slots says where each row stands in a [responses, longest] grid, flattened, unless the rows fill it in order.
     """
 
     rows: int
@@ -130,8 +130,10 @@ def _families(packed_groups: Sequence[PackedGroup], common: int) -> Iterator[tup
         start = end
 
 
-def _slots(counts: tuple[int, ...], device: torch.device) -> Tensor:
+def _slots(counts: tuple[int, ...], device: torch.device) -> Tensor | None:
     longest = max(counts)
+    if min(counts) == longest:
+        return None
     return torch.as_tensor(np.concatenate([i * longest + np.arange(n) for i, n in enumerate(counts)]), device=device)
 
 

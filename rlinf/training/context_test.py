@@ -40,8 +40,9 @@ def seen(pieces: tuple[Piece, ...], atoms: tuple[int, ...]) -> list[list[int]]:
             keys = prefix + own
             found += [keys[: len(keys) - piece.rows + i + 1] for i in range(piece.rows)]
             continue
-        assert sum(piece.responses) == piece.rows == len(own) == len(piece.slots)
-        grid = dict(zip(piece.slots.tolist(), own))
+        slots = list(range(piece.rows)) if piece.slots is None else piece.slots.tolist()
+        assert sum(piece.responses) == piece.rows == len(own) == len(slots)
+        grid = dict(zip(slots, own))
         for i, count in enumerate(piece.responses):
             response = [grid[i * piece.longest + t] for t in range(count)]
             found += [prefix + response[: t + 1] for t in range(count)]
@@ -85,12 +86,21 @@ def test_a_long_sequence_costs_every_rank_the_same(size: int) -> None:
 
 
 def batch_of(packed_groups: list[PackedGroup], predict: list[int]) -> PackedBatch:
-    total = sum(s.prompt + s.own for s in packed_groups)
+    total, n = sum(s.prompt + s.own for s in packed_groups), len(predict)
     return PackedBatch(
         token_ids=torch.arange(total) + 100,
         positions=torch.arange(total),
         packed_groups=tuple(packed_groups),
         predict_rows=torch.tensor(predict),
+        targets=torch.zeros(n, dtype=torch.int64),
+        sample_N=torch.zeros(n, dtype=torch.int64),
+        advantages_N=torch.zeros(n),
+        loss_mask_N=torch.ones(n),
+        rollout_logprobs_N=torch.zeros(n),
+        n_samples=1,
+        sample_ids=("s",),
+        common=0,
+        temperature=1.0,
     )
 
 

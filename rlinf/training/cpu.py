@@ -52,7 +52,7 @@ _TOUCHED = re.compile(
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> CodeType:
+    def get_code(self, fullname: str) -> CodeType | None:
         path = self.get_filename(fullname)
         source = importlib.util.decode_source(self.get_data(path))
         rewritten = source

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -88,7 +89,7 @@ class MegatronEngine:
         # A strong reference would close a cycle (configuration, optimizer, gradient hooks, model) that runs through autograd's nodes, where
         # Python's collector does not see it: a dropped engine would keep its process groups, and gloo's 50 threads for them.
         scale = weakref.WeakMethod(self.optimizer.scale_loss)
-        self.config.grad_scale_func = lambda loss: scale()(loss)
+        self.config.grad_scale_func = lambda loss: scale()(loss)  # type: ignore[misc]  # the model does not outlive its optimizer
         self.config.finalize_model_grads_func = lambda chunks, _tokens, **kw: finalize_model_grads(chunks, None, **kw)
         self.optimizer_state = OptimizerState(self.distributed)
         self.steps = 0
@@ -100,7 +101,7 @@ class MegatronEngine:
         if self.frozen:
             return
         self.optimizer.reload_model_params()
-        self.state.fill(tensors, lambda param, shard: self.optimizer_state.set(param, "param", shard.float()))
+        self.state.fill(tensors, lambda param, shard: self.optimizer_state.set("param", param, shard.float()))
 
     def export(self, kind: str = "model") -> Iterator[tuple[str, Tensor]]:
         """This stage's tensors under HF names: `model` (compute dtype), or fp32 `param` (master weights), `exp_avg`, `exp_avg_sq`."""
@@ -117,12 +118,12 @@ class MegatronEngine:
 
         def weights(param: Parameter, shard: Tensor) -> None:
             param.copy_(shard)
-            self.optimizer_state.set(param, "param", shard)
+            self.optimizer_state.set("param", param, shard)
 
         self.optimizer_state.allocate()
         self.state.fill(kinds["param"], weights)
         for kind in OPTIMIZER_STATE:
-            self.state.fill(kinds[kind], lambda param, shard, kind=kind: self.optimizer_state.set(param, kind, shard))
+            self.state.fill(kinds[kind], partial(self.optimizer_state.set, kind))
         self.optimizer_state.restore_steps(adam_steps)
         self.steps = steps
 
@@ -173,7 +174,8 @@ class MegatronEngine:
 
         def objective(i: int, output: tuple[Tensor, Tensor]) -> tuple[Tensor, MetricSums]:
             logprobs[i] = output[0].detach()
-            tokens = response_tokens(batches[i], output, old_logprobs and old_logprobs[i], ref_logprobs and ref_logprobs[i])
+            old, ref = (None if values is None else values[i] for values in (old_logprobs, ref_logprobs))
+            tokens = response_tokens(batches[i], output, old, ref)
             return policy_objective(tokens, denominators, settings)
 
         def stops(metrics: MetricSums) -> bool:

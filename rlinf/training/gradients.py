@@ -26,6 +26,11 @@ def add_to(total: Tensor, gradient: Tensor) -> None:
         into.add_(part)
 
 
+def main_grad(param: Parameter) -> Tensor:
+    """The place of its gradient in Megatron's buffer."""
+    return param.main_grad  # type: ignore[attr-defined]  # Megatron gives parameters this attribute
+
+
 class DataParallel(DistributedDataParallel):
     """For dense models and synchronous gradient sums.
 
@@ -48,10 +53,10 @@ class DataParallel(DistributedDataParallel):
             if param.grad is None:
                 return
             if param in self.without_gradient:
-                param.main_grad.copy_(param.grad)
+                main_grad(param).copy_(param.grad)
                 self.without_gradient.discard(param)
             else:
-                add_to(param.main_grad, param.grad)
+                add_to(main_grad(param), param.grad)
             param.grad = None
 
         return store
@@ -59,7 +64,7 @@ class DataParallel(DistributedDataParallel):
     @torch.no_grad()
     def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
         for param in self.without_gradient:
-            param.main_grad.zero_()
+            main_grad(param).zero_()
         self.without_gradient = set()
         if self.dp_cp_group.size() > 1:
             super().finish_grad_sync(*args, **kwargs)

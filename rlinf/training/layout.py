@@ -15,7 +15,7 @@ Shape legend: T packed rows, N response tokens, S samples, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,29 +43,29 @@ class PackedGroup:
         return sum(self.responses)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedBatch(PackedSeqParams):
     """Rows, positions and groups, and for each response token the row that predicts it.
 
     It travels through Megatron as packed_seq_params (format thd), which is how the attention and the head get to see it.
     """
 
-    token_ids: Tensor | None = None  # [T] int64
-    positions: Tensor | None = None  # [T] int64
-    packed_groups: tuple[PackedGroup, ...] = ()
-    predict_rows: Tensor | None = None  # [N] int64
-    targets: Tensor | None = None  # [N] int64
-    sample_N: Tensor | None = None  # [N] int64, which of the S samples a token belongs to
-    advantages_N: Tensor | None = None  # [N] float32
-    loss_mask_N: Tensor | None = None  # [N] float32
-    rollout_logprobs_N: Tensor | None = None  # [N] float32
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    packed_groups: tuple[PackedGroup, ...]
+    predict_rows: Tensor  # [N] int64
+    targets: Tensor  # [N] int64
+    sample_N: Tensor  # [N] int64, which of the S samples a token belongs to
+    advantages_N: Tensor  # [N] float32
+    loss_mask_N: Tensor  # [N] float32
+    rollout_logprobs_N: Tensor  # [N] float32
     age_N: Tensor | None = None  # [N] float32, for an interpolated pi_prox (algorithms.importance)
-    n_samples: int = 0
-    sample_ids: tuple[str, ...] = ()  # of the S samples, in the order of their tokens
-    common: int = 0  # rows of the start that all prompts share: the first of packed_groups, if any
-    temperature: float = 1.0
-    share: Share | None = None  # what this rank does of it, filled in once by the model
-    rope: tuple[Tensor, Tensor] | None = None  # cos and sin of the share's rows [t, 1, D], filled in once by the model
+    n_samples: int
+    sample_ids: tuple[str, ...]  # of the S samples, in the order of their tokens
+    common: int  # rows of the start that all prompts share: the first of packed_groups, if any
+    temperature: float
+    share: Share = field(init=False, repr=False)  # what this rank does of it; the model fills it in once, and the next
+    rope: tuple[Tensor, Tensor] = field(init=False, repr=False)  # cos and sin of the share's rows [t, 1, D]
 
     @property
     def attended_pairs(self) -> int:

@@ -34,9 +34,11 @@ from rlinf.weights.mapping import padded_vocab
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm that marks its weight for the gradient sum over tensor-parallel ranks under sequence parallelism."""
 
+    eps: float
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # the name by which Megatron looks for the mark
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -155,11 +157,11 @@ class PackedModel(GPTModel):
             position_embedding_type="none",  # PackedAttention rotates by the batch's positions
         )
         if self.post_process and head == "scalar":
-            self.output_layer = None  # GPTModel always makes one
+            self.output_layer: Any = None  # GPTModel always makes one
             self.score = torch.nn.Parameter(torch.empty(1, arch.hidden, dtype=config.params_dtype))
 
     def forward_packed(self, batch: PackedBatch) -> Any:
-        if batch.share is None:
+        if not hasattr(batch, "share"):
             batch.share = share_of(batch, mpu.get_context_parallel_rank(), self.config.context_parallel_size)
             batch.rope = rope_tables(batch.share.positions, self.arch.head_dim, self.arch.rope_theta, self.config.params_dtype)
         return self(batch.share.token_ids[None], batch.share.positions[None], None, packed_seq_params=batch)
@@ -184,7 +186,10 @@ class PackedModel(GPTModel):
             vocab=self.arch.vocab,
             group=mpu.get_tensor_model_parallel_group(),
         )
-        return found if share.tokens is None else tuple(self._all_tokens(torch.stack(found), batch))
+        if share.tokens is None:
+            return found
+        logprobs_N, entropy_N = self._all_tokens(torch.stack(found), batch)
+        return logprobs_N, entropy_N
 
     def _values(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         """fp32. Every tensor-parallel rank computes the whole head on all rows and so has the complete gradient of the head and of the
@@ -193,10 +198,12 @@ class PackedModel(GPTModel):
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         values = hidden.squeeze(1).index_select(0, batch.share.predict_rows).float() @ self.score[0].float()
-        return values if batch.share.tokens is None else self._all_tokens(values, batch)
+        return self._all_tokens(values, batch)
 
     def _all_tokens(self, values: Tensor, batch: PackedBatch) -> Tensor:
-        return gather_tokens(values, batch.share.tokens, len(batch.targets), mpu.get_context_parallel_group())
+        """The values of all response tokens, from those of this rank's rows."""
+        mine = batch.share.tokens
+        return values if mine is None else gather_tokens(values, mine, len(batch.targets), mpu.get_context_parallel_group())
 
 
 def with_value_head(tensors: Mapping[str, Tensor], hidden: int, seed: int) -> Mapping[str, Tensor]:
@@ -209,7 +216,7 @@ def with_value_head(tensors: Mapping[str, Tensor], hidden: int, seed: int) -> Ma
             raise UserError(f"critic.model_dir: its score.weight is {shape}; a critic has one number a token, (1, {hidden})")
         return tensors
     weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
-    return ChainMap({"score.weight": weight}, tensors)  # type: ignore[arg-type]  (only read)
+    return ChainMap({"score.weight": weight}, tensors)  # type: ignore[arg-type]  # it is only read
 
 
 def with_scoring_head(tensors: Mapping[str, Tensor], hidden: int) -> tuple[Mapping[str, Tensor], float]:
@@ -231,4 +238,4 @@ def with_scoring_head(tensors: Mapping[str, Tensor], hidden: int) -> tuple[Mappi
         )
     if len(weight) == 2:
         weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
-    return ChainMap({"score.weight": weight}, tensors), float(bias[0])  # type: ignore[arg-type]  (only read)
+    return ChainMap({"score.weight": weight}, tensors), float(bias[0])  # type: ignore[arg-type]  # it is only read

@@ -104,6 +104,6 @@ def sum_over_data_ranks(values: torch.Tensor) -> torch.Tensor:
     return _all_reduce(values, dist.ReduceOp.SUM)
 
 
-def _all_reduce(values: torch.Tensor, op: dist.ReduceOp) -> torch.Tensor:
+def _all_reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
     dist.all_reduce(values, op, group=mpu.get_data_parallel_group())
     return values

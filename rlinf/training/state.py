@@ -40,9 +40,9 @@ class ModelState:
         if named:
             raise RuntimeError(f"parameters without a mapping rule: {sorted(named)}")
         for rule, param in self.params:  # Megatron's gradient norm counts a parameter without this mark on TP rank 0 only
-            param.tensor_model_parallel = rule.layout != "replicated"
+            setattr(param, "tensor_model_parallel", rule.layout != "replicated")
 
-    def fill(self, hf: Mapping[str, Tensor], target: Callable[[Parameter, Tensor], None]) -> None:
+    def fill(self, hf: Mapping[str, Tensor], target: Callable[[Parameter, Tensor], object]) -> None:
         """Call target(param, local shard) for every parameter. `hf` may read lazily; a missing name raises KeyError."""
         for rule, param in self.params:
             whole = [hf[name] for name in rule.hf]
@@ -100,8 +100,8 @@ class OptimizerState:
             dist.all_reduce(full, group=self.group)
         return full.view_as(param)
 
-    def set(self, param: Parameter, kind: str, value: Tensor) -> None:
-        """Copy this rank's share of a whole fp32 tensor into the optimizer."""
+    def set(self, kind: str, param: Parameter, value: Tensor) -> None:
+        """Copy this rank's share of a whole fp32 tensor into the optimizer, as its state `kind` of the parameter."""
         if param in self.optimizer.model_param_group_index_map:
             rows = self.optimizer._get_model_param_range_map(param)["param"]
             target = self._tensors(param)[kind]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,10 +61,9 @@ class Member:
         return "a member stopped in the middle"
 
 
-def make_process_group(
-    store: dist.Store, rank: int, size: int, device: torch.device, timeout: float
-) -> dist.ProcessGroupNCCL | dist.ProcessGroupGloo:
-    """NCCL between GPUs, else gloo. It is not in torch's list of groups: no collective of training knows it."""
+def make_process_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout: float) -> Any:
+    """A ProcessGroupNCCL between GPUs, else a ProcessGroupGloo (torch declares no operations for them). It is not in torch's list of
+    groups: no collective of training knows it."""
     if device.type == "cuda":
         store.set_timeout(timedelta(seconds=timeout))  # its members meet in the first broadcast, as long as the store waits
         options = dist.ProcessGroupNCCL.Options()
@@ -103,7 +103,8 @@ class Wire(Member):
     def receive(self, name: str, version: int) -> tuple[SharedMemory, dict[str, str]]:
         """Land what the publisher sends in `/dev/shm/rlinf-<name>-s<stage>-v<version>-*`, with checksums as sent;
         and the sender's key of each."""
-        landed, keys = [], {}
+        landed: list[BucketSpec] = []
+        keys: dict[str, str] = {}
         with ExitStack() as undo, self.together(f"version {version}"):
             while (length := int(self._pass(torch.zeros(1, dtype=torch.int64)))) > 0:
                 description = self._pass(torch.zeros(length, dtype=torch.uint8)).numpy().tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,10 +15,12 @@ from rlinf.weights.source import Buckets, Receipt
 # kernels of trainer and engine round differently, by up to 0.2 on the models that were tried; a wrong tensor causes several units.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}
 
+Source = TypeVar("Source", bound=Buckets)
 
-def merge_sources(parts: Sequence[Buckets]) -> Buckets:
-    """One source of what the pipeline stages published."""
-    return replace(parts[0], buckets=tuple(b for part in parts for b in part.buckets))
+
+def merge_sources(parts: Sequence[Source]) -> Source:
+    """One source of what the pipeline stages published, all by the same transport."""
+    return replace(parts[0], buckets=tuple(b for part in parts for b in part.buckets))  # type: ignore[misc]  # each of its own kind
 
 
 def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[Receipt]) -> None:

@@ -73,8 +73,8 @@ def device_feeds(publishers: Sequence[Sequence[DeviceAddress]], engines: Sequenc
     publishers[d][p] is the device of the rank that publishes pipeline stage p of replica d; engines[e] are those of engine e. Memory of a
     device that an engine does not use is not opened: whether that can be depends on which devices its processes see.
     """
-    near = [next((d for d, stages in enumerate(publishers) if {*stages} <= {*own}), None) for own in engines]
-    return None if None in near else tuple(Feed(d, DEVICE_IPC) for d in near)
+    near = [next((Feed(d, DEVICE_IPC) for d, stages in enumerate(publishers) if {*stages} <= {*own}), None) for own in engines]
+    return None if None in near else tuple(feed for feed in near if feed)
 
 
 def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int, engine_ranks: int = 1) -> tuple[BroadcastGroup, ...]:

@@ -9,7 +9,7 @@ places, since their difference is below 2^32 and that of their factors, in a buc
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, wait
 from typing import Any
 
@@ -39,7 +39,7 @@ class Scan:
         self.names, self.held = names, held
         self.runs = np.array([(s, to, n, at // 4, 0, *EXPONENT.get(dtype, (0, 0)), 0) for s, to, n, at, dtype in rows], RUN)
         begins = np.flatnonzero(np.diff(np.cumsum(self.runs["nbytes"]) // PIECE_BYTES, prepend=-1))
-        work = scan_by_numpy if kernels() is None else kernels().scan
+        work = scan_function()
         self.futures = [pool.submit(work, part) for part in np.split(self.runs, begins[1:])]
 
     def checksum(self) -> int:
@@ -61,6 +61,12 @@ class Scan:
             return set()
         unknown = {self.names[i] for i in np.flatnonzero(self.runs["exponent"] == 0)}
         return {*self.names} - unknown
+
+
+def scan_function() -> Callable[[np.ndarray], None]:
+    """Fills in the results of an array of RUN."""
+    own = kernels()
+    return scan_by_numpy if own is None else own.scan
 
 
 def scan(buffer: Tensor, specs: Sequence[TensorSpec], pool: Executor) -> Scan:
@@ -111,7 +117,7 @@ def checksum(buffer: Tensor) -> int:
     if buffer.device.type == "cpu":
         run = np.zeros(1, RUN)
         run["source"], run["nbytes"] = buffer.data_ptr(), len(buffer)
-        (scan_by_numpy if kernels() is None else kernels().scan)(run)
+        scan_function()(run)
         return int(run["sum"][0])
     return device_checksum(buffer)
 
@@ -150,4 +156,4 @@ def numpy_checksum(content: np.ndarray, first: int) -> int:
 
 
 def _bytes_at(address: int, nbytes: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_char * int(nbytes)).from_address(int(address)), np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_char * int(nbytes)).from_address(int(address))), np.uint8)

@@ -30,7 +30,7 @@ class Stored(NamedTuple):
 def digest(tensor: Tensor) -> str:
     """xxh3-64 of dtype, shape and bytes."""
     state = xxhash.xxh3_64(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    state.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

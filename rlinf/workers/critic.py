@@ -25,6 +25,8 @@ from rlinf.workers.megatron import MegatronWorker, merged, optimizer_metrics, wo
 class CriticWorker(MegatronWorker):
     """Implements workers.interfaces.CriticWorker. Between the two calls of a step it keeps the packs and the values."""
 
+    offloader: Offloader
+
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         super().__init__(address, config, "critic")
         self.offloader = Offloader(self.engine, config.critic)

@@ -16,7 +16,7 @@ from rlinf.data.records import Group, GroupHeader, Prompt, Verdict
 from rlinf.data.token_values import DumpPlan
 from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.weights.routes import BroadcastGroup
-from rlinf.weights.source import Buckets, Collective, Receipt
+from rlinf.weights.source import Buckets, Collective, Receipt, WeightSource
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class RolloutWorker(Protocol):
         ...
 
     async def load_weights(
-        self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]
+        self, source: WeightSource | Collective, version: int, *stages: tuple[np.ndarray, ...]
     ) -> tuple[Receipt, EngineStats]:
         """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage.
 

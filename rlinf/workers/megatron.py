@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,8 @@ class MegatronWorker:
         came = [g.group_id for g in groups]
         if came != list(batch.group_ids):
             raise ValueError(f"payloads do not match the plan: the groups {came} came for {list(batch.group_ids)}")
-        how = {"share_prefix": True, "temperature": self.temperature, "pad_to": self.engine.pad_to, "device": self.device}
-        return [[pack(groups, refs, **how) for refs in mini.micro_batches] for mini in batch.mini_batches]
+        packed = partial(pack, groups, share_prefix=True, temperature=self.temperature, pad_to=self.engine.pad_to, device=self.device)
+        return [[packed(refs) for refs in mini.micro_batches] for mini in batch.mini_batches]
 
     def report(
         self, metrics: dict[str, float], timers: dict[str, float], forward_only: Mapping[str, Work], trained: Mapping[str, Work]
@@ -105,8 +106,9 @@ class MegatronWorker:
     def finish_save(self) -> None:
         """Wait for the files of the last save() and check them."""
         self.bring_back()
-        self.writing.finish()
-        self.writing = None
+        if self.writing is not None:
+            self.writing.finish()
+            self.writing = None
         self.hand_over()
 
     def load(self, step_dir: str) -> None:

@@ -84,7 +84,7 @@ class RewardWorker:
         return prompt, [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
 
     def _record(self, path: Path, group: Group, prompt: str, texts: list[str]) -> None:
-        dump(path, group, prompt, texts, group.verdicts)
+        dump(path, group, prompt, texts, group.header().judged)
         journal = journal_of(path) if self.journals else None
         if journal is not None:
             append_lines(journal, [group_line(group)])

@@ -26,7 +26,7 @@ from rlinf.weights.opening import release
 from rlinf.weights.receipts import merge_sources
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.shared_memory import land
-from rlinf.weights.source import Buckets, Collective, Receipt
+from rlinf.weights.source import Collective, Receipt, SharedMemory, WeightSource
 from rlinf.workers.device import peak_flops
 from rlinf.workers.rollout_part import meeting_file, nodes_of_engine, tell
 
@@ -79,20 +79,22 @@ class RolloutWorker:
         await self.engine.abort()
 
     async def load_weights(
-        self, source: Buckets | Collective, version: int, *stages: tuple[np.ndarray, ...]
+        self, source: WeightSource | Collective, version: int, *stages: tuple[np.ndarray, ...]
     ) -> tuple[Receipt, EngineStats]:
         async with self.loading:  # when it was started anew in the middle of a sync, it is given the weights twice
             receipt = await self._load_weights(source, version, stages)
         return receipt, await self.stats()
 
-    async def _load_weights(self, source: Buckets | Collective, version: int, stages: Sequence[tuple[np.ndarray, ...]]) -> Receipt:
+    async def _load_weights(self, source: WeightSource | Collective, version: int, stages: Sequence[tuple[np.ndarray, ...]]) -> Receipt:
         """What comes from another node, as arrays or by broadcast, is landed in this one's shared memory first: engines read buckets.
         Unless the engine takes part in broadcasts itself."""
         name = f"{self.address.run_id}-r{self.address.rank}"
-        if isinstance(source, Collective) and self.wires:
+        if isinstance(source, Collective) and isinstance(self.engine, GroupMember):
+            return await self.engine.load_weights(source, version)
+        if isinstance(source, Collective):
             parts = [await asyncio.to_thread(self.wires[group].receive, name, version) for group in source.groups]
             landed, keys = merge_sources([part for part, _ in parts]), {own: sent for _, part in parts for own, sent in part.items()}
-        elif stages:
+        elif isinstance(source, SharedMemory) and stages:
             landed = land(source, [array for stage in stages for array in stage], name, version)
             keys = {own.key: sent.key for sent, own in zip(source.buckets, landed.buckets)}
         else:

@@ -31,7 +31,7 @@ class SftWorker(MegatronWorker):
         (packs,) = self.pack(batch, groups)
         weights = self._weights(step, mini, packs)
         with profiled(self.config.runner, step, "actor"):
-            update = self.engine.optimize(packs, lambda i, output: supervised_objective(*output, weights[i]))
+            update = self.engine.optimize(packs, lambda i, output: supervised_objective(output[0], output[1], weights[i]))
         metrics = {f"sft/{name}": value for name, value in finalize_supervised(update.metrics).items()}
         metrics |= {"sft/grad_norm": update.grad_norm, "sft/lr": update.learning_rate, "sft/skipped": float(update.skipped)}
         timers = {f"time/{part}": seconds for part, seconds in update.timers.items()}
@@ -42,7 +42,7 @@ class SftWorker(MegatronWorker):
         (mini,) = batch.mini_batches
         (packs,) = self.pack(batch, groups)
         metrics = finalize_supervised(
-            self.engine.evaluate(packs, lambda i, output: supervised_objective(*output, token_mean_N(packs[i], mini)))
+            self.engine.evaluate(packs, lambda i, output: supervised_objective(output[0], output[1], token_mean_N(packs[i], mini)))
         )
         return {"sft/val_loss": metrics["loss"], "sft/val_entropy": metrics["entropy"]}
 

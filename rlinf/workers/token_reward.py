@@ -6,7 +6,7 @@ The score of token t is the head's number at the row of token t, which has read 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from rlinf.training.offload import Parked
 from rlinf.workers.interfaces import TokenRewards, TrainReport
 from rlinf.workers.megatron import MegatronWorker, merged, work_of
 
-REDUCE = {"mean": np.mean, "sum": np.sum, "last": lambda scores: scores[-1], "min": np.min}
+REDUCE: dict[str, Callable[[np.ndarray], float]] = {"mean": np.mean, "sum": np.sum, "last": lambda scores: scores[-1], "min": np.min}
 
 
 class TokenRewardWorker(MegatronWorker):

@@ -34,11 +34,13 @@ from rlinf.weights.source import Buckets
 from rlinf.workers.interfaces import TokenNumbers, TokenRewards, TrainReport
 from rlinf.workers.megatron import MegatronWorker, merged, optimizer_metrics, work_of
 from rlinf.workers.objective_settings import objective_settings, token_advantage_settings
-from rlinf.workers.token_dump import write_token_values
+from rlinf.workers.token_dump import OldLogprobs, write_token_values
 
 
 class TrainWorker(MegatronWorker):
     """Implements workers.interfaces.TrainWorker for the actor role."""
+
+    offloader: Offloader
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         super().__init__(address, config, "actor")
@@ -59,7 +61,7 @@ class TrainWorker(MegatronWorker):
         payloads: the groups, then with a critic the values of their tokens, whose targets are the second result,
         and with dense rewards those.
         """
-        groups, numbers = payloads[: len(batch.group_ids)], payloads[len(batch.group_ids) :]
+        groups, numbers = [p for p in payloads if isinstance(p, Group)], [p for p in payloads if not isinstance(p, Group)]
         if not self.config.algorithm.max_staleness:  # no engine is at work that could need them again
             self.publisher.withdraw()
         with profiled(self.config.runner, step, "actor"):
@@ -81,8 +83,10 @@ class TrainWorker(MegatronWorker):
                 b.age_N = by_token(b, ages)
         packed = time.perf_counter()
         trains = self.config.trains_actor(step)
-        old = ref = [None] * len(minibatches)
-        if trains or self.token_advantage_settings.needs_logprobs:
+        old: OldLogprobs = [None] * len(minibatches)
+        ref: OldLogprobs = old
+        finishing = self.token_advantage_settings
+        if trains or (finishing is not None and finishing.needs_logprobs):
             old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
         rewards = merged([part for part in numbers if isinstance(part, TokenRewards)])
         values = merged([part for part in numbers if not isinstance(part, TokenRewards)])
@@ -134,8 +138,8 @@ class TrainWorker(MegatronWorker):
     def _finish_advantages(
         self,
         minibatches: list[list[PackedBatch]],
-        old: list[list[torch.Tensor] | None],
-        ref: list[list[torch.Tensor] | None],
+        old: OldLogprobs,
+        ref: OldLogprobs,
         values: TokenNumbers,
         rewards: TokenNumbers,
     ) -> TokenNumbers:
@@ -147,7 +151,10 @@ class TrainWorker(MegatronWorker):
         if settings is None or not self.at.last_stage:
             return {}
         packs = [b for batches in minibatches for b in batches]
-        flat = [[t for part, batches in zip(found, minibatches) for t in part or [None] * len(batches)] for found in (old, ref)]
+        flat = [
+            [None if part is None else part[j] for part, batches in zip(found, minibatches) for j in range(len(batches))]
+            for found in (old, ref)
+        ]
         of_critic = [by_token(b, values) if self.config.has_critic else None for b in packs]
         of_scorer = [by_token(b, rewards) if self.config.algorithm.dense_rewards else None for b in packs]
         tokens = [
