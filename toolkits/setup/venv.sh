@@ -98,6 +98,10 @@ install_transformer_engine() { # builds against the torch that is there; the act
     return
   fi
   say "building $engine (this takes minutes)"
+  # A CUDA toolkit has neither cuDNN's headers nor NCCL's, and where there is one the build looks nowhere else: torch came with both.
+  local packages
+  packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia"
+  export CPATH="$packages/cudnn/include:$packages/nccl/include${CPATH:+:$CPATH}"
   if pip_install -r "$root/requirements/build.txt" && pip_install --no-build-isolation "$engine"; then return; fi
   fail "pip could not build $engine (its words are above)"
 }

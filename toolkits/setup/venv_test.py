@@ -16,8 +16,9 @@ PYTHON = """#!/bin/bash
 case "$1 $2" in
   "-c "*"(3, 10)"*) [[ {version} < 3.14 ]];;
   "-c "*"(3, 12)"*) [[ {version} == 3.12 ]];;
+  "-c "*purelib*) echo /site-packages;;
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/bin/rlinf"; chmod +x "$3/bin/rlinf";;
-  "-m pip") echo "{version} $*" >>{log};;
+  "-m pip") echo "{version} $*" >>{log}; echo "$CPATH" >{log}.headers;;
 esac
 """
 
@@ -83,6 +84,15 @@ def test_what_is_for_tests_is_installed_beside_the_lock(checkout: Path) -> None:
     assert set_up(checkout, "cpu", "--dev").returncode == 0
     (everything,) = [line for line in installed(checkout) if "dev.txt" in line]
     assert "base.txt" in everything
+
+
+def test_transformer_engine_finds_the_headers_that_torch_came_with(checkout: Path) -> None:
+    """Its build takes those of the CUDA toolkit, which has neither cuDNN's nor NCCL's."""
+    plant(checkout, "python3", "3.12")
+    plant(checkout, "nvcc", "")
+    assert set_up(checkout, "gpu").returncode == 0
+    assert "--no-build-isolation transformer-engine[" in installed(checkout)[-1]
+    assert (checkout / "log.headers").read_text() == "/site-packages/nvidia/cudnn/include:/site-packages/nvidia/nccl/include\n"
 
 
 def test_a_set_up_that_is_at_work_is_waited_for(checkout: Path) -> None:
