@@ -7,8 +7,11 @@ import fcntl
 import os
 import random
 import resource
+import shutil
 import socket
 import struct
+import sysconfig
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +41,17 @@ def cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         if quota != "max":
             count = min(count, max(1, int(quota) // int(period)))
     return count
+
+
+def triton_lacks(environment: Mapping[str, str] = os.environ, headers: Path | None = None) -> str | None:
+    """What Triton, and torch.compile with it, wants on a machine with a GPU and does not find; None = nothing. It compiles a C module
+    before it starts its first kernel: with CC, clang or gcc, and the headers of this Python."""
+    path = environment.get("PATH", "")
+    if not (environment.get("CC") or shutil.which("clang", path=path) or shutil.which("gcc", path=path)):
+        return "C compiler (gcc, clang or CC)"
+    scheme = sysconfig.get_default_scheme()
+    headers = headers or Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
+    return None if (headers / "Python.h").is_file() else f"{headers}/Python.h"
 
 
 def ports_of(local_rank: int) -> range:

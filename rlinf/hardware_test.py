@@ -115,3 +115,32 @@ def test_the_address_of_an_interface() -> None:
     assert hardware.address_of("lo") == "127.0.0.1"
     with pytest.raises(OSError):
         hardware.address_of("no such one")
+
+
+@pytest.mark.parametrize(
+    ("environment", "headers", "lacks"),
+    [
+        ({"PATH": "bin"}, True, None),
+        ({"PATH": "nowhere", "CC": "/opt/icx"}, True, None),
+        ({"PATH": "nowhere"}, True, "C compiler"),
+        ({}, True, "C compiler"),
+        ({"PATH": "bin"}, False, "include/Python.h"),
+    ],
+)
+def test_what_triton_does_not_find_is_named(environment: dict[str, str], headers: bool, lacks: str | None, tmp_path: Path) -> None:
+    for file, there in ((tmp_path / "bin" / "gcc", True), (tmp_path / "include" / "Python.h", headers)):
+        file.parent.mkdir()
+        if there:
+            file.touch(mode=0o755)
+    if "PATH" in environment:
+        environment = environment | {"PATH": str(tmp_path / environment["PATH"])}
+    found = hardware.triton_lacks(environment, tmp_path / "include")
+    assert found is None if lacks is None else lacks in found
+
+
+def test_triton_takes_the_headers_of_this_python() -> None:
+    """Those with which the compiled code of this project was made, where it was."""
+    import sysconfig
+
+    found = hardware.triton_lacks({"CC": "gcc"})
+    assert (found is None) == (Path(sysconfig.get_path("include")) / "Python.h").is_file()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rlinf import device
 from rlinf.checks.finding import FAIL, OK, WARN, Finding
 from rlinf.checks.preflight import check_files, check_models
-from rlinf.checks.toolchain import compilers, driver_version, glibc, locks, proxies, python
+from rlinf.checks.toolchain import compilers, driver_version, glibc, locks, proxies, python, triton
 from rlinf.cluster.node_probe import NodeView, look_at_nodes
 from rlinf.cluster.ray_node import default_port
 from rlinf.cluster.state import listens, state_folder
@@ -30,7 +30,7 @@ from rlinf.config.schema import Config
 from rlinf.config.validate import validate, validate_sft
 from rlinf.cpu_kernels import VARIANTS, kernels
 from rlinf.errors import UserError
-from rlinf.hardware import PORTS, cpu_flags, has_gpu
+from rlinf.hardware import PORTS, cpu_flags, has_gpu, triton_lacks
 from rlinf.rollout.sglang_server import find_interpreter
 from rlinf.scheduling.memory import BYTES, rank_parameters
 from rlinf.weights.architecture import read_architecture
@@ -83,9 +83,10 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
 
 
 def surroundings(config: Config | None) -> Iterator[Finding]:
-    """Of a machine with a GPU: what SGLang needs beside its packages, where it is installed or is the engine."""
+    """Of a machine with a GPU: what Triton needs, and SGLang beside its packages, where it is installed or is the engine."""
     engine = config is not None and config.rollout.rollout_backend == "sglang" and not config.trains_alone
     yield glibc(os.confstr("CS_GNU_LIBC_VERSION") or "unknown")
+    yield triton(triton_lacks(), engine)
     if engine or installed_version("sglang"):
         yield from compilers(os.environ, engine)
 

@@ -60,6 +60,15 @@ def compilers(environment: Mapping[str, str], needed: bool) -> Iterator[Finding]
         yield Finding("c++", bad, f"there is no {cxx}; {why}", "install g++ (apt install g++), or set CXX to the C++ compiler")
 
 
+def triton(lacking: str | None, needed: bool) -> Finding:
+    """lacking: hardware.triton_lacks(). needed: SGLang is the engine of the run."""
+    if lacking is None:
+        return Finding("triton", OK, "finds a C compiler and Python's headers")
+    text = f"finds no {lacking}: SGLang's kernels do not start; the actor does without Transformer Engine's layers and kernels of its own"
+    remedy = "install gcc and this Python's headers (apt install gcc python3-dev), or use the image (docker/README.md)"
+    return Finding("triton", FAIL if needed else WARN, text, remedy)
+
+
 def driver_version(file: Path = DRIVER) -> str | None:
     """Of both kinds of kernel module: `... Kernel Module  570.86.15 ...`, `... Open Kernel Module for x86_64  580.65.06 ...`."""
     found = re.search(r"Kernel Module\b.*?\s(\d{3,}\.[\d.]+)", file.read_text()) if file.exists() else None

@@ -49,6 +49,13 @@ def test_compilers_that_are_missing_are_fatal_for_a_run_with_sglang(tmp_path: Pa
     assert "there is no clang++-99" in compiler.text and "g++" in compiler.remedy
 
 
+def test_what_triton_needs_is_fatal_for_a_run_with_sglang_when_it_is_missing() -> None:
+    assert toolchain.triton(None, needed=True).status == OK
+    missing = [toolchain.triton("/usr/include/python3.12/Python.h", needed) for needed in (False, True)]
+    assert [f.status for f in missing] == [WARN, FAIL]
+    assert "/usr/include/python3.12/Python.h" in missing[0].text and "python3-dev" in missing[0].remedy
+
+
 @pytest.mark.parametrize(
     ("text", "version"),
     [

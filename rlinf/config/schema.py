@@ -291,7 +291,8 @@ class ActorModelConfig:
     )
     transformer_impl: str = key(
         "auto",
-        "modules of the layers; auto = Transformer Engine's in 16 bits on a GPU where it is installed, else local",
+        "modules of the layers; auto = Transformer Engine's in 16 bits on a GPU where it is installed and Triton has what it needs, "
+        "else local",
         ("auto", "transformer_engine", "local"),
     )
     recompute_granularity: str | None = key(None, "activation recompute: `full`, `selective` or null", (None, "full", "selective"))

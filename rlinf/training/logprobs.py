@@ -10,7 +10,6 @@ Shape legend: N rows, H hidden, V vocabulary rows of this rank.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlinf.cpu_kernels import kernels_for
+from rlinf.hardware import triton_lacks
 
 CHUNK_BYTES = 1 << 27  # logits of one chunk
 GPU_CHUNK_BYTES = 1 << 30  # there: each chunk adds a gradient as large as the head's weight to the sum, and each but one is computed twice
@@ -114,8 +114,8 @@ def _fused(device: torch.device) -> ModuleType | None:
 
 @cache
 def _triton_kernels() -> ModuleType | None:
-    """Triton comes with torch for CUDA; it needs the machine's C compiler to start what it compiles."""
-    if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+    """Triton comes with torch for CUDA; what it needs beside may be missing."""
+    if importlib.util.find_spec("triton") is None or triton_lacks() is not None:
         return None
     return importlib.import_module("rlinf.training.head_kernels")
 

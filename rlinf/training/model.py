@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlinf.config.schema import ActorModelConfig
 from rlinf.errors import UserError
+from rlinf.hardware import triton_lacks
 from rlinf.rowwise import rms_norm, swiglu
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.context import gather_tokens, share_of
@@ -106,19 +107,21 @@ def transformer_config(arch: Architecture, model: ActorModelConfig, tp: int, pp:
 def layer_implementation(model: ActorModelConfig, device: torch.device) -> str:
     """`transformer_engine` or `local`, by actor.model.transformer_impl.
 
-    auto: the former in 16 bits on a GPU where Megatron can import it; its fp32 matrix products are TF32, so fp32 stays with the latter.
+    auto: the former in 16 bits on a GPU where Megatron can import it; its fp32 matrix products are TF32, so fp32 stays with the latter. So
+    does what cannot be compiled: Megatron has the activation function between Transformer Engine's matrices from torch.compile.
     Raises UserError when Transformer Engine is asked for by name and cannot be used.
     """
-    usable = device.type == "cuda" and gpt_layer_specs.HAVE_TE
-    if model.transformer_impl == "transformer_engine" and not usable:
-        why = (
-            "it cannot be imported: `python -c 'import transformer_engine.pytorch'` says why"
-            if device.type == "cuda"
-            else "there is no GPU"
-        )
-        raise UserError(f"model.transformer_impl: Transformer Engine's layers are asked for, but {why}; use auto or local")
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = "there is no GPU"
+    elif not gpt_layer_specs.HAVE_TE:
+        obstacle = "it cannot be imported: `python -c 'import transformer_engine.pytorch'` says why"
+    elif (lacking := triton_lacks()) is not None:
+        obstacle = f"Triton, which they need, finds no {lacking}"
+    if model.transformer_impl == "transformer_engine" and obstacle is not None:
+        raise UserError(f"model.transformer_impl: Transformer Engine's layers are asked for, but {obstacle}; use auto or local")
     if model.transformer_impl == "auto":
-        return "transformer_engine" if usable and model.precision != "fp32" else "local"
+        return "transformer_engine" if obstacle is None and model.precision != "fp32" else "local"
     return model.transformer_impl
 
 

@@ -34,7 +34,17 @@ def test_the_layers_that_are_chosen(
     monkeypatch: pytest.MonkeyPatch, wanted: str, precision: str, device: torch.device, installed: bool, chosen: str
 ) -> None:
     monkeypatch.setattr(model.gpt_layer_specs, "HAVE_TE", installed)
+    monkeypatch.setattr(model, "triton_lacks", lambda: None)
     assert model.layer_implementation(ActorModelConfig(transformer_impl=wanted, precision=precision), device) == chosen
+
+
+def test_transformer_engine_is_not_taken_where_its_activation_function_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python without headers, as Ubuntu's without python3-dev: the first micro-batch would end the run."""
+    monkeypatch.setattr(model.gpt_layer_specs, "HAVE_TE", True)
+    monkeypatch.setattr(model, "triton_lacks", lambda: "/usr/include/python3.12/Python.h")
+    assert model.layer_implementation(ActorModelConfig(precision="bf16"), GPU) == "local"
+    with pytest.raises(UserError, match="Triton, which they need, finds no /usr/include/python3.12/Python.h; use auto or local"):
+        model.layer_implementation(ActorModelConfig(transformer_impl="transformer_engine"), GPU)
 
 
 @pytest.mark.parametrize(("device", "installed", "words"), [(CPU, True, "there is no GPU"), (GPU, False, "cannot be imported")])
