@@ -22,7 +22,7 @@ SHAPE = QWEN3_06B | {
     "num_attention_heads": 8,
 }  # fmt: skip
 FULL = {"recompute_granularity": "full"}
-ALLOWANCE = 34 << 20  # a GPU's matrix library takes a workspace of torch's memory
+ALLOWANCE = 34 << 20  # for what a GPU's libraries take of torch's memory
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
@@ -47,6 +47,7 @@ def test_the_plan_of_a_ranks_memory_is_its_peak(
     config.runner.max_tokens_per_mbs = TOKENS
     plan = actor_memory(arch, config, dp=1, stage=0, gpu=True)
     gc.collect()  # an engine before this one
+    take_workspaces(device)
     before = devices.memory_in_use(device)
     engine = random_engine(arch, config.actor.model, at, device)
     engine.optimizer_state.allocate()
@@ -59,6 +60,13 @@ def test_the_plan_of_a_ranks_memory_is_its_peak(
     assert not done.skipped
     assert 0.8 * planned < passing < 1.03 * planned + (ALLOWANCE if torch.version.cuda else 0), (passing / planned, plan)
     assert 0.97 * kept < resting < 1.08 * kept + (ALLOWANCE if torch.version.cuda else 0), (resting / kept, plan)
+
+
+def take_workspaces(device: torch.device) -> None:
+    """A GPU's matrix library keeps one of torch's blocks for each thread that has computed a product, 32 MiB on an H100: for this one, and
+    for autograd's. They are of the process, not of an engine."""
+    a = torch.ones(64, 64, device=device, requires_grad=True)
+    (a @ a).sum().backward()
 
 
 def random_engine(arch: Architecture, model: ActorModelConfig, at: Any, device: torch.device) -> MegatronEngine:
