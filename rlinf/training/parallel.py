@@ -11,6 +11,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 
 from rlinf.algorithms.objective import MetricSums
+from rlinf.device import synchronize
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,27 @@ def initialize(
     dist.init_process_group(
         backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
     )
-    return set_layout(tp, pp, cp)
+    at = set_layout(tp, pp, cp)
+    meet(device)
+    return at
+
+
+def meet(device: torch.device) -> None:
+    """Every group of this rank sums a number. NCCL connects a group's members in its first collective, which may come after the first
+    rollout: what is wrong between two nodes is to show now, and an engine that takes a share of the free memory is to find NCCL's taken."""
+    groups = (
+        dist.group.WORLD,
+        mpu.get_tensor_model_parallel_group(),
+        mpu.get_context_parallel_group(),
+        mpu.get_data_parallel_group(),
+        mpu.get_data_parallel_group(with_context_parallel=True),
+        mpu.get_pipeline_model_parallel_group(),
+        mpu.get_intra_distributed_optimizer_instance_group(),
+    )
+    for group in dict.fromkeys(groups):  # in one order on all ranks: who is in the first that is not made yet waits for no other
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(torch.ones(1, device=device), group=group)
+    synchronize(device)
 
 
 def set_layout(tp: int, pp: int, cp: int = 1) -> Coordinates:
