@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ FOREIGN = (  # not handed on
     "SGLANG_RETURN_ORIGINAL_LOGPROB",  # log-probabilities that know nothing of the temperature
     "SGLANG_MAX_NEW_TOKENS_LIMIT",  # shorter responses than the configuration says
 )  # fmt: skip
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+GROWING_BLOCKS = re.compile(r"(^|,)\s*expandable_segments:\w+")
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def server_environment(options: dict[str, Any], folder: Path) -> dict[str, str]:
     """options: those that the server is started with. folder: for its sockets. Raises UserError where compiled kernels cannot be kept."""
     env = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    if options.get("enable_memory_saver"):
+        env |= without_growing_blocks(env)
     env |= {
         "TMPDIR": str(folder),
         "HF_HUB_OFFLINE": "1",
@@ -36,6 +41,12 @@ def server_environment(options: dict[str, Any], folder: Path) -> dict[str, str]:
             cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
             env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join([cores] * options["tp_size"]))
     return env
+
+
+def without_growing_blocks(env: dict[str, str]) -> dict[str, str]:
+    """What the user says of torch's allocator, for Megatron as a rule, less the blocks that grow: the memory saver does not know them. By
+    one of the two names it ends the server for them, by the other sleep() would give nothing back."""
+    return {name: GROWING_BLOCKS.sub("", env[name]).lstrip(",") for name in ALLOCATOR if name in env}
 
 
 def without_proxy(env: dict[str, str]) -> str:

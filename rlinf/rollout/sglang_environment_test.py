@@ -76,3 +76,24 @@ def test_what_would_break_the_contract_of_an_engine_is_not_handed_on(name: str, 
     """Graphs in memory that is given back, log-probabilities at another temperature, shorter responses."""
     monkeypatch.setenv(name, "1")
     assert name not in server_environment(CPU, FOLDER)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ("expandable_segments:True", ""),
+        ("expandable_segments:True,max_split_size_mb:512", "max_split_size_mb:512"),
+        ("roundup_power2_divisions:[256:1,512:2], expandable_segments:True", "roundup_power2_divisions:[256:1,512:2]"),
+    ],
+)
+def test_blocks_that_grow_are_not_for_a_server_that_gives_memory_back(
+    name: str, given: str, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, given)
+    gpu = {"device": "cuda", "tp_size": 1}
+    assert server_environment(gpu, FOLDER)[name] == given
+    env = server_environment(gpu | {"enable_memory_saver": True}, FOLDER)
+    assert env[name] == left and len({"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & env.keys()) == 1

@@ -81,10 +81,11 @@ class SGLangServer:
         self._closing = False
         self._watcher: threading.Thread | None = None
         self.folder = Path(f"/dev/shm/rlinf-{run_id}-sglang-{secrets.token_hex(4)}")  # ends with the run, like all its shared memory
-        env = server_environment(options, self.folder)
+        words = {**options, **native}
+        env = server_environment(words, self.folder)
         self.folder.mkdir(mode=0o700)
         log.parent.mkdir(parents=True, exist_ok=True)
-        launch = partial(self._launch, python, {**options, **native}, env)
+        launch = partial(self._launch, python, words, env)
         launch()
         with ExitStack() as on_failure:
             on_failure.callback(self.close)

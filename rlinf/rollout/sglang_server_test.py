@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rlinf.errors import RunFailed
+from rlinf.errors import RunFailed, UserError
 from rlinf.hardware import ports_of
+from rlinf.rollout import sglang_server
 from rlinf.rollout.sglang_server import SGLangServer, command_of, kill, session_members
 
 HELPER = "python3 -m torch._inductor.compile_worker --workers=32"
@@ -89,6 +91,15 @@ def test_a_server_that_does_not_start_is_not_started_for_ever(tmp_path: Path, fa
     assert error.startswith("the SGLang server ended with code 1 while starting") and last_words in error
     assert max(map(len, error.splitlines())) < 500  # its settings are one line of many thousand characters
     assert not list(Path("/dev/shm").glob(f"rlinf-{tmp_path.name}*"))
+
+
+def test_the_environment_is_made_for_what_the_user_wrote_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_for(options: dict[str, Any], _: Path) -> dict[str, str]:
+        raise UserError(str(options))
+
+    monkeypatch.setattr(sglang_server, "server_environment", made_for)
+    with pytest.raises(UserError, match="'device': 'cuda', 'enable_memory_saver': True"):
+        SGLangServer(sys.executable, {"device": "cuda"}, {"enable_memory_saver": True}, tmp_path / "log", tmp_path.name, 30.0)
 
 
 @pytest.fixture
