@@ -192,7 +192,7 @@ class SGLangEngine:
             sample.version = self._version
         try:
             with self._speaking():
-                async for event in self._http.stream("/generate", body_of(request, samples, self._seed)):
+                async for event in self._http.stream("/generate", body_of(request, samples, self._seed, self._arch.vocab)):
                     if "error" in event:
                         raise RuntimeError(f"request {request.request_id}: SGLang refuses it: {event['error']['message']}")
                     sample = samples[event["index"]]

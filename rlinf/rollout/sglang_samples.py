@@ -118,8 +118,11 @@ def arriving(request: GenerateRequest, max_context: int) -> list[Arriving]:
     return samples
 
 
-def body_of(request: GenerateRequest, samples: list[Arriving], seed: int | None) -> dict[str, Any]:
+def body_of(request: GenerateRequest, samples: list[Arriving], seed: int | None, vocab: int) -> dict[str, Any]:
     """/generate for these samples. seed: of a server with deterministic inference.
+
+    A top-k of the whole vocabulary (the default of a run) goes as none: SGLang would look for those k at each step, on a GPU by a kernel of
+    its own, else by sorting the vocabulary, and by sums whose rounding loses the least likely tokens.
 
     SGLang either ignores all end tokens or honours the model's own beside those asked for; so a request without stop tokens ignores
     them, and one with stop tokens also ends at the model's.
@@ -128,7 +131,7 @@ def body_of(request: GenerateRequest, samples: list[Arriving], seed: int | None)
     common = {
         "temperature": s.temperature,
         "top_p": s.top_p,
-        "top_k": s.top_k if s.top_k > 0 else -1,
+        "top_k": s.top_k if 0 < s.top_k < vocab else -1,
         "ignore_eos": not request.stop.token_ids,
         "stop_token_ids": list(request.stop.token_ids),
         "stop": list(request.stop.strings),

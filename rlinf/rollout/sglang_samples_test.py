@@ -125,11 +125,18 @@ def test_what_the_server_is_asked() -> None:
     prefixes = (np.array([8], np.int32), np.zeros(0, np.int32))
     asked = request(stop=Stop((3,), ("end",)), sampling=SamplingParams(1.0, 0.9, 0), prefixes=prefixes)
     samples = arriving(asked, 100)
-    body = body_of(asked, samples, seed=None)
+    body = body_of(asked, samples, seed=None, vocab=100)
     assert body["input_ids"] == [[5, 6, 7, 8], [5, 6, 7]] and body["rid"] == [a.rid for a in samples]
     first = body["sampling_params"][0]
     assert (first["top_p"], first["top_k"], first["ignore_eos"], first["stop_token_ids"], first["stop"]) == (0.9, -1, False, [3], ["end"])
-    assert "sampling_seed" not in first and body_of(request(), samples, None)["sampling_params"][0]["ignore_eos"]
-    seeds = [p["sampling_seed"] for p in body_of(asked, samples, seed=7)["sampling_params"]]
+    assert "sampling_seed" not in first and body_of(request(), samples, None, 100)["sampling_params"][0]["ignore_eos"]
+    seeds = [p["sampling_seed"] for p in body_of(asked, samples, seed=7, vocab=100)["sampling_params"]]
     assert seeds == [noise_seed(7, "r/0"), noise_seed(7, "r/1")] and len({*seeds, noise_seed(8, "r/0")}) == 3
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+@pytest.mark.parametrize(("top_k", "told"), [(0, -1), (1, 1), (99, 99), (100, -1), (1_000_000, -1)])
+def test_a_top_k_that_cuts_nothing_is_none(top_k: int, told: int) -> None:
+    """SGLang takes a slower way to sample for any other."""
+    asked = request(sampling=SamplingParams(1.0, 1.0, top_k))
+    assert {p["top_k"] for p in body_of(asked, arriving(asked, 100), None, vocab=100)["sampling_params"]} == {told}
