@@ -10,7 +10,8 @@ from rlinf.config.schema import Config
 from rlinf.device import choose, limit_memory
 from rlinf.rollout.contract import RolloutEngine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
-from rlinf.rollout.sglang_engine import ServerNode, SGLangEngine
+from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.sglang_options import ServerNode
 
 
 class Tokenizer(Protocol):

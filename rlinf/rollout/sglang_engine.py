@@ -12,7 +12,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from rlinf.data.records import Finish, Sample
 from rlinf.device import choose, give_back_free_memory
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.contract import Capabilities, Counters, Decode, EngineStats, GenerateRequest
-from rlinf.rollout.limits import SLACK, architecture_for, check_request, kv_tokens_on_cpu
+from rlinf.rollout.limits import SLACK, architecture_for, check_request
 from rlinf.rollout.sglang_http import Refused, SGLangHttp
+from rlinf.rollout.sglang_options import ServerNode, check, of_model, on_device
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
 from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
 from rlinf.rollout.sglang_weights import offered
@@ -37,21 +37,8 @@ from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import MAKING, Follower
 from rlinf.weights.source import BucketSpec, Collective, DeviceIpc, Disk, Files, Receipt, SharedMemory, WeightSource
 
-ON_CPU = {
-    "attention_backend": "torch_native", "sampling_backend": "pytorch", "grammar_backend": "none", "disable_overlap_schedule": True,
-    "sleep_on_idle": True,  # an idle scheduler would spin on a core that the actor needs
-}  # fmt: skip
 REGIONS = {"kv": "kv_cache", "weights": "weights"}
 RETRY = 0.05  # seconds between two attempts to abort a sample that the scheduler has not heard of yet
-
-
-@dataclass(frozen=True)
-class ServerNode:
-    """One node of an engine's server that runs on several. address: host:port of the first, where their processes meet."""
-
-    nodes: int
-    rank: int
-    address: str
 
 
 class SGLangEngine:
@@ -89,19 +76,10 @@ class SGLangEngine:
         decode: Decode | None = None,
     ) -> None:
         self._arch = architecture_for(model_dir, max_context)
-        options: dict[str, Any] = {
-            "model_path": model_dir, "device": device, "dtype": dtype_name(DTYPES[dtype]), "tp_size": tensor_parallel_size,
-            "max_running_requests": slots, "context_length": max_context + SLACK, "random_seed": seed,
-            "trust_remote_code": trust_remote_code, "weight_version": "0",
-            "incremental_streaming_output": True, "sampling_defaults": "openai", "log_level_http": "warning",
-        }  # fmt: skip
-        if device == "cpu":
-            options |= ON_CPU | {"max_total_tokens": kv_tokens_on_cpu(slots, max_context)}
-        else:
-            options |= {"mem_fraction_static": memory_fraction} | ({"enable_memory_saver": True} if memory_saver else {})
-        if node is not None:
-            options |= {"nnodes": node.nodes, "node_rank": node.rank, "dist_init_addr": node.address}
+        options = of_model(model_dir, dtype, max_context, trust_remote_code) | {"tp_size": tensor_parallel_size, "random_seed": seed}
+        options |= on_device(device, slots, max_context, memory_fraction, memory_saver) | (node.options() if node else {})
         given, serves = read_texts(native or {}, "rollout.sglang"), node is None or node.rank == 0
+        check(options | given)
         self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death, serves)
         self._http = SGLangHttp(self._server.port, self._server.key)
         info = self._server.info

@@ -18,7 +18,7 @@ from rlinf.device import choose, peak_memory
 from rlinf.errors import UserError
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest, GroupMember
-from rlinf.rollout.sglang_engine import ServerNode
+from rlinf.rollout.sglang_options import ServerNode
 from rlinf.rollout.sglang_server import free_port
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.weights.broadcast import Wire, open_store

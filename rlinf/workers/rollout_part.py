@@ -14,7 +14,7 @@ from rlinf.data.tokenizer import tokenizer_of
 from rlinf.device import choose
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.build import build_engine
-from rlinf.rollout.sglang_engine import ServerNode
+from rlinf.rollout.sglang_options import ServerNode
 from rlinf.scheduling.placement import WorkerAddress
 
 log = logging.getLogger(__name__)
