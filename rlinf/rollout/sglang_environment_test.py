@@ -71,6 +71,16 @@ def test_a_folder_for_kernels_that_is_not_ours_is_refused(own_kernels: Path, mon
         kernel_folder()
 
 
+def test_an_engine_over_nodes_is_heard_at_the_address_where_its_nodes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOST_IP may be that of the machine around a container."""
+    monkeypatch.setenv("HOST_IP", "192.0.2.1")
+    first, second = (CPU | {"nnodes": 2, "node_rank": rank, "dist_init_addr": "10.0.0.1:20001"} for rank in (0, 1))
+    assert server_environment(first, FOLDER)["SGLANG_HOST_IP"] == "10.0.0.1"
+    assert all("SGLANG_HOST_IP" not in server_environment(options, FOLDER) for options in (second, CPU))
+    monkeypatch.setenv("SGLANG_HOST_IP", "10.1.0.1")
+    assert server_environment(first, FOLDER)["SGLANG_HOST_IP"] == "10.1.0.1"
+
+
 @pytest.mark.parametrize("name", ["SGLANG_MEMORY_SAVER_CUDA_GRAPH", "SGLANG_RETURN_ORIGINAL_LOGPROB", "SGLANG_MAX_NEW_TOKENS_LIMIT"])
 def test_what_would_break_the_contract_of_an_engine_is_not_handed_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs in memory that is given back, log-probabilities at another temperature, shorter responses."""
