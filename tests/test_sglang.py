@@ -120,6 +120,24 @@ def test_the_death_of_a_process_breaks_every_request_at_once(tmp_path: Path, vic
 
 
 @with_sglang
+def test_a_server_that_still_computes_is_waited_for_before_its_memory_is_taken(tmp_path: Path) -> None:
+    """On a GPU a step is under way when the last token arrives; the engine knows of none that runs. Here it is a longer one."""
+    engine = small_server(make_tiny_model(tmp_path / "model"), 4000)
+    limits = {"max_new_tokens": 200, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": [prompt(8).tolist()], "sampling_params": [limits]}
+
+    async def slept() -> tuple[bool, int]:
+        answer = asyncio.create_task(engine._http.post("/generate", body))
+        await asyncio.sleep(0.5)
+        begun = not answer.done()
+        await engine.sleep(frozenset({"kv"}))
+        return begun, len((await answer)[0]["output_ids"])
+
+    assert asyncio.run(slept()) == (True, 200) and not engine.dead
+    engine.close()
+
+
+@with_sglang
 def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
     config = write_run(
         tmp_path, algorithm__sampling_params__top_p=0.9, runner__profile_steps=[2], **BACKEND

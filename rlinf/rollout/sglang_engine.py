@@ -1,6 +1,6 @@
 """The SGLang rollout engine: the server as a child process behind the asynchronous contract of rollout engines.
 
-Everything goes through the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation,
+Everything goes through the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation, /flush_cache,
 /update_weights_from_disk, /init_weights_update_group, /update_weights_from_distributed and /update_weights_from_tensor between
 /begin_weight_update and /end_weight_update, /weights_checker, /release_memory_occupation and /resume_memory_occupation, /start_profile
 and /stop_profile (docs/sglang.md).
@@ -38,6 +38,7 @@ from rlinf.weights.server_groups import MAKING, Follower
 from rlinf.weights.source import BucketSpec, Collective, DeviceIpc, Disk, Files, Receipt, SharedMemory, WeightSource
 
 REGIONS = {"kv": "kv_cache", "weights": "weights"}
+IDLE_WITHIN = 60.0  # seconds that a server has for the step that is under way when its last request has been answered
 RETRY = 0.05  # seconds between two attempts to abort a sample that the scheduler has not heard of yet
 
 
@@ -349,6 +350,8 @@ class SGLangEngine:
             raise RuntimeError(f"cannot sleep with {len(self._running)} requests running; abort them first")
         fresh = tags - self._asleep
         if fresh:
+            # with a step still under way behind the last token, the scheduler would not wait but end
+            await self._ask(f"/flush_cache?timeout={IDLE_WITHIN:g}", {}, words=True)
             await self._ask("/release_memory_occupation", {"tags": [REGIONS[tag] for tag in sorted(fresh)]})
             self._asleep |= fresh
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 
 import pytest
@@ -30,6 +31,22 @@ def test_the_memory_that_a_look_at_weights_on_the_gpu_took_is_given_back(
     monkeypatch.setattr(sglang_engine, "check_tensors", check_tensors)
     monkeypatch.setattr(sglang_engine, "give_back_free_memory", lambda _: found.append(held[0]() is None))
     assert engine._look_at(source, 1) == (1, 32) and found == given_back
+
+
+def test_a_server_is_idle_before_it_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends when it is asked for it with a step still under way."""
+    engine, asked = SGLangEngine.__new__(SGLangEngine), []
+    engine._asleep, engine._running = frozenset(), {}
+
+    async def ask(path: str, body: dict[str, object], words: bool = False) -> None:
+        asked.append((path, body.get("tags"), words))
+
+    monkeypatch.setattr(engine, "_ask", ask)
+    monkeypatch.setattr(engine, "_check_open", lambda: None)
+    for tags in ({"kv"}, {"kv"}, {"kv", "weights"}):
+        asyncio.run(engine.sleep(frozenset(tags)))
+    flush = ("/flush_cache?timeout=60", None, True)
+    assert asked == [flush, ("/release_memory_occupation", ["kv_cache"], False), flush, ("/release_memory_occupation", ["weights"], False)]
 
 
 def test_options_of_the_server_mean_what_they_do_elsewhere_in_the_configuration() -> None:
