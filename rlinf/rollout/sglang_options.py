@@ -38,12 +38,17 @@ def of_model(model_dir: str, dtype: str, max_context: int, trust_remote_code: bo
 
 def on_device(device: str, slots: int, max_context: int, memory_fraction: float, memory_saver: bool) -> dict[str, Any]:
     """SGLang records graphs of decode steps for as many samples as it thinks a GPU good for, 256 on an H100 and 48 on an RTX 4090; a step
-    of more would run without one, at the pace of its host."""
+    of more would run without one, at the pace of its host.
+
+    Graphs of prefills are left out: those of 0.5.21 read memory that another of them may have written since (sgl-project/sglang#37606), so
+    that tokens are wrong in silence, and what they take of the GPU does not come back in sleep(). rollout.sglang can ask for them.
+    """
     common = {"device": device, "max_running_requests": slots}
     if device == "cpu":
         return common | ON_CPU | {"max_total_tokens": kv_tokens_on_cpu(slots, max_context)}
     saver = {"enable_memory_saver": True} if memory_saver else {}
-    return common | {"mem_fraction_static": memory_fraction, "cuda_graph_max_bs_decode": slots} | saver
+    graphs = {"cuda_graph_max_bs_decode": slots, "disable_prefill_cuda_graph": True}
+    return common | {"mem_fraction_static": memory_fraction} | graphs | saver
 
 
 def check(options: dict[str, Any]) -> None:

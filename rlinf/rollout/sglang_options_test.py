@@ -6,9 +6,12 @@ from rlinf.errors import UserError
 from rlinf.rollout.sglang_options import ServerNode, check, of_model, on_device
 
 
-def test_every_step_of_a_full_engine_on_a_gpu_has_a_graph() -> None:
+def test_every_step_of_a_full_engine_on_a_gpu_has_a_graph_and_no_prefill_has() -> None:
     options = on_device("cuda", 400, 1000, 0.5, memory_saver=True)
     assert options["cuda_graph_max_bs_decode"] == options["max_running_requests"] == 400
+    assert options["disable_prefill_cuda_graph"] and "disable_prefill_cuda_graph" not in on_device(
+        "cpu", 400, 1000, 0.5, memory_saver=False
+    )
     assert options["mem_fraction_static"] == 0.5 and options["enable_memory_saver"]
     assert "cuda_graph_max_bs_decode" not in on_device("cpu", 400, 1000, 0.5, memory_saver=False)
 
