@@ -1,6 +1,7 @@
-"""The `rlinf` command: parses, calls, prints. Each command imports what it needs when it runs, so that `rlinf --help` is quick.
+"""The `rlinf` command line: a function for each command, which parses, calls and prints; the work is done elsewhere.
 
-Exit codes: 0 good, 2 the user's mistake (one message), 1 ours, 130 interrupted.
+Each command imports what it needs when it runs, so that `rlinf --help` is quick.
+Exit codes: 0 success, 1 the run failed, 2 the user's mistake (one message), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ if TYPE_CHECKING:
     from rlinf.config.schema import Config
 
 Run = Callable[[argparse.Namespace], int]
-Argument = Callable[[Any], Any]  # adds itself to a parser
+Argument = Callable[[Any], Any]  # a function that adds one argument (or several) to a parser
 
 GROUPS = {
     "config": "show a configuration, explain a key",
     "data": "generate, convert or check data files",
     "check": "proofs of this platform, on this machine",
 }
-WRONG_PATH = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
+PATH_ERRORS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
 COMMANDS: list[tuple[str, str, tuple[Argument, ...], Run]] = []  # name, help, arguments, function; in the order of --help
 
 
 def arg(*names: str, **options: Any) -> Argument:
+    """An argument of a command, described as for argparse's add_argument()."""
     return lambda parser: parser.add_argument(*names, **options)
 
 
 def one_of(*arguments: Argument) -> Argument:
-    """At most one of them."""
+    """Arguments that exclude each other."""
 
     def add(parser: argparse.ArgumentParser) -> None:
         group = parser.add_mutually_exclusive_group()
@@ -50,7 +52,7 @@ def one_of(*arguments: Argument) -> Argument:
 
 
 def command(name: str, help: str, *arguments: Argument) -> Callable[[Run], Run]:
-    """Declare a command: `report`, or `data check` of a group."""
+    """Register the decorated function as the command `name`: one word (`report`), or a group and a word (`data check`)."""
 
     def declare(run: Run) -> Run:
         COMMANDS.append((name, help, arguments, run))
@@ -64,8 +66,8 @@ def config_argument(parser: argparse.ArgumentParser, **how: Any) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="set a key, e.g. runner.max_steps=10")
 
 
-def in_home(text: str) -> Path:
-    """A path; `~` in quotes, which the shell leaves alone, is the home folder too."""
+def user_path(text: str) -> Path:
+    """A path in which a leading `~` is the home folder, also where quotes kept the shell from expanding it."""
     return Path(os.path.expanduser(text))
 
 
@@ -73,15 +75,14 @@ def optional_config(parser: argparse.ArgumentParser) -> None:
     config_argument(parser, nargs="?")
 
 
-RUN_DIR = arg("run_dir", metavar="RUN_DIR", type=in_home)
+RUN_DIR = arg("run_dir", metavar="RUN_DIR", type=user_path)
 DRY_RUN = arg("--dry-run", action="store_true", help="resolve, validate and print the placement; start nothing")
 AS_JSON = arg("--json", action="store_true", help="print the result as JSON")
-JSON_FILE = arg("--json", metavar="FILE", type=in_home, help="write the figures")
-EVERY_LAYOUT_ONCE = arg("--quick", action="store_true", help="every layout once")
+JSON_FILE = arg("--json", metavar="FILE", type=user_path, help="write the figures")
+QUICK = arg("--quick", action="store_true", help="every layout once")
 SEED = whole(0, 2**63 - 1)  # what numpy's bit generators tell apart
-JUDGED_AS_IN = arg("--config", metavar="CONFIG", help="judge as its section `reward` says: own tasks, answer format, time-out")
-
-CHECKED_AS_IN = arg("--config", metavar="CONFIG", help="read and judge as its sections `data` and `reward` say: fields, tasks, own tasks")
+REWARD_CONFIG = arg("--config", metavar="CONFIG", help="judge as its section `reward` says: own tasks, answer format, time-out")
+DATA_CONFIG = arg("--config", metavar="CONFIG", help="read and judge as its sections `data` and `reward` say: fields, tasks, own tasks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as e:
         denied = e.errno == errno.EACCES
-        if e.filename is None or e.errno not in WRONG_PATH or (args.run in (train, sft) and not denied):  # in a run it is hardly the user's
+        in_a_run = args.run in (train, sft)  # a path that is missing there is hardly one that the user gave
+        if e.filename is None or e.errno not in PATH_ERRORS or (in_a_run and not denied):
             raise
         what = "permission denied; let this user read and write it, or" if denied else f"{e.strerror};"
         sys.stderr.write(f"rlinf: {e.filename}: {what} give another path\n")
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     DRY_RUN,
     one_of(
         arg("--debug-rollout-only", action="store_true", help="generate and judge the steps with the start model; no actor"),
-        arg("--debug-train-only", metavar="RUN_DIR", type=in_home, help="train on the journalled groups of another run; no engines"),
+        arg("--debug-train-only", metavar="RUN_DIR", type=user_path, help="train on the journalled groups of another run; no engines"),
     ),
 )
 def train(args: argparse.Namespace) -> int:
@@ -130,8 +132,8 @@ def train(args: argparse.Namespace) -> int:
     plan = build_plan(config, nodes_of(config.cluster))
     warnings += check_files(config, args.dry_run)
     if args.dry_run:
-        _say(f"config: {resolved.source}")
-        _say(describe_step(config))
+        _print(f"config: {resolved.source}")
+        _print(describe_step(config))
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report
     from rlinf.runners.disk import told_when_full
@@ -143,7 +145,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace, resolved: Resolved) -> int:
-    """The whole run, or the half of it that was asked for."""
+    """The whole run, or the half of it that --debug-rollout-only or --debug-train-only asks for."""
     if args.debug_rollout_only:
         from rlinf.runners.launch_debug import rollout_only
 
@@ -182,8 +184,8 @@ def sft(args: argparse.Namespace) -> int:
     plan = build_sft_plan(config, nodes_of(config.cluster))
     warnings += check_files(config, args.dry_run)
     if args.dry_run:
-        _say(f"config: {resolved.source}")
-        _say(describe_sft_step(config))
+        _print(f"config: {resolved.source}")
+        _print(describe_sft_step(config))
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.runners.disk import told_when_full
     from rlinf.runners.launch_sft import finetune
@@ -196,12 +198,12 @@ def sft(args: argparse.Namespace) -> int:
     "report",
     "one offline page of a run: curves, findings, samples, configuration",
     RUN_DIR,
-    arg("--output", metavar="FILE", type=in_home, help="where to write it (default: RUN_DIR/report.html)"),
+    arg("--output", metavar="FILE", type=user_path, help="where to write it (default: RUN_DIR/report.html)"),
 )
 def report(args: argparse.Namespace) -> int:
     from rlinf.report.page import write_report
 
-    _say(str(write_report(args.run_dir, args.output)))
+    _print(str(write_report(args.run_dir, args.output)))
     return 0
 
 
@@ -269,14 +271,14 @@ def config_explain(args: argparse.Namespace) -> int:
     from rlinf.config.explain import explain
     from rlinf.config.load import load
 
-    _say(explain(load(args.config, args.overrides) if args.config else None, args.key))
+    _print(explain(load(args.config, args.overrides) if args.config else None, args.key))
     return 0
 
 
 @command(
     "data generate",
     "problems for training: train.jsonl and a held-out val.jsonl",
-    arg("out_dir", metavar="OUT_DIR", type=in_home),
+    arg("out_dir", metavar="OUT_DIR", type=user_path),
     arg("--task", default="arithmetic", help="`arithmetic` (default) or `rg/<family>` of reasoning-gym, several with commas"),
     arg("--train", type=int, default=1300, help="training problems of each task (default 1300)"),
     arg("--val", type=int, default=256, help="held-out problems of each task (default 256)"),
@@ -286,11 +288,11 @@ def data_generate(args: argparse.Namespace) -> int:
     if args.task == "arithmetic":
         from rlinf.data.arithmetic import generate
 
-        _report(generate(args.out_dir, args.train, args.val, args.seed))
+        _print_result(generate(args.out_dir, args.train, args.val, args.seed))
     else:
         from rlinf.rewards.reasoning_gym import generate_files
 
-        _report(generate_files(args.out_dir, args.task.split(","), args.train, args.val, args.seed))
+        _print_result(generate_files(args.out_dir, args.task.split(","), args.train, args.val, args.seed))
     return 0
 
 
@@ -298,29 +300,29 @@ def data_generate(args: argparse.Namespace) -> int:
     "data convert",
     "a benchmark's public file to the AReaL-boba format",
     arg("benchmark", metavar="BENCHMARK", help="aime24, aime25, gpqa_diamond, math500 or gsm8k"),
-    arg("source", metavar="FILE", type=in_home, help=".jsonl, .json, .csv or .parquet"),
-    arg("out", metavar="OUT", type=in_home),
+    arg("source", metavar="FILE", type=user_path, help=".jsonl, .json, .csv or .parquet"),
+    arg("out", metavar="OUT", type=user_path),
     arg("--seed", type=SEED, default=1234, help="of the order of GPQA's options"),
 )
 def data_convert(args: argparse.Namespace) -> int:
     from rlinf.evaluation.convert import convert
 
-    _report(convert(args.benchmark, args.source, args.out, args.seed))
+    _print_result(convert(args.benchmark, args.source, args.out, args.seed))
     return 0
 
 
-@command("data check", "check a JSONL file in the AReaL-boba format", arg("file", metavar="FILE", type=in_home), CHECKED_AS_IN, AS_JSON)
+@command("data check", "check a JSONL file in the AReaL-boba format", arg("file", metavar="FILE", type=user_path), DATA_CONFIG, AS_JSON)
 def data_check(args: argparse.Namespace) -> int:
     from rlinf.checks.data_check import main as check
 
-    config = _judging(args.config)
+    config = _load_for_judging(args.config)
     return check(args.file, args.json, config.reward, config.data)
 
 
 @command(
     "check layout",
     "the same step in every parallel layout, packing and order, against plain transformers",
-    EVERY_LAYOUT_ONCE,
+    QUICK,
     JSON_FILE,
 )
 def check_layout(args: argparse.Namespace) -> int:
@@ -329,7 +331,7 @@ def check_layout(args: argparse.Namespace) -> int:
     return check(args.quick, args.json)
 
 
-@command("check sync", "the actor's weights in the engines, from every layout by every transport", EVERY_LAYOUT_ONCE, JSON_FILE)
+@command("check sync", "the actor's weights in the engines, from every layout by every transport", QUICK, JSON_FILE)
 def check_sync(args: argparse.Namespace) -> int:
     from rlinf.checks.sync import main as check
 
@@ -352,25 +354,28 @@ def check_resume(args: argparse.Namespace) -> int:
 @command(
     "export",
     "a checkpoint's weights as a Hugging Face model folder",
-    arg("step_dir", metavar="STEP_DIR", type=in_home, help="checkpoints/step_* of a run"),
-    arg("out", metavar="OUT_HF_DIR", type=in_home, help="a folder that does not exist yet"),
+    arg("step_dir", metavar="STEP_DIR", type=user_path, help="checkpoints/step_* of a run"),
+    arg("out", metavar="OUT_HF_DIR", type=user_path, help="a folder that does not exist yet"),
     arg("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model"),
     arg(
-        "--model-dir", metavar="HF_DIR", type=in_home, help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir"
+        "--model-dir",
+        metavar="HF_DIR",
+        type=user_path,
+        help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir",
     ),
 )
 def export(args: argparse.Namespace) -> int:
     from rlinf.runners.export import export as write
 
-    _report(write(args.step_dir, args.out, args.dtype, args.model_dir))
+    _print_result(write(args.step_dir, args.out, args.dtype, args.model_dir))
     return 0
 
 
 @command(
     "compare",
     "where two runs part, and why",
-    arg("run_a", metavar="RUN_A", type=in_home),
-    arg("run_b", metavar="RUN_B", type=in_home),
+    arg("run_a", metavar="RUN_A", type=user_path),
+    arg("run_b", metavar="RUN_B", type=user_path),
     arg("--tolerance", type=tolerance, default=1e-6, help="relative difference of a metric that counts as rounding (default 1e-6)"),
     AS_JSON,
 )
@@ -383,20 +388,20 @@ def compare(args: argparse.Namespace) -> int:
 @command(
     "verify",
     "grade a JSONL file of responses",
-    arg("input", metavar="IN", type=in_home),
-    arg("output", metavar="OUT", type=in_home),
-    JUDGED_AS_IN,
+    arg("input", metavar="IN", type=user_path),
+    arg("output", metavar="OUT", type=user_path),
+    REWARD_CONFIG,
     arg("--processes", type=whole(1, 1024), default=cores(), help="verifier processes (default: one a core)"),
 )
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
-    _report(verify_file(args.input, args.output, args.processes, _judging(args.config).reward))
+    _print_result(verify_file(args.input, args.output, args.processes, _load_for_judging(args.config).reward))
     return 0
 
 
-def _judging(config: str | None) -> Config:
-    """A configuration, or the defaults; no model is needed to judge."""
+def _load_for_judging(config: str | None) -> Config:
+    """The configuration of that name, or the defaults, with a placeholder for the model folder: judging needs no model."""
     from rlinf.config.load import load
 
     return load(config, ["rollout.model_dir=none"]).config
@@ -428,17 +433,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _end_dry_run(placement: str, warnings: Sequence[str]) -> int:
-    _say(placement)
+    _print(placement)
     for warning in warnings:
-        _say(f"warning: {warning}")
-    _say("dry run: the configuration is valid; nothing was started")
+        _print(f"warning: {warning}")
+    _print("dry run: the configuration is valid; nothing was started")
     return 0
 
 
-def _report(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any]) -> None:
     for name, value in result.items():
-        _say(f"{name}: {value if isinstance(value, (str, int, float, Path)) else json.dumps(value, default=str)}")
+        _print(f"{name}: {value if isinstance(value, (str, int, float, Path)) else json.dumps(value, default=str)}")
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
