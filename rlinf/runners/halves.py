@@ -60,7 +60,7 @@ class RolloutOnly(Half):
 
         async def generate(indices: Sequence[int]) -> list[Scored]:
             prompts = [self.prompts[i] for i in indices]
-            return await self.rollouts.all(training_requests(algorithm, self.step, prompts, taken, dump))
+            return await self.rollouts.generate_groups(training_requests(algorithm, self.step, prompts, taken, dump))
 
         await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):

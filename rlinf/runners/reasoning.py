@@ -1,4 +1,4 @@
-"""The loop of reasoning RL, in the order of the algorithm: prompts, groups, verdicts, advantages, update, new weights."""
+"""The RL training loop, in the order of the algorithm: prompts, groups, verdicts, advantages, update, new weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {"logical": Logical, "wallclock"
 
 
 class ReasoningRunner(TrainingLoop):
-    """The driver sees headers only; tokens go from rollout workers to reward and train workers."""
+    """Runs in the driver, which sees group headers only: the tokens go from rollout workers to reward and train workers directly."""
 
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, rollout: WorkerGroup, reward: WorkerGroup,
@@ -54,7 +54,7 @@ class ReasoningRunner(TrainingLoop):
         self.scores: dict[int, ValidationScores] = {}
 
     async def take_step(self) -> StepResult:
-        """One step of the algorithm."""
+        """One step of the algorithm: generate, judge, train, give the new weights to the engines."""
         batch = await self.generate()
         with self.phase("train"):
             groups = await self.learner.reward(self.step, batch.scored)
@@ -71,23 +71,23 @@ class ReasoningRunner(TrainingLoop):
         return StepResult(metrics, int(metrics["rollout/total_tokens"]), memory, synced.engine_stats, update.checkpoint_written)
 
     async def generate(self) -> StepBatch:
-        """The groups of the step with their verdicts; then the devices are the actor's."""
+        """The groups of this step with their verdicts. When it returns, shared devices belong to the actor."""
         await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):
             batch = await self.schedule.take(self.step)
             await self.schedule.before_training()
-        if self.config.cluster.backend == "local":  # a process has one profiler, and the actor is next
+        if self.config.cluster.backend == "local":  # a process has only one profiler, and the actor needs it next
             await self.rollouts.end_trace()
         await self.devices.pass_to(Turn.TRAIN)
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         if not self.config.algorithm.max_staleness:
-            self.sync.let_go()
+            self.sync.forget_sources()
         return batch
 
     async def publish_weights(self) -> Synced:
-        """The engines get the actor's weights, and then the devices."""
+        """Give the actor's weights to the engines. When it returns, shared devices belong to the engines."""
         with self.phase("sync_weights"):
             await self.devices.pass_to(Turn.SYNC)
             synced = await self.sync.publish(self.step)
@@ -95,6 +95,7 @@ class ReasoningRunner(TrainingLoop):
         return synced
 
     def requests(self, step: int, indices: Sequence[int], taken: Counter[str]) -> list[GroupRequest]:
+        """What to ask of the engines for these prompts of `step`. taken: see training_requests."""
         dump = str(self.folder.paths.samples(step))
         return training_requests(self.config.algorithm, step, [self.prompts[i] for i in indices], taken, dump)
 
@@ -109,13 +110,13 @@ class ReasoningRunner(TrainingLoop):
             return {}
         with self.phase("validate"):
             dump = str(self.folder.paths.validation(self.step))
-            scored = await self.rollouts.held_out(validation_requests(self.step, self.val_prompts, dump))
+            scored = await self.rollouts.generate_held_out(validation_requests(self.step, self.val_prompts, dump))
         self.scores[self.step] = score_validation([header for header, _ in scored])
         return validation_metrics(self.scores[self.step])
 
     async def ready(self) -> None:
         await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
-        for group in (self.critic, self.token_reward):  # in one process they join the process groups that the actor has made
+        for group in (self.critic, self.token_reward):  # after the actor: in one process they join the process groups that it made
             if group is not None:
                 await group.ready()
 
@@ -135,5 +136,5 @@ class ReasoningRunner(TrainingLoop):
 
     @property
     def finished(self) -> bool:
-        """Dynamic sampling uses up the data in fewer steps than total_steps."""
+        """Whether this was the last step; with dynamic sampling the data may be used up before total_steps."""
         return super().finished or self.schedule.exhausted

@@ -1,4 +1,4 @@
-"""Groups on demand: each goes to the engine with most room and is judged as soon as it is complete."""
+"""Generates and judges groups: each goes to the engine that has the most room, and is judged as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlinf.runners.step_metrics import engine_metrics, engine_speed_metrics
 from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.weights.architecture import Architecture, open_architecture
 
-Scored = tuple[GroupHeader, Ref]  # what the driver sees of a group, and where its tokens are
+Scored = tuple[GroupHeader, Ref]  # a judged group: what the driver sees of it, and a reference to its tokens
 
 
 class Rollouts:
-    """Seen from the driver a group is two remote calls; its tokens never pass here.
+    """The driver's side of generation. A group costs two remote calls, `generate` and `judge`; its tokens do not pass through the driver.
 
-    in_flight: group -> who has it now. timers: where the seconds of groups go.
+    in_flight: group -> the worker that has it now. timers: where the seconds of groups are counted.
     """
 
     def __init__(self, config: Config, rollout: WorkerGroup, reward: WorkerGroup, stop: Stop, timers: Timers | None = None) -> None:
@@ -35,26 +35,26 @@ class Rollouts:
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
         self.engines = Engines(rollout, self.dispatcher, config.rollout.stall_timeout)
         self.in_flight: dict[str, str] = {}
-        self.lengths: dict[str, float] = {}  # prompt -> mean length of its last responses
-        self.unfinished: dict[str, Ref] = {}  # group -> its tokens so far, where an engine let go of it
+        self.lengths: dict[str, float] = {}  # prompt -> mean length of its last responses, which the dispatcher expects again
+        self.unfinished: dict[str, Ref] = {}  # group that an engine stopped at before its end -> its tokens so far
         self._going = asyncio.Event()
         self._going.set()
 
-    async def all(self, wanted: Sequence[GroupRequest]) -> list[Scored]:
-        """The groups in the order of `wanted`."""
-        return await gather_or_cancel([self.one(group) for group in wanted])
+    async def generate_groups(self, wanted: Sequence[GroupRequest]) -> list[Scored]:
+        """The groups, judged, in the order of `wanted`."""
+        return await gather_or_cancel([self.generate_group(group) for group in wanted])
 
-    async def held_out(self, wanted: Sequence[GroupRequest]) -> list[Scored]:
-        """As all(), of problems that no step learns from: what the engines count for them is in no step's measure. Only where groups of a
-        step are decoded meanwhile can the two not be told apart."""
-        scored = await self.all(wanted)
+    async def generate_held_out(self, wanted: Sequence[GroupRequest]) -> list[Scored]:
+        """As generate_groups(), for held-out problems: what the engines count meanwhile is thrown away, so that it is not in the metrics
+        of the next step. While groups of a step are decoded at the same time, the two cannot be told apart, and all is counted."""
+        scored = await self.generate_groups(wanted)
         if not any(self.dispatcher.load):
             await self.engines.ask_all("stats")
         return scored
 
-    async def one(self, group: GroupRequest, pausable: bool = False) -> Scored:
-        """One group. pausable: it stops while the engines are paused, and goes on where it was."""
-        header, tokens, rank = await self._generated(group, pausable)
+    async def generate_group(self, group: GroupRequest, pausable: bool = False) -> Scored:
+        """One group, judged. pausable: pause() interrupts it, and after resume() it goes on from the tokens that it has."""
+        header, tokens, rank = await self._generate(group, pausable)
         self.in_flight[group.name] = f"reward rank {rank % self.reward.size} ({group.described})"
         with self.timers.phase(group.timer):
             verdicts = await self.reward.call(rank % self.reward.size, "judge", tokens, group.dump)
@@ -62,7 +62,8 @@ class Rollouts:
         self.lengths[group.prompt.prompt_id] = mean_length(header)
         return header.with_verdicts(verdicts), tokens
 
-    async def _generated(self, group: GroupRequest, pausable: bool) -> tuple[GroupHeader, Ref, int]:
+    async def _generate(self, group: GroupRequest, pausable: bool) -> tuple[GroupHeader, Ref, int]:
+        """(header without verdicts, tokens, the engine that finished it); asked again where an engine dies or is paused."""
         request = GenerateRequest(group.name, group.prompt.token_ids, group.n, group.sampling, self.stop, self.max_new_tokens)
         while True:
             if pausable:
@@ -84,7 +85,7 @@ class Rollouts:
             self.unfinished[group.name] = tokens
 
     def metrics(self, generated: Sequence[GroupHeader], stats: Sequence[EngineStats]) -> dict[str, float]:
-        """How fast the engines were. stats: what each of them counted while `generated` was made."""
+        """How fast the engines were. stats: what each of them counted while it generated its part of `generated`."""
         metrics = {"rollout/engine_restarts": float(self.engines.restarted)} | engine_metrics(stats)
         if any(s.busy_seconds for s in stats):
             devices = self.rollout.size * self.config.rollout.tensor_parallel_size
@@ -92,7 +93,7 @@ class Rollouts:
         return metrics
 
     async def begin_trace(self, step: int) -> None:
-        """The engines are recorded in the steps of runner.profile_steps."""
+        """Start the engines' profilers, if `step` is one of runner.profile_steps."""
         self.tracing = step in self.config.runner.profile_steps
         if self.tracing:
             await self.engines.ask_all("start_trace", step)
@@ -107,13 +108,14 @@ class Rollouts:
         return open_architecture(self.config.rollout.model_dir)
 
     async def pause(self) -> None:
-        """The engines let go of every pausable group that is not finished; their tokens are kept."""
+        """Interrupt every pausable group that is not finished; the tokens that it has are kept."""
         self._going.clear()
-        while any(self.dispatcher.load):  # a call may have been on its way when the engine was asked
+        while any(self.dispatcher.load):  # again and again: a call may have been on its way when the engine was asked
             await self.engines.ask_all("abort")
             await asyncio.sleep(0.01)
 
     def resume(self) -> None:
+        """Let the interrupted groups go on."""
         self._going.set()
 
 

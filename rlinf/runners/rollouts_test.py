@@ -26,15 +26,15 @@ async def decoded(engines: Engines) -> int:
 async def held_out_between_steps() -> None:
     engines = Engines(2, 64, 0)
     rollouts = Rollouts(Config(), engines, Judges(), Stop())
-    await rollouts.all([wanted("1.a", 4)])
+    await rollouts.generate_groups([wanted("1.a", 4)])
     of_step = await decoded(engines)
     assert of_step > 0
-    await rollouts.held_out([wanted(f"val.{i}", 1) for i in range(8)])
+    await rollouts.generate_held_out([wanted(f"val.{i}", 1) for i in range(8)])
     assert await decoded(engines) == 0  # a step behind it begins to count anew
 
-    going = asyncio.ensure_future(rollouts.all([wanted(f"2.{i}", 4) for i in range(16)]))
+    going = asyncio.ensure_future(rollouts.generate_groups([wanted(f"2.{i}", 4) for i in range(16)]))
     before = engines.tokens
-    await rollouts.held_out([wanted("val.0", 1)])
+    await rollouts.generate_held_out([wanted("val.0", 1)])
     assert not going.done() and await decoded(engines) == engines.tokens - before > 0  # nothing of a step is lost
     await going
 

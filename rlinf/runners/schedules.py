@@ -112,7 +112,9 @@ class Logical:
             if self.sampler.exhausted(self.max_epochs):
                 return None
         taken = Counter[str]()
-        return await next_groups(self.sampler, self.algorithm, lambda indices: self.rollouts.all(self.requests(step, indices, taken)))
+        return await next_groups(
+            self.sampler, self.algorithm, lambda indices: self.rollouts.generate_groups(self.requests(step, indices, taken))
+        )
 
     async def before_training(self) -> None: ...
 
@@ -219,7 +221,7 @@ class Wallclock:
         return max(0, min(bounds))
 
     def _start(self, group: GroupRequest) -> None:
-        self.tasks[group.name] = asyncio.ensure_future(self.rollouts.one(group, pausable=self.rollout.partial))
+        self.tasks[group.name] = asyncio.ensure_future(self.rollouts.generate_group(group, pausable=self.rollout.partial))
 
     def collect(self) -> None:
         """What has been done since the last look; a group that teaches nothing makes room for another."""

@@ -156,7 +156,7 @@ def test_validation_leaves_carried_over_groups_of_the_same_prompts_alone() -> No
         await schedule.before_training()
         kept = dict(rollouts.unfinished)
         prompts = [SimpleNamespace(prompt_id=name.partition(".")[2], token_ids=np.ones(3, np.int32)) for name in kept]
-        scored = await rollouts.all(validation_requests(1, prompts, "validation"))
+        scored = await rollouts.generate_groups(validation_requests(1, prompts, "validation"))
         assert kept and [len(header.sample_ids) for header, _ in scored] == [1] * len(kept)
         assert all(header.versions == (((0, header.response_lengths[0]),),) for header, _ in scored)
         assert rollouts.unfinished == kept

@@ -1,4 +1,4 @@
-"""The hand-over on devices that actor and engines share: engines give memory back before the actor takes it (rollout.offload)."""
+"""Who may use the devices that actor and engines share: the engines give their memory back before the actor takes it (rollout.offload)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from rlinf.scheduling.turns import ENGINES_GIVE, Turn, check_turn
 
 
 class SharedDevices:
-    """offload: rollout.offload; without it the engines keep what they have, and who may follow whom is not asked."""
+    """Remembers whose turn it is. offload: the key rollout.offload; without it the engines keep their memory, and turns do not matter."""
 
     def __init__(self, engines: Engines, offload: bool) -> None:
         self.engines, self.offload = engines, offload
         self.turn = Turn.START
 
     async def pass_to(self, turn: Turn) -> None:
-        """Return when what the engines give up for `turn` is free.
+        """Begin `turn`; returns when the engines have freed what they give up for it.
 
-        What the actor gives up it gives as a part of publish() and release().
+        The actor frees its part within publish() and release().
         """
         if not self.offload:
             return

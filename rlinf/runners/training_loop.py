@@ -1,4 +1,4 @@
-"""What every training run does around a step: start or go on, validate, save, log, until the last step."""
+"""The base of all training loops: what every run does around a step (start or resume, validate, save, log), until the last one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from rlinf.runners.saving import Saving
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of a step.
+    """What a finished step reports.
 
-    tokens: of all samples, prompts included. memory: component -> peak bytes of its ranks. engine_stats: by engine. checkpoint_written:
-    whether all ranks say that the files of the checkpoint in the background are on disk.
+    tokens: of all samples, prompts included. memory: component -> peak bytes of each of its ranks. engine_stats: one for each engine.
+    checkpoint_written: whether all ranks report that their files of the checkpoint that is written in the background are on disk.
     """
 
     metrics: dict[str, float]
@@ -51,9 +51,9 @@ class StepSource(Protocol):
 
 
 class TrainingLoop(ABC):
-    """One run. What it learns from, and how, is in the subclass; status.py looks at it from another thread.
+    """One run. The subclass says what a step is; status.py reads the attributes below from another thread.
 
-    in_flight: group -> who has it now. engine_load: samples at each engine now. last: the last finished step of this process.
+    in_flight: group -> the worker that has it now. engine_load: samples at each engine now. last: the last step that this process finished.
     """
 
     in_flight: dict[str, str] = {}
@@ -73,27 +73,28 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     async def begin(self) -> None:
-        """What comes between the checkpoint, if there was one, and the first step."""
+        """Called once before the first step of this process, after a checkpoint, if there is one, has been loaded."""
 
     @abstractmethod
     async def take_step(self) -> StepResult:
-        """Step self.step."""
+        """Make step number self.step."""
 
     @abstractmethod
     async def validate(self) -> dict[str, float]:
-        """Metrics of the held-out data; none where there are none."""
+        """Metrics on the held-out data; empty when the run has no such data."""
 
     @abstractmethod
     async def state(self, folder: Path) -> dict[str, Any]:
-        """What a resumed run needs beside weights, step and sampler; files may go into `folder`."""
+        """What a resumed run needs beside weights, step and sampler, as JSON values; larger things may be written as files to `folder`."""
 
     @abstractmethod
-    async def restore(self, folder: Path, state: dict[str, Any]) -> None: ...
+    async def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take back what state() gave."""
 
     async def run(self, logger: MetricLogger) -> None:
-        """All steps from where the run stands to its end."""
+        """Start or resume, then make all remaining steps."""
         await self.start(logger)
-        with long_lived():
+        with frozen_heap():
             await self.take_steps(logger)
 
     async def take_steps(self, logger: MetricLogger) -> None:
@@ -117,7 +118,7 @@ class TrainingLoop(ABC):
             progress.step(self.step, metrics)
 
     async def start(self, logger: MetricLogger) -> None:
-        """Workers up, checkpoint loaded."""
+        """Wait for the workers, and load the checkpoint that the run goes on from, if there is one."""
         self.cluster.phase = START
         await self.ready()
         if self.folder.resume is not None:
@@ -134,7 +135,7 @@ class TrainingLoop(ABC):
         await self.begin()
 
     async def save(self, metrics: dict[str, float]) -> None:
-        """`metrics` of the step: its line is written only after the checkpoint."""
+        """Write the checkpoint of this step. metrics: of the step, whose line in metrics.jsonl is written only afterwards."""
 
         async def describe(folder: Path) -> dict[str, Any]:
             return {"step": self.step, "sampler": self.sampler.state_dict(), "metrics": metrics} | await self.state(folder)
@@ -145,7 +146,7 @@ class TrainingLoop(ABC):
 
     @asynccontextmanager
     async def actor_alone(self) -> AsyncIterator[None]:
-        """Around what needs the whole actor outside of training."""
+        """Around what needs the whole actor outside of training, such as a checkpoint; where devices are shared, the engines give way."""
         yield
 
     @property
@@ -154,21 +155,21 @@ class TrainingLoop(ABC):
         return self.step >= self.total_steps
 
     def due(self, interval: int) -> bool:
-        """Every `interval` steps and after the last one; -1 = after the last one alone; 0 = never."""
+        """Whether this step is one of every `interval` steps, or the last; interval -1 = only the last, 0 = never."""
         return interval != 0 and (self.finished or (interval > 0 and self.step % interval == 0))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time it as time/<name>, and say what the run is doing now."""
+        """Time the block as time/<name>; watchdog and status see it as what the run is doing now."""
         self.cluster.phase = Phase(name, self.step)
         with self.timers.phase(name):
             yield
 
 
 @contextmanager
-def long_lived() -> Iterator[None]:
-    """What is there now (libraries, prompts) stays:
-    the garbage collector does not walk over it again and again while steps make their headers."""
+def frozen_heap() -> Iterator[None]:
+    """Objects that exist now (libraries, prompts) live to the end of the run anyway, so in the block the garbage collector ignores them:
+    otherwise it would walk over all of them again and again while steps make their headers."""
     gc.freeze()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Actor -> engines: publish, load, receipts. Every sync has a version; version k holds the weights after step k."""
+"""Moves the actor's weights to the engines and checks the engines' receipts. Every sync has a version: k = the weights after step k."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ PROBES = 4
 
 @dataclass(frozen=True)
 class Synced:
-    """engine_stats: what each engine counted until it took the weights."""
+    """The outcome of publish(). engine_stats: what each engine counted since the sync before."""
 
     metrics: dict[str, float]
     engine_stats: list[EngineStats]
 
 
-Written = tuple[dict[str, Buckets], float]  # of one publisher: the sources by transport, and the seconds that they took
+Written = tuple[dict[str, Buckets], float]  # what one publisher wrote, by transport, and the seconds that it took
 
 
 class Moved(NamedTuple):
-    """A version's way into the engines. sources, taken: by engine, what it was to read and what it says of it."""
+    """A version that all engines have loaded. sources: what each engine was to read. taken: its receipt and statistics."""
 
     gather_seconds: float
     sources: list[Buckets]
@@ -49,9 +49,8 @@ class WeightSync:
         self.config, self.actor, self.engines = config, actor, engines
         rollout, engines.load = engines.group, self.load_again
         self.keep = rollout.deaths_allowed > 0
-        self.held: list[tuple[Shared, list[Ref]]] = []  # by engine: where the current version can still be read
-        # held while the actor writes a version: a restarting engine waits for the new one
-        self.replacing = asyncio.Lock()
+        self.readable: list[tuple[Shared, list[Ref]]] = []  # where each engine can read the current version; empty when it no longer can
+        self.replacing = asyncio.Lock()  # taken while the actor writes a version, so that a restarting engine waits for the new one
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
         self.version: int | None = None
         self.syncs = 0
@@ -92,23 +91,23 @@ class WeightSync:
         if expected is not None:  # only after the release: the engines may need the device that the actor has just left
             metrics["sync/probe_gap_max"] = await self.probe(version, expected)
         if not self.keep:
-            self.held = []
+            self.forget_sources()
         self.syncs += 1
         return Synced(metrics, [stats for _, stats in moved.taken])
 
     async def _offer(self, ranks: Sequence[int], version: int) -> Moved:
         """Have the actor write the weights, then every engine read them."""
         async with self.replacing:
-            self.held = []
+            self.forget_sources()
             calls = {rank: self.actor.ref(rank, "publish", version, self.transports[rank], returns=2) for rank in ranks}
             parts = dict(zip(ranks, await self.actor.results([written for written, _ in calls.values()])))
             sources = self._sources(parts)
             offers = {feed: Shared(source) for feed, source in sources.items()}
             for feed in self.feeds:
                 payload = [calls[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
-                self.held.append((offers[feed], payload))
+                self.readable.append((offers[feed], payload))
             self.version = version
-        taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.held])
+        taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.readable])
         return Moved(gather_seconds(parts), [sources[feed] for feed in self.feeds], taken)
 
     async def _broadcast(self, ranks: Sequence[int], version: int) -> Moved:
@@ -122,7 +121,7 @@ class WeightSync:
         return Moved(gather_seconds(parts), [sources[feed] for feed in self.feeds], taken)
 
     def _sources(self, parts: Mapping[int, Written]) -> dict[Feed, Buckets]:
-        """What each feed is made of, from what the publishers of its replica wrote."""
+        """What each feed has to read: all that the publishers of its replica wrote for its transport."""
         return {feed: merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]]) for feed in set(self.feeds)}
 
     def _probes_now(self) -> bool:
@@ -135,25 +134,25 @@ class WeightSync:
         return next(filter(None, found))
 
     async def _join(self) -> None:
-        """Everybody makes the broadcast groups that it is a member of."""
+        """Have actor ranks and engines make the broadcast groups that they are members of."""
         store, groups = Shared(await self.actor.call(0, "open_store")), Shared(self.groups)
         sending = self.actor.call_ranks([group.publisher for group in self.groups], "join", store, groups)
         await gather_or_cancel([sending, self.engines.ask_all("join", store, groups)])
 
     async def _receive(self, version: int) -> list[tuple[Receipt, EngineStats]]:
-        """Have every engine take what its replica broadcasts, stage after stage."""
+        """Have every engine receive what its replica broadcasts, one pipeline stage after the other."""
         streams = {d: Shared(Collective(tuple(g.name for g in self.groups if g.replica == d))) for d in {g.replica for g in self.groups}}
         return await self.engines.ask_each("load_weights", [(streams[feed.replica], version) for feed in self.feeds])
 
-    def let_go(self) -> None:
-        """The actor is about to free the weights that it published."""
-        self.held = []
+    def forget_sources(self) -> None:
+        """Must be called before the actor frees the weights that it published: from then on they can no longer be read."""
+        self.readable = []
 
     async def load_again(self, engine: int) -> None:
         """Load the current version into an engine that was restarted. When it can no longer be read, the engine gets the next publish()."""
         async with self.replacing:
-            if self.held and self.version is not None:
-                offer, payload = self.held[engine]
+            if self.readable and self.version is not None:
+                offer, payload = self.readable[engine]
                 receipt, _ = await self.engines.ask_once(engine, "load_weights", offer, self.version, *payload)
                 check_receipts([offer.value], self.version, [receipt])
 
