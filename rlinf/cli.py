@@ -136,9 +136,9 @@ def train(args: argparse.Namespace) -> int:
         _print(describe_step(config))
         return _end_dry_run(describe(plan, config), warnings)
     from rlinf.report.page import write_report
-    from rlinf.runners.disk import told_when_full
+    from rlinf.runners.disk import explain_full_disk
 
-    with told_when_full(config.runner.run_dir):
+    with explain_full_disk(config.runner.run_dir):
         code = _launch(args, resolved)
         sys.stderr.write(f"report: {write_report(config.runner.run_dir)}\n")
     return code
@@ -187,10 +187,10 @@ def sft(args: argparse.Namespace) -> int:
         _print(f"config: {resolved.source}")
         _print(describe_sft_step(config))
         return _end_dry_run(describe(plan, config), warnings)
-    from rlinf.runners.disk import told_when_full
+    from rlinf.runners.disk import explain_full_disk
     from rlinf.runners.launch_sft import finetune
 
-    with told_when_full(config.runner.run_dir):
+    with explain_full_disk(config.runner.run_dir):
         return finetune(resolved)
 
 

@@ -1,4 +1,7 @@
-"""A full disk, told as one: whose folder, which disk, what to do. Otherwise it looks like the fault of whoever wrote last."""
+"""Turns the errors that a full disk causes into one message: which folder, which disk, what to do.
+
+Without it, the error would look like the fault of whatever happened to write last.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,17 @@ from pathlib import Path
 
 from rlinf.errors import Hang, RunFailed, UserError
 
-FULL = os.strerror(errno.ENOSPC)  # every library that writes passes the kernel's words on
-LITTLE = 16 << 20  # bytes: a disk that refuses a write has hardly more
+FULL = os.strerror(errno.ENOSPC)  # the kernel's words, which every library repeats in its own error
+LITTLE = 16 << 20  # bytes: a disk that refuses a write hardly has more left
 
 
 class DiskFull(RunFailed):
-    """Told already."""
+    """Its message is complete: it needs no further explanation."""
 
 
 @contextmanager
-def told_when_full(folder: Path) -> Iterator[None]:
-    """An error of the block that comes from the full disk of a run's folder becomes a DiskFull that says so; any other passes."""
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn an error of the block into a DiskFull, if it comes from the full disk of a run's folder; let any other pass."""
     try:
         yield
     except (Hang, DiskFull):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlinf.errors import Hang, RunFailed, UserError
-from rlinf.runners.disk import DiskFull, told_when_full
+from rlinf.runners.disk import DiskFull, explain_full_disk
 
 NO_SPACE = "[Errno 28] No space left on device: 'a'"
 
@@ -18,7 +18,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", [OSError, RunFailed, UserError])
 def test_the_first_line_of_the_cause_is_quoted_and_the_message_is_made_once(tmp_path: Path, kind: type[Exception]) -> None:
-    with pytest.raises(DiskFull) as told, told_when_full(tmp_path), told_when_full(tmp_path):
+    with pytest.raises(DiskFull) as told, explain_full_disk(tmp_path), explain_full_disk(tmp_path):
         raise kind(f"actor 0: {NO_SPACE}\nTraceback (most recent call last):\n  File ...")
     first, last = str(told.value).splitlines()
     assert first.startswith(f"the disk of {tmp_path} is full") and last == f"What could not be written: actor 0: {NO_SPACE}"
@@ -26,6 +26,6 @@ def test_the_first_line_of_the_cause_is_quoted_and_the_message_is_made_once(tmp_
 
 @pytest.mark.parametrize("error", [Hang(NO_SPACE), RunFailed("another fault"), UserError("another fault")])
 def test_what_is_no_full_disk_passes_as_it_is(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error)) as same, told_when_full(tmp_path):
+    with pytest.raises(type(error)) as same, explain_full_disk(tmp_path):
         raise error
     assert same.value is error

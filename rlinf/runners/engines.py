@@ -1,4 +1,4 @@
-"""The rollout workers as the loop sees them: one that dies is started anew, with the weights that the others have."""
+"""Calls to the rollout workers that survive the death of one: it is restarted with the weights that the others have."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ log = logging.getLogger(__name__)
 
 
 class Engines:
-    """Calls to the engines that are repeated when an engine dies. load: gives a restarted engine the current weights, if they can be read.
+    """Repeats calls whose engine died, after it has been restarted.
 
-    stall_timeout: seconds without an answer or a finished group, after which an engine is ended; 0 = never.
+    load: gives a restarted engine the current weights, if they can still be read; set by WeightSync.
+    stall_timeout: seconds without an answer or a finished group after which an engine counts as hung and is killed; 0 = never.
     """
 
     def __init__(self, group: WorkerGroup, dispatcher: Dispatcher, stall_timeout: float) -> None:
@@ -27,16 +28,17 @@ class Engines:
         self.restarted = 0
         self._done = [0.0] * group.size  # when each engine last finished a group
         self._reviving: dict[int, asyncio.Task[None]] = {}
-        self._losses: dict[int, WorkerLost] = {}  # by rank, the last one that was repaired: another engine was started
+        self._losses: dict[int, WorkerLost] = {}  # rank -> the last loss for which a restart was begun
 
     async def ask_all(self, method: str, *args: Any) -> list[Any]:
+        """The same call to every engine, repeated when one dies; results by rank."""
         common = [Shared(a) for a in args]
         return await self.ask_each(method, [common] * self.group.size)
 
     async def ask_each(self, method: str, per_rank_args: Sequence[Sequence[Any]]) -> list[Any]:
-        """One call a rank, repeated when its engine dies; results by rank.
+        """One call to every engine, repeated when one dies; results by rank.
 
-        All are awaited together; each by itself only when one has failed, or is late.
+        All are awaited together, which is cheap; each by itself only when one has failed or is late.
         """
         asked = [self.group.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)]
         loop, together = asyncio.get_running_loop(), asyncio.ensure_future(self.group.results(asked))
@@ -51,13 +53,13 @@ class Engines:
         return await asyncio.gather(*(self._insist(ref, args, left) for ref, args in zip(asked, per_rank_args)))
 
     async def ask_once(self, rank: int, method: str, *args: Any) -> Any:
-        """One call that is not made again: raises WorkerLost for a worker that dies, or has to be ended, before it answers."""
+        """One call that is not repeated: raises WorkerLost when the worker dies, or is killed as hung, before it answers."""
         return await self._in_time(self.group.ref(rank, method, *args), self.stall_timeout)
 
     async def group_of(self, rank: int, header: Ref) -> GroupHeader | WorkerLost:
-        """The group that an engine was asked for, or the engine's loss.
+        """The header of the group that an engine was asked for, or when the engine died its loss.
 
-        A group may take long: an engine hangs only when it has finished none of its groups for stall_timeout.
+        A group may take long: an engine counts as hung only when it has finished none of its groups for stall_timeout.
         """
         loop, asked = asyncio.get_running_loop(), asyncio.ensure_future(header)
         begun = loop.time()
@@ -75,8 +77,8 @@ class Engines:
             asked.cancel()
 
     async def _insist(self, ref: Ref, args: Sequence[Any], patience: float) -> Any:
-        """The result of a call, made again for every worker that dies, or has to be ended, before it answers. patience: seconds that
-        the first has, where there is a stall_timeout."""
+        """The result of a call, repeated after every death before an answer. patience: seconds that the first try has, where there is a
+        stall_timeout."""
         while True:
             try:
                 return await self._in_time(ref, patience)
@@ -85,7 +87,7 @@ class Engines:
             ref, patience = self.group.ref(ref.rank, ref.method, *args), self.stall_timeout
 
     async def _in_time(self, ref: Ref, patience: float) -> Any:
-        """The result of a call; a worker that does not answer within its patience is ended, where there is a stall_timeout."""
+        """The result of a call; where there is a stall_timeout, a worker that does not answer within `patience` is killed."""
         answer = asyncio.ensure_future(self.group.fetch(ref))
         try:
             if not (await asyncio.wait({answer}, timeout=patience if self.stall_timeout else None))[0]:
@@ -95,12 +97,12 @@ class Engines:
             answer.cancel()
 
     def end(self, rank: int, life: int) -> None:
-        """End a worker that hangs, unless another one has already replaced it."""
+        """Kill a worker that hangs, unless it has already been replaced. life: which of the rank's successive workers is meant."""
         if self.group.lives[rank] == life:
             self.group.kill(rank)
 
     async def revive(self, rank: int, loss: WorkerLost) -> None:
-        """Return when another worker has replaced the lost one. It is started once, however many callers wait for it."""
+        """Restart a lost worker; returns when it is up. It is restarted once, however many callers wait for it."""
         if rank not in self._reviving:
             if self._losses.get(rank) is loss:
                 return  # this loss was already repaired
@@ -111,14 +113,15 @@ class Engines:
     async def _revive(self, rank: int, loss: WorkerLost | None) -> None:
         self.dispatcher.close(rank)
         try:
-            while loss is not None:  # the new worker may die before it is ready, too
+            while loss is not None:  # the new worker may also die before it is ready
                 log.warning("%s\nIt is started anew; %d more of such deaths do not end the run.", loss, self.group.deaths_allowed)
-                loss = await self._start_anew(rank)
+                loss = await self._restart(rank)
         finally:
             del self._reviving[rank]
         self.dispatcher.open(rank)
 
-    async def _start_anew(self, rank: int) -> WorkerLost | None:
+    async def _restart(self, rank: int) -> WorkerLost | None:
+        """None, or the loss of the new worker too."""
         try:
             await self.group.restart(rank)
             self.restarted += 1

@@ -1,4 +1,4 @@
-"""On what a run ran: a line of environment.jsonl in the run folder for each start. Nothing is asked that would wake a GPU."""
+"""environment.jsonl: what a run ran on, a line for each start of the run. Nothing here initializes a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlinf.run_paths import ENVIRONMENT_FILE
 from rlinf.scheduling.placement import Node
 from rlinf.weights.checksum import STRIDE, weights_checksum
 
-WHERE = ("runner.resume_dir", "runner.output_dir", "runner.experiment_name")  # not what a run does
+WHERE = ("runner.resume_dir", "runner.output_dir", "runner.experiment_name")  # where a run is, not what it does
 PACKAGES = ("torch", "megatron-core", "ray", "transformers", "sglang", "transformer-engine", "math-verify", "numpy", "rlinf")
 
 
@@ -38,10 +38,11 @@ def record_environment(
     own_functions: Sequence[tuple[str, str]] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """first_step: the step that this start begins with. model_dir: its weights are told apart by a checksum of a part of their bytes.
+    """Append a line for this start.
 
-    own_functions: (key, `file.py:function`) of the user's code; its files are told apart by their sha256. settings: the value of every
-    key, since config.yaml holds those of the last start alone.
+    first_step: the first step that this start makes. model_dir: the line holds a checksum of some of the bytes of its weights.
+    own_functions: (key, `file.py:function`) of the user's own code; the line holds the sha256 of these files.
+    settings: the value of every key; config.yaml has only those of the last start.
     """
     found: dict[str, Any] = {
         "run_id": run_id,
@@ -68,7 +69,7 @@ def record_environment(
 
 
 def changed_settings(run_dir: Path, settings: Mapping[str, Any]) -> list[str]:
-    """`key: before, now after` for every setting that the last start in this folder had otherwise; none in a new one."""
+    """A line `key: OLD, now NEW` for every setting that has changed since the last start in this folder; none in a new folder."""
     starts = whole_rows(run_dir / ENVIRONMENT_FILE) if (run_dir / ENVIRONMENT_FILE).is_file() else []
     before = starts[-1].get("settings", {}) if starts else {}
     now = json.loads(json.dumps(settings))
@@ -97,7 +98,7 @@ def installed(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with `+` when files differ from it; None when it is no checkout."""
+    """The commit of this checkout, with `+` when files differ from it; None when the package is not run from a checkout."""
     if not (ROOT / ".git").exists():
         return None
     asked = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+"], capture_output=True, text=True)

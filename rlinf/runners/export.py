@@ -26,8 +26,9 @@ from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, sync, writ
 
 
 def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None) -> dict[str, Any]:
-    """Write `out` from the fp32 master weights of a step_* folder (or its actor/), read it back, and give it its name only then.
+    """Write the folder `out` from the fp32 master weights of a step_* folder (or of its actor/). Returns what to tell the user.
 
+    It is written under another name, read back, and only then renamed to `out`.
     model_dir: where configuration and tokenizer come from; None = the checkpoint's hf/, or else the model that the run began with.
     dtype: fp32, bf16, fp16; None = that of hf/, or else of the model. Raises UserError.
     """
@@ -46,7 +47,7 @@ def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None)
     name = dtype_name(wanted)
     try:
         stored = finish_hf_folder(partial, model_dir, write_tensors(partial, "export", _cast(weights, wanted)), name)
-        for _ in TensorFolder.of(partial, stored).values():  # each is compared with its checksum
+        for _ in TensorFolder.of(partial, stored).values():  # reading a tensor compares it with its checksum
             pass
         if open_hf_folder(partial).keys() != stored.keys():
             raise RunFailed(f"{partial}: the index does not name the tensors that were written")
@@ -66,7 +67,7 @@ def _config(model_dir: Path) -> dict[str, Any]:
 
 
 def _dtype_of(config: dict[str, Any], model_dir: Path) -> torch.dtype:
-    """That the model's configuration names; bf16 when it names none."""
+    """The dtype that the model's configuration names; bf16 when it names none."""
     by_name = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     name = config.get(key)
@@ -80,6 +81,7 @@ def _dtype_of(config: dict[str, Any], model_dir: Path) -> torch.dtype:
 
 
 def _model_dir(step_dir: Path) -> Path:
+    """Where configuration and tokenizer are when the user does not say so."""
     if (step_dir / "hf" / "config.json").is_file():
         return step_dir / "hf"
     run_config = step_dir.parent.parent / CONFIG_FILE

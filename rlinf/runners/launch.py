@@ -1,4 +1,4 @@
-"""From a resolved configuration to a finished run: prompts, machines, workers, the loop, the table at the end."""
+"""`rlinf train`: from a resolved configuration to a finished run: reads prompts, starts the workers, runs the loop, shows the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENGINE_PART = "rlinf.workers.rollout_part:RolloutPart"
 
 
 def train(resolved: Resolved) -> int:
-    """Run to the end, behind hangs too; 0 when it finished. Everything that was started is ended, however this returns."""
+    """Run to the end and return 0; after a hang, restart as runner.on_hang says. Whatever was started is ended, however this returns."""
     return with_restarts(train_once, resolved)
 
 
@@ -52,10 +52,13 @@ def train_once(resolved: Resolved) -> int:
 
 
 def launch_workers(cluster: Cluster, plan: Plan, config: Config) -> dict[str, WorkerGroup]:
-    """All of a run. They start at the same time, except on GPUs that engines share: an engine takes its share of what is free when it
-    starts, so it waits until the others are there and have left; and it sleeps until the first weights, since an actor that goes on
-    from a checkpoint comes back before them."""
-    first = config.megatron_roles  # which leave a device to its engine
+    """All worker groups of a run, by component.
+
+    They start at the same time, except where engines share GPUs with them: an engine takes a share of the memory that is free when it
+    starts. So it starts after the others are up and have freed the GPU; then it sleeps until it gets the first weights, because an actor
+    that loads a checkpoint needs the GPU before that.
+    """
+    first = config.megatron_roles
     turns = cluster.device == "cuda" and config.cluster.backend == "ray" and any(plan.shares_device(name, "rollout") for name in first)
     groups = {name: cluster.launch(plan, name, WORKERS[name], config) for name in first}
     for name in first if turns else ():
@@ -67,7 +70,7 @@ def launch_workers(cluster: Cluster, plan: Plan, config: Config) -> dict[str, Wo
 
 
 def launch_generation(cluster: Cluster, plan: Plan, config: Config) -> dict[str, WorkerGroup]:
-    """Engines, some of whose deaths the run survives, and those who judge."""
+    """Rollout workers, of which a few may die (rollout.max_engine_restarts), and reward workers."""
     launch_parts(cluster, plan, config)
     groups = {name: cluster.launch(plan, name, WORKERS[name], config) for name in ("rollout", "reward")}
     groups["rollout"].deaths_allowed = config.engine_restarts
@@ -75,6 +78,6 @@ def launch_generation(cluster: Cluster, plan: Plan, config: Config) -> dict[str,
 
 
 def launch_parts(cluster: Cluster, plan: Plan, config: Config) -> None:
-    """What stands on the other nodes of engines that span several; nobody calls it."""
+    """Workers on the further nodes of engines that span several nodes. They keep their part of the engine up and are never called."""
     if plan.of(PART):
         cluster.launch(plan, PART, ENGINE_PART, config)

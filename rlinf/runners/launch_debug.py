@@ -1,4 +1,4 @@
-"""Half a run, from a resolved configuration to its end: `rlinf train --debug-rollout-only` and `--debug-train-only RUN_DIR`."""
+"""`rlinf train --debug-rollout-only` and `--debug-train-only RUN_DIR`: half a run, from a resolved configuration to its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOURNAL_WORKER = "rlinf.workers.journal:JournalWorker"
 
 
 def rollout_only(resolved: Resolved) -> int:
-    """Generate and judge the steps with the start model; there is no actor, and no checkpoint."""
+    """Generate and judge every step with the start model, without an actor and without checkpoints."""
     if resolved.config.runner.resume_dir is not None:
         raise UserError(
             "--debug-rollout-only: there are no checkpoints to go on from; "
@@ -40,8 +40,8 @@ def rollout_only(resolved: Resolved) -> int:
 
 
 def train_only(resolved: Resolved, source: Path, first: int = 1) -> int:
-    """Train on the journalled groups of the run in `source`, step by step from `first` (after a resumption: from the step behind the
-    checkpoint), behind hangs too; there are no engines."""
+    """Train, without engines, on the groups that the run in `source` recorded in its journal, from step `first` on; a resumed run begins
+    after its checkpoint instead. After a hang, restart as runner.on_hang says."""
     return with_restarts(lambda again: train_only_once(again, source, first), resolved)
 
 

@@ -1,4 +1,4 @@
-"""From a resolved configuration to a finished fine-tuning run: examples, machines, workers, the loop."""
+"""`rlinf sft`: from a resolved configuration to a finished fine-tuning run. Reads examples, starts the workers, runs the loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SFT_WORKER = "rlinf.workers.sft:SftWorker"
 
 
 def finetune(resolved: Resolved) -> int:
-    """Run to the end, behind hangs too; 0 when it finished. Everything that was started is ended, however this returns."""
+    """Run to the end and return 0; after a hang, restart as runner.on_hang says. Whatever was started is ended, however this returns."""
     return with_restarts(finetune_once, resolved)
 
 

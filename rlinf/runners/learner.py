@@ -1,4 +1,4 @@
-"""The driver's half of training: rewards of a model, then the optimizer steps of critic and actor, on a batch split over their ranks."""
+"""The driver's side of training: splits a batch over the ranks of token reward model, critic and actor, and calls them in turn."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from rlinf.runners.step_metrics import advantage_metrics, report_metrics, token_
 class Rewarded:
     """Groups with all their rewards.
 
-    headers: with the reward of each response. payloads: group -> its tokens. token_rewards: rewards of single tokens, where there are any.
-    metrics, memory (component -> peak bytes of its ranks): of the token reward model.
+    headers: with the final reward of each response. payloads: group -> its tokens. token_rewards: with dense rewards, those of each token.
+    metrics, memory (component -> peak bytes of each of its ranks): of the token reward model.
     """
 
     headers: Sequence[GroupHeader]
@@ -34,10 +34,10 @@ class Rewarded:
 
 @dataclass(frozen=True)
 class Update:
-    """All optimizer steps of a step.
+    """The outcome of all optimizer steps of one step of the loop.
 
-    tokens: that were trained on, prompts included. memory: component -> peak bytes of its ranks. checkpoint_written: whether all ranks
-    say that the files of the checkpoint in the background are on disk.
+    tokens: how many were trained on, prompts included. memory: component -> peak bytes of each of its ranks.
+    checkpoint_written: as in training_loop.StepResult.
     """
 
     metrics: dict[str, float]
@@ -47,7 +47,7 @@ class Update:
 
 
 class Learner:
-    """The roles that compute in a training step, as the loop asks them to."""
+    """Calls the worker groups that train (actor, critic) or score tokens (token reward model)."""
 
     def __init__(self, config: Config, actor: WorkerGroup, critic: WorkerGroup | None, token_reward: WorkerGroup | None = None) -> None:
         self.config, self.peak_tflops = config, config.runner.peak_tflops
@@ -56,7 +56,7 @@ class Learner:
         self.token_reward = None if token_reward is None else Role(token_reward, config.token_reward.model)
 
     async def reward(self, step: int, scored: Sequence[Scored]) -> Rewarded:
-        """The verdicts' rewards and, with a token reward model, its scores: added to the reward of the response, or with
+        """Add a token reward model's scores, if there is one, to the verdicts' rewards: to the reward of the response, or with
         algorithm.dense_rewards to each of its tokens."""
         headers, payloads = [header for header, _ in scored], {header.group_id: ref for header, ref in scored}
         if self.token_reward is None:
@@ -71,9 +71,10 @@ class Learner:
         return Rewarded([with_scores(header, scores, weight) for header in headers], payloads, (), metrics, memory)
 
     async def update(self, step: int, groups: Rewarded, advantages: Sequence[np.ndarray], dump: str) -> Update:
-        """The optimizer steps of actor and critic. advantages: an array [samples] a group. dump: the file for what training saw of tokens.
+        """The optimizer steps of actor and critic.
 
-        With a critic, its values come first; the actor makes advantages and returns of them, and the critic is trained on the returns.
+        advantages: for each group an array [samples]. dump: the file to which what training saw of some tokens is written.
+        With a critic, its values come first; the actor turns them into advantages and returns; the critic is trained on the returns.
         """
         config, headers, payloads = self.config, groups.headers, groups.payloads
         trained = trained_samples(headers, config.algorithm, config.data.seed)
@@ -102,6 +103,6 @@ class Learner:
 
 
 def with_scores(header: GroupHeader, scores: Mapping[str, float], weight: float) -> GroupHeader:
-    """Every reward plus weight times the response's score; what is right and wrong stays."""
+    """The header with weight * score added to the reward of every response; which responses are right does not change."""
     verdicts = [v and replace(v, reward=v.reward + weight * scores[name]) for name, v in zip(header.sample_ids, header.verdicts)]
     return replace(header, verdicts=tuple(verdicts))

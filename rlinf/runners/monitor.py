@@ -1,4 +1,4 @@
-"""Who looks at a run while it goes on: once a second the watchdog looks for a hang, and the status is written anew."""
+"""Watches a run while it goes on: once a second the watchdog looks for a hang, and the status file is replaced."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ PERIOD = 1.0
 
 
 class Monitor:
-    """Threads beside the loop, so that they also go on when the loop is stuck.
+    """Works in threads, so that it goes on when the loop is stuck.
 
-    Each task has its own: a status that cannot be written, or whose folder hangs, does not stop the watchdog, which is there to say so.
+    Watchdog and status have a thread each: a status file on a file system that hangs must not stop the watchdog, which is there to report
+    such a hang.
     """
 
     def __init__(self, cluster: Cluster, loop: TrainingLoop, watchdog: Watchdog, status: Status) -> None:
@@ -28,7 +29,7 @@ class Monitor:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Both tasks are done inside the block; the status that stays behind says how the run ended."""
+        """Run both tasks while the block runs; the last status says how the run ended."""
         tasks: dict[str, Callable[[], None]] = {"rlinf-watchdog": self.look, "rlinf-status": self.status.write}
         threads = [threading.Thread(target=self.repeat, args=(task,), name=name, daemon=True) for name, task in tasks.items()]
         for thread in threads:

@@ -1,4 +1,4 @@
-"""What a run reads before it asks for machines, so that what is wrong with it is said before anything is started."""
+"""Opens a run's folder and reads tokenizer and data before anything is started, so that mistakes in them are reported first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ Item = TypeVar("Item", Prompt, Group)
 
 @dataclass(frozen=True)
 class DataKind(Generic[Item]):
-    """What the lines of the data files are to a command. held_out: how the screen calls those that are not trained on."""
+    """How a command reads data files.
+
+    load: (paths, configuration, tokenizer) -> (items, report). repeated: a warning when held-out items are also trained on.
+    held_out: what messages call the held-out items. batch_key: the key with the number of items in a batch.
+    """
 
     load: Callable[[Sequence[str], Config, TextTokenizer], tuple[list[Item], DataReport | ExamplesReport]]
     repeated: Callable[[Sequence[Item], Sequence[Item]], str | None]
@@ -36,7 +40,7 @@ class DataKind(Generic[Item]):
 
 @dataclass(frozen=True)
 class Prepared(Generic[Item]):
-    """sampler: over `training`, with the fingerprint of its data."""
+    """What prepare() opened and read. sampler: over `training`; it knows the fingerprint of the data."""
 
     folder: RunFolder
     tokenizer: TextTokenizer
@@ -46,9 +50,9 @@ class Prepared(Generic[Item]):
 
 
 def prepare(resolved: Resolved, command: str, kind: DataKind[Item], validates: bool = True) -> Prepared[Item]:
-    """The folder of a run, its tokenizer and its data. validates: whether it reads data.val_data_paths.
+    """Open the folder of a run and read its tokenizer and data. validates: whether data.val_data_paths are read.
 
-    Raises UserError for what would end the run, or would end it only later.
+    Raises UserError for anything in them with which the run could not reach its end.
     """
     config, held_out = resolved.config, list[Item]()
     folder, tokenizer = open_run(resolved, command)
@@ -65,21 +69,22 @@ def prepare(resolved: Resolved, command: str, kind: DataKind[Item], validates: b
 
 
 def open_run(resolved: Resolved, command: str) -> tuple[RunFolder, TextTokenizer]:
-    """What every run needs, also one that reads no data files. The user's own functions are executed once, to see whether they can be."""
+    """Run folder and tokenizer, all that a run without data files needs. Loads the user's own functions once, to see whether it works."""
     check_trackers(resolved.config.runner.logger.logger_backends)
     folder = RunFolder(resolved, command)
     tokenizer = tokenizer_of(resolved.config)
-    for _, function in own_functions(resolved.config) if command != SFT else ():  # fine-tuning calls none of them
-        load_own(function)
+    if command != SFT:  # fine-tuning calls none of them
+        for _, function in own_functions(resolved.config):
+            load_own(function)
     return folder, tokenizer
 
 
-def _judged(paths: Sequence[str], config: Config, tokenizer: TextTokenizer) -> tuple[list[Prompt], DataReport]:
-    """Prompts whose answers somebody here can judge."""
+def _load_judged(paths: Sequence[str], config: Config, tokenizer: TextTokenizer) -> tuple[list[Prompt], DataReport]:
+    """Prompts; raises UserError when one has a task for which there is no judge."""
     found, report = load_prompts(paths, config.data, tokenizer)
     check_tasks({p.task for p in found}, config.reward.own_tasks)
     return found, report
 
 
-PROMPTS = DataKind(_judged, prompts.repeated, "validation data", "data.rollout_batch_size")
+PROMPTS = DataKind(_load_judged, prompts.repeated, "validation data", "data.rollout_batch_size")
 EXAMPLES = DataKind(load_examples, examples.repeated, "held-out data", "sft.batch_size")

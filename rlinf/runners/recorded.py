@@ -1,4 +1,4 @@
-"""Steps of an earlier run, as its folder has them: which groups each trained on, in order, and where their journals are.
+"""The steps of an earlier run, as its folder records them: which groups each step trained on, in order, and where their journals are.
 
 samples/order_000012.jsonl    the groups of step 12 in the order of training, and all that were generated for it
 samples/groups_000012.jsonl   the groups that were begun for step 12: data/journal.py
@@ -19,7 +19,7 @@ from rlinf.runners.selection import StepBatch
 
 
 class RecordedSteps:
-    """A StepSource (runners.training_loop) whose steps are given, with nothing to remember."""
+    """A StepSource (runners.training_loop): the steps are given, and there is no state to keep in a checkpoint."""
 
     def __init__(self, run_dir: Path) -> None:
         self.paths = RunPaths(run_dir)
@@ -31,7 +31,7 @@ class RecordedSteps:
             )
 
     def total_steps(self, max_epochs: int, max_steps: int, done: int = 0, waiting: int = 0) -> int:
-        """The last step; earlier when max_steps says so. The rest is for a sampler."""
+        """The last recorded step, or max_steps if that is earlier. The other arguments are those of a sampler, and unused here."""
         return self.steps[-1] if max_steps == -1 else min(self.steps[-1], max_steps)
 
     def state_dict(self) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class RecordedSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def order(self, step: int) -> tuple[list[str], list[str]]:
-        """(groups to train on, all that were generated). Raises UserError that names the steps that there are."""
+        """(groups to train on, all groups that were generated). Raises UserError when the step is not recorded."""
         if step not in self.steps:
             raise UserError(
                 f"step {step} is not journalled in {self.paths.samples_dir}; there are steps {ranges(self.steps)} (runner.keep_groups)"
@@ -53,7 +53,7 @@ class RecordedSteps:
         return trained, generated
 
     def files(self, group_id: str) -> list[str]:
-        """Where a group may be: the journal of the step that it was begun for, or of an earlier life of the run that began it."""
+        """The files that may hold a group: the journal of the step that it was begun for, and those set aside when the run was resumed."""
         journal = self.paths.groups(int(group_id.partition(".")[0]))
         return [str(p) for p in (journal, *replaced(journal)) if p.exists()]
 

@@ -1,4 +1,4 @@
-"""Which groups the loop asks of the engines, and what it asks of them by the `algorithm` section."""
+"""The groups that the loop asks the engines for: their names, and their sampling parameters from the `algorithm` section."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlinf.rollout.contract import SamplingParams, Stop
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """A group that is wanted: n samples of a prompt.
+    """A group to be generated: n samples of a prompt.
 
-    dump: the file that its samples are written to, for people to read. timer: the phase of the loop that its seconds belong to.
+    dump: the file to which its samples are written, for people to read. timer: the phase under which its seconds are counted.
     """
 
     name: str
@@ -34,21 +34,22 @@ class GroupRequest:
 def training_requests(
     algorithm: AlgorithmConfig, step: int, prompts: Sequence[Prompt], taken: Counter[str], dump: str
 ) -> list[GroupRequest]:
-    """A group of each prompt for `step`. taken: how often the step has taken each prompt; updated."""
+    """A group for each prompt. taken: how often `step` has taken each prompt so far; this function updates it."""
     sampling = sampling_of(algorithm)
     return [GroupRequest(name, p, algorithm.group_size, sampling, dump) for name, p in zip(name_groups(step, prompts, taken), prompts)]
 
 
 def validation_requests(step: int, prompts: Sequence[Prompt], dump: str) -> list[GroupRequest]:
-    """One greedy answer a problem. No training group has such a name: one of the same prompt id may be carried over meanwhile."""
+    """One greedy answer to each problem. Names begin with `val.`: a training group of the same prompt may be in flight at the same time."""
     names = name_groups(step, prompts, Counter())
     return [GroupRequest(f"val.{name}", p, 1, validation_sampling(), dump, "validate") for name, p in zip(names, prompts)]
 
 
 def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> list[str]:
-    """`step.prompt`. A prompt that a step takes again, behind the end of an epoch, gets another name, and with it other noise and payload.
+    """Names of the form `step.prompt`. When a step takes a prompt again, after the end of an epoch, `.1`, `.2` and so on is added: the
+    sampling noise and the payload of a group depend on its name.
 
-    taken: how often the step has taken each prompt; updated.
+    taken: how often the step has taken each prompt so far; this function updates it.
     """
     names = []
     for prompt in prompts:
@@ -64,7 +65,7 @@ def sampling_of(algorithm: AlgorithmConfig) -> SamplingParams:
 
 
 def validation_sampling() -> SamplingParams:
-    """Validation in the loop is greedy: one answer a problem, the same problems every time, so that two steps compare in pairs."""
+    """Validation in the loop is greedy: one answer to each of the same problems every time, so that two steps can be compared in pairs."""
     return SamplingParams(temperature=0.0)
 
 

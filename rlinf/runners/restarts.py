@@ -1,4 +1,4 @@
-"""What follows on a hang: the end of the command, or another life of the run from its latest checkpoint."""
+"""What happens after a hang (runner.on_hang): the command ends, or the run is restarted from its latest checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rlinf.runners.session import say
 
 
 def with_restarts(once: Callable[[Resolved], int], resolved: Resolved) -> int:
-    """once(resolved); with runner.on_hang restart again from the latest checkpoint when it hangs, runner.max_restarts times at most."""
+    """Return once(resolved). When that hangs and runner.on_hang is `restart`, call it again from the latest checkpoint, at most
+    runner.max_restarts times."""
     restarts, runner = 0, resolved.config.runner
     while True:
         try:
@@ -22,10 +23,10 @@ def with_restarts(once: Callable[[Resolved], int], resolved: Resolved) -> int:
                 raise
             restarts += 1
             say(f"rlinf: {hang}\nrlinf: restart {restarts} of at most {runner.max_restarts}, from the latest checkpoint")
-            resolved = going_on(resolved)
+            resolved = resuming(resolved)
 
 
-def going_on(resolved: Resolved) -> Resolved:
-    """The same run from its latest checkpoint."""
+def resuming(resolved: Resolved) -> Resolved:
+    """The configuration with which the same run goes on from its latest checkpoint."""
     config = replace(resolved.config, runner=replace(resolved.config.runner, resume_dir="auto"))
     return replace(resolved, config=config, provenance=resolved.provenance | {"runner.resume_dir": "restart after a hang"})

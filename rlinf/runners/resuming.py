@@ -1,7 +1,7 @@
-"""What a checkpoint holds that binds the run which goes on from it.
+"""Which checkpoints a run may be resumed from, and which settings have to stay as they were.
 
-Where nothing was generated ahead, step and place in the data are all there is, and any schedule and batch size can go on from there. Groups
-that were generated ahead belong to batches, and were begun under the staleness that was allowed then.
+A checkpoint without groups that were generated ahead of training holds only a step and a place in the data, so any schedule and batch size
+can go on from it. Groups that were generated ahead belong to batches of a certain size, and were begun under a certain allowed staleness.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
 from rlinf.weights.mapping import hf_shapes
 
-TRAIN, TRAIN_ONLY, SFT = "train", "train --debug-train-only", "sft"  # commands; the second has no place in the data to go on from
+TRAIN, TRAIN_ONLY, SFT = "train", "train --debug-train-only", "sft"  # commands; checkpoints of the second hold no place in the data
 STALENESS = "algorithm.max_staleness"
 BINDING = ("algorithm.schedule", STALENESS, "algorithm.group_size", "data.rollout_batch_size")
 
 
 def made_with(config: Config) -> dict[str, Any]:
-    """What run_state.json says of the settings that groups generated ahead depend on."""
+    """The settings that groups generated ahead depend on, as run_state.json records them."""
     return {key: value_of(config, key) for key in BINDING}
 
 
 def ahead(state: Mapping[str, Any]) -> int:
-    """Groups of a checkpoint that were begun and not yet trained on."""
+    """How many groups of a checkpoint were begun and not yet trained on."""
     schedule = state.get("schedule", {})
     if "ledger" in schedule:
         return len(schedule["ledger"]["groups"])
@@ -37,8 +37,8 @@ def ahead(state: Mapping[str, Any]) -> int:
 
 
 def recorded_again(state: Mapping[str, Any]) -> dict[int, set[str]]:
-    """Groups of a checkpoint, by the step that they were begun for, which the run that goes on writes down itself: as it
-    judges them or, where they were done, as it reads them. Logical batches are all for later steps."""
+    """Groups of a checkpoint whose samples and journal the resumed run writes again, by the step that they were begun for: it writes them
+    when it judges them or, if they were done, when it reads them. With the logical schedule there are none: all belong to later steps."""
     found: dict[int, set[str]] = {}
     for name, _, step in state.get("schedule", {}).get("wanted", ()):
         found.setdefault(step, set()).add(name)
@@ -46,7 +46,7 @@ def recorded_again(state: Mapping[str, Any]) -> dict[int, set[str]]:
 
 
 def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
-    """Raise UserError when the weights of the checkpoint do not fit into the models of this configuration."""
+    """Raise UserError when the weights of the checkpoint do not fit the models of this configuration."""
     for role in ("actor", "critic") if config.has_critic and command != SFT else ("actor",):
         key, model_dir = "rollout.model_dir" if role == "actor" else f"{role}.model_dir", config.model_dir_of(role)
         if role == "critic" and not (step_dir / role).is_dir():
@@ -66,7 +66,7 @@ def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
 
 
 def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, config: Config) -> None:
-    """Raise UserError when `command` with this configuration cannot go on from the checkpoint."""
+    """Raise UserError when `command` with this configuration cannot resume from the checkpoint."""
     start = f"rollout.model_dir={step_dir / 'hf'}"
     made_by = TRAIN_ONLY if state.get("sampler") == {} else state["command"]  # older checkpoints call both `train`
     if command != made_by and (command, made_by) != (TRAIN_ONLY, TRAIN):

@@ -1,4 +1,4 @@
-"""Checkpoints of a running loop: in the foreground, or begun at a step and completed at a later one."""
+"""Writes the checkpoints of a running loop: at once, or (runner.async_checkpoint) in the background, completed at a later step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rlinf.runners.run_folder import RunFolder
 
 
 class Saving:
-    """At most one checkpoint is on its way.
+    """At most one checkpoint is in the background at a time.
 
-    It counts, and `latest` points to it, when every rank of `groups` (the actor, the critic) has written and checked its part.
+    It becomes `latest` only when every rank of `groups` (actor, critic) has written and checked its part.
 
-    written: whether complete() would find the files of all ranks on disk, as they said in their last report.
+    written: whether all ranks have their files on disk, according to their last reports; complete() then does not wait.
     """
 
     def __init__(self, folder: RunFolder, groups: Sequence[WorkerGroup], background: bool) -> None:
@@ -24,9 +24,9 @@ class Saving:
         self.written = False
 
     async def save(self, step: int, describe: Callable[[Path], Awaitable[dict[str, Any]]]) -> None:
-        """Write the checkpoint of `step`, or begin to; one that is on its way is completed first.
+        """Write the checkpoint of `step`, or begin to; an earlier one in the background is completed first.
 
-        describe: gives the run's state, and may write files of its own into the folder.
+        describe: called with the folder of the checkpoint; returns the run's state, and may write files of its own into the folder.
         """
         await self.complete()
         partial = self.folder.checkpoints.begin(step)
@@ -43,7 +43,7 @@ class Saving:
         return self.pending is not None and (self.written or last)
 
     async def complete(self) -> None:
-        """Wait for the checkpoint that is on its way, if any."""
+        """Wait for the checkpoint in the background, if there is one, and make it the latest."""
         if self.pending is not None:
             for group in self.groups:
                 await group.call_all("finish_save")

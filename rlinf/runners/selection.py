@@ -1,4 +1,7 @@
-"""What a step learns from: which prompts, which of their groups, which responses. Decided on headers, the same way in every resumed run."""
+"""What a step learns from: which prompts, which of their groups, which responses, with which advantages.
+
+All of it is computed from group headers and seeds alone, so that a resumed run decides the same.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from rlinf.runners.step_metrics import dynamic_sampling_metrics
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Groups to train on; the headers of all that were generated for them; what the choice cost."""
+    """The batch of a step. scored: the groups to train on. generated: headers of all groups that were generated to find them.
+    metrics: of the choice."""
 
     scored: list[Scored]
     generated: list[GroupHeader]
@@ -32,9 +36,9 @@ async def next_groups(
 ) -> StepBatch:
     """The groups of one step; with dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) only those with right and wrong answers.
 
-    Groups count in the order of their prompts, not as they finish, so the choice favours no short answers and a resumed run repeats it.
-    Prompts behind the last group that was needed go back to the sampler: every prompt of an epoch is trained on or found to teach
-    nothing, exactly once. Raises UserError when algorithm.dynamic_sampling_max_batches do not give enough.
+    Groups are chosen in the order of their prompts, not in the order in which they finish: otherwise short answers would be favoured, and a
+    resumed run would choose others. Prompts after the last group that was needed go back to the sampler: every prompt of an epoch is either
+    trained on or filtered out, exactly once. Raises UserError when algorithm.dynamic_sampling_max_batches batches do not give enough.
     """
     if not algorithm.dynamic_sampling:
         scored = await generate(sampler.next_batch())
@@ -55,7 +59,7 @@ async def next_groups(
 
 
 def no_signal(algorithm: AlgorithmConfig, size: int, wanted: int, kept: int, generated: Sequence[GroupHeader]) -> UserError:
-    """Too many of the generated groups teach nothing."""
+    """The error for a step in which too many of the generated groups are all right or all wrong."""
     return UserError(
         f"algorithm.dynamic_sampling: {algorithm.dynamic_sampling_max_batches} batches of {size} prompts gave only {kept} of "
         f"{wanted} groups with both right and wrong answers ({sum(all(h.right) for h in generated)} were all right, "
@@ -65,14 +69,14 @@ def no_signal(algorithm: AlgorithmConfig, size: int, wanted: int, kept: int, gen
 
 
 def counted_tokens(header: GroupHeader, algorithm: AlgorithmConfig) -> list[int]:
-    """Loss tokens of each response; with overlong filtering (DAPO, section 3.4) none of a response that was cut off."""
+    """How many tokens of each response enter the loss; with overlong filtering (DAPO, section 3.4) none of a response that was cut off."""
     cut = [algorithm.overlong_filtering and finish.cut_off for finish in header.finishes]
     return [0 if out else n for out, n in zip(cut, header.loss_tokens)]
 
 
 def trained_samples(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig, seed: int) -> list[np.ndarray]:
-    """Which responses of each group the update is made of (bool): those with tokens that count, of the chosen ones
-    (RaML, arXiv 2505.19815)."""
+    """Which responses of each group are trained on (bool): of those that num_update_sample_per_prompt chooses (RaML, arXiv 2505.19815),
+    the ones with tokens in the loss."""
     chosen = []
     for header in headers:
         size = len(header.sample_ids)
@@ -82,7 +86,7 @@ def trained_samples(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig, 
 
 
 def group_advantages(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig) -> list[np.ndarray]:
-    """From the rewards of all responses; whitened here unless the actor does it, token by token."""
+    """Advantages of each group, from the rewards of all its responses. Whitened here, unless the actor does that later token by token."""
     tokens = [counted_tokens(header, algorithm) for header in headers]
     whiten = algorithm.normalize_advantages and not algorithm.token_level
     if is_own(algorithm.adv_type):

@@ -1,4 +1,4 @@
-"""What every run opens and closes: its folder, the screen, the loggers, the cluster, the one who watches."""
+"""What every run opens at its start and closes at its end: run folder, loggers, cluster, monitor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlinf.data.tokenizer import TextTokenizer
 from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.trackers import missing_packages
-from rlinf.runners.disk import told_when_full
+from rlinf.runners.disk import explain_full_disk
 from rlinf.runners.environment import changed_settings, record_environment
 from rlinf.runners.monitor import Monitor
 from rlinf.runners.resuming import refuse_other_model
@@ -29,17 +29,17 @@ from rlinf.runners.watchdog import Watchdog
 
 
 class Session:
-    """A run that has its machines. nodes: what they have."""
+    """A run whose folder, loggers and cluster are open. nodes: the machines of the cluster."""
 
     def __init__(self, resolved: Resolved, folder: RunFolder, logger: MetricLogger, cluster: Cluster, run_id: str) -> None:
         self.config, self.folder, self.logger, self.cluster, self.run_id = resolved.config, folder, logger, cluster, run_id
         self.usage, self.nodes = Usage(run_id), cluster.inventory()
 
     def complete(self, loop: TrainingLoop, groups: Sequence[WorkerGroup]) -> None:
-        """Run the loop to its end, watched."""
+        """Run the loop to its end, under the eyes of watchdog and status, and mark the folder as finished."""
         watchdog = Watchdog(self.folder.path, self.run_id, self.config.runner, groups, self.cluster.failure, lambda: dict(loop.in_flight))
         monitor = Monitor(self.cluster, loop, watchdog, Status(self.folder.path, self.run_id, self.cluster, groups, loop))
-        with self.usage.sampling(lambda: self.cluster.phase), monitor.watching(), told_when_full(self.folder.path):
+        with self.usage.sampling(lambda: self.cluster.phase), monitor.watching(), explain_full_disk(self.folder.path):
             asyncio.run(self._watched(loop, watchdog))
         self.folder.finish()
 
@@ -53,12 +53,12 @@ class Session:
 
 @contextmanager
 def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer, data_fingerprint: str) -> Iterator[Session]:
-    """Everything that was started is ended, however the block is left."""
+    """Open all that a run needs. Everything that was started is ended when the block is left, however that happens."""
     config, runner = resolved.config, resolved.config.runner
     settings = {name: value_of(config, name) for name in resolved.provenance}
     if folder.resume is not None:
         refuse_other_model(folder.resume.step_dir, folder.command, config)
-    with ExitStack() as ends:  # in reverse order, each whatever the others raise
+    with ExitStack() as ends:  # run in reverse order, each even when another raises
         ends.callback(folder.release)
         folder.begin()
         logger = MetricLogger(folder.path, runner.logger.logger_backends, folder.resume_step, runner.logger.project_name, settings)
@@ -80,7 +80,7 @@ def open_session(resolved: Resolved, folder: RunFolder, tokenizer: TextTokenizer
 
 
 def is_done(folder: RunFolder, sampler: PromptSampler) -> bool:
-    """Whether a run that goes on has nothing to do; then it says so, and the folder is released."""
+    """Whether a resumed run has no step left to make. If so, says it and releases the folder."""
     if folder.resume is None or not folder.nothing_left(sampler):
         return False
     say(f"{folder.path}: all {folder.resume.step} steps are made; to train further raise runner.max_steps or runner.max_epochs")
@@ -89,6 +89,7 @@ def is_done(folder: RunFolder, sampler: PromptSampler) -> bool:
 
 
 def check_trackers(backends: Sequence[str]) -> None:
+    """Raise UserError when the package of a logger backend is not installed."""
     missing = missing_packages(backends)
     if missing:
         raise UserError(
@@ -97,5 +98,5 @@ def check_trackers(backends: Sequence[str]) -> None:
 
 
 def say(line: str) -> None:
-    """One line to the screen of the driver."""
+    """Print one line to the driver's stderr."""
     sys.stderr.write(line + "\n")

@@ -1,4 +1,4 @@
-"""The loop of supervised fine-tuning: examples, one optimizer step, now and then the loss on held-out examples."""
+"""The loop of supervised fine-tuning: each step makes one optimizer step on a batch of examples; validation is the held-out loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.step_metrics import report_metrics
 from rlinf.runners.training_loop import StepResult, TrainingLoop
 
-WEIGHT = np.ones(1, np.float32)  # packing carries a scalar for each sample; the loss here has no use for it
+WEIGHT = np.ones(1, np.float32)  # packing wants an advantage for each sample, which this loss does not use
 
 
 class SftRunner(TrainingLoop):
-    """val_losses: the held-out loss by step."""
+    """Supervised fine-tuning. val_losses: step -> held-out loss."""
 
     sampler: PromptSampler
 
@@ -60,12 +60,11 @@ class SftRunner(TrainingLoop):
         return metrics
 
     def split(self, examples: Sequence[Group]) -> list[tuple[RankBatch, list[Group]]]:
-        """Each rank's share of a global batch and the examples in it."""
+        """For each rank, its share of a global batch and the examples in it."""
         model = self.config.actor.model
         dp = model.data_parallel_size(self.actor.size)
-        named = {
-            f"{i}.{g.group_id}": replace(g, group_id=f"{i}.{g.group_id}") for i, g in enumerate(examples)
-        }  # an epoch's border may repeat one
+        # numbered: a batch across the end of an epoch may hold an example twice
+        named = {f"{i}.{g.group_id}": replace(g, group_id=f"{i}.{g.group_id}") for i, g in enumerate(examples)}
         shares = build_rank_batches(
             [g.header() for g in named.values()], [WEIGHT] * len(named), dp=dp, n_minibatches=1,
             max_tokens=self.config.runner.max_tokens_per_mbs, share_prefix=True,

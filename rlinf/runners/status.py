@@ -1,4 +1,4 @@
-"""What a run is doing now, in one small file that `rlinf watch` reads: status.json, replaced as a whole once a second."""
+"""status.json: what a run is doing now, for `rlinf watch`. A small file, replaced as a whole once a second."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FIELDS = {
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """What the file says; empty where there is none. Raises UserError when it is damaged."""
+    """The content of the file, or {} when there is none. Raises UserError when it is damaged."""
     path = run_dir / STATUS_FILE
     if not path.is_file():
         return {}
@@ -55,7 +55,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 class Status:
-    """The file of one run. Written by the threads of monitor.py, so that it is also fresh when the loop is stuck."""
+    """Writes the status file of one run. The monitor calls it from a thread, so that the file stays fresh when the loop is stuck."""
 
     def __init__(self, run_dir: Path, run_id: str, cluster: Cluster, groups: Sequence[WorkerGroup], loop: TrainingLoop) -> None:
         self.path, self.run_id, self.cluster, self.groups, self.loop = run_dir / STATUS_FILE, run_id, cluster, groups, loop
@@ -67,12 +67,12 @@ class Status:
         self.error = ""
 
     def end(self, error: BaseException | None) -> None:
-        """The last picture says how the run ended. error: what ended it, if anything did."""
+        """Write the last status, which says how the run ended. error: the exception that ended it, if there was one."""
         self.error = "" if error is None else str(error)
         self.write("finished" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
     def write(self, state: str = "running") -> None:
-        """A full disk must not hide why a run ended: the picture is then not renewed."""
+        """Replace the file. Does not raise when that fails, so that a full disk does not hide the error that ended the run."""
         fresh = self.path.with_suffix(".new")
         try:
             fresh.write_text(json.dumps(self.snapshot(state)))
@@ -81,6 +81,7 @@ class Status:
             sys.stderr.write(f"rlinf: {self.path} could not be written: {error}\n")
 
     def snapshot(self, state: str) -> dict[str, Any]:
+        """What the file is to say now."""
         now, step = time.time(), self.loop.step
         if self.cluster.phase != self.phase:
             self.phase, self.phase_since = self.cluster.phase, now
@@ -109,7 +110,7 @@ class Status:
         }
 
     def seconds_per_step(self) -> float | None:
-        """Mean over the steps that this process has finished."""
+        """Mean over the steps that this process has finished; None before the first."""
         finished = 0 if self.first_step is None else self.last_step - self.first_step
         return (self.step_since - self.steps_since) / finished if finished else None
 

@@ -1,9 +1,9 @@
-"""A phase that lasts too long is a hang: say at once who is stuck, keep the stacks of all workers, and end the run, start it anew from its
-last checkpoint, or let it go on.
+"""Finds hangs. A phase that lasts too long is one: the watchdog says who is stuck, keeps the stacks of all workers, and then ends the run,
+restarts it from its last checkpoint, or lets it go on (runner.on_hang).
 
-The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. Stacks of workers
-on the driver's machine come from a signal to faulthandler, which also speaks when Python itself is blocked; on other
-machines the worker's own loop is asked.
+The budget of a phase is set (runner.phase_timeout) or learned: ten times the longest such phase so far. A worker on the driver's machine
+is sent a signal, to which faulthandler answers with its stacks even when Python itself is blocked; on other machines the worker's own
+loop is asked.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from rlinf.cluster.processes import RUN_ID, carries
 from rlinf.config.schema import RunnerConfig
 from rlinf.errors import Hang
 
-LEARNED, AT_LEAST = 10.0, 600.0  # times the longest such phase; seconds
-PATIENCE = 1.5  # seconds for the workers to write their stacks
-FAR = 3.0  # seconds for those of other machines to send them
-DEAF = 5.0  # seconds without a turn of the driver's loop after which it is the driver that is stuck: it hears no answer
+LEARNED, AT_LEAST = 10.0, 600.0  # a learned budget: this many times the longest such phase, and at least so many seconds
+PATIENCE = 1.5  # seconds for the workers of this machine to write their stacks
+FAR = 3.0  # seconds for the workers of other machines to send theirs
+DEAF = 5.0  # when the driver's event loop has not turned for so many seconds, it is the driver that is stuck: it hears no answer
 LOG_TAIL = 200_000  # bytes of each log in the bundle
-COLLECTIVE = "distributed_c10d"  # the file of torch in which a rank waits for its peers
-SHOWN = 8
+COLLECTIVE = "distributed_c10d"  # torch's file in which a rank waits for its peers; it is named in the stacks
+SHOWN = 8  # groups or ranks named in the message
 
 
 class Watchdog:
-    """`look` is called about once a second, from a thread that does not depend on the loop. in_flight: group id -> who has it now."""
+    """look() is called about once a second, from a thread that does not depend on the loop.
+
+    in_flight: group id -> the worker that has it now.
+    """
 
     def __init__(
         self, run_dir: Path, run_id: str, runner: RunnerConfig, groups: Sequence[WorkerGroup], failure: Failure,
@@ -48,17 +51,18 @@ class Watchdog:
         self.phase: Phase | None = None
         self.since = 0.0
         self.longest: dict[str, float] = {}  # name of a phase -> seconds
-        self.busy: dict[tuple[str, int, str], float] = {}  # (component, rank, method) -> since when without a pause
-        self.told = False
-        self.heard = math.inf  # when the driver's loop last turned
+        self.busy: dict[tuple[str, int, str], float] = {}  # (component, rank, method) -> since when it has had such a call all the time
+        self.told = False  # whether the hang of this phase was reported
+        self.heard = math.inf  # when the driver's event loop last turned
 
     async def listen(self) -> None:
-        """Runs in the driver's loop for as long as that turns."""
+        """A task in the driver's event loop; while it is not resumed, the loop is stuck."""
         while True:
             self.heard = time.time()
             await asyncio.sleep(1.0)
 
     def look(self, phase: Phase, step: int, now: float) -> None:
+        """Compare the phase's age with its budget; report a hang once."""
         if phase != self.phase:
             if self.phase is not None:
                 self.longest[self.phase.name] = max(self.longest.get(self.phase.name, 0.0), now - self.since)
@@ -71,13 +75,14 @@ class Watchdog:
             self.diagnose(phase, step, budget, now)
 
     def budget(self, phase: Phase) -> float:
-        """Seconds that it may take."""
+        """Seconds that the phase may take; infinite where no budget is set and none was learned yet."""
         limit = self.runner.phase_timeout
         if not phase.has_budget or limit < 0 or (limit == 0 and phase.name not in self.longest):
             return math.inf
         return float(limit) if limit else max(AT_LEAST, LEARNED * self.longest[phase.name])
 
     def diagnose(self, phase: Phase, step: int, budget: float, now: float) -> None:
+        """Write stacks and logs to diagnosis-*.tar.gz, say who is stuck, and fail the run unless runner.on_hang is `report`."""
         lines = [f"{phase} has lasted {now - self.since:.0f} s, more than its budget of {budget:.0f} s", f"stuck: {self.stuck(now)}"]
         held = self.in_flight()
         if held:
@@ -92,12 +97,13 @@ class Watchdog:
         except OSError as error:  # the disk may be what hangs
             lines.append(f"the bundle could not be written: {error}")
         message = "\n  ".join(["the run hangs:", *lines])
-        if self.runner.on_hang == "report" or self.is_driver(now):  # a driver that is stuck can tell nothing itself
+        if self.runner.on_hang == "report" or self.is_driver(now):  # the loop of a driver that is stuck does not get to raise the Hang
             sys.stderr.write(f"rlinf: {message}\n")
         if self.runner.on_hang != "report":  # runners.restarts decides what follows
             self.failure.report(Hang(message))
 
     def is_driver(self, now: float) -> bool:
+        """Whether the driver is stuck, not a worker."""
         return not self.busy or now - self.heard > DEAF
 
     def stuck(self, now: float) -> str:
@@ -132,8 +138,8 @@ class Watchdog:
 
 
 def listens(pid: int, run_id: str) -> bool:
-    """Whether it is a process of this run, on this machine, that answers SIGUSR1 with its stacks;
-    without a handler the signal would end it."""
+    """Whether the process is on this machine, belongs to this run, and answers SIGUSR1 with its stacks; without a handler the signal
+    would kill it."""
     if not carries(pid, f"{RUN_ID}={run_id}".encode()):
         return False
     caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
@@ -147,7 +153,7 @@ def end_of(path: Path, start: int) -> str:
 
 
 def who_waits_for_whom(stacks: Mapping[str, str]) -> list[str]:
-    """Ranks inside a collective wait for those that are not: the latter are where to look."""
+    """A line that names the ranks inside a collective, and those outside, for which the others wait: there the cause is to be found."""
     inside = sorted(name for name, text in stacks.items() if COLLECTIVE in text)
     outside = sorted(set(stacks) - set(inside))
     if not inside:
