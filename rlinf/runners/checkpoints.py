@@ -1,7 +1,7 @@
-"""The checkpoints of a run, each complete or absent.
+"""The checkpoints of a run, each either complete or absent.
 
-A checkpoint is written to a folder beside its place, synced, marked COMPLETE, renamed, and only then does `latest` point to it. COMPLETE
-lists every file with its size, and the xxh3 of the small ones (the indexes; they hold the checksums of the tensors in the large ones).
+A checkpoint is written to a folder with another name, synced, marked COMPLETE, renamed, and only then does `latest` point to it. COMPLETE
+lists every file with its size, and the xxh3 of the small ones (the indexes, which hold the checksums of the tensors in the large ones).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlinf.weights.tensor_folder import read_json, sync, write_json
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run goes on: the checkpoint's folder and its run_state.json."""
+    """The checkpoint that a run is resumed from: its folder and its run_state.json."""
 
     step_dir: Path
     state: dict[str, Any]
@@ -45,7 +45,7 @@ class Checkpoints:
         return partial
 
     def finish(self, partial: Path, state: dict[str, Any]) -> Path:
-        """Make what was written the latest checkpoint; an interruption at any instant leaves it or the one before it in force.
+        """Make what was written the latest checkpoint. When that is interrupted, either it or the one before it is the latest.
 
         state: what goes into run_state.json, with the `step`.
         """
@@ -60,9 +60,10 @@ class Checkpoints:
         return final
 
     def newest(self) -> Path | None:
-        """Where `auto` goes on.
+        """The checkpoint that runner.resume_dir=auto means, or None.
 
-        `latest` may be one behind, as a run can die between the two; or lead to another run, of which this is a branch.
+        Not simply `latest`, which may be one checkpoint behind when a run died before it moved the link. Where the run has no checkpoint of
+        its own yet, `latest` leads to the one of another run from which this run was branched.
         """
         complete, latest = self.paths.complete_checkpoints(), self.paths.latest
         if not complete and latest.is_symlink() and not latest.exists():
@@ -72,7 +73,7 @@ class Checkpoints:
         return self.paths.checkpoint(complete[-1]) if complete else latest if latest.exists() else None
 
     def point_latest_to(self, step_dir: Path) -> None:
-        """Also to a checkpoint of another run, until there is one of this run."""
+        """step_dir: a checkpoint of this run, or before there is one, that of another run from which this one was branched."""
         checkpoints, latest = self.paths.checkpoints, self.paths.latest
         checkpoints.mkdir(exist_ok=True)
         link = latest.with_name(f"{latest.name}.new")
@@ -82,8 +83,8 @@ class Checkpoints:
         sync(checkpoints)
 
     def retire(self, begun_after: int, newest: int) -> None:
-        """Remove checkpoints beyond `keep`, and those that were set aside and are now made again: of the steps behind begun_after, from
-        which the run went on, up to the newest."""
+        """Remove checkpoints beyond `keep`, and those set aside for steps that have now been made again: from the step after begun_after,
+        the one that the run was resumed from, up to `newest`."""
         for old in self.paths.complete_checkpoints()[: -self.keep] if self.keep else []:
             remove(self.paths.checkpoint(old))
         for step, replaced in self.paths.replaced_checkpoints():
@@ -92,14 +93,14 @@ class Checkpoints:
 
 
 def read_checkpoint(step_dir: Path) -> Resume:
-    """Open a step_* folder. Raises UserError when it is none, is incomplete, or has lost or changed a file."""
+    """Open a step_* folder. Raises UserError when it is not a checkpoint, is incomplete, or a file in it is missing or has changed."""
     if not (step_dir / STATE).is_file():
         raise UserError(f"{step_dir} is not a checkpoint (no {STATE}); give a checkpoints/step_* folder of a run")
     if not (step_dir / COMPLETE).exists():
         raise UserError(f"{step_dir} is incomplete (no {COMPLETE} marker): its writing was interrupted; use an earlier one")
     for name, written in read_json(step_dir / COMPLETE).items():
         if name.startswith("hf/") and not (step_dir / "hf").exists():
-            continue  # it can be made again (rlinf export), and nothing goes on from it
+            continue  # no run is resumed from it, and `rlinf export` can make it again
         file = step_dir / name
         found = {kind: value for kind, value in describe(file).items() if kind in written} if file.is_file() else None
         if found != written:
@@ -109,18 +110,16 @@ def read_checkpoint(step_dir: Path) -> Resume:
 
 
 def inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file below the folder, by its relative path."""
+    """What describe() says of every file below the folder, by relative path."""
     return {str(p.relative_to(folder)): describe(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """Bytes, and the xxh3 of a file whose tensors have no checksums of their own, as those of weights and moments have."""
+    """The size of a file and its xxh3; only the size of files of weights and moments, whose tensors have checksums of their own."""
     size: dict[str, Any] = {"bytes": file.stat().st_size}
-    return (
-        size
-        if file.suffix == ".safetensors" and file.parent.name != GROUPS_AHEAD
-        else size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
-    )
+    if file.suffix == ".safetensors" and file.parent.name != GROUPS_AHEAD:
+        return size
+    return size | {"xxh3": xxhash.xxh3_64_hexdigest(file.read_bytes())}
 
 
 def remove(checkpoint: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlinf.config.load import Resolved
 from rlinf.errors import UserError
-from rlinf.runners.halves import RolloutOnly, TrainOnly
+from rlinf.runners.debug_runners import RolloutOnlyRunner, TrainOnlyRunner
 from rlinf.runners.launch import WORKERS, launch_generation
 from rlinf.runners.prepare import PROMPTS, open_run, prepare
 from rlinf.runners.recorded import RecordedSteps, ranges
@@ -34,7 +34,7 @@ def rollout_only(resolved: Resolved) -> int:
         plan = build_plan(config, session.nodes)
         groups = launch_generation(session.cluster, plan, config)
         stop = stop_of(config.algorithm, run.tokenizer)
-        loop = RolloutOnly(config, run.folder, session.cluster, prompts=run.training, sampler=run.sampler, stop=stop, **groups)
+        loop = RolloutOnlyRunner(config, run.folder, session.cluster, prompts=run.training, sampler=run.sampler, stop=stop, **groups)
         session.complete(loop, list(groups.values()))
     return 0
 
@@ -59,6 +59,6 @@ def train_only_once(resolved: Resolved, source: Path, first: int) -> int:
         plan = build_plan(config, session.nodes)
         groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in config.megatron_roles}
         groups["reader"] = session.cluster.launch(plan, "reward", JOURNAL_WORKER, config)
-        loop = TrainOnly(config, folder, session.cluster, steps=steps, first=first, **groups)
+        loop = TrainOnlyRunner(config, folder, session.cluster, steps=steps, first=first, **groups)
         session.complete(loop, list(groups.values()))
     return 0

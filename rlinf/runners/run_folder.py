@@ -1,4 +1,4 @@
-"""A run's folder: who owns it, and how a run goes on in it."""
+"""A run's folder: the lock of the driver that owns it, and resuming in it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from rlinf.weights.files import WEIGHTS_FOLDER, remove_published
 
 
 class RunFolder:
-    """<runner.output_dir>/<runner.experiment_name>, held by one driver at a time. command: the one that runs here, as the user calls it.
+    """<runner.output_dir>/<runner.experiment_name>, locked by one driver at a time. command: the one that runs here, as the user types it.
 
-    Opening it changes nothing in there, so that a run which cannot go on is refused with everything in its place; begin() does.
+    Opening it changes nothing in it, so that a run which cannot be resumed is refused with everything in its place; begin() changes it.
     """
 
     def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
@@ -40,14 +40,14 @@ class RunFolder:
         self._resolved = resolved
 
     def begin(self) -> None:
-        """From here on the folder is this run's: what comes after the step that it goes on from is set aside."""
+        """Make the folder this run's: set aside what comes after the step from which it is resumed, and write config.yaml."""
         self._set_aside(self.resume.step if self.resume else -1)
         remove_published(self.path / WEIGHTS_FOLDER)
         (self.path / CONFIG_FILE).write_text(to_yaml(self._resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
 
     def nothing_left(self, sampler: PromptSampler) -> bool:
-        """Whether the run has made all steps that its configuration asks for. The sampler goes to where the checkpoint left it.
+        """Whether the run has already made all steps that its configuration asks for. Sets the sampler to the state in the checkpoint.
 
         Raises UserError when the checkpoint was made with other prompts.
         """
@@ -61,19 +61,19 @@ class RunFolder:
 
     @property
     def resume_step(self) -> int | None:
-        """After which step the metrics go on: None in a new folder, -1 when the run starts again."""
+        """The last step whose metrics are kept: None in a new folder, -1 when a run that had made steps starts from its beginning."""
         return None if not self.continues else self.resume.step if self.resume else -1
 
     def finish_checkpoint(self, partial: Path, state: dict[str, Any]) -> Path:
-        """Make what was written the latest checkpoint; an interruption at any instant leaves it or the one before it in force."""
+        """Make what was written the latest checkpoint. When that is interrupted, either it or the one before it is the latest."""
         settings = {"made_with": made_with(self.config)} if self.command == TRAIN else {}
         final = self.checkpoints.finish(partial, {"command": self.command} | settings | state)
         self.checkpoints.retire(self.resume.step if self.resume else -1, state["step"])
         return final
 
     def record_order(self, step: int, trained: Sequence[str], generated: Sequence[str]) -> None:
-        """Which groups the step trains on, in order, and which were generated for it; with their journal (samples/groups_*)
-        it can be replayed. Old journals go."""
+        """Write down which groups the step trains on, in order, and which were generated for it: with their journal (samples/groups_*) the
+        step can be replayed. Removes journals beyond runner.keep_groups, except those of the step after a checkpoint."""
         if self.keep_groups == 0:
             return
         append_lines(self.paths.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
@@ -84,13 +84,13 @@ class RunFolder:
             if trained_on <= step - self.keep_groups and trained_on not in pinned:
                 self.paths.order(trained_on).unlink()
         kept = {*self.paths.steps_of("order")}
-        for begun_for in self.paths.steps_of("groups"):  # that step or some later one trains on them
+        for begun_for in self.paths.steps_of("groups"):  # that step or one of the next `ahead` steps trains on them
             trains = range(begun_for, begun_for + self.ahead + 1)
             if trains[-1] <= step and kept.isdisjoint(trains):
                 self.paths.groups(begun_for).unlink()
 
     def release(self) -> None:
-        """The workers are gone, and another driver may have the folder."""
+        """Unlock the folder for another driver; called when the workers are gone."""
         remove_published(self.path / WEIGHTS_FOLDER)
         self._lock.close()
 
@@ -98,16 +98,16 @@ class RunFolder:
         (self.path / FINISHED).touch()
 
     def _has_steps(self) -> bool:
-        """A start that failed before its first line of metrics left nothing worth keeping: the run may start again in its folder."""
+        """Whether a run has made steps here. A start that failed before its first line of metrics has left nothing worth keeping."""
         metrics = self.path / METRICS_FILE
         if metrics.exists() and metrics.stat().st_size == 0:
             metrics.unlink()
         return metrics.exists() or bool(self.paths.complete_checkpoints())
 
     def _set_aside(self, step: int) -> None:
-        """What comes after `step` is about to be made again: samples and checkpoints keep their content under another name.
+        """Rename samples and checkpoints of the steps after `step`, which are about to be made again.
 
-        Newest first: an interruption leaves a run that could go on from an earlier step than before, with nothing missing.
+        Newest first, so that an interruption leaves a run that can be resumed, if from an earlier step than before.
         """
         if self.resume is not None:
             self.checkpoints.point_latest_to(self.resume.step_dir)
@@ -151,7 +151,8 @@ class RunFolder:
 
 
 def lock_alone(lock: TextIO, folder: Path, key: str, busy: str) -> None:
-    """Lock the open file for as long as it is open. Raises UserError: `busy` when another process has it, and where none can be."""
+    """Lock the open file for as long as it is open. Raises UserError: with the text `busy` when another process holds the lock, and another
+    one where the file system has no locks."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -170,9 +171,9 @@ def _put_aside(path: Path) -> None:
 
 
 def _take_out(path: Path, groups: Set[str]) -> None:
-    """Lines of these groups are kept under the first free name of the form <name>.replaced-N, the others stay where they are.
+    """Move the lines of these groups to the first free name of the form <name>.replaced-N; the other lines stay.
 
-    A line that is torn goes too: what was written down at a checkpoint was whole.
+    A torn line is moved too: whatever was written before the checkpoint is whole.
     """
     if not path.exists():
         return
@@ -191,7 +192,7 @@ def _take_out(path: Path, groups: Set[str]) -> None:
 
 
 def _group_of(line: bytes) -> str | None:
-    """Of a line of samples or of a journal; None where the line is torn, or glued to one that was."""
+    """The group id in a line of samples or of a journal; None where the line is torn, or glued to a torn one."""
     try:
         return json.loads(line)["group_id"]
     except ValueError:

@@ -1,7 +1,8 @@
-"""When the groups of a step are generated: with the weights before it, or, with algorithm.max_staleness > 0, ahead of it.
+"""When the groups of a step are generated: the two values of algorithm.schedule. With algorithm.max_staleness 0 that is just before the
+step; with more, groups are generated ahead, while the actor trains.
 
-Version i is the weights after step i; eta is algorithm.max_staleness. Each step the loop asks in the same order: take, before_training,
-before_sync and, at a checkpoint, save.
+Version i is the weights after step i; eta is algorithm.max_staleness. In each step the loop calls, in this order: take, before_training,
+before_sync and, when there is a checkpoint, save.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Requests = Callable[[int, Sequence[int], Counter[str]], list[GroupRequest]]  # (
 
 
 class Schedule(Protocol):
-    """exhausted: whether the data hold no further batch. total_steps: of the run."""
+    """Gives the loop its batches. exhausted: whether the data hold no further batch. total_steps: of the run."""
 
     total_steps: int
 
@@ -49,16 +50,17 @@ class Schedule(Protocol):
         ...
 
     async def save(self, folder: Path) -> dict[str, Any]:
-        """Write the groups that wait into `folder`; what restore() needs beside them, as JSON values."""
+        """Write the groups that wait into `folder`. Returns what restore() needs beside them, as JSON values."""
         ...
 
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
-        """Go on behind `step`. A state in which no group waits may be that of another schedule, and of other batches."""
+        """Go on after `step` with what save() wrote and returned. A state in which no group waits may come from another schedule, and from
+        other batch sizes."""
         ...
 
 
 class GroupsOnDisk:
-    """Groups that wait in a checkpoint, a file each; reward workers write and read them. samples: the file for those of a step."""
+    """Groups that wait in a checkpoint, in one file each; reward workers write and read them. samples: the path of a step's samples."""
 
     def __init__(self, reward: WorkerGroup, samples: Callable[[int], Path]) -> None:
         self.reward, self.samples, self.turn = reward, samples, 0
@@ -67,7 +69,8 @@ class GroupsOnDisk:
         await self.reward.call(self._next(), "keep", str(folder / f"{name}.safetensors"), tokens, verdicts)
 
     async def get(self, folder: Path, name: str, step: int | None = None) -> Scored:
-        """step: that a group was begun for which is done; its samples and its journal are written down in this life of the run too."""
+        """step: only for a group that was already judged, the step that it was begun for: its samples and journal are written again, since
+        the files from before the resumption are set aside or in another folder."""
         dump = None if step is None else str(self.samples(step))
         header, tokens = self.reward.ref(self._next(), "fetch", str(folder / f"{name}.safetensors"), dump, returns=2)
         return await header, tokens
@@ -80,8 +83,8 @@ class GroupsOnDisk:
 class Logical:
     """Reproducible: the batch of step s is generated under version max(0, s - 1 - eta), and no weights change inside a request.
 
-    With eta = 0 this is the synchronous loop. With more, the engines generate a later batch while the actor trains, and the order in which
-    things happen to be done has no say in what is done.
+    With eta = 0 this is the synchronous loop. With more, the engines generate a later batch while the actor trains; the result still does
+    not depend on the order in which things happen to finish.
     """
 
     def __init__(
@@ -89,8 +92,8 @@ class Logical:
     ) -> None:
         self.algorithm, self.max_epochs = config.algorithm, config.runner.max_epochs
         self.sampler, self.rollouts, self.on_disk, self.requests, self.total_steps = sampler, rollouts, on_disk, requests, total_steps
-        self.batches: deque[asyncio.Future[StepBatch | None]] = deque()  # of the steps to come; None: the data were used up
-        self.last_begun = 0  # step whose batch was begun last
+        self.batches: deque[asyncio.Future[StepBatch | None]] = deque()  # those of the next steps; None: the data were used up
+        self.last_begun = 0  # the last step whose batch was begun
 
     @property
     def exhausted(self) -> bool:
@@ -106,7 +109,7 @@ class Logical:
         return batch
 
     async def produce(self, step: int, before: asyncio.Future[StepBatch | None] | None) -> StepBatch | None:
-        """One batch after the other: what dynamic sampling takes from the data is known when a batch is complete."""
+        """The batch of `step`, begun when the batch before it is complete: only then is known how many prompts dynamic sampling took."""
         if before is not None:
             await before
             if self.sampler.exhausted(self.max_epochs):
@@ -143,10 +146,10 @@ class Logical:
 
 
 class Wallclock:
-    """As fast as may be, not reproducible: groups are begun as soon as staleness allows, and trained on as they are done.
+    """Fast, but not reproducible: groups are begun as soon as staleness allows, and trained on in the order in which they finish.
 
-    New weights reach running groups in the middle; every token keeps the version that decoded it. With rollout.partial the engines stand
-    still while the actor trains, as they must on shared devices, and groups that are not done are carried over with their tokens.
+    Engines take new weights in the middle of groups; every token keeps the version that decoded it. With rollout.partial the engines pause
+    while the actor trains, as they must on shared devices, and unfinished groups are carried over to the next step with their tokens.
     """
 
     def __init__(
@@ -155,12 +158,12 @@ class Wallclock:
         self.algorithm, self.rollout, self.max_epochs = config.algorithm, config.rollout, config.runner.max_epochs
         self.sampler, self.rollouts, self.on_disk, self.requests, self.total_steps = sampler, rollouts, on_disk, requests, total_steps
         self.ledger, self.bias = Ledger(sampler.batch_size, config.algorithm.max_staleness), LengthBias()
-        self.wanted: dict[str, tuple[int, int]] = {}  # group on its way -> (prompt, the step that it was begun for)
-        self.tasks: dict[str, asyncio.Task[Scored]] = {}
-        self.done: dict[str, Scored] = {}
+        self.wanted: dict[str, tuple[int, int]] = {}  # group that was begun and not yet taken -> (prompt, the step that it was begun for)
+        self.tasks: dict[str, asyncio.Task[Scored]] = {}  # those of `wanted` that are being generated
+        self.done: dict[str, Scored] = {}  # those of `wanted` that are complete and judged
         self.taken: tuple[int, Counter[str]] = 0, Counter()  # (step, how often it has taken each prompt)
-        self.dropped: list[GroupHeader] = []  # groups that teach nothing, since the last batch
-        self.groups_begun = 0  # since the start of the run, those too that were dropped later
+        self.dropped: list[GroupHeader] = []  # groups without signal since the last batch
+        self.groups_begun = 0  # since the start of the run, including those that were dropped later
 
     @property
     def exhausted(self) -> bool:
@@ -169,7 +172,7 @@ class Wallclock:
 
     @property
     def left(self) -> int:
-        """Prompts of runner.max_epochs that were not begun yet."""
+        """How many prompts of the runner.max_epochs epochs were not begun yet."""
         return self.sampler.n * self.max_epochs - self.sampler.handed_out
 
     async def take(self, step: int) -> StepBatch:
@@ -193,7 +196,7 @@ class Wallclock:
         return StepBatch(scored, generated, metrics)
 
     def begin(self, version: int) -> None:
-        """Everything that may be begun, those first that an earlier process had begun."""
+        """Begin all groups that may be begun now, first those that the process before a resumption had begun."""
         for name in [name for name in self.wanted if name not in self.tasks and name not in self.done]:
             prompt, step = self.wanted[name]
             (wanted,) = self.requests(step, [prompt], Counter())
@@ -212,9 +215,11 @@ class Wallclock:
         """How many more groups may be begun now."""
         size, waiting = self.sampler.batch_size, len(self.ledger.groups)
         bounds = [
-            self.ledger.room(version),  # staleness
-            self.total_steps * size - self.ledger.begun_and_kept,  # the end of the run
-            max(self.left, size - waiting),  # the data; a step that too many groups without signal leave short takes a further epoch's
+            self.ledger.room(version),  # by staleness
+            self.total_steps * size - self.ledger.begun_and_kept,  # by the end of the run
+            max(
+                self.left, size - waiting
+            ),  # by the data; a step that groups without signal leave short may take prompts of a further epoch
         ]
         if self.rollout.over_provisioning:
             bounds.append(int(self.rollout.over_provisioning * size) - waiting)
@@ -224,7 +229,7 @@ class Wallclock:
         self.tasks[group.name] = asyncio.ensure_future(self.rollouts.generate_group(group, pausable=self.rollout.partial))
 
     def collect(self) -> None:
-        """What has been done since the last look; a group that teaches nothing makes room for another."""
+        """Take the results of finished tasks; with dynamic sampling a group without signal is dropped and makes room for another."""
         for name in [name for name, task in self.tasks.items() if task.done()]:
             header, tokens = self.tasks.pop(name).result()
             if self.algorithm.dynamic_sampling and not has_signal(header.right):
@@ -247,9 +252,10 @@ class Wallclock:
     async def before_sync(self) -> None: ...
 
     async def save(self, folder: Path) -> dict[str, Any]:
-        """What is done, and what is carried over, is kept with its tokens; what an engine is at is begun again after a resumption."""
+        """Groups that are done or paused are kept with their tokens; those that an engine is generating now are begun again after a
+        resumption."""
         self.collect()
-        # before anything is awaited: groups end while others are written
+        # looked up before anything is awaited, because groups finish while others are written
         held: dict[str, tuple[Ref, tuple[Verdict | None, ...]]] = {name: (tokens, ()) for name, tokens in self.rollouts.unfinished.items()}
         held |= {name: (tokens, header.verdicts) for name, (header, tokens) in self.done.items()}
         files = {name: f"{i:05d}" for i, name in enumerate(n for n in self.wanted if n in held)}

@@ -1,6 +1,6 @@
-"""The numbers of a step: from the headers of its groups, the counts of the engines, the reports of the trained ranks.
+"""Computes the metrics of a step from the headers of its groups, the counters of the engines and the reports of the training ranks.
 
-Meanings: rlinf/metrics/names.py.
+What each metric means: rlinf/metrics/names.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from rlinf.scheduling.flops import Work, forward_flops, generation_work
 from rlinf.weights.architecture import Architecture
 from rlinf.workers.interfaces import TrainReport
 
-PARTS = {
+PARTS = {  # timer of a part of the step -> what the part is called in the names of metrics
     "forward_backward": "",
     "critic_update": "",
     "recompute_logprobs": "_recompute",
     "values": "_values",
     "token_rewards": "",
-}  # by timer: name in metrics
+}
 TRAINS = ("forward_backward", "critic_update")
 
 
@@ -59,13 +59,16 @@ def rollout_metrics(headers: Sequence[GroupHeader]) -> dict[str, float]:
 
 
 def dynamic_sampling_metrics(generated: int, used: int, filtered: int) -> dict[str, float]:
-    """Of the prompts that a step asked for: how many were answered, looked at, and found to teach nothing."""
+    """How many prompts of a step were answered, how many of these were needed, and how many of those were filtered out (no signal)."""
     return {f"rollout/prompts_{name}": float(n) for name, n in (("generated", generated), ("used", used), ("filtered", filtered))}
 
 
 def advantage_metrics(advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray], config: Config) -> dict[str, float]:
-    """Of the driver's advantages, an array [samples] a group, for the samples that are trained on (bool): what is left out of the whitening
-    may lie anywhere. With a critic none: the actor makes them then, token by token."""
+    """Statistics of the advantages of the samples that are trained on.
+
+    advantages: for each group an array [samples]. trained: for each group which samples are trained on (bool); the others took no part in
+    the whitening, so their values say nothing. Empty with a critic: the actor then computes the advantages, token by token.
+    """
     flat = np.concatenate([group[chosen] for group, chosen in zip(advantages, trained, strict=True)])
     if config.has_critic or not len(flat):
         return {}
@@ -82,7 +85,7 @@ def staleness_metrics(headers: Sequence[GroupHeader], version: int) -> dict[str,
 
 
 def engine_metrics(stats: Sequence[EngineStats]) -> dict[str, float]:
-    """What the engines counted in a step."""
+    """Metrics from what the engines counted in a step."""
     decoded, busy = sum(s.decoded_tokens for s in stats), max(s.busy_seconds for s in stats)
     return {
         "rollout/reused_tokens": float(sum(s.reused_tokens for s in stats)),
@@ -95,7 +98,8 @@ def engine_metrics(stats: Sequence[EngineStats]) -> dict[str, float]:
 def engine_speed_metrics(
     generated: Sequence[GroupHeader], stats: Sequence[EngineStats], arch: Architecture, devices: int, peak_tflops: float | None
 ) -> dict[str, float]:
-    """How fast the engines were, of which one was busy at least. devices: of all engines. peak_tflops: see peak_flops."""
+    """How fast the engines were; at least one must have been busy. devices: the number of devices of all engines together.
+    peak_tflops: see peak_flops."""
     work = sum((generation_work(h.prompt_length, h.response_lengths) for h in generated), Work())
     speed = forward_flops(arch, work) / devices / max(s.busy_seconds for s in stats)
     metrics = {"perf/rollout_tflops": speed / 1e12}
@@ -105,7 +109,7 @@ def engine_speed_metrics(
 
 
 def token_reward_metrics(headers: Sequence[GroupHeader], scores: Mapping[str, float]) -> dict[str, float]:
-    """Scores of responses, before their weight; of right and of wrong answers where there are any."""
+    """Statistics of the scores before they are weighted: of all responses, and of right and of wrong ones where there are any."""
     right = {name: is_right for h in headers for name, is_right in zip(h.sample_ids, h.right)}
     values = np.array([scores[name] for name in right])
     found = {"mean": values.mean(), "max": values.max(), "min": values.min()}
@@ -116,16 +120,17 @@ def token_reward_metrics(headers: Sequence[GroupHeader], scores: Mapping[str, fl
 
 
 def report_metrics(reports: Sequence[TrainReport], role: str, peak_tflops: float | None = None) -> dict[str, float]:
-    """What the ranks of a role report: metrics, the slowest rank's seconds, the largest memory, and the speeds that follow."""
+    """Metrics from the reports of a role's ranks: its metrics, the seconds of the slowest rank, the largest memory, and the speeds."""
     slowest = {name: max(r.timers[name] for r in reports) for name in reports[0].timers}
     memory = {f"perf/{role}_memory_gib": max(r.memory_bytes for r in reports) / 2**30}
     return reports[0].metrics | slowest | memory | speed_metrics(reports, role, slowest, peak_tflops)
 
 
 def speed_metrics(reports: Sequence[TrainReport], role: str, seconds: Mapping[str, float], peak_tflops: float | None) -> dict[str, float]:
-    """Operations a second of one rank in each part of the step, and their share of what its device is capable of, where that is known.
+    """Floating-point operations per second of one rank in each part of the step, and their share of the peak of its device (mfu, hfu) where
+    that is known.
 
-    mfu counts what the model asks for, hfu also what activation recompute adds. peak_tflops: see peak_flops.
+    mfu counts the operations of the model, hfu also those that activation recompute adds. peak_tflops: see peak_flops.
     """
     peak = peak_flops(peak_tflops, reports[0].peak_flops)
     found = {}
@@ -144,5 +149,5 @@ def speed_metrics(reports: Sequence[TrainReport], role: str, seconds: Mapping[st
 
 
 def peak_flops(peak_tflops: float | None, data_sheet: float) -> float:
-    """Operations a second that a device is capable of: runner.peak_tflops, or else its data sheet's; 0 = not known."""
+    """Peak operations per second of a device: runner.peak_tflops, or else the number in its data sheet; 0 = not known."""
     return peak_tflops * 1e12 if peak_tflops else data_sheet

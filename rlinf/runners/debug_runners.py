@@ -1,4 +1,4 @@
-"""Half a run, for work on one half: engines and verdicts without an actor, or training without engines."""
+"""The loops of half a run, for work on one half: generation without an actor, or training without engines."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rlinf.runners.step_metrics import advantage_metrics, rollout_metrics, stale
 from rlinf.runners.training_loop import StepResult, TrainingLoop
 
 
-class Half(TrainingLoop):
-    """Nothing is held out, and nothing beside weights and step is kept."""
+class DebugRunner(TrainingLoop):
+    """Has no validation, and no state beside weights and step in its checkpoints."""
 
     async def begin(self) -> None: ...
 
@@ -38,8 +38,8 @@ class Half(TrainingLoop):
     async def restore(self, folder: Path, state: dict[str, Any]) -> None: ...
 
 
-class RolloutOnly(Half):
-    """Every step with the weights that the engines started with: prompts, responses, verdicts, the advantages that training would see."""
+class RolloutOnlyRunner(DebugRunner):
+    """Every step generates and judges with the weights that the engines started with, and computes the advantages of training."""
 
     sampler: PromptSampler
 
@@ -79,8 +79,8 @@ class RolloutOnly(Half):
         return super().finished or self.sampler.exhausted(self.config.runner.max_epochs)
 
 
-class TrainOnly(Half):
-    """The steps of another run's journal, one after the other, from `first` on. reader: the ranks that read it (workers.journal)."""
+class TrainOnlyRunner(DebugRunner):
+    """Trains on the groups of another run's journal, step by step from `first` on. reader: the workers that read it (workers.journal)."""
 
     def __init__(
         self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, reader: WorkerGroup, steps: RecordedSteps,
