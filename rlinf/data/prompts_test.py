@@ -104,7 +104,7 @@ def test_chat_template_wraps_strings_and_message_lists(tmp_path: Path, tokenizer
     path = write(tmp_path, row(prompt="1+1?"), row(prompt=chat, query_id="r"))
     prompts, _ = load_prompts([path], DataConfig(apply_chat_template=True), tokenizer)
     assert [p.text for p in prompts] == ["<user>1+1?\n<assistant>", "<system>Be brief.\n<user>1+1?\n<assistant>"]
-    assert prompts[1].token_ids.tolist() == tokenizer.encode_chat(chat)
+    assert prompts[1].token_ids.tolist() == tokenizer.encode(prompts[1].text)
 
 
 BAD_LINES = {

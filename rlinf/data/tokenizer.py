@@ -99,9 +99,6 @@ class TextTokenizer:
         except TemplateError as error:  # it does not know some role or order of turns, or is no template
             raise BadChat(f"the model's chat template refuses the chat: {error}") from error
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        return self.encode(self.render_chat(messages))
-
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return self._backend.decode(list(ids), skip_special_tokens=True)

@@ -124,7 +124,6 @@ def test_chat_template_is_found_wherever_it_stands(tmp_path: Path, where: str) -
     tokenizer = load_tokenizer(str(folder))
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
     assert tokenizer.render_chat(chat) == "<system>Be brief.\n<user>1+1?\n<assistant>"
-    assert tokenizer.encode_chat(chat) == tokenizer.encode(tokenizer.render_chat(chat))
 
 
 THINKS = TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}{{ eos_token and style }}"
@@ -159,7 +158,7 @@ def test_a_variable_that_the_template_does_not_read_is_named(tmp_path: Path, nam
 
 def test_a_missing_chat_template_is_the_users_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no chat template"):
-        load_tokenizer(str(make_folder(tmp_path))).encode_chat([{"role": "user", "content": "hi"}])
+        load_tokenizer(str(make_folder(tmp_path))).render_chat([{"role": "user", "content": "hi"}])
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system turn, please') }}", "{% for %}", "{{ messages[0].x.y }}"])
