@@ -1,11 +1,11 @@
-"""A task that a 135M model learns in minutes: sums of two two-digit numbers whose units do not carry, in the AReaL-boba format.
+"""`rlinf data generate`: a task that a 135M model learns in minutes, sums of two two-digit numbers without a carry. AReaL-boba format.
 
-With carries the model only trades one kind of error for another in this time: a bias towards carrying helps half of the problems and
-hurts the others. Sums are below LIMIT, because larger ones are mostly right from the start.
+With carries the model would, in so short a time, only trade one kind of error for another: a bias towards carrying helps half of the
+problems and hurts the others. Sums are below LIMIT, because the model mostly gets larger ones right from the start.
 
-Every prompt is the same two worked examples and then the question; `response`, which RL does not look at, goes on from it for supervised
-fine-tuning. A problem is an unordered pair, so 23+45 and 45+23 are one; no
-problem is in both files, none is in the examples, and no answer can be read off an example.
+Every prompt is the same two worked examples followed by the question. `response`, which RL ignores, is the answer for supervised
+fine-tuning. A problem is an unordered pair: 23+45 and 45+23 are the same. No problem is in both files or in the worked examples, and no
+answer can be copied from an example.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def prompt(a: int, b: int) -> str:
 
 
 def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Path]:
-    """Write train.jsonl and val.jsonl into out_dir and return their paths. The files are a function of the arguments alone.
+    """Write train.jsonl and val.jsonl to out_dir and return their paths. Their content depends on the arguments only.
 
-    Raises UserError when n_train + n_val exceeds the number of distinct problems, and when a file is there with other content.
+    Raises UserError when n_train + n_val exceeds the number of distinct problems, and when a file exists with other content.
     """
     if n_train < 1 or n_val < 1 or n_train + n_val > len(PROBLEMS):
         raise UserError(
@@ -50,7 +50,7 @@ def generate(out_dir: Path, n_train: int, n_val: int, seed: int) -> dict[str, Pa
     records = []
     for i in chosen.tolist():
         a, b = PROBLEMS[i]
-        if words[i] & 1:  # the order of the terms is chance too
+        if words[i] & 1:  # the order of the terms is random too
             a, b = b, a
         record = {"prompt": prompt(a, b), "task": "math", "query_id": f"add-{a}-{b}", "solutions": [f"\\boxed{{{a + b}}}"]}
         records.append(record | {"response": answer(a, b)})

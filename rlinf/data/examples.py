@@ -1,8 +1,8 @@
-"""Examples for supervised fine-tuning from JSONL files: a prompt and the response that the model is to give.
+"""Reads examples for supervised fine-tuning from JSONL files: a prompt, and the response that the model is to learn.
 
-An example is a Group with one sample that nobody sampled: it packs, travels and trains like one. A line holds the prompt under
-data.prompt_key (text, or chat messages) and the response under sft.response_key; or a chat whose last turn is the assistant's, which
-then is the response. Prompt and response are tokenized apart, as they are when the model generates.
+An example is represented as a Group with one sample, whose response comes from the file instead of an engine; so it is packed and sent like
+any other. A line holds the prompt under data.prompt_key (text, or chat messages) and the response under sft.response_key; or a chat whose
+last turn is the assistant's, which is then the response. Prompt and response are tokenized separately, as when the model generates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from rlinf.config.schema import Config
 from rlinf.data.jsonl import BadLine, Fault, Row, describe, field, read_records
-from rlinf.data.prompts import id_of, prompt_of, rendered, told_of_repetition, unique_ids
+from rlinf.data.prompts import id_of, prompt_of, render_prompt, repetition_warning, unique_ids
 from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
 from rlinf.data.tokenizer import Message, TextTokenizer
 from rlinf.errors import UserError
@@ -27,7 +27,10 @@ TASK = "sft"
 
 @dataclass(frozen=True)
 class ExamplesReport:
-    """What became of the lines: read = kept + bad_records + too_long. fingerprint: of the ids and tokens of the kept examples, in order."""
+    """How many lines were used or dropped, and why: read = kept + bad_records + too_long.
+
+    fingerprint: a hash of the ids and tokens of the kept examples, in order.
+    """
 
     read: int
     kept: int
@@ -38,7 +41,7 @@ class ExamplesReport:
     fingerprint: str
 
     def describe(self) -> str:
-        """One line; what did not happen is not mentioned."""
+        """One line, in which counts of 0 are left out."""
         parts = [f"{self.kept} of {self.read} examples ({self.response_tokens} response tokens; longest {self.longest} tokens)"]
         parts += [f"longer than runner.seq_length dropped: {self.too_long}"] if self.too_long else []
         parts += [f"bad records skipped: {self.bad_records}"] if self.bad_records else []
@@ -47,7 +50,7 @@ class ExamplesReport:
 
 @dataclass(frozen=True)
 class _Record:
-    """A good line."""
+    """A line that could be read."""
 
     file: str
     line: int
@@ -57,7 +60,7 @@ class _Record:
 
 
 def load_examples(paths: Sequence[str], config: Config, tokenizer: TextTokenizer) -> tuple[list[Group], ExamplesReport]:
-    """The examples of all files, in order, and what became of the lines.
+    """The examples of all files, in order, and a report about the lines.
 
     Raises UserError when a file is missing, empty or not JSONL, when lines are bad (unless data.on_bad_record is `skip`), when an example
     is longer than runner.seq_length (unless data.filter_prompt_by_length), and when nothing is left.
@@ -84,8 +87,8 @@ def load_examples(paths: Sequence[str], config: Config, tokenizer: TextTokenizer
 
 
 def repeated(training: Iterable[Group], held_out: Sequence[Group]) -> str | None:
-    """What to say when held-out examples, prompt and response, are trained on; None when none is."""
-    return told_of_repetition({_content(g) for g in training}, {g.group_id: _content(g) for g in held_out}, "examples")
+    """A warning when held-out examples are also trained on, with the same prompt and response; None when none is."""
+    return repetition_warning({_content(g) for g in training}, {g.group_id: _content(g) for g in held_out}, "examples")
 
 
 def _content(group: Group) -> bytes:
@@ -93,7 +96,7 @@ def _content(group: Group) -> bytes:
 
 
 def example(name: str, prompt_ids: np.ndarray, response_ids: np.ndarray) -> Group:
-    """A prompt and a response whose every token counts in the loss."""
+    """The group of a prompt and a response, all of whose tokens are in the loss."""
     n = len(response_ids)
     sample = Sample(sample_id(name, 0), response_ids, np.full(n, np.nan, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP)
     return Group(name, Prompt(name, prompt_ids, TASK, ("",)), (sample,))
@@ -113,7 +116,7 @@ def _parse(row: Row, path: Path, number: int, config: Config) -> _Record:
 
 
 def _tokenize(records: Sequence[_Record], config: Config, tokenizer: TextTokenizer) -> tuple[list[Group], list[Fault]]:
-    prompts = tokenizer.encode_batch([rendered(r, tokenizer) for r in records])
+    prompts = tokenizer.encode_batch([render_prompt(r, tokenizer) for r in records])
     responses = tokenizer.encode_batch([r.response for r in records], bos=False)
     names, _ = unique_ids([r.query_id for r in records])
     examples, too_long = [], []

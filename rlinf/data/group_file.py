@@ -1,4 +1,4 @@
-"""A group on disk: its samples and verdicts in one safetensors file, from which it comes back exactly."""
+"""Writes and reads a group (prompt, samples, verdicts) exactly: as a safetensors file, or as JSON values and arrays for the journal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARRAYS = ("token_ids", "rollout_logprobs", "loss_mask")  # of a sample
 
 
 def write_group(path: Path, group: Group) -> None:
-    """Durable when this returns."""
+    """Write the group as a safetensors file, which is synced to disk when this returns."""
     about, arrays = take_apart(group)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, metadata={"group": json.dumps(about)})
@@ -29,7 +29,7 @@ def write_group(path: Path, group: Group) -> None:
 
 
 def read_group(path: Path) -> Group:
-    """Raises UserError that names a file which is missing or damaged."""
+    """What write_group() wrote. Raises UserError when the file is missing or damaged."""
     try:
         with safe_open(path, "np") as file:
             return put_together(json.loads((file.metadata() or {})["group"]), file.get_tensor)
@@ -38,7 +38,7 @@ def read_group(path: Path) -> Group:
 
 
 def take_apart(group: Group) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What JSON can hold of a group, and its arrays by name."""
+    """(the parts of a group that JSON can hold, its arrays by name)."""
     arrays = {"prompt": group.prompt.token_ids}
     arrays |= {f"{k}.{name}": getattr(sample, name) for k, sample in enumerate(group.samples) for name in ARRAYS}
     prompt, *samples = (_plain(record) for record in (group.prompt, *group.samples))
@@ -47,7 +47,7 @@ def take_apart(group: Group) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def put_together(about: Mapping[str, Any], array: Callable[[str], np.ndarray]) -> Group:
-    """The group again. Raises KeyError, TypeError or ValueError when the parts are not those of a group."""
+    """The group that take_apart() was given. Raises KeyError, TypeError or ValueError when the parts are not those of a group."""
     prompt = Prompt(token_ids=array("prompt"), **about["prompt"] | {"solutions": tuple(about["prompt"]["solutions"])})
     samples = tuple(_sample(s, {name: array(f"{k}.{name}") for name in ARRAYS}) for k, s in enumerate(about["samples"]))
     return Group(about["group_id"], prompt, samples, tuple(v and _verdict(v) for v in about["verdicts"]))

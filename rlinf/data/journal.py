@@ -1,6 +1,7 @@
-"""Every group of a step as it was generated and judged: samples/groups_NNNNNN.jsonl, a line a group, from which it comes back to the bit.
+"""The journal, samples/groups_NNNNNN.jsonl: every group that was begun for a step, as it was generated and judged. From it a step can be
+trained again exactly.
 
-Arrays are base64 of little-endian numbers: about 11 bytes a token. A line is written by the worker that judged the group.
+A line holds a group, with arrays as base64 of little-endian numbers: about 11 bytes a token. The worker that judged it writes the line.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def group_line(group: Group) -> str:
 
 
 def read_groups(path: Path) -> Iterator[Group]:
-    """In the order in which they were judged; a torn last line is left out. Raises UserError that names a line which is damaged."""
+    """The groups in the order in which they were judged, without a torn last line. Raises UserError that names a damaged line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):

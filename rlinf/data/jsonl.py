@@ -1,4 +1,4 @@
-"""JSONL files: read as users bring them, one JSON object a line; written whole.
+"""Reads users' JSONL files (one JSON object a line), and writes files atomically.
 
 A line that cannot be used is a Fault with file, line and reason.
 """
@@ -18,7 +18,7 @@ from rlinf.config.values import unique_keys
 from rlinf.errors import UserError
 
 SHOWN_LINES = 20
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a write says, without naming the file
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write, which do not name the file
 HALF_A_PAIR = "holds half a surrogate pair, which is no character"
 MAGIC = {b"\x1f\x8b": "gzip-compressed", b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd-compressed"}
 Row = dict[str, Any]
@@ -35,11 +35,11 @@ class Fault:
 
 
 class BadLine(Exception):
-    """Why a line is not a record; becomes a Fault."""
+    """Raised by a parse function for a line that is not a record; becomes a Fault."""
 
 
 def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_bad_record: str) -> tuple[list[R], list[Fault]]:
-    """parse(row, file, line) of every line of all files, in order, and the lines that it, or JSON, did not take.
+    """parse(row, file, line) of every line of all files, in order, and the faults of the lines that it refused or that are not JSON.
 
     Raises UserError when a file is missing, empty or not JSONL, and when lines are bad unless on_bad_record (data.on_bad_record) is `skip`.
     """
@@ -51,11 +51,11 @@ def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
-    """A file to write, which becomes `path` when the block ends well and is gone when it does not; makes the folder.
+def atomic_write(path: Path) -> Iterator[TextIO]:
+    """Opens a scratch file, which is renamed to `path` when the block ends without an error, and removed otherwise; makes the folder.
 
-    Links are followed, and a pipe or a device is written as it stands: nothing but a file is ever replaced.
-    Raises UserError when it cannot be written, before the block where that can be known.
+    Links are followed. A pipe or a device is written directly: only files are ever replaced.
+    Raises UserError when `path` cannot be written, before the block where that is known before.
     """
     place = Path(os.path.realpath(path))
     scratch = place.with_name(f".{place.name}.{os.getpid()}")
@@ -72,7 +72,7 @@ def written_whole(path: Path) -> Iterator[TextIO]:
         os.replace(scratch, place)
     except OSError as error:
         if not (error.errno in DISK_FULL or error.filename in map(str, (path, scratch, *path.parents, *place.parents))):
-            raise  # the block's own, about something else
+            raise  # an error of the block that is about something else
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another file, or make room for this one") from error
     finally:
         if scratch.is_file():
@@ -80,13 +80,14 @@ def written_whole(path: Path) -> Iterator[TextIO]:
 
 
 def refuse_itself(source: Path, target: Path) -> None:
-    """Raises UserError when the result would take the place of what it is made from."""
+    """Raise UserError when source and target are the same file, so that the result would overwrite its input."""
     if source.exists() and target.exists() and source.samefile(target):
         raise UserError(f"{target}: is the file that is read, and would be lost; name another file for the result")
 
 
 def write_splits(folder: Path, train: Iterable[Row], val: Iterable[Row]) -> dict[str, Path]:
-    """train.jsonl and val.jsonl in `folder`; their paths. Raises UserError when one is there with other content, and then writes none."""
+    """Write train.jsonl and val.jsonl to `folder` and return their paths. Raises UserError, and writes neither, when one exists with other
+    content."""
     texts = {name: "".join(json.dumps(record) + "\n" for record in records) for name, records in (("train", train), ("val", val))}
     files = {name: folder / f"{name}.jsonl" for name in texts}
     others = [str(f) for name, f in files.items() if f.is_file() and f.read_bytes() != texts[name].encode()]
@@ -95,20 +96,20 @@ def write_splits(folder: Path, train: Iterable[Row], val: Iterable[Row]) -> dict
             f"{' and '.join(others)}: there already, with other content; nothing was written: name another folder, or remove it"
         )
     for name, file in files.items():
-        with written_whole(file) as out:
+        with atomic_write(file) as out:
             out.write(texts[name])
     return files
 
 
 def field(row: Row, name: str, key: str) -> Any:
-    """The value of a field whose name is the configuration's `key`."""
+    """The value of the field `name`. key: the configuration key that sets this name. Raises BadLine when there is no such field."""
     if name not in row:
         raise BadLine(f"no field `{name}` ({key}); the line has: {', '.join(row) or 'nothing'}")
     return row[name]
 
 
 def describe(faults: Sequence[Fault], what: str, remedy: str) -> str:
-    """The first faults, one a line, under a heading and above what to do."""
+    """A message with the first faults, one a line, between the heading "N data lines `what`" and the remedy."""
     shown = [f"  {fault.file}, line {fault.line}: {fault.reason}" for fault in faults[:SHOWN_LINES]]
     if len(faults) > SHOWN_LINES:
         shown.append(f"  and {len(faults) - SHOWN_LINES} more")
@@ -117,7 +118,7 @@ def describe(faults: Sequence[Fault], what: str, remedy: str) -> str:
 
 
 def read_file(path: Path, parse: Callable[[Row, Path, int], R]) -> Iterator[R | Fault]:
-    """parse(row, file, line) of every line, or the Fault of a line that it, or JSON, did not take; read as one asks for them.
+    """Yields for every line parse(row, file, line), or the Fault of a line that it refused or that is not JSON.
 
     Raises UserError when the file is missing, empty or not JSONL.
     """
@@ -140,7 +141,7 @@ def read_file(path: Path, parse: Callable[[Row, Path, int], R]) -> Iterator[R | 
 
 
 def _check_start(path: Path, start: bytes) -> None:
-    """Refuse what is no JSONL at all, in one sentence instead of one for each line."""
+    """Raise UserError for a file that is not JSONL at all, with one message instead of one for each line."""
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
             raise UserError(f"{path}: {kind}; give it as plain JSONL (one JSON object a line)")
@@ -167,7 +168,7 @@ def _row(raw: bytes) -> Row:
 
 
 def is_unicode(row: Row) -> bool:
-    """JSON may escape half a surrogate pair; no tokenizer takes that."""
+    """False when a string holds half a surrogate pair, which JSON can escape but no tokenizer accepts."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:

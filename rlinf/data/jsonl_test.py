@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rlinf.data.jsonl import refuse_itself, write_splits, written_whole
+from rlinf.data.jsonl import atomic_write, refuse_itself, write_splits
 from rlinf.errors import UserError
 
 
 def write(path: Path, text: str = "new\n") -> None:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text)
 
 

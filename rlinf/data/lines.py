@@ -1,4 +1,4 @@
-"""JSON lines that several processes write into one file."""
+"""Appends lines to a file that several processes write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Append all lines in one write, so that those of several writers do not mix; the folder is made.
+    """Append all lines in one write, so that lines of several writers do not mix. Makes the folder.
 
     Raises OSError that names the file.
     """
@@ -17,9 +17,9 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
     data = ("\n".join(lines) + "\n").encode("utf-8", "replace")
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        if os.write(fd, data) < len(data):  # the kernel writes what still fits, and calls it no error
+        if os.write(fd, data) < len(data):  # on a full disk the kernel writes what fits, and reports no error
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:  # a descriptor has no name: say which file the full disk is about
+    except OSError as error:  # errors of a descriptor do not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(fd)

@@ -1,6 +1,6 @@
-"""Prompts from JSONL files in the AReaL-boba format: one object a line with `prompt`, `task`, `query_id`, `solutions`.
+"""Reads prompts from JSONL files in the AReaL-boba format: one object a line with `prompt`, `task`, `query_id`, `solutions`.
 
-A prompt is taken as it stands (boba prompts carry their chat markers already); the tokenizer adds its BOS, if it has one.
+A prompt is used as it is written in the file (boba prompts already contain their chat markers); the tokenizer adds its BOS, if it has one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rlinf.errors import UserError
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the lines. read = kept + bad_records + filtered_by_task (all tasks) + filtered_by_length.
+    """How many lines were used or dropped, and why. read = kept + bad_records + filtered_by_task (all tasks) + filtered_by_length.
 
-    fingerprint: of the ids and tokens of the kept prompts, in order; the sampler refuses to resume over other data.
+    fingerprint: a hash of the ids and tokens of the kept prompts, in order; the sampler refuses to resume with other data.
     """
 
     read: int
@@ -40,7 +40,7 @@ class DataReport:
     fingerprint: str
 
     def describe(self) -> str:
-        """One line; what did not happen is not mentioned."""
+        """One line, in which counts of 0 are left out."""
         tasks = ", ".join(f"{task} {n}" for task, n in sorted(self.tasks.items()))
         parts = [f"{self.kept} of {self.read} prompts ({tasks}; longest {self.longest_prompt} tokens)"]
         if self.filtered_by_task:
@@ -57,7 +57,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Record:
-    """A good line. `prompt` is text, or the turns of a chat that the template will wrap."""
+    """A line that could be read. prompt: text, or the turns of a chat, to which the chat template will be applied."""
 
     file: str
     line: int
@@ -68,7 +68,7 @@ class Record:
 
 
 def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], DataReport]:
-    """The prompts of all files, in order, and what became of the lines.
+    """The prompts of all files, in order, and a report about the lines.
 
     Raises UserError when a file is missing, empty or not JSONL, when lines are bad (unless data.on_bad_record is `skip`), when a
     prompt is too long (unless data.filter_prompt_by_length), and when nothing is left.
@@ -103,12 +103,12 @@ def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenize
 
 
 def repeated(training: Iterable[Prompt], held_out: Sequence[Prompt]) -> str | None:
-    """What to say when the model trains on prompts that it is then measured on; None when it does not. Told by their tokens."""
-    return told_of_repetition({p.token_ids.tobytes() for p in training}, {p.prompt_id: p.token_ids.tobytes() for p in held_out}, "prompts")
+    """A warning when held-out prompts are also trained on; None when none is. Two prompts are the same when their tokens are."""
+    return repetition_warning({p.token_ids.tobytes() for p in training}, {p.prompt_id: p.token_ids.tobytes() for p in held_out}, "prompts")
 
 
-def told_of_repetition(training: Set[bytes], held_out: Mapping[str, bytes], what: str) -> str | None:
-    """held_out: by id."""
+def repetition_warning(training: Set[bytes], held_out: Mapping[str, bytes], what: str) -> str | None:
+    """A warning when contents of `held_out` (id -> content) are in `training`; None when none is. what: the word for the items."""
     both = [name for name, content in held_out.items() if content in training]
     if not both:
         return None
@@ -128,7 +128,7 @@ def _why_none(report: DataReport, data: DataConfig, shortest: int) -> str:
 
 
 def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
-    """Raises BadLine when the row is no prompt for training."""
+    """The record in a row. Raises BadLine when the row cannot be trained on."""
     task = row.get("task")
     if task is not None and not isinstance(task, str):
         raise BadLine("`task` is not a string")
@@ -143,7 +143,7 @@ def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
 
 
 def id_of(row: Row, path: Path, number: int) -> str:
-    """The record's own id, or its place."""
+    """The record's own id; without one, its place FILE:LINE."""
     query_id = row.get("query_id")
     if query_id is None:
         return f"{path.name}:{number}"
@@ -153,7 +153,7 @@ def id_of(row: Row, path: Path, number: int) -> str:
 
 
 def prompt_of(value: Any, data: DataConfig) -> str | tuple[Message, ...]:
-    """Text as it stands, or the turns that the chat template wraps."""
+    """Checks the value of a prompt field: returns text, or with data.apply_chat_template the turns of a chat. Raises BadLine."""
     name = data.prompt_key
     if isinstance(value, str):
         if not value.strip():
@@ -182,7 +182,7 @@ def _solutions(value: Any, name: str) -> tuple[str, ...]:
 
 
 def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:
-    """Names in the order of the records, and how many had to change: the second and later bearers of an id get their place appended."""
+    """(unique names in the order of `ids`, how many differ from their id): when an id repeats, all but its first get their index added."""
     taken = set(ids)
     seen: set[str] = set()
     names, renamed = [], 0
@@ -200,8 +200,8 @@ def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _tokenize(named: list[tuple[str, Record]], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], list[tuple[int, Fault]]]:
-    """The prompts, and those that are too long with their number of tokens."""
-    texts = [rendered(r, tokenizer) for _, r in named]
+    """(prompts, those that are too long as (number of tokens, fault))."""
+    texts = [render_prompt(r, tokenizer) for _, r in named]
     prompts, too_long = [], []
     for (name, r), text, ids in zip(named, texts, tokenizer.encode_batch(texts)):
         if len(ids) > data.max_prompt_length:
@@ -213,8 +213,8 @@ def _tokenize(named: list[tuple[str, Record]], data: DataConfig, tokenizer: Text
     return prompts, too_long
 
 
-def rendered(record: Any, tokenizer: TextTokenizer) -> str:
-    """The prompt of a record, which has `prompt`, `file` and `line`, as text."""
+def render_prompt(record: Any, tokenizer: TextTokenizer) -> str:
+    """The prompt of a record as text, with the chat template applied to a chat. record: has `prompt`, `file` and `line`."""
     if isinstance(record.prompt, str):
         return record.prompt
     try:

@@ -1,8 +1,8 @@
-"""The vocabulary: what walks through the rooms, in the order prompts -> samples -> verdicts -> groups -> headers.
+"""The data types that all packages share, in the order in which a step makes them: prompt, sample, verdict, group, group header.
 
-Arrays of one sample are indexed by generated token t = 0..T-1; the log-probability of token t comes from position P+t-1 of the
-packed sequence (methods: token alignment rule). Log-probabilities and entropies, on every side, are of
-softmax(logits / temperature), before top-p and top-k.
+Arrays of a sample are indexed by generated token t = 0..T-1. With a prompt of P tokens, the log-probability of token t is computed from the
+logits at position P+t-1 of the sequence. Log-probabilities and entropies, in engines and trainer, are of softmax(logits / temperature),
+before top-p and top-k.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Finish(str, Enum):
 
     @property
     def cut_off(self) -> bool:
-        """Whether the sample would have gone on."""
+        """Whether the model was stopped by a length limit, before it ended the answer itself."""
         return self in (Finish.LENGTH, Finish.WINDOW)
 
 
 class Status(str, Enum):
-    """What the verifier says of an answer."""
+    """What the verifier says about an answer."""
 
     RIGHT = "right"
     WRONG = "wrong"
@@ -38,7 +38,12 @@ class Status(str, Enum):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem. token_ids [P] int32, exactly as the engine and the trainer see it (one BOS where the model has one)."""
+    """One problem.
+
+    token_ids    [P] int32, exactly as engine and trainer see it (with one BOS where the model has one)
+    task         how answers are judged
+    solutions    the accepted answers
+    """
 
     prompt_id: str
     token_ids: np.ndarray
@@ -95,7 +100,7 @@ class Sample:
         return np.repeat([v for v, _ in self.versions], [n for _, n in self.versions]).astype(np.int64)
 
     def continued_by(self, rest: Sample) -> Sample:
-        """This sample and what was generated behind it, as one; every token keeps its version and its log-probability."""
+        """This sample and what was generated after it, as one; every token keeps its version and its log-probability."""
         if rest.sample_id != self.sample_id:
             raise ValueError(f"sample {self.sample_id} is not continued by {rest.sample_id}")
         versions = list(self.versions)
@@ -117,10 +122,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """reward (already scaled), status, the extracted answer (None: no answer found), the route that decided, seconds spent.
+    """The judgement of one answer.
 
-    parts: what the reward is the sum of, beside correctness, as ((name, value), ...): format, overlong, exploration, the user's own.
-    failed: those of the user's own that gave no number; they are 0.
+    reward       already scaled, with all its parts
+    extracted    the answer that was found in the text; None = there is none
+    route        which rule of the verifier decided
+    parts        what was added to the reward for correctness, as ((name, value), ...): format, overlong, exploration, the user's own parts
+    failed       the user's own parts that gave no number; they count as 0
     """
 
     reward: float
@@ -135,7 +143,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Group:
-    """The samples of one prompt: the unit of GRPO, of a worker call and of filtering; the payload that only train workers open.
+    """The samples of one prompt: the unit of GRPO, of a worker call and of filtering. It is the payload, which the driver never opens.
 
     May be incomplete (fewer samples than group_size); a verdict may still be None.
     """
@@ -166,7 +174,7 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupHeader:
-    """What travels to the driver: ids, lengths, versions and verdicts of a group. Never tokens."""
+    """What the driver sees of a group: ids, lengths, versions and verdicts, but no tokens."""
 
     group_id: str
     prompt_id: str
@@ -200,7 +208,7 @@ class GroupHeader:
 
     @property
     def right(self) -> tuple[bool, ...]:
-        """Which answers are right, whatever the reward was shaped to."""
+        """Which answers are right, whatever their shaped rewards are."""
         return tuple(v is not None and v.status is Status.RIGHT for v in self.verdicts)
 
 

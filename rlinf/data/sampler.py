@@ -1,8 +1,7 @@
-"""Which prompts come next: a seeded stream that can be stopped and continued anywhere.
+"""The order of the training data: a seeded stream of prompt indices that can be stopped and continued anywhere.
 
-The stream is the concatenation of the epochs' orders, cut into batches. A batch that meets the end of an epoch is filled from the
-start of the next one, so every prompt is seen once in each epoch and none is skipped; that one batch may hold a prompt twice, once
-for each epoch.
+The stream is the epochs' orders one after the other, cut into batches. A batch at the end of an epoch is filled from the start of the next
+one, so every prompt is seen once in each epoch and none is skipped; such a batch may hold a prompt twice, once from each epoch.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ _MEANING = {"n": "a number of training prompts of", "seed": "data.seed", "shuffl
 
 
 def epoch_order(n: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch [n]: a function of its arguments alone, equal on every machine and numpy version.
+    """The order of an epoch [n]. It depends on the arguments only, and is the same on every machine and with every numpy version.
 
-    Sorting raw Philox words, because numpy fixes the stream of a bit generator but not the algorithm of `permutation`.
+    It sorts raw Philox words, because numpy keeps the stream of a bit generator stable, but not the algorithm of `permutation`.
     """
     if not shuffle:
         return np.arange(n)
@@ -29,7 +28,7 @@ def epoch_order(n: int, shuffle: bool, seed: int, epoch: int) -> np.ndarray:
 class PromptSampler:
     """Batches of prompt indices. `epoch` counts from 0; `cursor` is the number of prompts of that epoch already handed out.
 
-    fingerprint: what the prompts are (DataReport.fingerprint); a state is refused when it was made over other prompts.
+    fingerprint: identifies the prompts (DataReport.fingerprint); a state that was saved with other prompts is refused.
     Raises UserError when there are fewer prompts than one batch needs.
     """
 
@@ -62,22 +61,22 @@ class PromptSampler:
         return batch
 
     def give_back(self, count: int) -> None:
-        """The last `count` prompts were not used after all: they come next."""
+        """Return the last `count` prompts to the stream: they come next."""
         self._go_to(*divmod(self.handed_out - count, self.n))
 
     @property
     def handed_out(self) -> int:
-        """Prompts since the start of the run."""
+        """How many prompts were handed out since the start of the run."""
         return self.epoch * self.n + self.cursor
 
     def exhausted(self, max_epochs: int) -> bool:
-        """Whether max_epochs epochs hold no whole batch any more."""
+        """Whether less than a batch is left of max_epochs epochs."""
         return self.n * max_epochs - self.handed_out < self.batch_size
 
     def total_steps(self, max_epochs: int, max_steps: int, done: int = 0, waiting: int = 0) -> int:
-        """Steps of a run: whole batches in max_epochs epochs, cut off at max_steps unless that is -1.
+        """The number of steps of a run: as many as there are whole batches in max_epochs epochs, at most max_steps unless that is -1.
 
-        done: steps that were made so far, with batches of any size. waiting: prompts that were handed out for later ones.
+        done: steps that were made so far, with batches of any size. waiting: prompts that were handed out for steps not yet made.
         """
         left = self.n * max_epochs - self.handed_out + waiting
         by_epochs = done + max(0, left // self.batch_size)
@@ -88,7 +87,7 @@ class PromptSampler:
         return {"epoch": self.epoch, "cursor": self.cursor} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises UserError when the data, data.seed or data.shuffle are not those of the state."""
+        """Continue where `state` was taken. Raises UserError when it was saved with other data, data.seed or data.shuffle."""
         for name, mine in self._identity().items():
             if state[name] != mine:
                 raise UserError(

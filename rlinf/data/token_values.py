@@ -1,8 +1,8 @@
-"""What training saw of each sample, for a person who looks into a run: samples/tokens_NNNNNN.jsonl, a line a sample.
+"""samples/tokens_NNNNNN.jsonl: what training computed for each sample, a line a sample, for people who look into a run.
 
-Every line has the sample's advantage, the gap between actor and engine, and the importance ratio. A few samples of a step (the highest
-and the lowest advantage, the largest gap, some at random) also have their tokens, with three values each, a byte a value: the size of the
-file does not depend on the model, and hardly on the batch.
+Every line has the sample's advantage, the gap between actor and engine, and the importance ratio. For a few samples of a step (the highest
+and the lowest advantage, the largest gap, some at random) it also has the tokens with three values each. A value takes one byte, so that
+the file stays small.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNKNOWN = -128
 
 @dataclass(frozen=True)
 class DumpPlan:
-    """Where one step's lines go, and the samples that are written with their tokens beside the one with the largest gap."""
+    """The file for one step, and the samples that are written with their tokens (beside the one with the largest gap, found later)."""
 
     path: str
     sample_ids: frozenset[str]
@@ -33,7 +33,10 @@ class DumpPlan:
 def plan_dump(
     path: str, headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray], trained: Sequence[np.ndarray], seed: tuple[int, ...]
 ) -> DumpPlan:
-    """The highest advantage, the lowest, and RANDOM_SAMPLES others; of the samples that are trained on (bool): the rest have no line."""
+    """Choose the samples to write with their tokens: the highest advantage, the lowest, and RANDOM_SAMPLES others.
+
+    trained: for each group which samples are trained on (bool); the others get no line.
+    """
     names = [name for h, those in zip(headers, trained, strict=True) for name, is_in in zip(h.sample_ids, those, strict=True) if is_in]
     if not names:
         return DumpPlan(path, frozenset())
@@ -45,8 +48,12 @@ def plan_dump(
 
 @dataclass(frozen=True)
 class TokenValues:
-    """One sample, [T] each, NaN where the token does not count: its advantage, log π/π_old before the optimizer step, and
-    log π_old - log μ, the actor against the rollout engine."""
+    """The values of one sample, [T] each, NaN where a token is not in the loss.
+
+    advantages    of each token
+    log_ratios    log π/π_old, before the optimizer step
+    gaps          log π_old - log μ: the actor against the rollout engine
+    """
 
     sample_id: str
     advantages: np.ndarray
@@ -79,7 +86,7 @@ def short(value: float) -> float | None:
 
 
 def encode(values: np.ndarray) -> str:
-    """A signed byte a value on a logarithmic scale, in base64."""
+    """The values as signed bytes on a logarithmic scale, in base64."""
     with np.errstate(divide="ignore", invalid="ignore"):
         level = 1 + np.log10(np.abs(values) / SMALLEST) * (LEVELS - 1) / DECADES
     code = np.where(level < 1, 0, np.clip(np.rint(level), 1, LEVELS)) * np.sign(values)
@@ -87,6 +94,7 @@ def encode(values: np.ndarray) -> str:
 
 
 def decode(text: str) -> np.ndarray:
+    """The values that encode() was given, to within half a step of its scale."""
     code = np.frombuffer(base64.b64decode(text), np.int8).astype(float)
     size = SMALLEST * 10 ** ((np.abs(code) - 1) * DECADES / (LEVELS - 1))
     return np.where(code == UNKNOWN, np.nan, np.where(code == 0, 0.0, np.sign(code) * size))

@@ -1,7 +1,7 @@
-"""A model folder's tokenizer, read straight from tokenizer.json.
+"""The tokenizer of a model folder, read from tokenizer.json.
 
-The `tokenizers` library alone is used (import: 0.02 s); transformers, which brings torch along (3 s), is imported only for chat
-templates and for folders without tokenizer.json.
+Only the `tokenizers` library is used, whose import takes 0.02 s. transformers, which imports torch (3 s), is needed only for chat templates
+and for folders without tokenizer.json.
 """
 
 from __future__ import annotations
@@ -22,36 +22,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 VARIABLES = "data.chat_template_variables"
-NO_VARIABLES = {  # names in a template that Jinja, transformers or the chat itself gives a meaning
+NOT_THE_USERS = {  # names in a template that Jinja, transformers or the chat itself defines
     "messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "pad_token", "unk_token", "raise_exception",
     "strftime_now", "namespace", "range", "dict", "loop", "cycler", "joiner", "lipsum",
 }  # fmt: skip
-ENCODE_AT_ONCE = 1024  # texts; an encoding is some hundred bytes a token until its ids are taken out
+ENCODE_AT_ONCE = 1024  # texts; until its ids are taken out, an encoding holds some hundred bytes for each token
 
-UNSURE = 3  # bytes of a character that is not whole, at most: as many U+FFFD of a text may become one
-KEPT = 3 * UNSURE  # tokens that have as many U+FFFD at their end
-MOST_PENDING = 2 * KEPT  # tokens of which no whole character has come
+# for pieces(), which decodes tokens whose bytes may be parts of a character
+UNSURE = 3  # an incomplete character has at most so many bytes: so many U+FFFD at the end may still become a character
+KEPT = 3 * UNSURE  # tokens of context that hold at least as many U+FFFD at their end
+MOST_PENDING = 2 * KEPT  # after so many tokens without a complete character the bytes are taken to be broken
 
 Message = Mapping[str, str]
 """One turn of a chat: {"role": ..., "content": ...}."""
 
 
 class BadChat(UserError):
-    """A chat that the model's template does not take."""
+    """A chat that the model's chat template refuses."""
 
 
 class TextTokenizer:
-    """Text <-> token ids. Exactly one BOS leads a text where the model's tokenizer adds one, none where it does not.
+    """Text <-> token ids. An encoded text begins with exactly one BOS if the model's tokenizer adds one, otherwise with none.
 
-    eos_token_ids: every token that generation_config.json, config.json or the tokenizer calls an end token (the union, as SGLang
-    takes it), in that order.
+    eos_token_ids: every token that generation_config.json, config.json or the tokenizer names as an end token, in that order (SGLang also
+    takes all of them).
     """
 
     def __init__(
         self, backend: Tokenizer, settings: dict[str, Any], eos_token_ids: tuple[int, ...], variables: Mapping[str, Any] | None = None
     ) -> None:
         self._backend = backend
-        self._variables = {} if variables is None else _known_to(settings.get("chat_template"), variables)
+        self._variables = variables or {}
+        _check_variables(settings.get("chat_template"), self._variables)
         self._settings = settings
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)  # the embedding may be padded to more rows
@@ -61,7 +63,7 @@ class TextTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], bos: bool = True) -> list[list[int]]:
-        """As encode, on all cores; bos=False for what goes on from another text."""
+        """Encode many texts, on all cores. bos=False: for texts that continue another one."""
         encoded: list[list[int]] = []
         for start in range(0, len(texts), ENCODE_AT_ONCE):
             chunk = list(texts[start : start + ENCODE_AT_ONCE])
@@ -72,9 +74,9 @@ class TextTokenizer:
 
     @property
     def end_token_id(self) -> int:
-        """The token that ends what a person writes for the model to learn: the tokenizer's own, with which a chat template ends a turn.
+        """The token that ends a response in training data: the tokenizer's own end token, with which chat templates end a turn.
 
-        Other files may name more, and another one first.
+        It need not be the first of eos_token_ids, which may come from another file.
         """
         own = _content(self._settings.get("eos_token"))
         found = None if own is None else self._backend.token_to_id(own)
@@ -85,8 +87,8 @@ class TextTokenizer:
         return bool(self._settings.get("chat_template"))
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """The chat as text, up to where the assistant's turn begins. Raises UserError when the model has no chat template, BadChat when
-        that does not take the chat."""
+        """The chat as text that ends where the assistant's turn begins. Raises UserError when the model has no chat template, and BadChat
+        when the template refuses the chat."""
         if not self.has_chat_template:
             raise UserError(
                 "data.apply_chat_template is true, but the model folder has no chat template (chat_template.jinja, or chat_template in "
@@ -104,18 +106,18 @@ class TextTokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text: "" where a character is not whole yet. Joined they are decode(ids)."""
+        """What each token adds to the text; "" where a character is not complete yet. Joined, the pieces are decode(ids)."""
         pieces: list[str] = []
-        context: list[int] = []  # what was told last: so that the left edge does not change how the rest is read
-        pending: list[int] = []
-        told = 0  # characters of decode(context + pending)
+        context: list[int] = []  # the last tokens whose text is in `pieces`, since a text without what precedes it may decode differently
+        pending: list[int] = []  # tokens after them, whose text is not in `pieces` yet
+        told = 0  # how many characters of decode(context + pending) are in `pieces`
         for i, token in enumerate(ids):
             if token not in self._silent:
                 pending.append(token)
             text = self.decode(context + pending)
             whole = i + 1 == len(ids) or not text.endswith("\ufffd")
             end = len(text) if whole else told
-            if not whole and len(pending) > MOST_PENDING:  # what is broken stays so, but for the last bytes
+            if not whole and len(pending) > MOST_PENDING:  # broken bytes will not become characters; only the last ones still may
                 end = max(told, len(text) - min(UNSURE, len(text) - len(text.rstrip("\ufffd"))))
             pieces.append(text[told:end])
             if end > told:
@@ -130,7 +132,7 @@ class TextTokenizer:
         return frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
     def chat_markers(self) -> list[str]:
-        """The special tokens that the chat template writes; empty when there is no template."""
+        """The special tokens that the chat template contains; empty when there is no template."""
         template = self._settings.get("chat_template") or ""
         return sorted(token.content for token in self._backend.get_added_tokens_decoder().values() if token.content in template)
 
@@ -144,7 +146,7 @@ class TextTokenizer:
 
 
 def tokenizer_of(config: Config, model_dir: str | None = None) -> TextTokenizer:
-    """The one that a run uses: that of rollout.model_dir, or of the other folder that is given, under the configuration's settings."""
+    """The tokenizer of a run, with the settings of its configuration. model_dir: None = rollout.model_dir."""
     return load_tokenizer(model_dir or config.rollout.model_dir, config.rollout.trust_remote_code, config.data.chat_template_variables)
 
 
@@ -171,20 +173,19 @@ def load_tokenizer(model_dir: str, trust_remote_code: bool = False, variables: M
     return TextTokenizer(backend, _with_named_template(settings), _eos_token_ids(folder, backend, settings), given)
 
 
-def _known_to(template: str | None, variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same. Raises UserError for a variable that the template does not read."""
+def _check_variables(template: str | None, variables: Mapping[str, Any]) -> None:
+    """Raise UserError for a variable that the template does not read."""
     if not variables:
-        return variables
+        return
     from jinja2 import Environment, TemplateSyntaxError, meta
 
     try:
         read = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template or ""))
-    except TemplateSyntaxError:  # rendering says what is wrong with it
-        return variables
-    known = read - NO_VARIABLES
+    except TemplateSyntaxError:  # render_chat() will say what is wrong with it
+        return
+    known = read - NOT_THE_USERS
     for name in sorted({*variables} - known):
         raise UserError(f"{VARIABLES}: the model's chat template reads no variable {name}; it reads {', '.join(sorted(known)) or 'none'}")
-    return variables
 
 
 def _read_backend(file: Path) -> Tokenizer:
@@ -192,7 +193,7 @@ def _read_backend(file: Path) -> Tokenizer:
         backend = Tokenizer.from_buffer(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file}: not a readable tokenizer file ({error}); fetch it again") from error
-    backend.no_padding()  # a file saved after training may carry either; prompts are never cut or padded
+    backend.no_padding()  # a file saved after training may ask for padding or truncation; prompts are never padded or cut
     backend.no_truncation()
     return backend
 
@@ -218,7 +219,7 @@ def _backend_from_transformers(folder: Path, wants_code: bool, trust_remote_code
 
 
 def _bos_that_is_added(backend: Tokenizer, settings: dict[str, Any]) -> int | None:
-    """The BOS id that leads every text, or None. `add_bos_token` of tokenizer_config.json decides; without it, tokenizer.json does."""
+    """The BOS id with which every text begins, or None. `add_bos_token` in tokenizer_config.json decides; without it, tokenizer.json."""
     bos = _content(settings.get("bos_token"))
     bos_id = None if bos is None else backend.token_to_id(bos)
     if bos_id is None:
@@ -247,12 +248,12 @@ def _eos_token_ids(folder: Path, backend: Tokenizer, settings: dict[str, Any]) -
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
-    """A special token of tokenizer_config.json: a string, or an object that holds it."""
+    """The text of a special token in tokenizer_config.json, which is a string or an object that holds one."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def _with_named_template(settings: dict[str, Any]) -> dict[str, Any]:
-    """Some folders list several named templates; `default` is the one for plain chats."""
+    """The settings with one chat template: of folders with several named ones, the one called `default`."""
     templates = settings.get("chat_template")
     if isinstance(templates, list):
         return settings | {"chat_template": {t["name"]: t["template"] for t in templates}.get("default")}

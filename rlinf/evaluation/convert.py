@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlinf.data.jsonl import HALF_A_PAIR, is_unicode, refuse_itself, written_whole
+from rlinf.data.jsonl import HALF_A_PAIR, atomic_write, is_unicode, refuse_itself
 from rlinf.errors import UserError
 from rlinf.rewards.extract import last_box
 from rlinf.rewards.math import simple_number
@@ -213,7 +213,7 @@ def shuffled_choices(question: str, choices: list[str], seed: int) -> tuple[str,
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
     """Whole or not at all."""
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 

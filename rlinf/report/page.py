@@ -22,7 +22,7 @@ from typing import Any
 
 from rlinf.config.keys import known_keys
 from rlinf.config.values import yaml_line
-from rlinf.data.jsonl import written_whole
+from rlinf.data.jsonl import atomic_write
 from rlinf.errors import UserError
 from rlinf.metrics.names import METRICS
 from rlinf.report.parts import MAX_TEXT_STEPS, Parts, choose_files
@@ -72,7 +72,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
             "SCRIPT": script,
         },
     )
-    with written_whole(target) as file:
+    with atomic_write(target) as file:
         file.write(page)
     return target
 

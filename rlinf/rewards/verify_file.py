@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.schema import RewardConfig
-from rlinf.data.jsonl import BadLine, Fault, read_file, refuse_itself, written_whole
+from rlinf.data.jsonl import BadLine, Fault, atomic_write, read_file, refuse_itself
 from rlinf.data.records import Verdict
 from rlinf.errors import UserError
 from rlinf.rewards.tasks import check_tasks
@@ -30,7 +30,7 @@ def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, r
     refuse_itself(source, target)
     statuses: Counter[str] = Counter()
     routes: Counter[str] = Counter()
-    with Verifier.of(reward or RewardConfig(), processes) as verifier, written_whole(target) as out:
+    with Verifier.of(reward or RewardConfig(), processes) as verifier, atomic_write(target) as out:
         rows = _rows(source, verifier.own_tasks)
         while chunk := list(islice(rows, LINES_AT_ONCE)):
             verdicts = verifier.verify_many([item for _, item in chunk])
