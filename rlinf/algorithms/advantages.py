@@ -1,6 +1,6 @@
-"""Outcome advantages: what a response earned against the other responses to the same prompt, then whitening over the batch.
+"""Outcome advantages: the reward of a response compared with the other responses to the same prompt, then whitened over the batch.
 
-Numpy in float64: these run on the driver, on the numbers of the group headers, before any token is opened.
+Numpy in float64: they are computed in the driver, from the numbers in group headers; no tokens are needed.
 Legend: G responses of one group, B responses of the global batch.
 """
 
@@ -40,9 +40,8 @@ def centred(rewards_G: np.ndarray) -> np.ndarray:
     return rewards_G - rewards_G.mean()
 
 
-def uncompared(rewards_G: np.ndarray) -> np.ndarray:
-    """R itself: the baseline is the mean over the batch, taken by the whitening (REINFORCE++, arXiv 2501.03262),
-    or a critic's value (GAE)."""
+def raw_reward(rewards_G: np.ndarray) -> np.ndarray:
+    """R itself. The baseline comes later: the batch mean, by whitening (REINFORCE++, arXiv 2501.03262), or a critic's value (GAE)."""
     return rewards_G
 
 
@@ -51,8 +50,8 @@ ADVANTAGES: dict[str, Callable[..., np.ndarray]] = {
     "rloo": rloo,
     "dr_grpo": centred,
     "reinforce++-baseline": centred,
-    "reinforce++": uncompared,
-    "gae": uncompared,
+    "reinforce++": raw_reward,
+    "gae": raw_reward,
 }
 COMPARING = frozenset(ADVANTAGES) - {"reinforce++", "gae"}  # estimators that need at least two responses of a prompt
 
@@ -60,11 +59,12 @@ COMPARING = frozenset(ADVANTAGES) - {"reinforce++", "gae"}  # estimators that ne
 def outcome_advantages(
     rewards: Sequence[Sequence[float]], loss_tokens: Sequence[Sequence[int]], adv_type: str, normalize: bool
 ) -> list[np.ndarray]:
-    """One advantage for each response of each group; with `normalize`, whitened once over all response tokens of the global batch.
+    """For each group an array with one advantage for each response; with `normalize`, whitened over all response tokens of the batch.
 
-    rewards and loss_tokens: one inner sequence a group; an estimator with a second parameter is given its tokens too.
-    Raises ValueError for a reward that is not finite, and for a group of one response unless adv_type looks at each alone;
-    UserError when a user's estimator does not give one finite number for each response.
+    rewards, loss_tokens: for each group a sequence with a number for each response. An estimator of the user's own that has a second
+    parameter without a default is given the loss tokens of the group too.
+    Raises ValueError for a reward that is not finite, and for a group of one response if adv_type compares responses;
+    UserError when a user's estimator does not return one finite number for each response.
     """
     estimate, groups = ADVANTAGES[adv_type], []
     sees_tokens = sum(p.default is p.empty for p in signature(estimate).parameters.values()) > 1
@@ -89,11 +89,11 @@ def outcome_advantages(
 
 
 def whiten(advantages_B: np.ndarray, loss_tokens_B: np.ndarray) -> np.ndarray:
-    """(A - mean) / (std + 1e-5) where mean and std are over the response *tokens*: a response weighs as many times as it has loss tokens.
+    """(A - mean) / (std + 1e-5), with mean and std over the response *tokens*: the weight of a response is the number of its loss tokens.
 
-    The population variance (divided by the number of tokens), as in AReaL and RLinf. Because it re-centres, a response whose advantage
-    was 0 may leave with another value; where the mean is 0 but for rounding, as when all responses are equally long, it stays exactly 0.
-    No tokens, or advantages that are all equal: exactly 0.
+    It uses the population variance (divided by the number of tokens), as AReaL and RLinf do. Because it re-centres, an advantage of 0 may
+    become another value; where the mean is 0 up to rounding, as when all responses are equally long, it stays exactly 0.
+    Without tokens, or when all advantages are equal, the result is exactly 0.
     """
     tokens = loss_tokens_B.sum()
     counted_B = advantages_B[loss_tokens_B > 0]
@@ -106,5 +106,5 @@ def whiten(advantages_B: np.ndarray, loss_tokens_B: np.ndarray) -> np.ndarray:
 
 
 def mean_of(total: float, magnitude: float, count: float) -> float:
-    """total / count; exactly 0 where the total is nothing beside `magnitude`, the sum of absolute values: what is centred stays so."""
+    """total / count, but exactly 0 where the total is only rounding error beside `magnitude`, the sum of absolute values."""
     return total / count if abs(total) > ROUNDING * magnitude else 0.0

@@ -1,4 +1,4 @@
-"""How token losses become the loss: one weight for each token, with denominators that are global, so that no split can change a number.
+"""How token losses are aggregated to the loss: a weight for each token, with global denominators, so that no split changes the result.
 
 Legend: N tokens that count (loss mask 1), S samples of the micro-batch.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Denominators:
-    """Of one optimizer mini-batch, over all data-parallel ranks and micro-batches: tokens that count, samples with at least one."""
+    """Counts over all data-parallel ranks and micro-batches of one mini-batch: tokens that count, and samples with at least one of them."""
 
     tokens: int
     samples: int

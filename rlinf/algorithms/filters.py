@@ -9,9 +9,9 @@ import numpy as np
 
 
 def has_signal(right: Sequence[bool]) -> bool:
-    """DAPO's dynamic sampling (arXiv 2503.14476): a group teaches only when some, not all, of its answers are right.
+    """DAPO's dynamic sampling (arXiv 2503.14476): a group has signal only when some, but not all, of its answers are right.
 
-    Decided on correctness, before any length shaping: shaping gives a group of right answers of different lengths a spread of rewards.
+    It looks at correctness, not at shaped rewards: a length penalty would make the rewards of right answers of different lengths differ.
     """
     return 0 < sum(right) < len(right)
 
@@ -19,8 +19,8 @@ def has_signal(right: Sequence[bool]) -> bool:
 def update_subset(seed: int, group_id: str, group_size: int, n: int) -> np.ndarray:
     """RaML's num_update_sample_per_prompt (arXiv 2505.19815): which n of the group's responses take part in the update (bool).
 
-    The advantages are still those of all responses. Depends on its arguments only, so every rank and every resumed run agree; group_id
-    holds the step, so that a prompt's next visit chooses anew.
+    Advantages are still computed from all responses. The choice depends on the arguments only, so that every rank and every resumed run
+    makes the same; group_id contains the step, so that it differs each time a prompt comes up.
     """
     key = sha256(f"{seed}/{group_id}".encode()).digest()
     chosen = np.random.default_rng(int.from_bytes(key[:8], "big")).permutation(group_size)[: min(n, group_size)]

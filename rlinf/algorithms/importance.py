@@ -1,8 +1,8 @@
-"""Weights that correct for a rollout engine that is not quite the actor: rho = pi_old (actor) / mu (engine), same token.
+"""Importance weights for the difference between rollout engine and actor: rho = pi_old (actor) / mu (engine) of the same token.
 
-Each weight multiplies a token's policy loss, without gradient; the denominators of the loss stay those of all tokens. Source: Yao et al.
+Each weight multiplies the policy loss of a token, without gradient; the denominators of the loss still count all tokens. Source: Yao et al.
 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; verl's rollout correction; decoupled PPO, arXiv 2505.24298.
-A token that the engine did not report (NaN) makes the weight, and so the loss, NaN: never silently 1.
+A token for which the engine reported no log-probability (NaN) makes the weight, and so the loss, NaN; it is never silently taken as 1.
 Legend: N tokens that count, S samples of the micro-batch.
 """
 
@@ -46,12 +46,12 @@ class Correction:
 
     @property
     def lower(self) -> float:
-        """The bound below; only masks of ratios have one."""
+        """The lower bound: `low` for masks of ratios, 0 for all others."""
         return self.low if self.kind in ("token-mask", "sequence-mask", "geometric-mask") else 0.0
 
 
 class Weights(NamedTuple):
-    """weight_N of the token losses; limited_N (bool): truncated or set to 0."""
+    """weight_N: factors of the token losses. limited_N (bool): tokens whose factor was truncated or set to 0."""
 
     weight_N: Tensor
     limited_N: Tensor
@@ -69,7 +69,7 @@ def importance_weights(correction: Correction, log_rho_N: Tensor, sample_N: Tens
 
 
 def statistic_N(name: str, log_rho_N: Tensor, sample_N: Tensor, n_samples: int) -> Tensor:
-    """What a correction looks at, for each token (see Correction)."""
+    """The statistic called `name` (see Correction), for each token."""
     if name == "token":
         return rho(log_rho_N)
     if name == "sequence":
@@ -81,16 +81,17 @@ def statistic_N(name: str, log_rho_N: Tensor, sample_N: Tensor, n_samples: int) 
 
 
 def proximal_logprobs_N(logprobs_N: Tensor, rollout_logprobs_N: Tensor, age_N: Tensor) -> Tensor:
-    """log pi_prox of decoupled PPO without a forward pass of its own (RLinf): between the policy that sampled a token and the present one,
+    """log pi_prox of decoupled PPO without an extra forward pass (RLinf), interpolated between the policy that sampled a token and pi:
 
         log pi_prox = log mu + sg[alpha (log pi - log mu)]        alpha = (age - 1) / age
 
-    age_N: the version that this step makes minus the one that sampled the token, at least 1.
-    At 1 pi_prox is mu; the older, the nearer to pi.
+    age_N: the version that this step produces minus the version that sampled the token, at least 1. With age 1 pi_prox is mu; the older
+    the token, the nearer is pi_prox to pi.
     """
     alpha_N = (age_N - 1) / age_N
     return rollout_logprobs_N + alpha_N * (logprobs_N.detach() - rollout_logprobs_N)
 
 
 def rho(log_rho: Tensor) -> Tensor:
+    """exp(log_rho), with log_rho clamped to [-20, 20]."""
     return log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

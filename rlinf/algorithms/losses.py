@@ -26,7 +26,7 @@ class Clip(NamedTuple):
 
 
 class TokenLosses(NamedTuple):
-    """loss_N with gradient; which tokens the clip range, and which the dual clip, decided (bool)."""
+    """loss_N: with gradient. clipped_N, dual_clipped_N (bool): the tokens whose loss was set by the clip range, or by the dual clip."""
 
     loss_N: Tensor
     clipped_N: Tensor
@@ -61,9 +61,9 @@ def ppo(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, sample
 
 
 def gspo(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, sample_N: Tensor, n_samples: int, clip: Clip) -> TokenLosses:
-    """GSPO (arXiv 2507.18071): the ratio of a response is s = exp(mean_t log r_t), one trust region for the whole response.
+    """GSPO (arXiv 2507.18071): the ratio of a response is s = exp(mean_t log r_t), with one trust region for the whole response.
 
-    Every token carries its response's loss, so that seq-mean-token-mean is exactly the paper's mean over responses.
+    Every token has the loss of its response, so that the aggregation seq-mean-token-mean is exactly the paper's mean over responses.
     """
     log_s_S = sequence_mean_S(logprobs_N - old_logprobs_N, sample_N, n_samples)
     s_S = log_s_S.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
@@ -90,8 +90,8 @@ def cispo(logprobs_N: Tensor, old_logprobs_N: Tensor, advantages_N: Tensor, samp
 
 
 def check_token_losses(policy: object, logprobs_N: Tensor, name: str) -> None:
-    """Raises UserError unless `policy`, which the loss `name` returned, is one number a token, with gradient: a mean would broadcast, and
-    then depend on the split; a constant would leave the KL term alone to be trained on."""
+    """Raise UserError unless `policy`, which the loss `name` returned, has one number for each token, with gradient. A mean would broadcast
+    silently, and the result would depend on the split; without a gradient only the KL term would be trained."""
     wanted = f"a loss returns TokenLosses(loss_N, clipped_N, dual_clipped_N), each of the {logprobs_N.numel()} tokens given"
     if not isinstance(policy, TokenLosses):
         raise UserError(f"algorithm.loss_type: {name} returned a {type(policy).__name__}; {wanted}")

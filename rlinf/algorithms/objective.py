@@ -2,8 +2,8 @@
 
     loss = policy loss + kl_beta * KL(pi || pi_ref) - entropy_bonus * entropy
 
-Advantages come in final (see advantages.py). The losses of all micro-batches on all data-parallel ranks add up to the loss of the
-mini-batch, and so do the gradients; metrics are sums and maxima that are merged in the same way. Nothing depends on the split.
+The advantages given are final (see advantages.py). The losses of all micro-batches on all data-parallel ranks add up to the loss of the
+mini-batch, and so do the gradients; metrics are kept as sums and maxima, which are merged in the same way. No result depends on the split.
 Legend: N response tokens of the micro-batch, flat; S its samples; C the tokens of N that count (loss mask 1).
 """
 
@@ -25,9 +25,9 @@ from rlinf.algorithms.losses import LOSSES, Clip, check_token_losses, cispo, gsp
 class ObjectiveSettings:
     """The part of the `algorithm` section that the loss needs.
 
-    correction None: the rollout engine's probabilities are taken for the actor's. decoupled-ppo is ppo with the correction `token-mask`
-    up to its cap: pi_old is then pi_prox, the engine's policy pi_behaviour. Where tokens have an age, pi_prox is interpolated
-    (importance.proximal_logprobs_N).
+    correction: None = no importance weights: the engine's probabilities are assumed to be the actor's.
+    decoupled-ppo is ppo with the correction `token-mask`: pi_old is pi_prox, and the engine's policy is pi_behaviour. When the tokens have
+    ages, pi_prox is interpolated (importance.proximal_logprobs_N).
     """
 
     loss_type: str
@@ -57,11 +57,11 @@ class ResponseTokens:
     logprobs_N           pi, with gradient
     entropy_N            with gradient when there is an entropy bonus
     old_logprobs_N       pi_old; None = pi itself (first mini-batch after the rollout: the ratio is exactly 1)
-    rollout_logprobs_N   as the rollout engine reported them, NaN where it did not
+    rollout_logprobs_N   mu, as the rollout engine reported it; NaN where it reported nothing
     ref_logprobs_N       the reference policy; None = there is none
-    loss_mask_N          1 = counts; where it is 0 the other arrays may hold anything
-    sample_N             int64, the sample 0..n_samples-1 of each token; a sample is never cut over micro-batches
-    age_N                how many versions old the policy was that sampled the token, at least 1; None = pi_old is what old_logprobs_N says
+    loss_mask_N          1 = the token counts; where it is 0 the other arrays may hold anything
+    sample_N             int64, the sample 0..n_samples-1 of each token; a sample is never divided over micro-batches
+    age_N                by how many versions the policy that sampled the token is older, at least 1; None = old_logprobs_N is used as it is
     """
 
     logprobs_N: Tensor
@@ -77,7 +77,7 @@ class ResponseTokens:
 
     def counted(self) -> ResponseTokens:
         """Only the tokens that count: [C] instead of [N]."""
-        rows_C = self.loss_mask_N.nonzero()[:, 0]  # once: finding them makes the host wait for a GPU
+        rows_C = self.loss_mask_N.nonzero()[:, 0]  # computed once, because the host has to wait for the GPU to find them
         names = (
             "logprobs_N",
             "entropy_N",
@@ -94,7 +94,8 @@ class ResponseTokens:
 
 @dataclass(frozen=True)
 class MetricSums:
-    """float64 scalars of one or more micro-batches, to be added and maximised; the keys depend on the settings only, never on the data."""
+    """Metrics of one or more micro-batches as float64 scalars, to be merged by addition and maximum. Which keys there are depends on the
+    settings only, never on the data, so that all ranks have the same."""
 
     sums: dict[str, Tensor]
     maxima: dict[str, Tensor]
@@ -105,7 +106,7 @@ class MetricSums:
         )
 
     def reduced(self, all_sum: Callable[[Tensor], Tensor], all_max: Callable[[Tensor], Tensor]) -> MetricSums:
-        """Merged over ranks by a collective on one vector of sums, and one on the maxima where there are any."""
+        """Merged over ranks: one collective for all sums, and one for all maxima if there are any."""
         sums = all_sum(torch.stack(list(self.sums.values())))
         maxima = all_max(torch.stack(list(self.maxima.values()))) if self.maxima else ()
         return MetricSums(dict(zip(self.sums, sums)), dict(zip(self.maxima, maxima)))
@@ -114,8 +115,8 @@ class MetricSums:
 def policy_objective(batch: ResponseTokens, denominators: Denominators, settings: ObjectiveSettings) -> tuple[Tensor, MetricSums]:
     """The micro-batch's share of the mini-batch's loss (scalar, with gradient), and its share of the metrics.
 
-    A micro-batch without tokens that count gives loss 0, still connected to logprobs_N. Raises ValueError when kl_beta needs reference
-    log-probabilities that are not there, UserError when a user's loss does not return what a loss returns.
+    A micro-batch without tokens that count has loss 0, which is still connected to logprobs_N. Raises ValueError when kl_beta > 0 and there
+    are no reference log-probabilities, UserError when a user's loss does not return valid TokenLosses.
     """
     tokens = batch.counted()
     logprobs_C, sample_C = tokens.logprobs_N, tokens.sample_N
@@ -161,9 +162,9 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
 
 
 def rollout_agreement(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, limited_C: Tensor | None) -> MetricSums:
-    """How far actor and rollout engine are apart on the same tokens; tokens that the engine did not report are left out.
+    """Metrics of how far actor and rollout engine differ on the same tokens, without tokens for which the engine reported nothing.
 
-    limited_C: with a correction, the tokens whose weight it truncated or set to 0.
+    limited_C: with a correction, the tokens whose weight was truncated or set to 0.
     """
     known_C = ~rollout_logprobs_C.isnan()
     gap_C = torch.where(known_C, (old_logprobs_C - rollout_logprobs_C).abs(), 0.0)
@@ -181,7 +182,7 @@ def rollout_agreement(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, limite
 
 
 def finalize_metrics(sums: dict[str, Tensor], maxima: dict[str, Tensor], n_minibatches: int = 1) -> dict[str, float]:
-    """Named scalars from sums and maxima over all micro-batches and ranks of n_minibatches mini-batches.
+    """The metrics train/* from sums and maxima over all micro-batches and ranks of n_minibatches mini-batches.
 
     Means are over tokens that count. train/loss is the mean of the mini-batches' policy losses.
     """
@@ -212,8 +213,8 @@ def finalize_metrics(sums: dict[str, Tensor], maxima: dict[str, Tensor], n_minib
 def early_stop(ratio_sum: float, token_count: float, limit: float | None) -> bool:
     """Whether to skip the optimizer step: the token-mean importance ratio of the whole mini-batch exceeds `limit`, or is not a number.
 
-    Both arguments are sums over all micro-batches and data-parallel ranks, so that every rank decides alike. limit None: no such limit.
-    A mini-batch in which no token counts is always skipped: a step on nothing would still move the weights by decay and momentum.
+    ratio_sum and token_count are sums over all micro-batches and data-parallel ranks, so that every rank decides the same. limit: None = no
+    limit. A mini-batch in which no token counts is always skipped: weight decay and momentum would move the weights even without gradients.
     """
     if token_count == 0:
         return True

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the negative log-likelihood of response tokens, and weights of samples by their own loss.
+"""The loss of supervised fine-tuning: the negative log-likelihood of response tokens, optionally with samples weighted by their own loss.
 
 Without weights the loss is the mean over all response tokens of the global batch. With weights (arXiv 2502.06733) it is
 sum_i w_i l_i, where l_i is the token mean of sample i and the weights of the global batch sum to 1.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlinf.algorithms.objective import MetricSums, total
 
-# f of h in [-1, 1], the place of a loss between the smallest (-1) and the largest (1) of the batch
+# f(h), for h in [-1, 1]: where a loss lies between the smallest (-1) and the largest (1) of the batch
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
     "lin_upper": lambda h: (h + 1).clamp(max=1.0),
     "quadratic": lambda h: 1 - h.square(),
@@ -28,8 +28,8 @@ SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
 def loss_weights_S(losses_S: Tensor, shape: str, temperature: float) -> Tensor:
     """Weights that sum to 1: softmax(f(h) / temperature), float64, without gradient (arXiv 2502.06733 §3 with delta = 1).
 
-    Adding a constant to all losses, or scaling them, changes nothing; equal losses give equal weights. lin_upper gives the samples with a
-    low loss less and bounds the weight of outliers: the largest is at most exp(1 / temperature) times the smallest.
+    Adding a constant to all losses, or scaling them, changes nothing; equal losses give equal weights. lin_upper gives samples with a low
+    loss a smaller weight, and bounds the weight of outliers: the largest is at most exp(1 / temperature) times the smallest.
     """
     losses_S = losses_S.detach().to(torch.float64)
     if not len(losses_S):

@@ -1,17 +1,18 @@
-"""Advantages that differ from token to token: KL in the reward, discounting, a critic's values, whitening over tokens. They are finished
-where the tokens are.
+"""Advantages that differ from token to token: KL in the reward, discounting, a critic's values, whitening over tokens. They are computed in
+the train workers, which have the tokens.
 
-What the driver knows is the outcome advantage of a response (advantages.py). It is the reward of the response's last token; every token
-pays its KL to the reference policy; the advantage of a token is the discounted sum of what follows (REINFORCE++, arXiv 2501.03262):
+The driver computes the outcome advantage A of a response (advantages.py). Here it is the reward of the response's last token; the KL to the
+reference policy is subtracted at every token; the advantage of a token is the discounted sum of all rewards from it on (REINFORCE++,
+arXiv 2501.03262):
 
     r_t = 1[t = T] A - beta KL_t + d_t        A_t = sum over s >= t of gamma^(s - t) r_s
 
-where d_t is the token's own (dense) reward, if there are such. With a critic's values V the driver's number is the reward itself, and the
-advantage is the generalized estimate (GAE, arXiv 1506.02438):
+where d_t is the token's own (dense) reward, if there is one. With a critic's values V, A is the reward itself, and the advantage is the
+generalized estimate (GAE, arXiv 1506.02438):
 
     delta_t = r_t + gamma V_{t+1} - V_t, V after the last token = 0        A_t = sum over s >= t of (gamma lambda)^(s - t) delta_s
 
-A token that the policy did not sample is no step: what it leads to belongs to the sampled token before it.
+Tokens that the policy did not sample (a tool's output) are not time steps: the sampled tokens around them follow each other directly.
 
 Legend: N response tokens of a micro-batch, C those that count (loss mask 1), S samples. A sample's tokens stand together, in order.
 """
@@ -33,9 +34,10 @@ EQUAL = 1e-12  # a standard deviation below this share of the mean is rounding: 
 
 @dataclass(frozen=True)
 class TokenAdvantageSettings:
-    """What is done to the outcome advantages; kl_beta 0 = no KL in the reward, normalize_by None = weights are not normalised.
+    """How token advantages are computed.
 
-    gae_lambda matters only with values.
+    kl_beta: 0 = no KL in the reward. normalize_by: the correction whose importance weights are divided by their mean; None = they are not.
+    gae_lambda: only used with a critic.
     """
 
     gamma: float
@@ -52,10 +54,16 @@ class TokenAdvantageSettings:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """A micro-batch as it was sampled, [N] each: outcome advantages, log-probabilities of pi_old, engine and reference, loss mask, sample.
+    """The response tokens of a micro-batch, [N] each.
 
-    values_N: a critic's value of the state before each token; None = there is no critic. rewards_N: what each token is paid for itself.
-    logprobs_N may be None when neither the KL term nor the importance weights need it, ref_logprobs_N when the KL term does not.
+    outcome_N           outcome advantage of the token's response
+    logprobs_N          pi_old; may be None when neither a KL term nor importance weights need it
+    rollout_logprobs_N  mu, as the rollout engine reported it
+    ref_logprobs_N      the reference policy; may be None without a KL term
+    loss_mask_N         1 = the token counts
+    sample_N            the sample of each token
+    values_N            a critic's value of the state before each token; None = there is no critic
+    rewards_N           the token's own (dense) reward; None = there are none
     """
 
     outcome_N: Tensor
@@ -72,8 +80,8 @@ class SampledTokens:
 def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantageSettings, all_sum: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Final advantages [N] of every micro-batch of this rank's share of the global batch; 0 where the loss mask is 0.
 
-    all_sum adds a float64 vector over all data-parallel ranks; every rank must call this alike. Raises ValueError when the KL term or
-    the weights need log-probabilities that are not there.
+    all_sum adds a float64 vector over all data-parallel ranks, so every rank must call this function. Raises ValueError when the KL term or
+    the importance weights need log-probabilities that are None.
     """
     parts = [estimate_C(b, how) for b in batches]
     if how.whiten:
@@ -86,7 +94,7 @@ def token_advantages(batches: Sequence[SampledTokens], how: TokenAdvantageSettin
 
 
 def value_targets(batches: Sequence[SampledTokens], how: TokenAdvantageSettings) -> list[Tensor]:
-    """TD(lambda) returns [N], what a critic's values are trained towards: the advantage before whitening, plus the value."""
+    """The targets of a critic's values, TD(lambda) returns [N]: the advantage before whitening, plus the value."""
     out = []
     for b in batches:
         assert b.values_N is not None
@@ -97,7 +105,7 @@ def value_targets(batches: Sequence[SampledTokens], how: TokenAdvantageSettings)
 
 
 def estimate_C(batch: SampledTokens, how: TokenAdvantageSettings) -> Tensor:
-    """Advantage of each token that counts, before whitening, float64: its discounted return, or with a critic the generalized estimate."""
+    """Advantage of each token that counts, before whitening, float64: the discounted sum of rewards, or with a critic GAE."""
     keep_N = batch.loss_mask_N.bool()
     sample_C, outcome_C = batch.sample_N[keep_N], batch.outcome_N[keep_N].double()
     last_C = torch.ones_like(sample_C, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The loss that trains a critic's values towards their targets (token_advantages.value_targets).
+"""The value loss of a critic: trains its values towards their targets (token_advantages.value_targets).
 
 Legend: N response tokens of a micro-batch, flat; S its samples; C the tokens of N that count (loss mask 1).
 """
@@ -16,7 +16,7 @@ from rlinf.algorithms.objective import MetricSums, largest, total
 
 @dataclass(frozen=True)
 class ValueSettings:
-    """clip: how far a value may move from the old one before its loss stops falling; None = as far as it likes."""
+    """clip: beyond this distance from the old value, a new value no longer lowers the loss; None = no clipping."""
 
     loss_agg_func: str
     clip: float | None
@@ -25,8 +25,8 @@ class ValueSettings:
 
 @dataclass(frozen=True)
 class ValueTokens:
-    """The response tokens of one micro-batch, [N] each. values_N with gradient, old_values_N as they were when the returns were made;
-    where loss_mask_N is 0 the other arrays may hold anything.
+    """The response tokens of one micro-batch, [N] each. values_N: with gradient. old_values_N: those from which the returns were computed.
+    Where loss_mask_N is 0 the other arrays may hold anything.
     """
 
     values_N: Tensor
@@ -41,7 +41,7 @@ def value_objective(batch: ValueTokens, denominators: Denominators, settings: Va
     """The micro-batch's share of the mini-batch's value loss (scalar, with gradient), and its share of the metrics.
 
     Token loss: max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2, as in PPO's reference implementation; without clip
-    (V - R)^2 / 2. Aggregated as the policy's loss is.
+    (V - R)^2 / 2. It is aggregated like the policy loss.
     """
     keep_N = batch.loss_mask_N.bool()
     values_C, old_C, returns_C = (t[keep_N].to(torch.float64) for t in (batch.values_N, batch.old_values_N, batch.returns_N))
