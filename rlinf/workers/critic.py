@@ -1,4 +1,4 @@
-"""One rank of the critic: values of its share of a global batch, then the optimizer steps towards the targets that come back."""
+"""One rank of the critic: computes the values of its share of a global batch, then makes the optimizer steps towards their targets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlinf.workers.megatron import MegatronWorker, merged, optimizer_metrics, wo
 
 
 class CriticWorker(MegatronWorker):
-    """Implements workers.interfaces.CriticWorker. Between the two calls of a step it keeps the packs and the values."""
+    """Implements workers.interfaces.CriticWorker. It keeps packed batches and values between the two calls of a step."""
 
     offloader: Offloader
 
@@ -46,7 +46,7 @@ class CriticWorker(MegatronWorker):
         self.old_values = [self.engine.scores(packs) for packs in self.packs]
         self.hand_over()
         found: TokenNumbers = {}
-        if self.at.leads:  # and on all but the last stage there are no values
+        if self.at.leads:  # on all but the last stage `old_values` is empty, and so is the result
             found = merged([by_sample(b, v) for packs, values in zip(self.packs, self.old_values) for b, v in zip(packs, values)])
         return self.report({}, {"time/values": time.perf_counter() - started}, {"values": self._work()}, {}), found
 

@@ -1,4 +1,4 @@
-"""What a worker's device can do."""
+"""The peak speed of a worker's device."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from rlinf.scheduling.devices import data_sheet_flops
 
 
 def peak_flops(device: torch.device) -> float:
-    """16-bit operations a second by the device's data sheet; 0 on CPU, and where it is not known."""
+    """16-bit operations per second in the data sheet of the device; 0 on CPU, and for a GPU that is not in the table."""
     return data_sheet_flops(gpu_name()) if device.type == "cuda" else 0.0

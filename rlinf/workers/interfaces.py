@@ -1,6 +1,7 @@
-"""What the runner may call on a worker group. Implementations are plain classes; the cluster room decides where they live.
+"""The methods that runners may call on worker groups, as protocols. The implementations, in the modules beside this one, are plain classes
+without Ray; rlinf.cluster decides in which processes they live.
 
-Every method is one remote call under Ray. Budget: at most 3 calls a group and 3 a rank per step.
+Under Ray every method is a remote call. A step may make at most 3 calls for each group of samples, and 3 for each rank.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from rlinf.weights.source import Buckets, Collective, Receipt, WeightSource
 
 @dataclass(frozen=True)
 class TrainReport:
-    """Metrics of one train step on one rank: equal on all ranks; and of this rank what the driver may log, and whether the files of the
-    checkpoint that it writes in the background are on disk.
+    """What a rank reports after a train step. metrics are the same on all ranks; the other fields are this rank's own.
 
-    flops: operations of this rank by part of the step, as the model asks for them, and under `again` what activation recompute adds.
-    peak_flops: operations a second that the device's data sheet promises; 0 = not known.
-    scores: of a token reward model, on the first tensor-parallel rank of the last stage: sample id -> the score of that response.
+    timers: seconds by part of the step. memory_bytes: peak. checkpoint_written: whether this rank's files of the checkpoint that is written
+    in the background are on disk.
+    flops: floating-point operations of the model by part of the step, and as `again` those that activation recompute adds.
+    peak_flops: operations per second in the device's data sheet; 0 = not known.
+    scores: only of a token reward model, on the first tensor-parallel rank of the last stage: sample id -> score of the response.
     """
 
     metrics: dict[str, float]
@@ -42,14 +44,14 @@ TokenNumbers = Mapping[str, np.ndarray]  # sample id -> one number for each of i
 
 
 class TokenRewards(dict[str, np.ndarray]):
-    """TokenNumbers that tokens are paid: a type of its own, so that the actor tells them from a critic's values."""
+    """TokenNumbers that are rewards: a type of its own, so that the actor can tell them from a critic's values."""
 
 
 class InCheckpoints(Protocol):
-    """One rank of what a checkpoint is made of."""
+    """One rank of a role whose state is in checkpoints."""
 
     def save(self, step_dir: str) -> None:
-        """Write this role's part of a checkpoint; with runner.async_checkpoint only begin to, until finish_save()."""
+        """Write this role's part of a checkpoint; with runner.async_checkpoint begin to write it, which finish_save() completes."""
         ...
 
     def finish_save(self) -> None:
@@ -60,10 +62,10 @@ class InCheckpoints(Protocol):
 
 
 class OnSharedDevices(Protocol):
-    """One rank of what may share its device with an engine."""
+    """One rank of a role that may share its device with an engine."""
 
     def hand_over(self) -> None:
-        """Leave the device to those that share it; the runner asks for it before engines start there."""
+        """Free the device for those that share it; the runner calls it before engines start there."""
         ...
 
 
@@ -73,34 +75,37 @@ class TrainWorker(InCheckpoints, OnSharedDevices, Protocol):
     def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:
         """All optimizer steps of one global batch; none while the critic warms up (critic.warmup_steps).
 
-        payloads: the groups named by batch.group_ids, in that order, then what the critic's ranks that hold any of them
-        returned from values(), and the token reward model's from scores(). What training saw of each token is appended to the
-        file of `dump`. The second result, of the first tensor-parallel rank of the last stage: with a critic the targets of the
-        values of this rank's samples, else nothing.
+        payloads: the groups named by batch.group_ids, in that order; then, with a critic, what the ranks that have any of these groups
+        returned from values(), and with a token reward model what such ranks returned from scores().
+        dump: the file to which values of each token are appended.
+        The second result is empty, except with a critic on the first tensor-parallel rank of the last stage: there it has the targets of
+        the values of this rank's samples.
         """
         ...
 
     def publish(self, version: int, transports: tuple[str, ...]) -> tuple[tuple[dict[str, Buckets], float], tuple[np.ndarray, ...]]:
-        """Gather the weights as `version` and hand them out by each transport (weights.routes). Two results: what was written, by
-        transport, with the seconds it took; and the arrays that go to other nodes. A rank with no transport is called for the first
-        version only, release() too."""
+        """Gather the weights of `version` and hand them out by each transport (weights.routes).
+
+        Returns ((what was written by transport, the seconds it took), the arrays that go to other nodes). A rank without a transport feeds
+        no engine: publish() and release() are called on it for the first version only.
+        """
         ...
 
     def open_store(self) -> tuple[str, int]:
-        """Keep the store at which the members of broadcast groups meet; its host and port."""
+        """Start the store at which the members of broadcast groups meet. Returns its host and port."""
         ...
 
     def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:
-        """Make the broadcast group of this publisher, and return when all its members have."""
+        """Join the broadcast group of this publisher; returns when all its members have joined."""
         ...
 
     def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The trainer's side of a receipt, as rollout.contract.RolloutEngine.sequence_logprobs()."""
+        """The actor's log-probabilities, to be compared with those of an engine; as rollout.contract.RolloutEngine.sequence_logprobs()."""
         ...
 
     def release(self, keep: bool = False) -> None:
-        """The engines have the weights: hand a shared device over (actor.offload_*) and withdraw what the last publish() wrote,
-        or with `keep` leave that until the weights are out of use."""
+        """Called when the engines have the weights: free a shared device (actor.offload_*), and remove what the last publish() wrote; with
+        `keep` that stays readable until the next version."""
         ...
 
 
@@ -117,14 +122,14 @@ class SftWorker(InCheckpoints, Protocol):
 
 
 class CriticWorker(InCheckpoints, OnSharedDevices, Protocol):
-    """One rank of the critic. Two calls a step: the actor finishes the advantages in between."""
+    """One rank of the critic. It is called twice a step; in between the actor computes advantages and targets."""
 
     def values(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenNumbers]:
-        """The value of the state before each token, of the first tensor-parallel rank of the last stage; nothing of others."""
+        """The value of the state before each token, on the first tensor-parallel rank of the last stage; on other ranks an empty dict."""
         ...
 
     def train_step(self, step: int, *targets: TokenNumbers) -> TrainReport:
-        """All optimizer steps on the batch of the last values(). targets: what the actor's ranks that hold any of its groups returned."""
+        """All optimizer steps on the batch of the last values(). targets: what the actor's ranks that have any of its groups returned."""
         ...
 
 
@@ -132,53 +137,53 @@ class TokenRewardWorker(OnSharedDevices, Protocol):
     """One rank of the token reward model, which is frozen."""
 
     def scores(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
-        """A score for each response, in the report; with algorithm.dense_rewards also what each token is paid."""
+        """A score for each response, in the report; with algorithm.dense_rewards also a reward for each token."""
         ...
 
 
 class RolloutWorker(Protocol):
-    """One engine."""
+    """One rollout engine."""
 
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
-        """The group of a prompt; of one that an engine let go of (`before`), the rest."""
+        """The group of a prompt. before: the group as it was when it was aborted, to be continued."""
         ...
 
     async def abort(self) -> None:
-        """End every running generate() with what it has; the finish of what is not complete is ABORT."""
+        """End every running generate() with the tokens that it has; incomplete samples have the finish ABORT."""
         ...
 
     async def load_weights(
         self, source: WeightSource | Collective, version: int, *stages: tuple[np.ndarray, ...]
     ) -> tuple[Receipt, EngineStats]:
-        """Take the weights of `source`; what came from another node is in `stages`, the arrays of each pipeline stage.
+        """Load the weights that `source` describes. stages: when they come from another node, the arrays of each pipeline stage.
 
-        Also returns what stats() would say then, so that a step needs no call for it.
+        Also returns what stats() would return, so that a step needs no extra call for it.
         """
         ...
 
     async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:
-        """Make the broadcast groups of this engine, in their order, and return when all their members have."""
+        """Join the broadcast groups of this engine, in their order; returns when all their members have joined."""
         ...
 
     async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]: ...
 
     async def sleep(self, tags: Sequence[str]) -> None:
-        """Give memory back while the actor has the device; tags of `kv`, `weights`."""
+        """Free memory while the actor has the device. tags: `kv`, `weights`."""
         ...
 
     async def stats(self) -> EngineStats: ...
 
     async def start_trace(self, step: int) -> None:
-        """Have torch's profiler record the engine, on the ranks of runner.profile_ranks."""
+        """Start torch's profiler for the engine, on the ranks of runner.profile_ranks."""
         ...
 
     async def stop_trace(self) -> None:
-        """Write what was recorded, if anything, to profile/ of the run's folder."""
+        """Write what was recorded, if anything was, to profile/ in the run's folder."""
         ...
 
 
 class RewardWorker(Protocol):
-    """One process that judges."""
+    """One process that judges groups, and writes them to files."""
 
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
         """Verdicts in the order of the samples.
@@ -192,13 +197,13 @@ class RewardWorker(Protocol):
         ...
 
     def fetch(self, path: str, dump_path: str | None = None) -> tuple[GroupHeader, Group]:
-        """What keep() wrote. With dump_path it is written there as judge() would have."""
+        """The group that keep() wrote. With dump_path, its samples and journal are also written as by judge()."""
         ...
 
 
 class JournalWorker(Protocol):
-    """One process that reads the groups of an earlier run, in place of engines and verdicts."""
+    """One process that reads groups which an earlier run generated and judged."""
 
     def fetch(self, files: Sequence[str], group_id: str) -> tuple[GroupHeader, Group]:
-        """A group, from the first of `files` that has it; each can be asked for once."""
+        """A group, from the first of `files` that has it. Each group can be fetched only once."""
         ...

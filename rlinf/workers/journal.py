@@ -1,4 +1,4 @@
-"""Groups that an earlier run generated and judged, from its journal: what stands in for engines and verdicts when a step runs again."""
+"""Reads groups from the journal of an earlier run, which take the place of engines and verifier when a step is trained again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rlinf.scheduling.placement import WorkerAddress
 
 
 class JournalWorker:
-    """Implements workers.interfaces.JournalWorker. Reads each file once; a group is handed out once and then forgotten."""
+    """Implements workers.interfaces.JournalWorker. It reads each file once, and forgets a group when it has returned it."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         self.groups: dict[str, dict[str, Group]] = {}  # by file, by group id
 
     def fetch(self, files: Sequence[str], group_id: str) -> tuple[GroupHeader, Group]:
-        """The group, from the first of `files` that has it. Raises UserError when none has."""
+        """The group, from the first of `files` that has it. Raises UserError when none of them has it."""
         for file in files:
             if file not in self.groups:
                 self.groups[file] = {group.group_id: group for group in read_groups(Path(file))}

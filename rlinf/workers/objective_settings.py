@@ -1,4 +1,4 @@
-"""What the actor's loss and token-level advantages are made with, from the settings of `algorithm`."""
+"""Translates the section `algorithm` into the settings of the policy loss and of token-level advantages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlinf.config.schema import AlgorithmConfig
 
 
 def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
-    """The policy loss; one of the user's own is loaded, and known by its name from then on."""
+    """The settings of the policy loss. A loss of the user's own is loaded and added to LOSSES."""
     if is_own(algorithm.loss_type):
         LOSSES[algorithm.loss_type] = load_own(algorithm.loss_type)
     eps = algorithm.ratio_clip_eps
@@ -30,7 +30,7 @@ def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
 
 
 def token_advantage_settings(algorithm: AlgorithmConfig) -> TokenAdvantageSettings | None:
-    """What is left to do to the driver's advantages, if anything."""
+    """The settings of token-level advantages; None when the driver's advantages are final."""
     normalize_by = correction_of(algorithm) if algorithm.importance_sampling_normalize else None
     if not algorithm.token_level and normalize_by is None:
         return None
@@ -45,7 +45,7 @@ def token_advantage_settings(algorithm: AlgorithmConfig) -> TokenAdvantageSettin
 
 
 def correction_of(algorithm: AlgorithmConfig) -> Correction | None:
-    """How token losses are weighed by actor over engine, if at all."""
+    """The correction for the difference between actor and engine; None = token losses are not weighted."""
     if algorithm.loss_type == "decoupled-ppo":
         return Correction("token-mask", 0.0, algorithm.behav_imp_weight_cap)
     if not algorithm.importance_sampling_fix:

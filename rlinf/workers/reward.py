@@ -1,4 +1,4 @@
-"""The reward worker: decodes the responses of a group, judges them, and writes what a person may want to read."""
+"""The reward worker: decodes the responses of a group, judges them, and writes samples and journal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlinf.rewards.verifier import Item, Verifier
 from rlinf.run_paths import journal_of
 from rlinf.scheduling.placement import WorkerAddress
 
-VERIFIERS = {"math": Verifier}  # by reward.reward_type; what a task is judged by within it: rlinf.rewards.tasks
+VERIFIERS = {"math": Verifier}  # by reward.reward_type; rlinf.rewards.tasks says how each task is judged
 
 
 class RewardWorker:
@@ -53,7 +53,8 @@ class RewardWorker:
         write_group(Path(path), replace(group, verdicts=verdicts))
 
     def fetch(self, path: str, dump_path: str | None = None) -> tuple[GroupHeader, Group]:
-        """A group that was kept. With dump_path it is written there as when it was judged: that was in another folder, or is set aside."""
+        """The group that keep() wrote. With dump_path, samples and journal are written as when it was judged, because what was written then
+        is in another folder, or was set aside when the run was resumed."""
         group = read_group(Path(path))
         if dump_path:
             self._record(Path(dump_path), group, *self._texts(group))
@@ -79,7 +80,7 @@ class RewardWorker:
         return verdicts
 
     def _texts(self, group: Group) -> tuple[str, list[str]]:
-        """The prompt and the responses, as they are read."""
+        """The prompt and the responses as text."""
         prompt = group.prompt.text or self.tokenizer.decode(group.prompt.token_ids.tolist())
         return prompt, [self.tokenizer.decode(sample.token_ids.tolist()) for sample in group.samples]
 
@@ -91,7 +92,7 @@ class RewardWorker:
 
 
 def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tuple[Verdict, ...]) -> None:
-    """Append one line a sample, in one write: several workers may write to one file."""
+    """Append one line for each sample, in one write, since several workers may write to the same file."""
     lines = []
     for sample, text, verdict in zip(group.samples, texts, verdicts, strict=True):
         lines.append(

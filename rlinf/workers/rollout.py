@@ -1,4 +1,4 @@
-"""The rollout worker: one engine, called a group at a time."""
+"""The rollout worker: owns one engine, and generates one group for each call."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.shared_memory import land
 from rlinf.weights.source import Collective, Receipt, SharedMemory, WeightSource
 from rlinf.workers.device import peak_flops
-from rlinf.workers.rollout_part import meeting_file, nodes_of_engine, tell
+from rlinf.workers.rollout_part import meeting_file, nodes_of_engine, write_address
 
-FAREWELL = 1.0  # seconds that answers have to reach the driver
+FAREWELL = 1.0  # seconds between the death of the engine's server and the end of this process, for answers to reach the driver
 
 
 class RolloutWorker:
@@ -51,7 +51,7 @@ class RolloutWorker:
         nodes, node = nodes_of_engine(config, address), None
         if nodes > 1:
             node = ServerNode(nodes, 0, f"{address.host}:{free_port(address.host)}")
-            tell(meeting_file(self.folder, address.rank, address.run_id), node.address)
+            write_address(meeting_file(self.folder, address.rank, address.run_id), node.address)
         self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None, node)
         if config.rollout.offload and not self.engine.capabilities.sleep:
             raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")
@@ -59,7 +59,7 @@ class RolloutWorker:
     async def generate(self, request: GenerateRequest, prompt: Prompt, before: Group | None = None) -> tuple[GroupHeader, Group]:
         """The group of a prompt, samples in the order of their index.
 
-        before: the group as an engine let go of it; it goes on from there.
+        before: the group as it was when it was aborted; its unfinished samples are continued.
         """
         await self._wake()
         samples: dict[str, Sample] = {s.sample_id: s for s in before.samples} if before else {}
@@ -70,24 +70,24 @@ class RolloutWorker:
         except RuntimeError:
             if not (self.replaceable and self.engine.dead):
                 raise
-            await asyncio.Event().wait()  # this process is about to end, and that is what the driver is to hear
+            await asyncio.Event().wait()  # this process is about to end; the driver must see that (WorkerLost), not this error
         group = Group(request.request_id, prompt, tuple(samples[name] for name in request.sample_ids))
         return group.header(), group
 
     async def abort(self) -> None:
-        """Every group that is being generated ends with what it has."""
+        """End every running generate() with the tokens that it has."""
         await self.engine.abort()
 
     async def load_weights(
         self, source: WeightSource | Collective, version: int, *stages: tuple[np.ndarray, ...]
     ) -> tuple[Receipt, EngineStats]:
-        async with self.loading:  # when it was started anew in the middle of a sync, it is given the weights twice
+        async with self.loading:  # an engine that was restarted in the middle of a sync is given the weights twice
             receipt = await self._load_weights(source, version, stages)
         return receipt, await self.stats()
 
     async def _load_weights(self, source: WeightSource | Collective, version: int, stages: Sequence[tuple[np.ndarray, ...]]) -> Receipt:
-        """What comes from another node, as arrays or by broadcast, is landed in this one's shared memory first: engines read buckets.
-        Unless the engine takes part in broadcasts itself."""
+        """Engines read buckets: what comes from another node, as arrays or by broadcast, is first written to this node's shared memory. An
+        engine that is itself a member of broadcast groups is given the source as it is."""
         name = f"{self.address.run_id}-r{self.address.rank}"
         if isinstance(source, Collective) and isinstance(self.engine, GroupMember):
             return await self.engine.load_weights(source, version)
@@ -106,7 +106,7 @@ class RolloutWorker:
         return replace(receipt, checksums={keys[own]: checksum for own, checksum in receipt.checksums.items()})
 
     async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup]) -> None:
-        """Make the broadcast groups of the replica that feeds this engine, in their order; returns when all their members have."""
+        """Join the broadcast groups of the replica that feeds this engine, in their order; returns when all their members have joined."""
         mine = [group for group in groups if self.address.rank in group.engines]
         member, timeout = f"rollout rank {self.address.rank}", self.start_timeout
         if isinstance(self.engine, GroupMember):
@@ -120,8 +120,8 @@ class RolloutWorker:
         return await self.engine.sequence_logprobs(sequences)
 
     async def sleep(self, tags: Sequence[str]) -> None:
-        """Give memory back (rollout.contract.RolloutEngine.sleep). The KV cache comes back with the next request, weights with the next
-        load_weights: by then the actor has left the device."""
+        """Free memory (rollout.contract.RolloutEngine.sleep). The KV cache is allocated again by the next request, weights by the next
+        load_weights; by then the actor has freed the device."""
         await self.engine.sleep(frozenset(tags))
         self.asleep = True
 
@@ -132,7 +132,7 @@ class RolloutWorker:
                 self.asleep = False
 
     async def stats(self) -> EngineStats:
-        """The engine's, with the peak of this process's or device's memory and what one device promises."""
+        """The engine's counters, with the peak memory of this process or device, and the data sheet's operations per second."""
         return replace(self.engine.stats(), memory_bytes=peak_memory(self.device), peak_flops=peak_flops(self.device))
 
     async def start_trace(self, step: int) -> None:
@@ -146,11 +146,12 @@ class RolloutWorker:
         self.engine.close()
 
     def _leave(self) -> None:
-        """The engine's server has died. What it had decoded is handed over; then this process ends, and the driver starts both anew."""
+        """Called when the engine's server has died: this process ends a moment later, when what was decoded has reached the driver, which
+        then restarts both."""
         threading.Timer(FAREWELL, os._exit, (1,)).start()
 
 
 def unfinished(request: GenerateRequest, before: Group) -> GenerateRequest:
-    """What is left to do of a request."""
+    """The request for the samples of `before` that were aborted, with their tokens as prefixes."""
     left = [(k, s.token_ids) for k, s in enumerate(before.samples) if s.finish is Finish.ABORT]
     return replace(request, n=len(left), indices=tuple(k for k, _ in left), prefixes=tuple(ids for _, ids in left))

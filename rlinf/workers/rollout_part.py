@@ -1,4 +1,4 @@
-"""An engine that spans nodes, on all of its nodes but the first: holds the server's processes there, and takes no requests."""
+"""The worker on each further node of an engine that spans several nodes: it keeps the server's processes there, and takes no requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class RolloutPart:
-    """Nobody calls it and nobody waits for it: when its processes do not start, or die, it ends, which ends the run and names its node."""
+    """It is never called. When its processes do not start, or die, it ends its own process, which ends the run with a message that names
+    the node."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         torch.set_num_threads(address.threads)
@@ -31,7 +32,9 @@ class RolloutPart:
         own = folder / "workers" / f"rollout-{engine}-engine-part-{place + 1}.log"
         tokenizer = tokenizer_of(config)
         try:
-            node = ServerNode(others + 1, place + 1, heard(meeting_file(folder, engine, address.run_id), config.cluster.start_timeout))
+            node = ServerNode(
+                others + 1, place + 1, wait_for_address(meeting_file(folder, engine, address.run_id), config.cluster.start_timeout)
+            )
             self.engine = build_engine(
                 config, tokenizer, choose(config.cluster.device).type, own, address.run_id, lambda: leave(f"see {own}"), node
             )
@@ -43,29 +46,31 @@ class RolloutPart:
 
 
 def leave(why: str) -> None:
-    """End this process; its last lines are what the driver shows."""
+    """End this process. The driver shows the last lines of its log."""
     log.error("the processes of SGLang on this node ended: %s", why)
     os._exit(1)
 
 
 def nodes_of_engine(config: Config, address: WorkerAddress) -> int:
-    """An engine that spans nodes has as many devices on each."""
+    """The number of nodes that an engine spans; it has the same number of devices on each."""
     return config.rollout.tensor_parallel_size // len(address.devices)
 
 
 def meeting_file(folder: Path, engine: int, run_id: str) -> Path:
-    """Where the first node of an engine tells the others its address, in the run's folder, which all nodes see."""
+    """The file in which the first node of an engine writes its address for the others, in the run's folder, which all nodes can read."""
     return folder / "workers" / f"rollout-{engine}-{run_id}.address"
 
 
-def tell(file: Path, address: str) -> None:
+def write_address(file: Path, address: str) -> None:
+    """Write the file so that it is never seen half written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(address)
     partial.rename(file)
 
 
-def heard(file: Path, timeout: float) -> str:
+def wait_for_address(file: Path, timeout: float) -> str:
+    """The address, when the first node has written it. Raises RunFailed after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not file.exists():
         if time.monotonic() > deadline:

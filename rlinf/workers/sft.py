@@ -1,4 +1,4 @@
-"""One rank of supervised fine-tuning: the actor's engine with another loss."""
+"""One rank of supervised fine-tuning: the actor's engine with the supervised loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlinf.workers.megatron import MegatronWorker
 
 
 class SftWorker(MegatronWorker):
-    """Implements workers.interfaces.SftWorker. It shares its device with nobody."""
+    """Implements workers.interfaces.SftWorker. It does not share its device."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         super().__init__(address, config, "actor")
@@ -38,7 +38,7 @@ class SftWorker(MegatronWorker):
         return self.report(metrics, timers, {}, {})
 
     def validate(self, batch: RankBatch, *groups: Group) -> dict[str, float]:
-        """Token means over the held-out examples; nothing is trained."""
+        """Token means over the held-out examples, without training on them."""
         (mini,) = batch.mini_batches
         (packs,) = self.pack(batch, groups)
         metrics = finalize_supervised(
@@ -47,7 +47,7 @@ class SftWorker(MegatronWorker):
         return {"sft/val_loss": metrics["loss"], "sft/val_entropy": metrics["entropy"]}
 
     def _weights(self, step: int, mini: MiniBatch, packs: Sequence[PackedBatch]) -> list[Tensor]:
-        """The weight of each token in the loss, by micro-batch; only the last pipeline stage asks for them."""
+        """For each micro-batch the weight of each token in the loss; with reweighting, empty on all but the last pipeline stage."""
         sft = self.config.sft
         if sft.reweighting is None:
             return [token_mean_N(batch, mini) for batch in packs]

@@ -1,4 +1,4 @@
-"""Writes down what a train step saw of each token (rlinf.data.token_values), from the rank that has it."""
+"""Writes samples/tokens_NNNNNN.jsonl (rlinf.data.token_values) in the train workers, which have the values of each token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def write_token_values(
     old: OldLogprobs,
     updates: Sequence[Update],
 ) -> None:
-    """A line for every sample of this rank. The tokens of those that the plan names, and of the one with the largest gap of all ranks."""
+    """Append a line for every sample of this rank. The line has tokens for the samples that the plan names, and for the sample with the
+    largest gap of all ranks."""
     samples = {s.sample_id: s for g in groups for s in g.samples}
     mine = token_values(groups, batch, packs, old, updates)
     if not mine:
@@ -41,7 +42,7 @@ def write_token_values(
 
 
 def token_values(groups: Sequence[Group], batch: RankBatch, packs: Packs, old: OldLogprobs, updates: Sequence[Update]) -> list[TokenValues]:
-    """Every sample of the rank's share, in the order of training."""
+    """The values of every sample of this rank's share, in the order of training."""
     found = []
     for i, (mini, update) in enumerate(zip(batch.mini_batches, updates, strict=True)):
         for j, refs in enumerate(mini.micro_batches):

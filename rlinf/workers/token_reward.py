@@ -1,6 +1,6 @@
 """One rank of the token reward model: a frozen model that scores every token of a response, such as a process reward model.
 
-The score of token t is the head's number at the row of token t, which has read it. (A critic's value of token t stands one row earlier.)
+The score of token t is the head's output at the row of token t itself. (A critic's value for token t is the output one row earlier.)
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class TokenRewardWorker(MegatronWorker):
         outputs = self.engine.scores(packs)
         self.hand_over()
         rewards, of_response = TokenRewards(), {}
-        if self.at.leads:  # and on all but the last stage there are no outputs
+        if self.at.leads:  # on all but the last stage `outputs` is empty, and so is the result
             rows = merged([by_sample(b, values) for b, values in zip(packs, outputs)])
             counted = {s.sample_id: s.loss_mask.astype(bool) for g in groups for s in g.samples}
             for name, row in rows.items():
-                scores = self._output(row[1:])  # the first is of the prompt's last token
+                scores = self._output(row[1:])  # row[0] belongs to the last token of the prompt
                 of_response[name] = response_score(scores[counted[name]], self.config.token_reward.reduce)
                 if self.config.algorithm.dense_rewards:
                     rewards[name] = (self.config.token_reward.weight * scores).astype(np.float32)
@@ -68,13 +68,13 @@ class TokenRewardWorker(MegatronWorker):
 
 
 def response_score(scores: np.ndarray, reduce: str) -> float:
-    """One number from the scores of the tokens that count; 0 where there are none."""
+    """The score of a response: `reduce` over the scores of the tokens that count; 0 where there are none."""
     return float(REDUCE[reduce](scores)) if len(scores) else 0.0
 
 
 def read_to_the_end(group: Group) -> Group:
-    """The group with a token behind each response: packing leaves out a response's last token, which predicts nothing,
-    but here it is read."""
+    """The group with one more token at the end of each response. Packing leaves out the last token of a response, because it predicts
+    nothing that is trained; here the model has to read it."""
 
     def longer(s: Sample) -> Sample:
         return replace(
