@@ -1,7 +1,7 @@
-"""Continuous batching: which samples run in which slots, and what one step of the engine computes. Synchronous, one thread.
+"""Continuous batching for the embedded engine: which samples run in which slots, and what one step computes. Synchronous, on one thread.
 
-A step either prefills contexts (they come first: decoding is efficient only with full slots) or decodes one token of every slot.
-A context is prefilled once; samples that share it, or its leading tokens, start from a copy of its keys and values.
+A step either prefills contexts or decodes one token of every slot. Prefill comes first, because decoding is efficient only with full slots.
+A context is prefilled once; samples that share it, or its first tokens, start from a copy of its keys and values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlinf.rollout.slot_cache import MINIMUM_REUSE, CachedPrompt, PrefixCache, S
 
 PREFILL_TOKENS = 2048  # padded tokens of one prefill step
 PREFILL_CHUNK = 512  # tokens of one context in one prefill step
-PREFIX_TOKENS_PER_SLOT = 128  # the prefix store's size: what half-full slots would hold at 256 tokens
+PREFIX_TOKENS_PER_SLOT = 128  # tokens in the prefix store for each slot
 SEQUENCE_TOKENS = 1024  # padded tokens of one pass over given sequences
 LOGIT_ELEMENTS = 2**25  # float32 logits at a time (128 MiB)
 
@@ -61,14 +61,14 @@ class Batcher:
         return [self._end(sample, Finish.ABORT) for sample in ended]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int, keep: bool = False) -> tuple[int, int]:
-        """Take weights; running samples go back to the queue and are computed anew from their tokens. Returns (tensors, bytes)."""
+        """Load weights. Running samples go back to the queue; their keys and values are computed anew. Returns (tensors, bytes)."""
         loaded = self.model.load(tensors, keep)
         self.version = version
         self.retract()
         return loaded
 
     def retract(self) -> None:
-        """Forget every key and value; running samples keep their tokens and wait again, in their order."""
+        """Forget all keys and values; running samples keep their tokens and go back to the queue, in their order."""
         running = [s for s in self._rows if s is not None]
         for sample in running:
             sample.row, sample.filled = None, 0
@@ -89,7 +89,7 @@ class Batcher:
         if ready:
             outcomes = self._choose([s for s, _ in ready], torch.stack([h for _, h in ready]))
         elif any(s is not None and s.prefilling for s in self._rows):
-            outcomes = []  # a long context is not through yet
+            outcomes = []  # a long context is only partly prefilled
         else:
             outcomes = self._decode()
         self.counters.add(busy_seconds=time.perf_counter() - start)
@@ -109,9 +109,9 @@ class Batcher:
         return [found[i] for i in range(len(sequences))]
 
     def _admit(self) -> list[tuple[RunningSample, Tensor]]:
-        """Give free slots to waiting samples, in order. Those whose whole context is stored are ready, with its hidden state.
+        """Give free slots to waiting samples, in order. Returns those whose whole context is in the prefix store, with its hidden state.
 
-        A sample that shares more with a context being prefilled now than with the store waits for it: it will start from there.
+        A sample that shares more tokens with a context that is being prefilled now than with the store waits until that one is done.
         """
         free = deque(row for row, s in enumerate(self._rows) if s is None)
         if not free or not self._waiting:
@@ -155,11 +155,11 @@ class Batcher:
         return row
 
     def _seated(self, rows: int | None = None) -> list[tuple[int, RunningSample]]:
-        """(row, sample) of those that run in the first `rows` rows; None: in all."""
+        """(row, sample) of the samples that run in the first `rows` rows; None: in all rows."""
         return [(row, sample) for row, sample in enumerate(self._rows[:rows]) if sample is not None]
 
     def _prefill(self) -> list[tuple[RunningSample, Tensor]]:
-        """Compute the next part of the contexts that are not through; those that now are, with their last hidden state."""
+        """Prefill the next part of unfinished contexts. Returns the samples whose context is now complete, with their last hidden state."""
         pending = [(len(s.context) - s.filled, row, s) for row, s in self._seated() if s.prefilling]
         batch: list[RunningSample] = []
         spans: list[Span] = []
@@ -205,7 +205,7 @@ class Batcher:
         return self._choose([sample for _, sample in running], hidden_RH)
 
     def _compact(self) -> int:
-        """Move samples from the last rows into free ones if that makes the decode batch smaller; its rows, rounded to a few shapes."""
+        """Move samples from the last rows into free ones, so that the decode batch gets smaller. Returns its number of rows."""
         occupied = self._seated()
         rows = min(_round_rows(len(occupied)), len(self._rows))
         free = [row for row in range(rows) if self._rows[row] is None]
@@ -215,7 +215,7 @@ class Batcher:
         return rows
 
     def _choose(self, samples: list[RunningSample], hidden_BH: Tensor) -> list[Outcome]:
-        """The next token of some samples; those that end with it."""
+        """Sample the next token of these samples. Returns those that end with it."""
         outcomes = []
         mass = 0.0
         rows = max(1, LOGIT_ELEMENTS // self.model.arch.vocab)

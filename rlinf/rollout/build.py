@@ -1,4 +1,4 @@
-"""From the configuration to a rollout engine."""
+"""Builds the rollout engine that the configuration asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlinf.rollout.sglang_options import ServerNode
 
 
 class Tokenizer(Protocol):
-    """What an engine needs of a tokenizer."""
+    """The part of a tokenizer that an engine needs."""
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -31,8 +31,8 @@ def build_engine(
 ) -> RolloutEngine:
     """The engine of rollout.rollout_backend with the weights of rollout.model_dir (version 0) on `device`.
 
-    log: where a server of its own writes; run_id: the mark of what it leaves in shared memory; on_death: called when that server dies;
-    node: which one this is, of an engine that runs on several.
+    The other arguments are for SGLang's server. log: its log file. run_id: marks its files in shared memory. on_death: called when it dies.
+    node: which node this is, for an engine that spans several.
     """
     rollout = config.rollout
     if rollout.rollout_backend == "sglang":

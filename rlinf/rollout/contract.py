@@ -1,7 +1,7 @@
-"""The contract of a rollout engine: what goes in, what comes out, what must hold.
+"""The contract of a rollout engine: its requests, its results, and what must hold for them.
 
-Both engines (SGLang and the embedded one) pass one contract suite. Log-probabilities are of softmax(logits / temperature), before
-top-p / top-k; an engine that truncates logs the truncated mass.
+Both engines (SGLang and the embedded one) pass the same contract tests (tests/test_engine_contract.py). Log-probabilities are of
+softmax(logits / temperature), before top-p / top-k; the probability mass that these cut off is counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlinf.weights.source import Collective, Receipt, WeightSource
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 means greedy (log-probabilities are then of temperature 1). top_k <= 0 and top_p = 1 mean off."""
+    """temperature 0 means greedy decoding, with log-probabilities at temperature 1. top_k <= 0 and top_p = 1 mean off."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -44,9 +44,10 @@ Decode = Callable[[list[int]], str]
 
 
 def completes_string(stop: Stop, context: list[int], begin: int, decode: Decode) -> bool:
-    """Whether the text at the end of a response, which is context[begin:], holds one of stop.strings.
+    """Whether one of stop.strings is in the text at the end of the response context[begin:].
 
-    Only the tail is decoded: a character takes at most 4 tokens (one a byte); the margin keeps the tail's left edge out of it.
+    Only the last tokens are decoded. A character takes at most 4 tokens (one for each byte); a margin of 8 keeps the left edge of the tail,
+    where a character may be incomplete, out of the comparison.
     """
     tail = 4 * max(map(len, stop.strings), default=0) + 8
     text = decode(context[max(begin, len(context) - tail) :]) if stop.strings else ""
@@ -57,11 +58,11 @@ def completes_string(stop: Stop, context: list[int], begin: int, decode: Decode)
 class GenerateRequest:
     """n samples of one prompt. prompt_ids [P] int32.
 
-    request_id names the request and, with the index k of the sample, the sample: `f"{request_id}/{k}"`. On a seeded engine the
-    sampling noise of a token is a function of (engine seed, sample id, position) only: not of batching, order or other requests.
-    prefixes: for samples that continue, the tokens generated so far, one array for each of the n samples (empty: from the start).
-    The Sample then holds the tokens that follow; max_new_tokens counts those of the prefix too.
-    indices: which samples of the group these are, when not the first n.
+    request_id names the request; sample k of it has the id `f"{request_id}/{k}"`. On a seeded engine the sampling noise of a token depends
+    only on (engine seed, sample id, position), not on batching, order or other requests.
+    prefixes: to continue samples, one array for each of the n samples with the tokens generated so far (may be empty). The resulting Sample
+    holds only the tokens that follow; max_new_tokens counts the tokens of the prefix too.
+    indices: the numbers k of the samples, when they are not 0..n-1.
     """
 
     request_id: str
@@ -94,18 +95,20 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What the contract suite and the runner may ask of an engine."""
+    """What an engine can do; read by the runner and by the contract tests."""
 
-    seeded: bool  # noise keyed by (seed, sample id, position)
-    sleep: bool  # memory is really given back by sleep()
+    seeded: bool  # sampling noise is a function of (seed, sample id, position)
+    sleep: bool  # sleep() really frees memory
     max_context: int  # prompt + response tokens
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the last call of stats(): decoded tokens, prefilled tokens, prompt tokens served from shared KV, seconds busy,
-    and the probability mass that top-p / top-k cut off, summed over the decoded tokens. Of the engine's process, filled in by its worker:
-    memory at its peak, and operations a second that the device's data sheet promises (0 = not known).
+    """Counters since the last call of stats().
+
+    reused_tokens: prompt tokens whose keys and values were shared. truncated_mass: the probability that top-p / top-k cut off, summed over
+    the decoded tokens. Filled in by the worker: memory_bytes, the peak of the engine's process or device, and peak_flops, operations per
+    second in the device's data sheet (0 = not known).
     """
 
     decoded_tokens: int = 0
@@ -118,14 +121,14 @@ class EngineStats:
 
 
 class Counters:
-    """What an engine counts between two calls of stats(). Any thread may add; none of it is lost or told twice."""
+    """What an engine counts between two calls of stats(). Any thread may add; nothing is lost or counted twice."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._since = EngineStats()
 
     def add(self, **increments: float) -> None:
-        """By field of EngineStats."""
+        """increments: by field of EngineStats."""
         with self._lock:
             self._since = replace(self._since, **{name: getattr(self._since, name) + value for name, value in increments.items()})
 
@@ -142,7 +145,7 @@ class RolloutEngine(Protocol):
 
     @property
     def dead(self) -> bool:
-        """Whether a process that it needs has died; nothing but close() works then."""
+        """Whether a process that the engine needs has died; then only close() may be called."""
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Sample]:
@@ -153,29 +156,33 @@ class RolloutEngine(Protocol):
         ...
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
-        """End these requests (None: all): their iterators yield what was decoded, with finish ABORT; no token is lost."""
+        """End these requests (None: all): their iterators yield what was decoded, with finish ABORT. No token is lost."""
         ...
 
     async def load_weights(self, source: WeightSource, version: int) -> Receipt:
-        """Take the weights in place, flush every KV and prefix cache, stamp later tokens with `version`. Raises on any mismatch."""
+        """Load the weights in place and flush every KV and prefix cache; later tokens carry `version`. Raises on any mismatch."""
         ...
 
     async def sequence_logprobs(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-probability of each token given those before it, at temperature 1: for a sequence of n tokens an array [n-1] float32."""
         ...
 
-    async def sleep(self, tags: frozenset[str]) -> None: ...
+    async def sleep(self, tags: frozenset[str]) -> None:
+        """Free memory. tags: `kv` (the KV cache), `weights`."""
+        ...
 
-    async def wake(self, tags: frozenset[str]) -> None: ...
+    async def wake(self, tags: frozenset[str]) -> None:
+        """Be ready to be used again; `weights` only with the next load_weights()."""
+        ...
 
     def stats(self) -> EngineStats: ...
 
     async def start_trace(self, folder: Path, name: str) -> None:
-        """Torch's profiler records the engine from now on."""
+        """Start torch's profiler for the engine."""
         ...
 
     async def stop_trace(self) -> None:
-        """Write <folder>/<name>*.gz, for Perfetto or chrome://tracing; nothing where nothing was started."""
+        """Stop it and write <folder>/<name>*.gz, for Perfetto or chrome://tracing. Does nothing when it was not started."""
         ...
 
     def close(self) -> None: ...
@@ -183,10 +190,10 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class GroupMember(Protocol):
-    """An engine that is itself a member of broadcast groups, whose weights do not pass through the worker beside it."""
+    """An engine that is itself a member of broadcast groups, so that weights do not pass through its worker."""
 
     async def join(self, store: tuple[str, int], groups: Sequence[BroadcastGroup], engine: int, timeout: float) -> None:
-        """Make these groups, in their order, as the engine of that number; return when all their members have."""
+        """Join these groups, in their order, as engine number `engine`; returns when all their members have joined."""
         ...
 
     async def load_weights(self, source: WeightSource | Collective, version: int) -> Receipt: ...

@@ -1,6 +1,6 @@
-"""The embedded rollout engine: a Batcher on a thread of its own behind the asynchronous contract of rollout engines.
+"""The embedded rollout engine: implements the asynchronous contract of rollout engines with a Batcher that runs on a thread of its own.
 
-Everything that touches the model runs on that one thread, one call at a time; the event loop only hands over and hands out.
+Everything that touches the model runs on that one thread, one call at a time; the event loop only passes requests in and samples out.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TURN_SECONDS = 0.02  # how long the engine thread works before it looks for new 
 
 
 class EmbeddedEngine:
-    """One model on one device. Seeded: the noise of a token is a function of (seed, sample id, index of the token in the response).
+    """One model on one device. It is seeded: the noise of a token depends only on (seed, sample id, index of the token in the response).
 
-    A Sample holds the tokens decoded by its request (not those of its prefix), each stamped with the version that decoded it.
-    load_weights while requests run: their samples go on under the new weights, their keys and values are computed anew.
+    A Sample holds the tokens decoded for its request (not those of its prefix), each with the version of the weights that decoded it.
+    load_weights() may be called while requests run: their samples go on with the new weights, with all keys and values computed anew.
     dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens of a sample.
     """
 
-    dead = False  # it lives and dies with its process
+    dead = False  # it has no other process that could die
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class EmbeddedEngine:
                 yield item
         finally:
             del self._outboxes[job]
-            if job.unfinished:  # closed early
+            if job.unfinished:  # the caller closed the iterator before its end
                 self._abandoned.append(job)
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
@@ -106,7 +106,7 @@ class EmbeddedEngine:
         self._deliver(await self._call(self._abort, lambda job: chosen is None or job.request.request_id in chosen))
 
     async def load_weights(self, source: WeightSource, version: int) -> Receipt:
-        """Take the weights in place, flush every cache. Raises RunFailed and keeps the old weights when a tensor or bucket is at fault."""
+        """Load the weights in place and flush every cache. Raises RunFailed, and keeps the old weights, when a tensor or bucket is bad."""
         receipt = await self._call(self._load, source, version)
         self._asleep -= {"weights"}
         return receipt
@@ -117,19 +117,19 @@ class EmbeddedEngine:
         return await self._call(self._batcher.sequence_logprobs, sequences)
 
     async def sleep(self, tags: frozenset[str]) -> None:
-        """Give memory back: the KV cache, the weights (they come back with load_weights). Raises RuntimeError while requests run."""
+        """Free memory: the KV cache, the weights (until the next load_weights). Raises RuntimeError while requests run."""
         if self._outboxes:
             raise RuntimeError(f"cannot sleep with {len(self._outboxes)} requests running; abort them first")
         if "kv" in tags:
             await self._call(self._batcher.free_cache)
         if "weights" in tags:
             await self._call(self._batcher.model.free)
-            self._mappings = Mappings()  # what is mapped counts as this process's memory
-        await self._call(give_back_free_memory, self._batcher.model.device)  # torch would keep it for this process
+            self._mappings = Mappings()  # mapped segments count as memory of this process
+        await self._call(give_back_free_memory, self._batcher.model.device)  # otherwise torch keeps it for this process
         self._asleep |= tags
 
     async def wake(self, tags: frozenset[str]) -> None:
-        """Ready to be used again; weights only with the next load_weights."""
+        """Be ready to be used again; weights only with the next load_weights."""
         self._asleep -= tags - {"weights"}
 
     def stats(self) -> EngineStats:
@@ -147,7 +147,7 @@ class EmbeddedEngine:
         self._thread.shutdown(wait=True)
 
     def _drive(self) -> None:
-        """Make sure that a task of the running event loop keeps the engine thread at work."""
+        """Make sure that a task in the running event loop keeps giving work to the engine thread."""
         loop = asyncio.get_running_loop()
         if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
             self._driver = loop.create_task(self._run())
@@ -162,7 +162,7 @@ class EmbeddedEngine:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """From now on the engine is broken; every pending iterator hears why."""
+        """Mark the engine as broken, and raise the error in every pending iterator."""
         self._broken = error
         for outbox in self._outboxes.values():
             outbox.put_nowait(error)
@@ -178,7 +178,7 @@ class EmbeddedEngine:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def _work(self) -> list[Outcome]:
-        """On the engine thread: take in requests, then steps until samples end, the turn is over or new requests wait."""
+        """On the engine thread: take in requests, then make steps until samples end, TURN_SECONDS are over, or new requests wait."""
         self._take_in()
         outcomes: list[Outcome] = []
         deadline = time.perf_counter() + TURN_SECONDS
@@ -202,9 +202,9 @@ class EmbeddedEngine:
     def _load(self, source: WeightSource, version: int) -> Receipt:
         start = time.perf_counter()
         try:
-            keep = isinstance(source, SharedMemory)  # its publisher writes no segment of which an engine has a view
+            keep = isinstance(source, SharedMemory)  # its publisher does not overwrite a segment that an engine still maps
             n_tensors, nbytes = self._batcher.load(open_source(source, self._mappings), version, keep)
-            synchronize(self._batcher.model.device)  # the source may be written again when this has answered
+            synchronize(self._batcher.model.device)  # the source may be overwritten as soon as this returns
         except ValueError as error:
             if isinstance(source, Disk):
                 raise UserError(f"{source.path}: {error}; the weights do not fit its config.json") from error

@@ -1,4 +1,4 @@
-"""What any engine refuses: a context that the model cannot hold, a request that cannot run."""
+"""Limits that both engines check: the context length of the model, and requests that cannot run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rlinf.errors import UserError
 from rlinf.rollout.contract import GenerateRequest
 from rlinf.weights.architecture import Architecture, read_architecture
 
-SLACK = 8  # positions of context that SGLang's server is given beyond those that requests use: it keeps some for itself
+SLACK = 8  # context positions that SGLang's server gets beyond those that requests use, because it keeps some for itself
 CPU_KV_TOKENS = 65_536
 
 
@@ -26,7 +26,7 @@ def architecture_for(model_dir: str, max_context: int) -> Architecture:
 
 
 def check_request(request: GenerateRequest, max_context: int, vocab: int) -> None:
-    """Raises ValueError that names the request: no tokens, too many, or tokens that the model does not have."""
+    """Raise ValueError when a request has no tokens, too many tokens, or tokens outside the vocabulary."""
     if len(request.prompt_ids) == 0:
         raise ValueError(f"request {request.request_id}: empty prompt")
     longest = len(request.prompt_ids) + max((len(p) for p in request.prefixes), default=0)

@@ -12,7 +12,7 @@ from rlinf.rollout.contract import Decode, GenerateRequest, completes_string
 
 @dataclass(eq=False)
 class Job:
-    """One request inside the engine; `unfinished` counts the samples still to be delivered."""
+    """One request inside the engine. unfinished: how many of its samples are still to be delivered."""
 
     request: GenerateRequest
     unfinished: int
@@ -20,9 +20,10 @@ class Job:
 
 @dataclass(eq=False)
 class RunningSample:
-    """context = prompt + prefix + new tokens; the first `given` of them were not decoded by this request.
+    """A sample that is being generated.
 
-    row: the slot it runs in (None: waiting). filled: tokens of the context whose keys and values are in the slot.
+    context: prompt + prefix + new tokens. given: how many of them came with the request (prompt and prefix).
+    row: the slot in which it runs; None = it waits. filled: for how many tokens of the context keys and values are in the slot.
     """
 
     job: Job
@@ -37,12 +38,12 @@ class RunningSample:
 
     @property
     def prefilling(self) -> bool:
-        """More than the last token is still to be computed; otherwise a decode step takes the sample on."""
+        """Whether keys and values of more than the last token are missing; otherwise the next step can decode."""
         return self.filled < len(self.context) - 1
 
     @property
     def generated(self) -> int:
-        """Tokens after the prompt, those of the prefix included: the position that keys the noise of the next token."""
+        """Tokens after the prompt, including the prefix: the position by which the noise of the next token is chosen."""
         return len(self.context) - self.prompt_length
 
     def append(self, token: int, logprob: float, version: int) -> None:

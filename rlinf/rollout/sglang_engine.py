@@ -1,6 +1,6 @@
-"""The SGLang rollout engine: the server as a child process behind the asynchronous contract of rollout engines.
+"""The SGLang rollout engine: implements the asynchronous contract of rollout engines with an SGLang server as a child process.
 
-Everything goes through the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation, /flush_cache,
+It uses only the server's HTTP routes: /generate, /abort_request, /pause_generation and /continue_generation, /flush_cache,
 /update_weights_from_disk, /init_weights_update_group, /update_weights_from_distributed and /update_weights_from_tensor between
 /begin_weight_update and /end_weight_update, /weights_checker, /release_memory_occupation and /resume_memory_occupation, /start_profile
 and /stop_profile (docs/sglang.md).
@@ -43,15 +43,15 @@ RETRY = 0.05  # seconds between two attempts to abort a sample that the schedule
 
 
 class SGLangEngine:
-    """One server. Seeded when it runs with rollout.sglang.enable_deterministic_inference (which needs a GPU).
+    """One server. It is seeded when it runs with rollout.sglang.enable_deterministic_inference (which needs a GPU).
 
-    A Sample holds the tokens decoded by its request (not those of its prefix). load_weights while requests run: their samples go on
-    under the new weights, their keys and values are computed anew; the server says which version decoded which token.
-    dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. memory_saver: sleep() gives memory
-    back (on a GPU). native: rollout.sglang.
-    node: of an engine that runs on several; all but the first take no requests and have nothing to be asked.
-    on_death: called from another thread when the server dies; running requests then end with what has arrived (finish ABORT) instead of
-    raising, because somebody goes on with them. decode: finds stop strings at the end of an aborted sample.
+    A Sample holds the tokens decoded for its request (not those of its prefix). load_weights() may be called while requests run: their
+    samples go on with the new weights, with all keys and values computed anew; the server reports which version decoded which token.
+    dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. memory_saver: sleep() frees memory
+    (on a GPU). native: options of the server (rollout.sglang).
+    node: for an engine that spans several nodes; all but the first take no requests.
+    on_death: called from another thread when the server dies; running requests then end with the tokens that have arrived (finish ABORT)
+    instead of raising, because another engine will continue them. decode: finds stop strings at the end of an aborted sample.
     """
 
     def __init__(

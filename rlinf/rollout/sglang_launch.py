@@ -1,6 +1,6 @@
-"""Becomes the SGLang server, in the interpreter that has SGLang: sglang_launch.py PARENT_PID CONFIG_FILE
+"""Starts the SGLang server in place of this process, in the interpreter that has SGLang: sglang_launch.py PARENT_PID CONFIG_FILE
 
-The server must not outlive its worker, so the kernel is asked to kill it with its parent before anything else happens.
+The server must not outlive its worker, so this first asks the kernel to kill it when its parent dies.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ if __name__ == "__main__":
     parent, config = sys.argv[1:]
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
-        sys.exit(1)  # it died before the call above
+        sys.exit(1)  # the parent died before the call above
     if MEMORY_SAVER in Path(config).read_text():
         show_runtime_to_loader()
     os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", "--config", config])

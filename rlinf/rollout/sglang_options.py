@@ -17,7 +17,7 @@ ON_CPU = {
 
 @dataclass(frozen=True)
 class ServerNode:
-    """One node of an engine's server that runs on several. address: host:port of the first, where their processes meet."""
+    """One node of a server that spans several nodes. address: host:port of the first node, where their processes meet."""
 
     nodes: int
     rank: int

@@ -1,4 +1,4 @@
-"""Keys and values: one slot per running sample, and a small store of recent prompts whose KV later samples start from.
+"""The KV cache of the embedded engine: one slot for each running sample, and a small store of recent prompts from which samples start.
 
 Legend: L layers, R rows (slots), K key-value heads, C capacity in tokens, D head dimension, P prompt tokens.
 """
@@ -44,7 +44,7 @@ class SlotCache:
             self._resize(max(length, min(self.capacity + self.capacity // 4, self._longest)))
 
     def fit(self, length: int) -> None:
-        """Make room for `length` tokens, and give back what is far beyond: attention reads the whole capacity."""
+        """Make room for `length` tokens, and shrink when there is more than twice as much: attention reads the whole capacity."""
         self.reserve(length)
         if self.capacity > 2 * length:
             self._resize(length)
@@ -70,11 +70,11 @@ class SlotCache:
         values.view(-1, dim).index_copy_(0, addresses, values_NKD.reshape(-1, dim))
 
     def layer(self, layer: int) -> Tensor:
-        """Keys and values of all slots, [2, R, K, C, D]; to be written to as well."""
+        """Keys and values of all slots, [2, R, K, C, D]; the caller may write to them."""
         return self._layers[layer]
 
     def read(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `rows` slots, [R, K, C, D]: the whole capacity, as a product copies what is not contiguous."""
+        """Keys and values of the first `rows` slots, [R, K, C, D], over the whole capacity: matrix products copy what is not contiguous."""
         keys, values = self._layers[layer]
         return keys[:rows], values[:rows]
 
@@ -130,7 +130,7 @@ class PrefixCache:
         return self._entries.get(key)
 
     def longest(self, token_ids: np.ndarray) -> tuple[int, CachedPrompt | None]:
-        """The entry that shares the most leading tokens, at least MINIMUM_REUSE and all but the last one at most, and their number."""
+        """(number of shared tokens, the entry that shares the most leading ones): at least MINIMUM_REUSE, at most all but the last."""
         best, found = MINIMUM_REUSE - 1, None
         for entry in self._entries.values():
             shared = min(common_prefix(entry.token_ids, token_ids), len(token_ids) - 1)
