@@ -1,4 +1,5 @@
-"""The device numbers that plans are computed with: from the vendors' data sheets; what share of them is reached is in step_time."""
+"""Speeds and sizes of devices, with which `rlinf plan` computes: numbers from the vendors' data sheets. Which share of them practice
+reaches is in step_time."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One device as a process sees it. memory and context in bytes; the others in units a second: 16-bit dense operations, bytes of its
-    memory, and bytes in one direction to a device of its node (link), to another node (network) and to host memory (host).
+    """One device as a process sees it.
 
-    context: what driver, libraries and process groups take in every process beside tensors. shared: the devices of a node are one memory.
+    memory, context: bytes. context is what driver, libraries and process groups take in every process beside tensors.
+    flops: 16-bit dense operations per second. bandwidth: bytes per second of its memory.
+    link, network, host: bytes per second in one direction to a device of the same node, to another node, and to host memory.
+    shared: the devices of a node share one memory.
     """
 
     name: str
@@ -49,7 +52,7 @@ GPUS = {
 
 
 def data_sheet_flops(name: str) -> float:
-    """16-bit operations a second of a device that the driver calls `name` (NVIDIA H100 80GB HBM3); 0 when it is not in the table."""
+    """16-bit operations per second of a device that the driver calls `name` (NVIDIA H100 80GB HBM3); 0 when it is not in the table."""
     plain = name.lower().replace(" ", "")
     known = [key for key in GPUS if key.partition("-")[0] in plain]
     return GPUS[max(known, key=len)].flops if known else 0.0

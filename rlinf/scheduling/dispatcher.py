@@ -1,4 +1,5 @@
-"""Which engine takes the next group: the one with most room; which group goes next: the longest expected. Nobody is split statically."""
+"""Decides which engine takes the next group (the one with the most room) and which group goes next (the longest expected). Groups are not
+divided among engines in advance."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(order=True)
 class _Waiting:
-    """A group that has no engine yet; the smallest goes next."""
+    """A group that waits for an engine. The smallest in this order goes next."""
 
     shortness: float
     order: int
@@ -20,7 +21,8 @@ class _Waiting:
 
 
 class Dispatcher:
-    """Room in samples, by engine. An engine is filled a little beyond what it decodes at once, so that it never waits for the driver."""
+    """Counts the samples at each engine. An engine is given a little more than it can decode at once, so that it never has to wait for the
+    driver."""
 
     def __init__(self, engines: int, running_requests: int, group_size: int) -> None:
         self.capacity = running_requests + group_size
@@ -32,10 +34,11 @@ class Dispatcher:
 
     @asynccontextmanager
     async def seat(self, samples: int, expected_length: float = 0.0) -> AsyncIterator[int]:
-        """Wait until an engine has room for the group (an empty engine always has) and hold it; yields the engine's rank.
+        """Wait until an engine has room for the group (an empty engine always has), and hold that room in the block; yields the rank of the
+        engine.
 
-        Among those that wait the group with the largest expected_length goes first, then the one that asked first: a long group that
-        starts late is what everybody waits for at the end.
+        Of the groups that wait, the one with the largest expected_length goes first, then the one that asked first: a long group that
+        starts late would keep everybody waiting at the end of the step.
         """
         self._asked += 1
         mine = _Waiting(-expected_length, self._asked, samples, asyncio.get_running_loop().create_future())
@@ -49,10 +52,11 @@ class Dispatcher:
             self._grant()
 
     def close(self, rank: int) -> None:
-        """Seat nobody at this engine until it is open again."""
+        """Give no more groups to this engine until open()."""
         self._closed.add(rank)
 
     def open(self, rank: int) -> None:
+        """Give groups to this engine again."""
         self._closed.discard(rank)
         self._change(rank, 0)
         self._grant()
@@ -64,12 +68,13 @@ class Dispatcher:
             self._rooms = sorted((load, rank) for rank, load in enumerate(self.load))
 
     def _emptiest(self) -> tuple[int, int] | None:
-        """Load and rank of the engine with most room, the first of equals; None when all are closed."""
+        """(load, rank) of the engine with the most room, the first of equals; None when all are closed."""
         while self._rooms and (self.load[self._rooms[0][1]] != self._rooms[0][0] or self._rooms[0][1] in self._closed):
             heapq.heappop(self._rooms)
         return self._rooms[0] if self._rooms else None
 
     def _grant(self) -> None:
+        """Seat waiting groups as long as there is room."""
         while self._queue:
             first = self._queue[0]
             if first.rank.cancelled():

@@ -1,10 +1,10 @@
-"""Floating-point operations of a dense decoder, counted from the very tokens: what achieved speeds and utilisation are computed from.
+"""Floating-point operations of a dense decoder, counted from the actual tokens, for the metrics of speed and utilisation (mfu, hfu).
 
     forward = 2 · (L · W · rows + h · V · heads) + 4 · L · H · D · pairs
 
-L layers with W weights in matrices each, hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the
-layers; heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition
-are two operations; a backward pass is two forward passes; norms, softmax and the optimizer are not counted.
+L layers with W matrix weights each, hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the layers;
+heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition are two
+operations; a backward pass counts as two forward passes; norms, softmax and the optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rlinf.weights.architecture import Architecture
 
 @dataclass(frozen=True)
 class Work:
+    """What a forward pass has to compute; rows, heads and pairs as above."""
+
     rows: int = 0
     heads: int = 0
     pairs: int = 0
@@ -31,14 +33,14 @@ def forward_flops(arch: Architecture, work: Work) -> float:
 
 
 def recomputed_flops(arch: Architecture, model: ActorModelConfig, work: Work) -> float:
-    """What activation recompute adds to a forward and backward pass."""
+    """The operations that activation recompute adds to a forward and backward pass."""
     if model.recompute_granularity == "selective":
         return _attention(arch, work)
     return recomputed_layers(model, arch.n_layers) * (2.0 * _layers(arch) * work.rows + _attention(arch, work))
 
 
 def recomputed_layers(model: ActorModelConfig, n_layers: int) -> float:
-    """The share of the layers that are computed twice."""
+    """The share of the layers whose forward pass is computed twice."""
     if model.recompute_granularity != "full":
         return 0.0
     layers = n_layers // model.pipeline_model_parallel_size
@@ -46,7 +48,7 @@ def recomputed_layers(model: ActorModelConfig, n_layers: int) -> float:
 
 
 def generation_work(prompt: int, responses: Sequence[int]) -> Work:
-    """A prompt once, then each response token by token; its last token is not fed back."""
+    """The work of generating a group: the prompt once, then each response token by token. The last token of a response is not fed back."""
     fed = [max(0, n - 1) for n in responses]
     pairs = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in fed)
     return Work(prompt + sum(fed), sum(responses), pairs)

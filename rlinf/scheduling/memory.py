@@ -1,4 +1,5 @@
-"""How many bytes a rank needs, computed from shapes alone: the actor's four parts, the engine's weights and its KV cache.
+"""How many bytes a rank needs, computed from shapes alone: weights, gradients, optimizer and activations of the actor, weights and KV cache
+of an engine.
 
 Legend: T tokens of a micro-batch, h hidden, f MLP units, q and k query and key-value width (heads x head dimension).
 """
@@ -19,8 +20,11 @@ BLOCK_COPIES = 3  # logits, their exponentials or gradient, a temporary
 
 @dataclass(frozen=True)
 class ActorMemory:
-    """Bytes of one actor rank. activations: kept for the backward pass; workspace: the more of what the head takes and what the backward
-    pass of a layer takes, with the layers that are computed again for it: never both at one time."""
+    """Bytes of one actor rank.
+
+    activations: kept for the backward pass. workspace: the maximum of what the head needs, and of what the backward pass of a layer needs
+    with the layers that are recomputed for it; these are never there at the same time.
+    """
 
     parameters: int
     weights: int
@@ -36,7 +40,8 @@ class ActorMemory:
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes of one device of an engine: its weights, the KV cache of one token, and tokens of KV cache that it wants at least."""
+    """Memory of one device of an engine: bytes of its weights, bytes of the KV cache for one token, and how many tokens the KV cache must
+    hold at least."""
 
     weights: int
     kv_token: int
@@ -44,14 +49,15 @@ class EngineMemory:
 
 
 def layer_parameters(arch: Architecture, tp: int) -> int:
-    """Of one layer on one tensor-parallel rank."""
+    """Parameters of one layer on one tensor-parallel rank."""
     q, k = arch.n_heads * arch.head_dim // tp, arch.n_kv_heads * arch.head_dim // tp
     matrices = (q + 2 * k) * (arch.hidden + arch.qkv_bias) + q * arch.hidden + 3 * arch.hidden * arch.ffn // tp
     return matrices + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm
 
 
 def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
-    """Of one rank of a pipeline stage. The vocabulary is padded to a multiple of tp; a tied head is one copy, on several stages two."""
+    """Parameters of one rank of a pipeline stage. The vocabulary is padded to a multiple of tp. A tied head shares the embedding's weights
+    on a single stage; on several stages the first and the last have a copy each."""
     vocabulary = -(-arch.vocab // tp) * arch.hidden
     first, last = stage == 0, stage == pp - 1
     heads = first + last if not arch.tied or pp > 1 else 1
@@ -59,8 +65,8 @@ def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
 
 
 def actor_memory(arch: Architecture, config: Config, dp: int, stage: int, gpu: bool) -> ActorMemory:
-    """The largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are fp32; master weights (16-bit training) and Adam's two
-    moments are fp32 and divided over the data- and context-parallel ranks."""
+    """Memory of an actor rank with the largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are fp32; master weights (in
+    16-bit training) and Adam's two moments are fp32, and divided over the data- and context-parallel ranks."""
     model = config.actor.model
     tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     size, tokens = BYTES[model.precision], -(-config.runner.max_tokens_per_mbs // cp)
@@ -118,10 +124,10 @@ def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: b
 
 
 def engine_memory(arch: Architecture, config: Config, gpu: bool) -> EngineMemory:
-    """An engine of rollout.tensor_parallel_size devices.
+    """Memory of a device of an engine with rollout.tensor_parallel_size devices.
 
-    The embedded engine may fill all its slots to runner.seq_length; SGLang queues what does not fit, so that on a GPU one whole sample is
-    all it must hold. On CPU its server is told how many tokens to hold.
+    The embedded engine may fill all its slots up to runner.seq_length. SGLang queues what does not fit, so on a GPU it must only hold one
+    whole sample; on CPU its server is told how many tokens to hold.
     """
     rollout, tp, context = config.rollout, config.rollout.tensor_parallel_size, config.runner.seq_length
     size = BYTES[rollout.precision or config.actor.model.precision]

@@ -1,4 +1,4 @@
-"""Where every rank lives: config + node inventory -> Plan. Pure."""
+"""Decides on which devices every rank lives: from configuration and node inventory to a Plan. Pure functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PART = "rollout_part"  # seats of engines that span nodes, on all of their nodes
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the run: its rank among the nodes and the number of its devices (GPUs, or process slots on a CPU machine)."""
+    """A machine of the run: its rank among the nodes, and the number of its devices (GPUs, or process slots on a CPU machine)."""
 
     rank: int
     devices: int
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Seat:
-    """One process of the run and the devices it uses on one node."""
+    """One process of the run, and the devices that it uses on one node."""
 
     component: str
     rank: int
@@ -44,8 +44,9 @@ class Seat:
 class Plan:
     """All seats, ordered by component, then rank.
 
-    mode: how components share devices (collocated, disaggregated, hybrid), or what the run is (evaluation, supervised). transport: of the
-    weights from actor to engines (rollout.weight_transport); None where there are none to bring, or where it is not known.
+    mode: how components share devices (collocated, disaggregated, hybrid), or what the run is (evaluation, supervised).
+    transport: how weights go from the actor to the engines (rollout.weight_transport); None where there are no weights to send, or where it
+    is not known yet.
     """
 
     seats: tuple[Seat, ...]
@@ -62,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class WorkerAddress:
-    """Who a worker is, known before its constructor runs. rank and world_size within its component; devices on its node."""
+    """What a worker knows about its place before its constructor runs. rank and world_size: within its component. devices: on its node."""
 
     component: str
     rank: int
@@ -77,16 +78,17 @@ class WorkerAddress:
 
 
 def nodes_of(cluster: ClusterConfig) -> list[Node]:
-    """The nodes that the configuration asks for (what is really there is checked by the cluster room)."""
+    """The nodes that the configuration asks for. Whether they are there is checked by rlinf.cluster."""
     return [Node(rank, cluster.num_gpus_per_node) for rank in range(cluster.num_nodes)]
 
 
 def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
-    """Seat every rank. Raises UserError that names the key and the nearest remedy for a placement that cannot be.
+    """Seat every rank. Raises UserError that names the key and the nearest remedy for a placement that is not possible.
 
-    Devices are numbered node by node. An actor or a rollout engine has a device to itself within its component; components share
-    devices or not as `cluster.component_placement` says. Actor ranks follow Megatron's order: tensor-parallel index fastest, then
-    context-parallel, then data-parallel, pipeline stage slowest. Reward has one process a node, on the first of its devices there.
+    Devices are numbered node by node. Actor ranks and engines each have their devices to themselves within their component; whether
+    different components share devices is said by `cluster.component_placement`. Actor ranks follow Megatron's order: tensor-parallel index
+    fastest, then context-parallel, then data-parallel, pipeline stage slowest. Reward has one process on each of its nodes, on the first of
+    its devices there.
     """
     devices = _component_devices(config.cluster.component_placement, nodes, [c for c in COMPONENTS if config.has(c)])
     seats = [
@@ -132,26 +134,26 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def feeds_on_devices(config: Config, actor: Sequence[Seat], rollout: Sequence[Seat]) -> tuple[Feed, ...] | None:
-    """What feeds each engine when no weight leaves its devices; None where that cannot be."""
+    """The feeds when every engine can read all its weights on its own devices; None when one cannot."""
     devices = [[actor[rank].places[0] for rank in stages] for stages in publishers(config.actor.model, len(actor))]
     return device_feeds(devices, [engine.places for engine in rollout])
 
 
 def publishers(model: ActorModelConfig, ranks: int) -> list[list[int]]:
-    """publishers[d][p] is the rank that speaks for pipeline stage p of the data-parallel rank d: it publishes those weights, and of the
+    """publishers[d][p] is the rank that represents pipeline stage p of data-parallel rank d: it publishes the stage's weights, and on the
     last stage it returns the numbers of tokens."""
     dp, pp = model.data_parallel_size(ranks), model.pipeline_model_parallel_size
     return [[publisher(replica, stage, model.stage_ranks, dp) for stage in range(pp)] for replica in range(dp)]
 
 
 def build_evaluation_plan(config: Config, nodes: Sequence[Node]) -> Plan:
-    """Engines on every device, one reward process a node, no actor; cluster.component_placement is not used."""
+    """Engines on every device, one reward process on each node, no actor. cluster.component_placement is not used."""
     devices = [(n.rank, i) for n in nodes for i in range(n.devices)]
     return Plan((*_rollout_seats(config.rollout.tensor_parallel_size, devices), *_reward_seats(devices)), "evaluation")
 
 
 def build_sft_plan(config: Config, nodes: Sequence[Node]) -> Plan:
-    """The actor alone, on its devices of cluster.component_placement."""
+    """Only the actor, on its devices in cluster.component_placement."""
     devices = _component_devices(config.cluster.component_placement, nodes, ("actor",))["actor"]
     seats = _megatron_seats("actor", config.actor.model, devices)
     if config.cluster.backend == "local" and len(seats) > 1:
@@ -160,7 +162,7 @@ def build_sft_plan(config: Config, nodes: Sequence[Node]) -> Plan:
 
 
 def describe(plan: Plan, config: Config) -> str:
-    """The plan as text: how components share devices, the layouts of those that are Megatron's, and who sits on every node."""
+    """The plan as text: how components share devices, the Megatron layouts, and what is on every node."""
     rollout = config.rollout
     lines = [f"placement: {plan.mode}, {len({s.node for s in plan.seats})} node(s)"]
     lines += [_layout(c, getattr(config, c).model, plan.of(c)) for c in MEGATRON_ROLES if plan.of(c)]
@@ -275,7 +277,7 @@ def _rollout_seats(tp: int, devices: Sequence[DeviceAddress]) -> list[Seat]:
 
 
 def _spanning_seats(span: int, devices: Sequence[DeviceAddress]) -> list[Seat]:
-    """Each engine has `span` nodes, one after the other; the first serves."""
+    """Seats of engines that span `span` consecutive nodes each; the first node serves."""
     by_node = [(node, tuple(i for _, i in found)) for node, found in itertools.groupby(devices, key=lambda d: d[0])]
     first = [Seat("rollout", rank, *by_node[rank * span]) for rank in range(len(by_node) // span)]
     others = [place for i, place in enumerate(by_node) if i % span]
@@ -283,7 +285,7 @@ def _spanning_seats(span: int, devices: Sequence[DeviceAddress]) -> list[Seat]:
 
 
 def _check_spanning(config: Config) -> None:
-    """What an engine that spans nodes cannot do."""
+    """Raise UserError for settings that an engine which spans nodes does not support."""
     what = f"rollout.tensor_parallel_size: engines of {config.rollout.tensor_parallel_size} devices span nodes"
     if config.rollout.rollout_backend != "sglang":
         raise UserError(f"{what}, which only rollout.rollout_backend: sglang does")
@@ -302,7 +304,7 @@ def _reward_seats(devices: Sequence[DeviceAddress]) -> list[Seat]:
 
 
 def _groups(devices: Sequence[DeviceAddress], size: int) -> list[list[DeviceAddress]]:
-    """Consecutive devices in groups of `size`, as many as possible inside one node, in the order of their first device."""
+    """Consecutive devices in groups of `size`, as many groups as possible within one node, in the order of their first device."""
     groups, left = [], []
     for _, on_node in itertools.groupby(devices, key=lambda d: d[0]):
         found = list(on_node)

@@ -1,4 +1,4 @@
-"""Which groups may be begun and which are trained on when the engines run ahead of the actor (AReaL, arXiv 2505.24298, section 4.1).
+"""Which groups may be begun, and which are trained on, when engines generate ahead of the actor (AReaL, arXiv 2505.24298, section 4.1).
 
 Pure bookkeeping. Version i is the weights after step i; B groups make a batch; eta bounds the staleness.
 """
@@ -13,18 +13,18 @@ from typing import Any
 
 @dataclass
 class GroupInFlight:
-    """born: the version of the weights when the group was begun."""
+    """A group that was begun and not trained on yet. born: the version of the weights when it was begun."""
 
     born: int
     done: bool = False
 
 
 class Ledger:
-    """Every group that was begun and not yet trained on, oldest first.
+    """All groups that were begun and not yet trained on, oldest first.
 
-    A group begun under version v is trained on when the weights are of version v + eta at most. So a later group may overtake an earlier
-    one only while those that are left can still all be in time: `take` waits for the earlier one if it must. That is always possible, since
-    at most (i + eta + 1) B groups are begun under versions up to i.
+    A group that was begun under version v has to be trained on while the version of the weights is at most v + eta. So a later group may
+    overtake an earlier one only if all groups that are left can still be trained on in time; otherwise `take` waits for the earlier one.
+    Waiting is always enough, since at most (i + eta + 1) B groups are begun under versions up to i.
     """
 
     def __init__(self, batch_size: int, max_staleness: int) -> None:
@@ -46,15 +46,15 @@ class Ledger:
         self.groups[name].done = True
 
     def drop(self, name: str) -> None:
-        """It will not be trained on, and counts as never begun:
-        without that its place would be lost, and in the end the run would stand."""
+        """Forget a group that will not be trained on, as if it had never been begun. Otherwise it would use up room(), and the run would
+        come to a stop."""
         del self.groups[name]
         self.begun_and_kept -= 1
 
     def take(self, version: int) -> list[str] | None:
-        """The groups of the step that starts from `version`, in the order they were begun; None while they are not there.
+        """The groups of the step that starts from `version`, in the order in which they were begun; None while they are not complete.
 
-        The oldest that are done, if the others can then be in time.
+        These are the oldest that are done, provided that all others can then still be trained on in time.
         """
         chosen = [name for name, g in self.groups.items() if g.done][: self.batch_size]
         if len(chosen) < self.batch_size:
@@ -78,10 +78,11 @@ class Ledger:
 
 
 class LengthBias:
-    """Whether training first on what is done first favours short answers: mean response length of what was trained on,
-    against what was begun.
+    """Measures whether training first on what is done first favours short answers: the mean response length of the groups that were trained
+    on, compared with that of the groups that were begun.
 
-    Over the first k groups, for the largest k for which all lengths are known; 0 when groups are trained on in the order they were begun.
+    It covers the first k groups, for the largest k for which all lengths are known. It is 0 when groups are trained on in the order in
+    which they were begun.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
-"""Expected seconds of a step, by phase, from a roofline model: data-sheet numbers times the shares below, which practice reaches.
+"""Expected seconds of each phase of a step, from a roofline model: numbers of the data sheets times the shares below, which practice
+reaches.
 
-It ignores stragglers beyond one full-length response, failures and contention: read it as an order of magnitude and for comparisons.
+It ignores failures, contention, and stragglers beyond one full-length response. Use it for orders of magnitude and comparisons.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SQUARE_SHARE = 1.5  # mean of squared lengths / square of the mean length: lengt
 
 @dataclass(frozen=True)
 class Load:
-    """What one step has to do: samples, prompts, mean tokens of a prompt and of a response."""
+    """The work of one step: number of samples and prompts, mean tokens of a prompt and of a response."""
 
     samples: int
     prompts: int
@@ -32,12 +33,13 @@ class Load:
 
     @property
     def tokens(self) -> int:
-        """Of training: the samples of a prompt share its copy."""
+        """Tokens in training, where the samples of a prompt share one copy of it."""
         return self.samples * self.response + self.prompts * self.prompt
 
 
 def step_load(config: Config, mean_response: int | None) -> Load:
-    """Prompts are taken as half of data.max_prompt_length."""
+    """The work of a step, where a prompt is taken to have half of data.max_prompt_length. mean_response: None = MEAN_SHARE of
+    max_new_tokens."""
     longest = config.algorithm.sampling_params.max_new_tokens
     response = mean_response or max(1, int(longest * MEAN_SHARE))
     prompts = config.data.rollout_batch_size
@@ -45,7 +47,8 @@ def step_load(config: Config, mean_response: int | None) -> Load:
 
 
 def decode_seconds(arch: Architecture, config: Config, device: Device, engine: EngineMemory, running: int, context: float) -> float:
-    """One decode step of one engine with `running` samples of `context` tokens: bytes read or operations done, whichever takes longer."""
+    """Seconds of one decode step of an engine with `running` samples of `context` tokens: of reading memory or of computing, whichever
+    takes longer."""
     tp = config.rollout.tensor_parallel_size
     read = (engine.weights + running * context * engine.kv_token) / (device.bandwidth * BANDWIDTH_SHARE)
     operations = 2 * running * _parameters(arch) / tp / (device.flops * MATRIX_SHARE)
@@ -56,7 +59,7 @@ def decode_seconds(arch: Architecture, config: Config, device: Device, engine: E
 def rollout_seconds(
     arch: Architecture, config: Config, device: Device, engine: EngineMemory, engines: int, kv_tokens: int, load: Load
 ) -> float:
-    """All samples over all engines, then the tail: the longest response goes on alone after the mean one has ended."""
+    """Seconds to generate all samples: first all engines decode the mean response, then the longest response goes on alone."""
     share = -(-load.samples // engines)
     running = max(1, min(config.rollout.max_running_requests, kv_tokens // (load.prompt + load.response), share))
     context = load.prompt + load.response / 2
@@ -69,7 +72,7 @@ def rollout_seconds(
 
 
 def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int, load: Load) -> dict[str, float]:
-    """Looking at the old (and reference) policy, forward and backward passes, the optimizer."""
+    """Seconds to compute the log-probabilities of the old (and reference) policy, of forward and backward passes, and of the optimizer."""
     model, algorithm = config.actor.model, config.algorithm
     tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     dp = model.data_parallel_size(ranks)
@@ -95,7 +98,7 @@ def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int
 
 
 def sync_seconds(arch: Architecture, config: Config, device: Device, moved: int, across_nodes: bool) -> float:
-    """Weights through host memory to every engine, and what is offloaded (`moved` bytes) away and back."""
+    """Seconds to bring weights through host memory to every engine, and to offload `moved` bytes and bring them back."""
     weights = _parameters(arch) * BYTES[config.rollout.precision or config.actor.model.precision]
     wire = device.network if across_nodes else device.host
     return 2 * weights / (device.host * WIRE_SHARE) + weights / (wire * WIRE_SHARE) + 2 * moved / (device.host * WIRE_SHARE)

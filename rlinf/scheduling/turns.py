@@ -1,13 +1,13 @@
-"""Whose turn it is on devices that actor and engines share. Pure: five turns, and which may follow which.
+"""Whose turn it is on devices that actor and engines share: five turns, and which may follow which. Pure functions.
 
-    turn      actor has                            engines have
+    turn      the actor has                        the engines have
     START     everything                           everything; on GPUs nothing
     SYNC      its weights                          weights, as they arrive
     ROLLOUT   nothing                              weights, KV cache from the first request on
     TRAIN     everything                           nothing
     SAVE      everything                           weights
 
-"Nothing" is what actor.offload_* leave on the device.
+"Nothing" is what is left on the device after actor.offload_*.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ ENGINES_GIVE = {Turn.TRAIN: ("kv", "weights"), Turn.SAVE: ("kv",)}  # before the
 
 
 def check_turn(now: Turn, then: Turn) -> None:
-    """Raises RunFailed for an order in which actor and engines would both fill the device, or engines would be asked without weights."""
+    """Raise RunFailed for an order in which actor and engines would both fill the device, or engines would have to generate without
+    weights."""
     if then not in NEXT[now]:
         may = " or ".join(sorted(turn.value for turn in NEXT[now]))
         raise RunFailed(f"shared devices: {then.value} cannot follow {now.value}; {may} may")
