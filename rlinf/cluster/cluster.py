@@ -1,4 +1,5 @@
-"""Where workers live: real processes under Ray, or holders in this process (cluster.backend: local). One interface for both."""
+"""The interface to the machines of a run. It has two backends: Ray, with a process for each worker, and `local`, with all workers in this
+process (cluster.backend)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class Cluster(ABC):
-    """The machines of one run. `phase` is set by the runner: the messages of a failure name it. `device` is "cuda" or "cpu"."""
+    """The machines of one run. phase: set by the runner, and named in the messages of failures. device: "cuda" or "cpu"."""
 
     device: str
     phase: Phase = START
@@ -30,7 +31,7 @@ class Cluster(ABC):
 
     @staticmethod
     def connect(config: ClusterConfig, run_id: str, log_dir: Path) -> Cluster:
-        """Join the Ray cluster that is up, or start a private one, or none (backend local). Waits for config.num_nodes nodes.
+        """Join the running Ray cluster, start a private one, or use none (backend local). Waits until config.num_nodes nodes are up.
 
         Raises UserError when the machines are not what the configuration says.
         """
@@ -48,15 +49,15 @@ class Cluster(ABC):
 
     @abstractmethod
     def launch(self, plan: Plan, component: str, worker_class: type | str, *args: Any) -> WorkerGroup:
-        """One worker for each seat of the component, constructed as worker_class(address, *args); worker_class may be "module:Class".
+        """Start one worker for each seat of the component, constructed as worker_class(address, *args). worker_class may be "module:Class".
 
-        Returns before the constructors have: see WorkerGroup.ready.
+        Returns before the constructors have returned: see WorkerGroup.ready.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """End every worker and everything that carries the run id. May be called twice."""
+        """End every worker and every process that carries the run id. May be called twice."""
 
     async def guard(self, loop: Coroutine[Any, Any, T]) -> T:
-        """Run the runner's loop; the death of a worker or node ends it with RunFailed even while it waits for something else."""
+        """Run the runner's loop. The death of a worker or node ends it with RunFailed, even while it waits for something else."""
         return await self.failure.race(loop)

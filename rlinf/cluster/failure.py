@@ -1,4 +1,4 @@
-"""The first reason why a run cannot go on: reported from any thread, seen by every pending call and by the loop itself."""
+"""The first reason why a run cannot go on. Any thread can report it; every pending call and the loop itself then raise it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Failure:
         self._waiters: set[asyncio.Future[None]] = set()  # of that loop
 
     def report(self, error: RunFailed) -> None:
-        """Only the first report counts."""
+        """Report a failure. Only the first report counts."""
         with self._lock:
             if not self._first.done():
                 self._first.set_result(error)
@@ -32,7 +32,7 @@ class Failure:
         return self._first.result() if self._first.done() else None
 
     def wait(self) -> RunFailed:
-        """Block until there is a report."""
+        """Block until a failure is reported."""
         return self._first.result()
 
     def check(self) -> None:
@@ -40,7 +40,7 @@ class Failure:
             raise self.error
 
     def future(self) -> asyncio.Future[RunFailed]:
-        """The report as a future of the running loop; one for all who wait."""
+        """A future of the running loop that holds the report when there is one; all who wait share it."""
         loop = asyncio.get_running_loop()
         if loop not in self._views:
             self._views, self._waiters = {loop: asyncio.wrap_future(self._first)}, set()
@@ -48,10 +48,10 @@ class Failure:
         return self._views[loop]
 
     async def first(self, answer: asyncio.Future[Any]) -> None:
-        """Return when `answer` is done, or a failure is reported.
+        """Return when `answer` is done or a failure is reported.
 
-        Made for thousands of calls that wait at once: asyncio.wait searches all callbacks of the report, which they share, whenever one
-        of them returns.
+        It is made for thousands of calls that wait at the same time: with asyncio.wait, each call that returns would search all callbacks
+        of the future that they share.
         """
         self.future()
         if answer.done() or self.error is not None:
@@ -70,7 +70,7 @@ class Failure:
                 waiter.set_result(None)
 
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, or the failure as soon as there is one; `work` is then cancelled."""
+        """The result of `work`. When a failure is reported first, `work` is cancelled and the failure is raised."""
         self.check()
         task = asyncio.ensure_future(work)
         both: list[asyncio.Future[Any]] = [task, self.future()]

@@ -1,4 +1,4 @@
-"""The ranks of one component, as the runner sees them: the same under Ray and in one process."""
+"""The interface to all ranks of one component, as the runner uses it; it is the same under Ray and in one process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rlinf.scheduling.placement import Seat
 
 
 class Ref:
-    """A result that stays where it was made: await it to fetch it.
+    """A reference to a result that stays where it was computed; await it to fetch it.
 
-    life: which of the workers that have stood at the rank was asked. payload: it is not the first result of its call, which is the
-    caller's, and can be handed on: as an argument of its own of another call.
+    life: which of the successive workers at this rank was called. payload: whether it is one of the further results of a call. Such a
+    result can be passed on as an argument of another call; the first result is for the caller only.
     """
 
     __slots__ = ("group", "rank", "life", "method", "handle", "payload")
@@ -34,7 +34,7 @@ class Ref:
 
 
 class Shared:
-    """An argument that many calls have in common: serialized once, not for each of them. The worker gets the value."""
+    """An argument that many calls have in common: it is serialized once instead of once for each call. The worker receives the value."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -48,9 +48,9 @@ class Shared:
 
 
 class WorkerGroup(ABC):
-    """Calls are counted by method in `calls`. A call waits for the constructors; `ready()` waits for them alone.
+    """The ranks of one component. A call first waits for the constructors; `ready()` waits only for them. `calls` counts calls by method.
 
-    Errors of a call: UserError as the worker raised it; RunFailed, naming component, rank, node, method and log, for everything else.
+    Errors of a call: UserError as the worker raised it; RunFailed for everything else, with component, rank, node, method and log file.
     """
 
     def __init__(self, component: str, seats: Sequence[Seat], failure: Failure, start_timeout: float) -> None:
@@ -69,30 +69,32 @@ class WorkerGroup(ABC):
 
     @abstractmethod
     def submit(self, rank: int, method: str, args: tuple[Any, ...], returns: int) -> Sequence[Any]:
-        """Start the call; its `returns` handles."""
+        """Start the call; returns `returns` handles."""
 
     @abstractmethod
     def resolve(self, handle: Any) -> asyncio.Future[Any]:
-        """The value behind a handle, or the backend's error; it may be cancelled, and the call goes on."""
+        """The value behind a handle, or the backend's error. Cancelling it does not stop the call."""
 
     def resolve_all(self, handles: Sequence[Any]) -> asyncio.Future[list[Any]]:
-        """The values behind handles, or the backend's error of one as soon as it has failed; it may be cancelled as resolve()'s."""
+        """The values behind handles; raises the backend's error of the first that fails, as soon as it has failed. May be cancelled like
+        resolve()."""
         return asyncio.ensure_future(gathered(map(self.resolve, handles)))
 
     def opened(self, ref: Ref, value: Any) -> Any:
-        """What the worker returned, of the value behind the handle: a backend may have packed it."""
+        """The result of a call from the value behind its handle, which a backend may have serialized."""
         return value
 
     @abstractmethod
     async def explain(self, error: BaseException, ref: Ref) -> BaseException:
-        """What to raise for the backend's error of a call."""
+        """The exception to raise for the backend's error of a call."""
 
     @abstractmethod
     def where(self, rank: int) -> str:
-        """'actor rank 3 (node 0, pid 123)' for messages."""
+        """'actor rank 3 (node 0, pid 123)', for messages."""
 
     def ref(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
-        """Start a call and leave its results where they are made: a Ref, or a tuple of `returns` Refs (the method returns a tuple)."""
+        """Start a call whose results stay where they are computed. Returns a Ref, or with `returns` a tuple of as many Refs, when the
+        method returns a tuple."""
         self.failure.check()
         self.calls[method] += 1
         values = tuple([handed_on(a) if isinstance(a, Ref) else a for a in args])
@@ -101,25 +103,25 @@ class WorkerGroup(ABC):
         return (answer, *[Ref(self, rank, method, handle, payload=True) for handle in payloads]) if payloads else answer
 
     async def call(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
-        """The result, or the tuple of `returns` results, of one rank."""
+        """Call a method of one rank and return its result, or with `returns` the tuple of its results."""
         refs = self.ref(rank, method, *args, returns=returns)
         return await refs if returns == 1 else tuple([await ref for ref in refs])
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
-        """The same call on every rank; results by rank. The first failure is raised at once."""
+        """The same call to every rank; results by rank. The first failure is raised at once."""
         return await self.call_ranks(range(self.size), method, *args)
 
     async def call_ranks(self, ranks: Iterable[int], method: str, *args: Any) -> list[Any]:
-        """The same call on some ranks; results in their order. The first failure is raised at once."""
+        """The same call to some ranks; results in their order. The first failure is raised at once."""
         common = [a if isinstance(a, Ref) else Shared(a) for a in args]
         return await self.results([self.ref(rank, method, *common) for rank in ranks])
 
     async def call_each(self, method: str, per_rank_args: Iterable[Sequence[Any]]) -> list[Any]:
-        """One call a rank, with its own arguments; results by rank. The first failure is raised at once."""
+        """One call to every rank, each with its own arguments; results by rank. The first failure is raised at once."""
         return await self.results([self.ref(rank, method, *args) for rank, args in enumerate(per_rank_args)])
 
     async def results(self, refs: Sequence[Ref]) -> list[Any]:
-        """What calls to this group returned, in their order. The first failure is raised at once."""
+        """The results of calls to this group, in their order. The first failure is raised at once."""
         await self.ready()
         with self._running(refs):  # until it is known who failed: a message about a death is made meanwhile, by another thread
             answers = self.resolve_all([ref.handle for ref in refs])
@@ -132,7 +134,7 @@ class WorkerGroup(ABC):
             return await gather_or_cancel(ref.group.fetch(ref) for ref in refs)  # one by one: then it is known whose failure it is
 
     async def ready(self) -> None:
-        """Return when every constructor has returned; raises what the first failing one raised."""
+        """Return when every constructor has returned; raises the error of the first that fails."""
         if self._ready is None:
             self._ready = asyncio.ensure_future(self.started())
         if not self._ready.done():
@@ -140,19 +142,19 @@ class WorkerGroup(ABC):
         self._ready.result()
 
     async def restart(self, rank: int) -> None:
-        """Return when a new worker stands in the place of a rank that was lost. Raises RunFailed where that cannot be."""
+        """Start a new worker at the rank of a lost one; returns when it is up. Raises RunFailed where that is not possible."""
         raise RunFailed(f"{self.where(rank)} cannot be restarted")
 
     def kill(self, rank: int) -> None:
-        """End the process of a rank that does not answer."""
+        """Kill the process of a rank that does not answer."""
         raise RunFailed(f"{self.where(rank)} has no process of its own to be ended")
 
     def stacks(self, ranks: Sequence[int], seconds: float) -> dict[int, str]:
-        """The Python stacks of those ranks that have a process of their own and answer in time; from any thread."""
+        """The Python stacks of those of the ranks that have a process of their own and answer in time. May be called from any thread."""
         return {}
 
     async def started(self) -> list[Any]:
-        """Wait for the constructors; what each of `starts` returned."""
+        """Wait for the constructors; returns the results of `starts`."""
         waiting = {ref.rank: asyncio.ensure_future(self._value(ref)) for ref in self.starts}
         try:
             done, pending = await asyncio.wait(waiting.values(), timeout=self.start_timeout, return_when=asyncio.FIRST_EXCEPTION)
@@ -202,19 +204,20 @@ class WorkerGroup(ABC):
 
 
 def handed_on(ref: Ref) -> Any:
-    """The handle that stands for the result among a call's arguments. Raises TypeError for a first result, which may be packed."""
+    """The handle that represents the result among the arguments of a call. Raises TypeError for the first result of a call, which may be
+    serialized."""
     if not ref.payload:
         raise TypeError(f"{ref.method}: the first result of a call is its caller's; what is handed on is returned beside it")
     return ref.handle
 
 
 async def gathered(answers: Iterable[asyncio.Future[Any]]) -> list[Any]:
-    """As a coroutine it can be cancelled quietly; a gathering future that nobody awaits complains."""
+    """asyncio.gather as a coroutine, which can be cancelled quietly; a gathering future that nobody awaits would log an error."""
     return await asyncio.gather(*answers)
 
 
 async def gather_or_cancel(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results in order; the first failure is raised and the rest is cancelled."""
+    """The results in order. The first failure is raised, and all others are cancelled."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return await asyncio.gather(*tasks)

@@ -1,7 +1,7 @@
-"""Watches what the driver cannot see from its calls: the death of a worker that nobody is calling, of a raylet, of Ray's control store.
+"""Watches for what the driver's calls cannot show: the death of a worker that is not being called, of a raylet, of Ray's control store.
 
-Ray itself reports a dead raylet after about 16 s and a dead control store after a minute; a run ends within 30 s, so this room knocks at
-their ports. A refused connection is proof; silence has to last.
+Ray itself reports a dead raylet after about 16 s and a dead control store after a minute. A run is to end within 30 s, so this module
+probes their ports. A refused connection is proof of a death; silence only when it lasts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATIENCE = 20.0  # seconds from a failure to close(), and for close() itself; wh
 
 
 def give_up(message: str, code: int = 1) -> None:
-    """End this process from any thread, at once; the sentinel ends the rest of the run."""
+    """End this process at once, from any thread; the sentinel then ends the rest of the run."""
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
     os._exit(code)
@@ -33,7 +33,7 @@ def give_up(message: str, code: int = 1) -> None:
 
 @contextmanager
 def at_most(seconds: float, what: str) -> Iterator[None]:
-    """Give up when the block takes longer: a Ray that is stuck must not keep a run that is over from ending."""
+    """Call give_up() when the block takes longer than that: a Ray that is stuck must not keep a finished run from ending."""
     code = 130 if isinstance(sys.exc_info()[1], KeyboardInterrupt) else 1
     timer = threading.Timer(seconds, give_up, (f"{what} took longer than {seconds:g} s; ending the process.", code))
     timer.daemon = True
@@ -46,7 +46,7 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
 
 @dataclass
 class Door:
-    """A port that must answer: whose it is (for the message), and when it last did."""
+    """A port that must answer. It knows whose port it is (for messages), and when it last answered."""
 
     owner: str
     host: str
@@ -55,7 +55,7 @@ class Door:
     refusals: int = 0
 
     def knock(self) -> str | None:
-        """What is wrong, if something is."""
+        """What is wrong with the port, or None."""
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.settimeout(1.0)
             try:
@@ -72,14 +72,15 @@ class Door:
 
 @dataclass(frozen=True)
 class Death:
-    """A worker's. forgive: the run may go on; called once, when nothing larger explains the death. False: it may not."""
+    """The death of a worker. forgive: called once, when nothing larger explains the death; returns whether the run may go on."""
 
     obituary: str
     forgive: Callable[[], bool]
 
 
 class Health(threading.Thread):
-    """`deaths` blocks for at most PERIOD seconds until a worker dies; all who have died since it was asked last."""
+    """Watches ports and workers in a thread. `deaths` blocks for at most PERIOD seconds until a worker dies, and returns all that have died
+    since its last call."""
 
     def __init__(self, doors: list[Door], deaths: Callable[[], list[Death]], failure: Failure, phase: Callable[[], Phase]) -> None:
         super().__init__(name="rlinf-health", daemon=True)
@@ -103,7 +104,7 @@ class Health(threading.Thread):
             give_up(f"{self.failure.error}\nThe loop did not end within {PATIENCE:.0f} s of this failure; ending the process.")
 
     def stop(self) -> None:
-        """Return when nothing is watched any more: what ends from now on ends because we end it."""
+        """Stop watching; returns when it has stopped. Processes that end later end because the run ends them."""
         self.closed.set()
         if self.is_alive():
             self.join()

@@ -1,7 +1,8 @@
-"""A seat from the inside: the process that holds one worker object, or, in the local backend, a holder in this process.
+"""What holds a worker object: under Ray the process of one seat, in the local backend an object in this process.
 
-A worker class is plain: it is constructed as `worker_class(address, *args)`. A class with async methods lives in the event loop; any
-other class is constructed and called in one thread of its own (a compute library keeps its threads there). `close()` is optional.
+A worker class is plain; it is constructed as `worker_class(address, *args)`. A class with async methods lives in the event loop. Any other
+class is constructed and called in one thread of its own, because a compute library keeps its threads with the thread that uses it.
+`close()` is optional.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ALLOCATOR = {
 
 
 def dotted(worker_class: type | str) -> str:
-    """'package.module:Class', which every process can import without this one importing what the class needs."""
+    """A class as 'package.module:Class', so that a process can name it without importing what the class needs."""
     if isinstance(worker_class, str):
         return worker_class
     if worker_class.__module__ == "__main__":
@@ -57,7 +58,7 @@ def load_class(path: str) -> type:
 
 
 class Holder:
-    """Holds one worker object and calls its methods where they belong."""
+    """Holds one worker object, and calls its methods in the thread or event loop to which they belong."""
 
     def __init__(self, address: WorkerAddress) -> None:
         self.address = address
@@ -85,7 +86,7 @@ class Holder:
         return await result if inspect.isawaitable(result) else result
 
     def end(self) -> None:
-        """Let the worker clean up behind itself."""
+        """Call the worker's close(), if it has one."""
         if not hasattr(self.worker, "close"):
             return
         if self.is_async:
@@ -95,7 +96,7 @@ class Holder:
 
 
 def own_stacks() -> str:
-    """Every thread of this process; faulthandler writes to a descriptor only."""
+    """The stacks of every thread of this process. They go through a file, since faulthandler can only write to a descriptor."""
     reader, writer = os.pipe()
     with os.fdopen(reader) as text:
         with os.fdopen(writer, "w") as out:
@@ -105,7 +106,8 @@ def own_stacks() -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """What a caller packs: the method, its arguments without the payloads, the place of each payload, and how many results there are."""
+    """A call as its caller serializes it: the method, its arguments without the payloads, the position of each payload, and the number of
+    results."""
 
     method: str
     args: list[Any]
@@ -138,7 +140,7 @@ class Setup:
 
 
 class WorkerProcess(Holder):
-    """A Holder that has a process of its own: prepares environment, log and fate before anything heavy is imported."""
+    """A Holder in a process of its own. It prepares environment, log and end of the process before anything heavy is imported."""
 
     def __init__(self, address: WorkerAddress, setup: Setup) -> None:
         die_with_parent()
@@ -178,8 +180,8 @@ class WorkerProcess(Holder):
         return pickle.dumps(os.getpid())
 
     async def call_packed(self, packed: bytes, *payloads: Any) -> Any:
-        """call(), as a pickled Call; its first result is pickled, too. Ray's own way for objects that are neither bytes nor large takes
-        several times as long."""
+        """call() with a pickled Call and a pickled first result. Ray's own serialization takes several times as long for objects that are
+        neither bytes nor large."""
         call: Call = pickle.loads(packed)
         found = await self.call(call.method, *call.with_payloads(payloads))
         if call.returns == 1:
@@ -188,18 +190,18 @@ class WorkerProcess(Holder):
         return pickle.dumps(first, pickle.HIGHEST_PROTOCOL), *others
 
     async def stacks(self) -> str:
-        """What every thread is at; a worker that computes in its own thread can be asked while it does."""
+        """The stacks of every thread. A worker that computes in its own thread can be asked while it computes."""
         return own_stacks()
 
     async def rest(self) -> None:
-        """Never returns: a caller learns of this process's death by the failure of the call."""
+        """Never returns: that this call fails tells its caller of the death of the process."""
         await asyncio.Event().wait()
 
 
 def process_environment(run_id: str) -> dict[str, str]:
-    """What must be set before the process exists: its mark, and what the C library reads at its start.
+    """Environment variables that must be set before the process exists: the run id, and what the C library reads at its start.
 
-    Nothing is looked up on the internet.
+    Libraries are told not to look anything up on the internet.
     """
     return {
         RUN_ID: run_id,
@@ -214,7 +216,7 @@ def process_environment(run_id: str) -> dict[str, str]:
 
 
 def redirect_output(path: Path) -> None:
-    """Everything this process and its children write goes to `path`; a crash, or SIGUSR1, leaves the stack of every thread there."""
+    """Write the output of this process and of its children to `path`; at a crash, or on SIGUSR1, also the stacks of all threads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -229,7 +231,7 @@ def redirect_output(path: Path) -> None:
 
 
 def seat_environment(address: WorkerAddress, setup: Setup) -> dict[str, str]:
-    """What torch, its compute library and its process group read when they are imported."""
+    """Environment variables that torch, its compute library and its process group read when they are imported."""
     env = {
         "RANK": str(address.rank),
         "WORLD_SIZE": str(address.world_size),
@@ -248,7 +250,7 @@ def seat_environment(address: WorkerAddress, setup: Setup) -> dict[str, str]:
 
 
 def gpu_environment(component: str, transport: str | None) -> dict[str, str]:
-    """What a seat on GPUs has unless the user exported another value."""
+    """Environment variables of a seat on GPUs, unless the user exported another value."""
     env = {}
     if transport == BROADCAST:  # SGLang has 0 in its processes unless they inherit another, and both ends on a node need the same
         env["NCCL_CUMEM_ENABLE"] = "0"
@@ -264,7 +266,7 @@ def gpu_environment(component: str, transport: str | None) -> dict[str, str]:
 
 
 def interface_of(host: str) -> str | None:
-    """The network interface that has this IPv4 address; None when none has (address translation)."""
+    """The network interface that has this IPv4 address; None when none has it (as with address translation)."""
     if host.startswith("127."):
         return "lo"
     for _, name in socket.if_nameindex():

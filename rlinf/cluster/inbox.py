@@ -1,4 +1,4 @@
-"""Answers on their way from Ray's threads to an event loop."""
+"""Brings answers from Ray's threads to an event loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 
 class Inbox:
-    """Answers that come while the loop is busy wake it once, not each for itself as asyncio.wrap_future would have it: a driver waits for
-    thousands."""
+    """Wakes the loop once for all answers that arrive while it is busy, not once for each as asyncio.wrap_future would: a driver waits for
+    thousands of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop

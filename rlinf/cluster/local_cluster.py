@@ -1,4 +1,4 @@
-"""The local backend: every worker in this process, for debugging, tests and a one-GPU machine without Ray."""
+"""The local backend: every worker lives in this process. For debugging, tests, and a machine with one GPU without Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VARIABLES = (RUN_ID, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_
 
 
 class LocalCluster(Cluster):
-    """One node with one device. Workers with async methods share the driver's event loop; all that computes does so on one thread."""
+    """One node with one device. Workers with async methods share the driver's event loop; everything that computes shares one thread."""
 
     def __init__(self, config: ClusterConfig, run_id: str, log_dir: Path) -> None:
         super().__init__(config, run_id, log_dir)
@@ -76,7 +76,7 @@ class LocalCluster(Cluster):
         return LocalWorkerGroup(self, component, seats, holders, dotted(worker_class), args)
 
     def _end_when_stuck(self) -> None:
-        """A thread that hangs cannot be ended, and Python waits for it: so the process is, when a failure does not end the run."""
+        """End the process when a failure does not end the run. A hanging thread cannot be ended, and Python would wait for it forever."""
         error = self.failure.wait()
         if not self.closed.wait(PATIENCE):
             give_up(f"rlinf: {error}\nThe run did not end within {PATIENCE:.0f} s of this failure; ending the process.")

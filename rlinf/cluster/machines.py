@@ -1,4 +1,5 @@
-"""The nodes of a Ray cluster as this project counts them: ranks as exported when the node was started, devices as configured."""
+"""The nodes of a Ray cluster as a run counts them: with the ranks that were exported when they were started, and the devices that are
+configured."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ class Machine:
 
 
 def wait_for_machines(config: ClusterConfig, device: str, private: bool = False) -> list[Machine]:
-    """The first config.num_nodes nodes by rank, once they are up. private: of a Ray that no other node will join.
+    """The first config.num_nodes nodes, by rank, when they are up. private: whether it is a private Ray, which no other node will join.
 
-    Raises UserError naming what is missing at the time-out, and at once when a node of the run has too few devices.
+    Raises UserError that names what is missing at the time-out, and at once when a node of the run has too few devices.
     """
     resource = "GPU" if device == "cuda" else "CPU"
     deadline = time.monotonic() + config.start_timeout
@@ -54,10 +55,10 @@ def wait_for_machines(config: ClusterConfig, device: str, private: bool = False)
 
 
 def choose(nodes: list[dict[str, Any]], config: ClusterConfig, resource: str, private: bool) -> list[dict[str, Any]] | None:
-    """The nodes of the run, or None while others may come.
+    """The nodes of the run, or None while others may still come.
 
-    A node without a rank and with too few devices, such as the head that KubeRay gives no GPU, is passed over where enough others are
-    there. It is waited for these as long as some have none at all: nodes with a few are not going to have more.
+    A node without a rank and with too few devices, such as a head node to which KubeRay gives no GPU, is passed over when enough other
+    nodes are there. While a node has no devices at all, they may still come; a node that has some, but too few, will not get more.
     """
     fit = [n for n in nodes if RANK_LABEL in n["Labels"] or devices_of(n, resource) >= config.num_gpus_per_node]
     some = [n for n in nodes if RANK_LABEL in n["Labels"] or devices_of(n, resource) > 0 or private]
@@ -66,12 +67,12 @@ def choose(nodes: list[dict[str, Any]], config: ClusterConfig, resource: str, pr
 
 
 def devices_of(node: dict[str, Any], resource: str) -> int:
-    """How many of a resource, `GPU` or `CPU`, Ray counts on a node."""
+    """How many of a resource (`GPU` or `CPU`) Ray counts on a node."""
     return int(node["Resources"].get(resource, 0))
 
 
 def alive_nodes() -> list[dict[str, Any]]:
-    """Nodes that answer, in the order of their exported ranks; without ranks the head first, then by address."""
+    """Nodes that answer, in the order of their exported ranks; those without a rank follow, the head first, then by address."""
     nodes = [n for n in ray.nodes() if n["Alive"] and listens(f"{n['NodeManagerAddress']}:{n['NodeManagerPort']}")]
     ranks = [int(n["Labels"][RANK_LABEL]) for n in nodes if RANK_LABEL in n["Labels"]]
     twice = [rank for rank, count in Counter(ranks).items() if count > 1]

@@ -1,4 +1,4 @@
-"""What every node of a Ray cluster that is up looks like from the inside: its clock, and whether it sees a folder of this node."""
+"""Asks every node of a running Ray cluster for its clock, and whether it sees a certain folder of this node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ PATIENCE = 60.0  # seconds for a node to start a process
 
 @dataclass(frozen=True)
 class NodeView:
-    """ahead: seconds by which the node's clock is ahead of ours, give or take `within`. sees: whether the marker file is there."""
+    """What a node answered. ahead: by how many seconds its clock is ahead of ours, give or take `within`. sees: whether it sees the marker
+    file."""
 
     rank: str
     host: str
@@ -29,7 +30,7 @@ class NodeView:
 
 
 def look_at_nodes(marker: Path) -> list[NodeView]:
-    """One view a node, by rank; empty when no cluster is up here. Raises UserError when the cluster cannot be joined."""
+    """A view of every node, by rank; empty when no cluster is up here. Raises UserError when the cluster cannot be joined."""
     with tempfile.TemporaryDirectory() as folder:
         session = RaySession(f"doctor-{os.getpid()}", Path(folder))
         try:

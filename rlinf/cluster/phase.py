@@ -1,4 +1,4 @@
-"""What a run is doing: a phase of a step, or what comes before the first one."""
+"""What a run is doing: a phase of a step, or of its start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ WORDS = {"sync_weights": "weight sync", "validate": "validation"}  # phases that
 
 @dataclass(frozen=True)
 class Phase:
-    """name: as in the metric time/<name>, where the phase has one. step: None outside of the steps.
+    """name: as in the metric time/<name>, if the phase has one. step: None before the first step.
 
-    str() is what messages and the status show: `step 3, rollout`.
+    str() gives `step 3, rollout`, as messages and the status show it.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Phase:
 
     @property
     def word(self) -> str:
-        """The name for people, without the step."""
+        """The name as people read it, without the step."""
         return WORDS.get(self.name, self.name)
 
     @property

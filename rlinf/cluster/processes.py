@@ -28,15 +28,16 @@ def new_run_id() -> str:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent dies. `parent`: the pid it should have; if that is gone already, exit now."""
+    """Have the kernel kill this process when its parent dies. parent: the pid that the parent should have; if it has already died, exit
+    now."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
 
 
 def terminate_as_interrupt() -> None:
-    """From now on SIGTERM, a scheduler's notice, stops this program as Ctrl-C does; also in the background of a script, where the shell has
-    SIGINT ignored."""
+    """From now on SIGTERM, which schedulers send, ends this program like Ctrl-C; also in the background of a script, where the shell makes
+    programs ignore SIGINT."""
 
     def stop(*_: object) -> None:
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -47,7 +48,8 @@ def terminate_as_interrupt() -> None:
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of the process: with the pid, its identity. None when it is dead or a zombie."""
+    """When the process was started, in clock ticks since boot; together with the pid it identifies a process. None when it is dead or a
+    zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -97,7 +99,7 @@ def marked(value: str, variable: str = RUN_ID, by: int | None = None) -> list[in
 
 
 def end_marked(value: str, variable: str = RUN_ID, grace: float = 3.0, by: int | None = None) -> list[int]:
-    """Terminate, then kill, every process that `marked` finds. Returns those that live on (uninterruptible ones)."""
+    """Terminate, then kill, every process that `marked` finds. Returns those that are still alive (uninterruptible ones)."""
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
         deadline = time.monotonic() + seconds
         told: set[int] = set()

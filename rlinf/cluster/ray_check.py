@@ -1,4 +1,4 @@
-"""Wait until a Ray cluster has enough devices, and say which nodes are there, dead or missing. What ray_utils/check_ray.sh runs."""
+"""Waits until a Ray cluster has enough devices, and prints which nodes are there, dead or missing. ray_utils/check_ray.sh runs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlinf.errors import UserError
 
 
 def gpus_or_slots(node: dict[str, Any]) -> int:
-    """GPUs, or on a node without any its CPU slots: nobody has said here which of them a run will use."""
+    """The number of GPUs, or of CPU slots on a node without GPUs, since it is not known here which of them a run will use."""
     return devices_of(node, "GPU") or devices_of(node, "CPU")
 
 
@@ -28,7 +28,7 @@ def describe(node: dict[str, Any]) -> str:
 
 
 def absent(wanted: int) -> str:
-    """The dead nodes, and the ranks that should be there but are not, judged by the devices of the first node."""
+    """Dead nodes, and ranks that should be there but are not; how many there should be follows from the devices of the first node."""
     alive = alive_nodes()
     ranks = {int(n["Labels"][RANK_LABEL]) for n in ray.nodes() if RANK_LABEL in n["Labels"]}
     answering = {n["Labels"].get(RANK_LABEL) for n in alive}
@@ -40,7 +40,7 @@ def absent(wanted: int) -> str:
 
 
 def wait_for_devices(wanted: int, timeout: float) -> bool:
-    """True when at least `wanted` devices are alive; prints what changes."""
+    """Wait until at least `wanted` devices are alive, and return whether they are; prints changes meanwhile."""
     deadline, shown = time.monotonic() + timeout, ""
     while True:
         alive = alive_nodes()

@@ -1,4 +1,4 @@
-"""The Ray backend: one placement group with a bundle for each device, one actor for each seat, and a watch over all of it."""
+"""The Ray backend: a placement group with one bundle for each device, an actor for each seat, and threads that watch them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class RayCluster(Cluster):
         return bundles
 
     def _actor(self, plan: Plan, seat: Seat, bundles: PlacementGroup) -> Any:
-        """The process of a seat. Seats that share a device take equal parts of its bundle."""
+        """Create the process of a seat. Seats that share a device take equal parts of its bundle."""
         again = seat in self.filled  # a file may have been edited since the run began, and the run is to go on
         self.filled.add(seat)
         sharers = Counter((s.node, s.devices[0]) for s in plan.seats)[(seat.node, seat.devices[0])]

@@ -1,4 +1,4 @@
-"""A component's ranks as Ray actors: calls, and what to say when one fails or dies."""
+"""The ranks of a component as Ray actors: calls, and messages about calls that fail and workers that die."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RayWorkerGroup(WorkerGroup):
         self.waiting = ThreadPoolExecutor(WAITING, f"rlinf-{component}-answers")
 
     def start(self, class_path: str, args: tuple[Any, ...]) -> None:
-        """Have every rank construct its worker, with a port that rank 0 found free."""
+        """Have every rank construct its worker, with a port for the process group that rank 0 found free."""
         port = self.actors[0].free_port.remote()
         self.made_from = (class_path, *(a.handle if isinstance(a, Ref) else a for a in args))
         self.starts = [Ref(self, rank, "__init__", actor.start.remote(port, *self.made_from)) for rank, actor in enumerate(self.actors)]
@@ -70,7 +70,7 @@ class RayWorkerGroup(WorkerGroup):
         self.actors[rank].rest.remote().future().add_done_callback(lambda rest: self.ended(self, rank, life, rest.exception()))
 
     def lose(self, rank: int, life: int, obituary: str) -> bool:
-        """Whether the run goes on without the rank until restart(); called once for a death, from any thread."""
+        """Called once for each death, from any thread; returns whether the run goes on without the rank until restart()."""
         if self.deaths_allowed == 0:
             return False
         self.lost[rank, life] = WorkerLost(obituary)  # first: who waits for it looks whether deaths are allowed at all
@@ -112,7 +112,7 @@ class RayWorkerGroup(WorkerGroup):
         return [handles] if returns == 1 else handles
 
     def _entrance(self, rank: int, returns: int) -> Any:
-        """The one remote method that all calls go through; Ray's options() makes a class each time, so its result is kept."""
+        """The remote method through which all calls go. Ray's options() creates a class each time, so its result is kept."""
         kept = self.entrances[rank]
         if returns not in kept:
             kept[returns] = self.actors[rank].call_packed.options(num_returns=returns)
@@ -125,7 +125,7 @@ class RayWorkerGroup(WorkerGroup):
         return self.inbox.expect(handle)
 
     def resolve_all(self, handles: Sequence[Any]) -> asyncio.Future[list[Any]]:
-        """One thread waits for all: Ray hands each answer that has a future of its own to Python by itself, at 0.3 to 0.4 ms of CPU."""
+        """Waits for all answers in one thread: for an answer with a future of its own Ray needs 0.3 to 0.4 ms of CPU."""
         given_up = threading.Event()
         answers = asyncio.get_running_loop().run_in_executor(self.waiting, values_of, handles, given_up)
         answers.add_done_callback(lambda _: given_up.set())
@@ -158,7 +158,7 @@ class RayWorkerGroup(WorkerGroup):
         )
 
     def obituary(self, rank: int, error: BaseException) -> str:
-        """Who died, when, why as far as Ray knows, and the end of its log."""
+        """The message about a death: which worker, when, why as far as Ray knows, and the end of its log."""
         running = ", ".join(self.in_flight[rank]) or "nothing"
         reason = ANSI.sub("", str(error)).strip()
         detail = reason.rpartition("Worker exit detail: ")[2]
@@ -180,7 +180,7 @@ class RayWorkerGroup(WorkerGroup):
 
 
 def values_of(handles: Sequence[Any], given_up: threading.Event) -> list[Any]:
-    """ray.get() that can be given up. Raises the error of the first that fails, as soon as it has."""
+    """ray.get() that can be interrupted. Raises the error of the first that fails, as soon as it has failed."""
     while not given_up.is_set():
         with suppress(ray.exceptions.GetTimeoutError):
             return ray.get(handles, timeout=LOOK)

@@ -66,7 +66,7 @@ def default_port() -> int:
 
 
 def own_rank() -> int:
-    """RANK. Raises UserError that says what it is instead of a number."""
+    """The variable RANK as a number. Raises UserError when it is not one."""
     rank = os.environ.get("RANK", "")
     if not (rank.isascii() and rank.isdecimal()):
         raise UserError(f"RANK is {repr(rank) if rank else 'not set'}: export RANK=0 on the head node, and 1, 2, ... on the others")
@@ -200,7 +200,7 @@ def find_head(shared: Path, head_address: str | None) -> Head:
 
 
 def look_for_head(shared: Path, given: str | None) -> tuple[Head | None, str]:
-    """The head if it is there, and what was seen otherwise."""
+    """(the head, or None; what was seen instead)."""
     file, wanted = shared / ADDRESS_FILE, os.environ.get("RLINF_CLUSTER_ID")
     if given:
         host, _, port = given.partition(":")
@@ -219,7 +219,8 @@ def look_for_head(shared: Path, given: str | None) -> tuple[Head | None, str]:
 
 
 def publish(shared: Path, head: Head) -> None:
-    """Put the address file back whenever somebody removed it, for as long as the head lives and no newer head has taken the file over."""
+    """For as long as the head lives, write the address file again whenever somebody has removed it; stop when a newer head has written its
+    own."""
     missed = 0
     while missed < 10:
         missed = 0 if listens(head.address) else missed + 1
@@ -249,7 +250,7 @@ def stop(shared: Path) -> None:
 
 
 def status() -> bool:
-    """Whether what was started here lives: True also where nothing was started. For health checks of containers."""
+    """Whether the Ray that was started here is alive, for health checks of containers; also True when none was started."""
     state = state_folder()
     if not (state / "mark").exists():
         say("no Ray node was started here")
@@ -261,13 +262,13 @@ def status() -> bool:
 
 
 def lives(address: str, mark: str) -> bool:
-    """Whether the raylet that was started here runs, and its head answers at one of TRIES attempts."""
+    """Whether the raylet that was started here runs, and its head answers one of TRIES attempts."""
     return any(name_of(pid) == "raylet" for pid in marked(mark, MARK)) and any(listens(address) for _ in range(TRIES))
 
 
 def visible_gpus(driver: Path = Path("/proc/driver/nvidia/gpus"), devices: Path = Path("/dev")) -> int:
-    """GPUs of this machine that the processes of its node may see: Ray refuses to offer more. A container may be shown all GPUs of its host
-    in /proc and be given some of their device files."""
+    """How many GPUs the processes of this node may see; Ray refuses to offer more. A container may show all GPUs of its host in /proc, but
+    have the device files of only some."""
     there = min(sum(1 for _ in driver.glob("*")), sum(1 for _ in devices.glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if visible is None or not there else len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])

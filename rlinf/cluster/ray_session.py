@@ -41,7 +41,7 @@ RAY_PARAMS = parameter.RayParams
 
 
 class RaySession:
-    """An open connection. folder: the private Ray's, or None when joined. Environment variables are put back by close()."""
+    """An open connection to Ray. folder: of a private Ray; None when another one was joined. close() restores the environment variables."""
 
     def __init__(self, run_id: str, log_dir: Path) -> None:
         self.run_id = run_id
@@ -104,7 +104,8 @@ class RaySession:
 
     @contextmanager
     def time_told(self) -> Iterator[None]:
-        """Ray gives its own processes 30 s, which a busy machine may need; the error that says so has no class of its own."""
+        """Explain the error that Ray raises when its processes are not up after the 30 s that it gives them, as on a busy machine. The
+        error has no class of its own, so its text is compared."""
         try:
             yield
         finally:
@@ -154,7 +155,7 @@ class RaySession:
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """A handler of SIGTERM that the program has stays: Ray's own would end Ray's processes under a run that is about to end in order."""
+    """Keep the program's own handler of SIGTERM: Ray's would end Ray's processes under a run that is about to end in order."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

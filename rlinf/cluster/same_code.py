@@ -1,4 +1,4 @@
-"""Whether the processes of a run, on whatever node, run the same code: a run of two versions goes wrong late and in strange places."""
+"""Checks that all processes of a run, on whatever node, run the same code: with two versions a run would fail late and in strange ways."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @cache
 def own_code(root: Path = ROOT) -> dict[str, str]:
-    """What this process runs: a digest of rlinf's sources, and the versions of what it stands on."""
+    """The code of this process: a digest of rlinf's sources, and the versions of the packages that it uses."""
     return {OURS: source_digest(root)[:12]} | {name: _version(name) for name in PACKAGES}
 
 
 def source_digest(root: Path) -> str:
-    """Of the modules below `root`, by their names and bytes: the same for a wheel and for a checkout. Tests are no part of it."""
+    """A digest of names and bytes of the modules below `root`, without tests; it is the same for a wheel and for a checkout."""
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
         if not file.name.endswith("_test.py") and file.name != "conftest.py":
@@ -29,7 +29,7 @@ def source_digest(root: Path) -> str:
 
 
 def differences(driver: Mapping[str, str], here: Mapping[str, str], where: str) -> str | None:
-    """What to tell the user of a process that runs other code than the driver; None when they run the same."""
+    """A message about a process that runs other code than the driver; None when they run the same."""
     other = [name for name in (OURS, *PACKAGES) if driver.get(name) != here.get(name)]
     if not other:
         return None

@@ -1,4 +1,4 @@
-"""What a node remembers of the Ray that start_ray.sh started on it, and two questions about this machine. Imports nothing heavy."""
+"""What a node remembers of the Ray that start_ray.sh started on it, and environment variables with numbers. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STORE_REMEDY = (
 
 
 def state_folder() -> Path:
-    """Files `address` and `token` (of the cluster), `mark` and `rank` (of this node)."""
+    """The folder with the files `address` and `token` (of the cluster), `mark` and `rank` (of this node)."""
     return Path(os.environ.get("RLINF_RAY_STATE") or f"/tmp/rlinf-ray-{os.getuid()}")
 
 
@@ -30,7 +30,7 @@ def listens(address: str) -> bool:
 
 
 def whole_number(name: str, of: str) -> int | None:
-    """A variable of the environment; None where it is not set, or empty. Raises UserError that says what it should be."""
+    """The number in an environment variable; None when it is not set or empty. Raises UserError when it is not a whole number."""
     given = os.environ.get(name, "")
     if given and not (given.isascii() and given.isdecimal()):
         raise UserError(f"{name} is {given!r}: give a whole number of {of}, or unset it")
@@ -38,17 +38,17 @@ def whole_number(name: str, of: str) -> int | None:
 
 
 def port_number(text: str, source: str) -> int:
-    """Raises UserError that names the source."""
+    """The port in a text. Raises UserError that names `source`, where the text comes from."""
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 65536):
         raise UserError(f"{source}: {text!r} is no port; give a number from 1 to 65535, such as 6379")
     return int(text)
 
 
 def object_store_bytes(shm: Path = Path("/dev/shm")) -> int:
-    """RLINF_OBJECT_STORE_BYTES, or 5 % of the memory, between 512 MiB and 64 GiB. Only what is used is ever touched.
+    """RLINF_OBJECT_STORE_BYTES, or else 5 % of the memory, between 512 MiB and 64 GiB. Memory that is not used is never touched.
 
-    Not more than 0.4 of what is free in /dev/shm, where the store is: weights on their way to the engines take the rest, and Ray refuses
-    to start a store above 10 GB that does not fit there.
+    At most 0.4 of what is free in /dev/shm, where the store is: weights on their way to the engines need the rest, and Ray does not start a
+    store above 10 GB that does not fit there.
     """
     given = whole_number(STORE_BYTES, "bytes, such as 68719476736")
     if given is not None:

@@ -1,4 +1,4 @@
-"""What a run costs on this machine: CPU seconds by phase and peak memory, over the driver and every process that carries the run id."""
+"""What a run uses on this machine: CPU seconds by phase and peak memory of the driver and of every process that carries the run id."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Usage:
-    """Sampled every two seconds from /proc; memory is PSS: a page shared by k processes counts 1/k in each.
+    """Takes a sample from /proc every two seconds. Memory is PSS, in which a page shared by k processes counts 1/k in each.
 
-    For PSS the kernel walks all pages, seconds where hundreds of GB are mapped: it is asked so seldom that this takes 2 % of a core.
+    To compute PSS the kernel walks over all pages, which takes seconds where hundreds of GB are mapped; so memory is asked for so seldom
+    that it takes at most 2 % of a core.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -34,7 +35,7 @@ class Usage:
 
     @contextmanager
     def sampling(self, phase: Callable[[], Phase]) -> Iterator[None]:
-        """Sample inside the block; phase() is what the run is doing then."""
+        """Take samples while the block runs. phase: returns what the run is doing at that moment."""
         thread = threading.Thread(target=self._run, args=(phase,), daemon=True, name="usage")
         thread.start()
         try:
@@ -80,7 +81,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def pss_bytes(pid: int) -> int:
-    """Memory of a process; 0 where it may not be looked at, as of one that has changed its user."""
+    """Memory of a process; 0 where it may not be read, as for a process that has changed its user."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except PermissionError:
