@@ -1,4 +1,4 @@
-"""The shape of a model, read from its Hugging Face config.json: the one place that knows the families' differences."""
+"""The shape of a model, read from its Hugging Face config.json. The only module that knows how the model families differ."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from rlinf.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """What sets families of dense decoders apart whose tensors have the same names:
-    a bias on q, k and v; a norm of each head of q and k."""
+    """How families of dense decoders whose tensors have the same names differ: a bias on q, k and v; a norm of each head of q and k."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -47,7 +46,7 @@ class Architecture:
 
 
 def _check_types(hf: dict[str, Any], where: str | Path) -> None:
-    """Raises UserError for the first value that is no size, number or object where one belongs."""
+    """Raise UserError for the first value that is not a size, number or object where one is expected."""
     again = "copy the file from the model's source again"
     for name in (*SIZES, *OTHER_SIZES):
         value = hf.get(name)
@@ -71,7 +70,8 @@ def open_architecture(model_dir: str | Path) -> Architecture:
 
 
 def read_architecture(hf: dict[str, Any], where: str | Path = "config.json") -> Architecture:
-    """Parse the dictionary in the file `where`. Raises UserError for what is no such file, and for what this platform does not train."""
+    """Parse the content of a config.json. where: its path, for messages. Raises UserError when it is not one, or is of a model that this
+    platform does not train."""
     family = hf.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{where}: unknown architecture: model_type {family!r}; supported are {', '.join(FAMILIES)} (dense)")

@@ -1,8 +1,8 @@
-"""Weights over a process group: one publisher, many engines, no copy in between. gloo on CPU, NCCL between GPUs.
+"""Sends weights over a process group from one publisher to many engines, without a copy in between. gloo on CPU, NCCL between GPUs.
 
-A group stands apart from the trainer's own groups, so that engines never take part in a collective of training. Its members meet at a
-store that the first actor rank keeps. A bucket is three broadcasts: the length of its description, the description (JSON), the bytes;
-a length of 0 says that all have come.
+Such a group is separate from the trainer's own groups, so engines never take part in a collective of training. Its members meet at a store
+on the first actor rank. A bucket is three broadcasts: the length of its description, the description (JSON), and the bytes; a length of 0
+ends the sequence.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ GRACE = 10.0  # seconds that the store itself has for an answer
 
 
 def open_store(host: str, port: int, keeps: bool) -> dist.TCPStore:
-    """The store at which the groups of a run meet. keeps: this process is the one that holds it."""
+    """The store at which the groups of a run meet. keeps: whether this process hosts it."""
     return dist.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=timedelta(seconds=GRACE))
 
 
 class Member:
-    """Somebody at the meeting of one group: says where it has come to, and when others do not, who they are.
+    """A participant in the meeting of one group. It reports how far it has come, and when others do not come, says who they are.
 
-    names: of those for whom it speaks, from group.members. Raises RunFailed when a member does not come, or stops, within `timeout`
+    names: the names from group.members for which it stands. Raises RunFailed when a member does not come, or stops, within `timeout`
     seconds.
     """
 
@@ -62,8 +62,8 @@ class Member:
 
 
 def make_process_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout: float) -> Any:
-    """A ProcessGroupNCCL between GPUs, else a ProcessGroupGloo (torch declares no operations for them). It is not in torch's list of
-    groups: no collective of training knows it."""
+    """A ProcessGroupNCCL between GPUs, otherwise a ProcessGroupGloo; torch declares no operations for the two. It is not registered in
+    torch's list of groups, so no collective of training uses it."""
     if device.type == "cuda":
         store.set_timeout(timedelta(seconds=timeout))  # its members meet in the first broadcast, as long as the store waits
         options = dist.ProcessGroupNCCL.Options()
@@ -73,7 +73,7 @@ def make_process_group(store: dist.Store, rank: int, size: int, device: torch.de
 
 
 class Wire(Member):
-    """This process's end of one group; it is made when all members are there. device: where the bytes pass through."""
+    """This process's end of one group. Its constructor returns when all members are there. device: through whose memory the bytes pass."""
 
     def __init__(self, group: BroadcastGroup, member: str, store: dist.Store, device: torch.device, timeout: float) -> None:
         super().__init__(group, [member], store, timeout)
@@ -83,7 +83,7 @@ class Wire(Member):
             self.process_group = make_process_group(self.store, rank, size, device, timeout)
 
     def send(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> SharedMemory:
-        """Broadcast the tensors; what was sent, with keys of its own."""
+        """Broadcast the tensors. Returns what was sent, with keys of its own."""
         sent = []
         with self.together(f"version {version}"):
             for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
@@ -101,8 +101,8 @@ class Wire(Member):
         return SharedMemory(tuple(sent))
 
     def receive(self, name: str, version: int) -> tuple[SharedMemory, dict[str, str]]:
-        """Land what the publisher sends in `/dev/shm/rlinf-<name>-s<stage>-v<version>-*`, with checksums as sent;
-        and the sender's key of each."""
+        """Write what the publisher sends to `/dev/shm/rlinf-<name>-s<stage>-v<version>-*`. Returns the buckets, with checksums as sent, and
+        for the key of each the sender's key."""
         landed: list[BucketSpec] = []
         keys: dict[str, str] = {}
         with ExitStack() as undo, self.together(f"version {version}"):

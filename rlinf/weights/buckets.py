@@ -1,4 +1,4 @@
-"""Flat buckets: named tensors packed one after another into a run of bytes, each described by a spec. What checks them: scan.py."""
+"""Flat buckets: named tensors packed one after another into one run of bytes, which a spec describes. Checksums are in scan.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def group_into_buckets(tensors: Iterable[Named], bucket_bytes: int = BUCKET_BYTE
 
 
 def layout(bucket: Sequence[Named]) -> tuple[tuple[TensorSpec, ...], int]:
-    """Where each tensor of a bucket goes, and the bytes of the whole."""
+    """The offset of each tensor in a bucket, and the size of the bucket in bytes."""
     specs = []
     offset = 0
     for name, tensor in bucket:
@@ -42,7 +42,7 @@ def layout(bucket: Sequence[Named]) -> tuple[tuple[TensorSpec, ...], int]:
 
 
 def fill(buffer: Tensor, specs: Sequence[TensorSpec], bucket: Sequence[Named]) -> None:
-    """Copy the tensors of a bucket into `buffer` (uint8, at least the bytes that `layout` named)."""
+    """Copy the tensors of a bucket into `buffer` (uint8, at least as many bytes as `layout` said)."""
     for (_, target), (_, tensor) in zip(views(buffer, specs), bucket, strict=True):
         target.copy_(tensor)
 

@@ -1,9 +1,9 @@
-"""A role's part of a checkpoint as it lies on disk: fp32 master weights and Adam moments under their Hugging Face names.
+"""The part of a checkpoint that belongs to one role, on disk: fp32 master weights and Adam moments under their Hugging Face names.
 
-A layout (TP, PP, DP) never reaches the disk, so a checkpoint opens in any other layout, and any safetensors reader can look into it:
+The layout (TP, PP, DP) is not stored, so a checkpoint can be opened in any other layout, and by any safetensors reader:
 
     <role>/param-s0-00001.safetensors  exp_avg-...  exp_avg_sq-...   written by the first TP and DP rank of each pipeline stage
-    <role>/index-s0.json               {kind: {tensor: [file, xxh3]}}, one a stage
+    <role>/index-s0.json               {kind: {tensor: [file, xxh3]}}, one for each stage
     <role>/state.json                  optimizer steps, loss scale
 """
 
@@ -19,12 +19,12 @@ KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def write_index(folder: Path, stage: int, index: Mapping[str, Mapping[str, Stored]]) -> None:
-    """What the first rank of a stage wrote, by kind."""
+    """Write down what the first rank of a stage wrote, by kind."""
     write_json(folder / f"index-s{stage}.json", index)
 
 
 def open_part(folder: Path) -> dict[str, TensorFolder]:
-    """The tensors of all stages by kind; each is compared with its checksum when it is read."""
+    """The tensors of all stages, by kind. Each is compared with its checksum when it is read."""
     parts = sorted(folder.glob("index-s*.json"))
     if not parts:
         raise UserError(f"{folder}: no index-s*.json; it is not the part of a checkpoint that holds weights and moments")

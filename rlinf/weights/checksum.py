@@ -1,4 +1,4 @@
-"""One number for the weights of a Hugging Face folder, from the bytes of its files; tensors are not opened."""
+"""A checksum of the weights in a Hugging Face folder, computed from the bytes of its files without opening tensors."""
 
 from __future__ import annotations
 

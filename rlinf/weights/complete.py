@@ -1,4 +1,4 @@
-"""Is what arrived the whole model: every tensor, of the right shape, and nothing else."""
+"""Checks whether weights that arrived are the whole model: every tensor, with the right shape, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlinf.weights.mapping import hf_shapes
 
 
 def check_tensors(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors by name, after every one has been looked at. Raises ValueError that names the first at fault.
+    """The tensors by name, after every one has been checked. Raises ValueError that names the first bad one.
 
-    Left out: the rotary buffer that old Llama checkpoints carry, and the output head of a model with tied embeddings.
+    The rotary buffer of old Llama checkpoints, and the output head of a model with tied embeddings, are left out.
     """
     arrived: dict[str, Tensor] = {}
     head: Tensor | None = None
@@ -32,7 +32,7 @@ def check_tensors(arch: Architecture, tensors: Iterable[tuple[str, Tensor]]) -> 
 
 
 def check_shapes(arch: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Whether these are the tensors of the model, all of them and no others. Raises ValueError that names the first at fault."""
+    """Raise ValueError that names the first tensor which is missing, unknown or has the wrong shape."""
     expected = hf_shapes(arch)
     for name, shape in shapes.items():
         if name not in expected:

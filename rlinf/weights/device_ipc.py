@@ -1,7 +1,7 @@
-"""Weights on the device that actor and engine share: the publisher sends handles only, and the engine opens the same memory.
+"""Weights on a device that actor and engine share: the publisher sends handles only, and the engine opens the same memory.
 
-On a GPU a handle is CUDA's (rlinf/device.py). On CPU, where the device's memory is the host's, it is the name of a segment in shared
-memory; everything else is the same. A receipt gives the memory back: an engine keeps no view of a bucket when it answers.
+On a GPU the handle is CUDA's (rlinf/device.py). On CPU, where device memory is host memory, it is the name of a segment in shared memory;
+everything else is the same. An engine that has answered with its receipt keeps no view of a bucket, so that the memory can be freed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _OWN: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # by key: CUDA d
 
 
 class DeviceBuckets:
-    """The buckets of one publisher, of one version at a time. The memory is there from publish() to withdraw(); between two syncs it is the
-    trainer's and the engine's, to whom a second copy of the weights would be a loss."""
+    """The buckets of one publisher, of one version at a time. Their memory exists only from publish() to withdraw(): between two syncs
+    trainer and engine need it, and a second copy of the weights would waste it."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
@@ -50,8 +50,8 @@ class DeviceBuckets:
         return DeviceIpc(tuple(buckets))
 
     def withdraw(self) -> None:
-        """Free the memory, when all engines have answered. Raises RunFailed when one of them still has a view of it, which can be seen
-        on a CPU only, by the segment's lock."""
+        """Free the memory, when all engines have answered. Raises RunFailed when an engine still has a view of it; only on CPU this can be
+        seen, by the lock of the segment."""
         looked_at = [key for key in self._offered if os.path.exists(key) and in_use(key)]
         self.close()
         if looked_at:
@@ -72,7 +72,7 @@ class DeviceBuckets:
 
 
 def open_bucket(bucket: DeviceBucket) -> Tensor:
-    """Its bytes, where they are. Raises RunFailed when it is not there, or holds others than were sent."""
+    """The bytes of a bucket, in place. Raises RunFailed when it is not there, or its bytes are not those that were sent."""
     buffer = _OWN.get(bucket.key)
     if buffer is None:
         buffer = open_shared(bucket.handle) if bucket.handle else open_segment(bucket.key, bucket.nbytes)

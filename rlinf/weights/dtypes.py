@@ -1,4 +1,4 @@
-"""The dtypes of weights: as a configuration names them, and as torch does."""
+"""The names of dtypes of weights, in configurations and in torch."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch's own name, such as "bfloat16": that of config.json, of a TensorSpec and of SGLang."""
+    """torch's name of a dtype, such as "bfloat16", which config.json, TensorSpec and SGLang also use."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,5 @@
-"""Weights through a folder that all machines see: safetensors files, read by our engines as buckets and by SGLang as they are."""
+"""Sends weights through a folder that all machines can read: safetensors files, which our engines read as buckets and SGLang as model
+files."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ def publisher_name(replica: int, stage: int) -> str:
 
 
 def publish_files(tensors: Iterable[Named], folder: Path, version: int, bucket_bytes: int = BUCKET_BYTES) -> Files:
-    """Write the tensors to `folder`/v<version>/*.safetensors; whatever was in `folder` goes first. It is one publisher's own.
+    """Write the tensors to `folder`/v<version>/*.safetensors, after removing whatever was in `folder`, which belongs to one publisher.
 
-    A file has its name only when it is whole. Nothing is fsynced: readers are alive now, and after a crash nobody asks for it.
+    A file gets its name only when it is complete. Nothing is fsynced: the readers are running now, and after a crash nobody will read it.
     """
     shutil.rmtree(folder, ignore_errors=True)
     place = folder / f"v{version}"
@@ -39,14 +40,14 @@ def publish_files(tensors: Iterable[Named], folder: Path, version: int, bucket_b
 
 
 def remove_published(folder: Path) -> None:
-    """Publishers that lost their process could not withdraw what they had written below `folder`."""
+    """Remove what publishers below `folder` have left that died before they could withdraw it."""
     for place in folder.glob("*"):
         if PUBLISHER.fullmatch(place.name):
             shutil.rmtree(place, ignore_errors=True)  # a node may still be closing a file: the next start of the run removes the rest
 
 
 def folders_of(source: Files) -> list[Path]:
-    """The folders in which the files lie, one for each publisher."""
+    """The folders that hold the files, one for each publisher."""
     return list(dict.fromkeys(Path(bucket.key).parent for bucket in source.buckets))
 
 

@@ -1,4 +1,4 @@
-"""Whether weights are numbers."""
+"""Checks weights for values that are not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlinf.cpu_kernels import EXPONENT, RUN, kernels
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether every value is. The sum is the fastest that torch takes, and says so unless it overflows."""
+    """Whether every value is finite. Without compiled code the sum is computed first, which is fast: if it is finite, so is every value."""
     compiled = kernels()
     if compiled is not None and tensor.device.type == "cpu" and tensor.dtype in EXPONENT and tensor.is_contiguous():
         run = np.zeros(1, RUN)

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder made from tensor files that stand in it: configuration, tokenizer, names, index."""
+"""Completes a folder of tensor files to a Hugging Face model folder: configuration, tokenizer, file names, index."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ TOKENIZER_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "
 
 
 def finish_hf_folder(folder: Path, model_dir: Path, stored: Mapping[str, Stored], dtype: str, head: str = "lm") -> dict[str, Stored]:
-    """Make the files of write_tensors in `folder` a model that transformers opens; where each tensor is now.
+    """Make a model that transformers can open of the files that write_tensors wrote to `folder`. Returns where each tensor is now.
 
-    model_dir: the folder whose configuration and tokenizer are copied. dtype: torch's name of the weights' dtype, such as "bfloat16".
-    head: `scalar` makes it a sequence classification model with one label, whatever model_dir holds.
+    model_dir: the folder whose configuration and tokenizer are copied. dtype: torch's name of the weights' dtype, such as "bfloat16". head:
+    `scalar` makes it a sequence classification model with one label, whatever model_dir holds.
     """
     _copy_configuration(model_dir, folder, dtype, head)
     files = sorted({s.file for s in stored.values()})

@@ -1,4 +1,4 @@
-"""An engine opens what the trainer offers, whatever the transport: tensors by name, verified on the way."""
+"""Opens weights in an engine: the tensors that a trainer offers by any transport, by name, verified while they are read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rlinf.weights.tensor_folder import open_hf_folder
 
 
 def open_source(source: WeightSource, mappings: Mappings | None = None) -> Iterator[Named]:
-    """The tensors of a source in order; those of a bucket are views into its memory, whose checksum has just been verified.
+    """The tensors of a source, in order. Those of a bucket are views into its memory, whose checksum has just been verified.
 
-    mappings: of this reader, for segments that are written again with later versions; with it the reader must not write into the views.
-    Raises RunFailed when a bucket is missing, has the wrong size or other bytes than were sent, or when a name comes twice; ValueError
-    that names a tensor that is not finite.
+    mappings: of this reader, for segments that are reused for later versions; the reader must then not write into the views.
+    Raises RunFailed when a bucket is missing, has the wrong size or other bytes than were sent, or when a name comes twice; ValueError that
+    names a tensor that is not finite.
     """
     for name, tensor, known_finite in _named(source, mappings):
         if not known_finite and not finite(tensor):
@@ -33,7 +33,7 @@ def open_source(source: WeightSource, mappings: Mappings | None = None) -> Itera
 
 
 def _named(source: WeightSource, mappings: Mappings | None) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor, and whether it is already known to be finite."""
+    """(name, tensor, whether it is already known to be finite)."""
     if isinstance(source, Disk):
         yield from ((name, tensor, False) for name, tensor in open_hf_folder(source.path).items())
         return
@@ -48,7 +48,8 @@ def _named(source: WeightSource, mappings: Mappings | None) -> Iterator[tuple[st
 
 
 def _opened(source: SharedMemory | Files | DeviceIpc, mappings: Mappings | None, pool: Executor) -> Iterator[tuple[Tensor, set[str]]]:
-    """The bytes of each bucket, verified, and which of its tensors are known to be finite. Raises ValueError that names one that is not."""
+    """(the verified bytes of each bucket, which of its tensors are known to be finite). Raises ValueError that names a tensor that is not
+    finite."""
     if isinstance(source, DeviceIpc):
         yield from ((open_bucket(bucket), set()) for bucket in source.buckets)
         return
@@ -67,7 +68,7 @@ def _opened(source: SharedMemory | Files | DeviceIpc, mappings: Mappings | None,
 
 
 def release(source: WeightSource) -> None:
-    """Remove the buckets; engines that still map them keep their view. A bucket already gone is no error."""
+    """Remove the buckets. Engines that still map them keep their views; a bucket that is already gone is no error."""
     for bucket in () if isinstance(source, Disk) else source.buckets:
         if os.path.exists(bucket.key):
             os.unlink(bucket.key)

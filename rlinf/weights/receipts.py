@@ -1,4 +1,5 @@
-"""The proof of a weight sync: bytes as sent, and on fixed probe prompts the engine's log-probabilities against the trainer's."""
+"""Proves that a weight sync worked: the engines have the bytes that were sent, and on fixed probe prompts their log-probabilities are the
+trainer's."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ Source = TypeVar("Source", bound=Buckets)
 
 
 def merge_sources(parts: Sequence[Source]) -> Source:
-    """One source of what the pipeline stages published, all by the same transport."""
+    """The sources that the pipeline stages published, all for the same transport, as one."""
     return replace(parts[0], buckets=tuple(b for part in parts for b in part.buckets))  # type: ignore[misc]  # each of its own kind
 
 
 def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[Receipt]) -> None:
-    """Raises RunFailed when an engine took another version, other tensors or other bytes than it was sent. Both by engine."""
+    """Raise RunFailed when an engine loaded another version, other tensors or other bytes than it was sent. Both arguments: by engine."""
     for rank, (source, receipt) in enumerate(zip(sources, receipts, strict=True)):
         sent = {b.key: b.checksum for b in source.buckets}
         tensors = sum(len(b.tensors) for b in source.buckets)
@@ -41,7 +42,7 @@ def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[
 
 
 def check_probes(version: int, precision: str, trainer: Sequence[np.ndarray], engines: Sequence[Sequence[np.ndarray]]) -> float:
-    """Largest gap over probes and engines; raises RunFailed when one exceeds the tolerance of the precision."""
+    """The largest gap over all probes and engines. Raises RunFailed when one exceeds the tolerance of the precision."""
     largest = 0.0
     for rank, engine in enumerate(engines):
         for i, (expected, got) in enumerate(zip(trainer, engine, strict=True)):

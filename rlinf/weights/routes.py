@@ -1,4 +1,4 @@
-"""Which replica of the actor feeds which engine, and how the bytes get there. Pure: nodes in, feeds out."""
+"""Decides which replica of the actor feeds which engine, and by which transport. Pure functions: nodes in, feeds out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DeviceAddress = tuple[int, int]  # (node, index on the node)
 
 @dataclass(frozen=True)
 class Feed:
-    """Where one engine gets its weights: the data-parallel replica of the actor, and the transport."""
+    """Where one engine gets its weights from: a data-parallel replica of the actor, and a transport."""
 
     replica: int
     transport: str
@@ -25,9 +25,10 @@ class Feed:
 
 @dataclass(frozen=True, order=True)
 class BroadcastGroup:
-    """Who shares a process group: the actor rank that publishes a stage of a replica, as member 0, then the engines that the replica feeds.
+    """The members of a process group: as member 0 the actor rank that publishes a stage of a replica, then the engines that this replica
+    feeds.
 
-    engine_ranks: each engine's tensor-parallel ranks, where they are members themselves; 1 also where its worker is in its place.
+    engine_ranks: how many members each engine is: its tensor-parallel ranks where they are members themselves, 1 where its worker is.
     """
 
     replica: int
@@ -45,7 +46,7 @@ class BroadcastGroup:
         return (f"actor rank {self.publisher}", *(name for engine in self.engines for name in self.names_of(engine)))
 
     def names_of(self, engine: int) -> tuple[str, ...]:
-        """The members that are one engine's, side by side in `members`."""
+        """The members that belong to one engine; they are next to each other in `members`."""
         if self.engine_ranks == 1:
             return (f"rollout rank {engine}",)
         return tuple(f"rollout rank {engine} (TP rank {k})" for k in range(self.engine_ranks))
@@ -68,20 +69,21 @@ def plan_feeds(publishers: Sequence[Sequence[int]], engines: Sequence[int], tran
 
 
 def device_feeds(publishers: Sequence[Sequence[DeviceAddress]], engines: Sequence[Sequence[DeviceAddress]]) -> tuple[Feed, ...] | None:
-    """One feed for each engine by DEVICE_IPC, or None when one of them has no replica all of whose publishers are on its own devices.
+    """One feed for each engine by DEVICE_IPC, or None when an engine has no replica all of whose publishers are on its own devices.
 
-    publishers[d][p] is the device of the rank that publishes pipeline stage p of replica d; engines[e] are those of engine e. Memory of a
-    device that an engine does not use is not opened: whether that can be depends on which devices its processes see.
+    publishers[d][p] is the device of the rank that publishes pipeline stage p of replica d; engines[e] are the devices of engine e. An
+    engine does not open memory of devices that it does not use: whether it could depends on the devices that its processes can see.
     """
     near = [next((Feed(d, DEVICE_IPC) for d, stages in enumerate(publishers) if {*stages} <= {*own}), None) for own in engines]
     return None if None in near else tuple(feed for feed in near if feed)
 
 
 def broadcast_groups(feeds: Sequence[Feed], width: int, pp: int, dp: int, engine_ranks: int = 1) -> tuple[BroadcastGroup, ...]:
-    """The groups of a run, sorted: replica, then stage. Every process makes those that it is a member of in this order.
+    """The groups of a run, sorted by replica, then stage. Every process makes the groups of which it is a member in this order.
 
-    Making a group waits for all its members, so two processes that make the same two groups in different orders would wait for each other
-    for ever. In one order for all this cannot happen: no member of the first group that is not made yet waits for another group.
+    Making a group waits for all its members. Two processes that made the same two groups in different orders would wait for each other
+    forever; in one order for all this cannot happen, since nobody who belongs to the first group that is not yet made waits for another
+    one.
     """
     fed: dict[int, list[int]] = {}
     for engine, feed in enumerate(feeds):

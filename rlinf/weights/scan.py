@@ -29,10 +29,10 @@ Row = tuple[int, int, int, int, torch.dtype]
 
 
 class Scan:
-    """Threads of a pool scan runs of bytes on a CPU, and copy each to its target, if it has one.
+    """Threads of a pool scan runs of bytes on a CPU, and copy those that have a target.
 
-    rows: (address, address of the copy or 0, bytes, byte offset in the bucket, dtype) of each run; names: the tensor that each run is part
-    of, "" for none. held: what must stay in memory until the scan is done.
+    rows: (address, address of the copy or 0, bytes, byte offset in the bucket, dtype) of each run. names: the tensor to which each run
+    belongs, "" for none. held: objects that must stay in memory until the scan is done.
     """
 
     def __init__(self, rows: Sequence[Row], names: Sequence[str], held: Any, pool: Executor) -> None:
@@ -43,7 +43,7 @@ class Scan:
         self.futures = [pool.submit(work, part) for part in np.split(self.runs, begins[1:])]
 
     def checksum(self) -> int:
-        """Of the whole bucket, when all threads are done."""
+        """The checksum of the whole bucket; waits for all threads."""
         wait(self.futures)
         for future in self.futures:
             future.result()
@@ -51,7 +51,7 @@ class Scan:
         return int(self.runs["sum"].sum(dtype=np.uint64))
 
     def first_not_finite(self) -> str | None:
-        """The first tensor with a value that is not finite, among those that were scanned for such values; after checksum()."""
+        """The first tensor with a value that is not finite, among those that were scanned for that. To be called after checksum()."""
         found = np.flatnonzero(self.runs["not_finite"])
         return self.names[found[0]] if len(found) else None
 
@@ -70,9 +70,10 @@ def scan_function() -> Callable[[np.ndarray], None]:
 
 
 def scan(buffer: Tensor, specs: Sequence[TensorSpec], pool: Executor) -> Scan:
-    """All bytes of a bucket on a CPU; those between two tensors count as the first one's.
+    """Scan all bytes of a bucket on a CPU; bytes between two tensors count as part of the first one.
 
-    Where a tensor does not begin at a word, which happens in files, nothing is scanned for values that are not finite.
+    A tensor that does not begin at a multiple of 4 bytes, as happens in files, makes the whole bucket be scanned without looking for values
+    that are not finite.
     """
     placed = sorted(specs, key=lambda spec: spec.offset)  # in files tensors lie in another order than they are named
     if any(spec.offset % 4 for spec in placed):
@@ -113,7 +114,7 @@ def fill_and_scan(buffer: Tensor, specs: Sequence[TensorSpec], bucket: Sequence[
 
 
 def checksum(buffer: Tensor) -> int:
-    """Of bytes on any device, by the calling thread alone where they are on a CPU."""
+    """The checksum of bytes on any device; on a CPU it is computed by the calling thread alone."""
     if buffer.device.type == "cpu":
         run = np.zeros(1, RUN)
         run["source"], run["nbytes"] = buffer.data_ptr(), len(buffer)
@@ -123,7 +124,7 @@ def checksum(buffer: Tensor) -> int:
 
 
 def device_checksum(buffer: Tensor) -> int:
-    """By torch's operations, a part at a time: a GPU may have no room for a second bucket as large as an embedding."""
+    """The checksum by torch's operations, part by part: a GPU may have no room for a second bucket as large as an embedding."""
     whole = buffer if len(buffer) % 4 == 0 else torch.nn.functional.pad(buffer, (0, -len(buffer) % 4))  # pad() copies in any case
     words = whole.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=buffer.device)
@@ -134,7 +135,7 @@ def device_checksum(buffer: Tensor) -> int:
 
 
 def scan_by_numpy(runs: np.ndarray) -> None:
-    """What compiled code does, but for the search for values that are not finite: torch's operations would start threads."""
+    """What the compiled code does, except for the search for values that are not finite: torch's operations would start threads."""
     for run in runs:
         content = _bytes_at(run["source"], run["nbytes"])
         run["sum"] = numpy_checksum(content, int(run["first"]))

@@ -1,7 +1,7 @@
 """Runs of bytes in POSIX shared memory, by name.
 
-A segment begins as torch's own shared storages do, with a count of those who use it, so that every torch process can open it by name
-(SGLang's do: rlinf/rollout/sglang_weights.py). Ours starts so high that none of them takes itself for the last and removes the file.
+A segment begins, like torch's own shared storages, with a count of its users, so that every torch process can open it by name (SGLang's do:
+rlinf/rollout/sglang_weights.py). Our count starts so high that no such process takes itself for the last user and removes the file.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Segment:
         self.path = path
 
     def remove(self) -> None:
-        """Who has it mapped keeps the view. Already gone is no error."""
+        """Remove the file. Readers that have it mapped keep their views; that it is already gone is no error."""
         if os.path.exists(self.path):
             os.unlink(self.path)
 
 
 def map_file(path: str, nbytes: int) -> Tensor:
-    """The bytes of a file, which the reader cannot change for others. Raises RunFailed unless there are `nbytes`."""
+    """The bytes of a file; writing into them changes nothing for others. Raises RunFailed unless there are `nbytes`."""
     with _opened(path, nbytes, header=0) as file:
         return torch.frombuffer(_mapped(file), dtype=torch.uint8)
 
 
 def open_segment(path: str, nbytes: int) -> Tensor:
-    """map_file() of a segment's content. The mapping holds a shared lock as long as anyone has a view of it (in_use)."""
+    """The content of a segment, mapped by map_file(). As long as anybody has a view of it, the mapping holds a shared lock (in_use)."""
     with _opened(path, nbytes, HEADER) as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # held by the mapping, which has the file open too
         return torch.frombuffer(_mapped(file), dtype=torch.uint8)[HEADER:]
@@ -70,7 +70,7 @@ def open_segment(path: str, nbytes: int) -> Tensor:
 
 @dataclass
 class Mapping:
-    """A segment that a reader has mapped. views: how many of its tensors are alive; with one or more, the file is locked for in_use()."""
+    """A segment that a reader has mapped. views: how many of its tensors are alive; as long as any is, the file is locked for in_use()."""
 
     file: BinaryIO
     memory: mmap.mmap
@@ -90,7 +90,7 @@ class Mapping:
             fcntl.flock(self.file, fcntl.LOCK_UN)
 
     def close_if_removed(self) -> bool:
-        """Whether nobody can need it any more."""
+        """Close the mapping if nobody can need it any more; returns whether it did."""
         if self.views or os.fstat(self.file.fileno()).st_nlink:
             return False
         self.memory.close()
@@ -99,17 +99,17 @@ class Mapping:
 
 
 class Mappings:
-    """The segments of one reader, which stay mapped while their publisher writes later versions into them: the first access to each page
-    of a new mapping costs about as much as reading its bytes.
+    """The segments of one reader, which stay mapped while their publisher writes later versions into them: the first access to each page of
+    a new mapping costs about as much as reading its bytes.
 
-    The reader must not write into a view: later views would show it. The mapping of a removed segment is closed at the next open().
+    The reader must not write into a view, because later views would show it. The mapping of a removed segment is closed at the next open().
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[int, int], Mapping] = {}  # by device and number of the file
 
     def open(self, path: str, nbytes: int) -> Tensor:
-        """As open_segment()."""
+        """Like open_segment(), with a mapping that is kept."""
         self._kept = {key: kept for key, kept in self._kept.items() if not kept.close_if_removed()}
         with ExitStack() as undo:
             file = undo.enter_context(_opened(path, nbytes, HEADER))

@@ -1,8 +1,8 @@
-"""Weights over a process group whose other members are the ranks of rollout servers: from the publisher straight into their memory.
+"""Sends weights over a process group whose other members are the ranks of rollout servers: from the publisher directly into their memory.
 
-A server makes its end of a group by torch's `tcp://` rendezvous, at the store where all groups of the run meet, and has to be told the
-names, dtypes and shapes of what comes before it takes part in a broadcast. The worker beside it tells it: it is no member, and reads
-the publisher's descriptions at the store, a bucket at a time. A bucket is one broadcast a tensor.
+A server joins a group by torch's `tcp://` rendezvous, at the store where all groups of the run meet, and must be told names, dtypes and
+shapes before it takes part in a broadcast. Its worker tells it: the worker is not a member itself, and reads the publisher's descriptions
+at the store, one bucket at a time. Each tensor of a bucket is one broadcast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAST_WORDS = 5.0  # seconds that a worker has to say why its server left
 
 
 class ServerWire(Member):
-    """The publisher's end. Servers cannot tell tensors that are broken, so it sends none that is not finite."""
+    """The publisher's end. Servers do not notice bad tensors, so the publisher sends none that is not finite."""
 
     def __init__(self, group: BroadcastGroup, store: dist.Store, device: torch.device, timeout: float) -> None:
         super().__init__(group, group.members[:1], store, timeout)
@@ -43,7 +43,7 @@ class ServerWire(Member):
             self.process_group = make_process_group(there, 0, len(group.members), device, timeout)
 
     def send(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> Broadcast:
-        """Broadcast the tensors; what was sent, with keys of its own. Raises RunFailed that names a tensor which is not finite."""
+        """Broadcast the tensors. Returns what was sent, with keys of its own. Raises RunFailed that names a tensor which is not finite."""
         sent: list[BucketSpec] = []
         with self.together(_coming(version, self.round)):
             for bucket in group_into_buckets(tensors, bucket_bytes):
@@ -69,7 +69,7 @@ class ServerWire(Member):
         return super().who_stopped()
 
     def forget(self) -> None:
-        """Everybody has read what was described."""
+        """Remove the descriptions from the store; everybody has read them."""
         for key in self.keys:
             self.store.delete_key(key)
         self.keys = []
@@ -86,7 +86,7 @@ class ServerWire(Member):
 
 
 class Follower(Member):
-    """The worker beside one server: reads what comes, and speaks for the server where the members meet."""
+    """The worker of one server: reads what will be broadcast, and represents the server where the members meet."""
 
     def __init__(self, group: BroadcastGroup, engine: int, store: dist.Store, timeout: float) -> None:
         super().__init__(group, group.names_of(engine), store, timeout)
@@ -104,11 +104,11 @@ class Follower(Member):
                 raise
 
     def coming(self, version: int) -> str:
-        """What the members come together for next."""
+        """The name of the next meeting: the broadcast of `version`."""
         return _coming(version, self.round)
 
     def descriptions(self) -> Iterator[BucketSpec]:
-        """The buckets of the next round as the publisher comes to them; each is to be taken before the next is asked for. Blocks."""
+        """The buckets of the next round, each when the publisher comes to it; each must be received before the next is taken. Blocks."""
         count = 0
         while description := self._wait_for(_place(self.round, count)):
             key, nbytes, specs = json.loads(description)

@@ -1,4 +1,4 @@
-"""Weights through POSIX shared memory: written once by the trainer, mapped without a copy by every engine of the machine."""
+"""Sends weights through POSIX shared memory: the trainer writes them once, and every engine of the machine maps them without a copy."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class SharedMemoryPublisher:
     """Writes the weights of one pipeline stage to segments `/dev/shm/rlinf-<name>-v<version>-<i>` (mode 600). At most one version at a time
     can be read.
 
-    Segments of earlier versions are written again, since fresh pages cost several times the copy. One that an engine still has a view of is
-    left as it is, and another one is used: so an engine that computes directly with the memory that it was sent goes on with one
-    version while the next one is written to the segments of the version before.
+    Segments of earlier versions are reused, since fresh pages cost several times the copy. A segment of which an engine still has a view is
+    not reused: an engine that computes directly with the memory that it was sent goes on with its version, while the next version is
+    written to the segments of the version before.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,7 +33,7 @@ class SharedMemoryPublisher:
         self._withdrawn = 0  # segments, of all versions
 
     def publish(self, tensors: Iterable[Named], version: int, bucket_bytes: int = BUCKET_BYTES) -> SharedMemory:
-        """Write the tensors in the place of the version before. A failure leaves no segment behind."""
+        """Write the tensors in place of the version before. A failure leaves no segment behind."""
         self.withdraw()
         written: list[tuple[Segment, tuple[TensorSpec, ...], Scan]] = []
         with ExitStack() as undo, ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -50,7 +50,7 @@ class SharedMemoryPublisher:
         return SharedMemory(buckets, rewritten=True)
 
     def withdraw(self) -> None:
-        """What was published can no longer be opened; its memory waits for the next version."""
+        """Make what was published impossible to open; its memory is kept for the next version."""
         for segment in self._offered:
             segment.rename(f"{SEGMENTS_FOLDER}/rlinf-{self.name}-spare-{self._withdrawn}")
             self._withdrawn += 1
@@ -83,10 +83,8 @@ class SharedMemoryPublisher:
 
 
 def collect(tensors: Iterable[Named], name: str, bucket_bytes: int = BUCKET_BYTES) -> tuple[SharedMemory, tuple[np.ndarray, ...]]:
-    """What publish() would write, as uint8 arrays that the caller sends to another machine, where land() writes them.
-
-    name: of the keys.
-    """
+    """What publish() would write, as uint8 arrays that the caller sends to another machine, where land() writes them. name: the beginning
+    of the buckets' keys."""
     buckets, arrays = [], []
     for i, bucket in enumerate(group_into_buckets(tensors, bucket_bytes)):
         specs, nbytes = layout(bucket)
@@ -98,7 +96,8 @@ def collect(tensors: Iterable[Named], name: str, bucket_bytes: int = BUCKET_BYTE
 
 
 def land(source: SharedMemory, arrays: Sequence[np.ndarray], run_id: str, version: int) -> SharedMemory:
-    """Buckets that came from another machine as segments of this one, `/dev/shm/rlinf-<run_id>-v<version>-<i>`; checksums as sent."""
+    """Write buckets that came from another machine to segments of this one, `/dev/shm/rlinf-<run_id>-v<version>-<i>`. Their checksums are
+    those that were sent."""
     buckets = []
     with ExitStack() as undo:
         for i, (bucket, array) in enumerate(zip(source.buckets, arrays, strict=True)):

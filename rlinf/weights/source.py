@@ -1,6 +1,6 @@
-"""Weights on the move as plain data: what is offered (WeightSource) and the proof that it arrived (Receipt).
+"""Descriptions of weights on their way, as plain data: what is offered (WeightSource), and what an engine answers (Receipt).
 
-Tensors travel under their Hugging Face names, whole, flattened into buckets. A source is opened by the process that owns the device.
+Tensors travel under their Hugging Face names, whole, packed into flat buckets. A source is opened by the process that owns the device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 
 class TensorSpec(NamedTuple):
-    """One tensor inside a bucket: name, torch dtype name ("bfloat16"), shape, byte offset in the bucket. A tuple: a driver reads many."""
+    """One tensor in a bucket: name, torch dtype name ("bfloat16"), shape, byte offset in the bucket. It is a tuple, because a driver reads
+    very many."""
 
     name: str
     dtype: str
@@ -21,7 +22,7 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketSpec:
-    """A flat run of bytes: where it is (for shared memory: the segment's name), what is in it, and its checksum as sent
+    """A flat run of bytes: where it is (for shared memory, the name of the segment), what is in it, and its checksum as sent
     (weights/scan.py)."""
 
     key: str
@@ -34,7 +35,7 @@ class BucketSpec:
 class SharedMemory:
     """Buckets in POSIX shared memory of this machine; key = path of the segment under /dev/shm.
 
-    rewritten: later versions come in the same memory, which readers may leave mapped (segments.Mappings).
+    rewritten: whether later versions will be written to the same memory, which readers may keep mapped (segments.Mappings).
     """
 
     buckets: tuple[BucketSpec, ...]
@@ -43,15 +44,15 @@ class SharedMemory:
 
 @dataclass(frozen=True)
 class DeviceBucket(BucketSpec):
-    """A bucket in memory of a device. handle: what CUDA needs to open it in another process (device.share); empty on CPU, where key is
-    the path of a segment."""
+    """A bucket in memory of a device. handle: what CUDA needs to open it in another process (device.share); empty on CPU, where key is the
+    path of a segment."""
 
     handle: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class DeviceIpc:
-    """Buckets in memory of the device that publisher and engine share. The engine keeps no view of them when it answers."""
+    """Buckets in memory of the device that publisher and engine share. An engine that has answered keeps no view of them."""
 
     buckets: tuple[DeviceBucket, ...]
 
@@ -65,23 +66,23 @@ class Disk:
 
 @dataclass(frozen=True)
 class Files:
-    """Buckets as safetensors files that every machine sees; key = path of the file, offsets count from its first byte."""
+    """Buckets as safetensors files that every machine can read; key = path of the file, offsets count from its first byte."""
 
     buckets: tuple[BucketSpec, ...]
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Buckets that come over process groups, which the engine's worker has joined (weights.broadcast) or the engine itself
-    (weights.server_groups): first those of `groups[0]`."""
+    """Buckets that come over process groups, in the order of `groups`; the engine's worker has joined them (weights.broadcast), or the
+    engine itself (weights.server_groups)."""
 
     groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Broadcast:
-    """Buckets that went into the engines' own memory over their process groups; what was sent, nothing to be opened. checksum: of the
-    description by which the engine was told what comes (weights.server_groups)."""
+    """Buckets that were sent into the engines' own memory over process groups; there is nothing to open. checksum: of the description that
+    announced the bucket to the engine (weights.server_groups)."""
 
     buckets: tuple[BucketSpec, ...]
 
@@ -93,9 +94,11 @@ Buckets = SharedMemory | Files | DeviceIpc | Broadcast
 
 @dataclass(frozen=True)
 class Receipt:
-    """What an engine says after load_weights: bucket checksums as received. Valid only together with a probe (see `weights.receipts`).
+    """What an engine returns from load_weights: the checksums of the buckets as it received them. It is a proof only together with probes
+    (weights.receipts).
 
-    engine_checksum: of the weights as the engine holds them, in a form of its own, equal among replicas; "" where it reports none.
+    engine_checksum: of the weights as the engine holds them, in its own form; it must be equal among replicas; "" where the engine reports
+    none.
     """
 
     version: int

@@ -1,4 +1,4 @@
-"""Named tensors in a folder of safetensors files with an index: lazily readable, durable when written, checked when read."""
+"""Named tensors in a folder of safetensors files with an index: read lazily, written durably, and checked when read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE_BYTES = 128 << 20  # what is held in memory, twice, while a file is written
 
 
 class Stored(NamedTuple):
-    """Where a tensor is, and the xxh3-64 of what it is."""
+    """Where a tensor is stored, and the xxh3-64 of its content."""
 
     file: str
     xxh3: str
@@ -35,7 +35,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], file_bytes: int = FILE_BYTES) -> dict[str, Stored]:
-    """Write the tensors to <stem>-00001.safetensors, ... in `folder`, each file fsynced; where each of them is."""
+    """Write the tensors to <stem>-00001.safetensors, ... in `folder`, and fsync each file. Returns where each tensor is."""
     folder.mkdir(parents=True, exist_ok=True)
     where: dict[str, Stored] = {}
     pending: dict[str, Tensor] = {}
@@ -60,7 +60,7 @@ def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError that names a file which is missing or damaged."""
+    """The content of a JSON file. Raises UserError when it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write and fsync."""
+    """Write a JSON file, and fsync it."""
     path.write_text(json.dumps(content, indent=1) + "\n")
     sync(path)
 
@@ -83,7 +83,7 @@ def sync(path: Path) -> None:
 
 
 def open_tensors(path: Path) -> safe_open:
-    """A safetensors file, mapped. Raises UserError that names it when it is missing, cut short or otherwise damaged."""
+    """A safetensors file, mapped. Raises UserError when it is missing, cut short or otherwise damaged."""
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -104,7 +104,8 @@ def _read(file: safe_open, path: Path, name: str) -> Tensor:
 
 
 class TensorFolder(Mapping[str, Tensor]):
-    """Read access by name; files are mapped, a tensor is read when asked for, and compared with its xxh3 where one is known.
+    """Read access to tensors by name. Files are mapped; a tensor is read when it is asked for, and compared with its xxh3 where one is
+    known.
 
     Nothing is ever unpickled. A missing or damaged tensor is a UserError that names it and its file.
     """
@@ -114,7 +115,7 @@ class TensorFolder(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, folder: Path, stored: Mapping[str, Stored]) -> TensorFolder:
-        """What write_tensors wrote."""
+        """A folder that write_tensors wrote."""
         return cls(folder, {n: s.file for n, s in stored.items()}, {n: s.xxh3 for n, s in stored.items()})
 
     @cached_property
@@ -122,7 +123,7 @@ class TensorFolder(Mapping[str, Tensor]):
         return {}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Without reading the tensor."""
+        """The shape of a tensor, which is not read for it."""
         return tuple(self._file_of(name).get_slice(name).get_shape())
 
     def _file_of(self, name: str) -> safe_open:
