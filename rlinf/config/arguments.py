@@ -1,4 +1,5 @@
-"""Numbers on the command line: what is out of its range is refused by argparse, with the option, the value and the range."""
+"""Types of numbers on the command line: argparse refuses a number out of range with a message that names the option, the value and the
+range."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """A whole number from low to high, as the type of an argument."""
+    """The type of an argument that is a whole number from low to high."""
 
     def read(text: str) -> int:
         if not re.fullmatch(r"-?[0-9]{1,19}", text) or not low <= int(text) <= high:
@@ -20,7 +21,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def tolerance(text: str) -> float:
-    """A relative difference."""
+    """The type of an argument that is a relative difference."""
     try:
         value = float(text)
     except ValueError:

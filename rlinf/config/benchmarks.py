@@ -17,7 +17,7 @@ def template_key(default: str) -> Any:
 
 @dataclass
 class BenchmarkConfig:
-    """One set of problems and how it is sampled; the defaults are the protocol of arXiv 2501.12948 for reasoning models."""
+    """One set of problems and how it is sampled. The defaults are those of arXiv 2501.12948 for reasoning models."""
 
     path: str | None = key(None, "JSONL of the problems in the AReaL-boba format (`rlinf data convert`); null = the set is not evaluated")
     n: int = key(32, "samples per problem")

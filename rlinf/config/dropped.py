@@ -1,4 +1,5 @@
-"""Keys and values that users of RLinf or verl may have and that this project does not have: what to do instead.
+"""Keys and values that users of RLinf or verl may have in their files and that this project does not have: messages that say what to use
+instead.
 
 The first pattern that matches wins (shell wildcards).
 """
@@ -172,10 +173,10 @@ VALUES: dict[tuple[str, str], str] = {
 
 
 def dropped_key(name: str) -> str | None:
-    """What replaced a key of the reference, or None when it is no such key."""
+    """What to use instead of a key of RLinf or verl; None when it is not such a key."""
     return next((text for pattern, text in KEYS.items() if fnmatchcase(name, pattern)), None)
 
 
 def dropped_value(name: str, value: Any) -> str | None:
-    """What replaced a value of the reference for a key that we have too."""
+    """What to use instead of a value that RLinf or verl has for a key that we have too; None when it is not such a value."""
     return VALUES.get((name, str(value)))

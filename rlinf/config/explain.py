@@ -1,4 +1,4 @@
-"""What a key means: for one key on the command line, for all of them as docs/config.md (`python -m rlinf.config.explain`)."""
+"""Explains keys: one on the command line, or all of them as docs/config.md (`python -m rlinf.config.explain`)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def explain(resolved: Resolved | None, key: str) -> str:
 
 
 def reference() -> str:
-    """docs/config.md."""
+    """The text of docs/config.md."""
     lines = [HEADER]
     for section in known_sections():
         names = [n for n in known_keys() if n.rpartition(".")[0] == section]

@@ -1,4 +1,5 @@
-"""A field of the configuration: beside its default it has metadata `help` (meaning, with unit), `choices` and `own`."""
+"""How fields of the configuration are declared: beside its default a field has metadata `help` (meaning, with unit), `choices` and
+`own`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Any
 
 
 def key(default: Any, help: str, choices: tuple[Any, ...] = (), own: bool = False) -> Any:
-    """A field with its meaning; mutable defaults are copied. own: a function of the user's, `path/to/file.py:function`, may stand there."""
+    """A field with its meaning. Mutable defaults are copied. own: whether the value may name a function of the user's own,
+    `path/to/file.py:function`."""
     meta = {"help": help, "choices": choices, "own": own}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=meta)

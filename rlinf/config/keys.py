@@ -1,4 +1,4 @@
-"""The schema as a flat table: dotted key -> type, default, meaning, choices. Loading, explaining and the reference page walk it."""
+"""The schema as a flat table: dotted key -> type, default, meaning, choices. Used for loading, explaining and docs/config.md."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ REQUIRED = "???"  # OmegaConf's mark of a key without a default
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf of the configuration. kind is one of str, int, float, bool, list, dict; optional = may be null; own: see field.key;
-    item: what a list is of."""
+    """One leaf of the configuration.
+
+    kind: one of str, int, float, bool, list, dict. optional: whether it may be null. own: see field.key. item: the type of the elements of
+    a list.
+    """
 
     name: str
     kind: type
@@ -54,7 +57,8 @@ def known_sections() -> tuple[str, ...]:
 
 
 def nearest(name: str) -> str | None:
-    """The key or section the user most likely meant: the same last word in another section, else the most similar spelling."""
+    """The key or section that the user most likely meant: one with the same last word in another section, or else the one with the most
+    similar spelling."""
     candidates = [*known_keys(), *known_sections()]
     same_leaf = [c for c in candidates if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     found = difflib.get_close_matches(name, same_leaf, n=1, cutoff=0.0) or difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)

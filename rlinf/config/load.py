@@ -1,8 +1,8 @@
-"""From a name or a path and `key=value` words to a typed Config that knows who set every value.
+"""Loads a configuration: from a name or a path and `key=value` words to a typed Config, which knows who set every value.
 
-Merged in this order: defaults of the schema, the file named by `extends:` (which may extend another), the file, the command line.
-Lists and `cluster.component_placement` are replaced as a whole. Interpolations (`${runner.seq_length}`, `${oc.env:HOME}`) are resolved
-by OmegaConf after the merge. All problems found are reported at once.
+The values are merged in this order: defaults of the schema, the file named by `extends:` (which may extend another), the file, the command
+line. Lists and `cluster.component_placement` are replaced as a whole. Interpolations (`${runner.seq_length}`, `${oc.env:HOME}`) are
+resolved by OmegaConf after the merge. All problems that are found are reported at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Resolved:
-    """The configuration of a run. provenance: dotted key -> `file.yaml:12`, `command line` or `default`. source: the file loaded."""
+    """A loaded configuration. provenance: dotted key -> `file.yaml:12`, `command line` or `default`. source: the file."""
 
     config: Config
     provenance: dict[str, str]
@@ -99,7 +99,7 @@ def find(name_or_path: str) -> Path:
 
 
 def _what(folder: Path) -> str:
-    """What a folder is that was given as a configuration, and where it belongs."""
+    """What a folder is that was given as a configuration, and for which command it is meant."""
     if (folder / "config.json").is_file():
         return f"a model folder, no configuration; give a YAML file, with rollout.model_dir={folder}, or score it: rlinf eval {folder}"
     if (folder / CONFIG_FILE).is_file():
@@ -111,7 +111,7 @@ def _what(folder: Path) -> str:
 
 
 def show(path: Path) -> str:
-    """A path as messages print it: relative to this checkout when it lies in it."""
+    """A path as messages print it: relative to this checkout when it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
@@ -138,7 +138,7 @@ def to_yaml(resolved: Resolved) -> str:
 
 
 def _chain(source: Path) -> list[tuple[Path, yaml.Node]]:
-    """The file and what it extends, the farthest ancestor first."""
+    """The file and the files that it extends, the farthest ancestor first."""
     chain: list[tuple[Path, yaml.Node]] = []
     path: Path | None = source
     while path:
@@ -159,7 +159,8 @@ def _chain(source: Path) -> list[tuple[Path, yaml.Node]]:
 
 
 def _extended(folder: Path, name: str, where: str) -> Path:
-    """The file of that name beside the one that extends it; or the example, so that a copy of one may lie anywhere."""
+    """The file that `extends:` names: beside the file that extends it, or else among the examples, so that a copy of an example may lie
+    anywhere."""
     path = (folder / Path(name).expanduser()).resolve()
     if path.is_file():
         return path
@@ -174,7 +175,7 @@ def _extended(folder: Path, name: str, where: str) -> Path:
 
 
 def _resolve(values: Mapping[str, Any], provenance: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
-    """Interpolate and convert every value."""
+    """Resolve interpolations and convert every value."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *sections, leaf = name.split(".")
@@ -200,13 +201,13 @@ def _resolve(values: Mapping[str, Any], provenance: Mapping[str, str], problems:
 
 
 def _of_environment(error: OmegaConfBaseException) -> str:
-    """What to write instead of `${HOME}`, which is a key to OmegaConf."""
+    """What to write instead of `${HOME}`, which OmegaConf reads as a key."""
     name = re.match(r"Interpolation key '([A-Z][A-Z0-9_]*)' not found", str(error))
     return f"; the variable of the environment is ${{oc.env:{name[1]}}}" if name else ""
 
 
 def _expand(path: Any) -> Any:
-    """`~` in a path, or in each of a list of paths, becomes the home folder."""
+    """Replace `~` at the start of a path, or of each of a list of paths, by the home folder."""
     if isinstance(path, list):
         return [_expand(p) for p in path]
     return str(Path(path).expanduser()) if path and path.startswith("~") else path

@@ -1,4 +1,5 @@
-"""The model folder: is everything there that a run needs, and does the shape fit the parallel sizes. Reads JSON and names only."""
+"""Checks of the model folder: does it have what a run needs, and does the model's shape fit the parallel sizes. Reads JSON and file names
+only."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def load_model_config(model_dir: str, key: str = "rollout.model_dir") -> dict[st
 
 
 def planned_model_config(model_dir: str, key: str = "rollout.model_dir") -> tuple[dict[str, Any] | None, list[str]]:
-    """For planning on a machine without the model: (config.json of the folder or of the known model of that name, warnings)."""
+    """For planning on a machine without the model: (config.json of the folder, or of the known model of that name, or None; warnings)."""
     if Path(model_dir).is_dir():
         return load_model_config(model_dir, key), []
     known = SHAPES / (Path(model_dir).name + ".json")
@@ -51,9 +52,9 @@ def planned_model_config(model_dir: str, key: str = "rollout.model_dir") -> tupl
 
 
 def validate_model(config: Config, hf: dict[str, Any]) -> None:
-    """Does the shape of actor and engine fit the parallel sizes. Raises one UserError that lists every violation.
+    """Check that the model's shape fits the parallel sizes of actor and engine. Raises one UserError that lists every violation.
 
-    The vocabulary needs no rule: it is padded. An engine may replicate key/value heads over its ranks.
+    The vocabulary needs no rule, because it is padded. An engine may replicate key/value heads over its ranks.
     """
     rollout_tp = config.rollout.tensor_parallel_size
     heads = hf["num_attention_heads"]
@@ -72,7 +73,7 @@ def validate_model(config: Config, hf: dict[str, Any]) -> None:
 
 
 def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dict[str, Any]) -> None:
-    """As validate_model, for the model of `critic` or `token_reward`; it must read the actor's tokens."""
+    """Like validate_model, for the model of `critic` or `token_reward`. It must also have the actor's vocabulary."""
     found = _misfits(role, getattr(config, role).model, hf)
     if hf["vocab_size"] != actor_hf["vocab_size"]:
         found.append(f"its vocab_size is {hf['vocab_size']}, the actor's {actor_hf['vocab_size']}; take one of the actor's family")
@@ -104,7 +105,7 @@ def _misfits(role: str, model: ActorModelConfig, hf: dict[str, Any]) -> list[str
 
 
 def missing_paths(config: Config) -> list[str]:
-    """Data files, checkpoints and files of own functions that are not on this machine, or folders, one message each."""
+    """A message for each data file, checkpoint or file of the user's own functions that is not on this machine, or is a folder."""
     paths = [(key, str(path)) for key in DATA for path in value_of(config, key)]
     if config.runner.resume_dir not in (None, "auto"):
         paths.append(("runner.resume_dir", str(config.runner.resume_dir)))
@@ -114,19 +115,19 @@ def missing_paths(config: Config) -> list[str]:
 
 
 def _beside(key: str, path: str) -> str:
-    """The checkpoints that there are in the place of one: runner.keep_checkpoints removes old ones."""
+    """The checkpoints that exist beside a missing one: runner.keep_checkpoints removes old ones."""
     others = sorted(step for p in Path(path).parent.glob("*") if (step := step_of(p)) is not None) if key == "runner.resume_dir" else []
     return f"; {Path(path).parent} has {', '.join(map(step_name, others))}" if others else ""
 
 
 def own_functions(config: Config) -> list[tuple[str, str]]:
-    """(key, `file.py:function`) of every function of the user's that the configuration names."""
+    """(key, `file.py:function`) of every function of the user's own that the configuration names."""
     values = [(name, value_of(config, name)) for name, key in known_keys().items() if key.own]
     return [(name, v) for name, value in values for v in (value.values() if isinstance(value, dict) else [value]) if is_own(v)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A model's config.json. Raises UserError that names the file, and the line, where it is none."""
+    """The content of a model's config.json. Raises UserError that names file and line when it is not valid."""
     again = "copy the file from the model's source again"
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)

@@ -1,4 +1,4 @@
-"""A user's own function, named in the configuration as `path/to/file.py:function`: it is used where a name of ours could stand."""
+"""Loads a user's own function, which the configuration names as `path/to/file.py:function` in place of one of our names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def is_own(value: Any) -> bool:
 
 
 def absolute(value: Any) -> Any:
-    """The same with the whole path: workers run in other folders, on other nodes. Anything else stays as it is."""
+    """The name of an own function with the absolute path of its file, because workers run in other folders and on other nodes. Other names
+    are returned unchanged."""
     if isinstance(value, dict):
         return {name: absolute(v) for name, v in value.items()}
     if not is_own(value):
@@ -41,7 +42,7 @@ def checksum_of(reference: str) -> str:
 
 @cache
 def load_own(reference: str) -> Callable[..., Any]:
-    """The function; its file is executed once a process. Raises UserError when there is none."""
+    """The function. Its file is executed once in each process. Raises UserError when there is no such function."""
     file, name = file_of(reference), reference.rpartition(":")[2]
     if not file.is_file():
         raise UserError(f"{reference}: there is no file {file}; on a cluster it must be at the same path on every node")

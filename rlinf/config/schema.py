@@ -1,6 +1,6 @@
-"""The configuration, one dataclass per YAML section; those of an evaluation stand in benchmarks.py. Field metadata: field.py.
+"""The configuration: one dataclass for each YAML section; `evaluation` is in benchmarks.py. Field metadata: field.py.
 
-A key that nothing reads is a defect; a default that is not here is a defect too. Key names are those that RLinf's users know.
+A key that nothing reads, and a default that is not defined here, are defects. The names of keys are those that users of RLinf know.
 """
 
 from __future__ import annotations
@@ -348,7 +348,7 @@ class ActorConfig:
 
 @dataclass
 class CriticConfig(ActorConfig):
-    """Used with algorithm.adv_type: gae alone."""
+    """Used only with algorithm.adv_type: gae."""
 
     model_dir: str | None = key(
         None, "Hugging Face folder that the critic starts from, of a model with the actor's vocabulary; null = rollout.model_dir"
@@ -363,7 +363,7 @@ class CriticConfig(ActorConfig):
 
 @dataclass
 class TokenRewardConfig:
-    """A frozen model that scores every token of a response, such as a process reward model; there is one where model_dir is set."""
+    """A frozen model that scores every token of a response, such as a process reward model. The run has one when model_dir is set."""
 
     model_dir: str | None = key(
         None,
@@ -430,7 +430,7 @@ class SftConfig:
 
 @dataclass
 class Config:
-    """The whole file."""
+    """The whole configuration."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     runner: RunnerConfig = field(default_factory=RunnerConfig)
@@ -451,7 +451,7 @@ class Config:
 
     @property
     def trains_alone(self) -> bool:
-        """Whether the placement is one of `rlinf sft`: nobody generates, and nobody judges."""
+        """Whether only the actor is placed, as for `rlinf sft`: nothing is generated or judged."""
         return self.placed == {"actor"}
 
     @property
@@ -463,29 +463,29 @@ class Config:
         return self.token_reward.model_dir is not None
 
     def has(self, component: str) -> bool:
-        """Whether the run has the component: all but two are always there."""
+        """Whether the run has the component; all but critic and token reward model are always there."""
         return {"critic": self.has_critic, "token_reward": self.has_token_reward}.get(component, True)
 
     @property
     def megatron_roles(self) -> tuple[str, ...]:
-        """Those of MEGATRON_ROLES that the run has; the first is the actor."""
+        """Those of MEGATRON_ROLES that this run has; the first is the actor."""
         return tuple(role for role in MEGATRON_ROLES if self.has(role))
 
     def model_dir_of(self, role: str) -> str:
-        """The Hugging Face folder that one of megatron_roles starts from."""
+        """The Hugging Face folder from which one of megatron_roles starts."""
         own = None if role == "actor" else getattr(self, role).model_dir
         return own or self.rollout.model_dir
 
     @property
     def engine_restarts(self) -> int:
-        """Deaths of an engine that do not end the run: none where it has no process of its own."""
+        """How many deaths of engines the run survives: none where engines have no process of their own."""
         return self.rollout.max_engine_restarts if self.cluster.backend == "ray" else 0
 
     def trains_actor(self, step: int) -> bool:
-        """Whether the policy learns in this step: not while a critic warms up."""
+        """Whether the actor is trained in this step: not while a critic warms up."""
         return not self.has_critic or step > self.critic.warmup_steps
 
 
 def head_of(role: str) -> str:
-    """What the model of one of MEGATRON_ROLES ends in: `lm`, log-probabilities of tokens, or `scalar`, one number for each token."""
+    """What the model of one of MEGATRON_ROLES outputs: `lm`, log-probabilities of tokens, or `scalar`, one number for each token."""
     return "lm" if role == "actor" else "scalar"

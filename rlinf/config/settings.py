@@ -1,4 +1,4 @@
-"""What somebody wrote: YAML text and `key=value` words as a list of settings, each with the file and line it stands in.
+"""Reads what users wrote, YAML text and `key=value` words, into a list of settings with the file and line of each.
 
 Problems (unknown keys, duplicates, wrong nesting) are appended to a list, so that the user sees all of them at once.
 """
@@ -24,7 +24,7 @@ FLOAT = re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+
 
 @dataclass(frozen=True)
 class Setting:
-    """One key as somebody wrote it. The value may be of the wrong type still, and may hold interpolations."""
+    """One key as the user wrote it. Its value may still have the wrong type, and may contain interpolations."""
 
     key: str
     value: Any
@@ -32,7 +32,8 @@ class Setting:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 without dates, 010 as 8 and 1:30 as 90, which are text here, and with `1e-5` as the number that everybody means by it."""
+    """YAML 1.1, except that dates, 010 (otherwise 8) and 1:30 (otherwise 90) are text, and that `1e-5` is a number, as everybody
+    expects."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(("timestamp", "float", "int"))]
@@ -98,7 +99,7 @@ def read_override(word: str, problems: list[str]) -> Iterator[Setting]:
 
 
 def unknown(name: str) -> str:
-    """Why `name` is not a key, and which one the user may have meant."""
+    """The message about a key that does not exist, with the one that the user may have meant."""
     replaced = dropped_key(name)
     if replaced:
         return f"{name} is not a key here: {replaced}"
@@ -118,12 +119,12 @@ def python_value(node: yaml.Node) -> Any:
 
 
 def read_texts(values: Mapping[str, str], key: str) -> dict[str, Any]:
-    """The values of a mapping of text to text, as what they mean where a value of the configuration stands: `false` is False."""
+    """A mapping of text to text, with each value read as in the configuration: `false` becomes False."""
     return {name: python_value(parse(value or "null", f"{key}: {name}")) for name, value in values.items()}
 
 
 def _value(node: yaml.Node, key: Key, where: str, problems: list[str]) -> Any:
-    """The value as Python. Where text is expected a scalar stays as it is written (`0-7`, `007` and `off` are text)."""
+    """The value as Python. Where text is expected, a scalar stays as it is written (`0-7`, `007` and `off` are text)."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     items = [n for pair in pairs for n in pair] or (node.value if isinstance(node, yaml.SequenceNode) else [])
     if _tagged(node) or any(not isinstance(n, yaml.ScalarNode) or _tagged(n) for n in items):
@@ -139,6 +140,6 @@ def _value(node: yaml.Node, key: Key, where: str, problems: list[str]) -> Any:
 
 
 def _tagged(node: yaml.Node) -> bool:
-    """Is the type written out (`!!float 3`, `!mine x`) rather than implied by the value?"""
+    """Whether the type is written explicitly (`!!float 3`, `!mine x`)."""
     plain = getattr(node, "style", None) is None
     return node.tag != Loader("").resolve(type(node), node.value, (plain, not plain))

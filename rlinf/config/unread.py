@@ -1,5 +1,5 @@
-"""Settings that nothing would read: a recipe given to another command, words of the command line that the command does not read, and keys
-that act only with another one.
+"""Finds settings that would have no effect: a recipe given to the wrong command, words of the command line that the command does not read,
+and keys that act only together with another one.
 
 A file may hold settings for several commands; a word of the command line is meant for this one.
 """
@@ -72,7 +72,7 @@ ONLY_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> the o
 
 
 def unread(command: str, provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
-    """Keys that the command line sets and `rlinf COMMAND` does not read, each with what to do."""
+    """(key, message) for every key that is set on the command line and that `rlinf COMMAND` does not read."""
     for name in (n for n, where in provenance.items() if where.partition(":")[0] == COMMAND_LINE):
         parts = name.split(".")
         prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
@@ -83,9 +83,9 @@ def unread(command: str, provenance: Mapping[str, str], config: Config) -> Itera
 
 
 def without_effect(sections: Sequence[str], provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
-    """Keys of the sections that have a value of their own while what they act with is off.
+    """(key, message) for every key that is set while the key with which it acts is off.
 
-    Where somebody has set that too, it may have been to switch the key off for a while, unless the key is a word of the command line.
+    When the user has set that other key too, it may be off only for a while; then only keys on the command line count.
     """
     for name, (switch, acts, wanted) in ONLY_WITH.items():
         forgotten = provenance.get(switch) == DEFAULT or provenance.get(name) == COMMAND_LINE
@@ -95,7 +95,7 @@ def without_effect(sections: Sequence[str], provenance: Mapping[str, str], confi
 
 
 def recipe_for_sft(config: Config) -> Iterator[tuple[str, str]]:
-    """That `rlinf train` was given a recipe for `rlinf sft`."""
+    """(key, message) when `rlinf train` was given a recipe for `rlinf sft`."""
     if config.trains_alone:
         yield (
             PLACEMENT,
@@ -107,7 +107,8 @@ def recipe_for_sft(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def recipe_for_training(provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
-    """That `rlinf sft` was given a recipe for `rlinf train`: a file or word places the engines, and no file says anything of sft."""
+    """(key, message) when `rlinf sft` was given a recipe for `rlinf train`: engines are placed, and no file sets a key of the section
+    `sft`."""
     others = [name for name in ("rollout", "reward") if name in config.placed]
     of_sft = any(name.startswith("sft.") and where not in (DEFAULT, COMMAND_LINE) for name, where in provenance.items())
     if "actor" in config.placed and others and provenance.get(PLACEMENT, DEFAULT) != DEFAULT and not of_sft:

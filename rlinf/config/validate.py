@@ -1,4 +1,4 @@
-"""Rules across keys. Starts nothing, reads nothing but the configuration; all violations are reported at once."""
+"""Rules that concern several keys. It reads nothing but the configuration and starts nothing; all violations are reported at once."""
 
 from __future__ import annotations
 
@@ -135,13 +135,13 @@ def validate(config: Config, provenance: Mapping[str, str] | None = None) -> Non
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
-    """As validate, by the rules that concern an evaluation."""
+    """Like validate, with the rules for an evaluation."""
     dead = (partial(unread, "eval", provenance or {}), partial(without_effect, ("rollout", "evaluation"), provenance or {}))
     _raise(config, provenance, (_bounds, _cluster, _rollout, _reward, _evaluation, *dead))
 
 
 def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) -> None:
-    """As validate, by the rules that concern supervised fine-tuning."""
+    """Like validate, with the rules for supervised fine-tuning."""
     _raise(config, provenance, (partial(recipe_for_training, provenance or {}),))
     dead = (partial(unread, "sft", provenance or {}), partial(without_effect, ("runner", "data", "actor", "sft"), provenance or {}))
     _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft, *dead))

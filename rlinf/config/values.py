@@ -1,4 +1,4 @@
-"""Values of keys: conversion to the type of the schema, choices, and printing as YAML."""
+"""Values of keys: conversion to the type in the schema, choices, and printing as YAML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def convert(value: Any, key: Key) -> Any:
 
 
 def dump(value: Any) -> str:
-    """yaml_line of a value that is resolved: `${` in it is escaped, so that it is read as it stands."""
+    """yaml_line() of a resolved value: `${` in it is escaped, so that it is not taken for an interpolation."""
     return yaml_line(_escape(value))
 
 
@@ -53,7 +53,7 @@ def yaml_line(value: Any) -> str:
 
 
 def _without_zeros(key: Key, value: Any) -> str:
-    """What to write instead of 010, which is 10 to some and 8 to others."""
+    """What to write instead of a number such as 010, which is 10 to some and 8 to others."""
     padded = key.kind in (int, float) and isinstance(value, str) and re.fullmatch(r"([-+]?)0+([0-9]+)", value)
     return f"; write {padded[1]}{padded[2]}: a leading zero makes an octal number to some" if padded else ""
 
@@ -78,7 +78,8 @@ def _integers(value: Any) -> list[int] | None:
 
 
 def _as(kind: type, value: Any) -> Any:
-    """value as kind; None when it is something else. Text counts as a number: interpolated environment variables are text."""
+    """`value` converted to `kind`; None when it is something else. Text may hold a number, since interpolated environment variables are
+    text."""
     number = type(value) in (int, float)
     text = value if isinstance(value, str) else ""
     if kind is bool:
@@ -95,7 +96,7 @@ def _as(kind: type, value: Any) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON (object_pairs_hook of json.loads). Raises ValueError for a key that stands there twice; JSON keeps the last."""
+    """For json.loads(object_pairs_hook=...): raises ValueError for a key that occurs twice, of which JSON would silently keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,6 +1,6 @@
-"""Scores of repeated sampling, as pure functions. Legend: N problems, n samples a problem, c of them right, k samples drawn.
+"""Scores of repeated sampling, as pure functions. Legend: N problems, n samples of each problem, c of them right, k samples drawn.
 
-Every score is a mean over problems of a number for each problem, so it does not depend on the order of problems or samples.
+Every score is a mean over problems of one number for each problem, so it does not depend on the order of problems or samples.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ RIGHT = object()  # the class of all right answers in a vote
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of the n samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """The probability that at least one of k samples, drawn from the n without replacement, is right: 1 - C(n-c, k) / C(n, k).
 
-    Unbiased for the success of k fresh samples (arXiv 2107.03374, section 2.1); 1 - (1 - c/n)^k is not.
+    It is an unbiased estimate for k fresh samples (arXiv 2107.03374, section 2.1); 1 - (1 - c/n)^k is not.
     """
     _check(n, c, k)
     return 1.0 - comb(n - c, k) / comb(n, k)
@@ -40,10 +40,11 @@ def mg_pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def maj_at_k(votes: Sequence[Hashable | None], k: int) -> float:
-    """Probability that the most frequent answer of k drawn samples is right; of several equally frequent ones each wins as often.
+    """The probability that the most frequent answer of k drawn samples is right; when several are equally frequent, each wins equally
+    often.
 
-    votes: RIGHT for a right answer, None for a sample without an answer (it does not vote), else anything that names the wrong answer.
-    Exact: counts the draws in which the right answer has v votes, t wrong ones have v too, and none has more.
+    votes: RIGHT for a right answer, None for a sample without an answer (it does not vote), otherwise anything that names the wrong answer.
+    The result is exact: it counts the draws in which the right answer has v votes, t wrong answers also have v, and none has more.
     """
     counts = Counter(votes)
     n, right, silent = len(votes), counts.pop(RIGHT, 0), counts.pop(None, 0)
@@ -70,12 +71,12 @@ def _add_class(ways: dict[tuple[int, int], int], size: int, v: int, rest: int) -
 
 
 def draw_sizes(n: int) -> list[int]:
-    """The k that are reported for n samples: powers of two below n, and n."""
+    """The values of k that are reported for n samples: powers of two below n, and n."""
     return [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
 
 
 def stability_size(n: int) -> int:
-    """The k of G-Pass@k: the largest power of two up to n/2, because with k = n there is a single draw."""
+    """The k of G-Pass@k: the largest power of two up to n/2, because with k = n there would be only one possible draw."""
     return max((2**i for i in range(n.bit_length()) if 2**i <= n // 2), default=1)
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: the same scalars, the same x axis (the step), written through at every step."""
+"""Writes metrics.jsonl and TensorBoard: the same scalars over the same x axis, the step; both are flushed at every step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ BACKENDS = ("tensorboard", *TRACKERS)
 
 
 class MetricLogger:
-    """Writes one line a step to <run_dir>/metrics.jsonl and the same numbers to the backends.
+    """Writes one line a step to <run_dir>/metrics.jsonl, and the same numbers to the backends.
 
-    resume_step: None starts a new file (it must not exist yet); k goes on after step k, -1 from the start: later lines of an earlier life
-    are moved to metrics.jsonl.replaced-N and TensorBoard is told to forget those steps. `last_step`: of the last line that is there, -1 for
-    none. In the file a number that is not finite is null. project and config (by key): for the trackers (metrics.trackers).
+    resume_step: None = start a new file (which must not exist yet); k = go on after step k; -1 = go on from the start. Lines of later steps
+    are moved to metrics.jsonl.replaced-N, and TensorBoard is told to forget those steps.
+    last_step: the step of the last line in the file, -1 when there is none. project, config (by key): for trackers (metrics.trackers).
+    A number that is not finite is null in the file.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class MetricLogger:
         self.trackers = Trackers(backends, project, run_dir, config or {}, resumed=resume_step is not None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Every scalar of one step, once. Raises ValueError when the step does not come after the last one."""
+        """Write all scalars of one step. Raises ValueError when the step does not come after the last one."""
         if step <= self.last_step:
             raise ValueError(f"metrics of step {step} come after those of step {self.last_step}")
         self.last_step = step
@@ -76,10 +77,10 @@ class MetricLogger:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, null as NaN; a torn last line (the machine died while it was written) is left out.
+    """The lines of metrics.jsonl, with null as NaN, without a torn last line (the machine died while it was written).
 
-    Raises UserError that names the first line without a step, with one that does not come after the last, or with something else than
-    numbers.
+    Raises UserError that names the first line which has no step, whose step does not come after the one before, or which has a value that
+    is not a number.
     """
     return _metrics(run_dir / METRICS_FILE)
 
@@ -97,9 +98,10 @@ def _metrics(path: Path) -> list[dict[str, float]]:
 
 
 def cut_after(path: Path, step: int) -> int:
-    """Move the lines after `step` to <path>.replaced-N, so that the run can write those steps again; the step of the last line that stays.
+    """Move the lines after `step` to <path>.replaced-N, so that the run can write those steps again. Returns the step of the last line that
+    stays.
 
-    Nothing is lost at any instant.
+    An interruption at any instant loses nothing.
     """
     if not path.exists():
         return -1

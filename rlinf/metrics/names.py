@@ -1,6 +1,6 @@
-"""Every metric of a run: its stable name, what it is, what is healthy, and what to do when it is not.
+"""All metrics of a run: the name of each, what it means, which values are healthy, and what to do when they are not.
 
-docs/metrics.md is written from this table: `python -m rlinf.metrics.names > docs/metrics.md`.
+docs/metrics.md is made from this table: `python -m rlinf.metrics.names > docs/metrics.md`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """One scalar. A name that ends in /* stands for a family whose last part says which."""
+    """One scalar. A name that ends in /* stands for a family of metrics, whose last part says which one it is."""
 
     name: str
     meaning: str
@@ -21,7 +21,7 @@ class Metric:
 
 
 def speeds_of(what: str, when: str, trains: bool = True) -> list[tuple[str, str, str, str]]:
-    """Achieved operations a second of one device, and utilisation (docs/debugging.md has the formula)."""
+    """The metrics of achieved operations per second of one device, and of utilisation (docs/debugging.md has the formula)."""
     rows = [
         (
             f"{what}_tflops",
@@ -473,7 +473,7 @@ METRICS = {m.name: m for rows in SECTIONS.values() for m in rows}
 
 
 def undocumented(names: Iterable[str]) -> list[str]:
-    """Names that the table does not have."""
+    """The names that are not in the table; for tests."""
     families = tuple(name[:-1] for name in METRICS if name.endswith("/*"))
     return sorted(n for n in names if n not in METRICS and not n.startswith(families))
 

@@ -1,4 +1,4 @@
-"""The line a person watches: one a step."""
+"""The progress line that people watch, one for each step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """1:05:09, 5:09, 0:09."""
+    """Seconds as 1:05:09, 5:09 or 0:09."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,4 +1,4 @@
-"""Before and after, with confidence intervals: what a run has gained on the same problems. Legend: N problems."""
+"""The table at the end of a run: held-out scores before and after, with confidence intervals. Legend: N problems."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def paired_gain(before_N: np.ndarray, after_N: np.ndarray, seed: int = 0) -> Int
 
 
 def wilson(successes: float, n: int) -> Interval:
-    """A proportion with Wilson's 95 % interval (E. B. Wilson 1927); of nothing: NaN, between 0 and 1."""
+    """A proportion with Wilson's 95 % interval (E. B. Wilson 1927). Of nothing: NaN, between 0 and 1."""
     if n == 0:
         return Interval(math.nan, 0.0, 1.0)
     p, z2 = successes / n, Z95**2
@@ -82,7 +82,7 @@ def percent(interval: Interval, sign: bool = False) -> str:
 
 
 def show_summary(before: Scores, after: Scores, output_dir: str, console: Console | None = None) -> None:
-    """The end of a run on the screen: the table, and the command that shows the curves."""
+    """Print the table, and the command that shows the curves."""
     console = console or Console(stderr=True)
     console.print(before_after_table(before, after))
     console.print(f"curves: tensorboard --logdir {output_dir} --port 6006", soft_wrap=True, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Seconds by phase, on the monotonic clock."""
+"""Measures the seconds of each phase of a step, by the monotonic clock."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 
 class Timers:
-    """Where the time of a step goes, by its phases, which may overlap.
+    """Seconds of the phases of a step, which may overlap.
 
-    seconds: in which a phase ran, once however many times at once. alone: in which it ran and no other did: what the step would gain if the
-    phase took no time. A phase that is running at collect() is divided between the two steps.
+    seconds: how long a phase ran; when it runs several times at once, the time counts once.
+    alone: how long it ran while no other phase did: what the step would gain if the phase took no time.
+    A phase that is running at collect() is divided between the two steps.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,10 +36,10 @@ class Timers:
             self.running -= Counter({name: 1})
 
     def collect(self, tokens: int | None = None) -> dict[str, float]:
-        """time/<phase> and time/step since the last call, and perf/tokens_per_second when the step's tokens are given; starts anew.
+        """time/<phase> and time/step since the last call, and perf/tokens_per_second when the step's tokens are given. Then counts from 0.
 
-        Where phases overlapped: time/overlap, the seconds in which more than one ran, and time/alone_<phase>;
-        these add up to no more than the step.
+        When phases overlapped, also time/overlap, the seconds in which more than one ran, and time/alone_<phase>; together these are at
+        most time/step.
         """
         now = self._settle()
         step = now - self.started
@@ -51,7 +52,7 @@ class Timers:
         return metrics
 
     def _settle(self) -> float:
-        """Credit the time since the last change to the phases that were running; now."""
+        """Credit the time since the last change to the phases that were running. Returns the time now."""
         now = self.clock()
         elapsed, self.seen = now - self.seen, now
         for name in self.running:

@@ -1,7 +1,7 @@
-"""Experiment trackers beside metrics.jsonl and TensorBoard: the same scalars and steps, sent to a service that the user has and names.
+"""Experiment trackers: the scalars of metrics.jsonl are also sent to a service that the user has and names.
 
-Each needs its own package, and its own account or server, set up as its documentation says (WANDB_API_KEY or WANDB_MODE=offline,
-SWANLAB_MODE, MLFLOW_TRACKING_URI, ...). A resumed run goes on in the tracker's run: its id is kept in <run_dir>/trackers.json.
+Each tracker needs its own package, and its own account or server, set up as its documentation says (WANDB_API_KEY or WANDB_MODE=offline,
+SWANLAB_MODE, MLFLOW_TRACKING_URI, ...). A resumed run goes on in the same run of the tracker, whose id is kept in <run_dir>/trackers.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run. resume_id: the id that the tracker gave it when it began."""
+    """What a tracker is told about a run. resume_id: the id that the tracker gave it when it began."""
 
     project: str
     name: str
@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
 
 class Wandb:
-    """https://docs.wandb.ai: steps of a tracker only grow, so that a step that is done again keeps its first values there."""
+    """https://docs.wandb.ai. Its steps can only grow, so a step that is made again keeps its first values there."""
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -78,7 +78,7 @@ class Swanlab:
 
 
 class Mlflow:
-    """https://mlflow.org/docs: the server of MLFLOW_TRACKING_URI, or the folder mlruns/ of the working directory."""
+    """https://mlflow.org/docs. Uses the server of MLFLOW_TRACKING_URI, or the folder mlruns/ in the working directory."""
 
     def __init__(self, run: TrackedRun) -> None:
         import mlflow
@@ -100,12 +100,12 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"wandb": Wandb, "swanlab
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    """The trackers among `names` whose package, of the same name, is not installed."""
+    """Those of the trackers `names` whose package, which has the same name, is not installed."""
     return [name for name in names if name in TRACKERS and importlib.util.find_spec(name) is None]
 
 
 class Trackers:
-    """The trackers of one run, and its run ids there. Numbers that are not finite are left out: not every service takes them."""
+    """The trackers of one run, and its ids in them. Numbers that are not finite are left out, because not every service accepts them."""
 
     def __init__(self, names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any], resumed: bool) -> None:
         file = folder / "trackers.json"
