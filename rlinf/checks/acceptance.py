@@ -1,9 +1,9 @@
-"""The acceptance of a machine with one GPU: every part in a process of its own, one JSON and one page at the end.
+"""The acceptance test of a machine with one GPU: every part runs in a process of its own, and the results are one JSON file and one page.
 
     python -m rlinf.checks.acceptance [--out DIR] [--cpu] [--model HF_DIR] [--parts NAME ...]
 
-toolkits/gpu_acceptance.sh is the door. A part that fails, crashes or takes too long is reported, and the others still run; the exit code is
-1 when one failed. --cpu: a rehearsal of all parts with tiny shapes, which says nothing about a GPU.
+toolkits/gpu_acceptance.sh calls it. When a part fails, crashes or takes too long, that is reported and the others still run; the exit code
+is then 1. --cpu: a rehearsal of all parts with tiny shapes, which says nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PEERS_SOURCE = "prime-rl, benchmarks/baselines (mode rl, two micro-batches, Flas
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a part: `ok`, `failed` or `timed out`; its own figures; why it failed; the end of its log then."""
+    """The result of a part: `ok`, `failed` or `timed out`; its figures; when it failed, why, and the end of its log."""
 
     part: str
     status: str
@@ -53,7 +53,7 @@ class Result:
 
 
 def run_part(part: str, folder: Path, words: list[str], limit: float) -> Result:
-    """A process of its own, and its whole group ended when it takes too long."""
+    """Run a part in a process of its own; when it takes too long, its whole process group is ended."""
     log, figures_file = folder / f"{part}.log", folder / f"{part}.json"
     figures_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "rlinf.checks.acceptance_parts", part, str(folder), *words]
@@ -81,7 +81,7 @@ def run_part(part: str, folder: Path, words: list[str], limit: float) -> Result:
 
 
 def page(results: list[Result], machine: dict[str, Any]) -> str:
-    """The results for a person to read, in Markdown."""
+    """The results as Markdown, for people."""
     lines = [
         f"# Acceptance: {machine['device']}",
         "",

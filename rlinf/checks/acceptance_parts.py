@@ -73,7 +73,7 @@ def part_doctor(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
 
 
 def part_tests(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
-    """Where there is a GPU, tests that were skipped for want of one are as bad as failing ones."""
+    """Run the tests. On a machine with a GPU, tests that were skipped because there was none count as failed."""
     xml_file = folder / "tests.xml"
     words = [sys.executable, "-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "gpu"), f"--junitxml={xml_file}", "-p", "no:cacheprovider"]
     code = subprocess.run(words, cwd=ROOT).returncode
@@ -104,7 +104,7 @@ def part_parity(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
 
 
 def part_run(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
-    """`rlinf train` in one go: SGLang where it can be imported, Ray where it is installed."""
+    """Run `rlinf train` once, with SGLang where it can be imported, and Ray where it is installed."""
     engine = "sglang" if not cpu and importlib.util.find_spec("sglang") else "embedded"
     backend = "ray" if not cpu and importlib.util.find_spec("ray") else "local"
     weights = model or write_tiny_tokenizer(write_model(folder / "models" / "run", TINY if cpu else SMALL))
@@ -169,7 +169,7 @@ def part_trainer(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
 
 
 def part_sync(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
-    """GB/s of each half of a sync, and of plain copies on the same device."""
+    """Measure the GB/s of each half of a weight sync, and of plain copies on the same device."""
     at = join(cpu)
     hf = TINY if cpu else json.loads((ROOT / "examples/math/config/models/DeepSeek-R1-Distill-Qwen-1.5B.json").read_text())
     arch, weights = read_architecture(hf), folder / "models" / "sync"
@@ -203,7 +203,7 @@ def time_syncs(
     probes: list[np.ndarray],
     precision: str,
 ) -> dict[str, Any]:
-    """STEPS syncs after one that also makes the buffers. Actor and engine are in one process."""
+    """Time STEPS syncs, after one that also creates the buffers. Actor and engine are in one process."""
     published, loaded, gaps, nbytes = [], [], [], 0
     for version in range(1, STEPS + 2):
         started = time.perf_counter()
@@ -222,7 +222,7 @@ def time_syncs(
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
-    """GB/s of a copy, by where from and where to; a copy on the device counts its bytes once."""
+    """GB/s of copies, by source and target. A copy on the device counts its bytes once."""
     on_device, other = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
     pinned = devices.host_copy(on_device)
     found = {}
@@ -244,7 +244,7 @@ def copy_bandwidth(device: torch.device, nbytes: int) -> dict[str, float]:
 
 
 def time_steps(engine: MegatronEngine, tokens: int) -> dict[str, Any]:
-    """Train steps on sequences of `tokens` tokens, one a micro-batch: the median of STEPS after one to warm up."""
+    """The median time of STEPS train steps, after one to warm up, on sequences of `tokens` tokens, one in each micro-batch."""
     packs, denominators = long_batch(engine, tokens)
     seconds = []
     devices.forget_peak(engine.device)
@@ -263,7 +263,7 @@ def time_steps(engine: MegatronEngine, tokens: int) -> dict[str, Any]:
 
 
 def long_batch(engine: MegatronEngine, tokens: int) -> tuple[list[PackedBatch], Denominators]:
-    """MICRO_BATCHES sequences, an eighth of each the prompt."""
+    """A batch of MICRO_BATCHES sequences; an eighth of each is the prompt."""
     rng, prompt = np.random.default_rng(0), tokens // 8
     length = tokens - prompt
     packs = []
@@ -280,12 +280,12 @@ def kind(cpu: bool) -> torch.device:
 
 
 def join(cpu: bool) -> parallel.Coordinates:
-    """Process groups of one rank."""
+    """Create process groups of one rank."""
     return parallel.initialize(1, 1, rank=0, world_size=1, device=kind(cpu), address=f"127.0.0.1:{free_port('127.0.0.1')}")
 
 
 def random_engine(arch: Architecture, at: parallel.Coordinates, cpu: bool) -> MegatronEngine:
-    """An actor with random weights; every layer is computed again in the backward pass."""
+    """An actor with random weights, with full activation recompute."""
     model = ActorModelConfig(
         precision="fp32" if cpu else "bf16", recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
     )

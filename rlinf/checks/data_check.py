@@ -1,6 +1,7 @@
-"""`rlinf data check FILE`: is this file fit to train on? Every gold is judged against itself and against near-misses of itself.
+"""`rlinf data check FILE`: checks whether a file is fit to train on. Every solution is judged against itself and against wrong answers that
+are near to it.
 
-A fault makes training wrong (a gold that nothing can match, a wrong answer that would be paid); a remark is for a person to judge.
+A fault makes training wrong (a solution that no answer can match, a wrong answer that would be rewarded); a remark is for people to judge.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def main(path: str | Path, as_json: bool = False, reward: RewardConfig | None = 
 
 
 def check(path: Path, processes: int = 1, reward: RewardConfig | None = None, data: DataConfig | None = None) -> dict[str, Any]:
-    """The report as plain data. Raises UserError when the file cannot be read at all, as a run does."""
+    """The report as plain data. Raises UserError when the file cannot be read at all, like a run."""
     findings = Findings()
     rows = list(_rows(path, findings, data or DataConfig()))
     _check_repetition(rows, findings)
@@ -109,7 +110,7 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def near_misses(gold: str) -> list[str]:
-    """Answers that must not be right: one more, ten times, the negative, half, and one member fewer."""
+    """Wrong answers near to a solution: one more, ten times as much, the negative, half, and one member fewer."""
     value = simple_number(gold)
     if value is not None:
         if value == 0:
@@ -126,7 +127,7 @@ def near_misses(gold: str) -> list[str]:
 
 
 def _rows(path: Path, findings: Findings, data: DataConfig) -> Iterator[Row]:
-    """What a run with this section `data` reads, by the same functions; of a chat its turns."""
+    """The prompts that a run with this section `data` reads, by the same functions; of a chat, its turns."""
     for record in read_file(path, partial(parse_prompt, data=data)):
         if isinstance(record, Fault):
             findings.add("bad_line", record.line, record.reason)
@@ -187,7 +188,7 @@ def _check_golds(rows: list[Row], verifier: Verifier, findings: Findings) -> Non
 
 
 def _self_items(rows: list[Row]) -> list[tuple[Row, str]]:
-    """Every solution as an answer; of reasoning-gym, the answer inside the entry."""
+    """Every solution as an answer to its own problem; for reasoning-gym, the answer inside the entry."""
     items = []
     for row in rows:
         for solution in row.solutions:
@@ -197,7 +198,7 @@ def _self_items(rows: list[Row]) -> list[tuple[Row, str]]:
 
 
 def _entry_answer(solution: str) -> str | None:
-    """The answer inside an entry of reasoning-gym; None when the solution is no such entry."""
+    """The answer inside an entry of reasoning-gym; None when the solution is not such an entry."""
     try:
         return str(json.loads(solution)["answer"])
     except (ValueError, KeyError, TypeError, RecursionError):

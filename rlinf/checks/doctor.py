@@ -1,4 +1,5 @@
-"""`rlinf doctor`: is this machine, and the cluster that is up on it, ready for a run. One line a finding, with the remedy."""
+"""`rlinf doctor`: checks whether this machine, and the cluster that is up on it, are ready for a run. Prints one line for each finding,
+with the remedy."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ SKEW_WARN, SKEW_FAIL = 1.0, 60.0  # seconds
 
 
 def examine(resolved: Resolved | None) -> Iterator[Finding]:
-    """All checks of this machine, then those of the cluster that is up, then those of the configuration."""
+    """Check this machine, then the cluster that is up, then the configuration."""
     config = resolved.config if resolved else None
     cuda = config.cluster.device == "cuda" if config and config.cluster.device != "auto" else has_gpu()
     output = Path(config.runner.output_dir if config else ".").expanduser().resolve()
@@ -83,7 +84,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
 
 
 def surroundings(config: Config | None) -> Iterator[Finding]:
-    """Of a machine with a GPU: what Triton needs, and SGLang beside its packages, where it is installed or is the engine."""
+    """On a machine with a GPU, check what Triton needs, and what SGLang needs beside its packages if it is installed or is the engine."""
     engine = config is not None and config.rollout.rollout_backend == "sglang" and not config.trains_alone
     yield glibc(os.confstr("CS_GNU_LIBC_VERSION") or "unknown")
     yield triton(triton_lacks(), engine)
@@ -92,7 +93,7 @@ def surroundings(config: Config | None) -> Iterator[Finding]:
 
 
 def compiled_code(flags: Set[str], found: str | None) -> Finding:
-    """found: the variant that this process computes with."""
+    """Check the compiled CPU code. found: the variant with which this process computes."""
     best = next((name for name, needed in VARIANTS.items() if needed <= flags), None)
     if found == best:
         return Finding("compiled code", OK, f"for {best}" if best else "none for this CPU; torch's products and numpy's sums do without")
@@ -106,7 +107,7 @@ def compiled_code(flags: Set[str], found: str | None) -> Finding:
 
 
 def pins(name: str) -> dict[str, str]:
-    """Package -> version of requirements/<name>.txt, for this Python."""
+    """Package -> version in requirements/<name>.txt, for this Python."""
     found = {}
     for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines():
         match = re.match(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s;#]+)\s*(?:;\s*python_version\s*(>=|<)\s*\"3\.(\d+)\")?", line)
@@ -123,7 +124,7 @@ def installed_version(package: str) -> str | None:
 
 
 def packages(wanted: Mapping[str, str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
-    """One line for all that agree, one for each that does not."""
+    """One line for all packages whose version agrees, and one for each whose version does not."""
     good = 0
     for name, version in wanted.items():
         have = installed(name)
@@ -142,7 +143,7 @@ def packages(wanted: Mapping[str, str], installed: Callable[[str], str | None]) 
 
 
 def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver: str | None) -> Iterator[Finding]:
-    """A GPU that is wanted, is there, and can be used by the installed torch."""
+    """Check that a GPU that is asked for exists, and that the installed torch can use it."""
     if not present:
         text = "no GPU on this machine"
         yield (
@@ -169,7 +170,7 @@ def devices(wanted: bool, present: bool, usable: bool, cuda: str | None, driver:
 
 
 def configuration(resolved: Resolved) -> Finding:
-    """Whether a run of it would begin."""
+    """Check whether a run of this configuration would start."""
     try:
         (validate_sft if resolved.config.trains_alone else validate)(resolved.config, resolved.provenance)
     except UserError as error:
@@ -178,7 +179,7 @@ def configuration(resolved: Resolved) -> Finding:
 
 
 def unseen_gpus(config: Config, present: bool) -> Iterator[Finding]:
-    """A recipe for GPUs where cluster.device: auto finds none, which a container without them looks like, too."""
+    """A warning when the configuration is made for GPUs, and cluster.device: auto finds none, as in a container without access to them."""
     if config.cluster.device == "auto" and not present and config.actor.model.precision == "fp16":
         yield Finding(
             "gpu", WARN, "no GPU can be seen, and actor.model.precision: fp16 is of a recipe for GPUs; the run would use the CPU",
@@ -187,7 +188,7 @@ def unseen_gpus(config: Config, present: bool) -> Iterator[Finding]:
 
 
 def sglang(config: Config, cuda: bool) -> Iterator[Finding]:
-    """The interpreter that has SGLang, where it is the engine."""
+    """Check the interpreter that has SGLang, where SGLang is the engine."""
     if config.rollout.rollout_backend != "sglang" or config.trains_alone:
         return
     try:
@@ -208,7 +209,7 @@ def enough_gpus(there: int, wanted: int) -> Finding:
 
 
 def collectives(cuda: bool) -> Finding:
-    """Whether the process groups' library is there and sums a number."""
+    """Check that the library of the process groups is there and can sum a number."""
     backend = "nccl" if cuda and device.usable() else "gloo"
     available = dist.is_nccl_available() if backend == "nccl" else dist.is_gloo_available()
     if not available:
@@ -222,7 +223,8 @@ def collectives(cuda: bool) -> Finding:
 
 
 def shared_memory(total: int, weights: int) -> Finding:
-    """Weights go to the engines through /dev/shm, twice while a new version replaces the old one; Ray's object store is there too."""
+    """Check the size of /dev/shm. Weights go to the engines through it, twice while a new version replaces the old one; Ray's object store
+    is there too."""
     needed = max(2 * weights + GIB, GIB)
     text = f"{total / GIB:.1f} GiB, {needed / GIB:.1f} needed"
     remedy = "in a container --ipc=host or --shm-size; else: mount -o remount,size=64G /dev/shm"
@@ -230,7 +232,7 @@ def shared_memory(total: int, weights: int) -> Finding:
 
 
 def disk(output: Path, free: int, checkpoints: int) -> Finding:
-    """14 bytes a parameter in a checkpoint: master weights, two moments, the weights in 16 bits."""
+    """Check the free space. A checkpoint takes 14 bytes for each parameter: master weights, two moments, and the weights in 16 bits."""
     text = f"{free / GIB:.0f} GiB free at {output}" + (f", {checkpoints / GIB:.0f} for checkpoints" if checkpoints else "")
     if free < max(checkpoints, GIB):
         return Finding("disk", FAIL, text, "free space, set runner.output_dir elsewhere, or lower runner.keep_checkpoints")
@@ -251,7 +253,8 @@ def writable(output: Path) -> Finding:
 
 
 def open_files(limit: int, nodes: int) -> Finding:
-    """Ray keeps a connection to every worker, the driver one to every call in flight. limit: the hard one, to which Ray is started."""
+    """Check the limit of open files: Ray keeps a connection to every worker, and the driver one for every call in flight. limit: the hard
+    limit, with which Ray is started."""
     needed = 4096 if nodes == 1 else 65536
     text = f"at most {limit} open files" if limit != resource.RLIM_INFINITY else "any number of open files"
     if limit != resource.RLIM_INFINITY and limit < needed:
@@ -269,7 +272,7 @@ def locked_memory(limit: int) -> Finding:
 
 
 def ephemeral_ports(text: str) -> Finding:
-    """Rendezvous ports are taken from hardware.PORTS, which no outgoing connection may use."""
+    """Check that the ports of hardware.PORTS, from which rendezvous ports are taken, are not used for outgoing connections."""
     first, last = map(int, text.split())
     if first < PORTS.stop and last >= PORTS.start:
         return Finding("ports", WARN,
@@ -279,7 +282,7 @@ def ephemeral_ports(text: str) -> Finding:
 
 
 def ray_node(state: Path, answers: Callable[[str], bool]) -> Finding:
-    """What start_ray.sh left on this node, or whether its port is free."""
+    """Check what start_ray.sh left on this node, or whether its port is free."""
     if (state / "address").exists():
         address, rank = (state / "address").read_text().strip(), (state / "rank").read_text()
         if answers(address):
@@ -298,7 +301,7 @@ def ray_node(state: Path, answers: Callable[[str], bool]) -> Finding:
 
 
 def cluster(views: Iterable[NodeView]) -> Iterator[Finding]:
-    """Clocks (logs and time-outs compare them) and the shared folder, of every node."""
+    """Check the clocks of all nodes, which logs and time-outs compare, and that all see the shared folder."""
     for view in views:
         who = f"node {view.rank} ({view.host})"
         off = max(0.0, abs(view.ahead) - view.within)
@@ -320,7 +323,7 @@ def cluster(views: Iterable[NodeView]) -> Iterator[Finding]:
 
 
 def files(config: Config) -> Iterator[Finding]:
-    """Models and data of the configuration."""
+    """Check that models and data of the configuration are there."""
     unfit, absent = [], check_files(config, planned=True)
     try:
         absent = check_models(config, planned=True)[1] + absent
@@ -335,7 +338,7 @@ def files(config: Config) -> Iterator[Finding]:
 
 
 def _look(output: Path) -> list[NodeView]:
-    """With a marker in the output folder while the nodes look."""
+    """Let the nodes look for a marker file in the output folder."""
     folder = _existing(output)
     if not os.access(folder, os.W_OK | os.X_OK):
         return []
@@ -344,7 +347,7 @@ def _look(output: Path) -> list[NodeView]:
 
 
 def _existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """The folder, or the nearest folder above it that exists."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 
@@ -361,7 +364,7 @@ def _parameters(config: Config) -> int:
 
 
 def main(resolved: Resolved | None, as_json: bool) -> int:
-    """Print the findings as they come; 1 when one is FAIL."""
+    """Print the findings as they come. Returns 1 when one is FAIL."""
     findings = []
     for finding in examine(resolved):
         findings.append(finding)

@@ -1,4 +1,4 @@
-"""What a check of the doctor says."""
+"""The result of one of the doctor's checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
 @dataclass(frozen=True)
 class Finding:
-    """status: OK, WARN (a run may work) or FAIL (it will not)."""
+    """status: OK, WARN (a run may still work) or FAIL (it will not)."""
 
     check: str
     status: str

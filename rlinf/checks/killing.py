@@ -1,11 +1,12 @@
-"""A run in a process of its own that is to die at a chosen instant, and what is seen of it from outside: its folder, its shared memory.
+"""Runs a training run in a process of its own, kills it at a chosen instant, and looks at it from outside: at its folder and its shared
+memory.
 
-An instant inside a checkpoint write or a weight sync is found by looking, not by waiting: the driver is frozen as soon as the sign shows
-(a `.partial` folder with so many files; a segment of the weights), and killed if the sign still stands then. Otherwise it goes on, and the
-next one is tried.
+An instant inside a checkpoint write or a weight sync is found by watching for a sign (a `.partial` folder with a number of files; a segment
+of the weights). When the sign appears, the driver is frozen; if the sign is still there then, the driver is killed, otherwise it goes on
+until the next sign.
 
-Most of a tiny run is the imports at its start. So a run may also be forked from a process that has done them and nothing else
-(`FORKS`, multiprocessing's fork server): a process of its own session, with the same command line to obey, killed by the same signal.
+Most of the time of a tiny run is spent on imports at its start. So a run may also be forked from a process that has only made the imports
+(`FORKS`, multiprocessing's fork server): as a process of its own session, with the same command line, killed by the same signal.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ GONE = 40.0  # for every process of a killed run, and its shared memory
 
 @dataclass(frozen=True)
 class Kill:
-    """One death. kind: start | random | checkpoint | sync. step: not before this one is reached. spread: where in between, 0 to 1.
+    """One death.
 
+    kind: start | random | checkpoint | sync. step: the kill comes when this step has been reached. spread: where within the step, 0 to 1.
     victim: the driver, or a worker such as actor-1.
     """
 
@@ -57,7 +59,7 @@ class Kill:
 
 
 class Forked:
-    """`rlinf WORDS` in a process of the fork server, with those verbs of subprocess.Popen that a Life needs."""
+    """`rlinf WORDS` in a process of the fork server, with those methods of subprocess.Popen that Life needs."""
 
     def __init__(self, words: Sequence[str], log: Path) -> None:
         FORKS.set_forkserver_preload(list(IMPORTS))
@@ -87,7 +89,7 @@ class Forked:
 
 
 def obey(words: list[str], log: Path) -> None:
-    """In a process that the fork server has made: become `python -m rlinf WORDS`, with its output in `log`."""
+    """In a process that the fork server has made: run `python -m rlinf WORDS` with its output in `log`."""
     os.setsid()
     with log.open("wb") as file, open(os.devnull, "rb") as nothing:
         for number, stream in ((0, nothing), (1, file), (2, file)):
@@ -113,7 +115,7 @@ class Life:
 
     @classmethod
     def start(cls, config: Path, run_dir: Path, words: Sequence[str] = (), fork: bool = False) -> Life:
-        """fork: from a process that has the imports behind it; else from nothing."""
+        """Start the run. fork: from a process that has made the imports; otherwise as a new process."""
         log = run_dir.with_name(f"{run_dir.name}.{time.time_ns()}.log")
         command = ["train", str(config), *words]
         if fork:
@@ -131,7 +133,7 @@ class Life:
         return cls(run_dir, process, log)
 
     def finish(self) -> None:
-        """Wait for the end. Raises RunFailed unless it is a good one."""
+        """Wait for the end. Raises RunFailed unless the run succeeded."""
         try:
             code = self.process.wait(PATIENCE)
         finally:
@@ -140,7 +142,7 @@ class Life:
             raise self.failed(f"ended with exit code {code}")
 
     def die(self, kill: Kill, step_seconds: float, start_seconds: float) -> None:
-        """Bring the run to the instant, kill, and wait until nothing of it is left. Raises RunFailed when that does not come about."""
+        """Wait for the instant, kill, and wait until no process of the run is left. Raises RunFailed when the instant does not come."""
         try:
             self.wait_for(lambda: self.run_id is not None, "did not start")  # now its metrics end where it goes on
             if kill.kind == "start":
@@ -161,7 +163,7 @@ class Life:
         self.wait_for(lambda: not marked(self.run_id) and not self.segments(), "left processes or shared memory behind", GONE, alive=False)
 
     def freeze_at(self, sign: Callable[[], str]) -> None:
-        """Return with the driver frozen while the sign stands."""
+        """Return when the driver is frozen while the sign is there."""
         while True:
             self.wait_for(lambda: bool(sign()), "ended before the instant came", pause=LOOK)
             self.process.send_signal(signal.SIGSTOP)
@@ -181,7 +183,7 @@ class Life:
             raise self.failed(f"ended with exit code {self.process.returncode} after the death of {victim}")
 
     def checkpoint_sign(self, kill: Kill) -> str:
-        """A checkpoint of the step or a later one that is not complete, with at least spread x 10 files."""
+        """Whether there is an incomplete checkpoint of the step or a later one, with at least spread x 10 files."""
         for step, partial in RunPaths(self.run_dir).unfinished_checkpoints():
             files = sum(len(names) for _, _, names in os.walk(partial))  # which does not mind that the folder goes away meanwhile
             if partial.suffix == PARTIAL and step >= kill.step and files >= int(kill.spread * 10):
@@ -189,7 +191,7 @@ class Life:
         return ""
 
     def sync_sign(self, kill: Kill) -> str:
-        """Weights of the step or a later one in shared memory."""
+        """Whether weights of the step or a later one are in shared memory."""
         found = [re.search(r"-v(\d+)-\d+$", p.name) for p in self.segments()]  # spare ones have no version
         return next((f"weight sync {f[1]}" for f in found if f and int(f[1]) >= kill.step), "")
 
@@ -207,7 +209,7 @@ class Life:
         return int(found[1]) if found else 0
 
     def last_step(self) -> int:
-        """Of metrics.jsonl; 0 before the first."""
+        """The last step in metrics.jsonl; 0 before the first."""
         lines = read_metrics(self.run_dir) if (self.run_dir / METRICS_FILE).exists() else []
         return int(lines[-1]["step"]) if lines else 0
 
@@ -228,12 +230,13 @@ class Life:
 
 
 def newest_checkpoint(run_dir: Path) -> int:
-    """The step of the newest complete one; 0 when there is none."""
+    """The step of the newest complete checkpoint; 0 when there is none."""
     return max(RunPaths(run_dir).complete_checkpoints(), default=0)
 
 
 def plan_kills(kinds: Sequence[str], steps: int, victims: Sequence[str], seed: int) -> list[Kill]:
-    """The kinds in a drawn order, at steps that rise through the run; the driver dies inside checkpoints and syncs, anyone at random."""
+    """Kills of these kinds in random order, at steps that rise through the run. In checkpoints and syncs the driver dies, otherwise any
+    process."""
     rng = np.random.default_rng(seed)
     order = [k for k in kinds if k == "start"] + list(rng.permutation([k for k in kinds if k != "start"]))
     kills = []

@@ -1,4 +1,5 @@
-"""`rlinf plan`: where everything sits, what each device must hold, how long a step should take, and what to change if it does not fit."""
+"""`rlinf plan`: shows which component is on which device, what each device must hold, how long a step should take, and what to change if it
+does not fit."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ Change = dict[str, Any]
 
 @dataclass(frozen=True)
 class Forecast:
-    """The figures of one configuration on one kind of device. phases: bytes on the fullest device; trouble: empty when it fits."""
+    """The figures of one configuration on one kind of device. phases: bytes on the fullest device. trouble: what does not fit; empty when
+    all fits."""
 
     placement: Plan
     load: Load
@@ -51,7 +53,7 @@ class Forecast:
 
 
 def forecast(config: Config, arch: Architecture, device: Device, mean_response: int | None = None) -> Forecast:
-    """Pure and quick: a search tries hundreds."""
+    """Compute the figures. It is pure and quick, since the search for a configuration that fits tries hundreds."""
     placement = build_plan(config, nodes_of(config.cluster))
     model = config.actor.model
     actors, engines = placement.of("actor"), placement.of("rollout")
@@ -102,7 +104,7 @@ def _left_on_device(config: Config, actor: ActorMemory) -> int:
 
 
 def _host_phases(config: Config, plan: Plan, device: Device, stages: tuple[ActorMemory, ...], engine: EngineMemory) -> dict[str, int]:
-    """Bytes in the memory of the fullest CPU node, which all its processes share. Only gradients ever leave it."""
+    """Bytes in the memory of the fullest CPU node, which all its processes share. Only gradients are ever freed."""
     tp, pp = config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size
     actors = plan.of("actor")
     per_stage = len(actors) // pp
@@ -130,7 +132,7 @@ def _trouble(phases: Mapping[str, int], limit: int, kv_tokens: int, engine: Engi
 
 
 def nearest_fit(config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None) -> Change | None:
-    """The fewest changes that fit, of those the fastest; None when no two together do."""
+    """The smallest set of changes that fits, and of several the fastest; None when no two changes together fit."""
     singles = list(_changes(config, arch))
     for count in (1, 2):
         found: list[tuple[float, Change]] = []
@@ -155,7 +157,7 @@ def nearest_fit(config: Config, arch: Architecture, hf: Mapping[str, Any], devic
 def less_recomputation(
     config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None
 ) -> tuple[Change, Forecast] | None:
-    """The fewest layers computed again that still fit, where the configuration, which fits, has more."""
+    """A change to the smallest number of recomputed layers that still fits, when a configuration that fits recomputes more."""
     model = config.actor.model
     layers = arch.n_layers // model.pipeline_model_parallel_size
     now = recomputed_layers(model, arch.n_layers)
@@ -172,13 +174,13 @@ def less_recomputation(
 
 
 def recomputation(layers: int) -> Change:
-    """Of that many layers of each stage."""
+    """The change to that many recomputed layers in each stage."""
     values = ("full", "block", layers) if layers else (None, None, None)
     return {f"actor.model.recompute_{name}": value for name, value in zip(("granularity", "method", "num_layers"), values)}
 
 
 def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
-    """Each a thing a person would try, with the keys that go with it."""
+    """Changes that a person would try, each with its keys."""
     model = config.actor.model
     layers = arch.n_layers // model.pipeline_model_parallel_size
     done = (model.recompute_num_layers or 0) if model.recompute_granularity == "full" else 0
@@ -238,7 +240,7 @@ def report(result: Forecast, config: Config, device: Device) -> str:
 
 
 def overlap(result: Forecast, config: Config) -> list[str]:
-    """What the sum of the phases does not say where actor and engines have devices of their own."""
+    """A remark for actor and engines on devices of their own: the phases overlap, so their sum is not the time of a step."""
     if result.placement.shares_device("actor", "rollout"):
         return []
     if not config.algorithm.max_staleness:
@@ -260,12 +262,12 @@ def gib(size: float) -> str:
 
 
 def words(change: Change) -> str:
-    """As it is written behind a configuration's name."""
+    """The changes as `key=value` words of the command line."""
     return " ".join(f"{key}={dump(value)}" for key, value in change.items())
 
 
 def choose_device(name: str | None, config: Config) -> Device:
-    """The device that was asked for; else this machine's slots for cluster.device: cpu, and an H100 for everything else."""
+    """The device that was asked for; otherwise this machine's slots for cluster.device: cpu, and an H100 for everything else."""
     if name is None:
         name = "cpu" if config.cluster.device == "cpu" else "h100"
     if name != "cpu" and name not in GPUS:

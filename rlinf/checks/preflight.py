@@ -1,6 +1,8 @@
-"""What is asked of a configuration before a run of it starts or is planned: do its models fit it, are its files there, how large is a step.
+"""Checks of a configuration before a run is started or planned: do its models fit, are its files there. And the size of a step, for
+`--dry-run`.
 
-planned: nothing is about to start, so models and files may be elsewhere: what is not on this machine is a warning.
+planned: whether nothing is about to start, so that models and files may be on another machine: if they are not here, that is only a
+warning.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ ModelConfig = dict[str, Any]  # a model's config.json
 
 
 def check_models(config: Config, planned: bool) -> tuple[ModelConfig | None, list[str]]:
-    """Hold the configuration against the shape of every model of the run: (that of the actor's, warnings).
+    """Check the configuration against the shape of every model of the run. Returns (config.json of the actor's model, warnings).
 
-    The shape is None where `planned`, and neither the model nor a known one of its name is here; nothing is then held against it.
-    Raises UserError for a model that cannot be used, or does not fit.
+    The first is None only with `planned`, when neither the model nor a known one of its name is here; then nothing is checked. Raises
+    UserError for a model that cannot be used, or does not fit.
     """
 
     def read(model_dir: str, key: str) -> tuple[ModelConfig | None, list[str]]:
@@ -41,7 +43,8 @@ def check_models(config: Config, planned: bool) -> tuple[ModelConfig | None, lis
 
 
 def check_files(config: Config, planned: bool) -> list[str]:
-    """What the run reads beside models and is not there, one message each; a UserError with all of them, unless `planned`."""
+    """A message for each file beside models that the run reads and that is missing. Raises one UserError with all of them, unless
+    `planned`."""
     absent = missing_paths(config)
     if absent and not planned:
         raise UserError("\n  ".join(["files that the run needs are not there:", *absent]))
@@ -49,7 +52,7 @@ def check_files(config: Config, planned: bool) -> list[str]:
 
 
 def describe_step(config: Config) -> str:
-    """The sizes of a step of `rlinf train`."""
+    """The size of a step of `rlinf train`."""
     prompts, group, kept = config.data.rollout_batch_size, config.algorithm.group_size, config.algorithm.num_update_sample_per_prompt
     trained, n_minibatches = prompts * min(group, kept or group), config.algorithm.n_minibatches
     some = f"{kept} of each prompt are trained on, " if kept and kept < group else ""
@@ -60,5 +63,5 @@ def describe_step(config: Config) -> str:
 
 
 def describe_sft_step(config: Config) -> str:
-    """The sizes of a step of `rlinf sft`."""
+    """The size of a step of `rlinf sft`."""
     return f"step: {config.sft.batch_size} examples, 1 optimizer step"

@@ -1,7 +1,7 @@
-"""Training ranks on this machine that outlive one layout.
+"""Training ranks on this machine that are used for many layouts.
 
-They are gloo processes in which one function after another runs, each in its own TP x CP x PP x DP. Starting a rank costs seconds of
-imports, laying its process groups anew costs a fraction of one: proofs and tests that look at many layouts share one pool.
+They are gloo processes that run one function after another, each in its own TP x CP x PP x DP layout. Starting a rank takes seconds of
+imports, while new process groups take a fraction of a second; so proofs and tests of many layouts share one pool.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOG_LINES = 40
 
 
 class RankPool:
-    """`size` processes, started when they are first needed. A rank that fails or dies ends them all; the next run starts new ones."""
+    """`size` processes, started when they are first needed. When a rank fails or dies, all are ended; the next run() starts new ones."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -40,7 +40,7 @@ class RankPool:
         self._groups = 0
 
     def start(self) -> None:
-        """Start the processes, unless they run, and return; their imports go on while the caller does something else."""
+        """Start the processes, unless they are running. Returns at once; their imports go on while the caller does something else."""
         if self._processes:
             return
         context = multiprocessing.get_context("spawn")
@@ -53,10 +53,11 @@ class RankPool:
             self._pipes.append(ours)
 
     def run(self, function: Callable[..., T], *args: Any, ranks: int | None = None, tp: int = 1, pp: int = 1, cp: int = 1) -> list[T]:
-        """function(at, *args) in the first `ranks` processes (default: all), laid out as TP x CP x PP x DP; what each returned, by rank.
+        """Call function(at, *args) in the first `ranks` processes (default: all), laid out as TP x CP x PP x DP. Returns the results by
+        rank.
 
-        The function is a module's, its arguments and results are plain data or numpy. Raises RunFailed, with the rank's traceback, as soon
-        as a rank fails or dies.
+        The function belongs to a module; its arguments and results are plain data or numpy arrays. Raises RunFailed, with the rank's
+        traceback, as soon as a rank fails or dies.
         """
         self.start()
         ranks = ranks or self.size
@@ -108,7 +109,8 @@ def _receive(pipe: Connection) -> Any:
 
 
 def _serve(rank: int, pipe: Connection, parent: int, folder: str) -> None:
-    """Life of a rank: jobs until the parent closes the pipe. An error is not caught: it ends the process, with the traceback in its log."""
+    """The life of a rank: it runs jobs until its parent closes the pipe. Errors are not caught: one ends the process, with the traceback in
+    its log."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     log = open(Path(folder, f"rank-{rank}.log"), "w", buffering=1)

@@ -1,7 +1,8 @@
-"""`rlinf check resume`: a run that is killed again and again ends where the run ends that nobody killed.
+"""`rlinf check resume`: a run that is killed again and again ends with the same result as a run that is not killed.
 
-Tiny models, everything else real. Each run below dies by SIGKILL at drawn instants (checks.killing), goes on with runner.resume_dir=auto,
-and is compared at its end with an uninterrupted one: weights and Adam moments, the id and text of every sample trained on, the curves.
+The models are tiny, everything else is real. Each run is killed by SIGKILL at random instants (checks.killing), resumed with
+runner.resume_dir=auto, and at its end compared with an uninterrupted run: weights and Adam moments, id and text of every sample trained on,
+the curves.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ CURVES = ("train/loss", "train/grad_norm", "train/entropy_loss", "rollout/reward
 
 @dataclass(frozen=True)
 class Chain:
-    """One run and its deaths. layout: `one process` or `Ray TP2`."""
+    """One run and its kills. layout: `one process` or `Ray TP2`."""
 
     name: str
     layout: str
@@ -75,7 +76,7 @@ VICTIMS = {"one process": ("driver",), "Ray TP2": ("driver", "actor-0", "actor-1
 
 @dataclass(frozen=True)
 class Death:
-    """One kill and what the next life made of it. lost: steps done again; allowed: at most so many."""
+    """One kill, and what the process after it did. lost: how many steps it made again. allowed: how many it may at most."""
 
     chain: str
     kill: Kill
@@ -97,9 +98,10 @@ class Death:
 
 @dataclass(frozen=True)
 class Ending:
-    """A finished run beside the uninterrupted one: largest difference of a weight and of a moment, and what is wrong with its record.
+    """A finished run compared with the uninterrupted one: the largest difference of a weight and of a moment, and what is wrong with its
+    records.
 
-    moved: the largest change of a weight by the training; without one, equal ends would say nothing.
+    moved: the largest change of a weight by the training; if there were none, equal ends would prove nothing.
     """
 
     chain: str
@@ -155,7 +157,7 @@ class Bench:
 
 
 def kill_again_and_again(bench: Bench, chain: Chain, reference: Path, seed: int) -> Iterator[Death]:
-    """Live and die through the chain's kills; the run stands as the last death left it."""
+    """Run, kill and resume through all kills of the chain; the run is left as after the last kill."""
     config, run_dir = bench.config(chain.folder, chain.layout, chain.steps, chain.background), bench.run_dir(chain.folder)
     lines = read_metrics(reference)
     step_seconds = (lines[-1]["time"] - lines[0]["time"]) / (len(lines) - 1)
@@ -182,7 +184,8 @@ def finish(config: Path, run_dir: Path, alone: bool) -> Life:
 
 
 def compare(chain: str, run_dir: Path, reference: Path, model: Path, steps: int, tolerance: float) -> Ending:
-    """The finished run beside the uninterrupted one; in another layout texts and curves may differ in the last digit, ids may not."""
+    """Compare the finished run with the uninterrupted one. In another layout, texts and curves may differ in the last digit, but not
+    ids."""
     ours, theirs = (open_part(RunPaths(d).latest.resolve() / "actor") for d in (run_dir, reference))
     gaps = {kind: max(float((ours[kind][n] - t).abs().max()) for n, t in theirs[kind].items()) for kind in KINDS}
     start = open_hf_folder(model)
@@ -195,7 +198,7 @@ def compare(chain: str, run_dir: Path, reference: Path, model: Path, steps: int,
 
 
 def compare_curves(run_dir: Path, reference: Path, steps: int, exact: bool) -> list[str]:
-    """What is wrong with the run's metrics; exact: their values must be those of the reference."""
+    """What is wrong with the run's metrics. exact: whether their values must be those of the reference."""
     try:
         lines, expected = read_metrics(run_dir), read_metrics(reference)
     except UserError as error:  # a step twice, or not a number
@@ -216,7 +219,7 @@ def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def compare_samples(step: int, got: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]], texts: bool) -> list[str]:
-    """What is wrong with the samples of a step: trained twice, skipped, strange, or other than they should be."""
+    """What is wrong with the samples of a step: some are trained on twice, missing, unknown, or different."""
     count, wanted = Counter(s["sample_id"] for s in got), {s["sample_id"]: s for s in expected}
     wrong = [f"step {step}: sample {name} {n} times" for name, n in count.items() if n > 1]
     wrong += [f"step {step}: sample {name} was skipped" for name in wanted.keys() - count.keys()]
@@ -229,7 +232,7 @@ def compare_samples(step: int, got: Sequence[dict[str, Any]], expected: Sequence
 
 
 def check(bench: Bench, chains: Sequence[Chain]) -> Iterator[Death | Ending]:
-    """All chains one after another; a run under Ray also goes on in one process."""
+    """Run all chains, one after another; a run under Ray is also resumed in one process."""
     references: dict[tuple[str, int], Path] = {}
     for number, chain in enumerate(chains):
         key = (chain.layout, chain.steps)

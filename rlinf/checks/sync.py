@@ -1,8 +1,8 @@
-"""`rlinf check sync`: whatever the layouts of actor and engines, the engines run the actor's weights.
+"""`rlinf check sync`: whatever the layouts of actor and engines are, the engines run with the actor's weights.
 
-Actors in TP x PP x DP hand out the weights of one model by every transport; engines that run another model, and have its keys and values
-cached, take them. Every tensor must arrive bit-equal, the receipts must be good, the log-probabilities of probes must be the trainer's,
-and what is then generated must be what a fresh engine on those weights generates, to the last bit. fp32.
+Actors in TP x PP x DP layouts hand out the weights of one model by every transport. Engines that run another model, and have its keys and
+values cached, load them. Every tensor must arrive bit-equal, the receipts must be good, the log-probabilities of probes must be the
+trainer's, and what is then generated must be exactly what a fresh engine with those weights generates. fp32.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ COMPLAINTS = 5
 
 @dataclass(frozen=True)
 class Case:
-    """One way from the actor to the engines."""
+    """One way of weights from the actor to the engines."""
 
     family: str
     tp: int
@@ -99,7 +99,7 @@ class Handed:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where broadcast groups meet on this machine, under a name of their own, and those of each number of engines."""
+    """The store where broadcast groups meet on this machine, a name for them, and the groups for each number of engines."""
 
     port: int
     name: str
@@ -108,7 +108,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Finding:
-    """fault: what is wrong, empty when nothing is. gap: largest log-probability difference on the probes."""
+    """fault: what is wrong, empty when nothing is. gap: the largest difference of log-probabilities on the probes."""
 
     case: Case
     gap: float
@@ -118,7 +118,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Models:
-    """The folders of one family: what the engines run before, and what the actor has; and what a fresh engine on the latter generates."""
+    """The folders of one family: the model that engines run before, and the actor's model; and what a fresh engine generates with the
+    latter."""
 
     before: Path
     after: Path
@@ -126,7 +127,7 @@ class Models:
 
 
 def make_cases(quick: bool = False) -> list[Case]:
-    """Every layout with both families, all transports and 1 and 2 engines; quick: every layout once."""
+    """Every layout with both families, all transports, and 1 and 2 engines. quick: every layout once."""
     cases = [Case(f, *layout, t, r) for layout in LAYOUTS for f in FAMILIES for t in TRANSPORTS for r in REPLICAS]
     each = len(cases) // len(LAYOUTS)
     return [cases[each * i + 3 * i % each] for i in range(len(LAYOUTS))] if quick else cases
@@ -135,7 +136,7 @@ def make_cases(quick: bool = False) -> list[Case]:
 def hand_out_weights(
     at: Coordinates, folder: str, run_id: str, transports: tuple[str, ...], files: str, meeting: Meeting, probes: list[np.ndarray]
 ) -> Handed:
-    """Runs in every rank: by each transport, and over the groups of `meeting`."""
+    """Runs in every rank: hand out the weights by each transport, and over the groups of `meeting`."""
     arch = open_architecture(folder)
     engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision="fp32"), OptimConfig(), at, torch.device("cpu"))
     engine.load_hf(open_hf_folder(folder))
@@ -152,7 +153,7 @@ def hand_out_weights(
 
 
 def receive(meeting: Meeting, engines: int, rank: int) -> SharedMemory:
-    """What comes to one engine over its groups, stage after stage; runs in a thread of its own."""
+    """Receive what comes to one engine over its groups, stage after stage; runs in a thread of its own."""
     store = dist.PrefixStore(f"{meeting.name}-{engines}", open_store(HOST, meeting.port, keeps=False))
     mine = [g for g in meeting.groups[engines] if rank in g.engines]
     wires = [Wire(group, f"rollout rank {rank}", store, torch.device("cpu"), TIMEOUT) for group in mine]
@@ -160,7 +161,8 @@ def receive(meeting: Meeting, engines: int, rank: int) -> SharedMemory:
 
 
 def feeds_of(case: Case) -> tuple[Feed, ...]:
-    """A replica of the actor to a node; engines on the same nodes, by turns, and for the object store on one of their own."""
+    """The feeds of a case: each replica of the actor on a node of its own, engines on the same nodes by turns, and for the object store on
+    a node of their own."""
     if case.transport == DEVICE_IPC:  # a replica and the engines that it feeds have all their devices in common
         devices = [[(d, stage) for stage in range(case.pp)] for d in range(case.dp)]
         feeds = device_feeds(devices, [devices[k % case.dp] for k in range(case.replicas)])
@@ -172,7 +174,7 @@ def feeds_of(case: Case) -> tuple[Feed, ...]:
 
 
 def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine: Callable[[Path], EmbeddedEngine]) -> Iterator[Finding]:
-    """Run the cases, models written to `folder`; those that have the actor in common are handed out together."""
+    """Run the cases, with models written to `folder`. Cases with the same actor are handed out together."""
     probes = [np.random.default_rng(i).integers(1, VOCAB, 12 + i).astype(np.int32) for i in range(4)]
     models = {family: make_models(folder, family, make_engine) for family in {c.family for c in cases}}
     engines = {(family, k): make_engine(m.before) for family, m in models.items() for k in range(max(REPLICAS))}
@@ -199,8 +201,8 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine
 def hand_out_all(
     pool: RankPool, alike: Sequence[Case], model: Path, files: Path, meeting: Meeting, probes: list[np.ndarray]
 ) -> tuple[list[Handed], dict[tuple[int, int], SharedMemory]]:
-    """What each rank handed out for these cases, which differ in transport and engines;
-    and what came by broadcast, by (engines, engine)."""
+    """What each rank handed out for these cases, which differ in transport and engines; and what came by broadcast, by (engines,
+    engine)."""
     first, transports = alike[0], tuple({c.transport: None for c in alike if c.transport != BROADCAST})
     with ThreadPoolExecutor(1 + max(REPLICAS)) as threads:
         handing = threads.submit(
@@ -218,7 +220,7 @@ async def take(
     case: Case, handed: Sequence[Handed], received: Mapping[tuple[int, int], SharedMemory], models: Models,
     engines: Sequence[EmbeddedEngine], probes: Sequence[np.ndarray], name: str,
 ) -> tuple[float, str]:  # fmt: skip
-    """Bring what was handed out into the engines: (gap of the probes, what is wrong)."""
+    """Load what was handed out into the engines. Returns (gap of the probes, what is wrong)."""
     for engine in engines:  # another model's weights, and its keys and values in the cache
         await engine.load_weights(Disk(str(models.before)), 0)
         await generate(engine)
@@ -253,12 +255,12 @@ async def take(
 
 
 def as_received(sent: Buckets, landed: SharedMemory) -> Buckets:
-    """The buckets that were sent, where they have landed; fewer if fewer came."""
+    """The buckets that were sent, in the place where they have arrived; fewer if fewer arrived."""
     return SharedMemory(tuple(replace(bucket, key=here.key) for bucket, here in zip(sent.buckets, landed.buckets)))
 
 
 def different(source: Buckets, folder: Path) -> str:
-    """The first tensor that is not bit-equal to the folder's, or is missing or too many; empty when all are equal."""
+    """The first tensor that is missing, unknown, or not bit-equal to the one in the folder; empty when all are equal."""
     want = dict(open_hf_folder(folder).items())
     got = dict(open_source(source))
     missing = sorted(want.keys() ^ got.keys())
@@ -276,7 +278,7 @@ def make_models(folder: Path, family: str, make_engine: Callable[[Path], Embedde
 
 
 async def generate(engine: EmbeddedEngine) -> list[Sample]:
-    """Greedy samples of one prompt, whose keys and values the engine then has cached."""
+    """Generate greedy samples of one prompt, whose keys and values the engine then has in its cache."""
     prompt = np.arange(1, 40, dtype=np.int32)
     request = GenerateRequest("probe", prompt, 2, SamplingParams(temperature=0), Stop(), 16)
     return sorted([s async for s in engine.generate(request)], key=lambda s: s.sample_id)

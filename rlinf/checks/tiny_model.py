@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family as Hugging Face folders, for proofs: awkward sizes on purpose."""
+"""Tiny random models of every supported family as Hugging Face folders, for proofs. Their sizes are awkward on purpose."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ FAMILIES |= {f"{name}-tied": FAMILIES[name] | {"tie_word_embeddings": True} for 
 
 
 def write_tiny_model(folder: Path, family: str, seed: int = 0, head: str = "lm") -> Path:
-    """config.json and model.safetensors of a random model; every weight is large enough to matter."""
+    """Write config.json and model.safetensors of a random model, in which every weight is large enough to matter."""
     return write_model(folder, _COMMON | FAMILIES[family], seed, head)
 
 
 def write_model(folder: Path, config: dict[str, Any], seed: int = 0, head: str = "lm") -> Path:
-    """A random model of the shape that a config.json describes."""
+    """Write a random model of the shape that a config.json describes."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in hf_shapes(read_architecture(config), head).items():

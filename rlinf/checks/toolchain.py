@@ -1,4 +1,5 @@
-"""Checks of what surrounds the packages: Python, glibc, the compilers of SGLang's kernels, the driver, proxies, file locks."""
+"""Checks of the Python version and of what SGLang and the cluster need beside Python packages: glibc, compilers, the GPU driver, proxies,
+file locks."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def python(version: tuple[int, int], cuda: bool) -> Finding:
 
 
 def glibc(version: str) -> Finding:
-    """Of a machine with a GPU. version: as os.confstr has it, `glibc 2.39`."""
+    """Check the C library of a machine with a GPU. version: as os.confstr gives it, `glibc 2.39`."""
     found = re.search(r"(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) < GLIBC:
         return Finding("glibc", WARN, f"{found[0]}; SGLang's wheels need 2.34", "use a newer system (Ubuntu 22.04, RHEL 9), or the image")
@@ -38,8 +39,8 @@ def glibc(version: str) -> Finding:
 
 
 def compilers(environment: Mapping[str, str], needed: bool) -> Iterator[Finding]:
-    """nvcc and a C++ compiler where SGLang 0.5.21 looks for them: rotary embeddings, norms and the key-value cache are compiled at their
-    first use (sglang/kernels/jit/utils/compile/toolchain.py). needed: SGLang is the engine of the run."""
+    """Look for nvcc and a C++ compiler where SGLang 0.5.21 looks for them: it compiles rotary embeddings, norms and the key-value cache at
+    their first use (sglang/kernels/jit/utils/compile/toolchain.py). needed: whether SGLang is the engine of the run."""
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     on_path = shutil.which("nvcc", path=environment.get("PATH", ""))
     nvcc = Path(home or "/usr/local/cuda") / "bin" / "nvcc"
@@ -70,13 +71,14 @@ def triton(lacking: str | None, needed: bool) -> Finding:
 
 
 def driver_version(file: Path = DRIVER) -> str | None:
-    """Of both kinds of kernel module: `... Kernel Module  570.86.15 ...`, `... Open Kernel Module for x86_64  580.65.06 ...`."""
+    """The version of both kinds of kernel module: `... Kernel Module  570.86.15 ...`, `... Open Kernel Module for x86_64  580.65.06
+    ...`."""
     found = re.search(r"Kernel Module\b.*?\s(\d{3,}\.[\d.]+)", file.read_text()) if file.exists() else None
     return found[1] if found else None
 
 
 def proxies(environment: Mapping[str, str]) -> Finding:
-    """SGLang asks its own server over loopback, by a client that obeys these variables."""
+    """Check the proxy variables: SGLang calls its own server over loopback, with a client that obeys them."""
     lower = {name.lower(): value for name, value in environment.items() if value}
     named = [name for name in PROXIES if name in lower]
     left_out = {host.strip() for host in lower.get("no_proxy", "").split(",")}
@@ -87,7 +89,7 @@ def proxies(environment: Mapping[str, str]) -> Finding:
 
 
 def locks(folder: Path) -> Finding:
-    """A run locks its folder, so that no other writes there."""
+    """Check that files can be locked: a run locks its folder, so that no other run writes there."""
     if not os.access(folder, os.W_OK | os.X_OK):  # which writable() says
         return Finding("file locks", OK, "not tried")
     with tempfile.NamedTemporaryFile(prefix=".rlinf-doctor-", dir=folder) as file:

@@ -1,6 +1,6 @@
-"""From the public files of a benchmark to the AReaL-boba format: `rlinf data convert BENCHMARK FILE OUT`.
+"""`rlinf data convert BENCHMARK FILE OUT`: converts the public files of a benchmark to the AReaL-boba format.
 
-A record keeps the question as it stands (templates are applied when a model is known) and says where it came from: file, sha256, row.
+A record keeps the question as it is (templates are applied later, when the model is known), and says where it came from: file, sha256, row.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ Row = Mapping[str, Any]
 
 
 class _BadRow(Exception):
-    """Why a row cannot be converted."""
+    """Raised for a row that cannot be converted, with the reason."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark's rows are read: row and seed to (question, answer). problems: in the published set."""
+    """How the rows of a benchmark are read: a function from row and seed to (question, answer). problems: how many the published set
+    has."""
 
     task: str
     problems: int
@@ -45,7 +46,8 @@ class Benchmark:
 
 
 def convert(benchmark: str, source: Path, out: Path, seed: int = 1234) -> dict[str, Any]:
-    """Write OUT and return what was done. The file is a function of the arguments alone. Raises UserError that names the first bad row."""
+    """Write OUT and return what was done. The content of the file depends on the arguments only. Raises UserError that names the first
+    bad row."""
     if benchmark not in READERS:
         raise UserError(f"{benchmark}: no such benchmark; known are {', '.join(READERS)}")
     reader = READERS[benchmark]
@@ -147,7 +149,7 @@ def _question(row: Row) -> str:
 
 
 def _answer(row: Row) -> str:
-    """The answer field; of a worked solution, its last box."""
+    """The answer field; if it holds a worked solution, the content of the last box."""
     given = _field(row, ANSWER_FIELDS)
     if not given:
         raise _BadRow(f"no answer; expected one of {', '.join(ANSWER_FIELDS)}; the row has {', '.join(map(str, row)) or 'nothing'}")
@@ -182,7 +184,7 @@ def _gsm8k(row: Row, seed: int) -> tuple[str, str]:
 
 
 def _gpqa(row: Row, seed: int) -> tuple[str, str]:
-    """Four answers are shuffled here; a question that holds its options already is taken as it stands."""
+    """The four answers are shuffled here; a question that already contains its options is used as it is."""
     if GPQA_CHOICES[0] in row:
         return shuffled_choices(_question(row), [_choice(row, name) for name in GPQA_CHOICES], seed)
     question, letter = _question(row), letter_of(_answer(row))
@@ -212,7 +214,7 @@ def shuffled_choices(question: str, choices: list[str], seed: int) -> tuple[str,
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     with atomic_write(path) as file:
         file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 

@@ -1,4 +1,4 @@
-"""`rlinf eval`: every model on every benchmark of the configuration, on the same cluster and workers as training."""
+"""`rlinf eval`: evaluates every model on every benchmark of the configuration, with the same cluster and workers as training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "math-verify")
 
 @dataclass(frozen=True)
 class Task:
-    """One model with its problem sets in its own tokens, and what its workers are told."""
+    """The evaluation of one model: its problem sets, tokenized for it, and the configuration of its workers."""
 
     model: Model
     config: Config
@@ -54,7 +54,7 @@ class Task:
 
 
 def main(words: Sequence[str]) -> int:
-    """`rlinf eval [CONFIG] [MODEL_DIR ...] [key=value ...]`; 0 when every sample is there and the results are written."""
+    """`rlinf eval [CONFIG] [MODEL_DIR ...] [key=value ...]`. Returns 0 when every sample is on disk and the results are written."""
     name, folders, settings = parse_words(words)
     if folders:
         settings = [*settings, f"rollout.model_dir={json.dumps(folders[0])}"]
@@ -78,7 +78,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def prepare(config: Config, model: Model) -> Task:
-    """Read the model's tokenizer and every problem; refuse what cannot be evaluated."""
+    """Read the model's tokenizer and every problem. Raises UserError for what cannot be evaluated."""
     positions = read_architecture(load_model_config(str(model.path)), model.path / "config.json").max_positions
     tokenizer = tokenizer_of(config, str(model.path))
     sets = load_sets(config, tokenizer)
@@ -87,7 +87,8 @@ def prepare(config: Config, model: Model) -> Task:
 
 
 def worker_config(config: Config, model: Model, context: int, max_tokens: int) -> Config:
-    """What rollout and reward workers are told: this model, this context, logs in its folder, and no reward beside right and wrong."""
+    """The configuration of rollout and reward workers: this model, this context, logs in its folder, and no reward except for right and
+    wrong."""
     sampling = replace(config.algorithm.sampling_params, max_new_tokens=max_tokens)
     out = str(Path(config.evaluation.output_dir).resolve())
     return replace(
@@ -100,7 +101,7 @@ def worker_config(config: Config, model: Model, context: int, max_tokens: int) -
 
 
 def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
-    """What the samples are a function of, paths and layout apart."""
+    """All that the samples depend on, except for paths and layout."""
     rollout, reward = task.config.rollout, task.config.reward
     return {
         "weights": weights_checksum(task.model.path),
@@ -119,7 +120,7 @@ def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
 
 
 def own_judges(own_tasks: Mapping[str, str]) -> dict[str, str]:
-    """What the user's functions are: their names and the sha256 of their files."""
+    """The user's own judging functions, by name and the sha256 of their files."""
     return {task: f"{function.rpartition(':')[2]} {checksum_of(function)}" for task, function in own_tasks.items()}
 
 
@@ -128,7 +129,7 @@ def open_folders(out: Path, task: Task, identities: Sequence[dict[str, Any]]) ->
 
 
 def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
-    """Bring the samples that are missing to disk. Everything that was started is ended, however this returns."""
+    """Generate the samples that are missing on disk. Everything that was started is ended, however this returns."""
     jobs = [job for s, folder in zip(task.sets, folders) for job in jobs_of(s, folder, task.tokenizer)]
     total = sum(unit.count for folder in folders for unit in folder.units.values())
     done = total - sum(job.unit.count for job in jobs)
@@ -164,7 +165,7 @@ def jobs_of(problems: ProblemSet, folder: SetFolder, tokenizer: TextTokenizer) -
 
 
 def conclude(resolved: Resolved, task: Task, folders: Sequence[SetFolder]) -> list[SetResult]:
-    """Scores of one model from its samples: results.json, and the OpenCompass files when asked for."""
+    """Compute the scores of one model from its samples: results.json, and the OpenCompass files when they are asked for."""
     results = []
     for s, folder in zip(task.sets, folders):
         ids = [p.prompt_id for p in s.prompts]
@@ -182,7 +183,7 @@ def conclude(resolved: Resolved, task: Task, folders: Sequence[SetFolder]) -> li
 
 
 def show(results: Sequence[SetResult], out: Path) -> None:
-    """Tables on the screen, curves for TensorBoard, comparison.json for several models."""
+    """Print tables, write curves for TensorBoard, and with several models comparison.json."""
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=WIDTH)
@@ -200,7 +201,7 @@ def show(results: Sequence[SetResult], out: Path) -> None:
 
 
 def write_curves(results: Sequence[SetResult], folder: Path) -> None:
-    """TensorBoard scalars of each series over its steps, those of earlier evaluations too: written anew, from points.json."""
+    """Write the TensorBoard scalars of each series over its steps, including earlier evaluations, anew from points.json."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation may be of the same series

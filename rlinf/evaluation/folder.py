@@ -1,7 +1,8 @@
-"""Results on disk: <output_dir>/<model>/<benchmark>/ with identity.json, samples.jsonl, results.json; and parts/ while it is evaluated.
+"""The results of an evaluation on disk: <output_dir>/<model>/<benchmark>/ with identity.json, samples.jsonl, results.json, and parts/ while
+it is running.
 
-identity.json says which weights, problems, protocol and engine the samples belong to. What is finished is never generated again; a
-folder of anything else is refused.
+identity.json says to which weights, problems, protocol and engine the samples belong. Finished samples are never generated again; a folder
+with another identity is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ IDENTITY, SAMPLES, RESULTS, PARTS = "identity.json", "samples.jsonl", "results.j
 
 
 class SetFolder:
-    """The samples of one model on one benchmark. `done`: group ids of the units that are complete."""
+    """The samples of one model on one benchmark. done: group ids of the units that are complete."""
 
     def __init__(self, path: Path, identity: dict[str, Any], units: Sequence[Unit]) -> None:
         self.path, self.identity = path, identity
@@ -36,13 +37,13 @@ class SetFolder:
         return self.path / SAMPLES
 
     def part(self, rank: int) -> Path:
-        """Where reward worker `rank` appends samples."""
+        """The file to which reward worker `rank` appends samples."""
         return self.path / PARTS / f"{rank}.jsonl"
 
     def gather(self) -> set[str]:
-        """Bring the parts into samples.jsonl, in the order of problems and samples; units cut short by an interruption are dropped.
+        """Collect the parts in samples.jsonl, in the order of problems and samples. Units that an interruption cut short are dropped.
 
-        A kill at any instant loses nothing that was complete: parts go only after the new samples.jsonl is on disk.
+        A kill at any instant loses nothing that was complete: parts are removed only when the new samples.jsonl is on disk.
         """
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for file in [self.samples, *sorted((self.path / PARTS).glob("*.jsonl"))]:
@@ -98,7 +99,7 @@ def hold(model_folder: Path) -> TextIO:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a dump; a line cut short by a kill is left out. Lines end at \\n only: texts may hold other separators."""
+    """The lines of a dump, without a line that a kill cut short. Lines end at \\n only, since texts may contain other separators."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -110,7 +111,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
-    """Replace the file by these lines, or leave it as it is."""
+    """Replace the content of the file by these lines, atomically."""
     scratch = scratch_of(path)
     with open(scratch, "w", encoding="utf-8", errors="replace") as file:
         file.writelines(lines)

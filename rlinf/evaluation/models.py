@@ -1,4 +1,4 @@
-"""The models of an evaluation: Hugging Face folders and checkpoints of runs, and their names."""
+"""The models of an evaluation, which are Hugging Face folders or checkpoints of runs, and the names of their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rlinf.run_paths import CHECKPOINTS, step_of
 
 @dataclass(frozen=True)
 class Model:
-    """path: the Hugging Face folder. name: of its results. series and step: run and step of a checkpoint; of other folders, name and 0."""
+    """path: the Hugging Face folder. name: of its results. series, step: the run and step of a checkpoint; for other folders the name
+    and 0."""
 
     path: Path
     name: str
@@ -23,7 +24,7 @@ class Model:
 
 
 def parse_words(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
-    """The words of the command line as (CONFIG or None, model folders, key=value settings)."""
+    """Sort the words of the command line into (CONFIG or None, model folders, key=value settings)."""
     config, folders, settings = None, [], []
     for word in words:
         if os.path.isdir(os.path.expanduser(word)):  # Path's raises OSError for a long key=value
@@ -42,7 +43,7 @@ def parse_words(words: Sequence[str]) -> tuple[str | None, list[str], list[str]]
 
 
 def model_of(folder: str) -> Model:
-    """The model in a folder: a Hugging Face folder, or the step_* folder of a checkpoint that has one in hf/."""
+    """The model in a folder, which is a Hugging Face folder, or the step_* folder of a checkpoint with a model in hf/."""
     path = Path(folder).expanduser().resolve()
     if not (path / "config.json").is_file() and (path / "hf" / "config.json").is_file():
         path = path / "hf"

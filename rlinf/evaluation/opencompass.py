@@ -1,6 +1,6 @@
-"""Predictions in the layout of OpenCompass: <work_dir>/predictions/<model>/<benchmark>.json, readable by its evaluation stage.
+"""Writes predictions in the layout of OpenCompass, <work_dir>/predictions/<model>/<benchmark>.json, which its evaluation stage can read.
 
-There a set sampled n times is the set n times over, pass after pass: entry number `pass * problems + problem`.
+There a set that was sampled n times is the set n times over, one pass after another: entry number `pass * problems + problem`.
 """
 
 from __future__ import annotations

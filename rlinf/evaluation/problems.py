@@ -1,4 +1,4 @@
-"""A set of problems as a model sees it: the file, the protocol of its section, prompts in the model's template."""
+"""A set of problems as a model gets it: read from its file, with the protocol of its section, as prompts in the model's template."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ UNBOUNDED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Unit:
-    """One request: `count` samples of a problem, from sample `first` on. group_id is its name, also across interruptions."""
+    """One request: `count` samples of a problem, from sample `first` on. group_id is its name, which stays the same across
+    interruptions."""
 
     group_id: str
     prompt: Prompt
@@ -37,7 +38,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """name: as the folder of its results; section: of the configuration; prompts in the order of the file; sha256 of the file."""
+    """name: of the folder with its results. section: of the configuration. prompts: in the order of the file. sha256: of the file."""
 
     name: str
     section: str
@@ -58,7 +59,7 @@ class ProblemSet:
         ]
 
     def fingerprint(self) -> str:
-        """Of ids, prompt tokens, tasks and solutions, in order: what makes two evaluations comparable."""
+        """A hash of ids, prompt tokens, tasks and solutions, in order: evaluations with the same fingerprint can be compared."""
         digest = hashlib.sha256()
         for p in self.prompts:
             digest.update(json.dumps([p.prompt_id, p.task, p.solutions, p.token_ids.tolist()]).encode())
@@ -69,7 +70,8 @@ class ProblemSet:
 
 
 def load_sets(config: Config, tokenizer: TextTokenizer) -> list[ProblemSet]:
-    """Every section of `evaluation` that has a path. Raises UserError for files, tasks, names or templates that cannot be used."""
+    """The problem sets of every section of `evaluation` that has a path. Raises UserError for files, tasks, names or templates that cannot
+    be used."""
     sets = [_load(section, config, tokenizer) for section in BENCHMARKS if getattr(config.evaluation, section).path is not None]
     names = [s.name for s in sets]
     for s in sets:
@@ -81,7 +83,7 @@ def load_sets(config: Config, tokenizer: TextTokenizer) -> list[ProblemSet]:
 
 
 def check_context(sets: Sequence[ProblemSet], max_positions: int, model_dir: str) -> int:
-    """Tokens of the longest prompt with its response, over all sets. Raises UserError when a model has no room for it."""
+    """The largest number of tokens of a prompt with its response, over all sets. Raises UserError when the model's context is too small."""
     for s in sets:
         if s.longest_prompt + s.protocol.max_tokens > max_positions:
             raise UserError(
@@ -111,7 +113,7 @@ def _load(section: str, config: Config, tokenizer: TextTokenizer) -> ProblemSet:
 
 
 def render(question: str, protocol: BenchmarkConfig, tokenizer: TextTokenizer) -> str:
-    """The prompt of a question, up to where the model's answer begins."""
+    """The prompt of a question as text, up to where the model's answer begins."""
     if protocol.template == "raw":
         return question
     content = f"{question}\n{protocol.instruction}" if protocol.instruction else question

@@ -1,6 +1,6 @@
-"""From samples.jsonl to scores with intervals, and from scores to tables, curves and comparisons. Legend: N problems, n samples each.
+"""Computes scores with intervals from samples.jsonl, and tables, curves and comparisons from scores. Legend: N problems, n samples of each.
 
-The dump is all that scores are computed from, so an interrupted evaluation and an uninterrupted one cannot differ.
+Scores are computed from the dump alone, so an interrupted evaluation gives the same scores as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CUT = [finish.value for finish in Finish if finish.cut_off]
 
 @dataclass(frozen=True)
 class Tally:
-    """What the samples of one set say. All arrays are [N, n]; votes name each answer (RIGHT, None for no answer)."""
+    """The samples of one set as arrays [N, n]. votes names each answer (RIGHT, None = no answer)."""
 
     problems: tuple[str, ...]
     right: np.ndarray
@@ -49,7 +49,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class SetResult:
-    """One model on one benchmark. step: of the checkpoint (0 for a plain model folder); series: the run it belongs to."""
+    """The scores of one model on one benchmark. step: of the checkpoint (0 for a plain model folder). series: the run to which it
+    belongs."""
 
     model: str
     series: str
@@ -60,7 +61,7 @@ class SetResult:
 
 
 def read_tally(samples: Path, problems: Sequence[str], n: int) -> Tally:
-    """Raises UserError unless the dump holds samples 0..n-1 of every problem, once each."""
+    """The samples of a dump. Raises UserError unless it has samples 0..n-1 of every problem, once each."""
     place = {problem: i for i, problem in enumerate(problems)}
     rows: list[list[dict[str, Any] | None]] = [[None] * n for _ in problems]
     for row in read_rows(samples):
@@ -94,7 +95,7 @@ def _vote(row: dict[str, Any]) -> Hashable | None:
 
 
 def score(tally: Tally) -> dict[str, Interval]:
-    """Every score by its name, with 95 % bootstrap intervals over problems. Shares are of samples."""
+    """Every score by its name, with 95 % bootstrap intervals over problems. Shares are shares of samples."""
     n = tally.n
     right_N = [int(c) for c in tally.right.sum(axis=1)]
     values: dict[str, Sequence[float] | np.ndarray] = {f"avg@{n}": tally.accuracy_N}
@@ -114,7 +115,7 @@ def score(tally: Tally) -> dict[str, Interval]:
 
 
 def to_json(result: SetResult, details: dict[str, Any]) -> dict[str, Any]:
-    """results.json: scores, and the counts of every problem."""
+    """The content of results.json: scores, and the counts of every problem."""
     t = result.tally
     per_problem = []
     for i, problem in enumerate(t.problems):

@@ -1,4 +1,5 @@
-"""The loop of an evaluation: requests to engines, groups to reward workers, samples to disk. The driver sees headers and verdicts only."""
+"""The loop of an evaluation: sends requests to engines and groups to reward workers, which write the samples. The driver sees headers and
+verdicts only."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ EVERY_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """One request and where its samples go."""
+    """One request, and the file for its samples."""
 
     unit: Unit
     sampling: SamplingParams
@@ -37,14 +38,14 @@ class Job:
 
 
 class EvaluationRunner:
-    """All requests at once: an engine that is done with one problem takes the next, of whichever set."""
+    """Sends all requests at once: an engine that has finished a problem takes the next, of whatever set."""
 
     def __init__(self, cluster: Cluster, rollout: WorkerGroup, reward: WorkerGroup, running_requests: int, progress: Progress) -> None:
         self.cluster, self.rollout, self.reward, self.progress = cluster, rollout, reward, progress
         self.dispatcher = Dispatcher(rollout.size, running_requests, SHARE)
 
     async def run(self, jobs: Sequence[Job]) -> None:
-        """Every sample of every job is on disk when this returns."""
+        """Generate and judge all jobs; when it returns, every sample is on disk."""
         self.cluster.phase = START
         await asyncio.gather(self.rollout.ready(), self.reward.ready())
         self.cluster.phase = Phase("evaluation")
@@ -74,7 +75,7 @@ class Progress:
         self.begin()
 
     def begin(self) -> None:
-        """Speeds count from here on."""
+        """Start counting, for speeds."""
         self.started = self.printed = self.clock()
 
     def finished(self, header: GroupHeader) -> None:

@@ -1,4 +1,4 @@
-"""How sure a score is: intervals over problems, and whether two models differ. Legend: N problems, M metrics, R resamples."""
+"""Confidence intervals of scores, and whether two models differ. Legend: N problems, M metrics, R resamples."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`rlinf compare RUN_A RUN_B`: the first step and stage at which two runs part, and what recorded difference may be the cause.
+"""`rlinf compare RUN_A RUN_B`: finds the first step and stage at which two runs differ, and recorded differences that may be the cause.
 
-A step goes through its stages in order: data, generation, verdicts, training. The dumps of samples show where the first difference
-arose; metrics show it for what is not dumped. Times, speeds and memory are not compared.
+The stages of a step, in order, are data, generation, verdicts, training. Dumps of samples show in which stage the first difference arose;
+metrics show it for what is not dumped. Times, speeds and memory are not compared.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ STAGE_OF_RECORD = {"weights": "generation", "data_fingerprint": "data", "chat_ma
 
 @dataclass(frozen=True)
 class Difference:
-    """One place where the runs part. what: a metric, or what of a sample; a and b: the two values."""
+    """One place where the runs differ. what: a metric, or a part of a sample. a, b: the two values."""
 
     step: int
     stage: str
@@ -63,7 +63,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something recorded that differs: a configuration key or a fact of the environment, and the stage where it acts first."""
+    """A recorded difference that may be the cause: a configuration key or a fact of the environment, and the first stage on which it
+    acts."""
 
     name: str
     stage: str
@@ -74,7 +75,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """divergence: the first difference beyond the tolerance; rounding: an earlier one within it. weights: step -> equal, of checkpoints."""
+    """divergence: the first difference beyond the tolerance. rounding: an earlier one within it. weights: step -> whether the checkpoints
+    are equal."""
 
     runs: tuple[str, str]
     steps: tuple[int, int]
@@ -88,14 +90,14 @@ class Comparison:
 
 
 def main(path_a: Path, path_b: Path, tolerance: float, as_json: bool) -> int:
-    """Print the comparison; 0 whether the runs agree or not."""
+    """Print the comparison. Returns 0 whether the runs agree or not."""
     comparison = compare(read_run(path_a), read_run(path_b), tolerance)
     sys.stdout.write(json.dumps(asdict(comparison), indent=1, default=str) + "\n" if as_json else describe(comparison))
     return 0
 
 
 def read_run(path: Path) -> RunData:
-    """A run to compare. Raises UserError when the folder is no run, or a run without a single step."""
+    """Open a run to compare. Raises UserError when the folder is not a run, or the run has no step."""
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"{path}: no {CONFIG_FILE}, so no run; give <runner.output_dir>/<runner.experiment_name>")
     if not (path / METRICS_FILE).is_file() or not (run := open_run(path)).metrics:
@@ -104,7 +106,7 @@ def read_run(path: Path) -> RunData:
 
 
 def compare(a: RunData, b: RunData, tolerance: float = 1e-6) -> Comparison:
-    """tolerance: relative difference of a metric that counts as rounding. Samples are compared exactly."""
+    """Compare two runs. tolerance: relative difference of a metric that counts as rounding. Samples are compared exactly."""
     rounding = divergence = None
     also: tuple[Difference, ...] = ()
     steps = sorted(set(a.metrics_by_step) & set(b.metrics_by_step))
@@ -124,7 +126,7 @@ def compare(a: RunData, b: RunData, tolerance: float = 1e-6) -> Comparison:
 
 
 def differences(a: RunData, b: RunData, step: int) -> Iterator[Difference]:
-    """Where one step differs, in the order of the algorithm: samples, then metrics; validation belongs to the end of a step."""
+    """The differences of one step, in the order of the algorithm: samples, then metrics. Validation belongs to the end of a step."""
     in_samples = first_of_samples(step, a.samples(step), b.samples(step))
     if in_samples:
         yield in_samples
@@ -166,29 +168,30 @@ def _same(a: float, b: float) -> bool:
 
 
 def within(d: Difference, tolerance: float) -> bool:
-    """Whether a difference is one of rounding: two finite metrics that are close."""
+    """Whether a difference is only rounding: two finite values of a metric that are close."""
     if not (isinstance(d.a, float) and isinstance(d.b, float) and math.isfinite(d.a) and math.isfinite(d.b)):
         return False
     return relative(d.what, d.a, d.b) <= tolerance
 
 
 def relative(metric: str, a: float, b: float) -> float:
-    """The difference of two values of a metric, relative to the larger one, or to what is none for rounding."""
+    """The difference of two values of a metric, relative to the larger one, or to the size below which a difference is rounding."""
     return abs(a - b) / max(abs(a), abs(b), 1.0 if fnmatchcase(metric, GAPS) else SMALLEST)
 
 
 def _stage_of_metric(name: str, step: int) -> str:
-    """Metrics of the rollout are known before training; of the held-out problems at step 0 too, at later steps they tell of the weights."""
+    """The stage at which a metric is known. Metrics of the rollout are known before training; metrics of the held-out problems at step 0
+    too, while at later steps they depend on the trained weights."""
     if name.startswith("rollout/") and "advantages" not in name:
         return "generation"
     return "generation" if name.startswith("eval/") and step == 0 else "training"
 
 
 def candidates_for(a: RunData, b: RunData, at: Difference, steps: list[int]) -> Iterator[Candidate]:
-    """Recorded differences that can act at or before the stage where the runs part; likely: those that act just there.
+    """Recorded differences that act at or before the stage where the runs differ. likely: those that act on that very stage.
 
-    After a step of training that showed no difference, generation may differ because of what training did unseen (weight decay, say).
-    When nothing that differs acts there, everything that differs is a candidate.
+    Generation may differ because of an earlier step of training that showed no difference (by weight decay, for example). When no recorded
+    difference acts there, all of them are candidates.
     """
     trained = at.step > max(min(steps), 1)
     reach = STAGES if trained else STAGES[: STAGES.index(at.stage) + 1]
@@ -223,7 +226,7 @@ def _config_differences(a: RunData, b: RunData, step: int) -> Iterator[tuple[str
 
 
 def stage_of(key: str) -> str:
-    """Where a key acts first; "" where it changes nothing that is computed."""
+    """The first stage on which a key acts; "" when it changes nothing that is computed."""
     return next(stage for pattern, stage in STAGE_OF_KEY if fnmatchcase(key, pattern))
 
 
@@ -244,7 +247,7 @@ def _recorded_differences(a: RunData, b: RunData, step: int) -> Iterator[tuple[s
 
 
 def notes(a: RunData, b: RunData, at: Difference | None) -> Iterator[str]:
-    """What a reader should know beside: resumptions before the divergence, facts that were not recorded."""
+    """What a reader should also know: resumptions before the divergence, facts that were not recorded."""
     for name, run in (("A", a), ("B", b)):
         for start in run.starts[1:]:
             if at and start["first_step"] <= at.step:

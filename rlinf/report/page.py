@@ -1,8 +1,8 @@
-"""report.html: one page, whole in itself, of what a run did. Everything it shows is in the file; nothing is fetched.
+"""report.html: one self-contained page about a run. Everything that it shows is in the file; nothing is fetched.
 
-Curves, findings and configuration are plain JSON; the samples of each step, and the text of each sample that is shown in full, are
-compressed parts that the page opens when they are asked for. What a model wrote is hostile: it is in the page only as base64 and as text
-nodes, and the page's policy lets no script run but its own.
+Curves, findings and configuration are plain JSON. The samples of each step, and the text of each sample that is shown in full, are
+compressed parts that the page opens when they are asked for. What a model wrote may be hostile: it is in the page only as base64, is shown
+only as text nodes, and the policy of the page lets no script run but its own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ INSIDE_TRAIN = {
 
 
 def write_report(run_dir: Path, output: Path | None = None) -> Path:
-    """Write the page of a run, whole or half, to `output` (default RUN_DIR/report.html). Raises UserError when there is no run."""
+    """Write the page of a run to `output` (default RUN_DIR/report.html), atomically. Raises UserError when there is no run."""
     target = output or run_dir / "report.html"
     run = open_run(run_dir)
     refuse_foreign(target)
@@ -78,7 +78,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
 
 
 def refuse_foreign(target: Path) -> None:
-    """Raises UserError when the page would take the place of something else, or has no place."""
+    """Raise UserError when the page would overwrite something that is not a report, or its folder does not exist."""
     if target.is_dir():
         raise UserError(f"{target}: is a folder; name a file in it with --output")
     if not target.parent.is_dir():
@@ -92,18 +92,18 @@ def asset(name: str) -> str:
 
 
 def fill(template: str, values: dict[str, str]) -> str:
-    """Replace @NAME@ marks in one pass: a value that looks like a mark stays as it is."""
+    """Replace @NAME@ marks in one pass, so that a value that looks like a mark stays as it is."""
     return re.sub("@(" + "|".join(values) + ")@", lambda mark: values[mark[1]], template)
 
 
 def policy(script: str) -> str:
-    """Nothing is loaded from anywhere, and no script runs but this one."""
+    """A content security policy: nothing is loaded from anywhere, and only this script may run."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def to_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element in which it is."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -135,8 +135,8 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts) -> dict[s
 
 
 def summary(metrics: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """What the tiles say, of all steps, also those that the curves leave out: by metric the mean of the first three and of the last five
-    steps, the first and last validation, the median speed, and the seconds in steps with their number."""
+    """The numbers of the tiles, computed from all steps, also those that the curves leave out: for each metric the mean of the first three
+    and of the last five steps; the first and last validation; the median speed; and the number of steps with their seconds."""
     columns = {name: [v for m in metrics if math.isfinite(v := m.get(name, math.nan))] for name in TILES}
     held, speed, seconds = (columns[name] for name in ("eval/accuracy", "perf/tokens_per_second", "time/step"))
     return {
@@ -148,9 +148,9 @@ def summary(metrics: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def phases(metrics: dict[str, list[float | None]]) -> list[dict[str, Any]]:
-    """The phases of the loop, largest first, and what is left of the step's time.
+    """The phases of the loop, largest first, and the rest of the step's time.
 
-    Where phases overlap, each counts while it runs alone, and the overlap is a part of its own, so that the parts add up to the step.
+    Where phases overlap, each counts only while it runs alone, and the overlap is a part of its own, so that the parts add up to the step.
     """
     step = metrics.get("time/step")
     if step is None:
@@ -168,7 +168,7 @@ def phases(metrics: dict[str, list[float | None]]) -> list[dict[str, Any]]:
 
 
 def thinned(metrics: Sequence[dict[str, float]], flagged: set[int]) -> list[dict[str, float]]:
-    """At most MAX_POINTS lines, evenly spaced, with the first, the last and the flagged ones."""
+    """At most MAX_POINTS lines, evenly spaced, among them the first, the last and the flagged ones."""
     if len(metrics) <= MAX_POINTS:
         return list(metrics)
     kept = {round(i * (len(metrics) - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)}
@@ -180,7 +180,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def left_out(run: RunData, parts: Parts, points: int) -> list[str]:
-    """What a reader will not find here, and where it is."""
+    """What is not in the page, and where to find it."""
     samples, shown = sum(parts.samples.values()), len(parts.texts)
     lines = [
         f"The text of {shown:,} of {samples:,} samples is here, from {len({f for f, _ in parts.texts})} of {len(run.files)} sample files: "

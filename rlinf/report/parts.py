@@ -1,4 +1,5 @@
-"""The compressed parts of the page: the samples of each step, and the texts of some; and what stays when not all of it fits."""
+"""The compressed parts of the page, which hold the samples of each step and the texts of some of them; and which parts are dropped when not
+all fit."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ HEADERS_SHARE = 0.6  # of the room, at most, for the lists of samples
 
 
 class Parts:
-    """headers: file label -> part. texts: (file label, line) -> part, in the order of importance."""
+    """headers: file label -> part. texts: (file label, line) -> part, the most important first."""
 
     def __init__(self) -> None:
         self.headers: dict[str, str] = {}
@@ -41,8 +42,8 @@ class Parts:
             self.texts[key], self.ranks[key] = compress(sample_text(row)), rank
 
     def fit(self, room: int, chosen: Sequence[SampleFile]) -> None:
-        """Drop what exceeds `room` bytes: lists of samples of steps without texts first (every other one, and again), then those of steps
-        between the first and the last, with their texts; then texts, the most telling kept."""
+        """Drop parts until at most `room` bytes are left: first the lists of samples of steps without texts (every other one, repeatedly),
+        then the steps between the first and the last with their texts, then texts, the least telling first."""
         keep = [file.label for file in chosen if file.label in self.headers]
         for spare in [label for label in self.headers if label not in keep], keep[1:-1]:
             while spare and size(self.headers) > HEADERS_SHARE * room:
@@ -73,7 +74,7 @@ class Parts:
         }
 
     def html(self) -> str:
-        """One inert element a part; base64 has no character that could end it."""
+        """An inert element for each part. Base64 contains no character that could end the element."""
         named = {f"h-{label}": part for label, part in self.headers.items()} | {
             f"t-{label}-{line}": part for (label, line), part in self.texts.items()
         }
@@ -81,8 +82,8 @@ class Parts:
 
 
 def choose_files(files: Sequence[SampleFile], flagged: set[int]) -> list[SampleFile]:
-    """The files whose texts are shown: first and last, those of flagged steps, the rest evenly spaced;
-    first and last validation among them."""
+    """The files whose texts are shown: the first and the last, those of flagged steps, the first and last validation, and evenly spaced
+    others."""
     steps, validations = [f for f in files if not f.validation], [f for f in files if f.validation]
     chosen = dict.fromkeys([*steps[:1], *steps[-1:], *validations[:1], *validations[-1:], *(f for f in steps if f.step in flagged)])
     free = max(0, MAX_TEXT_STEPS - len(chosen))
@@ -91,7 +92,8 @@ def choose_files(files: Sequence[SampleFile], flagged: set[int]) -> list[SampleF
 
 
 def most_telling(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Best, worst, largest gap, an undecided one, then others; those whose tokens were written down come first."""
+    """The best sample, the worst, the one with the largest gap, an undecided one, then others; those whose tokens were written down come
+    first."""
     detailed = [r for r in rows if "pieces" in r["trained"]]
     pool = detailed or list(rows)
 
@@ -133,7 +135,7 @@ def sample_text(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def tail(prompt: str) -> str:
-    """The end of a prompt is what tells it from the others."""
+    """The end of a prompt, which distinguishes it from the others better than its start."""
     return prompt if len(prompt) <= PROMPT_TAIL else "…" + prompt[-PROMPT_TAIL:]
 
 

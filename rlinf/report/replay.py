@@ -1,4 +1,4 @@
-"""`rlinf replay RUN_DIR --step N`: a journalled step runs again from disk, and its metrics are laid beside the recorded ones."""
+"""`rlinf replay RUN_DIR --step N`: runs a journalled step again from disk, and shows its metrics beside the recorded ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRAINING_READS = (
 
 @dataclass(frozen=True)
 class Line:
-    """A metric of the step: as it was recorded, and when the step ran again."""
+    """A metric of the step, as it was recorded and as it is when the step runs again."""
 
     name: str
     recorded: float
@@ -58,8 +58,8 @@ class Line:
 def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_start: bool, tolerance: float | None) -> int:
     """Print the comparison; 0 when every metric is within the tolerance, else 1.
 
-    rollout: its samples are generated and judged again; otherwise it trains on the recorded ones. from_start: from the start model,
-    whatever the step, instead of the checkpoint before it.
+    rollout: whether its samples are generated and judged again; otherwise it trains on the recorded ones.
+    from_start: whether it begins with the start model instead of the checkpoint before the step.
     """
     recorded = recorded_metrics(run_dir, step)
     if any(name.startswith("sft/") for name in recorded):
@@ -103,7 +103,7 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
 
 
 def refuse_useless(keys: Sequence[str], rollout: bool) -> None:
-    """Raises UserError that names the first key that was set and changes nothing in such a replay."""
+    """Raise UserError that names the first key that was set and changes nothing in such a replay."""
     for key in keys:
         if key in OWN:
             raise UserError(f"{key}: a replay sets it by itself, from RUN_DIR, --step and --from-start; leave it out")
@@ -117,7 +117,7 @@ def refuse_useless(keys: Sequence[str], rollout: bool) -> None:
 
 
 def recorded_metrics(run_dir: Path, step: int) -> Mapping[str, float]:
-    """Raises UserError when the folder holds no run, or no such step."""
+    """The recorded metrics of the step. Raises UserError when the folder holds no run, or no such step."""
     if not (run_dir / METRICS_FILE).is_file() or not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run here ({METRICS_FILE} and {CONFIG_FILE}); give <runner.output_dir>/<runner.experiment_name>")
     steps = {int(line["step"]): line for line in read_metrics(run_dir)}
@@ -128,7 +128,7 @@ def recorded_metrics(run_dir: Path, step: int) -> Mapping[str, float]:
 
 
 def checkpoint_before(run_dir: Path, step: int) -> Path:
-    """Raises UserError that names the steps which have one."""
+    """The checkpoint before the step. Raises UserError that names the steps which can be replayed when there is none."""
     paths = RunPaths(run_dir)
     before, complete = paths.checkpoint(step - 1), paths.complete_checkpoints()
     if step - 1 in complete:
@@ -142,7 +142,8 @@ def checkpoint_before(run_dir: Path, step: int) -> Path:
 
 
 def resolve(run_dir: Path, step: int, words: Sequence[str]) -> Resolved:
-    """The settings of the start that made the step, and the words. config.yaml is the last start's, which may have had others."""
+    """The settings with which the step was made, with `words` applied. config.yaml holds those of the last start, which may have been
+    others."""
     now = load(str(run_dir / CONFIG_FILE)).config
     recorded = open_run(run_dir).environment_at(step).get("settings", {})
     then = {
@@ -157,7 +158,7 @@ def resolve(run_dir: Path, step: int, words: Sequence[str]) -> Resolved:
 
 
 def settings(run_dir: Path, step: int, before: Path | None) -> list[str]:
-    """One step, in a folder of its own below the run's."""
+    """Settings for a run of this one step, in a folder of its own inside the run's."""
     replays, number = run_dir.resolve() / "replays", 1
     while (replays / (name := step_name(step) + (f"-{number}" if number > 1 else ""))).exists():
         number += 1
@@ -170,7 +171,7 @@ def default_tolerance(config: Config) -> float:
 
 
 def compare_step(recorded: Mapping[str, float], replayed: Mapping[str, float]) -> list[Line]:
-    """Metrics that both have, but for times, speeds and held-out problems."""
+    """The metrics that both have, without times, speeds and held-out problems."""
     names = [n for n in recorded if n in replayed and not any(fnmatchcase(n, pattern) for pattern in IGNORED)]
     return [Line(n, recorded[n], replayed[n]) for n in names]
 

@@ -1,7 +1,7 @@
-"""What is wrong with a run, by rules: each looks for one cause, names it with its evidence, and is silent on a healthy run.
+"""Rules that find what is wrong with a run: each looks for one cause, reports it with its evidence, and is silent on a healthy run.
 
-A rule returns a Finding or None. Windows are in steps; a metric that the run does not have leaves its rule silent. What another finding
-brings about is told as part of that one.
+A rule returns a Finding or None. Windows are in steps. A rule is silent when the run does not have its metrics. What is a consequence of
+another finding is reported as part of that one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIN_SAMPLES = 40  # of a task, before anything is said about its verifier
 
 @dataclass(frozen=True)
 class Finding:
-    """cause: what is probably wrong. advice: what to do, in order. metrics, keys: where to look in the report. steps: those to look at."""
+    """cause: what is probably wrong. advice: what to do, in order. metrics, keys, steps: where to look in the report."""
 
     rule: str
     title: str
@@ -35,7 +35,7 @@ class Finding:
 
 
 def find_problems(run: RunData) -> list[Finding]:
-    """Causes in the order of RULES; what a cause explains is no finding beside it."""
+    """The findings in the order of RULES, without those that another finding explains."""
     found = {finding.rule: finding for rule in RULES for finding in [rule(run)] if finding is not None}
     explained = {effect for cause in found for effect in EXPLAINS.get(cause, ())}
     return [with_effects(f, [found[e] for e in EXPLAINS.get(f.rule, ()) if e in found]) for f in found.values() if f.rule not in explained]
@@ -47,7 +47,7 @@ def with_effects(cause: Finding, effects: Sequence[Finding]) -> Finding:
 
 
 def entropy_collapse(run: RunData) -> Finding | None:
-    """Entropy falls by 60 % within WINDOW steps, or ends near 0, without right answers to show for it (arXiv 2505.22617)."""
+    """Entropy falls by 60 % within WINDOW steps, or ends near 0, while accuracy does not rise (arXiv 2505.22617)."""
     steps, raw = run.series("train/entropy_loss")
     accuracy = dict(zip(*run.series("rollout/accuracy")))
     if len(steps) < 5 or not all(s in accuracy for s in steps):
@@ -83,7 +83,7 @@ def entropy_collapse(run: RunData) -> Finding | None:
 
 
 def broken_verifier(run: RunData) -> Finding | None:
-    """One task's verdicts contradict what is written, or cannot be reached."""
+    """The verdicts of one task contradict the texts, or the verifier cannot decide."""
     recent = sorted(run.counts)[-RECENT:]
     tasks = {name: c for name, c in totals(run.counts[s] for s in recent).items() if c.samples >= MIN_SAMPLES}
     suspects = {name: signs for name, c in tasks.items() if (signs := verifier_signs(c, [o for n, o in tasks.items() if n != name]))}
@@ -123,7 +123,7 @@ def verifier_signs(c: TaskCounts, others: Sequence[TaskCounts]) -> list[str]:
 
 
 def wrong_template(run: RunData) -> Finding | None:
-    """From the start responses have no answer, and do not end or answer prompts without the template's markers."""
+    """From the start, responses have no answer, and do not end, or answer prompts without the template's markers."""
     steps, unboxed = run.series("rollout/no_box")
     cut = dict(zip(*run.series("rollout/truncated")))
     if len(steps) < 3 or lost_at(unboxed) is not None:
@@ -158,7 +158,7 @@ def wrong_template(run: RunData) -> Finding | None:
 
 
 def lost_format(run: RunData) -> Finding | None:
-    """Responses had answers, and have none any more."""
+    """Responses had answers, and no longer have any."""
     steps, unboxed = run.series("rollout/no_box")
     at = lost_at(unboxed)
     if at is None or mean(unboxed[-5:]) <= 0.5:
@@ -180,7 +180,7 @@ def lost_format(run: RunData) -> Finding | None:
 
 
 def lost_at(unboxed: Sequence[float]) -> int | None:
-    """Where more than half of the responses have no answer any more, after it had been far fewer."""
+    """The step from which more than half of the responses have no answer, after far fewer had none."""
     usual = smooth(unboxed, 5)
     return next((j for j in range(len(usual)) if usual[j] > 0.5 and usual[j] - min(usual[: j + 1]) > 0.3), None)
 
@@ -226,7 +226,7 @@ def stale_weights(run: RunData) -> Finding | None:
 
 
 def no_signal(run: RunData) -> Finding | None:
-    """Hardly a group has both right and wrong answers, and the advantages compare the samples of a group."""
+    """Hardly any group has both right and wrong answers, although the advantages compare the samples of a group."""
     if run.config.get("algorithm.adv_type", "grpo") not in COMPARING:
         return None
     steps, none_right = run.series("rollout/groups_all_wrong")
@@ -304,13 +304,13 @@ EXPLAINS = {
 
 
 def smooth(values: Sequence[float], width: int = 3) -> list[float]:
-    """Running median: a single odd step is no trend."""
+    """Running median, so that a single odd step is not a trend."""
     half = width // 2
     return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def level(values: Sequence[float], width: int = 5) -> list[float]:
-    """Running mean: of an accuracy, which is a count of few prompts."""
+    """Running mean, for an accuracy that is a count over few prompts."""
     half = width // 2
     return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 

@@ -1,6 +1,6 @@
-"""A run folder as the report and the comparison see it: curves, samples, a summary of every step's, configuration, environment.
+"""Reads a run folder for the report and the comparison: curves, samples, a summary of every step's samples, configuration, environment.
 
-Sample files are read one at a time, so that memory does not grow with the run; torn last lines (the run died while it wrote) are left out.
+Sample files are read one at a time, so that memory does not grow with the run. Torn last lines (the run died while it wrote) are left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OF_A_START: dict[str, Kind] = {"chat_markers": TEXTS, "packages": OBJECT, "setti
 
 @dataclass(frozen=True)
 class SampleFile:
-    """The samples of a step, or of its validation, with what training saw of the same samples where it was written."""
+    """The samples of a step or of its validation, with what training computed for the same samples where that was written."""
 
     run: RunPaths
     step: int
@@ -55,7 +55,7 @@ class SampleFile:
         return self.path.stem
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines, each with its number as `line` and, under `trained`, the sample's line of the tokens file."""
+        """The lines, each with its number as `line`, and as `trained` the line of the tokens file about the same sample."""
         tokens = self.run.tokens(self.step)
         trained = {row["sample_id"]: row for row in read_trained(tokens)} if tokens.exists() and not self.validation else {}
         samples = enumerate(whole_rows(self.path, SAMPLE), 1)
@@ -64,7 +64,7 @@ class SampleFile:
 
 @dataclass
 class RunData:
-    """What its folder says of a run.
+    """What the folder of a run holds.
 
     metrics: the lines of metrics.jsonl, oldest first. config, origins: dotted key -> value, and who set it, of the last start. starts: the
     lines of environment.jsonl, one for each time the run was started.
@@ -87,19 +87,19 @@ class RunData:
         return {int(line["step"]): {k: v for k, v in line.items() if k not in ("step", "time")} for line in self.metrics}
 
     def number(self, key: str, otherwise: float) -> float:
-        """Of the last start. Raises UserError when the file was changed, and holds none there."""
+        """The value of a key with a number, of the last start. Raises UserError when config.yaml was changed and has no number there."""
         value = self.config.get(key)
         if value is not None and not NUMBER.holds(value):
             raise UserError(f"{self.path / CONFIG_FILE}: {key} is {value}, no number; {CHANGED}")
         return otherwise if value is None else float(value)
 
     def environment_at(self, step: int) -> dict[str, Any]:
-        """Of the start that made this step; empty when none was recorded."""
+        """The environment of the start that made this step; empty when none was recorded."""
         made = [s for s in self.starts if s["first_step"] <= max(step, 1)]
         return made[-1] if made else {}
 
     def config_at(self, step: int) -> dict[str, Any]:
-        """The settings of the start that made this step: one that goes on may have others."""
+        """The settings of the start that made this step; a resumed run may have other settings."""
         settings = self.environment_at(step).get("settings", {})  # written as in config.yaml, which other runs may have alone
         return dict(_leaves({key: python_value(parse(dump(value), key)) for key, value in settings.items()}, "")) or self.config
 
@@ -112,11 +112,11 @@ class RunData:
         return sample_files(RunPaths(self.path))
 
     def samples(self, step: int) -> dict[str, Sample]:
-        """By their ids; none when the step left no such file."""
+        """The samples of a step by their ids; empty when the step left no such file."""
         return _by_id(RunPaths(self.path).samples(step))
 
     def validation(self, step: int) -> dict[str, Sample]:
-        """By their ids; none when the step was not validated."""
+        """The validation samples of a step by their ids; empty when the step was not validated."""
         return _by_id(RunPaths(self.path).validation(step))
 
     def checkpoint_weights(self) -> dict[int, str]:
@@ -136,7 +136,7 @@ def open_run(path: Path) -> RunData:
 
 
 def count_all(run: RunData) -> Iterator[tuple[SampleFile, list[dict[str, Any]]]]:
-    """Read the sample files one after another, filling run.counts on the way."""
+    """Read all sample files, one after another, to fill run.counts."""
     markers = run.starts[-1].get("chat_markers", []) if run.starts else []
     for file in run.files:
         rows = file.rows()
@@ -146,7 +146,7 @@ def count_all(run: RunData) -> Iterator[tuple[SampleFile, list[dict[str, Any]]]]
 
 
 def sample_files(run: RunPaths) -> list[SampleFile]:
-    """In the order of steps; the validation is behind its step."""
+    """The sample files in the order of steps; the validation of a step comes after it."""
     found = [(step, validation) for validation in (False, True) for step in run.steps_of("validation" if validation else "step")]
     return [SampleFile(run, step, validation) for step, validation in sorted(found)]
 
@@ -162,7 +162,7 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path, fields: Mapping[str, Kind], more: Callable[[dict[str, Any]], Mapping[str, Kind]]) -> list[dict[str, Any]]:
-    """more: what a line must hold besides, as it is one."""
+    """The lines of a sample file. more: fields that a line must also have."""
     rows = whole_rows(path, fields)
     for number, row in enumerate(rows, 1):
         if wrong := misfit(row, more(row)):
@@ -171,7 +171,7 @@ def _rows(path: Path, fields: Mapping[str, Kind], more: Callable[[dict[str, Any]
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The settings of a config.yaml, by dotted key. Raises UserError where it holds none."""
+    """The settings in a config.yaml, by dotted key. Raises UserError when it holds none."""
     tree = python_value(parse(file.read_bytes(), str(file)))
     config = dict(_leaves(tree, "")) if isinstance(tree, dict) else {}
     if not config:
@@ -180,7 +180,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_origins(file: Path) -> dict[str, str]:
-    """Who set each key: the comment that RunFolder writes behind it, which a YAML parser leaves out."""
+    """Who set each key, from the comments that RunFolder writes after the values, which a YAML parser leaves out."""
     found: dict[str, str] = {}
     sections: list[str] = []
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -197,7 +197,7 @@ def read_origins(file: Path) -> dict[str, str]:
 
 
 def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Of the YAML tree. A key whose value is a mapping of the user's, such as the placement, is a leaf too."""
+    """The leaves of the YAML tree. A key whose value is a mapping of the user's, such as the placement, is a leaf too."""
     for name, value in section.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in known_keys():

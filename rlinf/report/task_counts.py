@@ -1,4 +1,4 @@
-"""What the samples of a step say, counted by task: the evidence of the rules that no curve has."""
+"""Counts what the samples of a step say, by task: evidence for the rules that no curve has."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ BOX = re.compile(r"^\\boxed\{(.*)\}$", re.S)
 
 @dataclass
 class TaskCounts:
-    """equal_not_right: the extracted answer is written exactly like a solution, and was not graded right. right_unanswered: graded right
-    without an extracted answer. contradictory: groups in which two different numbers were graded right for the one solution.
+    """Counts for one task.
+
+    equal_not_right: samples whose extracted answer is written exactly like a solution, but was not judged right.
+    right_unanswered: samples that were judged right without an extracted answer.
+    contradictory: groups in which two different numbers were judged right although there is one solution.
     """
 
     samples: int = 0
@@ -32,9 +35,8 @@ class TaskCounts:
 
 @dataclass
 class StepCounts:
-    """One step. identical_groups: groups whose responses are all the same text. oldest_version: of the weights
-    that sampled a token. unmarked: prompts without any marker of the chat template.
-    """
+    """Counts for one step. identical_groups: groups whose responses are all the same text. oldest_version: the oldest weight version of a
+    token. unmarked: prompts without any marker of the chat template."""
 
     tasks: dict[str, TaskCounts] = field(default_factory=dict)
     groups: int = 0
@@ -44,7 +46,7 @@ class StepCounts:
 
 
 def count_samples(rows: Sequence[dict[str, Any]], markers: Sequence[str]) -> StepCounts:
-    """markers: the special tokens that the model's chat template writes."""
+    """The counts of these samples. markers: the special tokens in the model's chat template."""
     counts = StepCounts()
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -83,13 +85,13 @@ def plain(answer: str) -> str:
 
 
 def number(answer: str | None) -> float | None:
-    """A whole number as it is written, or None: other forms may differ in writing and still be equal."""
+    """A whole number as it is written, or None: numbers in other forms may be written differently and still be equal."""
     text = plain(answer or "")
     return float(text) if re.fullmatch(r"-?\d{1,15}", text) else None
 
 
 def totals(steps: Iterable[StepCounts]) -> dict[str, TaskCounts]:
-    """By task, over several steps."""
+    """The counts by task, summed over several steps."""
     found: dict[str, TaskCounts] = {}
     for step in steps:
         for name, counts in step.tasks.items():

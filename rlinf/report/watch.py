@@ -1,4 +1,4 @@
-"""`rlinf watch`: what a run is doing, on the screen, from its status.json and metrics.jsonl. It only reads; the run knows nothing of it."""
+"""`rlinf watch`: shows what a run is doing, from its status.json and metrics.jsonl. It only reads files; the run does not notice it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ COLOURS = {"running": "green", "finished": "bold green", "failed": "bold red", "
 
 
 def watch(run_dir: Path, once: bool = False, console: Console | None = None, period: float = 1.0) -> int:
-    """Show the run until it ends (once: one picture). 1 when it failed or its driver is gone. Raises UserError when there is no run."""
+    """Show the run until it ends; once: show it one time. Returns 1 when it failed or its driver is gone. Raises UserError when there is
+    no run."""
     console = console or Console()
     status = of_a_run(run_dir)
     if once:
@@ -56,7 +57,7 @@ def exit_code(status: dict[str, Any], now: float) -> int:
 
 
 def picture(run_dir: Path, status: dict[str, Any], now: float) -> Group:
-    """Heading, last steps, components, engines."""
+    """The text to show: heading, last steps, components, engines."""
     metrics = read_metrics(run_dir)[-STEPS:] if (run_dir / METRICS_FILE).exists() else []
     parts: list[Any] = [heading(run_dir, status, now)]
     if metrics:
@@ -85,7 +86,7 @@ def heading(run_dir: Path, status: dict[str, Any], now: float) -> Text:
 
 
 def seconds_left(status: dict[str, Any], now: float) -> float | None:
-    """From the mean of this process's finished steps."""
+    """The expected seconds until the run ends, from the mean of the steps that this process has finished."""
     mean = status["seconds_per_step"]
     if mean is None:
         return None
@@ -110,7 +111,7 @@ def steps_table(metrics: list[dict[str, float]]) -> Table:
 
 
 def components_table(status: dict[str, Any]) -> Table:
-    """What each rank is asked for now; the ranks of a large component are counted."""
+    """What each rank is doing now; of a large component the ranks are counted."""
     table = Table("component", "does")
     for component, ranks in status["components"].items():
         for rank in ranks[:RANKS]:
@@ -123,7 +124,7 @@ def components_table(status: dict[str, Any]) -> Table:
 
 
 def engines_line(engines: list[dict[str, float | None]]) -> Text:
-    """Samples in flight, and the slowest engine of the last step."""
+    """The samples in flight, and the slowest engine of the last step."""
     text = Text("samples at the engines: " + " ".join(str(e["samples"]) for e in engines))
     known = {k: speed for k, e in enumerate(engines) if (speed := e["tokens_per_second"]) is not None}
     if known:
