@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ),
 )
 def train(args: argparse.Namespace) -> int:
-    from rlinf.checks.preflight import check_files, check_models, describe_step
+    from rlinf.checks.preflight import check_engine, check_files, check_models, describe_step
     from rlinf.config.load import load
     from rlinf.config.validate import validate
     from rlinf.scheduling.placement import build_plan, describe, nodes_of
@@ -131,6 +131,8 @@ def train(args: argparse.Namespace) -> int:
     _, warnings = check_models(config, args.dry_run)
     plan = build_plan(config, nodes_of(config.cluster))
     warnings += check_files(config, args.dry_run)
+    if not args.debug_train_only:
+        warnings += check_engine(config, args.dry_run)
     if args.dry_run:
         _print(f"config: {resolved.source}")
         _print(describe_step(config))

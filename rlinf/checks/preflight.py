@@ -13,6 +13,8 @@ from typing import Any
 from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model, validate_scorer
 from rlinf.config.schema import Config
 from rlinf.errors import UserError
+from rlinf.hardware import has_gpu
+from rlinf.rollout.sglang_server import find_interpreter
 from rlinf.weights.architecture import read_architecture
 
 ModelConfig = dict[str, Any]  # a model's config.json
@@ -49,6 +51,22 @@ def check_files(config: Config, planned: bool) -> list[str]:
     if absent and not planned:
         raise UserError("\n  ".join(["files that the run needs are not there:", *absent]))
     return absent
+
+
+def check_engine(config: Config, planned: bool) -> list[str]:
+    """A message when SGLang is the engine and not installed. Raises it as UserError, unless `planned`.
+
+    Only for a run on this machine alone: engines may run on other nodes, and each says the same when it starts.
+    """
+    if config.rollout.rollout_backend != "sglang" or config.cluster.num_nodes > 1:
+        return []
+    try:
+        find_interpreter(config.rollout.sglang_python, config.cluster.device == "cuda" or (config.cluster.device == "auto" and has_gpu()))
+    except UserError as error:
+        if not planned:
+            raise
+        return [str(error)]
+    return []
 
 
 def describe_step(config: Config) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from rlinf.checks import doctor
 from rlinf.checks.finding import FAIL
-from rlinf.checks.preflight import check_files, check_models, describe_sft_step, describe_step
+from rlinf.checks.preflight import check_engine, check_files, check_models, describe_sft_step, describe_step
 from rlinf.cli import main
 from rlinf.config.load import load
 from rlinf.errors import UserError
@@ -54,6 +55,20 @@ def test_what_is_elsewhere_is_a_warning_to_a_plan_and_ends_a_run(tmp_path: Path)
         check_models(config, planned=False)
     with pytest.raises(UserError, match="files that the run needs are not there:\n  data.train_data_paths: /nowhere/a.jsonl"):
         check_files(config, planned=False)
+
+
+def test_a_run_on_one_machine_needs_its_engine_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLINF_CACHE", str(tmp_path))  # where SGLang on CPU would be
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["rollout.rollout_backend=sglang", "cluster.device=cpu"]
+    with pytest.raises(UserError, match="sglang is not installed for .*; run toolkits/setup/sglang_cpu.sh"):
+        check_engine(load(NAME, words).config, planned=False)
+    assert "sglang is not installed" in check_engine(load(NAME, words).config, planned=True)[0]
+    with pytest.raises(UserError, match="rollout.sglang_python: /nowhere/python is not an executable file"):
+        check_engine(load(NAME, [*words, "rollout.sglang_python=/nowhere/python"]).config, planned=False)
+    assert check_engine(load(NAME, [*words, f"rollout.sglang_python={sys.executable}"]).config, planned=False) == []
+    assert check_engine(load(NAME, [*words, "cluster.num_nodes=2"]).config, planned=False) == []
+    assert check_engine(load(NAME).config, planned=False) == []
 
 
 def test_the_sizes_of_a_step() -> None:
