@@ -1,8 +1,8 @@
 """The thread on which a component computes.
 
-OpenMP gives every thread that computes a team of its own, and when their threads are more than the cores, none waits awake for the next
-operation: waking one takes longer than most operations of a decode step. So a component computes on one thread, and components that
-share a process and take turns share the thread, too.
+OpenMP gives every thread that computes a team of threads of its own. When all these are more than the cores, none of them stays awake for
+the next operation, and waking one takes longer than most operations of a decode step. So a component computes on one thread, and components
+that share a process and take turns share this thread too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _common: ThreadPoolExecutor | None = None
 
 
 class _Lent(Executor):
-    """The common thread in the hands of one component, whose shutdown() does not end it."""
+    """The common thread as one component gets it: its shutdown() does not end the thread."""
 
     def __init__(self, thread: ThreadPoolExecutor) -> None:
         self._thread = thread
@@ -26,13 +26,13 @@ class _Lent(Executor):
 
 
 def compute_thread(name: str) -> Executor:
-    """A thread for a component, or, inside of common_thread(), the one that all of them have."""
+    """A thread for a component; inside common_thread(), the one that all components share."""
     return _Lent(_common) if _common is not None else ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 @contextmanager
 def common_thread() -> Iterator[None]:
-    """Components that are made meanwhile, in any thread of this process, compute in turn."""
+    """Components that are created in the block, in any thread of this process, share one compute thread."""
     global _common
     if _common is not None:
         raise RuntimeError("the components of this process have a common thread already")

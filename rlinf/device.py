@@ -1,4 +1,4 @@
-"""The device of this process. Everything that names torch.cuda is here (tests/test_walls.py); the rest asks `device.type` at most."""
+"""The device of this process. All uses of torch.cuda are here (tests/test_walls.py checks that); other modules only read `device.type`."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def give_back_free_memory(device: torch.device) -> None:
-    """Hand what torch keeps for later use to other processes of the device."""
+    """Give memory that torch keeps for later use to other processes on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
 def limit_memory(device: torch.device, share: float) -> None:
-    """Beyond `share` of the device's memory this process fails, not its neighbour. A CPU has no such limit."""
+    """Let this process fail when it takes more than `share` of the device's memory, instead of its neighbours. A CPU has no such limit."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, device)
 
@@ -66,22 +66,22 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most that was in use since the start, or since forget_peak()."""
+    """The largest amount that was in use since the start, or since forget_peak()."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def forget_peak(device: torch.device) -> None:
-    """From now on peak_memory() counts anew; on CPU the kernel counts from the start of the process."""
+    """Let peak_memory() count from now on; on CPU the kernel always counts from the start of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def host_copy(tensor: Tensor, into: Tensor | None = None) -> Tensor:
-    """A copy in host memory; of a GPU's tensor in pinned memory, in which the device writes by itself.
+    """A copy in host memory; of a GPU's tensor in pinned memory, to which the device can write directly.
 
-    into: an earlier copy to use again. The copy is complete when this returns.
+    into: an earlier copy to be reused. The copy is complete when this returns.
     """
     if into is None:
         into = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -91,9 +91,9 @@ def host_copy(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def share(buffer: Tensor) -> tuple[Any, ...]:
-    """What another process of this machine needs to see the memory of a GPU's tensor [bytes]: numbers and bytes, the GPU by its UUID.
+    """What another process of this machine needs to open the memory of a GPU's tensor [bytes]: numbers and bytes, with the GPU's UUID.
 
-    Torch keeps the memory, even of a tensor that is gone, until one process has opened it and let go, or forgo_shared() was called.
+    Torch keeps the memory, even of a tensor that is gone, until one process has opened it and let it go, or forgo_shared() was called.
     """
     ordinal, *rest = buffer.untyped_storage()._share_cuda_()
     return (_uuid(ordinal), *rest)
@@ -116,7 +116,7 @@ def open_shared(handle: tuple[Any, ...]) -> Tensor:
 
 
 def forgo_shared(handle: tuple[Any, ...]) -> None:
-    """The process that shared the memory is the one that reads it: nobody is to open it."""
+    """Tell torch that no other process will open the memory, because the process that shared it reads it itself."""
     torch.UntypedStorage._release_ipc_counter(*handle[4:6])
 
 
@@ -125,7 +125,7 @@ def _uuid(ordinal: int) -> str:
 
 
 def recorder() -> profile:
-    """Torch's profiler, of what the thread that starts it does and of this process's GPU; a process has one at a time."""
+    """Torch's profiler, for the thread that starts it and this process's GPU. A process can only have one at a time."""
     return profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * usable())
 
 

@@ -1,4 +1,4 @@
-"""The errors that every room may raise and that the command line turns into exit codes."""
+"""The errors that any package may raise, and that the command line turns into exit codes."""
 
 
 class UserError(Exception):
@@ -13,8 +13,8 @@ class RunFailed(Exception):
 
 
 class Hang(RunFailed):
-    """A phase took longer than its budget, and nothing is known to have died: started anew, the run may well go on."""
+    """A phase took longer than its budget, and nothing is known to have died. Restarted, the run may well go on."""
 
 
 class WorkerLost(RunFailed):
-    """A worker died whose place may be filled again (WorkerGroup.deaths_allowed); its calls are to be made anew once it has been."""
+    """A worker died that may be replaced (WorkerGroup.deaths_allowed). Its calls must be repeated when it has been replaced."""

@@ -1,4 +1,4 @@
-"""What this machine has and allows, as its files and its kernel say it: asks no library, starts nothing."""
+"""What this machine has and allows, from files and the kernel, without asking a library or starting anything."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def has_gpu() -> bool:
 
 
 def cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may use: affinity and the control group's quota."""
+    """How many cores this process may use, by its affinity and the quota of its control group."""
     count = len(os.sched_getaffinity(0))
     if quota_file.exists():
         quota, period = quota_file.read_text().split()
@@ -55,14 +55,14 @@ def triton_lacks(environment: Mapping[str, str] = os.environ, headers: Path | No
 
 
 def ports_of(local_rank: int) -> range:
-    """The ports of one server of this node, by its number on the node: servers that start together, each looking for itself, and bind long
-    after they have looked, do not choose the same."""
+    """The range of ports of one server of this node, by its number on the node. Servers that start together look for a free port long
+    before they bind it; with a range each, they do not choose the same."""
     first = len(MEETING_PORTS) + local_rank % SLICES * SLICE
     return PORTS[first : first + SLICE]
 
 
 def free_port(host: str, among: range = MEETING_PORTS) -> int:
-    """A port that a server can bind now at `host`, which is an address of this machine or stands for one. Raises RunFailed."""
+    """A port that a server can bind now at `host`, an address of this machine. Raises RunFailed when there is none."""
     for port in random.SystemRandom().sample(among, min(len(among), 100)):
         if _can_bind(host, port):
             return port
@@ -71,7 +71,7 @@ def free_port(host: str, among: range = MEETING_PORTS) -> int:
 
 
 def _can_bind(host: str, port: int) -> bool:
-    """Asked by binding: a port may be taken though nothing answers there, as one is that a server has bound and does not serve yet."""
+    """Tries it by binding: a port may be taken although nothing answers there, as long as a server has bound it and does not serve yet."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
             probe.bind((host, port))
@@ -91,9 +91,9 @@ def address_of(interface: str) -> str:
 
 
 def allow_open_files() -> None:
-    """Raise the soft limit of this process, which is 1024 in most shells, to the hard one: a rank has sockets to all others, and a file for
-    each shared tensor. To a million at most: where the hard limit is a billion, a program that closes all that it might have open takes
-    minutes."""
+    """Raise the soft limit of open files, 1024 in most shells, to the hard one: a rank has sockets to all others, and a file for each
+    shared tensor. At most to a million: where the hard limit is a billion, a program that closes every file that it might have open
+    takes minutes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -102,7 +102,7 @@ def allow_open_files() -> None:
 
 @cache  # each matrix of a weight sync asks
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Names of the CPU's instruction sets as Linux has them; empty elsewhere."""
+    """Names of the CPU's instruction sets in Linux's spelling; empty on other systems."""
     if not cpuinfo.exists():
         return frozenset()
     lines = cpuinfo.read_text().splitlines()

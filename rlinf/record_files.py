@@ -1,6 +1,7 @@
-"""Record files: JSON lines as a run writes them, read back with every field checked.
+"""Reads record files: JSON lines that a run wrote, with every field checked.
 
-The last line of a dead run may be torn, and is left out. A line that somebody or a power cut changed is told by file, line and field.
+The last line of a run that died may be torn, and is left out. For a line that a person or a power cut has changed, the error names file,
+line and field.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ REMEDY = "take that line out, and keep a copy of the file"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field of a record is to hold. name: as a message says it, `a string`."""
+    """What a field of a record must hold. name: as in messages, `a string`."""
 
     name: str
     holds: Callable[[Any], bool]
@@ -49,7 +50,7 @@ def or_null(kind: Kind) -> Kind:
 
 
 def misfit(row: Mapping[str, Any], fields: Mapping[str, Kind]) -> str | None:
-    """What is wrong with the first field that is missing or holds something else; None when every field is as it should be."""
+    """What is wrong with the first field that is missing or of another kind; None when all fields are right."""
     for name, kind in fields.items():
         if name not in row:
             return f"no field `{name}`"
@@ -60,9 +61,9 @@ def misfit(row: Mapping[str, Any], fields: Mapping[str, Kind]) -> str | None:
 
 
 def whole_rows(path: Path, fields: Mapping[str, Kind] | None = None) -> list[dict[str, Any]]:
-    """The object of every complete line. fields: what each must hold.
+    """The objects of all complete lines. fields: what each must have.
 
-    Raises UserError that names the first line that holds no such object, as after a power cut.
+    Raises UserError that names the first line which is not such an object, as after a power cut.
     """
     rows = []
     for number, line in enumerate(whole_lines(path)[0], 1):
@@ -78,12 +79,12 @@ def whole_rows(path: Path, fields: Mapping[str, Kind] | None = None) -> list[dic
 
 
 def damaged(path: Path, number: int, what: str) -> UserError:
-    """Of a line of a record file."""
+    """The error about a damaged line of a record file."""
     return UserError(f"{path}, line {number}: {what}; the file is damaged there: {REMEDY}")
 
 
 def whole_lines(path: Path) -> tuple[list[str], str]:
-    """The complete lines of the file, each with its newline, and what is left after the last newline."""
+    """(the complete lines of the file, each with its newline; the text after the last newline)."""
     data = path.read_bytes()
     try:
         text = data[: data.rfind(b"\n") + 1].decode("utf-8")

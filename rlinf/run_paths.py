@@ -38,7 +38,7 @@ SAMPLE_KINDS: tuple[SampleKind, ...] = get_args(SampleKind)
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where things are in the folder of a run, whether they are there or not."""
+    """The paths in the folder of a run, whether the files exist or not."""
 
     run_dir: Path
 
@@ -80,20 +80,20 @@ class RunPaths:
         return self.checkpoints / step_name(step)
 
     def partial_checkpoint(self, step: int) -> Path:
-        """Where it is written, until it is complete."""
+        """Where a checkpoint is written until it is complete."""
         return self.checkpoints / (step_name(step) + PARTIAL)
 
     def complete_checkpoints(self) -> list[int]:
-        """Their steps, in order."""
+        """The steps of all complete checkpoints, in order."""
         return [step for step, path in _named(self.checkpoints, "step") if (path / COMPLETE).exists()]
 
     def unfinished_checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of those whose writing or removal goes on, or was interrupted."""
+        """(step, folder) of checkpoints that are being written or removed, or whose writing or removal was interrupted."""
         removed = [(step, path) for step, path in _named(self.checkpoints, "step") if not (path / COMPLETE).exists()]
         return removed + _named(self.checkpoints, "step", re.escape(PARTIAL))
 
     def replaced_checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of those that aside() gave their names."""
+        """(step, folder) of checkpoints that were renamed by aside()."""
         return _named(self.checkpoints, "step", re.escape(REPLACED) + "[0-9]+")
 
 
@@ -103,7 +103,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step of a checkpoint, by the name of its folder; None when it is not named as a complete one is."""
+    """The step of a checkpoint from the name of its folder; None when it is not the name of a complete checkpoint."""
     found = re.fullmatch(f"step_({STEP})", checkpoint.name)
     return int(found[1]) if found else None
 
@@ -115,7 +115,7 @@ def journal_of(samples: Path) -> Path | None:
 
 
 def aside(path: Path) -> Path:
-    """Where something goes that is made again: the first free name of the form <name>.replaced-N."""
+    """The name for something that is about to be made again: the first free one of the form <name>.replaced-N."""
     number = 1
     while (other := path.with_name(f"{path.name}{REPLACED}{number}")).exists():
         number += 1
@@ -123,13 +123,13 @@ def aside(path: Path) -> Path:
 
 
 def replaced(path: Path) -> list[Path]:
-    """What went aside from this name, the last first."""
+    """What was renamed from this path by aside(), the last first."""
     pattern = re.escape(path.name + REPLACED) + "([0-9]+)"
     found = [(int(match[1]), p) for p in path.parent.glob("*") if (match := re.fullmatch(pattern, p.name))]
     return [p for _, p in sorted(found, reverse=True)]
 
 
 def _named(folder: Path, kind: str, ending: str = "") -> list[tuple[int, Path]]:
-    """(step, path) of what the folder has under the name <kind>_<step><ending>, in the order of steps. ending: a regular expression."""
+    """(step, path) of everything in the folder with the name <kind>_<step><ending>, in the order of steps. ending: a regular expression."""
     found = ((re.fullmatch(f"{kind}_({STEP}){ending}", path.name), path) for path in folder.glob(f"{kind}_*"))
     return sorted((int(match[1]), path) for match, path in found if match)

@@ -1,4 +1,5 @@
-"""The lower half of the grammar: numbers, symbols, groups, functions, brackets, matrices. The upper half (parse.py) builds on it."""
+"""The lower half of the grammar of answers: numbers, symbols, groups, functions, brackets, matrices. The upper half (parse.py) builds on
+it."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ MAX_DIGITS = 100_000
 
 
 def big_int(digits: str) -> int:
-    """int() without its limit on the number of digits (a process-wide setting that is not ours to change)."""
+    """int() without Python's limit on the number of digits, which is a process-wide setting that this library must not change."""
     if len(digits) <= 4000:
         return int(digits)
     half = len(digits) // 2

@@ -1,4 +1,4 @@
-"""The child process of rewards/pool.py: reads items from stdin, answers on stdout, one at a time, under its own limits.
+"""The child process of rewards/pool.py: reads items from stdin and answers on stdout, one at a time, under limits of its own.
 
 python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES TIMEOUT
 """

@@ -1,4 +1,4 @@
-r"""One shape for answers that say the same in different forms: `x = 5`, `x \in \{5\}`, `\pm 2`, `\{x \mid x > 3\}`, `5 \text{ cm}`."""
+r"""Brings answers that mean the same in different forms to one form, such as `x = 5`, `x \in \{5\}`, `\pm 2` and `5 \text{ cm}`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def lifted(node: Node) -> Node:
 
 
 def arithmetic(node: Node) -> Node:
-    """Sums of vectors and of matrices, and their multiples by numbers, worked out entry by entry."""
+    """Computes sums of vectors and of matrices, and their multiples by numbers, entry by entry."""
     args = tuple(arithmetic(a) if a.op in ("add", "mul", "neg", "div") else a for a in node.args)
     shaped = [a for a in args if a.op in ("tuple", "matrix")]
     if (

@@ -1,4 +1,4 @@
-"""Whether two answers, once read, say the same. The structure is compared here; expressions are handed to a `Judge`."""
+"""Decides whether two parsed answers mean the same. The structure is compared here; expressions are given to a `Judge`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_PAIRS = 2500  # comparisons to match two unordered collections whose members
 
 
 class Judge(Protocol):
-    """Two of them: one that knows rationals only and stays in this process, one with mpmath for the cage."""
+    """Compares expressions. There are two: one that knows only rationals and works in this process, and one with mpmath for the cage."""
 
     def same(self, a: Node, b: Node) -> bool:
         """Whether two expressions are identically equal."""
@@ -42,7 +42,7 @@ class Judge(Protocol):
 
 
 def equal(gold: Node, answer: Node, judge: Judge) -> bool:
-    """Raises Malformed or NoValue where a side has no meaning, and whatever the judge raises."""
+    """Whether the two answers mean the same. Raises Malformed or NoValue when a side has no meaning, and whatever the judge raises."""
     return _equal(canonical(gold), canonical(answer), judge)
 
 
@@ -172,7 +172,8 @@ def _first_times(values: Sequence[Fraction]) -> list[bool]:
 
 
 def _match(left: Sequence[Node], right: Sequence[Node], same: Callable[[Node, Node], bool]) -> bool:
-    """Every member of one side has its own partner. Greedy is enough: being the same is an equivalence."""
+    """Whether every member of one side has its own partner on the other. A greedy search is enough, because the relation is an
+    equivalence."""
     if len(left) * len(right) > MAX_PAIRS:
         raise TooDeep("too many members")
     rest = list(right)

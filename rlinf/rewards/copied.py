@@ -1,7 +1,8 @@
-r"""Whether a right answer is only a formula of the question: \boxed{23+45} does not answer "What is 23+45?".
+r"""Detects a right answer that only repeats a formula of the question: \boxed{23+45} does not answer "What is 23+45?".
 
-Answer and prompt are brought to one notation, so that brackets, a name in front, a unit behind or another sign for times hide nothing.
-What is already a finished value (a number in lowest terms, an interval of such numbers, `x = 2`) or has the gold's own form is no copy.
+Answer and prompt are brought to one notation, so that brackets, a name in front, a unit at the end or another multiplication sign do not
+hide a copy. An answer that is already a finished value (a number in lowest terms, an interval of such numbers, `x = 2`), or has the form of
+the solution itself, is not a copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Values of expressions: exactly as rationals in any process, numerically with mpmath in the cage. Both refuse what would be too big."""
+"""Values of expressions: exactly, as rationals, in any process; numerically, with mpmath, in the cage. Both refuse values that would be too
+big."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ CAGE_BITS = 400_000
 
 
 class TooBig(ValueError):
-    """A value with more digits than we are ready to compute."""
+    """A value with more digits than this module is willing to compute."""
 
 
 class NoValue(ValueError):
-    """Undefined here: division by zero, a function we do not know, a set where a number should be."""
+    """An expression without a value: division by zero, an unknown function, a set where a number should be."""
 
 
 def exact(node: Node, bits: int = CHEAP_BITS) -> Fraction | None:

@@ -1,4 +1,4 @@
-"""Where the answer is: the text that counts, and the last balanced box in it. Linear in the length of the text."""
+"""Finds the answer in a response: the text that counts, and the last balanced box in it. The time is linear in the length of the text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?"
 
 
 class Extracted(NamedTuple):
-    """answer None means that there is none; `route` then says why: `no_answer` (thinking never ended) or `no_box`."""
+    """answer: None when there is none; `route` then says why: `no_answer` (thinking never ended) or `no_box`."""
 
     answer: str | None
     route: str = ""
@@ -24,7 +24,8 @@ def ends_inside_thinking(prompt: str) -> bool:
 
 
 def counted_text(response: str, prompt: str = "") -> str | None:
-    """What follows the last </think>. The whole response when nobody opened a <think>; None when it was opened and never closed."""
+    """The text in which the answer is looked for: what follows the last </think>; the whole response when no <think> was opened; None when
+    one was opened and never closed."""
     end = response.rfind("</think>")
     if end >= 0:
         return None if response.find("<think>", end) >= 0 else response[end + len("</think>") :]
@@ -59,7 +60,7 @@ def last_box(text: str) -> str | None:
 
 
 def extract(response: str, prompt: str = "", answer_format: str = "boxed") -> Extracted:
-    """The answer of a response. `boxed_or_final_number` falls back to the last number of the text that counts."""
+    """The answer of a response. The method `boxed_or_final_number` falls back to the last number in the text that counts."""
     text = counted_text(response, prompt)
     if text is None:
         return Extracted(None, "no_answer")

@@ -18,19 +18,19 @@ class Node(NamedTuple):
 
 
 class Malformed(ValueError):
-    """No grammar that we know reads this."""
+    """An answer that none of our grammars can read."""
 
 
 class Unsupported(Malformed):
-    """Mathematics that our grammar leaves to math-verify (integrals, sums, limits, ...)."""
+    """Mathematics that our grammar does not read and leaves to math-verify (integrals, sums, limits, ...)."""
 
 
 class Unknown(Malformed):
-    """A command that we do not know: what it does to the rest cannot be told."""
+    """An unknown command: what it does to the rest of the answer cannot be said."""
 
 
 class TooDeep(ValueError):
-    """Nested deeper than the parser goes."""
+    """An answer that is nested more deeply than the parser allows."""
 
 
 EMPTY_SET = Node("set")

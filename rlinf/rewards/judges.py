@@ -28,7 +28,7 @@ _TENTHS = (17, 29, 23, 31, 13, 37, 19, 41, 11, 43, 47, 7, 53, 59, 61, 67)  # no 
 
 
 class NeedsCage(Exception):
-    """Symbolic work: not in this process."""
+    """Raised for symbolic work, which must not be done in this process."""
 
 
 def rounds_exactly(value: Fraction, decimal: Fraction, places: int) -> bool:
@@ -107,7 +107,7 @@ def infinity(node: Node) -> float:
 
 
 class NumericJudge:
-    """For the cage: its work is bounded, but not small."""
+    """For the cage only: its work is bounded, but not small."""
 
     def __init__(self) -> None:
         from mpmath import mp

@@ -40,7 +40,8 @@ class Decision(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One way to read an answer; letter: the choice label in front of it; domain: what was left out of it (`k in Z`)."""
+    """One way to read an answer. letter: the choice label in front of it. domain: the domain of a parameter that was taken off (`k in
+    Z`)."""
 
     node: Node | None
     letter: str
@@ -49,7 +50,8 @@ class Reading(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A cleaned answer with its readings. unsupported: mathematics that our grammar does not read. unknown: it holds an unknown command."""
+    """A cleaned answer with its readings. unsupported: whether it has mathematics that our grammar does not read. unknown: whether it has
+    an unknown command."""
 
     text: str
     readings: tuple[Reading, ...]
@@ -88,7 +90,7 @@ def long_integer(text: str) -> str | None:
 
 @lru_cache(maxsize=65536)
 def gold_answer(solution: str) -> str:
-    """What a solution says: the content of its last box, or all of it."""
+    """The answer in a solution: the content of its last box, or the whole text when it has no box."""
     box = last_box(solution)
     return (solution if box is None else box).strip()
 
@@ -159,7 +161,7 @@ def _as_words(text: str) -> Node | None:
 
 
 def judge_cheap(answer: str, solutions: tuple[str, ...]) -> Decision | None:
-    """The routes that stay in this process; None when the answer needs the cage."""
+    """Try the routes that work in this process; None when the answer needs the cage."""
     value = simple_number(answer)
     if value is not None:
         golds = [simple_number(gold_answer(s)) for s in solutions]
@@ -183,7 +185,7 @@ def judge_cheap(answer: str, solutions: tuple[str, ...]) -> Decision | None:
 
 
 def judge_caged(answer: str, solutions: tuple[str, ...]) -> Decision:
-    """Every route; only for a process that may be killed."""
+    """Try every route; only for a process that may be killed."""
     got = read(answer, CAGE_DEPTH)
     wants = [gold_reading(s, CAGE_DEPTH) for s in solutions]
     decision = _decide(got, wants, NumericJudge())

@@ -1,6 +1,6 @@
-r"""From what a model writes to the LaTeX that the parser reads: look-alikes, spacing, wrappers, thousands separators.
+"""Rewrites what a model wrote to the LaTeX that the parser reads: look-alikes, spacing, wrappers, thousands separators.
 
-Only these rewritings exist; docs/verifier.md lists them. Digits that are not ASCII are never read as digits.
+There are no other rewritings than these, and docs/verifier.md lists them. Digits that are not ASCII are never read as digits.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _PLAIN = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 
 
 class LookAlike(ValueError):
-    """The answer holds digits that only look like digits."""
+    """Raised for an answer with characters that only look like digits."""
 
 
 def clean(answer: str) -> str:

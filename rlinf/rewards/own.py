@@ -1,4 +1,5 @@
-"""Functions of the user's, in the cage: they judge answers (reward.own_tasks), or give a part of the reward (reward.own_parts)."""
+"""Calls functions of the user's own, in the cage: they judge answers (reward.own_tasks), or give a part of the reward
+(reward.own_parts)."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ PART = "part"  # what an item for the cage that asks for a part begins with
 
 
 class Response(NamedTuple):
-    """What a function of reward.own_parts is given.
+    """The argument of a function of reward.own_parts.
 
-    solutions, task: of the prompt. answer: what was found in the response, None where nothing was. right: what the verifier says, None
-    where it cannot tell. tokens: of the response. cut_off: whether it ended at a limit.
+    solutions, task: of the prompt. answer: what was found in the response, or None. right: what the verifier says; None when it cannot
+    decide.
+    tokens: of the response. cut_off: whether the response ended at a limit.
     """
 
     prompt: str
@@ -34,8 +36,8 @@ class Response(NamedTuple):
 
 
 def judge_own(function: str, answer: str, solutions: tuple[str, ...]) -> Decision:
-    """By a function (answer, solutions) -> True, False, or None for undecided. Another result is no verdict: a score of 0.1, or of -1,
-    would be taken for right."""
+    """Judge by a function (answer, solutions) -> True, False, or None for undecided. Any other result is an error: a score of 0.1, or of
+    -1, would count as right."""
     judge = load_own(function)
     try:
         verdict = judge(answer, solutions)
@@ -49,7 +51,7 @@ def judge_own(function: str, answer: str, solutions: tuple[str, ...]) -> Decisio
 
 
 def give_part(function: str, fields: Sequence[Any]) -> dict[str, Any]:
-    """In the cage: the function's number, or why there is none."""
+    """Call a function of reward.own_parts; returns its number, or why there is none."""
     response, part = Response(*fields), load_own(function)
     try:
         value = part(response._replace(solutions=tuple(response.solutions)))
@@ -63,7 +65,7 @@ def give_part(function: str, fields: Sequence[Any]) -> dict[str, Any]:
 
 
 def told(error: BaseException, function: str) -> str:
-    """An error of a user's function, with the line of its file."""
+    """The error of a user's function as a message, with the line of its file."""
     lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file_of(function))]
     where = f"line {lines[-1]}: " if lines else ""
     return f"{where}{type(error).__name__}: {error}"[:200]

@@ -1,4 +1,4 @@
-"""Parts of a reward that functions of the user's give (reward.own_parts), each in a cage of its own."""
+"""Parts of a reward that functions of the user's own give (reward.own_parts). Each function has a cage of its own."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class OwnParts:
         self._pools = {name: Pool(num_processes, timeout, function) for name, function in functions.items()}
 
     def add(self, verdicts: Sequence[Verdict], responses: Sequence[Response]) -> list[Verdict]:
-        """The verdicts with their parts; status and correctness stay as they are. Where a function gives no number its part is 0, and the
-        verdict says so."""
+        """The verdicts with the parts added to their rewards; status and correctness do not change. When a function gives no number, its
+        part is 0 and the verdict says so."""
         asked = [
             [(name, self._pools[name].submit((PART, function, response))) for name, function in self.functions.items()]
             for response in responses

@@ -1,8 +1,9 @@
 """The cage: worker processes that may be killed at any moment, for answers that need symbolic work.
 
-Only killing a process stops C code, so every worker is a clean child (no torch, no fork of this process) with a memory and a CPU limit
-that speaks JSON over pipes. One keeper thread holds one worker, gives it one item at a time and kills it when the wall limit is over; a
-spare that has already started takes its place. A stuck item therefore costs its own keeper `timeout` seconds and nobody else anything.
+C code can only be stopped by killing its process. So every worker is a clean child (no torch, not forked from this process) with a memory
+and a CPU limit, which speaks JSON over pipes. A keeper thread owns one worker, gives it one item at a time, and kills it when the time
+limit is over; a spare worker that has already started takes its place. An item that hangs therefore costs `timeout` seconds of its own
+keeper, and no time of the others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
 class Reply(NamedTuple):
-    """What came back for one item: the worker's answer, or None with the reason (`timeout`, `memory`, `died`); seconds from hand-over."""
+    """The reply to one item: the worker's answer, or None with the reason (`timeout`, `memory`, `died`); and the seconds that it took."""
 
     answer: dict[str, Any] | None
     reason: str
@@ -38,7 +39,7 @@ class Reply(NamedTuple):
 
 
 class Worker:
-    """One child process. Not thread-safe: it belongs to one keeper."""
+    """One child process. Not thread-safe: it belongs to one keeper thread."""
 
     def __init__(self, kind: str, memory_bytes: int, timeout: float) -> None:
         env = dict(os.environ, **_CLEAN, PYTHONPATH=os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH")))))
@@ -48,7 +49,8 @@ class Worker:
         self._ready = False
 
     def wait_ready(self) -> bool:
-        """False when somebody killed it. Raises RuntimeError when the child cannot start (its traceback is on stderr)."""
+        """Wait until the child is ready. False when it was killed. Raises RuntimeError when the child cannot start (its traceback is on
+        stderr)."""
         if not self._ready:
             self._ready = self._read(time.monotonic() + START_SECONDS) == {"ready": True}
         if self._ready and self.process.poll() is None:
@@ -59,7 +61,7 @@ class Worker:
         raise RuntimeError(f"a verifier process did not start (exit status {self.process.returncode}); see its messages on stderr")
 
     def ask(self, item: Any, timeout: float) -> Reply:
-        """Hand an item over and wait; after anything but an answer the worker must be replaced."""
+        """Give an item to the child and wait. Unless it answers, the worker must then be replaced."""
         started = time.monotonic()
         data = json.dumps(item).encode()
         try:
@@ -132,7 +134,8 @@ class Pool:
             return [w.process.pid for w in self._state.workers if w.process.poll() is None]
 
     def close(self) -> None:
-        """Waiting items are cancelled, running ones finish or time out, every child is reaped. Also runs at exit and when collected."""
+        """Cancel waiting items, let running ones finish or time out, and reap every child. It is also called at exit and when the pool
+        is collected."""
         self._close()
 
     def __enter__(self) -> Pool:
@@ -143,7 +146,7 @@ class Pool:
 
 
 class _State:
-    """What keepers share. Apart from Pool, so that the threads do not keep the pool alive."""
+    """What the keeper threads share. It is separate from Pool, so that the threads do not keep the pool alive."""
 
     def __init__(self, kind: str, timeout: float, memory_bytes: int, jobs: queue.Queue, nursery: ThreadPoolExecutor) -> None:
         self.kind = kind
@@ -161,7 +164,7 @@ class _State:
         return worker
 
     def next_worker(self) -> Worker:
-        """The spare, ready; another one starts behind it. A spare that was killed while it waited is passed over."""
+        """The spare worker, when it is ready; starts another spare. A spare that was killed while it waited is skipped."""
         for _ in range(ATTEMPTS):
             with self.lock:
                 mine, self.spare = self.spare, self.nursery.submit(self._spawn)

@@ -48,7 +48,7 @@ def load() -> Any:
 
 
 def judge(family: str, answer: str, solutions: tuple[str, ...]) -> Decision:
-    """Only in the cage. Partial credit is no credit; a scorer that fails on the text leaves it undecided."""
+    """Judge an answer; only in the cage. Partial credit counts as wrong; when the scorer fails on the text, the result is undecided."""
     score_answer = load().get_score_answer_fn(family)
     best = 0.0
     for solution in solutions:
@@ -62,10 +62,11 @@ def judge(family: str, answer: str, solutions: tuple[str, ...]) -> Decision:
 
 
 def generate(family: str, size: int, seed: int, held_out: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(size training records, held_out records) in the AReaL-boba format; no question comes twice in the two together.
+    """(training records, held_out records) in the AReaL-boba format, `size` and `held_out` of them; no question occurs twice in the two
+    together.
 
-    Raises UserError for a family that is not a function of its seed, whose scorer does not pay its own answers, or that has too few
-    different questions.
+    Raises UserError for a family whose problems do not depend on the seed alone, whose scorer does not accept its own answers, or that has
+    too few different questions.
     """
     check_family(family)
     if family in NOT_REPRODUCIBLE:
@@ -92,7 +93,7 @@ def generate(family: str, size: int, seed: int, held_out: int = 0) -> tuple[list
 
 
 def generate_files(out_dir: Path, names: Sequence[str], n_train: int, n_val: int, seed: int) -> dict[str, Path]:
-    """train.jsonl and val.jsonl with n_train and n_val problems of each task `rg/<family>`; their paths."""
+    """Write train.jsonl and val.jsonl with n_train and n_val problems of each task `rg/<family>`; returns their paths."""
     if n_train < 1 or n_val < 1:
         raise UserError(f"reasoning-gym data: {n_train} training and {n_val} validation problems were asked for; each must be at least 1")
     for name in names:

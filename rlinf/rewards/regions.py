@@ -1,4 +1,4 @@
-"""Sets of real numbers as sorted, disjoint intervals: `x < 1 or x > 2`, `(-oo, 1) \\cup (2, oo)` and `R \\ [1, 2]` are one thing."""
+"""Sets of real numbers as sorted, disjoint intervals, so that `x < 1 or x > 2`, `(-oo, 1) \\cup (2, oo)` and `R \\ [1, 2]` are equal."""
 
 from __future__ import annotations
 

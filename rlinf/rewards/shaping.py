@@ -1,4 +1,4 @@
-"""Parts of a reward beside correctness. Pure; what is switched off is not a part."""
+"""Parts of a reward beside correctness, as pure functions. A part that is switched off does not appear in verdicts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ CONCLUSION = re.compile(r"\s*<think>(.*)</think>\s*<conclusion>(.*)</conclusion>
 
 @dataclass(frozen=True)
 class Shaping:
-    """format_reward: added to a well-formed response. overlong_buffer (tokens) and overlong_penalty: soft_overlong.
+    """The parts that are switched on, and their sizes.
 
-    exploration_penalty: exploration. four_levels: a reward scale by which FOUR_LEVELS replace what correctness alone earned; None = off.
-
-    max_new_tokens: the hard limit of a response that overlong_buffer counts back from.
+    format_reward: added for a well-formed response. overlong_buffer (tokens), overlong_penalty: see soft_overlong. exploration_penalty: see
+    exploration.
+    four_levels: a reward scale; FOUR_LEVELS then replace the reward for correctness; None = off.
+    max_new_tokens: the hard limit of a response, from which overlong_buffer counts back.
     """
 
     max_new_tokens: int
@@ -35,7 +36,7 @@ class Shaping:
             raise ValueError("overlong_penalty and exploration_penalty must not be negative")
 
     def apply(self, verdict: Verdict, prompt: str, response: str, length: int) -> Verdict:
-        """The verdict with its parts; status and correctness stay as they are."""
+        """The verdict with the parts added to its reward; status and correctness do not change."""
         parts: list[tuple[str, float]] = []
         if self.four_levels is not None:
             level = FOUR_LEVELS[verdict.status is Status.RIGHT, concluded(prompt, response)]
@@ -55,12 +56,14 @@ def soft_overlong(length: int, limit: int, buffer: int) -> float:
 
 
 def exploration(length: int, penalty: float) -> float:
-    """-penalty / length, at least -1: short reasoning costs, and ever less as it grows (RLSP, arXiv 2502.06773). An empty response: -1."""
+    """-penalty / length, at least -1: a short response costs much, a long one little (RLSP, arXiv 2502.06773). An empty response costs
+    1."""
     return -min(1.0, penalty / length) if length else -1.0
 
 
 def well_formed(prompt: str, response: str) -> bool:
-    """One thinking section, closed, where the prompt or the response opens one; then an answer in a box, and one box only."""
+    """Whether there is one closed thinking section, if the prompt or the response opens one, and then an answer in a box, and only one
+    box."""
     opened = int(ends_inside_thinking(prompt)) + response.count("<think>")
     if opened > 1 or response.count("</think>") != opened:
         return False

@@ -1,10 +1,10 @@
-"""What a task name means: how its answers are judged, which part in this process and which in the cage.
+"""How the answers of each task are judged, and which part of that needs the cage.
 
 math          equivalence of mathematical answers (rewards/math.py)
-choice        the letter of a multiple-choice question; never a guess from prose
-exact         the same text, white space aside
+choice        the letter of a multiple-choice question; it is never guessed from prose
+exact         the same text, except for white space
 rg/<family>   reasoning-gym's scorer of that family; only the full score is right
-(others)      functions of the user's (reward.own_tasks), in the cage
+(others)      functions of the user's own (reward.own_tasks), in the cage
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 
 
 def check_tasks(tasks: Iterable[str], own: Collection[str] = (), remedy: str = LEAVE_OUT) -> None:
-    """Raises UserError for a task that nothing here can judge, and for one of `own` (reward.own_tasks) that has the name of one of ours.
+    """Raise UserError for a task that cannot be judged, and for one of `own` (reward.own_tasks) that has the name of one of ours.
 
-    remedy: beside naming a function for it."""
+    remedy: what the user can do, beside naming a function for the task.
+    """
     for task in sorted(own):
         if task in TASKS or task.startswith("rg/"):
             raise UserError(f"reward.own_tasks: {task} is judged here already; give your task another name, in the data too")
@@ -42,7 +43,7 @@ def check_tasks(tasks: Iterable[str], own: Collection[str] = (), remedy: str = L
 
 
 def judge_cheap(task: str, answer: str, solutions: tuple[str, ...]) -> Decision | None:
-    """None: the cage must decide."""
+    """Judge without the cage; None when the cage must decide."""
     if task == "math":
         return math.judge_cheap(answer, solutions)
     if task == "choice":
@@ -55,7 +56,7 @@ def judge_cheap(task: str, answer: str, solutions: tuple[str, ...]) -> Decision 
 
 
 def judge_caged(task: str, answer: str, solutions: tuple[str, ...]) -> Decision:
-    """task: `math`, `rg/<family>`, or a function of the user's."""
+    """Judge in the cage. task: `math`, `rg/<family>`, or a function of the user's own."""
     if is_own(task):
         return judge_own(task, answer, solutions)
     if task == "math":
@@ -64,7 +65,7 @@ def judge_caged(task: str, answer: str, solutions: tuple[str, ...]) -> Decision:
 
 
 def warm_up(kind: str) -> None:
-    """Load what a worker for `math`, `rg` or a user's function needs, so that no item pays for it."""
+    """Load what a worker needs for `math`, `rg` or a user's function, so that the first item does not have to wait for it."""
     if is_own(kind):
         load_own(kind)
     elif kind == "rg":
@@ -90,7 +91,8 @@ def letter_of(answer: str) -> str | None:
 
 
 def name_of(task: str, answer: str) -> str:
-    """One name for wrong answers that are plainly the same, for a majority vote: the letter, the exact number, else the cleaned text."""
+    """A name that is the same for answers that are plainly the same, for majority votes: the letter, the exact number, or else the
+    cleaned text."""
     if task == "choice":
         return letter_of(answer) or _exact_text(answer)
     if task != "math":

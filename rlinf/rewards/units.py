@@ -1,4 +1,4 @@
-"""Units of measurement: enough to tell centimetres from metres, and to let an answer give a unit that the gold leaves out."""
+"""Units of measurement: tells centimetres from metres, and accepts a unit that the solution leaves out."""
 
 from __future__ import annotations
 

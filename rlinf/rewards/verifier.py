@@ -1,4 +1,5 @@
-"""Verdicts: text in, reward with a reason out. Usable in a script, in a thread and in an actor."""
+"""The verifier: judges responses and returns verdicts with a reward and a reason. It can be used in a script, in a thread and in a Ray
+actor."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ REMEMBERED = 65536  # decided (task, answer, solutions) triples kept, so that a 
 class Item(NamedTuple):
     """One response to judge.
 
-    prompt (optional) tells whether the response begins inside an open <think>, and what would be a mere copy of the question.
+    prompt (optional): says whether the response begins inside an open <think>, and which answers would only copy the question.
     """
 
     text: str
@@ -33,9 +34,10 @@ class Item(NamedTuple):
 
 
 class Verifier:
-    """Judges responses. Thread-safe; processes start when the first answer needs them (or at `warm_up`) and end with `close`.
+    """Judges responses. Thread-safe. Its processes start when the first answer needs them (or in `warm_up`), and end in `close`.
 
-    reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as wrong. own_tasks: reward.own_tasks.
+    reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as for a wrong answer. own_tasks:
+    reward.own_tasks.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Verifier:
 
     @classmethod
     def of(cls, reward: RewardConfig, num_processes: int) -> Verifier:
-        """As the section `reward` of a configuration says. Raises UserError when a function of reward.own_tasks is not there."""
+        """A verifier with the settings of the section `reward`. Raises UserError when a function of reward.own_tasks does not exist."""
         for function in reward.own_tasks.values():
             load_own(function)
         return cls(reward.reward_scale, reward.undecided_reward, reward.answer_format, num_processes, reward.timeout, reward.own_tasks)

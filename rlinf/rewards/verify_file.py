@@ -1,4 +1,5 @@
-"""Grade a JSONL file: each line `{"response": str, "solutions": [str, ...], "task": "math"}` comes back with its verdict."""
+"""`rlinf verify`: judges a JSONL file; each line `{"response": str, "solutions": [str, ...], "task": "math"}` is written again with its
+verdict."""
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ LINES_AT_ONCE = 4096
 
 
 def verify_file(in_path: str | Path, out_path: str | Path, processes: int = 1, reward: RewardConfig | None = None) -> dict[str, Any]:
-    """Write every line of in_path to out_path with `reward`, `status`, `route`, `extracted`, `seconds` and `reason`; return the counts.
+    """Write every line of in_path to out_path with `reward`, `status`, `route`, `extracted`, `seconds` and `reason`; returns counts.
 
-    A line may also hold `prompt`. reward: the section of a run's configuration; None = its defaults.
-    The file appears whole or not at all. Raises UserError naming the line that cannot be graded, or what keeps the file from being read.
+    A line may also have `prompt`. reward: the section of a run's configuration; None = its defaults. The file is written atomically. Raises
+    UserError that names the line which cannot be judged, or says why the file cannot be read.
     """
     source, target = Path(in_path), Path(out_path)
     refuse_itself(source, target)

@@ -1,10 +1,11 @@
-"""A role's way to the disk and back: master weights and moments (weights.checkpoint_part), and the model as a Hugging Face folder.
+"""Writes and reads the part of a checkpoint that belongs to a role: master weights and moments (weights.checkpoint_part), and the model as
+a Hugging Face folder.
 
     actor/    what training goes on from; opens in any layout
     hf/       the model in the compute dtype, read back and compared by log-probabilities before the checkpoint counts
     critic/   the same of the critic, its model in critic/hf/: a sequence classification model with one label, compared by its values
 
-Completeness (write beside, rename, COMPLETE) is the runner's business.
+That a checkpoint is complete (written under another name, renamed, marked COMPLETE) is ensured by runners.run_folder.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ Named = tuple[str, Tensor]
 
 
 class Writing:
-    """One checkpoint on its way to the disk. Constructor and finish() are collective over the role's ranks.
+    """One checkpoint that is being written. Constructor and finish() are collective over the role's ranks.
 
-    in the foreground: the constructor returns when the tensors are written, with one file's worth of them in memory. In the background:
-    it returns when the writers (the first rank of each stage) hold a copy of their stage's state in host memory: 12 bytes a
-    parameter, and the model in the compute dtype. The engine may then train on.
+    In the foreground, the constructor returns when the tensors are written; at any time only the tensors of one file are in memory. In the
+    background, it returns when the writers (the first rank of each stage) have a copy of their stage's state in host memory, which takes 12
+    bytes for each parameter and the model in the compute dtype. The engine may then train on.
     """
 
     def __init__(self, engine: MegatronEngine, step_dir: Path, model_dir: Path, background: bool = False, role: str = "actor") -> None:
@@ -65,7 +66,7 @@ class Writing:
         return self._written.done() and self._result() is not None
 
     def finish(self) -> None:
-        """Wait for the files, complete hf/, and compare what stands in it with what the engine computed. Raises RunFailed."""
+        """Wait for the files, complete hf/, and compare what is in it with what the engine computed. Raises RunFailed when they differ."""
         dtype = dtype_name(self.engine.config.params_dtype)
         own: list[dict[str, Stored]] = [{}] * dist.get_world_size()
         dist.all_gather_object(own, self._result())

@@ -1,7 +1,7 @@
-"""Megatron's data parallelism with less traffic through memory, which is what a small model's step on CPU spends its time on.
+"""Megatron's data parallelism with less memory traffic, on which the step of a small model on CPU spends most of its time.
 
-The first gradient that a parameter gets in a step is stored, not added to zeros that were written before; and a rank that is the only one
-talks to nobody (gloo would copy all gradients and weights through fresh memory).
+The first gradient of a parameter in a step is stored, instead of being added to zeros that were written before. A rank that is alone does
+not communicate (gloo would copy all gradients and weights through fresh memory).
 """
 
 from __future__ import annotations

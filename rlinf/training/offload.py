@@ -1,7 +1,7 @@
-"""What of a role leaves the device while the engine generates on it.
+"""Which memory of a role leaves the device while an engine generates on it (actor.offload_*).
 
-Weights and optimizer state go to pinned host memory, gradients to nowhere. On CPU host memory is the device, so there only the gradients
-have an effect: their memory goes back to the system.
+Weights and optimizer state are moved to pinned host memory; gradients are freed. On CPU, host memory is the device, so only freeing the
+gradients has an effect there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlinf.training.engine import MegatronEngine
 
 
 class Offloader:
-    """Does what offload_{weight,grad,optimizer} of the role's section ask for; everything else stays. Idempotent."""
+    """Does what offload_{weight,grad,optimizer} of the role's section ask for. Every method may be called again without effect."""
 
     def __init__(self, engine: MegatronEngine, actor: ActorConfig) -> None:
         self.engine, self.grads = engine, actor.offload_grad
@@ -26,7 +26,8 @@ class Offloader:
         self.parked = Parked()
 
     def after_training(self) -> None:
-        """Gradients and optimizer state are not needed until the next training; the weights still are, to be published."""
+        """Free gradients and optimizer state, which are not needed until the next training. The weights still are: they will be
+        published."""
         if self.grads:
             for buffer in self.engine.ddp.buffers:
                 buffer.offload_to_cpu(move_params=False, move_grads=True)
@@ -35,6 +36,7 @@ class Offloader:
         give_back_free_memory(self.engine.device)
 
     def after_publishing(self) -> None:
+        """Free the weights."""
         if self.weights:
             for buffer in self.engine.ddp.buffers:
                 buffer.offload_to_cpu(move_params=True, move_grads=False)
@@ -55,9 +57,9 @@ class Offloader:
 
 
 class Parked:
-    """Tensors whose memory is given away and brought back, bit for bit; they stay the same objects.
+    """Tensors whose device memory is freed and later restored, bit for bit. They stay the same tensor objects.
 
-    Host memory is kept for the next time.
+    The host memory is kept for the next time.
     """
 
     def __init__(self) -> None:
@@ -65,7 +67,8 @@ class Parked:
 
     @torch.no_grad()
     def park(self, tensors: Iterator[Tensor]) -> None:
-        """Each of them owns its storage alone. One that is away already stays there."""
+        """Free the memory of these tensors, each of which must be the only one with its storage. A tensor that is already parked is left
+        alone."""
         for tensor in tensors:
             if tensor.untyped_storage().size() > 0:
                 self._host[tensor] = host_copy(tensor, into=self._host.get(tensor))

@@ -16,7 +16,7 @@ from rlinf.device import synchronize
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where this rank stands."""
+    """The position of this rank in the layout."""
 
     tp_rank: int
     tp: int
@@ -83,7 +83,7 @@ def set_layout(tp: int, pp: int, cp: int = 1) -> Coordinates:
 
 
 def coordinates() -> Coordinates:
-    """Where this rank stands in the layout that is in place."""
+    """The position of this rank in the current layout."""
     return Coordinates(
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         tp=mpu.get_tensor_model_parallel_world_size(),
@@ -97,12 +97,12 @@ def coordinates() -> Coordinates:
 
 
 def wait_for_all(device: torch.device) -> None:
-    """Return when every rank is here. NCCL uses the device it is told, and complains when it has to guess."""
+    """A barrier over all ranks. NCCL is told its device, because it complains when it has to guess."""
     dist.barrier(device_ids=[device.index or 0] if device.type == "cuda" else None)
 
 
 def merge_over_ranks(part: MetricSums | None) -> MetricSums:
-    """Metrics summed and maximised over data-parallel ranks, known on every rank; only last-stage ranks bring a part."""
+    """Metrics summed and maximised over data-parallel ranks; every rank gets the result. Only ranks of the last stage have a `part`."""
     out: list[MetricSums | None] = [None]
     if part is not None:
         out[0] = part.reduced(lambda t: _all_reduce(t, dist.ReduceOp.SUM), lambda t: _all_reduce(t, dist.ReduceOp.MAX))
@@ -114,7 +114,7 @@ def merge_over_ranks(part: MetricSums | None) -> MetricSums:
 
 
 def gather_over_data_ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The vectors of all data-parallel ranks one after another, and where this rank's begins; their lengths may differ."""
+    """(the vectors of all data-parallel ranks one after another, the index at which this rank's begins). Their lengths may differ."""
     parts: list[torch.Tensor] = [values] * mpu.get_data_parallel_world_size()
     dist.all_gather_object(parts, values, group=mpu.get_data_parallel_group())
     return torch.cat(parts), sum(len(part) for part in parts[: mpu.get_data_parallel_rank()])

@@ -1,4 +1,5 @@
-"""A stage's weights on their way to the rollout engines, and the trainer's side of the proof that they arrived."""
+"""Hands out the weights of a pipeline stage to rollout engines, and computes the trainer's log-probabilities by which engines are
+checked."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from rlinf.weights.source import Buckets
 
 @dataclass(frozen=True)
 class HandedOut:
-    """sources: what was written or sent, by transport; empty on all but the rank that leads. arrays: what the object store carries."""
+    """sources: what was written or sent, by transport; empty on all ranks but the one that leads. arrays: what goes through the object
+    store."""
 
     sources: dict[str, Buckets]
     arrays: tuple[np.ndarray, ...] = ()
@@ -32,7 +34,7 @@ class HandedOut:
 class Publisher:
     """Hands out the weights of one pipeline stage.
 
-    folder: of the disk transport, one for all publishers. wire: of the broadcast transport.
+    folder: for the transport `disk`, shared by all publishers. wire: for the transport `broadcast`.
     """
 
     def __init__(self, engine: MegatronEngine, run_id: str, folder: Path, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -44,7 +46,7 @@ class Publisher:
         self.on_disk = False
 
     def hand_out(self, version: int, transports: Sequence[str]) -> HandedOut:
-        """Gather this stage's weights once for each transport, also for one that comes twice. Collective over the TP group."""
+        """Gather this stage's weights once for each of the transports, one of which may occur twice. Collective over the TP group."""
         sources: dict[str, Buckets] = {}
         arrays: tuple[np.ndarray, ...] = ()
         for transport in transports:
@@ -67,7 +69,7 @@ class Publisher:
         return HandedOut(sources, arrays)
 
     def withdraw(self) -> None:
-        """What was handed out can no longer be opened."""
+        """Remove what was handed out; it can no longer be opened."""
         self.in_shared_memory.withdraw()
         self.on_device.withdraw()
         if self.on_disk:

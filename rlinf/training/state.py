@@ -1,7 +1,7 @@
-"""Parameters and optimizer state under their Hugging Face names: the only place that knows Megatron's layout at run time.
+"""Parameters and optimizer state under their Hugging Face names. The only module that knows Megatron's layout at run time.
 
-`export` gathers whole HF tensors out of a TP x PP x DP layout, `fill` cuts a layout's shards out of whole HF tensors. Loading a model,
-publishing weights, checkpoints and HF exports are all these two, so any of them works from any layout into any other.
+`export` gathers whole HF tensors from a TP x PP x DP layout; `fill` cuts the shards of a layout from whole HF tensors. Loading a model,
+publishing weights, checkpoints and HF exports use only these two, so all of them work between any two layouts.
 """
 
 from __future__ import annotations
