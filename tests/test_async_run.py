@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rlinf.cli import main
-from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
+from tests.tiny_run import ONE_PROCESS, lines, run, write_run
 
 STEPS = 5
 AHEAD: dict[str, object] = ONE_PROCESS | {

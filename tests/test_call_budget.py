@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.test_tiny_run import ROOT, STEPS, write_run
 from tests.tiny import make_tiny_model
+from tests.tiny_run import ROOT, STEPS, write_run
 
 SCRIPT = """
 import json, sys, torch

@@ -15,8 +15,8 @@ from rlinf.config.load import load, value_of
 from rlinf.errors import UserError
 from rlinf.record_files import whole_lines
 from rlinf.report.compare import Comparison, Difference, compare, describe, read_run, within
-from tests.test_tiny_run import run, write_run
 from tests.tiny import make_tiny_model
+from tests.tiny_run import run, write_run
 
 ONE_PROCESS = {
     "cluster__backend": "local",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from rlinf.metrics.names import undocumented
 from tests.test_call_budget import calls_of
-from tests.test_tiny_run import STEPS, lines, run, write_run
+from tests.tiny_run import STEPS, lines, run, write_run
 
 CRITIC = {"model": {"precision": "fp32"}, "optim": {"lr": 1e-2}}
 ONE_PROCESS = dict(

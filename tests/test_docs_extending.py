@@ -24,7 +24,7 @@ from rlinf.rewards.tasks import check_tasks
 from rlinf.rewards.verifier import Verifier
 from rlinf.runners.selection import group_advantages
 from rlinf.workers.objective_settings import objective_settings
-from tests.test_tiny_run import lines, run, write_run
+from tests.tiny_run import lines, run, write_run
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 PYTHON = {name: code for name, code in re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL)}

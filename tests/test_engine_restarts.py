@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_run_ends import Running
-from tests.test_tiny_run import lines
+from tests.tiny_run import lines
 
 KILLS = 10
 SHAPE = {

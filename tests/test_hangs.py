@@ -20,7 +20,7 @@ from rlinf.errors import Hang, RunFailed
 from rlinf.run_paths import RunPaths
 from rlinf.runners import launch
 from rlinf.runners.checkpoints import read_checkpoint
-from tests.test_tiny_run import ONE_PROCESS, lines, run, write_run
+from tests.tiny_run import ONE_PROCESS, lines, run, write_run
 
 BUDGET = 20  # seconds; of phases that take well under one on an idle machine
 TWO_RANKS: dict[str, object] = {

@@ -18,7 +18,7 @@ from rlinf.rollout.sglang_server import find_interpreter
 from tests.namespaces import SUBNET, NamespaceNode, ip, possible
 from tests.pretend_gpu import IMPOSSIBLE
 from tests.sglang_here import REASON
-from tests.test_tiny_run import lines, write_run
+from tests.tiny_run import lines, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not possible(), reason="network namespaces need root")]

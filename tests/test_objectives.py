@@ -18,7 +18,7 @@ import pytest
 
 from rlinf.algorithms.importance import CORRECTIONS
 from rlinf.metrics.names import undocumented
-from tests.test_tiny_run import ROOT, run, write_run
+from tests.tiny_run import ROOT, run, write_run
 
 KL = ["kl_beta=0.1"]
 NARROW = ["ratio_clip_eps=1e-4"]

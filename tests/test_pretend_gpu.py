@@ -13,8 +13,8 @@ import pytest
 from rlinf.metrics.logger import read_metrics
 from tests.pretend_gpu import IMPOSSIBLE, ROOT, environment
 from tests.test_critic_run import CRITIC
-from tests.test_tiny_run import ONE_PROCESS, write_run
 from tests.tiny import make_tiny_model
+from tests.tiny_run import ONE_PROCESS, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(IMPOSSIBLE is not None, reason=str(IMPOSSIBLE))]
 

@@ -11,7 +11,7 @@ import pytest
 from rlinf.config.load import load
 from rlinf.metrics.names import undocumented
 from rlinf.runners.launch import train
-from tests.test_tiny_run import ONE_PROCESS, lines, write_run
+from tests.tiny_run import ONE_PROCESS, lines, write_run
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from rlinf.cli import main
 from rlinf.data.journal import read_groups
-from tests.test_tiny_run import ONE_PROCESS, lines, write_run
+from tests.tiny_run import ONE_PROCESS, lines, write_run
 
 LAYOUT = [
     "cluster.backend=ray",

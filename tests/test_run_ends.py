@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.cluster.processes import marked
-from tests.test_tiny_run import ROOT, lines, run, write_run
+from tests.tiny_run import ROOT, lines, run, write_run
 
 LIMIT = 30.0
 

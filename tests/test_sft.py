@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rlinf.cli import main
 from rlinf.metrics.names import undocumented
-from tests import test_tiny_run
+from tests import tiny_run
 from tests.tiny import make_tiny_model
 
 STEPS = 5
@@ -51,7 +51,7 @@ def write_run(folder: Path, model: Path, name: str = "tiny", **overrides: Any) -
 
 
 def run(config: Path, *words: str, command: str = "sft") -> subprocess.CompletedProcess[str]:
-    return test_tiny_run.run(config, *words, command=command)
+    return tiny_run.run(config, *words, command=command)
 
 
 def metrics(folder: Path, name: str = "tiny") -> list[dict[str, float]]:
@@ -150,7 +150,7 @@ def test_each_layout_gives_the_same_curve(tmp_path: Path, model: Path, tp: int, 
 
 @pytest.mark.slow
 def test_grpo_starts_from_what_fine_tuning_leaves(tmp_path: Path, model: Path) -> None:
-    from tests.test_tiny_run import write_run as write_rl_run
+    from tests.tiny_run import write_run as write_rl_run
 
     assert run(write_run(tmp_path, model, **LOCAL)).returncode == 0
     hf = tmp_path / "logs" / "tiny" / "checkpoints" / "latest" / "hf"

@@ -28,8 +28,8 @@ from tests.sglang_here import needs_sglang, small_server
 from tests.test_engine_contract import prompt
 from tests.test_eval import results, samples, words
 from tests.test_run_ends import Running
-from tests.test_tiny_run import lines, run, write_run
 from tests.tiny import make_tiny_model
+from tests.tiny_run import lines, run, write_run
 
 BACKEND = {"rollout__rollout_backend": "sglang", "rollout__seed": 5}
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from rlinf.metrics.names import undocumented
 from tests.test_call_budget import calls_of
-from tests.test_tiny_run import STEPS, lines, run, write_run
 from tests.tiny import make_tiny_model
+from tests.tiny_run import STEPS, lines, run, write_run
 
 ONE_PROCESS = dict(
     cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,token_reward,rollout,reward": "0"},

@@ -30,7 +30,7 @@ from rlinf.runners.launch import train
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.watchdog import Watchdog, listens, who_waits_for_whom
 from rlinf.training.engine import MegatronEngine
-from tests.test_tiny_run import ONE_PROCESS, write_run
+from tests.tiny_run import ONE_PROCESS, write_run
 
 STUCK = """
 import sys, time
