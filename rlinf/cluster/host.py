@@ -258,6 +258,8 @@ def gpu_environment(component: str, transport: str | None) -> dict[str, str]:
         return env
     # Megatron overlaps communication with what comes after it in the one queue that it counts on.
     env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    # From torch.compile Megatron has two small functions; it would start a process for each core, up to 32 of them, beside every rank.
+    env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     # Micro-batches differ in size, and blocks that grow leave no holes. Not where memory is handed to another process (device_ipc), nor for
     # a transport that is not known here: not every torch can open such a block there.
     if transport in (None, AUTO, DISK, BROADCAST) and "PYTORCH_ALLOC_CONF" not in os.environ:

@@ -19,7 +19,7 @@ def environment(cuda: bool, component: str = "actor", transport: str | None = "a
 def nothing_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_CUMEM_ENABLE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
-        "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_COMPILE_THREADS",
     ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
@@ -44,6 +44,14 @@ def test_kernels_of_megatron_stand_in_one_queue(monkeypatch: pytest.MonkeyPatch)
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment(False)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     assert environment(True)["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+def test_a_rank_compiles_without_a_pool_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks would start 256 of them on a node whose cores judge answers. An engine compiles more."""
+    told = [environment(True, name).get("TORCHINDUCTOR_COMPILE_THREADS") for name in ("actor", "critic", "rollout")]
+    assert told == ["1", "1", None]
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "8")
+    assert environment(True)["TORCHINDUCTOR_COMPILE_THREADS"] == "8"
 
 
 @pytest.mark.parametrize(
