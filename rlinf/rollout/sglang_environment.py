@@ -32,7 +32,10 @@ def server_environment(options: dict[str, Any], folder: Path) -> dict[str, str]:
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions of slack that no request reaches
         "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # an actor may hold more of one GPU of an engine than of another
     }
-    if options.get("nnodes", 1) > 1 and options["node_rank"] == 0:  # where the others hear of requests; else it asks which way Google lies
+    # else a script in /tmp starts the schedulers, which everybody may write, and which stays there
+    env.setdefault("SGLANG_NUMA_BIND_V2", "0")
+    # where the other nodes hear of requests; else the address from which the internet is reached, or one that is none
+    if options.get("nnodes", 1) > 1 and options["node_rank"] == 0:
         env.setdefault("SGLANG_HOST_IP", options["dist_init_addr"].rpartition(":")[0])
     direct = without_proxy(env)
     env |= {"no_proxy": direct, "NO_PROXY": direct}

@@ -71,6 +71,12 @@ def test_a_folder_for_kernels_that_is_not_ours_is_refused(own_kernels: Path, mon
         kernel_folder()
 
 
+def test_schedulers_are_not_started_by_a_script_that_everybody_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server_environment(CPU, FOLDER)["SGLANG_NUMA_BIND_V2"] == "0"
+    monkeypatch.setenv("SGLANG_NUMA_BIND_V2", "1")
+    assert server_environment(CPU, FOLDER)["SGLANG_NUMA_BIND_V2"] == "1"
+
+
 def test_an_engine_over_nodes_is_heard_at_the_address_where_its_nodes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """HOST_IP may be that of the machine around a container."""
     monkeypatch.setenv("HOST_IP", "192.0.2.1")
