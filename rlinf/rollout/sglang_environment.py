@@ -34,6 +34,7 @@ def server_environment(options: dict[str, Any], folder: Path) -> dict[str, str]:
     }
     # else a script in /tmp starts the schedulers, which everybody may write, and which stays there
     env.setdefault("SGLANG_NUMA_BIND_V2", "0")
+    env.setdefault("SGLANG_WARMUP_TIMEOUT", "86400")  # else ten minutes: how long a start may take says cluster.start_timeout
     # where the other nodes hear of requests; else the address from which the internet is reached, or one that is none
     if options.get("nnodes", 1) > 1 and options["node_rank"] == 0:
         env.setdefault("SGLANG_HOST_IP", options["dist_init_addr"].rpartition(":")[0])

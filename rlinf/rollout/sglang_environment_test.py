@@ -71,10 +71,15 @@ def test_a_folder_for_kernels_that_is_not_ours_is_refused(own_kernels: Path, mon
         kernel_folder()
 
 
-def test_schedulers_are_not_started_by_a_script_that_everybody_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server_environment(CPU, FOLDER)["SGLANG_NUMA_BIND_V2"] == "0"
-    monkeypatch.setenv("SGLANG_NUMA_BIND_V2", "1")
-    assert server_environment(CPU, FOLDER)["SGLANG_NUMA_BIND_V2"] == "1"
+@pytest.mark.parametrize(
+    ("name", "ours"), [("SGLANG_NUMA_BIND_V2", "0"), ("SGLANG_WARMUP_TIMEOUT", "86400")], ids=["script", "ten minutes"]
+)
+def test_schedulers_need_no_script_that_everybody_may_write_and_a_start_has_one_limit(
+    name: str, ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server_environment(CPU, FOLDER)[name] == ours
+    monkeypatch.setenv(name, "1")
+    assert server_environment(CPU, FOLDER)[name] == "1"
 
 
 def test_an_engine_over_nodes_is_heard_at_the_address_where_its_nodes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
