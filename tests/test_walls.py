@@ -155,7 +155,7 @@ def test_every_name_is_known_and_used() -> None:
 
 
 def test_the_code_is_formatted() -> None:
-    """As `ruff format` and ruff.toml have it; that this test fails is mended by running it."""
+    """As `ruff format` and ruff.toml have it; that this test fails is fixed by running it."""
     ruff("format", "--diff")
 
 

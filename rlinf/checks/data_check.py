@@ -105,7 +105,7 @@ def describe(report: dict[str, Any]) -> str:
         for kind, count in counts.items():
             out.append(f"{title}: {count} x {kind}: {table[kind]}")
             out += [f"    line {f['line']}" + (f": {f['text']}" if f["text"] else "") for f in report["lines"][kind]]
-    out.append("fit to train on" if not report["faults"] else "mend the faults first")
+    out.append("fit to train on" if not report["faults"] else "fix the faults first")
     return "\n".join(out) + "\n"
 
 

@@ -64,7 +64,7 @@ def test_every_kind_of_finding_is_found_and_named_by_line(tmp_path: Path, capsys
         and lines["leaked_answer"] == [8]
     )
     main(path)
-    assert "mend the faults first" in capsys.readouterr().out
+    assert "fix the faults first" in capsys.readouterr().out
 
 
 def test_tasks_of_ones_own_are_judged_as_the_configuration_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

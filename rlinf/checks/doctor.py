@@ -84,7 +84,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
 
 
 def surroundings(config: Config | None) -> Iterator[Finding]:
-    """On a machine with a GPU, check what Triton needs, and what SGLang needs beside its packages if it is installed or is the engine."""
+    """On a machine with a GPU, check what Triton needs, and what SGLang needs besides its packages if it is installed or is the engine."""
     engine = config is not None and config.rollout.rollout_backend == "sglang" and not config.trains_alone
     yield glibc(os.confstr("CS_GNU_LIBC_VERSION") or "unknown")
     yield triton(triton_lacks(), engine)
@@ -174,7 +174,7 @@ def configuration(resolved: Resolved) -> Finding:
     try:
         (validate_sft if resolved.config.trains_alone else validate)(resolved.config, resolved.provenance)
     except UserError as error:
-        return Finding("configuration", FAIL, str(error), "mend the keys that are named")
+        return Finding("configuration", FAIL, str(error), "fix the keys that are named")
     return Finding("configuration", OK, "its keys fit each other")
 
 
@@ -330,7 +330,7 @@ def files(config: Config) -> Iterator[Finding]:
     except UserError as error:
         unfit = [str(error)]
     for text in unfit:
-        yield Finding("model", FAIL, text, "mend what is named, or name another model")
+        yield Finding("model", FAIL, text, "fix what is named, or name another model")
     for text in absent:
         yield Finding("files", FAIL, text, "copy it to where every node sees it, or name another path")
     if not unfit and not absent:

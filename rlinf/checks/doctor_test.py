@@ -167,7 +167,7 @@ def test_gloo_works_here() -> None:
 
 
 def test_the_exit_code_says_whether_something_failed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda _: iter([Finding("a", OK, "well"), Finding("b", WARN, "so so", "mend it")]))
+    monkeypatch.setattr(doctor, "examine", lambda _: iter([Finding("a", OK, "well"), Finding("b", WARN, "so so", "fix it")]))
     assert main(["doctor"]) == 0
     assert "WARN  b              so so" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "examine", lambda _: iter([Finding("c", FAIL, "broken", "replace it")]))

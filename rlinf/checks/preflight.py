@@ -34,7 +34,7 @@ def check_models(config: Config, planned: bool) -> tuple[ModelConfig | None, lis
     if actor:
         read_architecture(actor, Path(config.rollout.model_dir, "config.json"))
         validate_model(config, actor)
-    for role in config.megatron_roles[1:]:  # beside the actor
+    for role in config.megatron_roles[1:]:  # besides the actor
         folder = config.model_dir_of(role)
         model, more = (actor, []) if folder == config.rollout.model_dir else read(folder, f"{role}.model_dir")
         warnings += more
@@ -45,7 +45,7 @@ def check_models(config: Config, planned: bool) -> tuple[ModelConfig | None, lis
 
 
 def check_files(config: Config, planned: bool) -> list[str]:
-    """A message for each file beside models that the run reads and that is missing. Raises one UserError with all of them, unless
+    """A message for each file besides models that the run reads and that is missing. Raises one UserError with all of them, unless
     `planned`."""
     absent = missing_paths(config)
     if absent and not planned:

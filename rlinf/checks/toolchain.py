@@ -1,4 +1,4 @@
-"""Checks of the Python version and of what SGLang and the cluster need beside Python packages: glibc, compilers, the GPU driver, proxies,
+"""Checks of the Python version and of what SGLang and the cluster need besides Python packages: glibc, compilers, the GPU driver, proxies,
 file locks."""
 
 from __future__ import annotations

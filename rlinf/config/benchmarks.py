@@ -25,7 +25,7 @@ class BenchmarkConfig:
     top_p: float = key(0.95, "sample from the smallest set with this probability mass; 1 = off")
     top_k: int = key(0, "sample among the k most likely tokens; 0 or at least the vocabulary = off")
     max_tokens: int = key(32768, "tokens of a response at most")
-    stop: list[str] = key([], "strings that end a response, beside the end token")
+    stop: list[str] = key([], "strings that end a response, besides the end token")
     template: str = template_key("chat")
     instruction: str = key(r"Please reason step by step, and put your final answer within \boxed{}.", INSTRUCTION_HELP)
 

@@ -1,4 +1,4 @@
-"""How fields of the configuration are declared: beside its default a field has metadata `help` (meaning, with unit), `choices` and
+"""How fields of the configuration are declared: besides its default a field has metadata `help` (meaning, with unit), `choices` and
 `own`."""
 
 from __future__ import annotations

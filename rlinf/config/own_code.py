@@ -53,12 +53,10 @@ def load_own(reference: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f"{reference}: {error.filename or file}, line {error.lineno}: {error.msg}; mend the file") from error
+        raise UserError(f"{reference}: {error.filename or file}, line {error.lineno}: {error.msg}; fix the file") from error
     except ImportError as error:
         line = next(frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file))
-        raise UserError(
-            f"{reference}: {file}, line {line}: {error}; install it (on a cluster on every node), or mend the import"
-        ) from error
+        raise UserError(f"{reference}: {file}, line {line}: {error}; install it (on a cluster on every node), or fix the import") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{reference}: {file} has no function {name}")

@@ -11,7 +11,7 @@ from rlinf.errors import UserError
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("def x(:\n", "{file}, line 1: invalid syntax; mend the file"),
+        ("def x(:\n", "{file}, line 1: invalid syntax; fix the file"),
         ("import os\n\nimport no_such_package_here\n", "{file}, line 3: No module named 'no_such_package_here'; install it"),
         ("from os import no_such_name\n", "{file}, line 1: cannot import name 'no_such_name'"),
         ("x = 1\n", "{file} has no function x"),

@@ -40,7 +40,7 @@ class ClusterConfig:
 class LoggerConfig:
     logger_backends: list[str] = key(
         ["tensorboard"],
-        "metric writers beside metrics.jsonl; the others need their package and an account or server of yours",
+        "metric writers besides metrics.jsonl; the others need their package and an account or server of yours",
         ("tensorboard", "wandb", "swanlab", "mlflow"),
     )
     project_name: str = key("rlinf", "project (MLflow: experiment) under which wandb, swanlab and mlflow file the run")
@@ -123,7 +123,7 @@ class SamplingConfig:
     top_k: int = key(1000000, "sample among the k most likely tokens; 0 or at least the vocabulary = off")
     top_p: float = key(1.0, "sample from the smallest set with this probability mass; 1 = off")
     max_new_tokens: int = key(1024, "tokens of a response at most")
-    stop: list[str] = key([], "strings that end a response, beside the end token")
+    stop: list[str] = key([], "strings that end a response, besides the end token")
 
 
 @dataclass
@@ -209,7 +209,7 @@ class AlgorithmConfig:
 
     @property
     def zero_teaches(self) -> bool:
-        """Whether a response with advantage 0 can be in the gradient: by a term of the loss beside the policy's, by advantages that are
+        """Whether a response with advantage 0 can be in the gradient: by a term of the loss besides the policy's, by advantages that are
         finished token by token, or by a loss that is not ours."""
         return self.kl_beta > 0 or self.entropy_bonus != 0 or self.token_level or is_own(self.loss_type)
 
@@ -409,7 +409,7 @@ class RewardConfig:
     exploration_penalty: float = key(0.0, "c of the penalty min(1, c / response tokens) for short responses (RLSP); 0 = off")
 
     def of_verdicts(self) -> RewardConfig:
-        """The same without what is paid beside right and wrong."""
+        """The same without what is paid besides right and wrong."""
         return replace(self, own_parts={}, format_reward=0.0, four_levels=False, overlong_buffer=0, exploration_penalty=0.0)
 
 

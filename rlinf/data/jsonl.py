@@ -46,7 +46,7 @@ def read_records(paths: Sequence[str], parse: Callable[[Row, Path, int], R], on_
     parsed = [x for path in paths for x in read_file(Path(path).expanduser(), parse)]
     faults = [x for x in parsed if isinstance(x, Fault)]
     if faults and on_bad_record == "error":
-        raise UserError(describe(faults, "cannot be used", "mend or remove them, or set data.on_bad_record: skip to go on without them"))
+        raise UserError(describe(faults, "cannot be used", "fix or remove them, or set data.on_bad_record: skip to go on without them"))
     return [x for x in parsed if not isinstance(x, Fault)], faults
 
 

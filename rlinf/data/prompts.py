@@ -220,7 +220,7 @@ def render_prompt(record: Any, tokenizer: TextTokenizer) -> str:
     try:
         return tokenizer.render_chat(record.prompt)
     except BadChat as error:
-        raise UserError(f"{record.file}, line {record.line}: {error}; mend the line, or the template in the model folder") from error
+        raise UserError(f"{record.file}, line {record.line}: {error}; fix the line, or the template in the model folder") from error
 
 
 def _fingerprint(prompts: list[Prompt]) -> str:

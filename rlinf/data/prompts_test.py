@@ -95,7 +95,7 @@ def test_a_chat_that_the_template_does_not_take_is_named_with_its_line(tmp_path:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     refusing = load_tokenizer(str(make_folder(tmp_path, chat_template=template)))
     path = write(tmp_path, row(), row(prompt=[{"role": "system", "content": "Be brief."}], query_id="r"))
-    with pytest.raises(UserError, match="line 2: the model's chat template refuses the chat: no system turn; mend the line"):
+    with pytest.raises(UserError, match="line 2: the model's chat template refuses the chat: no system turn; fix the line"):
         load_prompts([path], DataConfig(apply_chat_template=True), refusing)
 
 

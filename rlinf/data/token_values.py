@@ -24,7 +24,7 @@ UNKNOWN = -128
 
 @dataclass(frozen=True)
 class DumpPlan:
-    """The file for one step, and the samples that are written with their tokens (beside the one with the largest gap, found later)."""
+    """The file for one step, and the samples that are written with their tokens (besides the one with the largest gap, found later)."""
 
     path: str
     sample_ids: frozenset[str]

@@ -160,7 +160,7 @@ def _answer(row: Row) -> str:
 def _boxed(answer: str) -> str:
     solution = f"\\boxed{{{answer}}}"
     if last_box(solution) != answer:
-        raise _BadRow(f"the answer {answer[:80]!r} has unbalanced braces; mend it in the file, or take another copy of it")
+        raise _BadRow(f"the answer {answer[:80]!r} has unbalanced braces; fix it in the file, or take another copy of it")
     return solution
 
 

@@ -164,7 +164,7 @@ ROLLOUT = metrics(
         "own_parts_failed",
         "share of responses of which a function of `reward.own_parts` gave no number, so that its part is 0",
         "0",
-        "read the reasons in samples/; raise `reward.timeout`, or mend the function",
+        "read the reasons in samples/; raise `reward.timeout`, or fix the function",
     ),
     ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),
     (
@@ -400,7 +400,7 @@ SYSTEM = [
             "alone_*",
             "with `overlap`: seconds in which this phase ran and no other; what a step would gain if it took no time",
             "small",
-            "mend the largest",
+            "fix the largest",
         ),
         (
             "*",

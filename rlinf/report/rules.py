@@ -98,7 +98,7 @@ def broken_verifier(run: RunData) -> Finding | None:
         ("Open the samples of the steps named here and compare “extracted” with the solution: the verdict's reason tells how they were "
          "compared.",
          "Check the data file's solutions: rlinf data check FILE; and grade the samples again: rlinf verify IN OUT.",
-         "Leave the task out until it is mended (data.tasks)."),
+         "Leave the task out until it is fixed (data.tasks)."),
         tuple(recent[-1:]), ("rollout/verdict_undecided", "rollout/accuracy"), ("data.tasks", "reward.timeout", "reward.answer_format"),
     )  # fmt: skip
 
@@ -219,7 +219,7 @@ def stale_weights(run: RunData) -> Finding | None:
         "slowly goes wrong.",
         ("Compare engine and actor at every sync: rollout.verify_weights_every: 1 stops the run at the first sync that fails.",
          "Look at sync/probe_gap_max, and at the engine's log in workers/ for weights that it skipped.",
-         "Until it is mended, importance_sampling_fix bounds the harm."),
+         "Until it is fixed, importance_sampling_fix bounds the harm."),
         tuple(late)[-1:] or (steps[-1],), ("train/rollout_logprob_gap_mean", "train/rollout_logprob_gap_max", "sync/probe_gap_max"),
         ("rollout.verify_weights_every", "algorithm.importance_sampling_fix", "rollout.precision"),
     )  # fmt: skip

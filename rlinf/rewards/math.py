@@ -294,7 +294,7 @@ def near_texts(text: str) -> list[str]:
 
 
 def values_of(text: str) -> list[str]:
-    """The sides of a chain of equal values (beside names) where there are several: math-verify reads the last alone."""
+    """The sides of a chain of equal values (besides names) where there are several: math-verify reads the last alone."""
     depth, sides = 0, [""]
     for c in text:
         depth += (c in "{(") - (c in "})")

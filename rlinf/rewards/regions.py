@@ -58,7 +58,7 @@ def variable_of(node: Node) -> str:
 
 
 def parameters(node: Node) -> frozenset[str]:
-    """The free symbols beside the variable itself."""
+    """The free symbols besides the variable itself."""
     if node.op == "rel" and (found := _variable(node)):
         return frozenset().union(*(symbols(s) for i, s in enumerate(node.args) if i != found[1]))
     if node.op == "list":

@@ -1,4 +1,4 @@
-"""Parts of a reward beside correctness, as pure functions. A part that is switched off does not appear in verdicts."""
+"""Parts of a reward besides correctness, as pure functions. A part that is switched off does not appear in verdicts."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 def check_tasks(tasks: Iterable[str], own: Collection[str] = (), remedy: str = LEAVE_OUT) -> None:
     """Raise UserError for a task that cannot be judged, and for one of `own` (reward.own_tasks) that has the name of one of ours.
 
-    remedy: what the user can do, beside naming a function for the task.
+    remedy: what the user can do, besides naming a function for the task.
     """
     for task in sorted(own):
         if task in TASKS or task.startswith("rg/"):

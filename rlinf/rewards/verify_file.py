@@ -76,7 +76,7 @@ def _row(row: dict[str, Any], path: Path, number: int, own_tasks: Collection[str
         raise BadLine('"task" and "prompt" must be strings')
     if task not in known:
         try:
-            check_tasks([task], own_tasks, "mend the line")
+            check_tasks([task], own_tasks, "fix the line")
         except UserError as error:
             raise BadLine(str(error)) from error
         known.add(task)

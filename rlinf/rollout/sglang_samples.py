@@ -124,7 +124,7 @@ def body_of(request: GenerateRequest, samples: list[Arriving], seed: int | None,
     A top-k of the whole vocabulary (the default of a run) goes as none: SGLang would look for those k at each step, on a GPU by a kernel of
     its own, else by sorting the vocabulary, and by sums whose rounding loses the least likely tokens.
 
-    SGLang either ignores all end tokens or honours the model's own beside those asked for; so a request without stop tokens ignores
+    SGLang either ignores all end tokens or honours the model's own besides those asked for; so a request without stop tokens ignores
     them, and one with stop tokens also ends at the model's.
     """
     s = request.sampling

@@ -25,7 +25,7 @@ from rlinf.runners.training_loop import StepResult, TrainingLoop
 
 
 class DebugRunner(TrainingLoop):
-    """Has no validation, and no state beside weights and step in its checkpoints."""
+    """Has no validation, and no state besides weights and step in its checkpoints."""
 
     async def begin(self) -> None: ...
 

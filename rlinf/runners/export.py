@@ -75,7 +75,7 @@ def _dtype_of(config: dict[str, Any], model_dir: Path) -> torch.dtype:
         return torch.bfloat16
     if not isinstance(name, str) or name not in by_name:
         raise UserError(
-            f"{model_dir}/config.json: {key} is {json.dumps(name)}, none of {', '.join(by_name)}; mend it, or name one with --dtype"
+            f"{model_dir}/config.json: {key} is {json.dumps(name)}, none of {', '.join(by_name)}; fix it, or name one with --dtype"
         )
     return by_name[name]
 

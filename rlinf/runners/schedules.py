@@ -50,7 +50,7 @@ class Schedule(Protocol):
         ...
 
     async def save(self, folder: Path) -> dict[str, Any]:
-        """Write the groups that wait into `folder`. Returns what restore() needs beside them, as JSON values."""
+        """Write the groups that wait into `folder`. Returns what restore() needs besides them, as JSON values."""
         ...
 
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:

@@ -85,7 +85,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     async def state(self, folder: Path) -> dict[str, Any]:
-        """What a resumed run needs beside weights, step and sampler, as JSON values; larger things may be written as files to `folder`."""
+        """What a resumed run needs besides weights, step and sampler, as JSON values; larger things may be written as files to `folder`."""
 
     @abstractmethod
     async def restore(self, folder: Path, state: dict[str, Any]) -> None:

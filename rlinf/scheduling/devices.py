@@ -15,7 +15,7 @@ GIB = 2**30
 class Device:
     """One device as a process sees it.
 
-    memory, context: bytes. context is what driver, libraries and process groups take in every process beside tensors.
+    memory, context: bytes. context is what driver, libraries and process groups take in every process besides tensors.
     flops: 16-bit dense operations per second. bandwidth: bytes per second of its memory.
     link, network, host: bytes per second in one direction to a device of the same node, to another node, and to host memory.
     shared: the devices of a node share one memory.

@@ -103,7 +103,7 @@ def test_one_rank_has_all_parameters_of_the_model(tiny_models: dict[str, Path], 
 
 
 def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
-    """Bytes that autograd keeps of one sequence's layers and the rows that go into the head, beside parameters.
+    """Bytes that autograd keeps of one sequence's layers and the rows that go into the head, besides parameters.
 
     Torch's RMSNorm on CPU keeps two fp32 copies where CUDA's fused one and ours keep the 16-bit input: those are counted as the latter.
     """

@@ -17,7 +17,7 @@ from rlinf.weights.architecture import Architecture
 MATRIX_SHARE = 0.4  # of the data sheet's operations, in training and prefill
 BANDWIDTH_SHARE = 0.6  # of the memory's bandwidth, in decoding and in the optimizer
 WIRE_SHARE = 0.7  # of a link's or network's bandwidth
-LAUNCH_SECONDS = 0.003  # of one decode step beside its arithmetic: scheduling, sampling, replaying the graph
+LAUNCH_SECONDS = 0.003  # of one decode step besides its arithmetic: scheduling, sampling, replaying the graph
 MEAN_SHARE = 0.35  # mean response length / max_new_tokens, when none is given
 SQUARE_SHARE = 1.5  # mean of squared lengths / square of the mean length: lengths vary
 

@@ -114,7 +114,7 @@ def _fused(device: torch.device) -> ModuleType | None:
 
 @cache
 def _triton_kernels() -> ModuleType | None:
-    """Triton comes with torch for CUDA; what it needs beside may be missing."""
+    """Triton comes with torch for CUDA; what it needs besides may be missing."""
     if importlib.util.find_spec("triton") is None or triton_lacks() is not None:
         return None
     return importlib.import_module("rlinf.training.head_kernels")
