@@ -72,7 +72,8 @@ def test_errors_and_calls_that_were_given_up() -> None:
     asyncio.run(main())
 
 
-def test_an_answer_to_a_loop_that_has_ended_is_no_error() -> None:
+def test_an_answer_to_a_loop_that_has_ended_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """An error in the callback of a concurrent.futures.Future is not raised, but logged."""
     handle = Handle()
 
     async def main() -> None:
@@ -80,3 +81,4 @@ def test_an_answer_to_a_loop_that_has_ended_is_no_error() -> None:
 
     asyncio.run(main())
     handle.come.set_result(1)
+    assert caplog.records == []
