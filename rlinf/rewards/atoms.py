@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 from rlinf.rewards.forms import (
@@ -101,7 +102,14 @@ def signed(sign: str, node: Node) -> Node:
 
 
 class AtomParser:
-    """Tokens with a position. `sum`, `relation` and `sign` come from the upper half."""
+    """Tokens with a position, and the rules of the lower half."""
+
+    answer: Callable[[], Node]  # this rule and the next ones are of the upper half
+    relation: Callable[[], Node]
+    sum: Callable[[], Node]
+    power: Callable[[], Node]
+    sign: Callable[[], str]
+    starts_factor: Callable[[Token, Node], bool]
 
     def __init__(self, tokens: list[Token], max_depth: int) -> None:
         self.tokens, self.pos, self.depth, self.max_depth = tokens, 0, 0, max_depth
@@ -232,10 +240,10 @@ class AtomParser:
             self.fractions[start] = (Node("div", (top, bottom)), self.pos)  # read once: nested ones would double the work each time
             self.pos = start
             return whole
-        top, bottom = self.value(), self.value(2)
-        if self.value(1) == "/" and top.isdigit() and bottom.isdigit() and len(top) <= len(bottom) < 400 and 0 < int(top) < int(bottom):
+        n, d = self.value(), self.value(2)
+        if self.value(1) == "/" and n.isdigit() and d.isdigit() and len(n) <= len(d) < 400 and 0 < int(n) < int(d):
             self.pos += 3
-            return Node("num", (), whole.value + Fraction(int(top), int(bottom)))
+            return Node("num", (), whole.value + Fraction(int(n), int(d)))
         raise Malformed("two numbers side by side")
 
     def based(self, digits: str) -> Node:

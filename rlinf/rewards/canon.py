@@ -135,12 +135,9 @@ def heading(node: Node) -> str | None:
         return node.args[0].value
     if (named := _applied(node)) is not None:
         return named
-    if node.op == "div":  # each side once: x/x/x/... would double the work at every stroke
-        parts = [heading(a) for a in node.args]
-        return "/".join(parts) if all(parts) else None
-    if node.op == "ratio":
-        parts = [heading(a) for a in node.args]
-        return ":".join(parts) if parts and all(parts) else None
+    if node.op in ("div", "ratio") and node.args:  # each side once: x/x/x/... would double the work at every stroke
+        names = [side for a in node.args if (side := heading(a))]
+        return ("/" if node.op == "div" else ":").join(names) if len(names) == len(node.args) else None
     if node.op == "tuple" and all(a.op == "sym" for a in node.args):
         return f"({','.join(a.value for a in node.args)})"
     if node.op == "fn" and node.value in (
@@ -223,7 +220,7 @@ def _equality(node: Node) -> Node:
     name, last = heading(sides[0]), sides[-1]
     if name is not None and not (_free_names(sides[0]) & symbols(last)):
         values = [s for s in sides[1:] if heading(s) is None or s is last]
-        name = "=".join([name, *(heading(s) for s in sides[1:-1] if heading(s) is not None)])
+        name = "=".join([name, *(middle for s in sides[1:-1] if (middle := heading(s)) is not None)])
         chain = tuple(lifted(v) for v in values)
         value = canonical(last)
         if value.op == "list":

@@ -149,14 +149,17 @@ def _same_collection(g: Node, a: Node, judge: Judge) -> bool:
 def _exact_values(nodes: list[Node]) -> list[Fraction] | None:
     if any(n.op in ("percent", "quantity") or (n.op == "dec" and n.value[2] >= APPROXIMATE_DIGITS) for n in nodes):
         return None
-    values = [exact(n) for n in nodes]
-    return None if any(v is None for v in values) else values
+    values = [v for n in nodes if (v := exact(n)) is not None]
+    return values if len(values) == len(nodes) else None
 
 
 def _distinct(nodes: list[Node], judge: Judge) -> list[Node]:
     values = _exact_values(nodes)
     if values is not None:
-        return [n for n, first in zip(nodes, _first_times(values)) if first]
+        first: dict[Fraction, Node] = {}
+        for value, node in zip(values, nodes):
+            first.setdefault(value, node)
+        return list(first.values())
     kept: list[Node] = []
     if len(nodes) ** 2 > 2 * MAX_PAIRS:
         raise TooDeep("too many members")
@@ -164,11 +167,6 @@ def _distinct(nodes: list[Node], judge: Judge) -> list[Node]:
         if not any(_equal(k, node, judge) for k in kept):
             kept.append(node)
     return kept
-
-
-def _first_times(values: Sequence[Fraction]) -> list[bool]:
-    seen: set[Fraction] = set()
-    return [not (v in seen or seen.add(v)) for v in values]
 
 
 def _match(left: Sequence[Node], right: Sequence[Node], same: Callable[[Node, Node], bool]) -> bool:
@@ -275,11 +273,11 @@ def _compatible_names(g: str, a: str) -> bool:
 def _same_residue(g: Node, a: Node, judge: Judge) -> bool:
     if g.op == a.op:
         n, m = exact(g.args[1]), exact(a.args[1])
-        values = [exact(x.args[0]) for x in (g, a)]
-        if n is None or m is None or None in values:
+        x, y = exact(g.args[0]), exact(a.args[0])
+        if n is None or m is None or x is None or y is None:
             return judge.same(g.args[1], a.args[1]) and judge.same(g.args[0], a.args[0])
-        return n == m != 0 and ((values[0] - values[1]) / n).denominator == 1
-    return _equal(*(x.args[0] if x.op == "mod" else x for x in (g, a)), judge)
+        return n == m != 0 and ((x - y) / n).denominator == 1
+    return _equal(g.args[0] if g.op == "mod" else g, a.args[0] if a.op == "mod" else a, judge)
 
 
 # -- tuples and matrices
@@ -421,7 +419,7 @@ def _same_based(g: Node, a: Node, judge: Judge) -> bool:
 
 def _same_clock(g: Node, a: Node, judge: Judge) -> bool:
     if "ratio" in (g.op, a.op) or "range" in (g.op, a.op):
-        return _same_ratio(*(_clock_as_ratio(x) for x in (g, a)), judge)
+        return _same_ratio(_clock_as_ratio(g), _clock_as_ratio(a), judge)
     if g.op != a.op:
         return False
     (gh, gm, gs, g_half), (ah, am, as_, a_half) = g.value, a.value
@@ -471,7 +469,7 @@ def _same_range(g: Node, a: Node, judge: Judge) -> bool:
     """`3 to 2` is 3:2, but 5 to 7 is not 10 to 14."""
     if g.op == a.op:
         return g.value == a.value
-    return {"ratio", "range"} == {g.op, a.op} and _same_ratio(*(x._replace(op="ratio") for x in (g, a)), judge)
+    return {"ratio", "range"} == {g.op, a.op} and _same_ratio(g._replace(op="ratio"), a._replace(op="ratio"), judge)
 
 
 _SPECIAL = {"range": _same_range, "text": _same_text, "clock": _same_clock, "date": _same_date, "ratio": _same_ratio, "based": _same_based}

@@ -61,7 +61,7 @@ def finished(node: Node) -> bool:
             return all(finished(a) for a in node.args)
         return all(x.denominator == 1 for x in node.value) and math.gcd(*(int(x) for x in node.value)) == 1
     if node.op == "add" and len(node.args) == 2:  # 3+4i
-        return all(_multiple(a) is not None for a in node.args) and [_multiple(a)[1] for a in node.args] in (["", "i"], ["i", ""])
+        return sorted(part[1] for a in node.args if (part := _multiple(a)) is not None) == ["", "i"]
     if node.op in ("mul", "div"):
         return _multiple(node) is not None
     if node.op == "rel":
@@ -81,10 +81,12 @@ def _multiple(node: Node) -> tuple[Fraction, str] | None:
         return (node.value if node.op == "num" else node.value[0]), ""
     if node.op == "const" and node.value != "inf":
         return Fraction(1), node.value
-    parts = [_multiple(a) for a in node.args] if node.op in ("mul", "div") and len(node.args) == 2 else [None]
-    if None in parts:
+    if node.op not in ("mul", "div") or len(node.args) != 2:
         return None
-    (x, name), (y, other) = parts
+    left, right = _multiple(node.args[0]), _multiple(node.args[1])
+    if left is None or right is None:
+        return None
+    (x, name), (y, other) = left, right
     if node.op == "mul":  # 6\cdot 7 is still to be worked out
         return None if bool(name) == bool(other) else (x * y, name + other)
     lowest = x.denominator == y.denominator == 1 and y > 1 and math.gcd(int(x), int(y)) == 1

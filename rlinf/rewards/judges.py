@@ -221,7 +221,8 @@ class NumericJudge:
 
         A true difference is the same number at every precision; one that rounding made shrinks as the precision grows.
         """
-        digits, differences = DIGITS, []
+        digits = DIGITS
+        differences: list[Any] = []
         try:
             while len(differences) < 3:
                 x, y, digits, _ = self._pair(a, b, point, digits)

@@ -81,6 +81,7 @@ def lex(s: str, text: bool = False, depth: int = 0) -> list[Token]:
     pos, space = 0, False
     while pos < len(s):
         match = _TOKEN.match(s, pos)
+        assert match and match.lastgroup  # one of the groups takes any character
         kind, value = match.lastgroup, match[0]
         pos = match.end()
         if kind == "space":

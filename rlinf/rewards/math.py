@@ -167,12 +167,13 @@ def judge_cheap(answer: str, solutions: tuple[str, ...]) -> Decision | None:
         golds = [simple_number(gold_answer(s)) for s in solutions]
         if value in golds:
             return Decision("right", "number", _against(answer, solutions))
-        if None not in golds:
-            return _numbers(answer, value, solutions, golds)
+        numbers = [gold for gold in golds if gold is not None]
+        if len(numbers) == len(golds):
+            return _numbers(answer, value, solutions, numbers)
     if len(answer) > 400 and (digits := long_integer(answer)):
-        golds = [long_integer(gold_answer(s)) for s in solutions]
-        if digits in golds or None not in golds:
-            return Decision("right" if digits in golds else "wrong", "number")
+        integers = [long_integer(gold_answer(s)) for s in solutions]
+        if digits in integers or None not in integers:
+            return Decision("right" if digits in integers else "wrong", "number")
     got = read(answer)
     if not got.text:
         return Decision("wrong", "empty", "an empty box")
@@ -272,7 +273,7 @@ def _with_letters(gold: Reading, answer: Reading) -> tuple[Reading, Reading]:
                 lettered = Reading(None, other.node.value.upper(), "")
                 return (one, lettered) if one is gold else (lettered, one)
     if not gold.letter and not answer.letter and gold.node is not None and answer.node is not None:
-        names = [n.node.value for n in (gold, answer) if n.node.op in ("sym", "const") and len(n.node.value) == 1]
+        names = [n.value for n in (gold.node, answer.node) if n.op in ("sym", "const") and len(n.value) == 1]
         if len(names) == 2 and names[0] != names[1] and names[0].upper() == names[1].upper() <= "J":
             return Reading(None, names[0].upper(), ""), Reading(None, names[0].upper(), "")
     return gold, answer

@@ -291,7 +291,8 @@ class Parser(AtomParser):
         pieces: list[str] = []
         opened = 0  # parentheses around a unit: 5 (cm)
         while (token := self.peek()) is not None:
-            value = token.value
+            value, following = token.value, self.peek(1)
+            before_word = following is not None and following.kind == "word"
             if token.kind == "word":
                 is_unit = value in UNITS and (token.text or len(value) > 1)
                 if value in ("and", "or", "mod") or not (
@@ -307,11 +308,11 @@ class Parser(AtomParser):
                 if not re.fullmatch(r"\^-?\d{1,2}", pieces[-1]):
                     raise Malformed("a unit with that power")
                 continue
-            elif value == "/" and (pieces or self.unit_after_slash()) and self.peek(1) is not None and self.peek(1).kind == "word":
+            elif value == "/" and (pieces or self.unit_after_slash()) and before_word:
                 pieces.append("/")
-            elif value in TIMES and pieces and self.peek(1) is not None and self.peek(1).kind == "word":
+            elif value in TIMES and pieces and before_word:
                 pieces.append("*")
-            elif token.text and value == "(" and self.peek(1) is not None and self.peek(1).kind == "word":
+            elif token.text and value == "(" and before_word:
                 opened += 1
             elif token.text and value == ")" and opened:
                 opened -= 1

@@ -45,6 +45,8 @@ class Worker:
         env = dict(os.environ, **_CLEAN, PYTHONPATH=os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH")))))
         command = [sys.executable, "-m", "rlinf.rewards.cage", kind, str(os.getpid()), str(memory_bytes), str(timeout)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, process_group=0)
+        assert self.process.stdin and self.process.stdout  # both are pipes
+        self._to_child, self._from_child = self.process.stdin, self.process.stdout
         self.items = 0
         self._ready = False
 
@@ -65,7 +67,7 @@ class Worker:
         started = time.monotonic()
         data = json.dumps(item).encode()
         try:
-            self.process.stdin.write(struct.pack("<I", len(data)) + data)
+            self._to_child.write(struct.pack("<I", len(data)) + data)
             answer = self._read(started + timeout)
         except BrokenPipeError:
             answer = None
@@ -83,8 +85,8 @@ class Worker:
         """SIGKILL and reap. A child that is dead already keeps its own exit status."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self._to_child.close()
+        self._from_child.close()
 
     def _read(self, deadline: float) -> dict[str, Any] | None:
         """One message, or None at the deadline or at the end of the pipe."""
@@ -93,7 +95,7 @@ class Worker:
         return json.loads(body) if body else None
 
     def _read_bytes(self, count: int, deadline: float) -> bytes | None:
-        fd, data = self.process.stdout.fileno(), b""
+        fd, data = self._from_child.fileno(), b""
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         while len(data) < count:

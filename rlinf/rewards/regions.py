@@ -101,16 +101,16 @@ def _infinite(node: Node) -> bool:
 def _variable(node: Node) -> tuple[str, int] | None:
     """(name, position) of the one side that is a name, in `x < 3`, `0 <= x < 1`, `x != 2`; None when it is not solved for a name."""
     sides, operators = node.args, node.value
-    named = [i for i, s in enumerate(sides) if heading(s) is not None and s.op in ("sym", "mul")]
-    if len(named) != 1 or len(sides) > 3 or (len(sides) == 3 and named != [1]):
+    named = [(name, i) for i, s in enumerate(sides) if s.op in ("sym", "mul") and (name := heading(s)) is not None]
+    if len(named) != 1 or len(sides) > 3 or (len(sides) == 3 and named[0][1] != 1):
         return None
     if any(o not in FLIPPED for o in operators) or (len(sides) == 3 and "!=" in operators) or all(o == "=" for o in operators):
         return None
-    name = heading(sides[named[0]])
-    others = [s for i, s in enumerate(sides) if i != named[0]]
+    name, at = named[0]
+    others = [s for i, s in enumerate(sides) if i != at]
     if any(_mentions(s, name) for s in others) or any(s.op not in _NUMBERS for s in others):
         return None
-    return name, named[0]
+    return name, at
 
 
 _NUMBERS = ("num", "dec", "neg", "add", "mul", "div", "pow", "fn", "const", "percent", "quantity", "degree")
@@ -179,7 +179,9 @@ def _meet(a: Region, b: Region) -> Region:
 
 
 def _complement(a: Region) -> Region:
-    spans, low, low_closed = [], -INF, False
+    spans: list[Span] = []
+    low: Number = -INF
+    low_closed = False
     for span in a:
         spans.append(Span(low, low_closed, span.low, not span.low_closed and span.low != -INF))
         low, low_closed = span.high, not span.high_closed and span.high != INF

@@ -72,7 +72,7 @@ class Verifier:
 
         Raises UserError for an unknown task.
         """
-        verdicts: list[Verdict | None] = [None] * len(items)
+        verdicts: dict[int, Verdict] = {}
         waiting: dict[tuple, tuple[Future[Reply], list[int]]] = {}
         for i, item in enumerate(items):
             started = time.perf_counter()
@@ -92,12 +92,12 @@ class Verifier:
                 waiting[key] = (self._pool_for(own or item.task).submit(key), [i])
         for key, (future, places) in waiting.items():
             reply = future.result()
-            why = (reply.answer or {}).get("why", "")
-            decision = Decision("undecided", reply.reason, why) if reply.reason else Decision(**reply.answer)
+            said = reply.answer or {}
+            decision = Decision("undecided", reply.reason, said.get("why", "")) if reply.reason else Decision(**said)
             self._remember(key, decision)
             for i in places:
                 verdicts[i] = self._verdict(decision, key[1], items[i], reply.seconds)
-        return verdicts
+        return [verdicts[i] for i in range(len(items))]
 
     def warm_up(self) -> None:
         """Start the processes now."""
@@ -134,7 +134,8 @@ class Verifier:
             self._decided[key] = decision
 
     def _verdict(self, decision: Decision, answer: str | None, item: Item, seconds: float) -> Verdict:
-        if decision.status == "right" and item.prompt and item.task == "math" and copies_question(answer, item.solutions, item.prompt):
+        right = decision.status == "right"
+        if right and answer and item.prompt and item.task == "math" and copies_question(answer, item.solutions, item.prompt):
             decision = Decision("wrong", "copied_question", "the box holds a formula of the question, not its value")
         status = Status(decision.status)
         return Verdict(self._rewards[status], status, answer, decision.route, seconds, decision.reason)

@@ -108,7 +108,7 @@ def special(s: str) -> Node | None:
         node = read(plain)
         if node is not None:
             return node
-    number = number_word(folded)
+    number: int | Fraction | None = number_word(folded)
     if number is None:
         number = _fraction_words(folded)
     if number is not None:
@@ -181,8 +181,8 @@ def _clock(s: str) -> Node | None:
 
 def _date(s: str) -> Node | None:
     if match := _ISO_DATE.fullmatch(s):
-        year, month, day = (int(g) for g in match.groups())
-        return Node("date", (), (year, month, day)) if 1 <= month <= 12 and 1 <= day <= 31 else None
+        y, m, d = (int(g) for g in match.groups())
+        return Node("date", (), (y, m, d)) if 1 <= m <= 12 and 1 <= d <= 31 else None
     if match := _MONTH_DAY.fullmatch(s):
         name, day, year = match.groups()
     elif match := _DAY_MONTH.fullmatch(s):
