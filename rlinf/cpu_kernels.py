@@ -11,6 +11,7 @@ import ctypes
 import logging
 import sysconfig
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -77,6 +78,21 @@ class Kernels:
     Raises OSError when it was compiled from another version of the source than lies here, FileNotFoundError when it was not compiled,
     PermissionError when the kernel lets no process use its instructions.
     """
+
+    _linear: Callable[..., None]
+    _linear_amx: Callable[..., None]
+    _decode_attention: Callable[..., None]
+    _norm: Callable[..., None]
+    _norm_back: Callable[..., None]
+    _silu: Callable[..., None]
+    _silu_back: Callable[..., None]
+    _rotate: Callable[..., None]
+    _softmax: Callable[..., None]
+    _softmax_back: Callable[..., None]
+    _head_top: Callable[..., None]
+    _head_sums: Callable[..., None]
+    _head_back: Callable[..., None]
+    _scan: Callable[..., None]
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -223,7 +239,7 @@ class Kernels:
         of their values is `not_finite`. By the calling thread alone; memory is read once."""
         self._scan(runs.ctypes.data, len(runs))
 
-    def _threads(self) -> tuple[int | None, int]:
+    def _threads(self) -> tuple[ctypes.c_void_p | None, int]:
         return self._team, torch.get_num_threads() if self._team else 1
 
 

@@ -139,7 +139,6 @@ def test_rows_and_their_gradients_are_those_of_torch(
     compiled: Kernels, monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(width)
-    monkeypatch.setattr(rowwise, "kernels", lambda: compiled)
     monkeypatch.setattr(rowwise, "kernels_for", lambda *_: compiled)
     turns = torch.rand(37, width) * 6
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.cpu_kernels import LEAST_LANES, kernels, kernels_for
+from rlinf.cpu_kernels import LEAST_LANES, Kernels, kernels_for
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """x / root(mean(x^2) + eps) * weight over the last dimension."""
     own = kernels_for(x.dtype, x.device)
     if own is not None and x.dtype == weight_H.dtype:
-        return _RmsNorm.apply(x, weight_H, eps) if torch.is_grad_enabled() else own.norm(_rows(x), weight_H, eps).view(x.shape)
+        return _RmsNorm.apply(own, x, weight_H, eps) if torch.is_grad_enabled() else own.norm(_rows(x), weight_H, eps).view(x.shape)
     return F.rms_norm(x, weight_H.shape, weight_H, eps)
 
 
@@ -40,16 +40,17 @@ def _rows(x: Tensor) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        x_NH = _rows(x)
+    def forward(ctx: Any, own: Kernels, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        ctx.own, x_NH = own, _rows(x)
         scale_N = torch.empty(len(x_NH))
         ctx.save_for_backward(x_NH, weight_H, scale_N)
-        return kernels().norm(x_NH, weight_H, eps, scale_N).view(x.shape)
+        return own.norm(x_NH, weight_H, eps, scale_N).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_NH, grad_H = kernels().norm_back(*ctx.saved_tensors, _rows(grad))
-        return grad_NH.view(grad.shape), grad_H, None
+        x_NH, weight_H, scale_N = ctx.saved_tensors
+        grad_NH, grad_H = ctx.own.norm_back(x_NH, weight_H, scale_N, _rows(grad))
+        return None, grad_NH.view(grad.shape), grad_H, None
 
 
 class _Swiglu(torch.autograd.Function):
@@ -79,7 +80,7 @@ def _gated(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _wide_kernels(x: Tensor) -> Any:
+def _wide_kernels(x: Tensor) -> Kernels | None:
     """Our own C, where half a row is long enough for it."""
     return kernels_for(x.dtype, x.device) if x.shape[-1] >= 2 * LEAST_LANES else None
 
@@ -92,7 +93,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_NAD: Tensor) -> tuple[Tensor | None, ...]:
-        return _turned(grad_NAD, *ctx.saved_tensors, back=True), None, None
+        cos_ND, sin_ND = ctx.saved_tensors
+        return _turned(grad_NAD, cos_ND, sin_ND, back=True), None, None
 
 
 def _turned(x_NAD: Tensor, cos_ND: Tensor, sin_ND: Tensor, back: bool = False) -> Tensor:
