@@ -73,7 +73,7 @@ def _advice(key: Key, item: Any) -> str:
 
 
 def _integers(value: Any) -> list[int] | None:
-    items = [_as(int, v) for v in value] if isinstance(value, list) else [None]
+    items: list[Any] = [_as(int, v) for v in value] if isinstance(value, list) else [None]
     return None if None in items else items
 
 

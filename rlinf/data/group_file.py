@@ -41,7 +41,7 @@ def take_apart(group: Group) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(the parts of a group that JSON can hold, its arrays by name)."""
     arrays = {"prompt": group.prompt.token_ids}
     arrays |= {f"{k}.{name}": getattr(sample, name) for k, sample in enumerate(group.samples) for name in ARRAYS}
-    prompt, *samples = (_plain(record) for record in (group.prompt, *group.samples))
+    prompt, samples = _plain(group.prompt), [_plain(sample) for sample in group.samples]
     verdicts = [verdict and asdict(verdict) for verdict in group.verdicts]
     return {"group_id": group.group_id, "prompt": prompt, "samples": samples, "verdicts": verdicts}, arrays
 

@@ -59,7 +59,7 @@ class Item(NamedTuple):
     teaches: whether it is in the gradient."""
 
     group: int
-    index: int
+    sample: int
     prompt: int
     prompt_length: int
     response_length: int
@@ -144,7 +144,7 @@ def check_inputs(headers: Sequence[GroupHeader], advantages: Sequence[np.ndarray
 
 def denominators(split: list[list[Items]], headers: Sequence[GroupHeader]) -> tuple[int, int]:
     """Loss tokens of a mini-batch over all ranks, and samples that have any."""
-    counts = [headers[item.group].loss_tokens[item.index] for rank in split for micro in rank for item in micro]
+    counts = [headers[item.group].loss_tokens[item.sample] for rank in split for micro in rank for item in micro]
     return sum(counts), sum(n > 0 for n in counts)
 
 
@@ -157,7 +157,7 @@ def rank_batch(
     mini_batches = []
     for split, (tokens, samples) in zip(mine, counted):
         micro_batches = tuple(
-            tuple(SampleRef(number[i.group], i.index, float(advantages[i.group][i.index]), i.prompt == i.group) for i in micro)
+            tuple(SampleRef(number[i.group], i.sample, float(advantages[i.group][i.sample]), i.prompt == i.group) for i in micro)
             for micro in split
         )
         teaching = sum(not micro or micro[0].teaches for micro in split)
@@ -166,7 +166,7 @@ def rank_batch(
 
 
 def split_minibatch(items: Sequence[Item], dp: int, max_tokens: int, length: int = ATTENTION_LENGTH) -> list[list[Items]]:
-    """[rank][micro-batch] -> items in (group, index) order; at least one micro-batch on every rank, those with a gradient in front."""
+    """[rank][micro-batch] -> items in (group, sample) order; at least one micro-batch on every rank, those with a gradient in front."""
     shares = balance(items, dp, length)
     return [(pack([i for i in s if i.teaches], max_tokens) or [()]) + pack([i for i in s if not i.teaches], max_tokens) for s in shares]
 

@@ -96,8 +96,8 @@ class TextTokenizer:
             )
         from jinja2.exceptions import TemplateError
 
-        try:
-            return self._for_chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **self._variables)
+        try:  # transformers takes any mapping, and gives text where it does not tokenize; it declares less
+            return self._for_chat.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **self._variables)  # type: ignore[arg-type, return-value]
         except TemplateError as error:  # it does not know some role or order of turns, or is no template
             raise BadChat(f"the model's chat template refuses the chat: {error}") from error
 

@@ -106,7 +106,7 @@ def cut_after(path: Path, step: int) -> int:
     if not path.exists():
         return -1
     lines, torn = whole_lines(path)
-    steps = [row["step"] for row in _metrics(path)]
+    steps = [int(row["step"]) for row in _metrics(path)]
     kept = [line for line, of in zip(lines, steps) if of <= step]
     replaced = [line for line, of in zip(lines, steps) if of > step] + ([torn] if torn else [])
     last = steps[len(kept) - 1] if kept else -1
