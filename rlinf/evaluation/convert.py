@@ -60,7 +60,7 @@ def convert(benchmark: str, source: Path, out: Path, seed: int = 1234) -> dict[s
             if not isinstance(row, Mapping):
                 raise _BadRow("not an object with fields")
             question, answer = reader.read(row, seed)
-            record = {
+            record: dict[str, Any] = {
                 "prompt": question, "task": reader.task, "query_id": f"{benchmark}-{_field(row, ID_FIELDS) or number - 1}",
                 "solutions": [_boxed(answer)], "source": {**origin, "row": number},
             }  # fmt: skip

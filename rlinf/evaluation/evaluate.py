@@ -144,10 +144,8 @@ def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
     try:
         plan = build_evaluation_plan(task.config, cluster.inventory())
         launch_parts(cluster, plan, task.config)
-        groups = [
-            cluster.launch(plan, c, worker, task.config) for c, worker in (("rollout", WORKERS["rollout"]), ("reward", WORKERS["reward"]))
-        ]
-        runner = EvaluationRunner(cluster, *groups, task.config.rollout.max_running_requests, Progress(name, total, done))
+        rollout, reward = (cluster.launch(plan, role, WORKERS[role], task.config) for role in ("rollout", "reward"))
+        runner = EvaluationRunner(cluster, rollout, reward, task.config.rollout.max_running_requests, Progress(name, total, done))
         with usage.sampling(lambda: cluster.phase):
             asyncio.run(cluster.guard(runner.run(jobs)))
     finally:

@@ -72,8 +72,8 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
             "SCRIPT": script,
         },
     )
-    with atomic_write(target) as file:
-        file.write(page)
+    with atomic_write(target) as out:
+        out.write(page)
     return target
 
 
