@@ -112,7 +112,7 @@ def part_run(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     questions = [{"prompt": f"{i}+{i}=", "task": "math", "query_id": str(i), "solutions": [f"\\boxed{{{2 * i}}}"]} for i in range(64)]
     data.write_text("".join(json.dumps(q) + "\n" for q in questions))
     new_tokens = 16 if cpu else 256
-    config = {
+    config: dict[str, dict[str, Any]] = {
         "cluster": {"backend": backend, "device": kind(cpu).type, "num_gpus_per_node": 1,
                     "component_placement": {"actor,rollout,reward": "0"}},
         "runner": {"output_dir": str(folder / "logs"), "experiment_name": f"run-{time.time_ns()}", "max_steps": 3,

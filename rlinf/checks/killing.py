@@ -82,6 +82,7 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
+            assert self.process.pid is not None  # __init__ has started it
             os.kill(self.process.pid, number)
 
     def kill(self) -> None:
@@ -160,7 +161,7 @@ class Life:
         finally:
             self.process.kill()
             self.process.wait()
-        self.wait_for(lambda: not marked(self.run_id) and not self.segments(), "left processes or shared memory behind", GONE, alive=False)
+        self.wait_for(lambda: not self.remains(), "left processes or shared memory behind", GONE, alive=False)
 
     def freeze_at(self, sign: Callable[[], str]) -> None:
         """Return when the driver is frozen while the sign is there."""
@@ -197,6 +198,9 @@ class Life:
 
     def segments(self) -> list[Path]:
         return list(Path("/dev/shm").glob(f"rlinf-{self.run_id}-*")) if self.run_id else []
+
+    def remains(self) -> bool:
+        return self.run_id is not None and bool(marked(self.run_id) or self.segments())
 
     @property
     def run_id(self) -> str | None:

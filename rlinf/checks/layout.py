@@ -58,7 +58,7 @@ LAYOUTS = [  # ranks, TP, PP, sequence parallel
 CONTEXT_LAYOUTS = [  # with the number of context-parallel ranks
     (2, 1, 1, False, 2), (4, 1, 1, False, 2), (4, 2, 1, False, 2), (4, 2, 1, True, 2), (4, 1, 2, False, 2), (4, 1, 1, False, 4),
 ]  # fmt: skip
-RECOMPUTE = {  # keys of actor.model
+RECOMPUTE: dict[str, dict[str, Any]] = {  # keys of actor.model
     "": {},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -149,7 +149,7 @@ def make_cases(quick: bool = False) -> list[Case]:
     """Every layout with every family that has enough key/value heads (with context parallelism half of them in turn), the splits and
     recomputations taken in turn; quick: every layout once."""
     cases, recompute = [], list(RECOMPUTE)
-    for i, (*layout, cp) in enumerate([*((*layout, 1) for layout in LAYOUTS), *CONTEXT_LAYOUTS]):
+    for i, (layout, cp) in enumerate([(at, 1) for at in LAYOUTS] + [(at[:4], at[4]) for at in CONTEXT_LAYOUTS]):
         families = [f for f in FAMILIES if layout[1] < 4 or f.startswith("llama")]
         families = families[i % 2 :: 2] if cp > 1 else families
         for j, family in enumerate(families):
@@ -195,7 +195,8 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str 
             grads, weights = {}, {}
         steps.append(Step(metrics, update.grad_norm, grads, weights))
     replicas = checksums(engine)
-    outputs = {k: v for batches, values in zip(packs, before) for b, v in zip(batches, values) for k, v in by_sample(b, v).items()}
+    computed = [pair for batches, values in zip(packs, before) for pair in zip(batches, values)]
+    outputs = {sample: values for b, values_T in computed for sample, values in by_sample(b, values_T).items()}
     return Measured(steps, outputs, replicas, sum(len(mini.micro_batches) for mini in plan.mini_batches))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,12 @@ from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
 
 TEMPERATURE = 1.3
 OPTIM = OptimConfig(lr=0.2, adam_beta1=0.0, adam_beta2=0.95, adam_eps=1.0, weight_decay=0.1, clip_grad=0.0)
-IMPORTANCE_LIMIT = 2.0
+IMPORTANCE_LIMIT, DUAL_CLIP, VALUE_CLIP = 2.0, 1.5, 0.02
 SETTINGS = ObjectiveSettings(
-    loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=1.5, kl_beta=0.1, kl_penalty_type="k3",
+    loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=DUAL_CLIP, kl_beta=0.1, kl_penalty_type="k3",
     entropy_bonus=0.02, correction=Correction("token-truncate", 0.0, IMPORTANCE_LIMIT), max_new_tokens=16,
 )  # fmt: skip
-VALUE_SETTINGS = ValueSettings(loss_agg_func="token-mean", clip=0.02, max_new_tokens=16)
+VALUE_SETTINGS = ValueSettings(loss_agg_func="token-mean", clip=VALUE_CLIP, max_new_tokens=16)
 # Prompt length and response lengths of the groups: lengths 1, equal and unequal ones, a group of one, one response far longer than the
 # rest; the prompts of the second half begin with the same COMMON_START tokens, as with a system prompt or worked examples.
 COMMON_START = 18
@@ -113,11 +114,12 @@ def plain_steps(folder: Path, batch: Batch, head: str = "lm") -> Expected:
     """Both mini-batches, one after the other; the old policy, the reference policy and the old values are those of the initial weights."""
     model = plain_model(folder, head)
     named = dict(model.named_parameters())
+    param_groups: list[dict[str, Any]] = [
+        {"params": [p for p in named.values() if p.ndim > 1]},
+        {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},  # norms and biases do not decay
+    ]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in named.values() if p.ndim > 1]},
-            {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},  # norms and biases do not decay
-        ],
+        param_groups,
         lr=OPTIM.lr, betas=(OPTIM.adam_beta1, OPTIM.adam_beta2), eps=OPTIM.adam_eps, weight_decay=OPTIM.weight_decay,
     )  # fmt: skip
     start = {name: p.detach().numpy().copy() for name, p in named.items()}
@@ -127,7 +129,7 @@ def plain_steps(folder: Path, batch: Batch, head: str = "lm") -> Expected:
         optimizer.zero_grad()
         loss, metrics = (plain_objective if head == "lm" else plain_value_objective)(model, groups, advantages, old)
         loss.backward()
-        grads = {name: p.grad.numpy().copy() for name, p in named.items()}
+        grads = {name: p.grad.numpy().copy() for name, p in named.items()}  # type: ignore[union-attr]  # the loss is of all of them
         optimizer.step()
         norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads.values())))
         steps.append(Step(metrics, norm, grads, {name: p.detach().numpy().copy() for name, p in named.items()}))
@@ -154,8 +156,8 @@ def old_outputs(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
 def sample_values(model: torch.nn.Module, group: Group, sample: Sample) -> Tensor:
     """[T]: the value of the state before each token of the sample, read from the hidden state that predicts it."""
     tokens = torch.from_numpy(np.concatenate([group.prompt.token_ids, sample.token_ids]).astype(np.int64))
-    hidden = model.model(tokens[None]).last_hidden_state[0]
-    return model.score(hidden)[len(group.prompt.token_ids) - 1 : -1, 0]
+    hidden = model.get_submodule("model")(tokens[None]).last_hidden_state[0]
+    return model.get_submodule("score")(hidden)[len(group.prompt.token_ids) - 1 : -1, 0]
 
 
 def sample_logprobs(model: torch.nn.Module, group: Group, sample: Sample) -> tuple[Tensor, Tensor]:
@@ -183,7 +185,7 @@ def plain_objective(
     ratio, importance = (logprobs - before).exp(), (before - rollout).exp()
     plain, bounded = -ratio * advantage, -ratio.clamp(1 - SETTINGS.clip_low, 1 + SETTINGS.clip_high) * advantage
     policy = torch.maximum(plain, bounded)
-    ceiling = torch.where(advantage < 0, -SETTINGS.clip_c * advantage, float("inf"))
+    ceiling = torch.where(advantage < 0, -DUAL_CLIP * advantage, float("inf"))
     weighted = torch.minimum(policy, ceiling) * importance.clamp(max=IMPORTANCE_LIMIT)
     kl = k3(before - logprobs)
     loss = weighted.mean() + SETTINGS.kl_beta * kl.mean() - SETTINGS.entropy_bonus * entropy.mean()
@@ -219,7 +221,7 @@ def plain_value_objective(
             values = sample_values(model, group, sample)
             parts.append((values[keep], old[sample.sample_id][keep], torch.full_like(values, float(target))[keep]))
     values, before, target = (torch.cat(p) for p in zip(*parts))
-    near = torch.minimum(torch.maximum(values, before - VALUE_SETTINGS.clip), before + VALUE_SETTINGS.clip)
+    near = torch.minimum(torch.maximum(values, before - VALUE_CLIP), before + VALUE_CLIP)
     plain, bounded = (values - target) ** 2 / 2, (near - target) ** 2 / 2
     loss, error = torch.maximum(plain, bounded).mean(), target - before
     metrics = {

@@ -192,7 +192,7 @@ def compare(chain: str, run_dir: Path, reference: Path, model: Path, steps: int,
     moved = max(float((ours["param"][n] - t).abs().max()) for n, t in start.items())
     wrong = []
     for step in range(1, steps + 1):
-        wrong += compare_samples(step, *(read_samples(d, step) for d in (run_dir, reference)), texts=tolerance == 0)
+        wrong += compare_samples(step, read_samples(run_dir, step), read_samples(reference, step), texts=tolerance == 0)
     wrong += compare_curves(run_dir, reference, steps, exact=tolerance == 0)
     return Ending(chain, tolerance, moved, gaps["param"], max(gaps["exp_avg"], gaps["exp_avg_sq"]), tuple(wrong))
 
@@ -297,7 +297,7 @@ def main(quick: bool, json_file: Path | None, seed: int) -> int:
             else:
                 endings.append(finding)
     seconds = time.perf_counter() - started
-    holds = all(f.holds for f in (*deaths, *endings))
+    holds = all_hold(deaths, endings)
     console.print(deaths_table(deaths))
     console.print(endings_table(endings))
     for line in [line for e in endings for line in e.wrong[:5]]:
@@ -311,12 +311,16 @@ def main(quick: bool, json_file: Path | None, seed: int) -> int:
     return 0 if holds else 1
 
 
+def all_hold(deaths: Sequence[Death], endings: Sequence[Ending]) -> bool:
+    return all(d.holds for d in deaths) and all(e.holds for e in endings)
+
+
 def report(deaths: Sequence[Death], endings: Sequence[Ending], seed: int, seconds: float) -> dict[str, Any]:
     return {
         "seed": seed,
         "machine": {"platform": platform.platform(), "python": platform.python_version(), "numpy": np.__version__},
         "seconds": seconds,
-        "holds": all(f.holds for f in (*deaths, *endings)),
+        "holds": all_hold(deaths, endings),
         "kills": [asdict(d) | {"lost": d.lost, "holds": d.holds} for d in deaths],
         "ends": [asdict(e) | {"holds": e.holds} for e in endings],
     }

@@ -89,10 +89,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Handed:
-    """What one rank handed out: sources by transport, of broadcasts by the number of engines; arrays for the object store; its
+    """What one rank handed out: sources by transport, broadcasts by the number of engines; arrays for the object store; its
     log-probabilities of the probes (last stage)."""
 
-    sources: dict[str | int, Buckets]
+    sources: dict[str, Buckets]
+    broadcasts: dict[int, Buckets]
     arrays: tuple[np.ndarray, ...]
     scores: list[np.ndarray]
 
@@ -142,14 +143,14 @@ def hand_out_weights(
     engine.load_hf(open_hf_folder(folder))
     publisher = Publisher(engine, run_id, Path(files), BUCKET_BYTES)
     handed = publisher.hand_out(VERSION, transports)
-    sources: dict[str | int, Buckets] = dict(handed.sources)
+    broadcasts: dict[int, Buckets] = {}
     for engines, groups in meeting.groups.items():
         mine = [g for g in groups if g.replica == at.dp_rank and g.stage == at.pp_rank]
         if mine and at.tp_rank == 0:
             store = dist.PrefixStore(f"{meeting.name}-{engines}", open_store(HOST, meeting.port, keeps=False))
             publisher.wire = Wire(mine[0], mine[0].members[0], store, engine.device, TIMEOUT)
-        sources |= {engines: source for source in publisher.hand_out(VERSION, (BROADCAST,) if mine else ()).sources.values()}
-    return Handed(sources, handed.arrays, sequence_logprobs(engine, probes))
+        broadcasts |= {engines: source for source in publisher.hand_out(VERSION, (BROADCAST,) if mine else ()).sources.values()}
+    return Handed(handed.sources, broadcasts, handed.arrays, sequence_logprobs(engine, probes))
 
 
 def receive(meeting: Meeting, engines: int, rank: int) -> SharedMemory:
@@ -209,7 +210,7 @@ def hand_out_all(
             pool.run, hand_out_weights, str(model), meeting.name, transports, str(files), meeting, probes,
             ranks=first.tp * first.pp * first.dp, tp=first.tp, pp=first.pp,
         )  # fmt: skip
-        received = {}
+        received: dict[tuple[int, int], SharedMemory] = {}
         for n in meeting.groups:
             coming = [threads.submit(receive, meeting, n, k) for k in range(n)]
             received |= {(n, k): one.result() for k, one in enumerate(coming)}
@@ -229,7 +230,8 @@ async def take(
     try:
         for k, (engine, feed) in enumerate(zip(engines, feeds_of(case))):
             stages = [handed[publisher(feed.replica, stage, case.tp, case.dp)] for stage in range(case.pp)]
-            source = merge_sources([stage.sources[case.replicas if case.transport == BROADCAST else case.transport] for stage in stages])
+            broadcast = case.transport == BROADCAST
+            source = merge_sources([s.broadcasts[case.replicas] if broadcast else s.sources[case.transport] for s in stages])
             if feed.transport == OBJECT_STORE:
                 source = land(source, [a for stage in stages for a in stage.arrays], f"{name}-r{k}", VERSION)
             elif feed.transport == BROADCAST:

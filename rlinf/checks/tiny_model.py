@@ -15,12 +15,12 @@ from rlinf.weights.architecture import read_architecture
 from rlinf.weights.mapping import hf_shapes
 
 VOCAB = 131  # divisible by no tensor-parallel size: the padded rows must never show
-_COMMON = {
+_COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0,
     "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "dtype": "float32",
 }  # fmt: skip
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12},  # not hidden / heads
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4, "rope_theta": 500000.0},
