@@ -48,6 +48,7 @@ from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes
 from rlinf.weights.routes import DEVICE_IPC, SHARED_MEMORY
+from rlinf.weights.source import Broadcast
 from rlinf.workers.device import peak_flops
 from rlinf.workers.megatron import work_of
 
@@ -209,6 +210,7 @@ def time_syncs(
         started = time.perf_counter()
         source = publisher.hand_out(version, [transport]).sources[transport]
         published.append(time.perf_counter() - started)
+        assert not isinstance(source, Broadcast)  # that is for servers alone
         receipt = asyncio.run(engine.load_weights(source, version))
         loaded.append(receipt.seconds)
         nbytes = receipt.nbytes

@@ -57,7 +57,7 @@ from rlinf.weights.routes import (
     publisher,
 )
 from rlinf.weights.shared_memory import land
-from rlinf.weights.source import Buckets, Disk, Receipt, SharedMemory
+from rlinf.weights.source import Broadcast, Buckets, DeviceIpc, Disk, Files, Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 
 RANKS = 8
@@ -70,6 +70,7 @@ TRANSPORTS = (SHARED_MEMORY, OBJECT_STORE, DISK, BROADCAST, DEVICE_IPC)
 HOST = "127.0.0.1"
 TIMEOUT = 60.0  # seconds that the members of a broadcast group wait for each other
 COMPLAINTS = 5
+Opened = SharedMemory | Files | DeviceIpc  # the buckets that an engine opens
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Handed:
     """What one rank handed out: sources by transport, broadcasts by the number of engines; arrays for the object store; its
     log-probabilities of the probes (last stage)."""
 
-    sources: dict[str, Buckets]
+    sources: dict[str, Opened]
     broadcasts: dict[int, Buckets]
     arrays: tuple[np.ndarray, ...]
     scores: list[np.ndarray]
@@ -143,6 +144,7 @@ def hand_out_weights(
     engine.load_hf(open_hf_folder(folder))
     publisher = Publisher(engine, run_id, Path(files), BUCKET_BYTES)
     handed = publisher.hand_out(VERSION, transports)
+    sources = {t: source for t, source in handed.sources.items() if not isinstance(source, Broadcast)}  # that is for servers alone
     broadcasts: dict[int, Buckets] = {}
     for engines, groups in meeting.groups.items():
         mine = [g for g in groups if g.replica == at.dp_rank and g.stage == at.pp_rank]
@@ -150,7 +152,7 @@ def hand_out_weights(
             store = dist.PrefixStore(f"{meeting.name}-{engines}", open_store(HOST, meeting.port, keeps=False))
             publisher.wire = Wire(mine[0], mine[0].members[0], store, engine.device, TIMEOUT)
         broadcasts |= {engines: source for source in publisher.hand_out(VERSION, (BROADCAST,) if mine else ()).sources.values()}
-    return Handed(handed.sources, broadcasts, handed.arrays, sequence_logprobs(engine, probes))
+    return Handed(sources, broadcasts, handed.arrays, sequence_logprobs(engine, probes))
 
 
 def receive(meeting: Meeting, engines: int, rank: int) -> SharedMemory:
@@ -226,16 +228,18 @@ async def take(
         await engine.load_weights(Disk(str(models.before)), 0)
         await generate(engine)
     receipts: list[Receipt] = []
-    sources: list[Buckets] = []
+    sources: list[Opened] = []
     try:
         for k, (engine, feed) in enumerate(zip(engines, feeds_of(case))):
             stages = [handed[publisher(feed.replica, stage, case.tp, case.dp)] for stage in range(case.pp)]
-            broadcast = case.transport == BROADCAST
-            source = merge_sources([s.broadcasts[case.replicas] if broadcast else s.sources[case.transport] for s in stages])
+            source: Opened
+            if feed.transport == BROADCAST:
+                source = as_received(merge_sources([s.broadcasts[case.replicas] for s in stages]), received[case.replicas, k])
+            else:
+                source = merge_sources([s.sources[case.transport] for s in stages])
             if feed.transport == OBJECT_STORE:
+                assert isinstance(source, SharedMemory)  # so the publisher describes what the object store carries
                 source = land(source, [a for stage in stages for a in stage.arrays], f"{name}-r{k}", VERSION)
-            elif feed.transport == BROADCAST:
-                source = as_received(source, received[case.replicas, k])
             sources.append(source)
             receipts.append(await engine.load_weights(source, VERSION))
         check_receipts(sources, VERSION, receipts)
@@ -256,12 +260,12 @@ async def take(
     return gap, ""
 
 
-def as_received(sent: Buckets, landed: SharedMemory) -> Buckets:
+def as_received(sent: Buckets, landed: SharedMemory) -> SharedMemory:
     """The buckets that were sent, in the place where they have arrived; fewer if fewer arrived."""
     return SharedMemory(tuple(replace(bucket, key=here.key) for bucket, here in zip(sent.buckets, landed.buckets)))
 
 
-def different(source: Buckets, folder: Path) -> str:
+def different(source: Opened, folder: Path) -> str:
     """The first tensor that is missing, unknown, or not bit-equal to the one in the folder; empty when all are equal."""
     want = dict(open_hf_folder(folder).items())
     got = dict(open_source(source))
