@@ -61,7 +61,7 @@ def check_engine(config: Config, planned: bool) -> list[str]:
     if config.rollout.rollout_backend != "sglang" or config.cluster.num_nodes > 1:
         return []
     try:
-        find_interpreter(config.rollout.sglang_python, config.cluster.device == "cuda" or (config.cluster.device == "auto" and has_gpu()))
+        find_interpreter(config.rollout.sglang_python, config.cluster.device != "cpu" and has_gpu())
     except UserError as error:
         if not planned:
             raise
