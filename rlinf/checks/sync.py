@@ -57,7 +57,7 @@ from rlinf.weights.routes import (
     publisher,
 )
 from rlinf.weights.shared_memory import land
-from rlinf.weights.source import Broadcast, Buckets, DeviceIpc, Disk, Files, Receipt, SharedMemory
+from rlinf.weights.source import Broadcast, Buckets, Disk, Readable, Receipt, SharedMemory
 from rlinf.weights.tensor_folder import open_hf_folder
 
 RANKS = 8
@@ -70,7 +70,6 @@ TRANSPORTS = (SHARED_MEMORY, OBJECT_STORE, DISK, BROADCAST, DEVICE_IPC)
 HOST = "127.0.0.1"
 TIMEOUT = 60.0  # seconds that the members of a broadcast group wait for each other
 COMPLAINTS = 5
-Opened = SharedMemory | Files | DeviceIpc  # the buckets that an engine opens
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Handed:
     """What one rank handed out: sources by transport, broadcasts by the number of engines; arrays for the object store; its
     log-probabilities of the probes (last stage)."""
 
-    sources: dict[str, Opened]
+    sources: dict[str, Readable]
     broadcasts: dict[int, Buckets]
     arrays: tuple[np.ndarray, ...]
     scores: list[np.ndarray]
@@ -228,11 +227,11 @@ async def take(
         await engine.load_weights(Disk(str(models.before)), 0)
         await generate(engine)
     receipts: list[Receipt] = []
-    sources: list[Opened] = []
+    sources: list[Readable] = []
     try:
         for k, (engine, feed) in enumerate(zip(engines, feeds_of(case))):
             stages = [handed[publisher(feed.replica, stage, case.tp, case.dp)] for stage in range(case.pp)]
-            source: Opened
+            source: Readable
             if feed.transport == BROADCAST:
                 source = as_received(merge_sources([s.broadcasts[case.replicas] for s in stages]), received[case.replicas, k])
             else:
@@ -265,7 +264,7 @@ def as_received(sent: Buckets, landed: SharedMemory) -> SharedMemory:
     return SharedMemory(tuple(replace(bucket, key=here.key) for bucket, here in zip(sent.buckets, landed.buckets)))
 
 
-def different(source: Opened, folder: Path) -> str:
+def different(source: Readable, folder: Path) -> str:
     """The first tensor that is missing, unknown, or not bit-equal to the one in the folder; empty when all are equal."""
     want = dict(open_hf_folder(folder).items())
     got = dict(open_source(source))

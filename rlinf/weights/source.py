@@ -88,8 +88,9 @@ class Broadcast:
 
 
 # What every engine takes; its worker turns a Collective into SharedMemory, unless the engine is a member of the groups itself.
-WeightSource = SharedMemory | Files | DeviceIpc | Disk
-Buckets = SharedMemory | Files | DeviceIpc | Broadcast
+Readable = SharedMemory | Files | DeviceIpc  # buckets that an engine opens
+WeightSource = Readable | Disk
+Buckets = Readable | Broadcast
 
 
 @dataclass(frozen=True)
