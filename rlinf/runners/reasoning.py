@@ -20,7 +20,9 @@ from rlinf.runners.learner import Learner
 from rlinf.runners.requests import GroupRequest, training_requests, validation_requests
 from rlinf.runners.rollouts import Rollouts
 from rlinf.runners.run_folder import RunFolder
-from rlinf.runners.schedules import GroupsOnDisk, Logical, Schedule, Wallclock
+from rlinf.runners.schedule import GroupsOnDisk, Schedule
+from rlinf.runners.schedule_logical import Logical
+from rlinf.runners.schedule_wallclock import Wallclock
 from rlinf.runners.selection import StepBatch, group_advantages
 from rlinf.runners.shared_devices import SharedDevices
 from rlinf.runners.step_metrics import rollout_metrics, staleness_metrics

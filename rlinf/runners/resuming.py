@@ -28,7 +28,7 @@ def made_with(config: Config) -> dict[str, Any]:
     return {key: value_of(config, key) for key in BINDING}
 
 
-def ahead(state: Mapping[str, Any]) -> int:
+def groups_ahead(state: Mapping[str, Any]) -> int:
     """How many groups of a checkpoint were begun and not yet trained on."""
     schedule = state.get("schedule", {})
     if "ledger" in schedule:
@@ -36,7 +36,7 @@ def ahead(state: Mapping[str, Any]) -> int:
     return sum(len(batch["scored"]) for batch in schedule.get("waiting", ()))
 
 
-def recorded_again(state: Mapping[str, Any]) -> dict[int, set[str]]:
+def regenerated_groups(state: Mapping[str, Any]) -> dict[int, set[str]]:
     """Groups of a checkpoint whose samples and journal the resumed run writes again, by the step that they were begun for: it writes them
     when it judges them or, if they were done, when it reads them. With the logical schedule there are none: all belong to later steps."""
     found: dict[int, set[str]] = {}
@@ -81,7 +81,7 @@ def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, confi
                 f"cannot resume: {step_dir} was made with data.{name} {sampler[name]!r}, this run has {own!r}. "
                 f"Put it back, or start a new run from the weights: {start}"
             )
-    if command == TRAIN and ahead(state):
+    if command == TRAIN and groups_ahead(state):
         older = {"algorithm.schedule": "wallclock" if "ledger" in state["schedule"] else "logical"}  # that told nothing more
         then, now = state.get("made_with", older), made_with(config)
         changed = [
@@ -91,6 +91,6 @@ def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, confi
         ]
         if changed:
             raise UserError(
-                f"runner.resume_dir: {step_dir} holds {ahead(state)} groups that were generated ahead, with {', '.join(changed)}, and they "
-                f"do not fit this run. Put it back ({STALENESS} may grow), or start a new run from the weights: {start}"
+                f"runner.resume_dir: {step_dir} holds {groups_ahead(state)} groups that were generated ahead, with {', '.join(changed)}, "
+                f"and they do not fit this run. Put it back ({STALENESS} may grow), or start a new run from the weights: {start}"
             )

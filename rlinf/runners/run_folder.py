@@ -17,7 +17,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.run_paths import CONFIG_FILE, FINISHED, METRICS_FILE, SAMPLE_KINDS, RunPaths, aside
 from rlinf.runners.checkpoints import Checkpoints, Resume, read_checkpoint
-from rlinf.runners.resuming import TRAIN, ahead, made_with, recorded_again, refuse_changes
+from rlinf.runners.resuming import TRAIN, groups_ahead, made_with, refuse_changes, regenerated_groups
 from rlinf.weights.files import WEIGHTS_FOLDER, remove_published
 
 
@@ -55,7 +55,7 @@ class RunFolder:
             return False
         state, runner = self.resume.state, self.config.runner
         sampler.load_state_dict(state["sampler"])
-        total = sampler.total_steps(runner.max_epochs, runner.max_steps, self.resume.step, ahead(state))
+        total = sampler.total_steps(runner.max_epochs, runner.max_steps, self.resume.step, groups_ahead(state))
         own = self.resume.step_dir.parent == self.paths.checkpoints
         return own and (self.path / FINISHED).exists() and total <= self.resume.step
 
@@ -121,7 +121,7 @@ class RunFolder:
         for of, kind in sorted(files, reverse=True):
             _put_aside(self.paths.sample_file(kind, of))
         if self.resume is not None and self.command == TRAIN:
-            for at, groups in recorded_again(self.resume.state).items():
+            for at, groups in regenerated_groups(self.resume.state).items():
                 for file in (self.paths.samples(at), self.paths.groups(at)):
                     _take_out(file, groups)
 

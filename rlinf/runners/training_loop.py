@@ -18,7 +18,7 @@ from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
 from rlinf.rollout.contract import EngineStats
-from rlinf.runners.resuming import ahead
+from rlinf.runners.resuming import groups_ahead
 from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.saving import Saving
 
@@ -128,7 +128,7 @@ class TrainingLoop(ABC):
                 await group.call_all("load", str(folder))
             self.sampler.load_state_dict(state["sampler"])
             self.step, runner = state["step"], self.config.runner
-            self.total_steps = self.sampler.total_steps(runner.max_epochs, runner.max_steps, self.step, ahead(state))
+            self.total_steps = self.sampler.total_steps(runner.max_epochs, runner.max_steps, self.step, groups_ahead(state))
             await self.restore(folder, state)
             if logger.last_step < self.step:  # the run died between the checkpoint and the line of its step
                 logger.log(self.step, state["metrics"])

@@ -1,148 +1,24 @@
-"""When the groups of a step are generated: the two values of algorithm.schedule. With algorithm.max_staleness 0 that is just before the
-step; with more, groups are generated ahead, while the actor trains.
-
-Version i is the weights after step i; eta is algorithm.max_staleness. In each step the loop calls, in this order: take, before_training,
-before_sync and, when there is a checkpoint, save.
-"""
+"""algorithm.schedule: wallclock. Group by group, as engines have room and the bound on staleness allows."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rlinf.algorithms.filters import has_signal
-from rlinf.cluster.group import Ref, WorkerGroup
+from rlinf.cluster.group import Ref
 from rlinf.config.schema import Config
-from rlinf.data.group_file import header_from_json, header_to_json
 from rlinf.data.records import GroupHeader, Verdict
 from rlinf.data.sampler import PromptSampler
 from rlinf.runners.requests import GroupRequest
 from rlinf.runners.rollouts import Rollouts, Scored, mean_length
-from rlinf.runners.selection import StepBatch, next_groups, no_signal
+from rlinf.runners.schedule import GroupsOnDisk, Requests
+from rlinf.runners.selection import StepBatch, no_signal
 from rlinf.runners.step_metrics import dynamic_sampling_metrics
 from rlinf.scheduling.staleness import Ledger, LengthBias
-
-Requests = Callable[[int, Sequence[int], Counter[str]], list[GroupRequest]]  # (step, prompts, how often the step has taken each)
-
-
-class Schedule(Protocol):
-    """Gives the loop its batches. exhausted: whether the data hold no further batch. total_steps: of the run."""
-
-    total_steps: int
-
-    @property
-    def exhausted(self) -> bool: ...
-
-    async def take(self, step: int) -> StepBatch:
-        """The groups of `step`; the engines hold the weights of step - 1."""
-        ...
-
-    async def before_training(self) -> None:
-        """Return when the actor may have the devices."""
-        ...
-
-    async def before_sync(self) -> None:
-        """Return when the engines may be given the next weights."""
-        ...
-
-    async def save(self, folder: Path) -> dict[str, Any]:
-        """Write the groups that wait into `folder`. Returns what restore() needs besides them, as JSON values."""
-        ...
-
-    async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
-        """Go on after `step` with what save() wrote and returned. A state in which no group waits may come from another schedule, and from
-        other batch sizes."""
-        ...
-
-
-class GroupsOnDisk:
-    """Groups that wait in a checkpoint, in one file each; reward workers write and read them. samples: the path of a step's samples."""
-
-    def __init__(self, reward: WorkerGroup, samples: Callable[[int], Path]) -> None:
-        self.reward, self.samples, self.turn = reward, samples, 0
-
-    async def put(self, folder: Path, name: str, tokens: Ref, verdicts: tuple[Verdict | None, ...] = ()) -> None:
-        await self.reward.call(self._next(), "keep", str(folder / f"{name}.safetensors"), tokens, verdicts)
-
-    async def get(self, folder: Path, name: str, step: int | None = None) -> Scored:
-        """step: only for a group that was already judged, the step that it was begun for: its samples and journal are written again, since
-        the files from before the resumption are set aside or in another folder."""
-        dump = None if step is None else str(self.samples(step))
-        header, tokens = self.reward.ref(self._next(), "fetch", str(folder / f"{name}.safetensors"), dump, returns=2)
-        return await header, tokens
-
-    def _next(self) -> int:
-        self.turn += 1
-        return self.turn % self.reward.size
-
-
-class Logical:
-    """Reproducible: the batch of step s is generated under version max(0, s - 1 - eta), and no weights change inside a request.
-
-    With eta = 0 this is the synchronous loop. With more, the engines generate a later batch while the actor trains; the result still does
-    not depend on the order in which things happen to finish.
-    """
-
-    def __init__(
-        self, config: Config, sampler: PromptSampler, rollouts: Rollouts, on_disk: GroupsOnDisk, requests: Requests, total_steps: int
-    ) -> None:
-        self.algorithm, self.max_epochs = config.algorithm, config.runner.max_epochs
-        self.sampler, self.rollouts, self.on_disk, self.requests, self.total_steps = sampler, rollouts, on_disk, requests, total_steps
-        self.batches: deque[asyncio.Future[StepBatch | None]] = deque()  # those of the next steps; None: the data were used up
-        self.last_begun = 0  # the last step whose batch was begun
-
-    @property
-    def exhausted(self) -> bool:
-        return not any(batch.done() and batch.result() for batch in self.batches) and self.sampler.exhausted(self.max_epochs)
-
-    async def take(self, step: int) -> StepBatch:
-        self.last_begun = max(self.last_begun, step - 1)
-        while self.last_begun < min(step + self.algorithm.max_staleness, self.total_steps):
-            self.last_begun += 1
-            self.batches.append(asyncio.ensure_future(self.produce(self.last_begun, self.batches[-1] if self.batches else None)))
-        batch = await self.batches.popleft()
-        assert batch is not None, "a step was begun without data"
-        return batch
-
-    async def produce(self, step: int, before: asyncio.Future[StepBatch | None] | None) -> StepBatch | None:
-        """The batch of `step`, begun when the batch before it is complete: only then is known how many prompts dynamic sampling took."""
-        if before is not None:
-            await before
-            if self.sampler.exhausted(self.max_epochs):
-                return None
-        taken = Counter[str]()
-        return await next_groups(
-            self.sampler, self.algorithm, lambda indices: self.rollouts.generate_groups(self.requests(step, indices, taken))
-        )
-
-    async def before_training(self) -> None: ...
-
-    async def before_sync(self) -> None:
-        for batch in self.batches:
-            await batch
-
-    async def save(self, folder: Path) -> dict[str, Any]:
-        waiting: list[dict[str, Any]] = []
-        for batch in (b for future in self.batches if (b := future.result())):
-            names = {header.group_id: f"{len(waiting):02d}-{i:05d}" for i, (header, _) in enumerate(batch.scored)}
-            await asyncio.gather(*(self.on_disk.put(folder, names[h.group_id], ref, h.verdicts) for h, ref in batch.scored))
-            generated = [names.get(h.group_id) or header_to_json(h) for h in batch.generated]
-            waiting.append({"scored": list(names.values()), "generated": generated, "metrics": batch.metrics})
-        return {"begun": self.last_begun, "waiting": waiting}
-
-    async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
-        waiting = state.get("waiting", [])
-        self.last_begun = step + len(waiting)
-        for at, kept in enumerate(waiting, step + 1):
-            scored = dict(zip(kept["scored"], await asyncio.gather(*(self.on_disk.get(folder, name, at) for name in kept["scored"]))))
-            generated = [scored[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
-            ready: asyncio.Future[StepBatch | None] = asyncio.get_running_loop().create_future()
-            ready.set_result(StepBatch(list(scored.values()), generated, kept["metrics"]))
-            self.batches.append(ready)
 
 
 class Wallclock:
@@ -217,9 +93,7 @@ class Wallclock:
         bounds = [
             self.ledger.room(version),  # by staleness
             self.total_steps * size - self.ledger.begun_and_kept,  # by the end of the run
-            max(
-                self.left, size - waiting
-            ),  # by the data; a step that groups without signal leave short may take prompts of a further epoch
+            max(self.left, size - waiting),  # by the data; a step short of groups with signal may take prompts of a further epoch
         ]
         if self.rollout.over_provisioning:
             bounds.append(int(self.rollout.over_provisioning * size) - waiting)

@@ -20,7 +20,9 @@ from rlinf.errors import UserError
 from rlinf.rollout.contract import SamplingParams, Stop
 from rlinf.runners.requests import GroupRequest, name_groups, validation_requests
 from rlinf.runners.rollouts import Rollouts
-from rlinf.runners.schedules import GroupsOnDisk, Logical, Schedule, Wallclock
+from rlinf.runners.schedule import GroupsOnDisk, Schedule
+from rlinf.runners.schedule_logical import Logical
+from rlinf.runners.schedule_wallclock import Wallclock
 from rlinf.runners.step_metrics import staleness_metrics
 from tests.simulated_engines import LONGEST, Engines, Judges
 from tests.virtual_time import run_virtually
