@@ -15,9 +15,9 @@ from rlinf.data.records import GroupHeader, Prompt
 from rlinf.errors import RunFailed
 from rlinf.rollout.contract import EngineStats
 from rlinf.runners.engines import Engines
-from rlinf.scheduling.placement import feeds_on_devices, publishers
+from rlinf.scheduling.sync_plan import plan_sync
 from rlinf.weights.receipts import check_probes, check_receipts, merge_sources
-from rlinf.weights.routes import DEVICE_IPC, OBJECT_STORE, Feed, broadcast_groups, plan_feeds
+from rlinf.weights.routes import OBJECT_STORE, Feed
 from rlinf.weights.source import Buckets, Collective, Receipt
 
 PROBES = 4
@@ -54,31 +54,16 @@ class WeightSync:
         self.probes = [p.token_ids for p in prompts if len(p.token_ids) > 1][:PROBES]
         self.version: int | None = None
         self.syncs = 0
-        model = config.actor.model
-        self.publishers = publishers(model, actor.size)
-        self.feeds = self._feeds()
-        self.joining = config.rollout.joins_groups
-        engine_ranks = config.rollout.tensor_parallel_size if self.joining else 1
-        self.groups = broadcast_groups(
-            self.feeds, model.stage_ranks, model.pipeline_model_parallel_size, len(self.publishers), engine_ranks
-        )
-        replica_of = [model.data_parallel_rank(rank, actor.size) for rank in range(actor.size)]
-        self.transports = [tuple({f.transport: None for f in self.feeds if f.replica == replica}) for replica in replica_of]
-        self.feeding = [rank for rank, transports in enumerate(self.transports) if transports]
-        self.probed = [rank for rank in self.feeding if replica_of[rank] == self.feeds[0].replica]
-
-    def _feeds(self) -> tuple[Feed, ...]:
-        transport, actor, rollout = self.config.rollout.weight_transport, self.actor.seats, self.engines.group.seats
-        feeds = feeds_on_devices(self.config, actor, rollout) if transport == DEVICE_IPC else None
-        nodes = [[actor[rank].node for rank in stages] for stages in self.publishers]
-        return feeds or plan_feeds(nodes, [e.node for e in rollout], transport)
+        self.plan = plan_sync(config, actor.seats, rollout.seats)
 
     async def publish(self, version: int) -> Synced:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
-        ranks = range(self.actor.size) if self.syncs == 0 else self.feeding  # after the first sync the others know that they feed no engine
-        if self.groups and self.syncs == 0:
+        ranks = (
+            range(self.actor.size) if self.syncs == 0 else self.plan.feeding
+        )  # after the first sync the others know that they feed no engine
+        if self.plan.groups and self.syncs == 0:
             await self._join()
-        moved = await (self._broadcast(ranks, version) if self.groups else self._offer(ranks, version))
+        moved = await (self._broadcast(ranks, version) if self.plan.groups else self._offer(ranks, version))
         receipts = [receipt for receipt, _ in moved.taken]
         check_receipts(moved.sources, version, receipts)
         metrics = {
@@ -99,50 +84,58 @@ class WeightSync:
         """Have the actor write the weights, then every engine read them."""
         async with self.replacing:
             self.forget_sources()
-            calls = {rank: self.actor.ref(rank, "publish", version, self.transports[rank], returns=2) for rank in ranks}
+            calls = {rank: self.actor.ref(rank, "publish", version, self.plan.transports[rank], returns=2) for rank in ranks}
             parts = dict(zip(ranks, await self.actor.results([written for written, _ in calls.values()])))
             sources = self._sources(parts)
             offers = {feed: Shared(source) for feed, source in sources.items()}
-            for feed in self.feeds:
-                payload = [calls[rank][1] for rank in self.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
+            for feed in self.plan.feeds:
+                payload = [calls[rank][1] for rank in self.plan.publishers[feed.replica]] if feed.transport == OBJECT_STORE else []
                 self.readable.append((offers[feed], payload))
             self.version = version
         taken = await self.engines.ask_each("load_weights", [(offer, version, *payload) for offer, payload in self.readable])
-        return Moved(gather_seconds(parts), [sources[feed] for feed in self.feeds], taken)
+        return Moved(gather_seconds(parts), [sources[feed] for feed in self.plan.feeds], taken)
 
     async def _broadcast(self, ranks: Sequence[int], version: int) -> Moved:
         """Send and receive at the same time; no engine is restarted meanwhile."""
-        rounds = 2 if self.joining and self.syncs == 0 else 1  # the first version is sent twice: SGLang proves that it loads all of it
+        rounds = (
+            2 if self.plan.engines_join and self.syncs == 0 else 1
+        )  # the first version is sent twice: SGLang proves that it loads all of it
         async with self.replacing:
-            calls = [self.actor.ref(rank, "publish", version, self.transports[rank] * rounds, returns=2) for rank in ranks]
+            calls = [self.actor.ref(rank, "publish", version, self.plan.transports[rank] * rounds, returns=2) for rank in ranks]
             written, taken = await gather_or_cancel([self.actor.results([written for written, _ in calls]), self._receive(version)])
             parts = dict(zip(ranks, written))
             self.version, sources = version, self._sources(parts)
-        return Moved(gather_seconds(parts), [sources[feed] for feed in self.feeds], taken)
+        return Moved(gather_seconds(parts), [sources[feed] for feed in self.plan.feeds], taken)
 
     def _sources(self, parts: Mapping[int, Written]) -> dict[Feed, Buckets]:
         """What each feed has to read: all that the publishers of its replica wrote for its transport."""
-        return {feed: merge_sources([parts[rank][0][feed.transport] for rank in self.publishers[feed.replica]]) for feed in set(self.feeds)}
+        return {
+            feed: merge_sources([parts[rank][0][feed.transport] for rank in self.plan.publishers[feed.replica]])
+            for feed in set(self.plan.feeds)
+        }
 
     def _probes_now(self) -> bool:
         every = self.config.rollout.verify_weights_every
         return self.syncs == 0 or bool(every and self.syncs % every == 0)
 
     async def _actor_logprobs(self) -> list[np.ndarray]:
-        """The actor's side of the probes, from the last stage, which alone has it."""
-        found = await self.actor.call_ranks(self.probed, "sequence_logprobs", self.probes)
+        """The actor's side of the probes, of the replica that feeds the first engine; its last stage alone has them."""
+        model, replica = self.config.actor.model, self.plan.feeds[0].replica
+        ranks = [rank for rank in self.plan.feeding if model.data_parallel_rank(rank, self.actor.size) == replica]
+        found = await self.actor.call_ranks(ranks, "sequence_logprobs", self.probes)
         return next(filter(None, found))
 
     async def _join(self) -> None:
         """Have actor ranks and engines make the broadcast groups that they are members of."""
-        store, groups = Shared(await self.actor.call(0, "open_store")), Shared(self.groups)
-        sending = self.actor.call_ranks([group.publisher for group in self.groups], "join", store, groups)
+        store, groups = Shared(await self.actor.call(0, "open_store")), Shared(self.plan.groups)
+        sending = self.actor.call_ranks([group.publisher for group in self.plan.groups], "join", store, groups)
         await gather_or_cancel([sending, self.engines.ask_all("join", store, groups)])
 
     async def _receive(self, version: int) -> list[tuple[Receipt, EngineStats]]:
         """Have every engine receive what its replica broadcasts, one pipeline stage after the other."""
-        streams = {d: Shared(Collective(tuple(g.name for g in self.groups if g.replica == d))) for d in {g.replica for g in self.groups}}
-        return await self.engines.ask_each("load_weights", [(streams[feed.replica], version) for feed in self.feeds])
+        groups = self.plan.groups
+        streams = {d: Shared(Collective(tuple(g.name for g in groups if g.replica == d))) for d in {g.replica for g in groups}}
+        return await self.engines.ask_each("load_weights", [(streams[feed.replica], version) for feed in self.plan.feeds])
 
     def forget_sources(self) -> None:
         """Must be called before the actor frees the weights that it published: from then on they can no longer be read."""
