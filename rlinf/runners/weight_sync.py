@@ -58,9 +58,8 @@ class WeightSync:
 
     async def publish(self, version: int) -> Synced:
         """Bring the actor's weights into every engine as `version`; raises RunFailed unless every receipt is good."""
-        ranks = (
-            range(self.actor.size) if self.syncs == 0 else self.plan.feeding
-        )  # after the first sync the others know that they feed no engine
+        # after the first sync the others know that they feed no engine
+        ranks = range(self.actor.size) if self.syncs == 0 else self.plan.feeding
         if self.plan.groups and self.syncs == 0:
             await self._join()
         moved = await (self._broadcast(ranks, version) if self.plan.groups else self._offer(ranks, version))
