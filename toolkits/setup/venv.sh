@@ -126,6 +126,10 @@ install_all() {
   if [[ "$device" == gpu ]]; then install_transformer_engine; fi
 }
 
+compile_packages() { # all but the models of transformers, of which a run imports one
+  "$venv/bin/python" -m compileall -q -j 0 -x 'transformers/models' "$venv/lib" >/dev/null 2>&1 || true # some test a Python that is yet to come
+}
+
 if ready; then exit 0; fi
 mkdir -p "$venv" && [[ -w "$root" ]] || fail "$root cannot be written by $(id -un): run this as its owner, or in a checkout of yours"
 exec 9>>"$root/.venv.lock" # a file that is open for writing: on NFS only such a lock is seen by other nodes
@@ -136,5 +140,7 @@ started=$SECONDS
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then make_venv; fi
 rm -f "$stamp"
 install_all 9<&-
+# Where processes may not write byte code, each would compile what it imports anew, and a run has dozens of them.
+if [[ "$device" == cpu && -n "${PYTHONDONTWRITEBYTECODE:-}" ]]; then compile_packages 9<&-; fi
 printf '%s\n' "$pins${dev:+ $dev}" >"$stamp"
 say "done in $((SECONDS - started)) s"

@@ -18,6 +18,7 @@ case "$1 $2" in
   "-c "*"(3, 12)"*) [[ {version} == 3.12 ]];;
   "-c "*purelib*) echo /site-packages;;
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; touch "$3/bin/rlinf"; chmod +x "$3/bin/rlinf";;
+  "-m compileall") echo "{version} $*" >>{log};;
   "-m pip") echo "{version} $*" >>{log}; echo "$CPATH" >{log}.headers;;
 esac
 """
@@ -42,8 +43,8 @@ def plant(checkout: Path, name: str, version: str) -> None:
     file.chmod(0o755)
 
 
-def set_up(checkout: Path, device: str, *words: str) -> subprocess.CompletedProcess:
-    env = {"PATH": f"{checkout}/bin:/usr/bin:/bin", "RLINF_DEVICE": device}
+def set_up(checkout: Path, device: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    env = {"PATH": f"{checkout}/bin:/usr/bin:/bin", "RLINF_DEVICE": device} | variables
     return subprocess.run(["bash", str(checkout / "toolkits/setup/venv.sh"), *words], env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -93,6 +94,16 @@ def test_transformer_engine_finds_the_headers_that_torch_came_with(checkout: Pat
     assert set_up(checkout, "gpu").returncode == 0
     assert "--no-build-isolation transformer-engine[" in installed(checkout)[-1]
     assert (checkout / "log.headers").read_text() == "/site-packages/nvidia/cudnn/include:/site-packages/nvidia/nccl/include\n"
+
+
+@pytest.mark.parametrize(("device", "variable", "compiles"), [("cpu", "1", True), ("cpu", "", False), ("gpu", "1", False)])
+def test_processes_that_may_not_write_byte_code_find_it(checkout: Path, device: str, variable: str, compiles: bool) -> None:
+    """On a CPU pip is told not to make it, because processes make what they import."""
+    plant(checkout, "python3", "3.12")
+    assert set_up(checkout, device, PYTHONDONTWRITEBYTECODE=variable).returncode == 0
+    lines = (checkout / "log").read_text().splitlines()
+    assert any(" compileall " in line for line in lines) == compiles
+    assert all(" --no-compile " in line for line in installed(checkout)) == (device == "cpu")
 
 
 def test_a_set_up_that_is_at_work_is_waited_for(checkout: Path) -> None:
