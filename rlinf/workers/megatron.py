@@ -106,9 +106,10 @@ class MegatronWorker:
     def finish_save(self) -> None:
         """Wait for the files of the last save() and check them."""
         self.bring_back()
-        if self.writing is not None:
-            self.writing.finish()
-            self.writing = None
+        if self.writing is None:
+            raise RuntimeError(f"{self.role} rank {self.address.rank}: no checkpoint is being written")
+        self.writing.finish()
+        self.writing = None
         self.hand_over()
 
     def load(self, step_dir: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -21,3 +23,10 @@ def test_groups_that_the_plan_does_not_name_in_this_order_are_refused(kind: type
     for came in ([b, a], [a], [a, b, b]):
         with pytest.raises(ValueError, match=r"payloads do not match the plan: .* came for \['a', 'b'\]"):
             kind.__new__(kind).pack(RankBatch(("a", "b"), ()), came)
+
+
+def test_a_checkpoint_that_nobody_began_is_not_finished_in_silence() -> None:
+    worker = TrainWorker.__new__(TrainWorker)
+    worker.role, worker.address, worker.bring_back = "actor", SimpleNamespace(rank=1), lambda: None
+    with pytest.raises(RuntimeError, match="actor rank 1: no checkpoint is being written"):
+        worker.finish_save()
