@@ -16,7 +16,7 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line]
 
 
-# The C in rlinf/cpu, once for each instruction set. Not Python modules: rlinf/cpu_kernels.py opens the one that the CPU has. Optional:
+# The C in rlinf/kernels/c, once for each instruction set. Not Python modules: rlinf/kernels/cpu.py opens the one that the CPU has. Optional:
 # without a C compiler the embedded engine takes torch's products. They carry the number of the source that they are made of, so that a
 # checkout whose source has changed since does not call them.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
@@ -26,12 +26,12 @@ INSTRUCTIONS = {
     "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }
-SOURCES = sorted((ROOT / "rlinf" / "cpu").glob("*.[ch]"))
+SOURCES = sorted((ROOT / "rlinf" / "kernels" / "c").glob("*.[ch]"))
 NUMBER = zlib.crc32(b"".join(source.read_bytes() for source in SOURCES))
 kernels = [
     Extension(
-        f"rlinf._cpu_kernels_{name}",
-        [f"rlinf/cpu/{source.name}" for source in SOURCES if source.suffix == ".c" and (source.stem != "tiles" or name == "amx")],
+        f"rlinf.kernels._cpu_{name}",
+        [f"rlinf/kernels/c/{source.name}" for source in SOURCES if source.suffix == ".c" and (source.stem != "tiles" or name == "amx")],
         depends=[str(source) for source in SOURCES],
         define_macros=[("RLINF_SOURCE", f"{NUMBER}u")],
         extra_compile_args=["-O3", "-g0", "-ffp-contract=fast", *flags],

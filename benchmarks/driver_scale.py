@@ -47,8 +47,8 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.names import METRICS
 from rlinf.rollout.contract import Stop
+from rlinf.run_folder.folder import RunFolder
 from rlinf.runners.reasoning import ReasoningRunner
-from rlinf.runners.run_folder import RunFolder
 from rlinf.scheduling.placement import build_plan
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.buckets import group_into_buckets, layout

@@ -25,8 +25,8 @@ import numpy as np
 
 from rlinf.metrics.logger import read_metrics
 from rlinf.metrics.summary import paired_gain
+from rlinf.run_folder.checkpoints import read_checkpoint
 from rlinf.run_paths import RunPaths
-from rlinf.runners.checkpoints import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path(__file__).with_name("results") / "quickstart.json"

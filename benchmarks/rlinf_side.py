@@ -14,8 +14,8 @@ import sys
 import time
 from typing import Any
 
-import rlinf.runners.launch as launch
 from rlinf.cli import main
+from rlinf.launch import train as launch
 from rlinf.rollout.contract import Stop
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.training_loop import StepResult

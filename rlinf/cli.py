@@ -137,8 +137,8 @@ def train(args: argparse.Namespace) -> int:
         _print(f"config: {resolved.source}")
         _print(describe_step(config))
         return _end_dry_run(describe(plan, config), warnings)
+    from rlinf.launch.disk import explain_full_disk
     from rlinf.report.page import write_report
-    from rlinf.runners.disk import explain_full_disk
 
     with explain_full_disk(config.runner.run_dir):
         code = _launch(args, resolved)
@@ -149,14 +149,14 @@ def train(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace, resolved: Resolved) -> int:
     """The whole run, or the half of it that --debug-rollout-only or --debug-train-only asks for."""
     if args.debug_rollout_only:
-        from rlinf.runners.launch_debug import rollout_only
+        from rlinf.launch.debug import rollout_only
 
         return rollout_only(resolved)
     if args.debug_train_only:
-        from rlinf.runners.launch_debug import train_only
+        from rlinf.launch.debug import train_only
 
         return train_only(resolved, args.debug_train_only)
-    from rlinf.runners.launch import train as whole
+    from rlinf.launch.train import train as whole
 
     return whole(resolved)
 
@@ -189,8 +189,8 @@ def sft(args: argparse.Namespace) -> int:
         _print(f"config: {resolved.source}")
         _print(describe_sft_step(config))
         return _end_dry_run(describe(plan, config), warnings)
-    from rlinf.runners.disk import explain_full_disk
-    from rlinf.runners.launch_sft import finetune
+    from rlinf.launch.disk import explain_full_disk
+    from rlinf.launch.sft import finetune
 
     with explain_full_disk(config.runner.run_dir):
         return finetune(resolved)
@@ -367,7 +367,7 @@ def check_resume(args: argparse.Namespace) -> int:
     ),
 )
 def export(args: argparse.Namespace) -> int:
-    from rlinf.runners.export import export as write
+    from rlinf.run_folder.export import export as write
 
     _print_result(write(args.step_dir, args.out, args.dtype, args.model_dir))
     return 0

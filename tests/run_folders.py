@@ -15,9 +15,9 @@ from rlinf.config.load import load
 from rlinf.data.lines import append_lines
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample, Status, Verdict
 from rlinf.data.token_values import TokenValues, plan_dump
+from rlinf.launch.environment import record_environment
 from rlinf.metrics.logger import MetricLogger
-from rlinf.runners.environment import record_environment
-from rlinf.runners.run_folder import RunFolder
+from rlinf.run_folder.folder import RunFolder
 from rlinf.runners.step_metrics import advantage_metrics, rollout_metrics
 from rlinf.scheduling.placement import Node
 from rlinf.workers.reward import dump

@@ -16,7 +16,7 @@ SCRIPT = """
 import json, sys, torch
 from rlinf.config.load import load
 from rlinf.device import memory_in_use
-from rlinf.runners import launch
+from rlinf.launch import train as launch
 from rlinf.runners.shared_devices import SharedDevices
 
 turns, pass_to = [], SharedDevices.pass_to

@@ -156,7 +156,7 @@ def test_how_a_run_ends_is_the_exit_code(
     def launch(resolved: object) -> int:
         raise raised
 
-    monkeypatch.setitem(sys.modules, "rlinf.runners.launch", types.SimpleNamespace(train=launch))
+    monkeypatch.setitem(sys.modules, "rlinf.launch.train", types.SimpleNamespace(train=launch))
     (tmp_path / "a.jsonl").write_text("")
     words = [
         f"rollout.model_dir={small_model(tmp_path / 'model')}",

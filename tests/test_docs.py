@@ -153,7 +153,7 @@ CLASSES: dict[tuple[str, ...], Callable[[list[str], Path], None]] = {
     ("rlinf", "doctor"): parsed,  # rlinf/checks/doctor_test.py
     ("rlinf", "watch"): parsed,  # rlinf/report/watch_test.py
     ("rlinf", "replay"): parsed,
-    ("rlinf", "export"): parsed,  # rlinf/runners/export_test.py
+    ("rlinf", "export"): parsed,  # rlinf/run_folder/export_test.py
     ("bash", "examples/math/quickstart.sh"): trained_by_script,
     ("bash", "examples/math/run_main_math_grpo_megatron.sh"): trained_by_script,
     ("bash", "toolkits/eval/run.sh"): evaluated_by_script,

@@ -18,8 +18,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlinf.cli import main
+from rlinf.launch.train import WORKERS
 from rlinf.metrics.names import undocumented
-from rlinf.runners.launch import WORKERS
 from tests.eval_workers import SCRIPT
 from tests.tiny import make_tiny_model
 

@@ -1,6 +1,6 @@
 """Hangs planted in real runs of several processes, in a collective and in a verdict, and disks that are full.
 
-Each is named, and a run may go on behind it. Hangs in a run of one process are in rlinf/runners/watchdog_test.py.
+Each is named, and a run may go on behind it. Hangs in a run of one process are in rlinf/launch/watchdog_test.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import pytest
 
 from rlinf.config.load import load
 from rlinf.errors import Hang, RunFailed
+from rlinf.launch import train as launch
+from rlinf.run_folder.checkpoints import read_checkpoint
 from rlinf.run_paths import RunPaths
-from rlinf.runners import launch
-from rlinf.runners.checkpoints import read_checkpoint
 from tests.tiny_run import ONE_PROCESS, lines, run, write_run
 
 BUDGET = 20  # seconds; of phases that take well under one on an idle machine

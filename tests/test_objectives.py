@@ -93,7 +93,7 @@ SCRIPT = """
 import json, sys
 import torch.distributed as dist
 from rlinf.config.load import load
-from rlinf.runners import launch
+from rlinf.launch import train as launch
 from rlinf.training.parallel import mpu
 
 for words in json.loads(sys.argv[2]):

@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from rlinf.config.load import load
+from rlinf.launch.train import train
 from rlinf.report.page import write_report
 from rlinf.report.rules import Finding, find_problems
 from rlinf.report.run_data import RunData, count_all, open_run
 from rlinf.rollout.embedded_engine import EmbeddedEngine
-from rlinf.runners.launch import train
 from rlinf.weights.source import Receipt, SharedMemory
 from tests.planted import write_data, write_tuned_model
 

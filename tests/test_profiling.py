@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlinf.config.load import load
+from rlinf.launch.train import train
 from rlinf.metrics.names import undocumented
-from rlinf.runners.launch import train
 from tests.tiny_run import ONE_PROCESS, lines, write_run
 
 

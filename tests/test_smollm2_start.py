@@ -12,7 +12,7 @@ from rlinf.data.arithmetic import generate
 from rlinf.data.prompts import load_prompts
 from rlinf.data.records import Prompt
 from rlinf.data.tokenizer import load_tokenizer
-from rlinf.rewards.extract import last_box
+from rlinf.rewards.math.extract import last_box
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 

@@ -99,7 +99,7 @@ def test_one_process_without_ray_in_which_actor_and_engine_take_turns(tmp_path: 
 ON_GPUS = """
 import sys
 from rlinf.cli import main
-from rlinf.runners import launch
+from rlinf.launch import train as launch
 
 class OnGpus:
     device = "cuda"

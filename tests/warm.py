@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "rlinf.cli",
-    "rlinf.runners.launch",
+    "rlinf.launch.train",
     "rlinf.workers.train",
     "rlinf.workers.critic",
     "rlinf.workers.rollout",

@@ -21,7 +21,7 @@ from rlinf.config.schema import DataConfig, RewardConfig
 from rlinf.data.jsonl import Fault, read_file
 from rlinf.data.prompts import parse_prompt
 from rlinf.errors import UserError
-from rlinf.rewards.math import gold_answer, gold_reading, simple_number
+from rlinf.rewards.math.decide import gold_answer, gold_reading, simple_number
 from rlinf.rewards.tasks import check_tasks, letter_of
 from rlinf.rewards.verifier import Item, Verifier
 

@@ -29,9 +29,9 @@ from rlinf.config.load import ROOT, Resolved
 from rlinf.config.model import planned_model_config, read_config
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate, validate_sft
-from rlinf.cpu_kernels import VARIANTS, kernels
 from rlinf.errors import UserError
 from rlinf.hardware import PORTS, cpu_flags, has_gpu, triton_lacks
+from rlinf.kernels.cpu import VARIANTS, kernels
 from rlinf.rollout.sglang_server import find_interpreter
 from rlinf.scheduling.memory import BYTES, rank_parameters
 from rlinf.weights.architecture import read_architecture
@@ -102,7 +102,7 @@ def compiled_code(flags: Set[str], found: str | None) -> Finding:
         return Finding(
             "compiled code", WARN, text, "install a newer C compiler (GCC 11 or later), then pip install --no-deps -e . in the checkout"
         )
-    text = "rlinf/cpu was not compiled, or has changed since; weights are copied and reordered, and most operations are slower"
+    text = "rlinf/kernels/c was not compiled, or has changed since; weights are copied and reordered, and most operations are slower"
     return Finding("compiled code", WARN, text, "install a C compiler, then pip install --no-deps -e . in the checkout")
 
 

@@ -34,7 +34,7 @@ from rlinf.run_paths import METRICS_FILE, PARTIAL, RunPaths
 ROOT = Path(rlinf.__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTS = (  # what a run in one process comes to import
-    "rlinf.cli", "rlinf.config.validate", "rlinf.config.model", "rlinf.runners.launch", "rlinf.cluster.local_cluster",
+    "rlinf.cli", "rlinf.config.validate", "rlinf.config.model", "rlinf.launch.train", "rlinf.cluster.local_cluster",
     "rlinf.workers.train", "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward",
     "rlinf.report.page",
 )  # fmt: skip

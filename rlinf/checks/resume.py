@@ -28,8 +28,8 @@ from rlinf.checks.killing import Kill, Life, newest_checkpoint, plan_kills
 from rlinf.checks.tiny_model import write_tiny_model, write_tiny_tokenizer
 from rlinf.errors import UserError
 from rlinf.metrics.logger import read_metrics
+from rlinf.run_folder.checkpoints import read_checkpoint
 from rlinf.run_paths import RunPaths
-from rlinf.runners.checkpoints import read_checkpoint
 from rlinf.weights.checkpoint_part import KINDS, open_part
 from rlinf.weights.tensor_folder import open_hf_folder
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from rlinf.data.jsonl import HALF_A_PAIR, atomic_write, is_unicode, refuse_itself
 from rlinf.errors import UserError
-from rlinf.rewards.extract import last_box
-from rlinf.rewards.math import simple_number
+from rlinf.rewards.math.decide import simple_number
+from rlinf.rewards.math.extract import last_box
 from rlinf.rewards.tasks import letter_of
 
 LETTERS = "ABCD"

@@ -32,9 +32,9 @@ from rlinf.evaluation.opencompass import export
 from rlinf.evaluation.problems import ProblemSet, check_context, load_sets
 from rlinf.evaluation.results import SetResult, benchmark_table, compare, read_tally, score, to_json
 from rlinf.evaluation.runner import EvaluationRunner, Job, Progress
+from rlinf.launch.train import WORKERS, launch_parts
 from rlinf.metrics.logger import MetricLogger
 from rlinf.rollout.contract import SamplingParams, Stop
-from rlinf.runners.launch import WORKERS, launch_parts
 from rlinf.scheduling.placement import build_evaluation_plan
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checksum import weights_checksum

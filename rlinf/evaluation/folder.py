@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from rlinf.errors import UserError
 from rlinf.evaluation.problems import Unit
-from rlinf.runners.run_folder import lock_alone
+from rlinf.run_folder.folder import lock_alone
 from rlinf.weights.tensor_folder import read_json, sync
 
 IDENTITY, SAMPLES, RESULTS, PARTS = "identity.json", "samples.jsonl", "results.json", "parts"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlinf.evaluation.folder import read_rows, write_whole
-from rlinf.rewards.math import gold_answer
+from rlinf.rewards.math.decide import gold_answer
 
 
 def export(samples: Path, problems: Sequence[str], work_dir: Path, model: str, benchmark: str) -> Path:

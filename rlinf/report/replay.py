@@ -17,12 +17,12 @@ from rlinf.config.load import Resolved, load, value_of
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.errors import UserError
+from rlinf.launch.debug import train_only
+from rlinf.launch.train import train
 from rlinf.metrics.logger import read_metrics
 from rlinf.report.compare import NOT_COMPARED, relative
 from rlinf.report.run_data import open_run
 from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths, step_name
-from rlinf.runners.launch import train
-from rlinf.runners.launch_debug import train_only
 from rlinf.runners.recorded import RecordedSteps, ranges
 
 FP32, HALF = 1e-5, 0.02  # difference that counts as rounding: another layout sums in another order

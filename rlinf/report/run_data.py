@@ -17,11 +17,11 @@ from rlinf.config.keys import known_keys
 from rlinf.config.settings import parse, python_value
 from rlinf.config.values import dump
 from rlinf.errors import UserError
+from rlinf.launch.status import read_status
 from rlinf.metrics.logger import read_metrics
 from rlinf.record_files import NUMBER, NUMBERS, OBJECT, PAIRS, TEXT, TEXTS, WHOLE, Kind, damaged, misfit, or_null, whole_rows
 from rlinf.report.task_counts import StepCounts, count_samples
 from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths
-from rlinf.runners.status import read_status
 from rlinf.weights.checksum import weights_checksum
 
 Sample = dict[str, Any]  # a line of a file of samples

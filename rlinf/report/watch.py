@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rlinf.errors import UserError
+from rlinf.launch.status import read_status
 from rlinf.metrics.logger import read_metrics
 from rlinf.metrics.progress import FIELDS, duration
 from rlinf.run_paths import METRICS_FILE, STATUS_FILE
-from rlinf.runners.status import read_status
 
 STEPS = 8  # shown
 RANKS = 8  # of a component, shown

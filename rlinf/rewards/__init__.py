@@ -1,1 +1,1 @@
-"""Verdicts: extraction, equivalence, and the process cage in which untrusted answers are judged."""
+"""Verdicts: tasks, rewards, and the process cage in which untrusted answers are judged."""

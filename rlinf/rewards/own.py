@@ -10,7 +10,7 @@ from traceback import extract_tb
 from typing import Any, NamedTuple
 
 from rlinf.config.own_code import file_of, load_own
-from rlinf.rewards.math import Decision
+from rlinf.rewards.math.decide import Decision
 from rlinf.rewards.reasoning_gym import SCORER_ERRORS
 
 ERRORS = (*SCORER_ERRORS, NameError, ImportError, OSError, RuntimeError, StopIteration)  # any other costs the worker its life

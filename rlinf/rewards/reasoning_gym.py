@@ -14,7 +14,7 @@ from typing import Any
 
 from rlinf.data.jsonl import write_splits
 from rlinf.errors import UserError
-from rlinf.rewards.math import Decision
+from rlinf.rewards.math.decide import Decision
 
 NOT_REPRODUCIBLE = frozenset(("knight_swap", "list_functions"))  # two datasets of one seed differ (0.1.25)
 REFUSED = {

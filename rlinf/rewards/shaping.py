@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 from rlinf.data.records import Status, Verdict
-from rlinf.rewards.extract import counted_text, ends_inside_thinking, last_box
+from rlinf.rewards.math.extract import counted_text, ends_inside_thinking, last_box
 
 FOUR_LEVELS = {(True, True): 1.0, (False, True): 0.0, (True, False): -0.5, (False, False): -1.0}  # (right, concluded): share of the scale
 CONCLUSION = re.compile(r"\s*<think>(.*)</think>\s*<conclusion>(.*)</conclusion>\s*", re.DOTALL)

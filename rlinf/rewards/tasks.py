@@ -1,6 +1,6 @@
 """How the answers of each task are judged, and which part of that needs the cage.
 
-math          equivalence of mathematical answers (rewards/math.py)
+math          equivalence of mathematical answers (rewards/math/)
 choice        the letter of a multiple-choice question; it is never guessed from prose
 exact         the same text, except for white space
 rg/<family>   reasoning-gym's scorer of that family; only the full score is right
@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterable
 
 from rlinf.config.own_code import is_own, load_own
 from rlinf.errors import UserError
-from rlinf.rewards import math, reasoning_gym
-from rlinf.rewards.math import Decision, gold_answer
+from rlinf.rewards import reasoning_gym
+from rlinf.rewards.math import decide
+from rlinf.rewards.math.decide import Decision, gold_answer
+from rlinf.rewards.math.words import choice, untext
 from rlinf.rewards.own import judge_own
-from rlinf.rewards.words import choice, untext
 
 TASKS = ("math", "choice", "exact")
 LEAVE_OUT = "leave its prompts out with data.tasks, for example data.tasks=[math]"
@@ -45,7 +46,7 @@ def check_tasks(tasks: Iterable[str], own: Collection[str] = (), remedy: str = L
 def judge_cheap(task: str, answer: str, solutions: tuple[str, ...]) -> Decision | None:
     """Judge without the cage; None when the cage must decide."""
     if task == "math":
-        return math.judge_cheap(answer, solutions)
+        return decide.judge_cheap(answer, solutions)
     if task == "choice":
         return _judge_choice(answer, solutions)
     if task == "exact":
@@ -60,7 +61,7 @@ def judge_caged(task: str, answer: str, solutions: tuple[str, ...]) -> Decision:
     if is_own(task):
         return judge_own(task, answer, solutions)
     if task == "math":
-        return math.judge_caged(answer, solutions)
+        return decide.judge_caged(answer, solutions)
     return reasoning_gym.judge(task[3:], answer, solutions)
 
 
@@ -71,7 +72,7 @@ def warm_up(kind: str) -> None:
     elif kind == "rg":
         reasoning_gym.load()
     else:
-        math.warm_up()
+        decide.warm_up()
 
 
 def _judge_choice(answer: str, solutions: tuple[str, ...]) -> Decision:
@@ -97,8 +98,8 @@ def name_of(task: str, answer: str) -> str:
         return letter_of(answer) or _exact_text(answer)
     if task != "math":
         return _exact_text(answer)
-    text = math.read(answer).text
-    number = math.simple_number(text)
+    text = decide.read(answer).text
+    number = decide.simple_number(text)
     return str(number) if number is not None else "".join(text.split())
 
 

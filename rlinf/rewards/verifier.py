@@ -12,9 +12,9 @@ from typing import NamedTuple
 from rlinf.config.own_code import is_own, load_own
 from rlinf.config.schema import RewardConfig
 from rlinf.data.records import Status, Verdict
-from rlinf.rewards.copied import copies_question
-from rlinf.rewards.extract import extract
-from rlinf.rewards.math import Decision
+from rlinf.rewards.math.copied import copies_question
+from rlinf.rewards.math.decide import Decision
+from rlinf.rewards.math.extract import extract
 from rlinf.rewards.pool import Pool, Reply
 from rlinf.rewards.tasks import judge_cheap
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.cpu_kernels import ATTENTION_DIM, ATTENTION_LANES, Kernels, kernels_for
+from rlinf.kernels.cpu import ATTENTION_DIM, ATTENTION_LANES, Kernels, kernels_for
 from rlinf.rollout.embedded_model import Attend
 from rlinf.rollout.slot_cache import SlotCache
 from rlinf.weights.architecture import Architecture

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlinf.kernels.rowwise import rms_norm, rotate, swiglu
 from rlinf.rollout.linear import Linear, head, linear, uses_weight_in_place
-from rlinf.rowwise import rms_norm, rotate, swiglu
 from rlinf.weights.architecture import Architecture
 from rlinf.weights.complete import check_tensors
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.cpu_kernels import LEAST_OUTPUTS, Kernels, kernels
 from rlinf.hardware import cpu_multiplies_bf16
+from rlinf.kernels.cpu import LEAST_OUTPUTS, Kernels, kernels
 
 Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
@@ -53,7 +53,7 @@ def head(weight: Tensor) -> Linear:
 
 
 class InPlaceLinear:
-    """A product of our own (rlinf/cpu), accumulated in fp32; of many rows torch's, where that is faster.
+    """A product of our own (rlinf/kernels/c), accumulated in fp32; of many rows torch's, where that is faster.
 
     dtype: of the result, by default the weight's.
     """

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlinf.cpu_kernels import Kernels
 from rlinf.hardware import cpu_multiplies_bf16
+from rlinf.kernels.cpu import Kernels
 from rlinf.rollout import linear as module
 from rlinf.rollout.linear import MOST_ROWS, InPlaceLinear, head, linear, uses_weight_in_place
 

@@ -14,11 +14,11 @@ from rlinf.config.schema import Config
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
+from rlinf.run_folder.folder import RunFolder
 from rlinf.runners.learner import Learner
 from rlinf.runners.recorded import RecordedSteps
 from rlinf.runners.requests import training_requests
 from rlinf.runners.rollouts import Rollouts, Scored
-from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.selection import group_advantages, next_groups, trained_samples
 from rlinf.runners.step_metrics import advantage_metrics, rollout_metrics, staleness_metrics
 from rlinf.runners.training_loop import StepResult, TrainingLoop

@@ -15,11 +15,11 @@ from rlinf.config.schema import Config
 from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
+from rlinf.run_folder.folder import RunFolder
 from rlinf.run_paths import GROUPS_AHEAD
 from rlinf.runners.learner import Learner
 from rlinf.runners.requests import GroupRequest, training_requests, validation_requests
 from rlinf.runners.rollouts import Rollouts
-from rlinf.runners.run_folder import RunFolder
 from rlinf.runners.schedule import GroupsOnDisk, Schedule
 from rlinf.runners.schedule_logical import Logical
 from rlinf.runners.schedule_wallclock import Wallclock

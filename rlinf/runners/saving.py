@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.cluster.group import WorkerGroup
-from rlinf.runners.run_folder import RunFolder
+from rlinf.run_folder.folder import RunFolder
 
 
 class Saving:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.errors import RunFailed
-from rlinf.runners.run_folder import RunFolder
+from rlinf.run_folder.folder import RunFolder
 from rlinf.runners.run_folder_test import close, open_folder
 from rlinf.runners.saving import Saving
 

@@ -15,7 +15,7 @@ from rlinf.config.schema import Config
 from rlinf.data.packing import RankBatch, build_rank_batches
 from rlinf.data.records import Group
 from rlinf.data.sampler import PromptSampler
-from rlinf.runners.run_folder import RunFolder
+from rlinf.run_folder.folder import RunFolder
 from rlinf.runners.step_metrics import report_metrics
 from rlinf.runners.training_loop import StepResult, TrainingLoop
 

@@ -18,8 +18,8 @@ from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.progress import Progress
 from rlinf.metrics.timers import Timers
 from rlinf.rollout.contract import EngineStats
-from rlinf.runners.resuming import groups_ahead
-from rlinf.runners.run_folder import RunFolder
+from rlinf.run_folder.folder import RunFolder
+from rlinf.run_folder.resuming import groups_ahead
 from rlinf.runners.saving import Saving
 
 

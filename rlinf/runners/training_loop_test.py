@@ -11,7 +11,7 @@ import pytest
 
 from rlinf.config.load import load
 from rlinf.data.sampler import PromptSampler
-from rlinf.runners.run_folder import RunFolder
+from rlinf.run_folder.folder import RunFolder
 from rlinf.runners.training_loop import StepResult, TrainingLoop
 
 EXAMPLES = 100

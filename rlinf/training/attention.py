@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-from rlinf.cpu_kernels import kernels_for
-from rlinf.rowwise import rotate
+from rlinf.kernels.cpu import kernels_for
+from rlinf.kernels.rowwise import rotate
 from rlinf.training.context import Piece, gather_rows
 from rlinf.training.layout import PackedBatch
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlinf.cpu_kernels import kernels_for
 from rlinf.hardware import triton_lacks
+from rlinf.kernels.cpu import kernels_for
 
 CHUNK_BYTES = 1 << 27  # logits of one chunk
 GPU_CHUNK_BYTES = 1 << 30  # there: each chunk adds a gradient as large as the head's weight to the sum, and each but one is computed twice
@@ -117,7 +117,7 @@ def _triton_kernels() -> ModuleType | None:
     """Triton comes with torch for CUDA; what it needs besides may be missing."""
     if importlib.util.find_spec("triton") is None or triton_lacks() is not None:
         return None
-    return importlib.import_module("rlinf.training.head_kernels")
+    return importlib.import_module("rlinf.kernels.head_triton")
 
 
 def _row_sums(logits_NV: Tensor, columns_N1: Tensor, temperature: float, valid: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

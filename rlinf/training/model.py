@@ -22,7 +22,7 @@ from torch import Tensor
 from rlinf.config.schema import ActorModelConfig
 from rlinf.errors import UserError
 from rlinf.hardware import triton_lacks
-from rlinf.rowwise import rms_norm, swiglu
+from rlinf.kernels.rowwise import rms_norm, swiglu
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.context import gather_tokens, share_of
 from rlinf.training.layout import PackedBatch

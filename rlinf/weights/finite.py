@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.cpu_kernels import EXPONENT, RUN, kernels
+from rlinf.kernels.cpu import EXPONENT, RUN, kernels
 
 
 def finite(tensor: Tensor) -> bool:

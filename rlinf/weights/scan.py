@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.cpu_kernels import EXPONENT, RUN, kernels
+from rlinf.kernels.cpu import EXPONENT, RUN, kernels
 from rlinf.weights.buckets import Named, view
 from rlinf.weights.source import TensorSpec
 

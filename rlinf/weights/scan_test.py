@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlinf.cpu_kernels import kernels
+from rlinf.kernels.cpu import kernels
 from rlinf.weights import scan as scans
 from rlinf.weights.buckets import fill, layout
 from rlinf.weights.scan import checksum, device_checksum, fill_and_scan, scan

@@ -40,7 +40,7 @@ BY_FILE = {  # file of rlinf/ -> function -> test
         "SGLangEngine.join": "test_a_server_joins_the_group_of_a_publisher_on_another_gpu",
         "SGLangEngine.start_trace": "test_a_trace_of_a_server_has_the_kernels_of_the_device",
     },
-    "runners/launch.py": {"launch_workers": "toolkits/gpu_acceptance.sh"},
+    "launch/train.py": {"launch_workers": "toolkits/gpu_acceptance.sh"},
     "training/attention.py": {
         "PackedAttention._attend": "test_a_shared_prompt_gives_what_copies_give",
         "_takes_groups": "test_the_plan_of_a_ranks_memory_is_its_peak",

@@ -33,7 +33,7 @@ fi
 
 # Everything that decides what is installed, and where (console scripts name the folder).
 lock="$root/requirements/gpu.lock"
-what=("$root/setup.py" "$root"/rlinf/cpu/* "$root"/requirements/*.txt "${BASH_SOURCE[0]}")
+what=("$root/setup.py" "$root"/rlinf/kernels/c/* "$root"/requirements/*.txt "${BASH_SOURCE[0]}")
 if [[ "$device" == gpu ]]; then what+=("$lock"); fi
 pins="$(cat "${what[@]}" | sha256sum | cut -c1-16) $device $root"
 

@@ -27,7 +27,7 @@ esac
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The script and what it reads, with room for Pythons that come first on the PATH."""
-    for name in ("setup.py", "requirements", "rlinf/cpu", "toolkits/setup/venv.sh"):
+    for name in ("setup.py", "requirements", "rlinf/kernels/c", "toolkits/setup/venv.sh"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, tmp_path / name)
