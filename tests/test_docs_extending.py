@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,8 +18,9 @@ from rlinf.algorithms.objective import ResponseTokens, policy_objective
 from rlinf.config.load import ROOT, load
 from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.config.validate import validate
-from rlinf.data.records import Status, Verdict
+from rlinf.data.records import Finish, Prompt, Sample, Status, Verdict
 from rlinf.errors import UserError
+from rlinf.rewards.own import Response
 from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.tasks import check_tasks
 from rlinf.rewards.verifier import Verifier
@@ -101,13 +103,19 @@ def test_the_reason_of_an_answer_that_a_function_fails_on_is_told(tmp_path: Path
     assert [v.route for v in found[:3]] == ["own_failed", "died", "own_failed"]
 
 
+def response(text: str, verdict: Verdict, tokens: int, finish: Finish, **metadata: object) -> Response:
+    prompt = Prompt("q", np.array([1], np.int32), "math", ("3",), metadata=metadata)
+    sample = Sample("s", *(np.zeros(tokens, kind) for kind in (np.int32, np.float32, np.uint8)), ((0, tokens),), finish)
+    return response_of(prompt, "Q", text, verdict, sample)
+
+
 def test_the_parts_of_a_reward(files: Path) -> None:
     config = resolved(files)
     right, wrong = (Verdict(reward, status, "3", "simple", 0.0) for reward, status in ((5.0, Status.RIGHT), (-5.0, Status.WRONG)))
     parts = OwnParts(config.reward.own_parts, 1, 10.0)
     try:
         texts = (("short", right, 100), ("long", right, 900), ("1 + 2 = 3, 3 + 1 = 4", wrong, 100))
-        responses = [response_of("Q", text, ("3",), "math", verdict, tokens, False) for text, verdict, tokens in texts]
+        responses = [response(text, verdict, tokens, Finish.STOP) for text, verdict, tokens in texts]
         found = parts.add([verdict for _, verdict, _ in texts], responses)
     finally:
         parts.close()
@@ -119,17 +127,17 @@ def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(
         "import time\ndef first(r):\n"
         "    return {'nan': float('nan'), 'text': '1', 'huge': 10 ** 400, 'one': True, 'answer': r.answer == '3'}[r.text]\n"
-        "def second(r):\n    if r.text == 'nan': time.sleep(60)\n    return len(r.solutions) + (r.right is None) + r.cut_off / 2\n"
+        "def second(r):\n    if r.text == 'nan': time.sleep(60)\n    return len(r.solutions) + (r.right is None) + r.cut_off / 2 + r.metadata['level']\n"
     )
     parts = OwnParts({"a": f"{tmp_path}/odd.py:first", "b": f"{tmp_path}/odd.py:second"}, 1, 2.0)
     verdict = Verdict(-5.0, Status.UNDECIDED, "3", "timeout", 1.0, "it took long")
     words = ("nan", "text", "huge", "key", "one", "answer")
     try:
-        found = parts.add([verdict] * len(words), [response_of("Q", word, ("3",), "math", verdict, 9, True) for word in words])
+        found = parts.add([verdict] * len(words), [response(word, verdict, 9, Finish.LENGTH, level=4) for word in words])
     finally:
         parts.close()
     assert [v.failed for v in found] == [("a", "b"), ("a",), ("a",), ("a",), (), ()]
-    assert [v.reward for v in found] == [-5.0, -2.5, -2.5, -2.5, -1.5, -1.5]
+    assert [v.reward for v in found] == [-5.0, 1.5, 1.5, 1.5, 2.5, 2.5]
     assert found[0].reason == (
         "it took long; a: TypeError: it returned nan; a function of reward.own_parts returns a finite number; b: timeout"
     )

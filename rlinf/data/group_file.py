@@ -72,8 +72,8 @@ def _plain(record: Prompt | Sample) -> dict[str, Any]:
 
 
 def _sample(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Sample:
-    own = {"finish": Finish(fields["finish"]), "versions": tuple((v, n) for v, n in fields["versions"]), "steps": tuple(fields["steps"])}
-    return Sample(**{**fields, **own, **arrays})
+    versions = tuple((v, n) for v, n in fields["versions"])  # older files hold fields that nothing read; they are left out
+    return Sample(sample_id=fields["sample_id"], versions=versions, finish=Finish(fields["finish"]), **arrays)
 
 
 def _verdict(fields: Mapping[str, Any]) -> Verdict:

@@ -15,7 +15,7 @@ from rlinf.errors import UserError
 
 
 def make(verdicts: bool = True) -> Group:
-    prompt = Prompt("p/1", np.arange(3, dtype=np.int32), "math", ("1", "\\frac{1}{2}"), "What is 1?", {"level": 3})
+    prompt = Prompt("p/1", np.arange(3, dtype=np.int32), "math", ("1", "\\frac{1}{2}"), "What is 1?", "some", {"level": 3})
     first = Sample(
         "4.p/1/0",
         np.array([7, 8], np.int32),
@@ -23,11 +23,8 @@ def make(verdicts: bool = True) -> Group:
         np.array([1, 0], np.uint8),
         ((3, 1), (4, 1)),
         Finish.STOP,
-        (2,),
     )
-    empty = Sample(
-        "4.p/1/1", np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.uint8), (), Finish.ABORT, parent="3.p/1/1", trained_upto=0
-    )
+    empty = Sample("4.p/1/1", np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.uint8), (), Finish.ABORT)
     judged = (Verdict(5.0, Status.RIGHT, "1", "exact", 0.25, parts=(("format", 0.5),)), None)
     return Group("4.p/1", prompt, (first, empty), judged if verdicts else ())
 

@@ -1,4 +1,5 @@
-"""Reads prompts from JSONL files in the AReaL-boba format: one object a line with `prompt`, `task`, `query_id`, `solutions`.
+"""Reads prompts from JSONL files in the AReaL-boba format: one object a line with `prompt`, `task`, `query_id`, `solutions`; and
+`metadata` for functions of the user's own.
 
 A prompt is used as it is written in the file (boba prompts already contain their chat markers); the tokenizer adds its BOS, if it has one.
 """
@@ -65,6 +66,7 @@ class Record:
     task: str
     prompt: str | tuple[Message, ...]
     solutions: tuple[str, ...]
+    metadata: Row
 
 
 def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], DataReport]:
@@ -132,6 +134,9 @@ def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
     task = row.get("task")
     if task is not None and not isinstance(task, str):
         raise BadLine("`task` is not a string")
+    metadata = row.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise BadLine("`metadata` is not an object")
     return Record(
         file=str(path),
         line=number,
@@ -139,6 +144,7 @@ def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
         task=task or "math",
         prompt=prompt_of(field(row, data.prompt_key, "data.prompt_key"), data),
         solutions=_solutions(field(row, data.answer_key, "data.answer_key"), data.answer_key),
+        metadata=metadata or {},
     )
 
 
@@ -199,17 +205,27 @@ def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:
     return names, renamed
 
 
+def short_names(files: Iterable[str]) -> dict[str, str]:
+    """file -> its name without folder and ending; with `-2`, `-3` and so on where an earlier file has that name already."""
+    names: dict[str, str] = {}
+    for file in dict.fromkeys(files):
+        stem, taken, n = Path(file).stem, set(names.values()), 1
+        while (name := f"{stem}-{n}" if n > 1 else stem) in taken:
+            n += 1
+        names[file] = name
+    return names
+
+
 def _tokenize(named: list[tuple[str, Record]], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], list[tuple[int, Fault]]]:
     """(prompts, those that are too long as (number of tokens, fault))."""
-    texts = [render_prompt(r, tokenizer) for _, r in named]
+    texts, sources = [render_prompt(r, tokenizer) for _, r in named], short_names(r.file for _, r in named)
     prompts, too_long = [], []
     for (name, r), text, ids in zip(named, texts, tokenizer.encode_batch(texts)):
         if len(ids) > data.max_prompt_length:
             fault = Fault(r.file, r.line, f"{len(ids)} tokens, data.max_prompt_length is {data.max_prompt_length}")
             too_long.append((len(ids), fault))
             continue
-        metadata = {"file": r.file, "line": r.line}
-        prompts.append(Prompt(name, np.array(ids, dtype=np.int32), r.task, r.solutions, text, metadata))
+        prompts.append(Prompt(name, np.array(ids, dtype=np.int32), r.task, r.solutions, text, sources[r.file], r.metadata))
     return prompts, too_long
 
 

@@ -33,10 +33,10 @@ def write(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
 
 
 def test_a_boba_record_is_taken_as_it_stands(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    path = write(tmp_path, row(prompt=R1_PROMPT, query_id=123, solutions=["\\boxed{-2/3}", "so \\boxed{e}"]))
+    path = write(tmp_path, row(prompt=R1_PROMPT, query_id=123, solutions=["\\boxed{-2/3}", "so \\boxed{e}"], metadata={"level": [3]}))
     (prompt,), report = load_prompts([path], DataConfig(), tokenizer)
     assert (prompt.prompt_id, prompt.task, prompt.solutions, prompt.text) == ("123", "math", ("\\boxed{-2/3}", "so \\boxed{e}"), R1_PROMPT)
-    assert prompt.metadata == {"file": path, "line": 1}
+    assert (prompt.source, prompt.metadata) == ("data", {"level": [3]})
     assert prompt.token_ids.dtype == "int32"
     assert prompt.token_ids.tolist() == tokenizer.encode(R1_PROMPT) and prompt.token_ids.tolist().count(256) == 1
     assert (report.read, report.kept, report.tasks, report.longest_prompt) == (1, 1, {"math": 1}, len(prompt.token_ids))
@@ -119,6 +119,7 @@ BAD_LINES = {
     json.dumps(row(solutions=[42])): "`solutions` is not a list of strings",
     json.dumps(row(solutions=["1", ""])): "`solutions` holds an empty string",
     json.dumps(row(task=3)): "`task` is not a string",
+    json.dumps(row(metadata=[1])): "`metadata` is not an object",
     json.dumps(row(query_id=["q"])): "`query_id` is neither a string nor a number",
     json.dumps(row(prompt="\ud800")): "half a surrogate pair",
     '{"prompt": ' + "9" * 5000 + "}": "not readable (",

@@ -43,6 +43,8 @@ class Prompt:
     token_ids    [P] int32, exactly as engine and trainer see it (with one BOS where the model has one)
     task         how answers are judged
     solutions    the accepted answers
+    source       the data file it is from, by a short name
+    metadata     what else the data says of it, for functions of the user's own
     """
 
     prompt_id: str
@@ -50,6 +52,7 @@ class Prompt:
     task: str
     solutions: tuple[str, ...]
     text: str = ""
+    source: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,9 +70,6 @@ class Sample:
     rollout_logprobs [T] float32, NaN where the token was not sampled by the policy
     loss_mask        [T] uint8, 1 = sampled by the policy; tool or environment tokens are 0
     versions         ((weight_version, n_tokens), ...) in order of generation; the counts sum to T
-    steps            end offsets of the turns, the last one is T
-    trained_upto     tokens already trained on in an earlier step (a continued sample)
-    parent           sample_id of the sample that this one continues
     """
 
     sample_id: str
@@ -78,9 +78,6 @@ class Sample:
     loss_mask: np.ndarray
     versions: tuple[tuple[int, int], ...]
     finish: Finish
-    steps: tuple[int, ...] = ()
-    trained_upto: int = 0
-    parent: str | None = None
 
     def __post_init__(self) -> None:
         t = len(self.token_ids)
@@ -116,7 +113,6 @@ class Sample:
             loss_mask=np.concatenate([self.loss_mask, rest.loss_mask]),
             versions=tuple(versions),
             finish=rest.finish,
-            steps=(len(self) + len(rest),),
         )
 
 

@@ -16,7 +16,7 @@ def part(name: str, tokens: list[int], *versions: tuple[int, int], finish: Finis
 def test_a_continued_sample_keeps_tokens_logprobs_and_versions() -> None:
     whole = part("g/0", [1, 2], (3, 2)).continued_by(part("g/0", [4, 5, 6], (3, 1), (4, 2), finish=Finish.STOP))
     assert whole.token_ids.tolist() == [1, 2, 4, 5, 6] and whole.rollout_logprobs.tolist() == [-1, -2, -4, -5, -6]
-    assert (whole.versions, whole.finish, whole.steps, len(whole.loss_mask)) == (((3, 3), (4, 2)), Finish.STOP, (5,), 5)
+    assert (whole.versions, whole.finish, len(whole.loss_mask)) == (((3, 3), (4, 2)), Finish.STOP, 5)
     assert whole.token_ids.dtype == np.int32 and whole.loss_mask.dtype == np.uint8
     nothing = part("g/0", [])
     assert nothing.continued_by(whole).versions == whole.versions and whole.continued_by(nothing).finish is Finish.ABORT

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from traceback import extract_tb
 from typing import Any, NamedTuple
@@ -20,9 +20,8 @@ PART = "part"  # what an item for the cage that asks for a part begins with
 class Response(NamedTuple):
     """The argument of a function of reward.own_parts.
 
-    solutions, task: of the prompt. answer: what was found in the response, or None. right: what the verifier says; None when it cannot
-    decide.
-    tokens: of the response. cut_off: whether the response ended at a limit.
+    solutions, task, metadata: of the prompt. answer: what was found in the response, or None. right: what the verifier says; None when it
+    cannot decide. tokens: of the response. cut_off: whether the response ended at a limit.
     """
 
     prompt: str
@@ -33,6 +32,7 @@ class Response(NamedTuple):
     right: bool | None
     tokens: int
     cut_off: bool
+    metadata: Mapping[str, Any]
 
 
 def judge_own(function: str, answer: str, solutions: tuple[str, ...]) -> Decision:

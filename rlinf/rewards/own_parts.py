@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from rlinf.config.own_code import load_own
-from rlinf.data.records import Status, Verdict
+from rlinf.data.records import Prompt, Sample, Status, Verdict
 from rlinf.rewards.own import PART, Response
 from rlinf.rewards.pool import Pool, Reply
 
@@ -55,6 +55,7 @@ def _with_parts(verdict: Verdict, asked: Sequence[tuple[str, Future[Reply]]]) ->
     return verdict
 
 
-def response_of(prompt: str, text: str, solutions: tuple[str, ...], task: str, verdict: Verdict, tokens: int, cut_off: bool) -> Response:
+def response_of(prompt: Prompt, prompt_text: str, text: str, verdict: Verdict, sample: Sample) -> Response:
     right = None if verdict.status is Status.UNDECIDED else verdict.status is Status.RIGHT
-    return Response(prompt, text, solutions, task, verdict.extracted, right, tokens, cut_off)
+    about = prompt.solutions, prompt.task, verdict.extracted, right
+    return Response(prompt_text, text, *about, len(sample), sample.finish.cut_off, prompt.metadata)

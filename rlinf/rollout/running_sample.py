@@ -72,7 +72,6 @@ class RunningSample:
             loss_mask=np.ones(len(tokens), dtype=np.uint8),
             versions=tuple((v, n) for v, n in self.versions),
             finish=finish,
-            steps=(len(tokens),),
         )
 
     def _completes_string(self, decode: Decode | None) -> bool:

@@ -68,13 +68,8 @@ class RewardWorker:
         prompt, texts = self._texts(group)
         judged = self.verifier.verify_many([Item(text, group.prompt.solutions, group.prompt.task, prompt) for text in texts])
         shaped = [self.shaping.apply(v, prompt, text, len(s)) for v, text, s in zip(judged, texts, group.samples, strict=True)]
-        about = group.prompt.solutions, group.prompt.task
-        verdicts = tuple(
-            self.own_parts.add(
-                shaped,
-                [response_of(prompt, text, *about, v, len(s), s.finish.cut_off) for v, text, s in zip(judged, texts, group.samples)],
-            )
-        )
+        responses = [response_of(group.prompt, prompt, *of) for of in zip(texts, judged, group.samples, strict=True)]
+        verdicts = tuple(self.own_parts.add(shaped, responses))
         if dump_path:
             self._record(Path(dump_path), replace(group, verdicts=verdicts), prompt, texts)
         return verdicts
@@ -104,6 +99,7 @@ def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tupl
                     "prompt": prompt,
                     "response": text,
                     "solutions": group.prompt.solutions,
+                    "metadata": group.prompt.metadata,
                     "reward": verdict.reward,
                     "status": verdict.status.value,
                     "route": verdict.route,
