@@ -16,9 +16,9 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line]
 
 
-# The C in rlinf/kernels/c, once for each instruction set. Not Python modules: rlinf/kernels/cpu.py opens the one that the CPU has. Optional:
-# without a C compiler the embedded engine takes torch's products. They carry the number of the source that they are made of, so that a
-# checkout whose source has changed since does not call them.
+# The C in rlinf/kernels/c, once for each instruction set. Not Python modules: rlinf/kernels/cpu.py opens the one that the CPU has.
+# Optional: without a C compiler the embedded engine takes torch's products. They carry the number of the source that they are made of, so
+# that a checkout whose source has changed since does not call them.
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],

@@ -127,7 +127,8 @@ def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(
         "import time\ndef first(r):\n"
         "    return {'nan': float('nan'), 'text': '1', 'huge': 10 ** 400, 'one': True, 'answer': r.answer == '3'}[r.text]\n"
-        "def second(r):\n    if r.text == 'nan': time.sleep(60)\n    return len(r.solutions) + (r.right is None) + r.cut_off / 2 + r.metadata['level']\n"
+        "def second(r):\n    if r.text == 'nan': time.sleep(60)\n"
+        "    return len(r.solutions) + (r.right is None) + r.cut_off / 2 + r.metadata['level']\n"
     )
     parts = OwnParts({"a": f"{tmp_path}/odd.py:first", "b": f"{tmp_path}/odd.py:second"}, 1, 2.0)
     verdict = Verdict(-5.0, Status.UNDECIDED, "3", "timeout", 1.0, "it took long")

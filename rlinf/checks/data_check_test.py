@@ -15,7 +15,7 @@ from rlinf.config.schema import DataConfig
 from rlinf.data.jsonl import read_records
 from rlinf.data.prompts import parse_prompt
 from rlinf.errors import UserError
-from rlinf.rewards.math_test import labelled_pairs, status
+from rlinf.rewards.math.decide_test import labelled_pairs, status
 
 
 def write(path: Path, *rows: dict[str, Any] | str) -> Path:

@@ -1,4 +1,4 @@
-"""The section `evaluation` of the configuration: sets of problems, and how each is sampled."""
+"""The sections `validation` and `evaluation` of the configuration: how problems are sampled for a score, during a run and after it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from rlinf.config.field import key
 
+TOP_P_HELP = "sample from the smallest set with this probability mass; 1 = off"
+TOP_K_HELP = "sample among the k most likely tokens; 0 or at least the vocabulary = off"
 INSTRUCTION_HELP = "line after the question; not used with `raw`"
 
 
@@ -16,14 +18,25 @@ def template_key(default: str) -> Any:
 
 
 @dataclass
+class ValidationConfig:
+    """How the problems of data.val_data_paths are answered during a run."""
+
+    n: int = key(1, "answers to each problem; eval/accuracy is the mean over all, eval/pass_at_n the share of problems with a right one")
+    temperature: float = key(0.0, "softmax temperature; 0 = greedy, so that two steps differ by their weights alone")
+    top_p: float = key(1.0, TOP_P_HELP)
+    top_k: int = key(0, TOP_K_HELP)
+    max_new_tokens: int | None = key(None, "tokens of an answer at most; null = algorithm.sampling_params.max_new_tokens")
+
+
+@dataclass
 class BenchmarkConfig:
     """One set of problems and how it is sampled. The defaults are those of arXiv 2501.12948 for reasoning models."""
 
     path: str | None = key(None, "JSONL of the problems in the AReaL-boba format (`rlinf data convert`); null = the set is not evaluated")
     n: int = key(32, "samples per problem")
     temperature: float = key(0.6, "softmax temperature; 0 = greedy")
-    top_p: float = key(0.95, "sample from the smallest set with this probability mass; 1 = off")
-    top_k: int = key(0, "sample among the k most likely tokens; 0 or at least the vocabulary = off")
+    top_p: float = key(0.95, TOP_P_HELP)
+    top_k: int = key(0, TOP_K_HELP)
     max_tokens: int = key(32768, "tokens of a response at most")
     stop: list[str] = key([], "strings that end a response, besides the end token")
     template: str = template_key("chat")
@@ -46,7 +59,7 @@ class ShortConfig(BenchmarkConfig):
 class GreedyConfig(BenchmarkConfig):
     n: int = key(1, "samples per problem")
     temperature: float = key(0.0, "softmax temperature; 0 = greedy")
-    top_p: float = key(1.0, "sample from the smallest set with this probability mass; 1 = off")
+    top_p: float = key(1.0, TOP_P_HELP)
     max_tokens: int = key(2048, "tokens of a response at most")
 
 

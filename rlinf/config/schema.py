@@ -1,4 +1,4 @@
-"""The configuration: one dataclass for each YAML section; `evaluation` is in benchmarks.py. Field metadata: field.py.
+"""The configuration: one dataclass for each YAML section; `validation` and `evaluation` are in benchmarks.py. Field metadata: field.py.
 
 A key that nothing reads, and a default that is not defined here, are defects. The names of keys are those that users of RLinf know.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from rlinf.config.benchmarks import EvaluationConfig
+from rlinf.config.benchmarks import EvaluationConfig, ValidationConfig
 from rlinf.config.field import key
 from rlinf.config.own_code import is_own
 
@@ -98,7 +98,9 @@ class RunnerConfig:
 @dataclass
 class DataConfig:
     train_data_paths: list[str] = key([], "JSONL files in the AReaL-boba format")
-    val_data_paths: list[str] = key([], "JSONL files for validation")
+    val_data_paths: list[str] = key(
+        [], "JSONL files for validation; where there are several, each has curves of its own, eval/<metric>/<file>"
+    )
     prompt_key: str = key("prompt", "field of the prompt")
     answer_key: str = key("solutions", "field of the accepted answers")
     apply_chat_template: bool = key(
@@ -441,6 +443,7 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig)
     token_reward: TokenRewardConfig = field(default_factory=TokenRewardConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     sft: SftConfig = field(default_factory=SftConfig)
 

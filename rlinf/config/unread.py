@@ -19,10 +19,10 @@ PLACEMENT = "cluster.component_placement"
 REMOVE, READ = "remove it", ""
 TRAIN = {
     "sft": "it is of `rlinf sft`; remove it",
-    "evaluation": "it is of `rlinf eval`; training validates on data.val_data_paths with algorithm.sampling_params",
+    "evaluation": "it is of `rlinf eval`; training validates on data.val_data_paths, as `validation` says",
 }
 SFT = {
-    **dict.fromkeys(("algorithm", "critic", "token_reward", "reward", "evaluation", "data.tasks"), REMOVE),
+    **dict.fromkeys(("algorithm", "critic", "token_reward", "reward", "validation", "evaluation", "data.tasks"), REMOVE),
     "rollout": REMOVE,
     "rollout.model_dir": READ,
     "rollout.trust_remote_code": READ,
@@ -32,7 +32,7 @@ SFT = {
     **dict.fromkeys(("actor.offload_weight", "actor.offload_grad", "actor.offload_optimizer"), "no engine needs the memory; remove it"),
 }
 EVAL = {
-    **dict.fromkeys(("critic", "token_reward", "sft", "runner", "data.rollout_batch_size"), REMOVE),
+    **dict.fromkeys(("critic", "token_reward", "sft", "runner", "validation", "data.rollout_batch_size"), REMOVE),
     "actor": REMOVE,
     "actor.model.precision": READ,
     "algorithm": "each benchmark has its own sampling, such as evaluation.custom.temperature",
@@ -56,6 +56,8 @@ ONLY_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> the o
     "data.chat_template_variables": ("data.apply_chat_template", bool, "true"),
     "rollout.sglang": ("rollout.rollout_backend", lambda v: v == "sglang", "sglang"),
     "reward.overlong_penalty": ("reward.overlong_buffer", bool, "more than 0"),
+    **{f"validation.{name}": ("data.val_data_paths", bool, "[a file]") for name in ("n", "temperature", "max_new_tokens")},
+    **{f"validation.{name}": ("validation.temperature", bool, "more than 0") for name in ("top_p", "top_k")},
     "sft.reweighting_temperature": ("sft.reweighting", bool, "lin_upper, or another"),
     **{
         f"{role}.optim.{name}": (f"{role}.optim.lr_decay_style", lambda v: v != "constant", "linear or cosine")

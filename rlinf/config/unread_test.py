@@ -14,6 +14,7 @@ from rlinf.errors import UserError
 
 VALIDATE = {"train": validate, "sft": validate_sft, "eval": validate_evaluation}
 SFT, GRPO = "smollm2-135m-sft-cpu", "smollm2-135m-grpo-cpu"
+UNVALIDATED = "qwen2.5-1.5b-grpo-megatron"  # names no validation data
 EVAL = ["evaluation.custom.path=/p.jsonl"]
 
 
@@ -101,6 +102,11 @@ DEAD = {  # key -> a value, and a word with which it acts
     "data.chat_template_variables": ("{a: b}", "data.apply_chat_template=true"),
     "rollout.sglang": ("{attention_backend: triton}", "rollout.rollout_backend=sglang"),
     "reward.overlong_penalty": ("2", "reward.overlong_buffer=8"),
+    "validation.n": ("2", "data.val_data_paths=[x] validation.temperature=1"),
+    "validation.temperature": ("1", "data.val_data_paths=[x]"),
+    "validation.max_new_tokens": ("9", "data.val_data_paths=[x]"),
+    "validation.top_p": ("0.9", "data.val_data_paths=[x] validation.temperature=1"),
+    "validation.top_k": ("5", "data.val_data_paths=[x] validation.temperature=1"),
     "sft.reweighting_temperature": ("2", "sft.reweighting=lin_upper"),
     "actor.optim.min_lr": ("1e-6", "actor.optim.lr_decay_style=cosine actor.optim.lr_decay_steps=9"),
     "actor.optim.lr_decay_steps": ("9", "actor.optim.lr_decay_style=linear actor.optim.lr_warmup_steps=0"),
@@ -117,7 +123,11 @@ def command_of(key: str) -> tuple[str, str, list[str]]:
     section = key.partition(".")[0]
     if section == "evaluation":
         return "eval", GRPO, EVAL
-    return {"sft": "sft"}.get(section, "train"), {"sft": SFT, "critic": "smollm2-135m-ppo-cpu"}.get(section, GRPO), []
+    return (
+        {"sft": "sft"}.get(section, "train"),
+        {"sft": SFT, "critic": "smollm2-135m-ppo-cpu", "validation": UNVALIDATED}.get(section, GRPO),
+        [],
+    )
 
 
 @pytest.mark.parametrize("key", [k for k in ONLY_WITH if not k.startswith("evaluation.") or ".custom." in k])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from rlinf.config.benchmarks import BENCHMARKS
+from rlinf.config.bounds import out_of_bounds
 from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
 from rlinf.config.own_code import is_own
@@ -17,88 +18,6 @@ from rlinf.errors import UserError
 
 Violation = tuple[str, str]  # key, what is wrong with it and what to do
 
-AT_LEAST: dict[str, float] = {
-    "cluster.num_nodes": 1,
-    "cluster.num_gpus_per_node": 1,
-    "cluster.threads_per_worker": 0,
-    "cluster.start_timeout": 1,
-    "runner.max_epochs": 1,
-    "runner.val_check_interval": -1,
-    "runner.save_interval": -1,
-    "runner.keep_checkpoints": 0,
-    "runner.keep_groups": -1,
-    "runner.phase_timeout": -1,
-    "runner.max_restarts": 1,
-    "runner.seq_length": 2,
-    "data.max_prompt_length": 1,
-    "data.rollout_batch_size": 1,
-    "data.seed": 0,
-    "algorithm.group_size": 1,
-    "algorithm.n_minibatches": 1,
-    "algorithm.kl_beta": 0,
-    "algorithm.entropy_bonus": 0,
-    "algorithm.importance_sampling_low": 0,
-    "algorithm.num_update_sample_per_prompt": 1,
-    "actor.optim.initial_loss_scale": 1,  # Megatron's scaler goes no lower
-    "algorithm.max_staleness": 0,
-    "rollout.over_provisioning": 0,
-    "rollout.max_engine_restarts": 0,
-    "rollout.stall_timeout": 0,
-    "algorithm.dynamic_sampling_batch_size": 1,
-    "algorithm.dynamic_sampling_max_batches": 1,
-    "algorithm.sampling_params.top_k": 0,
-    "algorithm.sampling_params.max_new_tokens": 1,
-    "rollout.tensor_parallel_size": 1,
-    "rollout.max_running_requests": 1,
-    "rollout.seed": 0,
-    "rollout.verify_weights_every": 0,
-    "actor.model.tensor_model_parallel_size": 1,
-    "actor.model.pipeline_model_parallel_size": 1,
-    "actor.model.context_parallel_size": 1,
-    "actor.optim.lr": 0,
-    "actor.optim.min_lr": 0,
-    "actor.optim.lr_decay_steps": 0,
-    "actor.optim.lr_warmup_steps": 0,
-    "actor.optim.adam_beta1": 0,
-    "actor.optim.adam_beta2": 0,
-    "actor.optim.weight_decay": 0,
-    "actor.optim.clip_grad": 0,
-    "actor.optim.loss_scale_window": 1,
-    "critic.seed": 0,
-    "critic.warmup_steps": 0,
-    "reward.reward_scale": 0,
-    "reward.num_processes": 1,
-    "reward.format_reward": 0,
-    "reward.overlong_buffer": 0,
-    "reward.overlong_penalty": 0,
-    "reward.exploration_penalty": 0,
-    **{f"evaluation.{name}.{key}": 1 for name in BENCHMARKS for key in ("n", "max_tokens")},
-    **{f"evaluation.{name}.{key}": 0 for name in BENCHMARKS for key in ("temperature", "top_k")},
-    "sft.batch_size": 1,
-    "sft.reweighting_burn_in": 0,
-}
-MORE_THAN: dict[str, float] = {
-    "algorithm.ratio_clip_eps": 0,
-    "algorithm.clip_ratio_low": 0,
-    "algorithm.clip_ratio_high": 0,
-    "algorithm.clip_ratio_c": 1,
-    "algorithm.early_stop_imp_ratio": 1,
-    "algorithm.importance_sampling_clip": 0,
-    "algorithm.behav_imp_weight_cap": 0,
-    "algorithm.gamma": 0,
-    "algorithm.gae_lambda": 0,
-    "algorithm.sampling_params.temperature": 0,
-    "algorithm.sampling_params.top_p": 0,
-    "rollout.gpu_memory_utilization": 0,
-    "actor.optim.adam_eps": 0,
-    "actor.optim.loss_scale": 0,
-    "critic.value_clip": 0,
-    "runner.peak_tflops": 0,
-    "token_reward.weight": 0,
-    "reward.timeout": 0,
-    **{f"evaluation.{name}.top_p": 0 for name in BENCHMARKS},
-    "sft.reweighting_temperature": 0,
-}
 SET_BY_US: dict[str, str] = {  # options of the SGLang server
     "model_path": "rollout.model_dir", "model": "rollout.model_dir", "tokenizer_path": "rollout.model_dir",
     "trust_remote_code": "rollout.trust_remote_code", "dtype": "rollout.precision", "device": "cluster.device",
@@ -111,17 +30,6 @@ SET_BY_US: dict[str, str] = {  # options of the SGLang server
      "dist_init_addr"),
     "the engine",
 )  # fmt: skip
-LESS_THAN: dict[str, float] = {
-    "rollout.gpu_memory_utilization": 1,
-    "actor.optim.adam_beta1": 1,
-    "actor.optim.adam_beta2": 1,
-    "data.seed": 2**63,  # above it numpy no longer tells two seeds apart
-}
-
-
-for _table in (AT_LEAST, MORE_THAN, LESS_THAN):  # what the critic and the token reward model share with the actor has the actor's bounds
-    _table |= {f"critic.{name.removeprefix('actor.')}": bound for name, bound in _table.items() if name.startswith("actor.")}
-    _table |= {f"token_reward.{name.removeprefix('actor.')}": bound for name, bound in _table.items() if name.startswith("actor.model.")}
 
 
 def validate(config: Config, provenance: Mapping[str, str] | None = None) -> None:
@@ -129,22 +37,22 @@ def validate(config: Config, provenance: Mapping[str, str] | None = None) -> Non
     _raise(config, provenance, (recipe_for_sft,))  # alone: the rest follows from it
     objective = (_algorithm, _kl, _importance, _selection, _sampling)
     models = (_actor, _critic, _token_reward)
-    rules = (_bounds, _cluster, _runner, _lengths, _data, *objective, _rollout, *models, _reward)
-    sections = ("runner", "data", "algorithm", "rollout", "actor", "reward", *(["critic"] if config.has_critic else []))
+    rules = (out_of_bounds, _cluster, _runner, _validation, _lengths, _data, *objective, _rollout, *models, _reward)
+    sections = ("runner", "data", "algorithm", "rollout", "actor", "reward", "validation", *(["critic"] if config.has_critic else []))
     _raise(config, provenance, (*rules, partial(unread, "train", provenance or {}), partial(without_effect, sections, provenance or {})))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Like validate, with the rules for an evaluation."""
     dead = (partial(unread, "eval", provenance or {}), partial(without_effect, ("rollout", "evaluation"), provenance or {}))
-    _raise(config, provenance, (_bounds, _cluster, _rollout, _reward, _evaluation, *dead))
+    _raise(config, provenance, (out_of_bounds, _cluster, _rollout, _reward, _evaluation, *dead))
 
 
 def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Like validate, with the rules for supervised fine-tuning."""
     _raise(config, provenance, (partial(recipe_for_training, provenance or {}),))
     dead = (partial(unread, "sft", provenance or {}), partial(without_effect, ("runner", "data", "actor", "sft"), provenance or {}))
-    _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft, *dead))
+    _raise(config, provenance, (out_of_bounds, _cluster, _runner, _data, _actor, _sft, *dead))
 
 
 def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence[Callable[[Config], Iterator[Violation]]]) -> None:
@@ -153,20 +61,6 @@ def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence
         where = provenance or {}
         lines = [f"  {key} = {dump(value_of(config, key))}{f' ({where[key]})' if key in where else ''}: {text}" for key, text in found]
         raise UserError("this configuration cannot be run:\n" + "\n".join(lines))
-
-
-def _bounds(c: Config) -> Iterator[Violation]:
-    for key, least in AT_LEAST.items():
-        value = value_of(c, key)
-        if value is not None and value < least:
-            yield key, f"must be at least {least}"
-    for key, bound in MORE_THAN.items():
-        value = value_of(c, key)
-        if value is not None and value <= bound:
-            yield key, f"must be greater than {bound}"
-    for key, bound in LESS_THAN.items():
-        if value_of(c, key) >= bound:
-            yield key, f"must be less than {bound}"
 
 
 def _cluster(c: Config) -> Iterator[Violation]:
@@ -193,6 +87,20 @@ def _runner(c: Config) -> Iterator[Violation]:
         )
     if c.runner.val_check_interval > 0 and not c.data.val_data_paths:
         yield "runner.val_check_interval", "asks for validation, but data.val_data_paths is empty; name a file, or set it to 0"
+
+
+def _validation(c: Config) -> Iterator[Violation]:
+    v, room = c.validation, c.runner.seq_length - c.data.max_prompt_length
+    if v.temperature == 0 and v.n > 1:
+        yield "validation.n", "greedy answers of one problem are all equal (validation.temperature is 0); set n to 1, or raise it"
+    if v.top_p > 1:
+        yield "validation.top_p", "is a probability; it must be at most 1"
+    if v.max_new_tokens is not None and v.max_new_tokens > room:
+        yield (
+            "validation.max_new_tokens",
+            f"a prompt of data.max_prompt_length ({c.data.max_prompt_length}) leaves room for {room} tokens in runner.seq_length "
+            f"({c.runner.seq_length}); lower it, or raise runner.seq_length",
+        )
 
 
 def _lengths(c: Config) -> Iterator[Violation]:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rlinf.config.bounds import AT_LEAST, LESS_THAN, MORE_THAN
 from rlinf.config.keys import known_keys
 from rlinf.config.load import EXAMPLES, load
 from rlinf.config.model import load_model_config, planned_model_config, validate_model, validate_scorer
-from rlinf.config.validate import AT_LEAST, LESS_THAN, MORE_THAN, validate
+from rlinf.config.validate import validate
 from rlinf.errors import UserError
 
 CRITIC = ["algorithm.adv_type=gae", "cluster.component_placement={'actor,critic,rollout,reward': all}"]
@@ -162,6 +163,11 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["runner.experiment_name=a/b"], "cannot be empty or contain `/`"),
         (["runner.max_steps=0"], "runner.max_steps = 0 (command line): must be at least 1, or -1"),
         (["runner.val_check_interval=5"], "data.val_data_paths is empty"),
+        (["validation.n=4"], "validation.n = 4 (command line): greedy answers of one problem are all equal"),
+        (["validation.temperature=1", "validation.top_p=1.5"], "validation.top_p = 1.5 (command line): is a probability"),
+        (["validation.max_new_tokens=999999"], "leaves room for "),
+        (["validation.temperature=1"], "has a meaning only with data.val_data_paths: [a file]"),
+        (["validation.top_k=5"], "has a meaning only with validation.temperature: more than 0"),
         (["data.train_data_paths=[]"], "data.train_data_paths = [] (command line): is empty"),
         (["data.tasks=[]"], "write null to keep all"),
         (["reward.reward_scale=0"], "reward.reward_scale = 0.0 (command line): every response would have the reward 0"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlinf.config.schema import DataConfig
-from rlinf.data.prompts import load_prompts, repeated
+from rlinf.data.prompts import load_prompts, repeated, short_names
 from rlinf.data.tokenizer import TextTokenizer, load_tokenizer
 from rlinf.data.tokenizer_test import TEMPLATE, make_folder
 from rlinf.errors import UserError
@@ -40,6 +40,18 @@ def test_a_boba_record_is_taken_as_it_stands(tmp_path: Path, tokenizer: TextToke
     assert prompt.token_ids.dtype == "int32"
     assert prompt.token_ids.tolist() == tokenizer.encode(R1_PROMPT) and prompt.token_ids.tolist().count(256) == 1
     assert (report.read, report.kept, report.tasks, report.longest_prompt) == (1, 1, {"math": 1}, len(prompt.token_ids))
+
+
+def test_a_prompt_knows_its_file_by_a_short_name(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    (tmp_path / "b").mkdir()
+    files = [
+        write(tmp_path, row(), name="aime24.jsonl"),
+        write(tmp_path / "b", row(), row(), name="aime24.jsonl"),
+        write(tmp_path, row(), name="math.x.jsonl"),
+    ]
+    prompts, _ = load_prompts(files, DataConfig(), tokenizer)
+    assert [p.source for p in prompts] == ["aime24", "aime24-2", "aime24-2", "math.x"]
+    assert short_names(["a/x", "b/x", "c/x-2", "a/x", "d/x"]) == {"a/x": "x", "b/x": "x-2", "c/x-2": "x-2-2", "d/x": "x-3"}
 
 
 def test_missing_task_is_math_and_missing_id_is_the_place(tmp_path: Path, tokenizer: TextTokenizer) -> None:

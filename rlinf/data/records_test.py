@@ -10,7 +10,7 @@ from rlinf.data.records import Finish, Sample
 
 def part(name: str, tokens: list[int], *versions: tuple[int, int], finish: Finish = Finish.ABORT) -> Sample:
     n = len(tokens)
-    return Sample(name, np.array(tokens, np.int32), -np.array(tokens, np.float32), np.ones(n, np.uint8), versions, finish, (n,))
+    return Sample(name, np.array(tokens, np.int32), -np.array(tokens, np.float32), np.ones(n, np.uint8), versions, finish)
 
 
 def test_a_continued_sample_keeps_tokens_logprobs_and_versions() -> None:

@@ -1,5 +1,5 @@
-"""What the CPU computes in our own C (rlinf/kernels/c): products with weights as they lie in memory, a decode step's attention, rows, the head, a
-scan of weights on their way.
+"""What the CPU computes in C of our own (rlinf/kernels/c): products with weights as they lie in memory, the attention of a decode step,
+rows, the head, a scan of weights on their way.
 
 The installation compiles it where it finds a C compiler, for each instruction set of x86-64 that it knows. `kernels()` is None where that
 did not happen or the CPU has none of them; callers then take what torch has.

@@ -7,38 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-
-@dataclass(frozen=True)
-class Metric:
-    """One scalar. A name that ends in /* stands for a family of metrics, whose last part says which one it is."""
-
-    name: str
-    meaning: str
-    healthy: str
-    action: str
-
-
-def speeds_of(what: str, when: str, trains: bool = True) -> list[tuple[str, str, str, str]]:
-    """The metrics of achieved operations per second of one device, and of utilisation (docs/debugging.md has the formula)."""
-    rows = [
-        (
-            f"{what}_tflops",
-            f"10^12 operations a second and device that the model asks for, in {when}",
-            "steady",
-            "as for `train_tokens_per_second`",
-        )
-    ]
-    rows.append(
-        (
-            f"{what}_mfu",
-            f"`{what}_tflops` as a share of the device's peak, where that is known",
-            "0.3 to 0.5 in training, far less in decoding",
-            "—",
-        )
-    )
-    return rows + [(f"{what}_hfu", f"as `{what}_mfu`, with what activation recompute adds", "at least the mfu", "—")] * trains
+from rlinf.metrics.metric import Metric, metrics
+from rlinf.metrics.system_names import SYSTEM
 
 
 def optimizer_of(what: str) -> list[tuple[str, str, str, str]]:
@@ -51,14 +23,6 @@ def optimizer_of(what: str) -> list[tuple[str, str, str, str]]:
         ),
         ("lr", f"learning rate of the {what}'s last optimizer step of the step", "follows the schedule", "—"),
     ]
-
-
-def memory_of(what: str, of: str, action: str) -> tuple[str, str, str, str]:
-    return f"{what}_memory_gib", f"peak memory of {of}, GiB", "below the device's", action
-
-
-def metrics(section: str, *rows: tuple[str, str, str, str]) -> list[Metric]:
-    return [Metric(f"{section}/{name}", *rest) for name, *rest in rows]
 
 
 ROLLOUT = metrics(
@@ -370,7 +334,7 @@ EVAL = metrics(
     "eval",
     (
         "accuracy",
-        "greedy accuracy on the held-out problems",
+        "share of right answers to the held-out problems, as `validation` samples them (greedy: one to each)",
         "rises with `rollout/accuracy`",
         "falls while training accuracy rises: overfitting; more data or fewer epochs",
     ),
@@ -378,6 +342,13 @@ EVAL = metrics(
     ("response_length", "mean tokens of a held-out response", "like training", "—"),
     ("truncated", "share of held-out responses that were cut", "below 0.1", "raise `max_new_tokens`"),
     ("undecided", "share of held-out verdicts that were undecided", "below 0.01", "as for `rollout/verdict_undecided`"),
+    (
+        "pass_at_n",
+        "share of held-out problems with a right answer among `validation.n`",
+        "well above `accuracy`",
+        "near it: no exploration left",
+    ),
+    ("*/*", "each of these for one of several validation files, by its name, as in `eval/accuracy/aime24`", "—", "—"),
 )
 
 BENCHMARK = metrics(
@@ -391,75 +362,6 @@ BENCHMARK = metrics(
     ),
 )
 
-SYSTEM = [
-    *metrics(
-        "time",
-        ("step", "seconds of the whole step", "steady", "compare the phases"),
-        ("overlap", "seconds in which more than one phase ran; absent where none did", "large in a run that generates ahead", "—"),
-        (
-            "alone_*",
-            "with `overlap`: seconds in which this phase ran and no other; what a step would gain if it took no time",
-            "small",
-            "fix the largest",
-        ),
-        (
-            "*",
-            "seconds in which a phase of the step ran (rollout, train, sync_weights, validate, checkpoint), or of a part of `train`, "
-            "slowest rank",
-            "rollout is usually the largest",
-            "the largest phase is where to look",
-        ),
-    ),
-    *metrics(
-        "perf",
-        (
-            "tokens_per_second",
-            "prompt and response tokens of the step per second of the step",
-            "steady",
-            "falls: longer responses, or a slow node",
-        ),
-        (
-            "rollout_tokens_per_second",
-            "generated tokens per second of rollout",
-            "steady",
-            "few running requests: raise `max_running_requests`",
-        ),
-        (
-            "train_tokens_per_second",
-            "trained tokens per second of training",
-            "steady",
-            "many small micro-batches: raise `max_tokens_per_mbs`",
-        ),
-        memory_of("actor", "an actor rank", "activation recompute, smaller `max_tokens_per_mbs`"),
-        memory_of("token_reward", "a rank of the token reward model", "as for `actor_memory_gib`"),
-        memory_of("critic", "a critic rank", "as for `actor_memory_gib`"),
-        memory_of("rollout", "a rollout worker (of SGLang without the server)", "lower `gpu_memory_utilization`"),
-        *speeds_of("actor", "`time/forward_backward`"),
-        *speeds_of("critic", "`time/critic_update`"),
-        *speeds_of("actor_recompute", "`time/recompute_logprobs`", trains=False),
-        *speeds_of("token_reward", "`time/token_rewards`", trains=False),
-        *speeds_of("critic_values", "`time/values`", trains=False),
-        *speeds_of("rollout", "the busiest engine's seconds, for the responses of the step", trains=False),
-    ),
-    *metrics(
-        "sync",
-        (
-            "gather_seconds",
-            "seconds in which the actor gathered and wrote its weights, slowest rank",
-            "steady",
-            "the network between the ranks",
-        ),
-        ("load_seconds", "seconds in which an engine read and took them, slowest engine", "steady", "the memory or network between them"),
-        ("gib", "GiB of weights moved", "constant", "—"),
-        (
-            "probe_gap_max",
-            "largest log-probability difference of engine and actor on the probe prompts",
-            "fp32 below 1e-4; bf16 below 0.2",
-            "the engine does not hold the actor's weights: the run stops",
-        ),
-    ),
-]
-
 SECTIONS = {
     "What the policy writes": ROLLOUT,
     "What training does": TRAIN,
@@ -472,10 +374,14 @@ SECTIONS = {
 METRICS = {m.name: m for rows in SECTIONS.values() for m in rows}
 
 
+def metric_of(name: str) -> Metric | None:
+    """What the table says of a metric, or of its family."""
+    return METRICS.get(name) or next((metric for known, metric in METRICS.items() if fnmatchcase(name, known)), None)
+
+
 def undocumented(names: Iterable[str]) -> list[str]:
     """The names that are not in the table; for tests."""
-    families = tuple(name[:-1] for name in METRICS if name.endswith("/*"))
-    return sorted(n for n in names if n not in METRICS and not n.startswith(families))
+    return sorted(n for n in names if metric_of(n) is None)
 
 
 def markdown() -> str:

@@ -24,7 +24,7 @@ from rlinf.config.keys import known_keys
 from rlinf.config.values import yaml_line
 from rlinf.data.jsonl import atomic_write
 from rlinf.errors import UserError
-from rlinf.metrics.names import METRICS
+from rlinf.metrics.names import metric_of
 from rlinf.report.parts import MAX_TEXT_STEPS, Parts, choose_files
 from rlinf.report.rules import RULES, Finding, find_problems
 from rlinf.report.run_data import RunData, count_all, open_run
@@ -124,7 +124,7 @@ def page_data(run: RunData, findings: Sequence[Finding], parts: Parts) -> dict[s
         "metrics": metrics,
         "phases": phases(metrics),
         "summary": summary(run.metrics),
-        "meanings": {name: [METRICS[name].meaning, METRICS[name].healthy, METRICS[name].action] for name in names if name in METRICS},
+        "meanings": {name: [m.meaning, m.healthy, m.action] for name in names if (m := metric_of(name))},
         "findings": [vars(f) for f in findings],
         "rules": [rule.__name__.replace("_", " ") for rule in RULES],
         "settings": [[key, yaml_line(value), run.origins.get(key, ""), helps.get(key, "")] for key, value in run.config.items()],

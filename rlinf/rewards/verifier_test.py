@@ -10,7 +10,7 @@ import pytest
 
 from rlinf.data.records import Status, Verdict
 from rlinf.errors import UserError
-from rlinf.rewards.math_test import labelled_pairs
+from rlinf.rewards.math.decide_test import labelled_pairs
 from rlinf.rewards.shaping import Shaping, concluded, exploration, soft_overlong, well_formed
 from rlinf.rewards.tasks import check_tasks, letter_of
 from rlinf.rewards.verifier import Item, Verifier

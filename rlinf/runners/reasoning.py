@@ -112,9 +112,10 @@ class ReasoningRunner(TrainingLoop):
             return {}
         with self.phase("validate"):
             dump = str(self.folder.paths.validation(self.step))
-            scored = await self.rollouts.generate_held_out(validation_requests(self.step, self.val_prompts, dump))
-        self.scores[self.step] = score_validation([header for header, _ in scored])
-        return validation_metrics(self.scores[self.step])
+            wanted = validation_requests(self.config.validation, self.config.algorithm, self.step, self.val_prompts, dump)
+            scored = await self.rollouts.generate_held_out(wanted)
+        self.scores[self.step] = score_validation([header for header, _ in scored], len(self.val_prompts))
+        return validation_metrics(self.scores[self.step], [p.source for p in self.val_prompts], self.config.validation.n)
 
     async def ready(self) -> None:
         await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())

@@ -1,4 +1,4 @@
-"""The groups that the loop asks the engines for: their names, and their sampling parameters from the `algorithm` section."""
+"""The groups that the loop asks the engines for: their names and sizes, and how they are sampled (`algorithm`, `validation`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlinf.config.benchmarks import ValidationConfig
 from rlinf.config.schema import AlgorithmConfig
 from rlinf.data.records import Prompt
 from rlinf.data.tokenizer import TextTokenizer
@@ -14,7 +15,7 @@ from rlinf.rollout.contract import SamplingParams, Stop
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """A group to be generated: n samples of a prompt.
+    """A group to be generated: n samples of a prompt, each of at most max_new_tokens.
 
     dump: the file to which its samples are written, for people to read. timer: the phase under which its seconds are counted.
     """
@@ -23,6 +24,7 @@ class GroupRequest:
     prompt: Prompt
     n: int
     sampling: SamplingParams
+    max_new_tokens: int
     dump: str
     timer: str = "rollout"
 
@@ -35,14 +37,34 @@ def training_requests(
     algorithm: AlgorithmConfig, step: int, prompts: Sequence[Prompt], taken: Counter[str], dump: str
 ) -> list[GroupRequest]:
     """A group for each prompt. taken: how often `step` has taken each prompt so far; this function updates it."""
-    sampling = sampling_of(algorithm)
-    return [GroupRequest(name, p, algorithm.group_size, sampling, dump) for name, p in zip(name_groups(step, prompts, taken), prompts)]
+    s = algorithm.sampling_params
+    wanted = algorithm.group_size, SamplingParams(s.temperature, s.top_p, s.top_k), s.max_new_tokens, dump
+    return [GroupRequest(name, p, *wanted) for name, p in zip(name_groups(step, prompts, taken), prompts)]
 
 
-def validation_requests(step: int, prompts: Sequence[Prompt], dump: str) -> list[GroupRequest]:
-    """One greedy answer to each problem. Names begin with `val.`: a training group of the same prompt may be in flight at the same time."""
-    names = name_groups(step, prompts, Counter())
-    return [GroupRequest(f"val.{name}", p, 1, validation_sampling(), dump, "validate") for name, p in zip(names, prompts)]
+def validation_requests(
+    wanted: ValidationConfig, algorithm: AlgorithmConfig, step: int, prompts: Sequence[Prompt], dump: str
+) -> list[GroupRequest]:
+    """wanted.n answers to each problem, in groups no larger than those of training, so that they spread over the engines. All first groups
+    come in the order of `prompts`, then all second ones.
+
+    Names begin with `val.`, `val1.` and so on: a training group of the same prompt may be in flight at the same time.
+    """
+    sampling, longest = SamplingParams(wanted.temperature, wanted.top_p, wanted.top_k), algorithm.sampling_params.max_new_tokens
+    names, whole = name_groups(step, prompts, Counter()), range(0, wanted.n, algorithm.group_size)
+    return [
+        GroupRequest(
+            f"val{k or ''}.{name}",
+            p,
+            min(algorithm.group_size, wanted.n - begin),
+            sampling,
+            wanted.max_new_tokens or longest,
+            dump,
+            "validate",
+        )
+        for k, begin in enumerate(whole)
+        for name, p in zip(names, prompts)
+    ]
 
 
 def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> list[str]:
@@ -57,16 +79,6 @@ def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> li
         names.append(f"{step}.{prompt.prompt_id}" + (f".{again}" if again else ""))
         taken[prompt.prompt_id] += 1
     return names
-
-
-def sampling_of(algorithm: AlgorithmConfig) -> SamplingParams:
-    s = algorithm.sampling_params
-    return SamplingParams(s.temperature, s.top_p, s.top_k)
-
-
-def validation_sampling() -> SamplingParams:
-    """Validation in the loop is greedy: one answer to each of the same problems every time, so that two steps can be compared in pairs."""
-    return SamplingParams(temperature=0.0)
 
 
 def stop_of(algorithm: AlgorithmConfig, tokenizer: TextTokenizer) -> Stop:

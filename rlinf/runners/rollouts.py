@@ -31,7 +31,6 @@ class Rollouts:
         self.rollout, self.reward, self.stop, self.timers = rollout, reward, stop, timers or Timers()
         self.tracing = False
         self.config = config
-        self.max_new_tokens = config.algorithm.sampling_params.max_new_tokens
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
         self.engines = Engines(rollout, self.dispatcher, config.rollout.stall_timeout)
         self.in_flight: dict[str, str] = {}
@@ -64,7 +63,7 @@ class Rollouts:
 
     async def _generate(self, group: GroupRequest, pausable: bool) -> tuple[GroupHeader, Ref, int]:
         """(header without verdicts, tokens, the engine that finished it); asked again where an engine dies or is paused."""
-        request = GenerateRequest(group.name, group.prompt.token_ids, group.n, group.sampling, self.stop, self.max_new_tokens)
+        request = GenerateRequest(group.name, group.prompt.token_ids, group.n, group.sampling, self.stop, group.max_new_tokens)
         while True:
             if pausable:
                 await self._going.wait()

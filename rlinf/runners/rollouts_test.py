@@ -16,7 +16,7 @@ from tests.virtual_time import run_virtually
 
 
 def wanted(name: str, n: int) -> GroupRequest:
-    return GroupRequest(name, SimpleNamespace(prompt_id=name, token_ids=np.ones(3, np.int32)), n, SamplingParams(), "samples")
+    return GroupRequest(name, SimpleNamespace(prompt_id=name, token_ids=np.ones(3, np.int32)), n, SamplingParams(), 16, "samples")
 
 
 async def decoded(engines: Engines) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from rlinf.errors import RunFailed
 from rlinf.run_folder.folder import RunFolder
-from rlinf.runners.run_folder_test import close, open_folder
+from rlinf.run_folder.folder_test import close, open_folder
 from rlinf.runners.saving import Saving
 
 

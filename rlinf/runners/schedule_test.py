@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlinf.config.schema import Config
+from rlinf.config.benchmarks import ValidationConfig
+from rlinf.config.schema import AlgorithmConfig, Config
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.rollout.contract import SamplingParams, Stop
@@ -64,7 +65,8 @@ def make(
     def requests(step: int, indices: Sequence[int], taken: Counter[str]) -> list[GroupRequest]:
         prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
         return [
-            GroupRequest(name, p, SAMPLES, SamplingParams(), samples(step)) for name, p in zip(name_groups(step, prompts, taken), prompts)
+            GroupRequest(name, p, SAMPLES, SamplingParams(), 16, samples(step))
+            for name, p in zip(name_groups(step, prompts, taken), prompts)
         ]
 
     kind = {"logical": Logical, "wallclock": Wallclock}[config.algorithm.schedule]
@@ -158,7 +160,7 @@ def test_validation_leaves_carried_over_groups_of_the_same_prompts_alone() -> No
         await schedule.before_training()
         kept = dict(rollouts.unfinished)
         prompts = [SimpleNamespace(prompt_id=name.partition(".")[2], token_ids=np.ones(3, np.int32)) for name in kept]
-        scored = await rollouts.generate_groups(validation_requests(1, prompts, "validation"))
+        scored = await rollouts.generate_groups(validation_requests(ValidationConfig(), AlgorithmConfig(), 1, prompts, "validation"))
         assert kept and [len(header.sample_ids) for header, _ in scored] == [1] * len(kept)
         assert all(header.versions == (((0, header.response_lengths[0]),),) for header, _ in scored)
         assert rollouts.unfinished == kept

@@ -18,7 +18,7 @@ from rlinf.workers.token_reward import TokenRewardWorker
 from rlinf.workers.train import TrainWorker
 
 WORKERS = (TrainWorker, CriticWorker, TokenRewardWorker, SftWorker, RolloutWorker, RewardWorker, JournalWorker)
-LOOPS = [Path(__file__).parents[1] / room for room in ("runners", "evaluation")]
+LOOPS = [Path(__file__).parents[1] / room for room in ("launch", "runners", "evaluation")]
 CALLS = {"ref", "call", "call_all", "call_ranks", "call_each", "ask_all", "ask_each", "ask_once", "run", "run_on_kept_batch"}
 
 
