@@ -103,7 +103,7 @@ class Arriving:
         versions = tuple((int(s["version"]), s["end"] - s["start"]) for s in self.spans if s["end"] > s["start"])
         logprobs = np.array(self.logprobs, np.float32)
         return Sample(
-            self.sample_id, np.array(self.token_ids, np.int32), logprobs, np.ones(n, np.uint8), versions, self.finish or Finish.ABORT, (n,)
+            self.sample_id, np.array(self.token_ids, np.int32), logprobs, np.ones(n, np.uint8), versions, self.finish or Finish.ABORT
         )
 
 
