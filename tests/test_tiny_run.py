@@ -96,6 +96,26 @@ def test_one_process_without_ray_in_which_actor_and_engine_take_turns(tmp_path: 
     assert list((tmp_path / "logs" / "tiny" / "weights").iterdir()) == []  # by which they came
 
 
+def test_validation_samples_several_answers_to_problems_of_several_files(tmp_path: Path) -> None:
+    """Five answers to each, in groups of four as in training; the files have curves of their own, and metadata comes along."""
+    config = write_run(
+        tmp_path, validation={"n": 5, "temperature": 1.0, "max_new_tokens": 9}, runner__max_steps=1, runner__save_interval=0, **ONE_PROCESS
+    )
+    (tmp_path / "hard.jsonl").write_text(json.dumps({"prompt": "1?", "query_id": "h", "solutions": ["1"], "metadata": {"level": 5}}) + "\n")
+    done = run(config, f"data.val_data_paths=[{tmp_path / 'data.jsonl'},{tmp_path / 'hard.jsonl'}]")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for step, metrics in enumerate(lines(tmp_path)):
+        rows = [json.loads(line) for line in (tmp_path / "logs" / "tiny" / "samples" / f"validation_{step:06d}.jsonl").open()]
+        assert len(rows) == len({row["sample_id"] for row in rows}) == 5 * 25 and max(row["length"] for row in rows) == 9
+        hard = [row for row in rows if row["metadata"] == {"level": 5}]
+        assert len(hard) == 5 and len({row["response"] for row in hard}) > 1 and all(row["prompt"] == "1?" for row in hard)
+        assert metrics["eval/response_length/hard"] == pytest.approx(sum(row["length"] for row in hard) / 5)
+        whole, files = metrics["eval/response_length"], [metrics[f"eval/response_length/{name}"] for name in ("data", "hard")]
+        assert whole == pytest.approx((24 * files[0] + files[1]) / 25)
+        assert {f"eval/{name}" for name in ("accuracy/data", "accuracy/hard", "pass_at_n", "pass_at_n/hard")} <= metrics.keys()
+        assert undocumented(metrics.keys() - {"step", "time"}) == []
+
+
 ON_GPUS = """
 import sys
 from rlinf.cli import main
