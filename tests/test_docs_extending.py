@@ -15,8 +15,9 @@ import yaml
 
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import ResponseTokens, policy_objective
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.load import ROOT, load
-from rlinf.config.schema import AlgorithmConfig, Config
+from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.data.records import Finish, Prompt, Sample, Status, Verdict
 from rlinf.errors import UserError

@@ -65,6 +65,26 @@ def test_scores_are_paid_within_the_budget_of_remote_calls(tmp_path: Path) -> No
     assert sorted(p.name for p in latest.iterdir() if p.is_dir()) == ["actor", "hf"]
 
 
+def test_a_teacher_has_nothing_to_say_to_its_own_copy_and_draws_another_policy_to_itself(tmp_path: Path) -> None:
+    """The first step of a run whose teacher is its start model has no gradient; another teacher's mean score rises."""
+    make_tiny_model(tmp_path / "other", "qwen2-tied", layers=4, heads=4, kv_heads=2, seed=9)
+    teacher = {"output": "teacher", "model": {"precision": "fp32"}}
+    config = write_run(
+        tmp_path, token_reward=teacher, rollout__verify_weights_every=0, runner__val_check_interval=0, runner__save_interval=0,
+        reward__reward_scale=0, **ONE_PROCESS,
+    )  # fmt: skip
+    words = ["algorithm.adv_type=reinforce++", "algorithm.gamma=0", "algorithm.dense_rewards=true", "algorithm.normalize_advantages=false"]
+    copied = run(config, *words, f"token_reward.model_dir={tmp_path / 'model'}", "runner.max_steps=1")
+    assert copied.returncode == 0, copied.stderr[-4000:]
+    (m,) = lines(tmp_path)
+    assert all(abs(m[f"rollout/token_reward_{name}"]) < 1e-4 for name in ("mean", "max", "min")) and m["train/grad_norm"] < 1e-4
+    words += [f"token_reward.model_dir={tmp_path / 'other'}", "runner.experiment_name=drawn", "runner.max_steps=8", "actor.optim.lr=3e-3"]
+    drawn = run(config, *words)
+    assert drawn.returncode == 0, drawn.stderr[-4000:]
+    scores = [m["rollout/token_reward_mean"] for m in lines(tmp_path, "drawn")]
+    assert scores[0] < -0.02 and sum(scores[-2:]) / 2 > 0.7 * scores[0]  # minus a divergence: towards 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True], ids=["one score a response", "dense"])
 def test_layouts_of_actor_and_model_do_not_matter(tmp_path: Path, dense: bool) -> None:

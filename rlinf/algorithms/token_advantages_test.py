@@ -106,6 +106,7 @@ def test_dense_rewards_by_hand() -> None:
     batch = replace(make([3]), outcome_N=torch.full((3,), 3.0, dtype=torch.float64), rewards_N=torch.tensor([0.5, -1.0, 2.0]))
     assert alone(batch, PLAIN).tolist() == [4.5, 4.0, 5.0]
     assert alone(batch, replace(PLAIN, gamma=0.5)).tolist() == [0.5 + 0.5 * 1.5, -1 + 0.5 * 5.0, 5.0]
+    assert alone(batch, replace(PLAIN, gamma=0.0)).tolist() == [0.5, -1.0, 5.0]  # a token is credited with its own alone
     with_critic = replace(batch, values_N=torch.tensor([0.2, 0.4, 0.5], dtype=torch.float64))
     assert alone(with_critic, PLAIN).tolist() == pytest.approx([4.3, 3.6, 4.5]) and value_targets([with_critic], PLAIN)[
         0

@@ -45,6 +45,27 @@ def test_every_command_refuses_a_scoring_model_that_reads_other_tokens(
     assert [f.status for f in found] == [FAIL] and expected in found[0].text
 
 
+def test_a_teacher_has_to_read_the_tokens_of_the_policy(tmp_path: Path) -> None:
+    """It may know more of them, and have more rows that no token uses."""
+
+    def written(name: str, tokens: list[str], rows: int) -> Path:
+        backend = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(tokens)}, "unk_token": tokens[0]}}
+        folder = model(tmp_path / name, vocab_size=rows, eos_token_id=0)
+        (folder / "tokenizer.json").write_text(json.dumps(backend))
+        return folder
+
+    policy, larger, other, fewer = (
+        written("policy", ["a", "b"], 320), written("larger", ["a", "b", "c"], 384), written("other", ["a", "c", "b"], 320),
+        written("fewer", ["a", "b"], 319),
+    )  # fmt: skip
+    placed = "cluster.component_placement={'actor,token_reward,rollout,reward': all}"
+    words = [f"rollout.model_dir={policy}", placed, "token_reward.output=teacher"]
+    check_models(load(NAME, [*words, f"token_reward.model_dir={larger}"]).config, planned=False)
+    for folder, expected in ((other, "which has the token 'b' as 1; a teacher reads"), (fewer, "its vocab_size is 319, the actor's 320")):
+        with pytest.raises(UserError, match=expected):
+            check_models(load(NAME, [*words, f"token_reward.model_dir={folder}"]).config, planned=False)
+
+
 def test_what_is_elsewhere_is_a_warning_to_a_plan_and_ends_a_run(tmp_path: Path) -> None:
     words = ["rollout.model_dir=/nowhere/other", "data.train_data_paths=[/nowhere/a.jsonl]", "data.val_data_paths=[]"]
     config = load(NAME, words).config

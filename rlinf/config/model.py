@@ -73,9 +73,10 @@ def validate_model(config: Config, hf: dict[str, Any]) -> None:
 
 
 def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dict[str, Any]) -> None:
-    """Like validate_model, for the model of `critic` or `token_reward`. It must also have the actor's vocabulary."""
-    found = _misfits(role, getattr(config, role).model, hf)
-    if hf["vocab_size"] != actor_hf["vocab_size"]:
+    """Like validate_model, for the model of `critic` or `token_reward`. It must also have the actor's vocabulary; a teacher at least
+    its ids, since the larger models of a family may have more rows that no token uses."""
+    found, sizes = _misfits(role, getattr(config, role).model, hf), (hf["vocab_size"], actor_hf["vocab_size"])
+    if sizes[0] < sizes[1] or (sizes[0] > sizes[1] and config.head_of(role) == "scalar"):
         found.append(f"its vocab_size is {hf['vocab_size']}, the actor's {actor_hf['vocab_size']}; take one of the actor's family")
     positions = hf.get("max_position_embeddings")
     if positions and config.runner.seq_length > positions:

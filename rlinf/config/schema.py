@@ -1,4 +1,5 @@
-"""The configuration: one dataclass for each YAML section; `validation` and `evaluation` are in benchmarks.py. Field metadata: field.py.
+"""The configuration: one dataclass for each YAML section; `algorithm`, `validation` and `evaluation` have files of their own.
+Field metadata: field.py.
 
 A key that nothing reads, and a default that is not defined here, are defects. The names of keys are those that users of RLinf know.
 """
@@ -10,9 +11,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.benchmarks import EvaluationConfig, ValidationConfig
 from rlinf.config.field import key
-from rlinf.config.own_code import is_own
 
 MEGATRON_ROLES = ("actor", "critic", "token_reward")  # the components whose ranks are Megatron's: each has a section with a `model`
 
@@ -116,104 +117,6 @@ class DataConfig:
     shuffle: bool = key(True, "new order every epoch, from the seed")
     seed: int = key(1234, "seed of the data order")
     on_bad_record: str = key("error", "`error`: refuse to start, naming file and lines; `skip`: drop, count and report", ("error", "skip"))
-
-
-@dataclass
-class SamplingConfig:
-    do_sample: bool = key(True, "true; greedy answers of one prompt are all equal, so false is refused")
-    temperature: float = key(1.0, "softmax temperature of rollouts; log-probabilities use it on both sides")
-    top_k: int = key(1000000, "sample among the k most likely tokens; 0 or at least the vocabulary = off")
-    top_p: float = key(1.0, "sample from the smallest set with this probability mass; 1 = off")
-    max_new_tokens: int = key(1024, "tokens of a response at most")
-    stop: list[str] = key([], "strings that end a response, besides the end token")
-
-
-@dataclass
-class AlgorithmConfig:
-    group_size: int = key(8, "responses per prompt")
-    n_minibatches: int = key(1, "optimizer steps per global batch; divides rollout_batch_size * group_size")
-    adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++", "reinforce++-baseline", "gae"), own=True)
-    gamma: float = key(1.0, "discount of a reward for each token between it and the token that is credited; 1 = none")
-    gae_lambda: float = key(1.0, "λ of adv_type gae: 1 = the return minus the value; less trusts the critic more")
-    normalize_advantages: bool = key(True, "whiten advantages once over all response tokens of the global batch")
-    loss_type: str = key("ppo", "policy loss", ("ppo", "decoupled-ppo", "gspo", "gspo-token", "cispo"), own=True)
-    loss_agg_func: str = key(
-        "token-mean",
-        "how token losses become the loss",
-        ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
-    )
-    kl_beta: float = key(0.0, "weight of the KL term against the initial policy; 0 = no reference policy is kept")
-    kl_in: str = key("loss", "where the KL term acts: added to the loss, or taken from the reward of each token", ("loss", "reward"))
-    kl_penalty_type: str = key("k3", "KL estimator", ("k1", "k2", "k3"))
-    ratio_clip_eps: float = key(0.2, "clip range of the importance ratio when clip_ratio_low/high are null")
-    clip_ratio_low: float | None = key(None, "lower clip range; null = ratio_clip_eps")
-    clip_ratio_high: float | None = key(None, "upper clip range; null = ratio_clip_eps")
-    clip_ratio_c: float | None = key(None, "dual-clip constant (> 1) for negative advantages; null = off")
-    entropy_bonus: float = key(0.0, "weight of the token entropy in the objective")
-    early_stop_imp_ratio: float | None = key(
-        5.0, "skip the optimizer step of a mini-batch whose token-mean importance ratio exceeds this or is NaN; null = off"
-    )
-    recompute_logprobs: bool = key(
-        True,
-        "old log-probabilities from the actor (true) or as reported by the rollout engine (false; decoupled-ppo then interpolates π_prox)",
-    )
-    importance_sampling_fix: bool = key(False, "truncated importance sampling between rollout engine and actor; needs recompute_logprobs")
-    importance_sampling_type: str = key(
-        "token-truncate",
-        "what the importance weight is bounded by: each token's ratio, the product or geometric mean of its response's, or the mean k3; "
-        "`truncate` cuts the weight off at the bound, `mask` sets it to 0 outside the bounds",
-        ("token-truncate", "token-mask", "sequence-truncate", "sequence-mask", "geometric-truncate", "geometric-mask", "k3-mask"),
-    )
-    importance_sampling_clip: float = key(2.0, "upper bound of the importance weight (of the mean k3 for k3-mask)")
-    importance_sampling_low: float | None = key(None, "lower bound of the -mask types but k3-mask; null = 1 / importance_sampling_clip")
-    importance_sampling_normalize: bool = key(
-        False, "divide the importance weights by their mean over all response tokens of the global batch"
-    )
-    behav_imp_weight_cap: float = key(5.0, "decoupled-ppo: a token whose weight π_prox/μ exceeds this has loss 0")
-    overlong_filtering: bool = key(False, "leave responses that were cut off (by max_new_tokens or the context window) out of the loss")
-    num_update_sample_per_prompt: int | None = key(
-        None, "train on this many responses of each prompt, chosen at random from data.seed; advantages are those of all; null = all"
-    )
-    dynamic_sampling: bool = key(
-        False, "train on groups with both right and wrong answers only, generating until rollout_batch_size are there"
-    )
-    dynamic_sampling_batch_size: int | None = key(
-        None, "with dynamic_sampling and schedule logical: prompts generated at a time; null = data.rollout_batch_size"
-    )
-    dynamic_sampling_max_batches: int = key(10, "with dynamic_sampling: such batches a step may take at most; needing more is an error")
-    max_staleness: int = key(
-        0, "how many versions of the weights generation may run ahead of training (η); 0 = each step waits for its own groups"
-    )
-    schedule: str = key(
-        "logical",
-        "`logical`: reproducible, a batch is generated under one version; "
-        "`wallclock`: groups begin and are trained on as soon as max_staleness allows",
-        ("logical", "wallclock"),
-    )
-    dense_rewards: bool = key(
-        False,
-        "each token is paid its own score of the token reward model (adv_type gae or reinforce++); "
-        "false = a response is paid token_reward.reduce",
-    )
-    shuffle_rollout: bool = key(False, "shuffle samples before the mini-batch split, from the data seed and the step")
-    sampling_params: SamplingConfig = field(default_factory=SamplingConfig)
-
-    @property
-    def interpolates_proximal(self) -> bool:
-        """Whether π_prox comes from the versions of the weights and not from a forward pass."""
-        return self.loss_type == "decoupled-ppo" and not self.recompute_logprobs
-
-    @property
-    def token_level(self) -> bool:
-        """Whether advantages differ from token to token:
-        the driver then knows only the outcome, and the actor finishes (and whitens) them."""
-        return self.kl_in == "reward" or self.gamma != 1 or self.adv_type == "gae" or self.dense_rewards
-
-    @property
-    def zero_teaches(self) -> bool:
-        """Whether a response with advantage 0 can be in the gradient: by a term of the loss besides the policy's, by advantages that are
-        finished token by token, or by a loss that is not ours."""
-        return self.kl_beta > 0 or self.entropy_bonus != 0 or self.token_level or is_own(self.loss_type)
 
 
 @dataclass
@@ -365,14 +268,20 @@ class CriticConfig(ActorConfig):
 
 @dataclass
 class TokenRewardConfig:
-    """A frozen model that scores every token of a response, such as a process reward model. The run has one when model_dir is set."""
+    """A frozen model that scores every token of a response, such as a process reward model or a teacher. The run has one when model_dir is
+    set."""
 
     model_dir: str | None = key(
         None,
         "Hugging Face folder of a token (or sequence) classification model with the actor's vocabulary and one label, "
-        "or two (wrong, right); null = there is none",
+        "or two (wrong, right), or of a teacher; null = there is none",
     )
-    output: str = key("logit", "score of a token: the logit (of two labels their difference), or its sigmoid", ("logit", "probability"))
+    output: str = key(
+        "logit",
+        "score of a token: the logit (of two labels their difference), or its sigmoid; of a `teacher`, a language model, "
+        "log(its probability of the token / the policy's)",
+        ("logit", "probability", "teacher"),
+    )
     reduce: str = key("mean", "how the scores of a response's tokens become the score of the response", ("mean", "sum", "last", "min"))
     weight: float = key(1.0, "factor of a score before it is added to the reward")
     model: ActorModelConfig = field(default_factory=ActorModelConfig)
@@ -479,6 +388,10 @@ class Config:
         own = None if role == "actor" else getattr(self, role).model_dir
         return own or self.rollout.model_dir
 
+    def head_of(self, role: str) -> str:
+        """What the model of one of megatron_roles outputs: `lm`, log-probabilities of tokens, or `scalar`, one number for each token."""
+        return "lm" if role == "actor" or (role == "token_reward" and self.token_reward.output == "teacher") else "scalar"
+
     @property
     def engine_restarts(self) -> int:
         """How many deaths of engines the run survives: none where engines have no process of their own."""
@@ -487,8 +400,3 @@ class Config:
     def trains_actor(self, step: int) -> bool:
         """Whether the actor is trained in this step: not while a critic warms up."""
         return not self.has_critic or step > self.critic.warmup_steps
-
-
-def head_of(role: str) -> str:
-    """What the model of one of MEGATRON_ROLES outputs: `lm`, log-probabilities of tokens, or `scalar`, one number for each token."""
-    return "lm" if role == "actor" else "scalar"

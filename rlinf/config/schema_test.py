@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rlinf.config.schema import MEGATRON_ROLES, AlgorithmConfig, Config, head_of
+from rlinf.config.algorithm import AlgorithmConfig
+from rlinf.config.schema import MEGATRON_ROLES, Config, TokenRewardConfig
 from rlinf.scheduling.placement import COMPONENTS
 
 
@@ -23,7 +24,9 @@ def test_a_role_without_a_folder_of_its_own_starts_from_the_actors() -> None:
     assert [config.model_dir_of(role) for role in MEGATRON_ROLES] == ["/policy", "/policy", "/scorer"]
     config.critic.model_dir = "/values"
     assert config.model_dir_of("critic") == "/values"
-    assert [head_of(role) for role in MEGATRON_ROLES] == ["lm", "scalar", "scalar"]
+    assert [Config().head_of(role) for role in MEGATRON_ROLES] == ["lm", "scalar", "scalar"]
+    teacher = Config(token_reward=TokenRewardConfig(output="teacher"))
+    assert [teacher.head_of(role) for role in MEGATRON_ROLES] == ["lm", "scalar", "lm"]
 
 
 def test_where_nothing_else_is_in_the_loss_an_advantage_of_zero_has_no_gradient() -> None:

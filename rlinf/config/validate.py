@@ -147,6 +147,8 @@ def _algorithm(c: Config) -> Iterator[Violation]:
         yield "algorithm.ratio_clip_eps", "acts only where algorithm.clip_ratio_low or clip_ratio_high is null; remove it, or those"
     if a.gamma > 1:
         yield "algorithm.gamma", "is a discount; it must be at most 1"
+    if a.gamma == 0 and not a.dense_rewards:
+        yield "algorithm.gamma", "0 leaves a verdict to the last token alone; it is for algorithm.dense_rewards: true"
 
 
 def _kl(c: Config) -> Iterator[Violation]:
@@ -363,8 +365,11 @@ def _reward(c: Config) -> Iterator[Violation]:
                 "reward.own_parts",
                 f"{part!r} is to name a curve, rollout/reward_own/<name>; give it a name of letters, digits, `_`, `.`, `-`",
             )
-    if not c.reward.reward_scale and not c.reward.own_parts:
-        yield "reward.reward_scale", "every response would have the reward 0; set it above 0, or name a function in reward.own_parts"
+    if not c.reward.reward_scale and not c.reward.own_parts and not c.has_token_reward:
+        yield (
+            "reward.reward_scale",
+            "every response would have the reward 0; set it above 0, or name a function in reward.own_parts or a model in token_reward",
+        )
     if c.reward.four_levels and c.reward.format_reward:
         yield "reward.format_reward", "reward.four_levels pays for the format already; set one of the two to 0 or false"
     if c.reward.four_levels and c.reward.undecided_reward is not None:

@@ -126,6 +126,11 @@ class TextTokenizer:
                 told = len(self.decode(context)) - held
         return pieces
 
+    def token_unknown_to(self, other: TextTokenizer) -> tuple[int, str] | None:
+        """The first token (id, text) that `other` does not have under the same id; None when it has all."""
+        theirs, ours = other._backend.get_vocab(with_added_tokens=True), self._backend.get_vocab(with_added_tokens=True)
+        return min(((number, token) for token, number in ours.items() if theirs.get(token) != number), default=None)
+
     @cached_property
     def _silent(self) -> frozenset[int]:
         """Tokens that decode() leaves out."""

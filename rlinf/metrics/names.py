@@ -134,8 +134,8 @@ ROLLOUT = metrics(
     (
         "token_reward_mean",
         "mean over responses of what the token reward model says of them (`token_reward.reduce`), before `token_reward.weight`; "
-        "it is not in `rewards`",
-        "rises with `rewards`",
+        "it is not in `rewards`. Of a teacher it is minus the estimated KL a token from policy to teacher",
+        "rises with `rewards`; of a teacher to 0",
         "rises while `accuracy` falls: the policy games the model; lower `token_reward.weight`",
     ),
     ("token_reward_max", "largest such score", "steady", "—"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlinf.config.load import value_of
 from rlinf.config.model import load_model_config
-from rlinf.config.schema import Config, head_of
+from rlinf.config.schema import Config
 from rlinf.errors import UserError
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
@@ -55,7 +55,7 @@ def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
                 f"a new run from the weights: rollout.model_dir={step_dir / 'hf'}"
             )
         stored = open_part(step_dir / role)["param"]
-        expected = hf_shapes(read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json"), head_of(role))
+        expected = hf_shapes(read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json"), config.head_of(role))
         for name in sorted(stored.keys() | expected.keys()):
             found, wanted = stored.shape(name) if name in stored else "not there", expected.get(name, "not there")
             if found != wanted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rlinf.config.schema import AlgorithmConfig
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.data.records import Finish, GroupHeader, Status, Verdict
 from rlinf.runners.learner import with_scores
 from rlinf.runners.selection import group_advantages

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.benchmarks import ValidationConfig
-from rlinf.config.schema import AlgorithmConfig
 from rlinf.data.records import Prompt
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.rollout.contract import SamplingParams, Stop

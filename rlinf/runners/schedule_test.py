@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.benchmarks import ValidationConfig
-from rlinf.config.schema import AlgorithmConfig, Config
+from rlinf.config.schema import Config
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.rollout.contract import SamplingParams, Stop

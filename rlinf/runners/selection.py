@@ -12,8 +12,8 @@ import numpy as np
 
 from rlinf.algorithms.advantages import ADVANTAGES, outcome_advantages
 from rlinf.algorithms.filters import has_signal, update_subset
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.own_code import is_own, load_own
-from rlinf.config.schema import AlgorithmConfig
 from rlinf.data.records import GroupHeader
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError

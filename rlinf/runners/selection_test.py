@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlinf.algorithms.advantages import grpo
-from rlinf.config.schema import AlgorithmConfig
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.data.records import Finish, GroupHeader, Status, Verdict
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError

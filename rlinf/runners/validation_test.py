@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from rlinf.config.algorithm import AlgorithmConfig, SamplingConfig
 from rlinf.config.benchmarks import ValidationConfig
-from rlinf.config.schema import AlgorithmConfig, SamplingConfig
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample, Status, Verdict
 from rlinf.metrics.names import undocumented
 from rlinf.runners.requests import validation_requests

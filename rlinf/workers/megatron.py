@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.config.schema import Config, head_of
+from rlinf.config.schema import Config
 from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group
 from rlinf.device import choose, peak_memory
@@ -53,7 +53,7 @@ class MegatronWorker:
         )
         arch = open_architecture(folder)
         optim = getattr(self.section, "optim", None)  # a frozen model has none
-        self.engine = MegatronEngine(arch, model, optim, self.at, self.device, head_of(role))
+        self.engine = MegatronEngine(arch, model, optim, self.at, self.device, config.head_of(role))
         self.engine.load_hf(self.first_weights(open_hf_folder(folder), arch.hidden))
 
     def first_weights(self, tensors: Mapping[str, Tensor], hidden: int) -> Mapping[str, Tensor]:

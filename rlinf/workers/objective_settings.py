@@ -6,8 +6,8 @@ from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import ObjectiveSettings
 from rlinf.algorithms.token_advantages import TokenAdvantageSettings
+from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.own_code import is_own, load_own
-from rlinf.config.schema import AlgorithmConfig
 
 
 def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:

@@ -1,12 +1,13 @@
-"""One rank of the token reward model: a frozen model that scores every token of a response, such as a process reward model.
+"""One rank of the token reward model: a frozen model that scores every token of a response, such as a process reward model or a teacher.
 
-The score of token t is the head's output at the row of token t itself. (A critic's value for token t is the output one row earlier.)
+The score of token t is the head's output at the row of token t itself. (A critic's value for token t is the output one row earlier.) Of a
+teacher it is log p(t) - log mu(t): how much likelier the token is to the teacher than it was to the policy that sampled it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from rlinf.config.schema import Config
 from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group, Sample
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.training.layout import by_sample
+from rlinf.training.layout import PackedBatch, by_sample
 from rlinf.training.model import with_scoring_head
 from rlinf.training.offload import Parked
 from rlinf.workers.interfaces import TokenRewards, TrainReport
@@ -30,30 +31,44 @@ class TokenRewardWorker(MegatronWorker):
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
         super().__init__(address, config, "token_reward")
+        self.teaches = self.engine.model.head == "lm"
+        if self.teaches:
+            self.temperature = config.algorithm.sampling_params.temperature
         self.parked = Parked()
         self.hand_over()
 
     def first_weights(self, tensors: Mapping[str, Tensor], hidden: int) -> Mapping[str, Tensor]:
+        if self.config.head_of(self.role) == "lm":
+            return tensors
         tensors, self.bias = with_scoring_head(tensors, hidden)
         return tensors
 
     def scores(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
         started = time.perf_counter()
         self.bring_back()
-        packs = [b for mini in self.pack(batch, [read_to_the_end(g) for g in groups]) for b in mini]
-        outputs = self.engine.scores(packs)
+        packs, rows = self._by_teacher(batch, groups) if self.teaches else self._by_head(batch, groups)
         self.hand_over()
         rewards, of_response = TokenRewards(), {}
-        if self.at.leads:  # on all but the last stage `outputs` is empty, and so is the result
-            rows = merged([by_sample(b, values) for b, values in zip(packs, outputs)])
-            counted = {s.sample_id: s.loss_mask.astype(bool) for g in groups for s in g.samples}
+        if self.at.leads:  # on all but the last stage there are no rows, and so no result
+            samples = {s.sample_id: s for g in groups for s in g.samples}
             for name, row in rows.items():
-                scores = self._output(row[1:])  # row[0] belongs to the last token of the prompt
-                of_response[name] = response_score(scores[counted[name]], self.config.token_reward.reduce)
+                counted = samples[name].loss_mask.astype(bool)
+                scores = log_ratio(row, samples[name]) if self.teaches else self._output(row[1:])  # row[0]: the prompt's last token
+                of_response[name] = response_score(scores[counted], self.config.token_reward.reduce)
                 if self.config.algorithm.dense_rewards:
                     rewards[name] = (self.config.token_reward.weight * scores).astype(np.float32)
         timers = {"time/token_rewards": time.perf_counter() - started}
         return replace(self.report({}, timers, {"token_rewards": work_of(packs)}, {}), scores=of_response), rewards
+
+    def _by_head(self, batch: RankBatch, groups: Sequence[Group]) -> tuple[list[PackedBatch], dict[str, np.ndarray]]:
+        """The head's output at the last token of the prompt and at each token of the response."""
+        packs = [b for mini in self.pack(batch, [read_to_the_end(g) for g in groups]) for b in mini]
+        return packs, merged([by_sample(b, values) for b, values in zip(packs, self.engine.scores(packs))])
+
+    def _by_teacher(self, batch: RankBatch, groups: Sequence[Group]) -> tuple[list[PackedBatch], dict[str, np.ndarray]]:
+        """The log-probability of each token of the response."""
+        packs = [b for mini in self.pack(batch, groups) for b in mini]
+        return packs, merged([by_sample(b, logprobs) for b, (logprobs, _) in zip(packs, self.engine.logprobs(packs))])
 
     def _output(self, row: np.ndarray) -> np.ndarray:
         logits = row.astype(np.float64) + self.bias
@@ -70,6 +85,11 @@ class TokenRewardWorker(MegatronWorker):
 def response_score(scores: np.ndarray, reduce: str) -> float:
     """The score of a response: `reduce` over the scores of the tokens that count; 0 where there are none."""
     return float(REDUCE[reduce](scores)) if len(scores) else 0.0
+
+
+def log_ratio(logprobs: np.ndarray, sample: Sample) -> np.ndarray:
+    """log p - log mu of each token; 0 where the policy did not sample it."""
+    return np.where(sample.loss_mask > 0, logprobs.astype(np.float64) - sample.rollout_logprobs, 0.0)
 
 
 def read_to_the_end(group: Group) -> Group:

@@ -72,14 +72,14 @@ def of_transformers(folder: Path, asked: Sequence[Group]) -> dict[str, np.ndarra
 
 
 def scored(
-    at: Any, folder: Path, asked: list[Group], budget: int, sequence_parallel: bool, **how: Any
+    at: Any, folder: Path, asked: list[Group], budget: int, sequence_parallel: bool, temperature: float = 1.0, **how: Any
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """What one rank answers."""
     from rlinf.workers.token_reward import TokenRewardWorker
 
     config = Config()
     config.cluster.device = "cpu"
-    config.algorithm.dense_rewards = True
+    config.algorithm.dense_rewards, config.algorithm.sampling_params.temperature = True, temperature
     scorer = config.token_reward
     scorer.model_dir, scorer.model.precision, scorer.model.sequence_parallel = str(folder), "fp32", sequence_parallel
     scorer.model.tensor_model_parallel_size, scorer.model.pipeline_model_parallel_size = at.tp, at.pp
@@ -119,6 +119,40 @@ def test_token_rewards_are_those_of_transformers_in_any_layout(
             assert np.abs(rewards - expected[name]).max() < 1e-5
             mean = expected[name][counts[name]].mean() if counts[name].any() else 0.0
             assert of_response[name] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_teacher_says_how_much_likelier_it_finds_each_token(
+    rank_pool: Any, tmp_path_factory: pytest.TempPathFactory, layout: tuple[int, int, int, int, bool]
+) -> None:
+    """log p - log mu at the temperature of sampling, in any layout; 0 where the policy did not sample."""
+    from transformers import AutoModelForCausalLM
+
+    ranks, tp, pp, budget, sequence_parallel = layout
+    folder = write_tiny_model(tmp_path_factory.mktemp("teacher") / "model", "llama", seed=5)
+    rng, asked = np.random.default_rng(1), groups()
+    rolled = lambda s: np.where(s.loss_mask > 0, -rng.random(len(s)), np.nan).astype(np.float32)
+    asked = [replace(g, samples=tuple(replace(s, rollout_logprobs=rolled(s)) for s in g.samples)) for g in asked]
+    model, expected = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval(), {}
+    for g in asked:
+        for s in g.samples:
+            ids = torch.from_numpy(np.concatenate([g.prompt.token_ids, s.token_ids]).astype(np.int64))
+            with torch.no_grad():
+                logprobs = (model(ids[None]).logits[0, len(g.prompt.token_ids) - 1 : -1] / 0.7).log_softmax(-1)
+            p = logprobs.gather(1, ids[len(g.prompt.token_ids) :, None])[:, 0].numpy()
+            expected[s.sample_id] = np.where(s.loss_mask > 0, p - s.rollout_logprobs, 0)
+    how = {"output": "teacher", "weight": 2.0}
+    answers = rank_pool.run(taught, folder, asked, budget, sequence_parallel, how, ranks=ranks, tp=tp, pp=pp)
+    assert sorted(name for _, tokens in answers for name in tokens) == sorted(expected)
+    of_response = {name: value for answer, _ in answers for name, value in answer.items()}
+    for name, rewards in ((n, r) for _, tokens in answers for n, r in tokens.items()):
+        assert np.abs(rewards - 2 * expected[name]).max() < 1e-5
+        (counted,) = [s.loss_mask > 0 for g in asked for s in g.samples if s.sample_id == name]
+        assert of_response[name] == pytest.approx(expected[name][counted].mean() if counted.any() else 0.0, abs=1e-5)
+
+
+def taught(at: Any, folder: Path, asked: list[Group], budget: int, sequence_parallel: bool, how: dict[str, Any]) -> Any:
+    return scored(at, folder, asked, budget, sequence_parallel, temperature=0.7, **how)
 
 
 def test_probability_weight_and_reduce(rank_pool: Any, scorers: dict[int, Path]) -> None:
