@@ -71,8 +71,13 @@ def trainer(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def distill(result: dict[str, Any]) -> list[str]:
+    return by_step(result, "eval/accuracy", "rollout/accuracy", "rollout/token_reward_mean", "train/entropy_loss")
+
+
 def ppo(result: dict[str, Any]) -> list[str]:
-    names = (
+    return by_step(
+        result,
         "rollout/rewards",
         "critic/return_mean",
         "critic/value_mean",
@@ -81,6 +86,10 @@ def ppo(result: dict[str, Any]) -> list[str]:
         "train/entropy_loss",
         "train/clip_fraction",
     )
+
+
+def by_step(result: dict[str, Any], *names: str) -> list[str]:
+    """Metrics of a run, a row for each of its steps."""
     lines = [f"| step | {' | '.join(f'`{name}`' for name in names)} |", "|---|" + "---|" * len(names)]
     return lines + [f"| {s['step']:.0f} | " + " | ".join(f"{s[n]:.2f}" if n in s else "—" for n in names) + " |" for s in result["steps"]]
 
@@ -141,8 +150,8 @@ def interval(value: float, low: float, high: float, form: str) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "quickstart": quickstart, "ppo": ppo, "sampling": sampling, "verifier": verifier, "trainer": trainer, "rollout_engine": rollout_engine,
-    "weight_sync": weight_sync, "vs_trl": vs_trl, "asynchrony": asynchrony,
+    "quickstart": quickstart, "ppo": ppo, "distill": distill, "sampling": sampling, "verifier": verifier, "trainer": trainer,
+    "rollout_engine": rollout_engine, "weight_sync": weight_sync, "vs_trl": vs_trl, "asynchrony": asynchrony,
 }  # fmt: skip
 
 
