@@ -6,7 +6,7 @@
     samples/groups_000012.jsonl       the groups that were begun for step 12: data/journal.py
     samples/order_000012.jsonl        the groups that step 12 trained on, in order, and all that were generated for it
     checkpoints/step_000012/          COMPLETE, run_state.json, waiting/ and a folder for each component; .partial while it is written
-    checkpoints/latest                a link to the newest
+    checkpoints/latest, best          links to the newest, and to the one with the best held-out score
 
 `<name>.replaced-1`, -2 and so on is what an earlier life of the run made, and a later one made again. A step has six digits, from step
 1,000,000 on more. Whatever is named otherwise, such as a copy step_000012.bak, is not the run's.
@@ -75,6 +75,10 @@ class RunPaths:
     @property
     def latest(self) -> Path:
         return self.checkpoints / "latest"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / "best"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / step_name(step)

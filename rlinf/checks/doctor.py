@@ -70,7 +70,11 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     yield collectives(cuda)
     yield proxies(os.environ)
     yield shared_memory(shutil.disk_usage("/dev/shm").total, parameters * size)
-    yield disk(output, shutil.disk_usage(_existing(output)).free, 14 * parameters * (config.runner.keep_checkpoints + 1 if config else 0))
+    yield disk(
+        output,
+        shutil.disk_usage(_existing(output)).free,
+        14 * parameters * (config.runner.keep_checkpoints + 1 + config.runner.keep_best if config else 0),
+    )
     yield writable(output)
     yield locks(_existing(output))
     yield open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1], config.cluster.num_nodes if config else 1)

@@ -61,6 +61,11 @@ class RunnerConfig:
         False, "write checkpoints in the background while training goes on; needs host memory for a copy of weights and optimizer state"
     )
     keep_checkpoints: int = key(2, "how many complete checkpoints are kept, the newest ones; 0 = all")
+    keep_best: bool = key(
+        True,
+        "also keep the checkpoint with the best held-out score (eval/accuracy, of `rlinf sft` sft/val_loss) of those whose step was "
+        "validated; checkpoints/best leads to it",
+    )
     keep_groups: int = key(
         50,
         "last steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) are kept in samples/ for `rlinf replay`; step "

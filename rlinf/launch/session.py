@@ -97,6 +97,13 @@ def check_trackers(backends: Sequence[str]) -> None:
         )
 
 
+def tell_best(folder: RunFolder) -> None:
+    """Say where the checkpoint with the best held-out score is, where that is not the newest one."""
+    best = folder.checkpoints.best()
+    if best is not None and best != folder.paths.complete_checkpoints()[-1]:
+        say(f"best on held-out data: the checkpoint of step {best}, {folder.paths.best}")
+
+
 def say(line: str) -> None:
     """Print one line to the driver's stderr."""
     sys.stderr.write(line + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlinf.config.load import Resolved
 from rlinf.launch.prepare import EXAMPLES, prepare
 from rlinf.launch.restarts import with_restarts
-from rlinf.launch.session import is_done, open_session, say
+from rlinf.launch.session import is_done, open_session, say, tell_best
 from rlinf.run_folder.resuming import SFT
 from rlinf.runners.sft import SftRunner
 from rlinf.scheduling.placement import build_sft_plan
@@ -31,4 +31,5 @@ def finetune_once(resolved: Resolved) -> int:
         say(f"held-out loss: {runner.val_losses[first]:.4f} before step {first + 1}, {runner.val_losses[last]:.4f} after step {last}")
     if run.folder.paths.latest.exists():
         say(f"model: {run.folder.paths.latest / 'hf'} (rollout.model_dir of a run that goes on from it)")
+    tell_best(run.folder)
     return 0

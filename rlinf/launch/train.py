@@ -10,7 +10,7 @@ from rlinf.config.load import Resolved
 from rlinf.config.schema import Config
 from rlinf.launch.prepare import PROMPTS, prepare
 from rlinf.launch.restarts import with_restarts
-from rlinf.launch.session import is_done, open_session
+from rlinf.launch.session import is_done, open_session, tell_best
 from rlinf.metrics.summary import show_summary
 from rlinf.run_folder.resuming import TRAIN
 from rlinf.runners.reasoning import ReasoningRunner
@@ -48,6 +48,7 @@ def train_once(resolved: Resolved) -> int:
     if len(runner.scores) > 1:
         first, last = min(runner.scores), max(runner.scores)
         show_summary(runner.scores[first].as_scores(), runner.scores[last].as_scores(), config.runner.output_dir)
+    tell_best(run.folder)
     return 0
 
 

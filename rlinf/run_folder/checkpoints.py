@@ -6,6 +6,7 @@ lists every file with its size, and the xxh3 of the small ones (the indexes, whi
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import xxhash
 from rlinf.errors import UserError
 from rlinf.run_paths import COMPLETE, GROUPS_AHEAD, STATE, RunPaths
 from rlinf.weights.tensor_folder import read_json, sync, write_json
+
+ACCURACY, LOSS = "eval/accuracy", "sft/val_loss"  # of held-out data
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,11 @@ class Resume:
 
 
 class Checkpoints:
-    """The folder checkpoints/ of a run. keep: how many complete ones stay; 0 = all."""
+    """The folder checkpoints/ of a run. keep: how many complete ones stay; 0 = all. keep_best: whether the best one stays, too."""
 
-    def __init__(self, paths: RunPaths, keep: int) -> None:
-        self.paths, self.keep = paths, keep
+    def __init__(self, paths: RunPaths, keep: int, keep_best: bool) -> None:
+        self.paths, self.keep, self.keep_best = paths, keep, keep_best
+        self._scores: dict[int, float | None] = {}
 
     def begin(self, step: int) -> Path:
         """An empty folder to write the checkpoint of `step` into."""
@@ -57,6 +61,9 @@ class Checkpoints:
         final = self.paths.checkpoint(state["step"])
         partial.rename(final)
         self.point_latest_to(final)
+        self._scores[state["step"]] = held_out_score(state)
+        if (best := self.best()) is not None:
+            self._point(self.paths.best, self.paths.checkpoint(best))
         return final
 
     def newest(self) -> Path | None:
@@ -74,22 +81,51 @@ class Checkpoints:
 
     def point_latest_to(self, step_dir: Path) -> None:
         """step_dir: a checkpoint of this run, or before there is one, that of another run from which this one was branched."""
-        checkpoints, latest = self.paths.checkpoints, self.paths.latest
-        checkpoints.mkdir(exist_ok=True)
-        link = latest.with_name(f"{latest.name}.new")
-        link.unlink(missing_ok=True)
-        link.symlink_to(step_dir.name if step_dir.parent == checkpoints else step_dir)
-        link.replace(latest)
-        sync(checkpoints)
+        self.paths.checkpoints.mkdir(exist_ok=True)
+        self._point(self.paths.latest, step_dir)
+
+    def best(self) -> int | None:
+        """The step of the complete checkpoint with the best held-out score, the newest of equals; None where none has a score, or the best
+        is not kept."""
+        steps = self.paths.complete_checkpoints() if self.keep_best else []
+        for step in steps:
+            if step not in self._scores:
+                self._scores[step] = score_of(self.paths.checkpoint(step))
+        return max(((score, step) for step in steps if (score := self._scores[step]) is not None), default=(0.0, None))[1]
 
     def retire(self, begun_after: int, newest: int) -> None:
-        """Remove checkpoints beyond `keep`, and those set aside for steps that have now been made again: from the step after begun_after,
-        the one that the run was resumed from, up to `newest`."""
-        for old in self.paths.complete_checkpoints()[: -self.keep] if self.keep else []:
+        """Remove checkpoints beyond `keep` but the best, and those set aside for steps that have now been made again: from the step after
+        begun_after, the one that the run was resumed from, up to `newest`."""
+        for old in {*self.paths.complete_checkpoints()[: -self.keep]} - {self.best()} if self.keep else ():
             remove(self.paths.checkpoint(old))
         for step, replaced in self.paths.replaced_checkpoints():
             if begun_after < step <= newest:
                 remove(replaced)
+        if not self.paths.best.exists():
+            self.paths.best.unlink(missing_ok=True)  # a link to what is gone
+
+    def _point(self, link: Path, step_dir: Path) -> None:
+        new = link.with_name(f"{link.name}.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(step_dir.name if step_dir.parent == self.paths.checkpoints else step_dir)
+        new.replace(link)
+        sync(self.paths.checkpoints)
+
+
+def score_of(checkpoint: Path) -> float | None:
+    """The held-out score of a complete checkpoint; None also where its state cannot be read, which is for those who resume from it."""
+    try:
+        return held_out_score(read_json(checkpoint / STATE))
+    except UserError:
+        return None
+
+
+def held_out_score(state: dict[str, Any]) -> float | None:
+    """The score of a checkpoint on held-out data, larger is better; None where its step was not validated."""
+    metrics = state.get("metrics", {})
+    loss = metrics.get(LOSS)
+    score = metrics.get(ACCURACY, None if loss is None else -loss)
+    return score if score is not None and math.isfinite(score) else None
 
 
 def read_checkpoint(step_dir: Path) -> Resume:

@@ -30,7 +30,7 @@ class RunFolder:
     def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
         runner, self.command, self.config = resolved.config.runner, command, resolved.config
         self.path, self.paths = runner.run_dir, RunPaths(runner.run_dir)
-        self.checkpoints = Checkpoints(self.paths, runner.keep_checkpoints)
+        self.checkpoints = Checkpoints(self.paths, runner.keep_checkpoints, runner.keep_best)
         self.keep_groups, self.ahead = runner.keep_groups, resolved.config.algorithm.max_staleness
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")

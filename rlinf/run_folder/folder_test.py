@@ -256,6 +256,42 @@ def test_going_back_to_an_earlier_checkpoint_may_be_interrupted_at_any_instant(t
     assert steps == {2, 3, 4}
 
 
+def scored(folder: RunFolder, step: int, **metrics: float) -> Path:
+    return checkpoint(folder, step, metrics=metrics)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    folder, found = open_folder(tmp_path, "runner.keep_checkpoints=2"), []
+    for step, accuracy in enumerate([0.3, 0.8, None, 0.5, 0.8, 0.7, 0.6, 0.4], 1):
+        scored(folder, step, **({} if accuracy is None else {"eval/accuracy": accuracy}))
+        found.append((folder.paths.complete_checkpoints(), folder.paths.best.resolve().name))
+    assert found[0] == ([1], "step_000001") and found[3] == ([2, 3, 4], "step_000002")
+    assert found[4] == ([4, 5], "step_000005")  # the newest of equals
+    assert found[7] == ([5, 7, 8], "step_000005") and folder.paths.latest.resolve().name == "step_000008"
+    close(folder)
+    back = open_folder(tmp_path, f"runner.resume_dir={folder.paths.checkpoints / 'step_000007'}", "runner.keep_checkpoints=1")
+    scored(back, 8, **{"eval/accuracy": 0.9})
+    assert back.paths.complete_checkpoints() == [8] and back.paths.best.resolve().name == "step_000008"
+    close(back)
+
+
+def test_the_best_checkpoint_of_an_earlier_life_and_of_fine_tuning(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path)
+    for step, loss in ((1, 2.0), (2, 1.5), (3, float("nan")), (4, 1.7)):
+        scored(folder, step, **{"sft/val_loss": loss})
+    assert folder.paths.complete_checkpoints() == [2, 3, 4]
+    close(folder)
+    again = open_folder(tmp_path, "runner.resume_dir=auto")  # knows the scores from the checkpoints
+    scored(again, 5, **{"sft/val_loss": 1.6})
+    assert again.paths.complete_checkpoints() == [2, 4, 5] and again.paths.best.resolve().name == "step_000002"
+    (again.paths.checkpoint(2) / "run_state.json").write_text("{")  # whoever resumes from it is told; the run goes on
+    close(again)
+    last = open_folder(tmp_path, "runner.resume_dir=auto", "runner.keep_best=false")
+    scored(last, 6)
+    assert last.paths.complete_checkpoints() == [5, 6] and not last.paths.best.is_symlink()
+    close(last)
+
+
 def test_a_branch_of_another_run_goes_on_from_its_start_until_it_has_a_checkpoint(tmp_path: Path) -> None:
     other = open_folder(tmp_path / "other")
     start = checkpoint(other, 7)
