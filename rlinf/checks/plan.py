@@ -13,16 +13,16 @@ from typing import Any
 
 from rlinf.checks.preflight import check_models
 from rlinf.config.load import Resolved, value_of
-from rlinf.config.model import validate_model
+from rlinf.config.model import planned_model_config, validate_model
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.config.values import dump
 from rlinf.errors import UserError
 from rlinf.scheduling.devices import GIB, GPUS, Device, cpu_device
 from rlinf.scheduling.flops import recomputed_layers
-from rlinf.scheduling.memory import ActorMemory, EngineMemory, actor_memory, engine_memory
+from rlinf.scheduling.memory import EngineMemory, RankMemory, engine_memory, rank_memory
 from rlinf.scheduling.placement import Plan, build_plan, describe, nodes_of
-from rlinf.scheduling.step_time import MEAN_SHARE, Load, rollout_seconds, step_load, sync_seconds, train_seconds
+from rlinf.scheduling.step_time import MEAN_SHARE, Load, rollout_seconds, scoring_seconds, step_load, sync_seconds, train_seconds
 from rlinf.weights.architecture import Architecture, read_architecture
 
 RESERVE = 0.06  # of a GPU's memory: fragments, workspaces of libraries
@@ -30,16 +30,18 @@ SGLANG_WORKSPACE = 2 * GIB  # CUDA graphs and activations, outside rollout.gpu_m
 SGLANG_PROCESSES = 3  # of a server: front, scheduler, detokenizer
 BUCKETS = 256 << 20  # weights on the way
 Change = dict[str, Any]
+Ranks = Mapping[str, tuple[RankMemory, ...]]  # Megatron role -> a rank of each of its pipeline stages
+Models = Mapping[str, Architecture]  # Megatron role -> its model, where that is not the actor's
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The figures of one configuration on one kind of device. phases: bytes on the fullest device. trouble: what does not fit; empty when
-    all fits."""
+    """The figures of one configuration on one kind of device. phases: bytes on the fullest device, `training` by whichever role needs most.
+    trouble: what does not fit; empty when all fits."""
 
     placement: Plan
     load: Load
-    stages: tuple[ActorMemory, ...]
+    ranks: Ranks
     engine: EngineMemory
     kv_tokens: int
     phases: dict[str, int]
@@ -52,73 +54,107 @@ class Forecast:
         return sum(self.seconds.values())
 
 
-def forecast(config: Config, arch: Architecture, device: Device, mean_response: int | None = None) -> Forecast:
-    """Compute the figures. It is pure and quick, since the search for a configuration that fits tries hundreds."""
+def forecast(
+    config: Config, arch: Architecture, device: Device, mean_response: int | None = None, others: Models | None = None
+) -> Forecast:
+    """Compute the figures. It is pure and quick, since the search for a configuration that fits tries hundreds.
+
+    arch: the actor's model, and that of every role that `others` does not name.
+    """
     placement = build_plan(config, nodes_of(config.cluster))
-    model = config.actor.model
-    actors, engines = placement.of("actor"), placement.of("rollout")
-    dp = model.data_parallel_size(len(actors))
-    stages = tuple(actor_memory(arch, config, dp, stage, gpu=not device.shared) for stage in range(model.pipeline_model_parallel_size))
+    archs = {role: (others or {}).get(role, arch) for role in config.megatron_roles}
+    ranks = {role: _stages(archs[role], config, role, placement, device) for role in archs}
+    engines = placement.of("rollout")
     engine, load = engine_memory(arch, config, gpu=not device.shared), step_load(config, mean_response)
-    if device.shared:
-        phases, limit, kv_tokens = (
-            _host_phases(config, placement, device, stages, engine),
-            int(device.memory * (1 - RESERVE)),
-            engine.tokens,
-        )
-    else:
-        phases, limit = _gpu_phases(config, placement, device, stages, engine), int(device.memory * (1 - RESERVE))
+    phases, limit = (
+        (_host_phases if device.shared else _gpu_phases)(config, placement, device, ranks, engine),
+        int(device.memory * (1 - RESERVE)),
+    )
+    kv_tokens = engine.tokens
+    if not device.shared:
         kv_tokens = max(0, int(config.rollout.gpu_memory_utilization * device.memory) - engine.weights) // engine.kv_token
-    worst = max(stages, key=lambda s: s.total)
-    away = (worst.weights if config.actor.offload_weight else 0) + (worst.optimizer if config.actor.offload_optimizer else 0)
-    moved = away if placement.shares_device("actor", "rollout") and not device.shared else 0
-    across = {s.node for s in actors} != {s.node for s in engines}
+    moved = 0 if device.shared else sum(_moved(config, role, fullest(ranks[role])) for role in archs if _takes_turns(placement, role))
+    across = {s.node for s in placement.of("actor")} != {s.node for s in engines}
     seconds = {"rollout": rollout_seconds(arch, config, device, engine, len(engines), max(kv_tokens, 1), load)}
-    seconds |= train_seconds(arch, config, device, len(actors), load)
+    for role in reversed(archs):  # in the order of a step: token rewards, values, the actor
+        of_role = (archs[role], config, role, device, len(placement.of(role)), load)
+        seconds |= train_seconds(arch, config, device, of_role[-2], load) if role == "actor" else scoring_seconds(*of_role)
     seconds["weights"] = sync_seconds(arch, config, device, moved, across)
-    return Forecast(placement, load, stages, engine, kv_tokens, phases, limit, seconds, _trouble(phases, limit, kv_tokens, engine, device))
+    return Forecast(placement, load, ranks, engine, kv_tokens, phases, limit, seconds, _trouble(phases, limit, kv_tokens, engine, device))
 
 
-def _gpu_phases(config: Config, plan: Plan, device: Device, stages: tuple[ActorMemory, ...], engine: EngineMemory) -> dict[str, int]:
+def _stages(arch: Architecture, config: Config, role: str, plan: Plan, device: Device) -> tuple[RankMemory, ...]:
+    model = getattr(config, role).model
+    dp, stages = model.data_parallel_size(len(plan.of(role))), range(model.pipeline_model_parallel_size)
+    return tuple(rank_memory(arch, config, role, dp, stage, gpu=not device.shared) for stage in stages)
+
+
+def fullest(stages: tuple[RankMemory, ...]) -> RankMemory:
+    return max(stages, key=lambda s: s.total)
+
+
+def _takes_turns(plan: Plan, role: str) -> bool:
+    """Whether the role shares devices with engines or with the actor."""
+    return plan.shares_device(role, "rollout") or (role != "actor" and plan.shares_device(role, "actor"))
+
+
+def _moved(config: Config, role: str, rank: RankMemory) -> int:
+    """Bytes of a rank that leave the device once a step, and come back. Gradients are freed."""
+    section = getattr(config, role)
+    return rank.weights * section.offload_weight + rank.optimizer * getattr(section, "offload_optimizer", False)
+
+
+def _left_on_device(config: Config, role: str, rank: RankMemory) -> int:
+    """Bytes that a rank leaves on its device while others are at work there."""
+    return rank.held - _moved(config, role, rank) - rank.gradients * getattr(getattr(config, role), "offload_grad", False)
+
+
+def _gpu_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engine: EngineMemory) -> dict[str, int]:
     """Bytes on the fullest GPU while training, while weights move and while generating.
 
     Engines that share it keep what they have, unless they sleep while it trains (rollout.offload).
     """
-    actor, sglang = max(stages, key=lambda s: s.total), config.rollout.rollout_backend == "sglang"
-    shared = plan.shares_device("actor", "rollout")
+    rank, sglang = {role: fullest(stages) for role, stages in ranks.items()}, config.rollout.rollout_backend == "sglang"
     serving = device.context + (SGLANG_WORKSPACE if sglang else 0)
     held = int(config.rollout.gpu_memory_utilization * device.memory) if sglang else engine.weights + engine.kv_token * engine.tokens
     asleep, woken = (0, engine.weights) if config.rollout.offload else (held, held)
-    left = _left_on_device(config, actor) + device.context if shared else 0
+    resting = {role: _left_on_device(config, role, r) + device.context for role, r in rank.items()}
+
+    def at_work(role: str) -> int:
+        beside = sum(resting[other] for other in rank if other != role and plan.shares_device(role, other))
+        if role == "critic" and plan.shares_device("actor", role):  # the actor hands its memory over when weights are published, after this
+            beside += rank["actor"].held + device.context - resting["actor"]
+        return rank[role].total + device.context + beside + (asleep + serving if plan.shares_device(role, "rollout") else 0)
+
+    left = sum(resting[role] for role in rank if plan.shares_device(role, "rollout"))
+    published = rank["actor"].weights if plan.shares_device("actor", "rollout") and config.actor.offload_weight else 0
     return {
-        "training": actor.total + device.context + (asleep + serving if shared else 0),
-        "weights": woken + serving + BUCKETS + left + (actor.weights if shared and config.actor.offload_weight else 0),
+        "training": max(map(at_work, rank)),
+        "weights": woken + serving + BUCKETS + left + published,
         "rollout": held + serving + left,
     }
 
 
-def _left_on_device(config: Config, actor: ActorMemory) -> int:
-    a = config.actor
-    kept = ((a.offload_weight, actor.weights), (a.offload_grad, actor.gradients), (a.offload_optimizer, actor.optimizer))
-    return sum(size for offloaded, size in kept if not offloaded)
-
-
-def _host_phases(config: Config, plan: Plan, device: Device, stages: tuple[ActorMemory, ...], engine: EngineMemory) -> dict[str, int]:
+def _host_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engine: EngineMemory) -> dict[str, int]:
     """Bytes in the memory of the fullest CPU node, which all its processes share. Only gradients are ever freed."""
-    tp, pp = config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size
-    actors = plan.of("actor")
-    per_stage = len(actors) // pp
     server = SGLANG_PROCESSES * device.context if config.rollout.rollout_backend == "sglang" else 0
     held = engine.weights + engine.kv_token * engine.tokens + server
     found = {"training": 0, "weights": 0, "rollout": 0}
     for node in {s.node for s in plan.seats}:
         processes = sum(s.node == node for s in plan.seats) * device.context
-        engines = sum(s.node == node for s in plan.of("rollout")) * held
-        mine = [stages[s.rank // per_stage] for s in actors if s.node == node]
-        gradients = 0 if config.actor.offload_grad else sum(a.gradients for a in mine)
-        resting = sum(a.weights + a.optimizer for a in mine) + gradients + processes + engines
-        sent = sum(a.weights for a in stages) * tp if mine else 0
-        now = {"training": sum(a.total for a in mine) + processes + engines, "weights": resting + sent, "rollout": resting}
+        resting = processes + sum(s.node == node for s in plan.of("rollout")) * held
+        at_work, freed = [0], 0
+        for role, stages in ranks.items():
+            of_stage = len(plan.of(role)) // len(stages)
+            mine = [stages[s.rank // of_stage] for s in plan.of(role) if s.node == node]
+            gradients = sum(r.gradients for r in mine) * getattr(getattr(config, role), "offload_grad", False)
+            resting += sum(r.held for r in mine) - gradients
+            # the actor's gradients are freed when weights are published, after the critic's update
+            at_work.append(sum(r.total - r.held for r in mine) + gradients + (freed if role == "critic" else 0))
+            freed = gradients if role == "actor" else freed
+        actors = any(s.node == node for s in plan.of("actor"))
+        sent = sum(a.weights for a in ranks["actor"]) * config.actor.model.tensor_model_parallel_size if actors else 0
+        now = {"training": resting + max(at_work), "weights": resting + sent, "rollout": resting}
         found = {phase: max(found[phase], now[phase]) for phase in found}
     return found
 
@@ -131,7 +167,9 @@ def _trouble(phases: Mapping[str, int], limit: int, kv_tokens: int, engine: Engi
     return tuple(found)
 
 
-def nearest_fit(config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None) -> Change | None:
+def nearest_fit(
+    config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None, others: Models | None = None
+) -> Change | None:
     """The smallest set of changes that fits, and of several the fastest; None when no two changes together fit."""
     singles = list(_changes(config, arch))
     for count in (1, 2):
@@ -144,7 +182,7 @@ def nearest_fit(config: Config, arch: Architecture, hf: Mapping[str, Any], devic
             try:
                 validate(candidate)
                 validate_model(candidate, dict(hf))
-                result = forecast(candidate, arch, device, mean_response)
+                result = forecast(candidate, arch, device, mean_response, others)
             except UserError:
                 continue
             if not result.trouble:
@@ -155,7 +193,7 @@ def nearest_fit(config: Config, arch: Architecture, hf: Mapping[str, Any], devic
 
 
 def less_recomputation(
-    config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None
+    config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None, others: Models | None = None
 ) -> tuple[Change, Forecast] | None:
     """A change to the smallest number of recomputed layers that still fits, when a configuration that fits recomputes more."""
     model = config.actor.model
@@ -167,7 +205,7 @@ def less_recomputation(
         candidate = changed(config, change := recomputation(count))
         validate(candidate)
         validate_model(candidate, dict(hf))
-        result = forecast(candidate, arch, device, mean_response)
+        result = forecast(candidate, arch, device, mean_response, others)
         if not result.trouble:
             return change, result
     return None
@@ -196,9 +234,10 @@ def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
         yield {"rollout.offload": True}
     for percent in range(30, 95, 5):
         yield {"rollout.gpu_memory_utilization": percent / 100}
-    for key in ("actor.offload_weight", "actor.offload_grad", "actor.offload_optimizer"):
-        if not value_of(config, key):
-            yield {key: True}
+    for role in config.megatron_roles:
+        for name in ("offload_weight", "offload_grad", "offload_optimizer"):
+            if getattr(getattr(config, role), name, True) is False:
+                yield {f"{role}.{name}": True}
     for factor in (2, 4, 8):
         tp = model.tensor_model_parallel_size * factor
         yield {"actor.model.tensor_model_parallel_size": tp, "actor.model.sequence_parallel": True}
@@ -222,11 +261,14 @@ def report(result: Forecast, config: Config, device: Device) -> str:
     lines = [describe(result.placement, config)]
     on = f"{gib(device.memory)} GiB a node" if device.shared else f"{gib(device.memory)} GiB"
     lines.append(f"memory on {device.name} ({on}), GiB:")
-    for stage, a in enumerate(result.stages):
-        name = f"actor rank of stage {stage}" if len(result.stages) > 1 else "actor rank"
-        lines.append(f"  {name}: weights {gib(a.weights)}  gradients {gib(a.gradients)}  optimizer {gib(a.optimizer)}  "
-                     f"activations {gib(a.activations)}  workspace {gib(a.workspace)}  = {gib(a.total)}   "
-                     f"({a.parameters:,} parameters)")  # fmt: skip
+    for role, stages in result.ranks.items():
+        for stage, a in enumerate(stages):
+            name = f"{role} rank of stage {stage}" if len(stages) > 1 else f"{role} rank"
+            trained = (
+                f"gradients {gib(a.gradients)}  optimizer {gib(a.optimizer)}  activations {gib(a.activations)}  " if a.gradients else ""
+            )
+            lines.append(f"  {name}: weights {gib(a.weights)}  {trained}workspace {gib(a.workspace)}  = {gib(a.total)}   "
+                         f"({a.parameters:,} parameters)")  # fmt: skip
     full = result.kv_tokens // config.runner.seq_length
     lines.append(f"  engine device: weights {gib(result.engine.weights)}  KV cache {gib(result.kv_tokens * result.engine.kv_token)} "
                  f"= {result.kv_tokens:,} tokens, {full} sample(s) of seq_length at once")  # fmt: skip
@@ -266,6 +308,20 @@ def words(change: Change) -> str:
     return " ".join(f"{key}={dump(value)}" for key, value in change.items())
 
 
+def other_models(config: Config) -> dict[str, Architecture]:
+    """The architectures of the roles that have a model of their own. Raises UserError where one's shapes are not known."""
+    found = {}
+    for role in config.megatron_roles[1:]:
+        if (folder := config.model_dir_of(role)) != config.rollout.model_dir:
+            hf, warnings = planned_model_config(folder, f"{role}.model_dir")
+            if hf is None:
+                raise UserError(
+                    f"{warnings[0]}; a plan needs them: put the model's config.json into a folder and name it in {role}.model_dir"
+                )
+            found[role] = read_architecture(hf, f"{folder}/config.json")
+    return found
+
+
 def choose_device(name: str | None, config: Config) -> Device:
     """The device that was asked for; otherwise this machine's slots for cluster.device: cpu, and an H100 for everything else."""
     if name is None:
@@ -286,14 +342,16 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
     if hf is None:
         raise UserError(f"{warnings[0]}; a plan needs them: put the model's config.json into a folder and name it in rollout.model_dir")
     arch, device = read_architecture(hf, f"{config.rollout.model_dir}/config.json"), choose_device(device_name, config)
-    result = forecast(config, arch, device, mean_response)
-    change = nearest_fit(config, arch, hf, device, mean_response) if result.trouble else None
-    spared = None if result.trouble else less_recomputation(config, arch, hf, device, mean_response)
+    others = other_models(config)
+    result = forecast(config, arch, device, mean_response, others)
+    change = nearest_fit(config, arch, hf, device, mean_response, others) if result.trouble else None
+    spared = None if result.trouble else less_recomputation(config, arch, hf, device, mean_response, others)
     if as_json:
-        seats = {c: len(result.placement.of(c)) for c in ("actor", "rollout", "reward")}
+        seats = {c: len(result.placement.of(c)) for c in (*config.megatron_roles, "rollout", "reward")}
+        ranks = {role: [asdict(s) | {"total": s.total} for s in stages] for role, stages in result.ranks.items()}
         content = {
             "device": asdict(device), "mode": result.placement.mode, "seats": seats,
-            "actor": [asdict(s) | {"total": s.total} for s in result.stages], "engine": asdict(result.engine),
+            **ranks, "engine": asdict(result.engine),
             "kv_tokens": result.kv_tokens, "phases": result.phases, "limit": result.limit, "load": asdict(result.load),
             "seconds": result.seconds, "fits": not result.trouble, "trouble": result.trouble, "change": change,
             "less_recomputation": spared and {"change": spared[0], "seconds": spared[1].seconds, "phases": spared[1].phases},

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from rlinf.checks.plan import changed, forecast, nearest_fit
+from rlinf.checks.plan import Forecast, changed, forecast, nearest_fit
 from rlinf.cli import main
 from rlinf.config.load import EXAMPLES, load
 from rlinf.config.model import planned_model_config
 from rlinf.config.schema import Config
-from rlinf.scheduling.devices import GPUS
+from rlinf.scheduling.devices import GPUS, cpu_device
 from rlinf.weights.architecture import Architecture, read_architecture
 
 
@@ -98,7 +98,7 @@ def test_offloading_keeps_the_actor_out_of_the_rollout() -> None:
     away = forecast(config, arch, GPUS["h100"])
     config.actor.offload_weight = config.actor.offload_grad = config.actor.offload_optimizer = False
     kept = forecast(config, arch, GPUS["h100"])
-    actor = away.stages[0]
+    actor = away.ranks["actor"][0]
     assert kept.phases["rollout"] - away.phases["rollout"] == actor.weights + actor.gradients + actor.optimizer
     assert kept.phases["training"] == away.phases["training"]
     assert kept.phases["weights"] - away.phases["weights"] == actor.gradients + actor.optimizer
@@ -129,10 +129,62 @@ def test_an_embedded_engine_sleeps_too() -> None:
     assert forecast(config, arch, GPUS["h100"]).phases["training"] - asleep.phases["training"] == held
 
 
+CRITIC = ["algorithm.adv_type=gae", "critic.optim.lr=1e-5", "cluster.component_placement={'actor,critic,rollout,reward': all}"]
+OFFLOADED = [f"critic.offload_{name}=true" for name in ("weight", "grad", "optimizer")]
+
+
+def test_a_critic_is_counted_beside_the_actor() -> None:
+    """While it is trained, the actor still has what its own update needed: it hands that over when weights are published."""
+    config, arch, hf = read("qwen2.5-1.5b-single-gpu", *CRITIC, *OFFLOADED)
+    alone, plan = forecast(read("qwen2.5-1.5b-single-gpu")[0], arch, GPUS["h200"]), forecast(config, arch, GPUS["h200"])
+    (actor,), (critic,) = plan.ranks["actor"], plan.ranks["critic"]
+    context = GPUS["h200"].context
+    assert critic.parameters == actor.parameters - arch.vocab * arch.hidden + arch.hidden  # one number for each token; not tied
+    assert plan.phases["training"] == max(alone.phases["training"] + context, critic.total + actor.held + 2 * context + _serving(alone))
+    assert plan.phases["rollout"] - alone.phases["rollout"] == context
+    forward = plan.seconds["values"]
+    assert 0 < forward < plan.seconds["forward and backward"] / 3 and plan.seconds["critic's update"] > 3 * forward
+    assert forecast(config, arch, GPUS["h100"]).trouble  # two models of 1.5 billion with Adam's state on 80 GB
+    kept = forecast(read("qwen2.5-1.5b-single-gpu", *CRITIC)[0], arch, GPUS["h200"])
+    assert kept.phases["rollout"] - plan.phases["rollout"] == critic.held
+
+
+def _serving(plan: Forecast) -> int:
+    """What sleeping engines still have, and the process of the actor: what is there beside its own bytes."""
+    return plan.phases["training"] - plan.ranks["actor"][0].total - GPUS["h200"].context
+
+
+def test_a_teacher_of_another_size_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = [
+        "cluster.component_placement={'actor,token_reward,rollout,reward': all}", "algorithm.adv_type=reinforce++",
+        "algorithm.dense_rewards=true", "token_reward.model_dir=/nowhere/DeepSeek-R1-Distill-Qwen-7B", "token_reward.output=teacher",
+    ]  # fmt: skip
+    assert main(["plan", "qwen2.5-1.5b-single-gpu", "--device", "h200", "--json", *teacher, "token_reward.offload_weight=true"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (rank,) = told["token_reward"]
+    assert rank["parameters"] == 7_615_616_512 and rank["weights"] == 2 * rank["parameters"] and not rank["gradients"] + rank["optimizer"]
+    assert told["seats"]["token_reward"] == 1 and told["seconds"]["token rewards"] > told["seconds"]["forward and backward"]
+    tight = ["plan", "qwen2.5-1.5b-single-gpu", "--device", "h100", *teacher, "rollout.gpu_memory_utilization=0.7"]
+    assert main(tight) == 2 and main([*tight, "token_reward.offload_weight=true"]) == 0
+    assert "token_reward rank: weights 14.2  workspace" in capsys.readouterr().out
+    teacher[3] = "token_reward.model_dir=/nowhere/other"
+    assert main(["plan", "qwen2.5-1.5b-single-gpu", *teacher]) == 2 and "token_reward.model_dir: /nowhere/other" in capsys.readouterr().err
+
+
+def test_a_critic_on_a_cpu_takes_memory_of_the_node() -> None:
+    ppo, arch, _ = read("smollm2-135m-ppo-cpu")
+    grpo, _, _ = read("smollm2-135m-grpo-cpu")
+    device = cpu_device(1)
+    with_critic, without = forecast(ppo, arch, device), forecast(grpo, arch, device)
+    (critic,) = with_critic.ranks["critic"]
+    assert with_critic.phases["rollout"] - without.phases["rollout"] == critic.held - critic.gradients + device.context
+    assert with_critic.phases["training"] > without.phases["training"] + critic.weights + critic.optimizer
+
+
 def test_engines_with_gpus_of_their_own_take_nothing_from_the_actor() -> None:
     config, arch, _ = read("qwen2.5-1.5b-grpo-megatron-pipeline")
     plan = forecast(config, arch, GPUS["h100"])
-    assert plan.phases["training"] == plan.stages[0].total + GPUS["h100"].context and not config.rollout.offload
+    assert plan.phases["training"] == plan.ranks["actor"][0].total + GPUS["h100"].context and not config.rollout.offload
 
 
 def test_parts_on_devices_of_their_own_are_told_whether_they_overlap(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,10 +218,10 @@ def test_time_moves_the_right_way() -> None:
 
 def test_pipeline_stages_differ_and_the_first_holds_more_activations() -> None:
     config, arch, _ = read("qwen2.5-7b-grpo-megatron", "actor.model.pipeline_model_parallel_size=4", "actor.model.recompute_num_layers=4")
-    stages = forecast(config, arch, GPUS["h100"]).stages
+    stages = forecast(config, arch, GPUS["h100"]).ranks["actor"]
     assert len(stages) == 4 and stages[0].activations > stages[3].activations and stages[0].workspace < stages[3].workspace
     whole, _, _ = read("qwen2.5-7b-grpo-megatron")
-    assert sum(s.parameters for s in stages) == forecast(whole, arch, GPUS["h100"]).stages[0].parameters
+    assert sum(s.parameters for s in stages) == forecast(whole, arch, GPUS["h100"]).ranks["actor"][0].parameters
 
 
 def test_mistakes_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
-"""How many bytes a rank needs, computed from shapes alone: weights, gradients, optimizer and activations of the actor, weights and KV cache
-of an engine.
+"""How many bytes a rank needs, computed from shapes alone: weights, gradients, optimizer and activations of actor, critic and token reward
+model, weights and KV cache of an engine.
 
 Legend: T tokens of a micro-batch, h hidden, f MLP units, q and k query and key-value width (heads x head dimension).
 """
@@ -19,8 +19,8 @@ BLOCK_COPIES = 3  # logits, their exponentials or gradient, a temporary
 
 
 @dataclass(frozen=True)
-class ActorMemory:
-    """Bytes of one actor rank.
+class RankMemory:
+    """Bytes of one rank of a Megatron role.
 
     activations: kept for the backward pass. workspace: the maximum of what the head needs, and of what the backward pass of a layer needs
     with the layers that are recomputed for it; these are never there at the same time.
@@ -35,7 +35,12 @@ class ActorMemory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.workspace
+        return self.held + self.activations + self.workspace
+
+    @property
+    def held(self) -> int:
+        """What stays between two passes."""
+        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -55,30 +60,33 @@ def layer_parameters(arch: Architecture, tp: int) -> int:
     return matrices + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm
 
 
-def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int) -> int:
+def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int, head: str = "lm") -> int:
     """Parameters of one rank of a pipeline stage. The vocabulary is padded to a multiple of tp. A tied head shares the embedding's weights
-    on a single stage; on several stages the first and the last have a copy each."""
+    on a single stage; on several stages the first and the last have a copy each. head: `scalar` = one number for each token."""
     vocabulary = -(-arch.vocab // tp) * arch.hidden
     first, last = stage == 0, stage == pp - 1
-    heads = first + last if not arch.tied or pp > 1 else 1
-    return arch.n_layers // pp * layer_parameters(arch, tp) + heads * vocabulary + last * arch.hidden
+    tables = first if head == "scalar" else first + last if not arch.tied or pp > 1 else 1
+    return arch.n_layers // pp * layer_parameters(arch, tp) + tables * vocabulary + last * arch.hidden * (2 if head == "scalar" else 1)
 
 
-def actor_memory(arch: Architecture, config: Config, dp: int, stage: int, gpu: bool) -> ActorMemory:
-    """Memory of an actor rank with the largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are fp32; master weights (in
-    16-bit training) and Adam's two moments are fp32, and divided over the data- and context-parallel ranks."""
-    model = config.actor.model
+def rank_memory(arch: Architecture, config: Config, role: str, dp: int, stage: int, gpu: bool) -> RankMemory:
+    """Memory of a rank of one of config.megatron_roles with the largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are
+    fp32; master weights (in 16-bit training) and Adam's two moments are fp32, and divided over the data- and context-parallel ranks. A
+    frozen model has neither, and keeps nothing for a backward pass."""
+    section, head = getattr(config, role), config.head_of(role)
+    model, frozen = section.model, not hasattr(section, "optim")
     tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     size, tokens = BYTES[model.precision], -(-config.runner.max_tokens_per_mbs // cp)
-    parameters = rank_parameters(arch, tp, pp, stage)
-    kept, again = stage_activations(arch, model, tokens, pp - stage, gpu)
-    return ActorMemory(
+    parameters = rank_parameters(arch, tp, pp, stage, head)
+    kept, again = (0, layer_activations(arch, model, tokens, gpu)) if frozen else stage_activations(arch, model, tokens, pp - stage, gpu)
+    at_head = head_memory(arch, model, tokens, gpu) if head == "lm" else 3 * tokens * arch.hidden * size
+    return RankMemory(
         parameters,
         weights=parameters * size,
-        gradients=parameters * 4,
-        optimizer=-(-parameters * (8 if size == 4 else 12) // (dp * cp)),
+        gradients=0 if frozen else parameters * 4,
+        optimizer=0 if frozen else -(-parameters * (8 if size == 4 else 12) // (dp * cp)),
         activations=kept,
-        workspace=max(again, head_memory(arch, model, tokens, gpu) if stage == pp - 1 else 0),
+        workspace=max(again, at_head if stage == pp - 1 else 0),
     )
 
 

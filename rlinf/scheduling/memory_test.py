@@ -17,10 +17,10 @@ from rlinf.rollout.limits import kv_tokens_on_cpu
 from rlinf.scheduling.memory import (
     LOGITS_BLOCK,
     LOGITS_CHUNK,
-    actor_memory,
     engine_memory,
     head_memory,
     layer_activations,
+    rank_memory,
     rank_parameters,
     stage_activations,
 )
@@ -80,7 +80,7 @@ def test_weights_gradients_and_optimizer_are_those_of_real_ranks(
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size = tp, pp, cp
         found = rank_pool.run(allocated, folder, precision, ranks=ranks, tp=tp, pp=pp, cp=cp)
         for real in found:
-            counted = actor_memory(arch, config, real["dp"], real["stage"], gpu=False)
+            counted = rank_memory(arch, config, "actor", real["dp"], real["stage"], gpu=False)
             assert (counted.parameters, counted.weights, counted.gradients) == (real["parameters"], real["weights"], real["gradients"]), (
                 tp,
                 pp,
@@ -91,7 +91,8 @@ def test_weights_gradients_and_optimizer_are_those_of_real_ranks(
         for stage in range(pp):  # a rank's share depends on where the buffer is cut; together they hold everything once
             total = sum(real["optimizer"] for real in found if real["stage"] == stage)
             wanted = (
-                sum(actor_memory(arch, config, 1, stage, gpu=False).optimizer for real in found if real["stage"] == stage) // found[0]["dp"]
+                sum(rank_memory(arch, config, "actor", 1, stage, gpu=False).optimizer for real in found if real["stage"] == stage)
+                // found[0]["dp"]
             )
             assert total == wanted, (tp, pp, stage)
 
@@ -99,7 +100,8 @@ def test_weights_gradients_and_optimizer_are_those_of_real_ranks(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_rank_has_all_parameters_of_the_model(tiny_models: dict[str, Path], family: str) -> None:
     arch = shape(tiny_models[family])
-    assert rank_parameters(arch, 1, 1, 0) == sum(torch.Size(s).numel() for s in hf_shapes(arch).values())
+    for head in ("lm", "scalar"):
+        assert rank_parameters(arch, 1, 1, 0, head) == sum(torch.Size(s).numel() for s in hf_shapes(arch, head).values())
 
 
 def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
@@ -156,9 +158,9 @@ def test_recompute_and_sharding_lower_activations_in_the_expected_order(tiny_mod
 def test_context_parallelism_divides_what_is_kept_of_a_micro_batch_but_for_gathered_keys(tiny_models: dict[str, Path]) -> None:
     arch, config = shape(tiny_models["llama"]), Config()
     config.runner.max_tokens_per_mbs = 4096
-    whole = actor_memory(arch, config, 4, 0, gpu=True)
+    whole = rank_memory(arch, config, "actor", 4, 0, gpu=True)
     config.actor.model.context_parallel_size = 4
-    part = actor_memory(arch, config, 1, 0, gpu=True)
+    part = rank_memory(arch, config, "actor", 1, 0, gpu=True)
     keys = arch.n_layers * 3 * 1024 * 2 * arch.n_kv_heads * arch.head_dim * 2  # of three other ranks: keys and values in 16 bits
     assert part.activations == whole.activations // 4 + keys
     assert (part.weights, part.gradients, part.optimizer) == (whole.weights, whole.gradients, whole.optimizer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlinf.config.schema import Config
+from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.scheduling.devices import Device
 from rlinf.scheduling.flops import recomputed_layers
 from rlinf.scheduling.memory import BYTES, EngineMemory, rank_parameters
@@ -73,28 +73,46 @@ def rollout_seconds(
 
 def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int, load: Load) -> dict[str, float]:
     """Seconds to compute the log-probabilities of the old (and reference) policy, of forward and backward passes, and of the optimizer."""
-    model, algorithm = config.actor.model, config.algorithm
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    dp = model.data_parallel_size(ranks)
-    holders = dp * model.context_parallel_size  # of the same weights
+    algorithm, forward = config.algorithm, forward_seconds(arch, config, "actor", device, ranks, load)
+    passes = (algorithm.n_minibatches - 1) / algorithm.n_minibatches * algorithm.recompute_logprobs + (algorithm.kl_beta > 0)
+    return {
+        "log-probabilities": passes * forward,
+        "forward and backward": (3 + recomputed_layers(config.actor.model, arch.n_layers)) * forward,
+        "optimizer": optimizer_seconds(arch, config, "actor", device, ranks),
+    }
+
+
+def scoring_seconds(arch: Architecture, config: Config, role: str, device: Device, ranks: int, load: Load) -> dict[str, float]:
+    """Seconds of critic or token reward model: it looks at every response once; then the critic is trained."""
+    forward = forward_seconds(arch, config, role, device, ranks, load)
+    if role == "token_reward":
+        return {"token rewards": forward}
+    passes = (3 + recomputed_layers(config.critic.model, arch.n_layers)) * forward
+    return {"values": forward, "critic's update": passes + optimizer_seconds(arch, config, role, device, ranks)}
+
+
+def forward_seconds(arch: Architecture, config: Config, role: str, device: Device, ranks: int, load: Load) -> float:
+    """Seconds of one forward pass of a role's model over all tokens of a step, pipeline bubbles included."""
+    model: ActorModelConfig = getattr(config, role).model
     head = arch.vocab * arch.hidden
     length = load.prompt + load.response
     attention = 2 * arch.n_layers * arch.n_heads * arch.head_dim * length * SQUARE_SHARE  # a token's, forward, causal
-    forward = load.tokens * (2 * (_parameters(arch) - (0 if arch.tied else head)) + attention)
-    again = recomputed_layers(model, arch.n_layers)
+    tables = (0 if arch.tied else head) + (head if config.head_of(role) == "scalar" else 0)  # that no token is multiplied with
     speed = ranks * device.flops * MATRIX_SHARE * (0.5 if BYTES[model.precision] == 4 else 1.0)
-    micro_batches = max(1.0, load.tokens / (dp * algorithm.n_minibatches * config.runner.max_tokens_per_mbs))
-    bubble = 1 + (pp - 1) / micro_batches
-    passes = (algorithm.n_minibatches - 1) / algorithm.n_minibatches * algorithm.recompute_logprobs + (algorithm.kl_beta > 0)
-    parameters = rank_parameters(arch, tp, pp, 0)
+    micro_batches = load.tokens / (model.data_parallel_size(ranks) * config.algorithm.n_minibatches * config.runner.max_tokens_per_mbs)
+    bubble = 1 + (model.pipeline_model_parallel_size - 1) / max(1.0, micro_batches)
+    return load.tokens * (2 * (_parameters(arch) - tables) + attention) / speed * bubble
+
+
+def optimizer_seconds(arch: Architecture, config: Config, role: str, device: Device, ranks: int) -> float:
+    """Seconds of all optimizer steps of a step, in which ranks exchange gradients and weights."""
+    model: ActorModelConfig = getattr(config, role).model
+    holders = model.data_parallel_size(ranks) * model.context_parallel_size  # of the same weights
+    parameters = rank_parameters(arch, model.tensor_model_parallel_size, model.pipeline_model_parallel_size, 0, config.head_of(role))
     wire = device.network if ranks > config.cluster.num_gpus_per_node else device.link
     exchanged = parameters * (4 + BYTES[model.precision]) * (holders - 1) / holders / (wire * WIRE_SHARE)
     stepped = 28 * parameters / holders / (device.bandwidth * BANDWIDTH_SHARE)  # three fp32 states and the gradient, read and written
-    return {
-        "log-probabilities": passes * forward / speed * bubble,
-        "forward and backward": (3 + again) * forward / speed * bubble,
-        "optimizer": algorithm.n_minibatches * (exchanged + stepped),
-    }
+    return config.algorithm.n_minibatches * (exchanged + stepped)
 
 
 def sync_seconds(arch: Architecture, config: Config, device: Device, moved: int, across_nodes: bool) -> float:

@@ -12,7 +12,7 @@ import torch
 from rlinf import device as devices
 from rlinf.checks.acceptance_parts import QWEN3_06B, SETTINGS, long_batch
 from rlinf.config.schema import ActorModelConfig, Config, OptimConfig
-from rlinf.scheduling.memory import actor_memory
+from rlinf.scheduling.memory import rank_memory
 from rlinf.training.engine import MegatronEngine
 from rlinf.weights.architecture import Architecture, read_architecture
 
@@ -45,7 +45,7 @@ def test_the_plan_of_a_ranks_memory_is_its_peak(
     config, arch = Config(), read_architecture(SHAPE | {"num_key_value_heads": kv_heads})
     config.actor.model = ActorModelConfig(precision=precision, transformer_impl="local", **recompute)
     config.runner.max_tokens_per_mbs = TOKENS
-    plan = actor_memory(arch, config, dp=1, stage=0, gpu=True)
+    plan = rank_memory(arch, config, "actor", dp=1, stage=0, gpu=True)
     gc.collect()  # an engine before this one
     take_workspaces(device)
     before = devices.memory_in_use(device)
