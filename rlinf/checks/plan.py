@@ -122,8 +122,8 @@ def _gpu_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engine
 
     def at_work(role: str) -> int:
         beside = sum(resting[other] for other in rank if other != role and plan.shares_device(role, other))
-        if role == "critic" and plan.shares_device("actor", role):  # the actor hands its memory over when weights are published, after this
-            beside += rank["actor"].held + device.context - resting["actor"]
+        if role == "critic" and plan.shares_device("actor", role) and config.actor.offload_weight:  # it has published no weights yet
+            beside += rank["actor"].weights
         return rank[role].total + device.context + beside + (asleep + serving if plan.shares_device(role, "rollout") else 0)
 
     left = sum(resting[role] for role in rank if plan.shares_device(role, "rollout"))
@@ -143,15 +143,13 @@ def _host_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engin
     for node in {s.node for s in plan.seats}:
         processes = sum(s.node == node for s in plan.seats) * device.context
         resting = processes + sum(s.node == node for s in plan.of("rollout")) * held
-        at_work, freed = [0], 0
+        at_work = [0]
         for role, stages in ranks.items():
             of_stage = len(plan.of(role)) // len(stages)
             mine = [stages[s.rank // of_stage] for s in plan.of(role) if s.node == node]
             gradients = sum(r.gradients for r in mine) * getattr(getattr(config, role), "offload_grad", False)
             resting += sum(r.held for r in mine) - gradients
-            # the actor's gradients are freed when weights are published, after the critic's update
-            at_work.append(sum(r.total - r.held for r in mine) + gradients + (freed if role == "critic" else 0))
-            freed = gradients if role == "actor" else freed
+            at_work.append(sum(r.total - r.held for r in mine) + gradients)
         actors = any(s.node == node for s in plan.of("actor"))
         sent = sum(a.weights for a in ranks["actor"]) * config.actor.model.tensor_model_parallel_size if actors else 0
         now = {"training": resting + max(at_work), "weights": resting + sent, "rollout": resting}

@@ -68,6 +68,8 @@ class TrainWorker(MegatronWorker):
             report, targets = self._train(step, dump, batch, groups, numbers)
         if self.feeds_nobody:
             self.hand_over()
+        elif self.config.has_critic:  # which may be trained on the same device next
+            self.offloader.after_training()
         return report, targets
 
     def _train(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 from rlinf.algorithms.objective import MetricSums
+from rlinf.config.schema import Config
 from rlinf.metrics.names import undocumented
 from rlinf.training.engine import Update
 from rlinf.training.publishing import HandedOut
@@ -51,3 +53,21 @@ def test_weights_are_brought_back_to_be_published_before_the_first_step() -> Non
     (sources, _), _ = worker.publish(0, ("auto",))
     assert [name for name, *_ in called.mock_calls] == ["offloader.after_training", "offloader.before_forward", "publisher.hand_out"]
     assert sources == {"auto": None} and not worker.feeds_nobody
+
+
+@pytest.mark.parametrize(
+    ("adv_type", "feeds_nobody", "freed"),
+    [("gae", False, ["after_training"]), ("grpo", False, []), ("gae", True, ["after_training", "after_publishing"])],
+)
+def test_after_its_training_an_actor_makes_room_for_a_critic(
+    monkeypatch: pytest.MonkeyPatch, adv_type: str, feeds_nobody: bool, freed: list[str]
+) -> None:
+    """Which may be trained on the same device before weights are published; these stay, unless the rank publishes to nobody."""
+    worker, called = TrainWorker.__new__(TrainWorker), Mock()
+    worker.config, worker.offloader, worker.publisher, worker.feeds_nobody = Config(), called.offloader, called.publisher, feeds_nobody
+    worker.config.algorithm.adv_type = adv_type
+    monkeypatch.setattr(worker, "_train", called.train)
+    monkeypatch.setattr("rlinf.workers.train.profiled", lambda *_: nullcontext())
+    called.train.return_value = ("report", {})
+    assert worker.train_step(1, Mock(), Mock()) == ("report", {})
+    assert [name for name, *_ in called.mock_calls] == ["publisher.withdraw", "train", *(f"offloader.{name}" for name in freed)]
