@@ -7,6 +7,7 @@ A prompt is used as it is written in the file (boba prompts already contain thei
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -206,10 +207,11 @@ def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:
 
 
 def short_names(files: Iterable[str]) -> dict[str, str]:
-    """file -> its name without folder and ending; with `-2`, `-3` and so on where an earlier file has that name already."""
+    """file -> its name without folder and ending, of letters, digits, `_`, `.` and `-`, since it becomes part of a curve's name; with `-2`,
+    `-3` and so on where an earlier file has that name already."""
     names: dict[str, str] = {}
     for file in dict.fromkeys(files):
-        stem, taken, n = Path(file).stem, set(names.values()), 1
+        stem, taken, n = re.sub(r"[^\w.-]", "_", Path(file).stem), set(names.values()), 1
         while (name := f"{stem}-{n}" if n > 1 else stem) in taken:
             n += 1
         names[file] = name

@@ -52,6 +52,9 @@ def test_a_prompt_knows_its_file_by_a_short_name(tmp_path: Path, tokenizer: Text
     prompts, _ = load_prompts(files, DataConfig(), tokenizer)
     assert [p.source for p in prompts] == ["aime24", "aime24-2", "aime24-2", "math.x"]
     assert short_names(["a/x", "b/x", "c/x-2", "a/x", "d/x"]) == {"a/x": "x", "b/x": "x-2", "c/x-2": "x-2-2", "d/x": "x-3"}
+    assert short_names(["a/my file.jsonl", "b/my_file.jsonl", "\udcff.jsonl"]) == {
+        "a/my file.jsonl": "my_file", "b/my_file.jsonl": "my_file-2", "\udcff.jsonl": "_",
+    }  # fmt: skip
 
 
 def test_missing_task_is_math_and_missing_id_is_the_place(tmp_path: Path, tokenizer: TextTokenizer) -> None:
