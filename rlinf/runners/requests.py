@@ -68,15 +68,15 @@ def validation_requests(
 
 
 def name_groups(step: int, prompts: Sequence[Prompt], taken: Counter[str]) -> list[str]:
-    """Names of the form `step.prompt`. When a step takes a prompt again, after the end of an epoch, `.1`, `.2` and so on is added: the
-    sampling noise and the payload of a group depend on its name.
+    """Names of the form `step.prompt`. When a step takes a prompt again, after the end of an epoch, `@again:1`, `@again:2` and so on is
+    added: the sampling noise and the payload of a group depend on its name. (`.1` would do unless another prompt is called so.)
 
     taken: how often the step has taken each prompt so far; this function updates it.
     """
     names = []
     for prompt in prompts:
         again = taken[prompt.prompt_id]
-        names.append(f"{step}.{prompt.prompt_id}" + (f".{again}" if again else ""))
+        names.append(f"{step}.{prompt.prompt_id}" + (f"@again:{again}" if again else ""))
         taken[prompt.prompt_id] += 1
     return names
 
