@@ -36,8 +36,11 @@ Models = Mapping[str, Architecture]  # Megatron role -> its model, where that is
 
 @dataclass(frozen=True)
 class Forecast:
-    """The figures of one configuration on one kind of device. phases: bytes on the fullest device, `training` by whichever role needs most.
-    trouble: what does not fit; empty when all fits."""
+    """The figures of one configuration on one kind of device.
+
+    phases: bytes on the fullest device, `training` by whichever role needs most. host: bytes that ranks of the fullest node keep in host
+    memory besides, 0 where that is the device. trouble: what does not fit; empty when all fits.
+    """
 
     placement: Plan
     load: Load
@@ -45,6 +48,7 @@ class Forecast:
     engine: EngineMemory
     kv_tokens: int
     phases: dict[str, int]
+    host: int
     limit: int
     seconds: dict[str, float]
     trouble: tuple[str, ...]
@@ -66,10 +70,8 @@ def forecast(
     ranks = {role: _stages(archs[role], config, role, placement, device) for role in archs}
     engines = placement.of("rollout")
     engine, load = engine_memory(arch, config, gpu=not device.shared), step_load(config, mean_response)
-    phases, limit = (
-        (_host_phases if device.shared else _gpu_phases)(config, placement, device, ranks, engine),
-        int(device.memory * (1 - RESERVE)),
-    )
+    phases = (_host_phases if device.shared else _gpu_phases)(config, placement, device, ranks, engine)
+    limit = int(device.memory * (1 - RESERVE))
     kv_tokens = engine.tokens
     if not device.shared:
         kv_tokens = max(0, int(config.rollout.gpu_memory_utilization * device.memory) - engine.weights) // engine.kv_token
@@ -80,7 +82,9 @@ def forecast(
         of_role = (archs[role], config, role, device, len(placement.of(role)), load)
         seconds |= train_seconds(arch, config, device, of_role[-2], load) if role == "actor" else scoring_seconds(*of_role)
     seconds["weights"] = sync_seconds(arch, config, device, moved, across)
-    return Forecast(placement, load, ranks, engine, kv_tokens, phases, limit, seconds, _trouble(phases, limit, kv_tokens, engine, device))
+    host = 0 if device.shared else _host_memory(config, placement, ranks)
+    trouble = _trouble(phases, limit, kv_tokens, engine, device)
+    return Forecast(placement, load, ranks, engine, kv_tokens, phases, host, limit, seconds, trouble)
 
 
 def _stages(arch: Architecture, config: Config, role: str, plan: Plan, device: Device) -> tuple[RankMemory, ...]:
@@ -102,6 +106,17 @@ def _moved(config: Config, role: str, rank: RankMemory) -> int:
     """Bytes of a rank that leave the device once a step, and come back. Gradients are freed."""
     section = getattr(config, role)
     return rank.weights * section.offload_weight + rank.optimizer * getattr(section, "offload_optimizer", False)
+
+
+def _host_memory(config: Config, plan: Plan, ranks: Ranks) -> int:
+    """Bytes in host memory on the fullest node: what is off the GPUs, and the weights of a reference policy."""
+    found = dict.fromkeys((s.node for s in plan.seats), 0)
+    for role, stages in ranks.items():
+        seats = plan.of(role)
+        for seat in seats:
+            rank = stages[seat.rank // (len(seats) // len(stages))]
+            found[seat.node] += _moved(config, role, rank) + (rank.weights if role == "actor" and config.algorithm.kl_beta else 0)
+    return max(found.values())
 
 
 def _left_on_device(config: Config, role: str, rank: RankMemory) -> int:
@@ -271,6 +286,10 @@ def report(result: Forecast, config: Config, device: Device) -> str:
     lines.append(f"  engine device: weights {gib(result.engine.weights)}  KV cache {gib(result.kv_tokens * result.engine.kv_token)} "
                  f"= {result.kv_tokens:,} tokens, {full} sample(s) of seq_length at once")  # fmt: skip
     lines += [f"  fullest while {phase:<9} {gib(size):>7} of {gib(result.limit)}" for phase, size in result.phases.items()]
+    if result.host:
+        lines.append(
+            f"  host memory of the fullest node: {gib(result.host)} for what is offloaded (pinned: torch may take up to twice that)"
+        )
     load, total = result.load, result.step_seconds
     lines.append(f"time of a step, seconds, at {load.response} tokens a response on average: {total:.0f}")
     lines += [f"  {phase:<21} {seconds:8.1f}  {seconds / total:4.0%}" for phase, seconds in result.seconds.items()]
@@ -350,7 +369,7 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
         content = {
             "device": asdict(device), "mode": result.placement.mode, "seats": seats,
             **ranks, "engine": asdict(result.engine),
-            "kv_tokens": result.kv_tokens, "phases": result.phases, "limit": result.limit, "load": asdict(result.load),
+            "kv_tokens": result.kv_tokens, "phases": result.phases, "host": result.host, "limit": result.limit, "load": asdict(result.load),
             "seconds": result.seconds, "fits": not result.trouble, "trouble": result.trouble, "change": change,
             "less_recomputation": spared and {"change": spared[0], "seconds": spared[1].seconds, "phases": spared[1].phases},
         }  # fmt: skip

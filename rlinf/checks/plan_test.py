@@ -103,6 +103,9 @@ def test_offloading_keeps_the_actor_out_of_the_rollout() -> None:
     assert kept.phases["training"] == away.phases["training"]
     assert kept.phases["weights"] - away.phases["weights"] == actor.gradients + actor.optimizer
     assert kept.seconds["weights"] < away.seconds["weights"]
+    assert away.host == actor.weights + actor.optimizer and kept.host == 0  # gradients are freed
+    config.algorithm.kl_beta = 0.1
+    assert forecast(config, arch, GPUS["h100"]).host == actor.weights
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-1.5b-single-gpu", "qwen2.5-7b-grpo-megatron"])

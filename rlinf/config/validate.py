@@ -18,6 +18,7 @@ from rlinf.errors import UserError
 
 Violation = tuple[str, str]  # key, what is wrong with it and what to do
 
+SGLANG_STOP_STRINGS = 32  # MAX_STOP_COUNT of its sampling parameters
 SET_BY_US: dict[str, str] = {  # options of the SGLang server
     "model_path": "rollout.model_dir", "model": "rollout.model_dir", "tokenizer_path": "rollout.model_dir",
     "trust_remote_code": "rollout.trust_remote_code", "dtype": "rollout.precision", "device": "cluster.device",
@@ -226,8 +227,7 @@ def _sampling(c: Config) -> Iterator[Violation]:
             "algorithm.sampling_params.do_sample",
             "greedy responses of one prompt are all equal, so there is nothing to compare; set it to true",
         )
-    if "" in sampling.stop:
-        yield "algorithm.sampling_params.stop", "an empty string would end every response at once; remove it"
+    yield from _stop_strings(c, "algorithm.sampling_params.stop")
 
 
 def _rollout(c: Config) -> Iterator[Violation]:
@@ -394,8 +394,15 @@ def _evaluation(c: Config) -> Iterator[Violation]:
             yield f"{prefix}.n", f"greedy answers of one problem are all equal ({prefix}.temperature is 0); set n to 1, or raise it"
         if b.top_p > 1:
             yield f"{prefix}.top_p", "is a probability; it must be at most 1"
-        if "" in b.stop:
-            yield f"{prefix}.stop", "an empty string would end every response at once; remove it"
+        yield from _stop_strings(c, f"{prefix}.stop")
+
+
+def _stop_strings(c: Config, key: str) -> Iterator[Violation]:
+    strings = value_of(c, key)
+    if "" in strings:
+        yield key, "an empty string would end every response at once; remove it"
+    if c.rollout.rollout_backend == "sglang" and len(strings) > SGLANG_STOP_STRINGS:
+        yield key, f"has {len(strings)} strings; SGLang takes {SGLANG_STOP_STRINGS} at most"
 
 
 def _sft(c: Config) -> Iterator[Violation]:

@@ -177,6 +177,7 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["algorithm.sampling_params.do_sample=false"], "greedy responses of one prompt are all equal"),
         (["algorithm.sampling_params.top_p=1.5"], "must be at most 1"),
         (['algorithm.sampling_params.stop=[""]'], "an empty string would end every response"),
+        ([f"algorithm.sampling_params.stop={[str(i) for i in range(33)]}", "rollout.rollout_backend=sglang"], "SGLang takes 32 at most"),
     ],
 )  # fmt: skip
 def test_violations_name_key_value_origin_and_remedy(tmp_path: Path, words: list[str], expected: str) -> None:
