@@ -22,7 +22,7 @@ from rlinf.scheduling.devices import GIB, GPUS, Device, cpu_device
 from rlinf.scheduling.flops import recomputed_layers
 from rlinf.scheduling.memory import EngineMemory, RankMemory, engine_memory, rank_memory
 from rlinf.scheduling.placement import Plan, build_plan, describe, nodes_of
-from rlinf.scheduling.step_time import MEAN_SHARE, Load, rollout_seconds, scoring_seconds, step_load, sync_seconds, train_seconds
+from rlinf.scheduling.step_time import MEAN_SHARE, Load, role_seconds, rollout_seconds, step_load, sync_seconds
 from rlinf.weights.architecture import Architecture, read_architecture
 
 RESERVE = 0.06  # of a GPU's memory: fragments, workspaces of libraries
@@ -79,8 +79,7 @@ def forecast(
     across = {s.node for s in placement.of("actor")} != {s.node for s in engines}
     seconds = {"rollout": rollout_seconds(arch, config, device, engine, len(engines), max(kv_tokens, 1), load)}
     for role in reversed(archs):  # in the order of a step: token rewards, values, the actor
-        of_role = (archs[role], config, role, device, len(placement.of(role)), load)
-        seconds |= train_seconds(arch, config, device, of_role[-2], load) if role == "actor" else scoring_seconds(*of_role)
+        seconds |= role_seconds(archs[role], config, role, device, len(placement.of(role)), load)
     seconds["weights"] = sync_seconds(arch, config, device, moved, across)
     host = 0 if device.shared else _host_memory(config, placement, ranks)
     trouble = _trouble(phases, limit, kv_tokens, engine, device)

@@ -71,24 +71,18 @@ def rollout_seconds(
     return prefill + body + tail * decode_seconds(arch, config, device, engine, 1, load.prompt + load.response + tail / 2)
 
 
-def train_seconds(arch: Architecture, config: Config, device: Device, ranks: int, load: Load) -> dict[str, float]:
-    """Seconds to compute the log-probabilities of the old (and reference) policy, of forward and backward passes, and of the optimizer."""
-    algorithm, forward = config.algorithm, forward_seconds(arch, config, "actor", device, ranks, load)
-    passes = (algorithm.n_minibatches - 1) / algorithm.n_minibatches * algorithm.recompute_logprobs + (algorithm.kl_beta > 0)
-    return {
-        "log-probabilities": passes * forward,
-        "forward and backward": (3 + recomputed_layers(config.actor.model, arch.n_layers)) * forward,
-        "optimizer": optimizer_seconds(arch, config, "actor", device, ranks),
-    }
-
-
-def scoring_seconds(arch: Architecture, config: Config, role: str, device: Device, ranks: int, load: Load) -> dict[str, float]:
-    """Seconds of critic or token reward model: it looks at every response once; then the critic is trained."""
-    forward = forward_seconds(arch, config, role, device, ranks, load)
+def role_seconds(arch: Architecture, config: Config, role: str, device: Device, ranks: int, load: Load) -> dict[str, float]:
+    """Seconds of each part of a step in which the model of one of config.megatron_roles is at work. The actor's log-probabilities are those
+    of the old (and of the reference) policy."""
+    forward, algorithm = forward_seconds(arch, config, role, device, ranks, load), config.algorithm
     if role == "token_reward":
         return {"token rewards": forward}
-    passes = (3 + recomputed_layers(config.critic.model, arch.n_layers)) * forward
-    return {"values": forward, "critic's update": passes + optimizer_seconds(arch, config, role, device, ranks)}
+    update = (3 + recomputed_layers(getattr(config, role).model, arch.n_layers)) * forward
+    optimizer = optimizer_seconds(arch, config, role, device, ranks)
+    if role == "critic":
+        return {"values": forward, "critic's update": update + optimizer}
+    passes = (algorithm.n_minibatches - 1) / algorithm.n_minibatches * algorithm.recompute_logprobs + (algorithm.kl_beta > 0)
+    return {"log-probabilities": passes * forward, "forward and backward": update, "optimizer": optimizer}
 
 
 def forward_seconds(arch: Architecture, config: Config, role: str, device: Device, ranks: int, load: Load) -> float:
