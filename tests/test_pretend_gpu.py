@@ -131,7 +131,10 @@ def test_a_run_takes_the_paths_of_a_gpu(kind: str, tmp_path: Path) -> None:
     assert max(s["sync/probe_gap_max"] for s in steps if "sync/probe_gap_max" in s) < (0.1 if "16" in kind else 1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["qwen2.5-1.5b-grpo-megatron", "qwen2.5-1.5b-grpo-megatron-pipeline", "qwen2.5-7b-grpo-megatron"])
+RECIPES = ["qwen2.5-1.5b-grpo-megatron", "qwen2.5-1.5b-grpo-megatron-pipeline", "qwen2.5-7b-grpo-megatron", "qwen2.5-1.5b-distill-7b"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_of_the_cluster_runs_but_for_its_size(recipe: str, tmp_path: Path) -> None:
     """Every other value is the file's: fp16 and its loss scale, sequence parallel, recomputation, offload, Transformer Engine's layers.
     SGLang needs a real GPU."""
@@ -139,6 +142,10 @@ def test_a_recipe_of_the_cluster_runs_but_for_its_size(recipe: str, tmp_path: Pa
     make_tiny_model(tmp_path / "model", "qwen2", layers=4, heads=4, kv_heads=4)
     apart = recipe.endswith("pipeline")
     placement = '{"actor": "0-1", "rollout": "2-3", "reward": "2-3"}' if apart else '{"actor,rollout,reward": "all"}'
+    teacher = []
+    if "distill" in recipe:
+        placement = '{"actor,token_reward,rollout,reward": "all"}'
+        teacher = [f"token_reward.model_dir={make_tiny_model(tmp_path / 'teacher', 'qwen2', layers=2, heads=4, kv_heads=4, seed=9)}"]
     words = [
         "cluster.num_nodes=1", "cluster.num_gpus_per_node=4", f"cluster.component_placement={placement}", "cluster.device=cuda",
         f"rollout.model_dir={tmp_path / 'model'}", f"data.train_data_paths=[{tmp_path / 'data.jsonl'}]", "rollout.rollout_backend=embedded",
@@ -146,7 +153,7 @@ def test_a_recipe_of_the_cluster_runs_but_for_its_size(recipe: str, tmp_path: Pa
         "algorithm.sampling_params.max_new_tokens=16", "runner.max_steps=2", f"runner.output_dir={tmp_path}", "runner.experiment_name=run",
         "rollout.tensor_parallel_size=1", "algorithm.entropy_bonus=0.01", "actor.model.transformer_impl=transformer_engine",
     ]  # fmt: skip
-    steps = trained([recipe, *words], tmp_path / "run", 4, with_transformer_engine=True)
+    steps = trained([recipe, *words, *teacher], tmp_path / "run", 4, with_transformer_engine=True)
     assert len(steps) == 2 and all(s["train/grad_norm"] > 0 for s in steps)
 
 

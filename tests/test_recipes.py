@@ -43,6 +43,14 @@ def test_ppo_has_the_task_of_grpo_and_a_critic_in_its_place() -> None:
     assert 0 < config.critic.warmup_steps < config.runner.max_steps and config.critic.value_clip < config.reward.reward_scale
 
 
+@pytest.mark.parametrize("name", ["smollm2-135m-distill-cpu", "qwen2.5-1.5b-distill-7b"])
+def test_what_is_distilled_is_paid_by_the_teacher_alone_token_by_token(name: str) -> None:
+    config = load(name).config
+    assert config.head_of("token_reward") == "lm" and config.model_dir_of("token_reward") != config.rollout.model_dir
+    a = config.algorithm
+    assert (a.adv_type, a.gamma, a.dense_rewards, a.normalize_advantages, config.reward.reward_scale) == ("reinforce++", 0, True, False, 0)
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_a_recipe_has_the_published_values(name: str) -> None:
     config = load(name).config
