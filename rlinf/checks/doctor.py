@@ -73,7 +73,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     yield disk(
         output,
         shutil.disk_usage(_existing(output)).free,
-        14 * parameters * (config.runner.keep_checkpoints + 1 + config.runner.keep_best if config else 0),
+        14 * parameters * (kept_checkpoints(config) if config else 0),
     )
     yield writable(output)
     yield locks(_existing(output))
@@ -233,6 +233,12 @@ def shared_memory(total: int, weights: int) -> Finding:
     text = f"{total / GIB:.1f} GiB, {needed / GIB:.1f} needed"
     remedy = "in a container --ipc=host or --shm-size; else: mount -o remount,size=64G /dev/shm"
     return Finding("/dev/shm", OK, text) if total >= needed else Finding("/dev/shm", FAIL, text, remedy)
+
+
+def kept_checkpoints(config: Config) -> int:
+    """How many checkpoints there may be at once: those that are kept, and the one that is being written."""
+    validates = bool(config.data.val_data_paths) and config.runner.val_check_interval != 0
+    return config.runner.keep_checkpoints + 1 + (config.runner.keep_best and validates)
 
 
 def disk(output: Path, free: int, checkpoints: int) -> Finding:

@@ -21,7 +21,7 @@ from rlinf.errors import UserError
 from rlinf.scheduling.devices import GIB, GPUS, Device, cpu_device
 from rlinf.scheduling.flops import recomputed_layers
 from rlinf.scheduling.memory import EngineMemory, RankMemory, engine_memory, rank_memory
-from rlinf.scheduling.placement import Plan, build_plan, describe, nodes_of
+from rlinf.scheduling.placement import PART, Plan, build_plan, describe, nodes_of
 from rlinf.scheduling.step_time import MEAN_SHARE, Load, role_seconds, rollout_seconds, step_load, sync_seconds
 from rlinf.weights.architecture import Architecture, read_architecture
 
@@ -128,25 +128,37 @@ def _gpu_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engine
 
     Engines that share it keep what they have, unless they sleep while it trains (rollout.offload).
     """
-    rank, sglang = {role: fullest(stages) for role, stages in ranks.items()}, config.rollout.rollout_backend == "sglang"
+    sglang = config.rollout.rollout_backend == "sglang"
     serving = device.context + (SGLANG_WORKSPACE if sglang else 0)
     held = int(config.rollout.gpu_memory_utilization * device.memory) if sglang else engine.weights + engine.kv_token * engine.tokens
-    asleep, woken = (0, engine.weights) if config.rollout.offload else (held, held)
-    resting = {role: _left_on_device(config, role, r) + device.context for role, r in rank.items()}
+    asleep, woken = (serving, engine.weights + serving) if config.rollout.offload else (held + serving, held + serving)
+    found = {"training": 0, "weights": 0, "rollout": 0}
+    for rank, generates in _gpus(plan, ranks):
+        resting = {role: _left_on_device(config, role, r) + device.context for role, r in rank.items()}
+        left = sum(resting.values())
+        published = rank["actor"].weights if "actor" in rank and config.actor.offload_weight else 0  # there until engines have them
+        at_work = [
+            left - resting[role] + r.total + device.context + (published if role == "critic" else 0) + (asleep if generates else 0)
+            for role, r in rank.items()
+        ]
+        now = {"training": max(at_work, default=0)}
+        if generates:
+            now |= {"weights": left + published + woken + BUCKETS, "rollout": left + held + serving}
+        found = {phase: max(size, now.get(phase, 0)) for phase, size in found.items()}
+    return found
 
-    def at_work(role: str) -> int:
-        beside = sum(resting[other] for other in rank if other != role and plan.shares_device(role, other))
-        if role == "critic" and plan.shares_device("actor", role) and config.actor.offload_weight:  # it has published no weights yet
-            beside += rank["actor"].weights
-        return rank[role].total + device.context + beside + (asleep + serving if plan.shares_device(role, "rollout") else 0)
 
-    left = sum(resting[role] for role in rank if plan.shares_device(role, "rollout"))
-    published = rank["actor"].weights if plan.shares_device("actor", "rollout") and config.actor.offload_weight else 0
-    return {
-        "training": max(map(at_work, rank)),
-        "weights": woken + serving + BUCKETS + left + published,
-        "rollout": held + serving + left,
-    }
+def _gpus(plan: Plan, ranks: Ranks) -> list[tuple[dict[str, RankMemory], bool]]:
+    """Of each GPU: the rank of each Megatron role on it, and whether an engine is on it. GPUs with the same on them are named once."""
+    on: dict[tuple[int, int], dict[str, int]] = {}
+    for seat in plan.seats:
+        for index in seat.devices:
+            stage = seat.rank // (len(plan.of(seat.component)) // len(ranks[seat.component])) if seat.component in ranks else 0
+            on.setdefault((seat.node, index), {})[seat.component] = stage
+    different = {tuple(sorted(there.items())) for there in on.values()}
+    return [
+        ({c: ranks[c][stage] for c, stage in there if c in ranks}, bool({"rollout", PART} & {c for c, _ in there})) for there in different
+    ]
 
 
 def _host_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engine: EngineMemory) -> dict[str, int]:
@@ -244,7 +256,7 @@ def _changes(config: Config, arch: Architecture) -> Iterator[Change]:
         yield {"runner.max_tokens_per_mbs": config.runner.seq_length}
     if not config.rollout.offload:
         yield {"rollout.offload": True}
-    for percent in range(30, 95, 5):
+    for percent in sorted(range(30, 95, 5), key=lambda p: abs(p / 100 - config.rollout.gpu_memory_utilization)):  # of equals the nearest
         yield {"rollout.gpu_memory_utilization": percent / 100}
     for role in config.megatron_roles:
         for name in ("offload_weight", "offload_grad", "offload_optimizer"):

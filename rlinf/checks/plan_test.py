@@ -153,6 +153,19 @@ def test_a_critic_is_counted_beside_the_actor() -> None:
     assert forecast(read("qwen2.5-1.5b-single-gpu", *CRITIC)[0], arch, GPUS["h100"]).trouble
 
 
+def test_roles_that_share_gpus_with_engines_and_not_with_each_other_do_not_add_up() -> None:
+    apart = ["algorithm.adv_type=gae", "critic.optim.lr=1e-5", "cluster.num_gpus_per_node=8", "actor.offload_weight=false",
+             "actor.offload_grad=false", "actor.offload_optimizer=false"]  # fmt: skip
+    config, arch, _ = read(
+        "qwen2.5-1.5b-single-gpu", *apart, "cluster.component_placement={actor: 0-3, critic: 4-7, 'rollout,reward': all}"
+    )
+    plan = forecast(config, arch, GPUS["h100"])
+    (actor,), (critic,) = plan.ranks["actor"], plan.ranks["critic"]
+    together = forecast(changed(config, {"cluster.component_placement": {"actor,critic,rollout,reward": "all"}}), arch, GPUS["h100"])
+    both = together.ranks["actor"][0].held + together.ranks["critic"][0].held + GPUS["h100"].context
+    assert plan.phases["weights"] == together.phases["weights"] - both + max(actor.held, critic.held)
+
+
 def _serving(plan: Forecast) -> int:
     """What sleeping engines still have, and the process of the actor: what is there beside its own bytes."""
     return plan.phases["training"] - plan.ranks["actor"][0].total - GPUS["h200"].context

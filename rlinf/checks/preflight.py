@@ -12,7 +12,7 @@ from typing import Any
 
 from rlinf.config.model import load_model_config, missing_paths, planned_model_config, validate_model, validate_scorer
 from rlinf.config.schema import Config
-from rlinf.data.tokenizer import tokenizer_of
+from rlinf.data.tokenizer import token_unknown_to
 from rlinf.errors import UserError
 from rlinf.hardware import has_gpu
 from rlinf.rollout.sglang_server import find_interpreter
@@ -49,7 +49,7 @@ def check_models(config: Config, planned: bool) -> tuple[ModelConfig | None, lis
 
 def _check_tokens(config: Config, teacher: str) -> None:
     """Raise UserError unless a teacher means the same by a token id as the policy: it is given the policy's ids."""
-    if token := tokenizer_of(config).token_unknown_to(tokenizer_of(config, teacher)):
+    if token := token_unknown_to(teacher, config.rollout.model_dir, config.rollout.trust_remote_code):
         raise UserError(
             f"token_reward.model_dir: {teacher} has another tokenizer than {config.rollout.model_dir}, which has the token {token[1]!r} as "
             f"{token[0]}; a teacher reads the policy's tokens: take one of the same family"

@@ -77,7 +77,8 @@ def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dic
     its ids, since the larger models of a family may have more rows that no token uses."""
     found, sizes = _misfits(role, getattr(config, role).model, hf), (hf["vocab_size"], actor_hf["vocab_size"])
     if sizes[0] < sizes[1] or (sizes[0] > sizes[1] and config.head_of(role) == "scalar"):
-        found.append(f"its vocab_size is {hf['vocab_size']}, the actor's {actor_hf['vocab_size']}; take one of the actor's family")
+        remedy = "take one of the actor's family" if config.head_of(role) == "scalar" else "a teacher needs at least as many rows"
+        found.append(f"its vocab_size is {sizes[0]}, the actor's {sizes[1]}; {remedy}")
     positions = hf.get("max_position_embeddings")
     if positions and config.runner.seq_length > positions:
         found.append(f"runner.seq_length = {config.runner.seq_length} exceeds the model's max_position_embeddings {positions}; lower it")

@@ -67,7 +67,7 @@ class Record:
     task: str
     prompt: str | tuple[Message, ...]
     solutions: tuple[str, ...]
-    metadata: Row
+    metadata: Any
 
 
 def load_prompts(paths: Sequence[str], data: DataConfig, tokenizer: TextTokenizer) -> tuple[list[Prompt], DataReport]:
@@ -135,9 +135,6 @@ def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
     task = row.get("task")
     if task is not None and not isinstance(task, str):
         raise BadLine("`task` is not a string")
-    metadata = row.get("metadata")
-    if metadata is not None and not isinstance(metadata, dict):
-        raise BadLine("`metadata` is not an object")
     return Record(
         file=str(path),
         line=number,
@@ -145,7 +142,7 @@ def parse_prompt(row: Row, path: Path, number: int, data: DataConfig) -> Record:
         task=task or "math",
         prompt=prompt_of(field(row, data.prompt_key, "data.prompt_key"), data),
         solutions=_solutions(field(row, data.answer_key, "data.answer_key"), data.answer_key),
-        metadata=metadata or {},
+        metadata=row.get("metadata"),
     )
 
 
@@ -211,7 +208,7 @@ def short_names(files: Iterable[str]) -> dict[str, str]:
     `-3` and so on where an earlier file has that name already."""
     names: dict[str, str] = {}
     for file in dict.fromkeys(files):
-        stem, taken, n = re.sub(r"[^\w.-]", "_", Path(file).stem), set(names.values()), 1
+        stem, taken, n = re.sub(r"[^\w.-]", "_", Path(file).stem, flags=re.ASCII), set(names.values()), 1
         while (name := f"{stem}-{n}" if n > 1 else stem) in taken:
             n += 1
         names[file] = name

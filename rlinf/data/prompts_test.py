@@ -134,7 +134,6 @@ BAD_LINES = {
     json.dumps(row(solutions=[42])): "`solutions` is not a list of strings",
     json.dumps(row(solutions=["1", ""])): "`solutions` holds an empty string",
     json.dumps(row(task=3)): "`task` is not a string",
-    json.dumps(row(metadata=[1])): "`metadata` is not an object",
     json.dumps(row(query_id=["q"])): "`query_id` is neither a string nor a number",
     json.dumps(row(prompt="\ud800")): "half a surrogate pair",
     '{"prompt": ' + "9" * 5000 + "}": "not readable (",

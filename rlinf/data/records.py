@@ -7,7 +7,7 @@ before top-p and top-k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -44,7 +44,7 @@ class Prompt:
     task         how answers are judged
     solutions    the accepted answers
     source       the data file it is from, by a short name
-    metadata     what else the data says of it, for functions of the user's own
+    metadata     what else the data says of it, a JSON value, for functions of the user's own
     """
 
     prompt_id: str
@@ -53,7 +53,7 @@ class Prompt:
     solutions: tuple[str, ...]
     text: str = ""
     source: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Any = None
 
     def __post_init__(self) -> None:
         if self.token_ids.ndim != 1 or self.token_ids.size == 0:

@@ -126,11 +126,6 @@ class TextTokenizer:
                 told = len(self.decode(context)) - held
         return pieces
 
-    def token_unknown_to(self, other: TextTokenizer) -> tuple[int, str] | None:
-        """The first token (id, text) that `other` does not have under the same id; None when it has all."""
-        theirs, ours = other._backend.get_vocab(with_added_tokens=True), self._backend.get_vocab(with_added_tokens=True)
-        return min(((number, token) for token, number in ours.items() if theirs.get(token) != number), default=None)
-
     @cached_property
     def _silent(self) -> frozenset[int]:
         """Tokens that decode() leaves out."""
@@ -165,17 +160,30 @@ def load_tokenizer(model_dir: str, trust_remote_code: bool = False, variables: M
     if not folder.is_dir():
         raise UserError(f"rollout.model_dir: {folder} is not a folder; give the path of a local Hugging Face model folder")
     settings = _read_json(folder / "tokenizer_config.json")
-    wants_code = "AutoTokenizer" in (settings.get("auto_map") or {})
-    file = folder / "tokenizer.json"
-    if file.is_file() and not (wants_code and trust_remote_code):
-        backend = _read_backend(file)
-    else:
-        backend = _backend_from_transformers(folder, wants_code, trust_remote_code)
+    backend = _backend_of(folder, settings, trust_remote_code)
     template = folder / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = template.read_text(encoding="utf-8")
     given = read_texts(variables or {}, VARIABLES)
     return TextTokenizer(backend, _with_named_template(settings), _eos_token_ids(folder, backend, settings), given)
+
+
+def token_unknown_to(other_dir: str, model_dir: str, trust_remote_code: bool = False) -> tuple[int, str] | None:
+    """The first token (id, text) of the tokenizer in model_dir that the one in other_dir does not have under the same id; None when it has
+    all. Templates and end tokens may differ."""
+    theirs, ours = (
+        _backend_of(folder, _read_json(folder / "tokenizer_config.json"), trust_remote_code).get_vocab(with_added_tokens=True)
+        for folder in (Path(other_dir).expanduser(), Path(model_dir).expanduser())
+    )
+    return min(((number, token) for token, number in ours.items() if theirs.get(token) != number), default=None)
+
+
+def _backend_of(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> Tokenizer:
+    wants_code = "AutoTokenizer" in (settings.get("auto_map") or {})
+    file = folder / "tokenizer.json"
+    if file.is_file() and not (wants_code and trust_remote_code):
+        return _read_backend(file)
+    return _backend_from_transformers(folder, wants_code, trust_remote_code)
 
 
 def _check_variables(template: str | None, variables: Mapping[str, Any]) -> None:

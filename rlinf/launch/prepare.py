@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Generic, TypeVar
 
 from rlinf.config.load import Resolved, value_of
@@ -19,7 +20,7 @@ from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
 from rlinf.launch.session import check_trackers, say
 from rlinf.rewards.tasks import check_tasks
 from rlinf.run_folder.folder import RunFolder
-from rlinf.run_folder.resuming import SFT
+from rlinf.run_folder.resuming import SFT, TRAIN
 
 Item = TypeVar("Item", Prompt, Group)
 
@@ -61,11 +62,18 @@ def prepare(resolved: Resolved, command: str, kind: DataKind[Item], validates: b
     if validates and config.data.val_data_paths:
         held_out, held_out_report = kind.load(config.data.val_data_paths, config, tokenizer)
         say(f"{kind.held_out}: {held_out_report.describe()}")
+        folder.measured_on = f"{held_out_report.fingerprint} {_sampling(config) if command == TRAIN else ''}".strip()
         if warning := kind.repeated(training, held_out):
             say(warning)
     batch_size, data = value_of(config, kind.batch_key), config.data
     sampler = PromptSampler(len(training), batch_size, data.shuffle, data.seed, report.fingerprint, kind.batch_key)
     return Prepared(folder, tokenizer, training, held_out, sampler)
+
+
+def _sampling(config: Config) -> str:
+    """How held-out problems are sampled."""
+    longest = config.validation.max_new_tokens or config.algorithm.sampling_params.max_new_tokens
+    return json.dumps(asdict(replace(config.validation, max_new_tokens=longest)) | {"stop": config.algorithm.sampling_params.stop})
 
 
 def open_run(resolved: Resolved, command: str) -> tuple[RunFolder, TextTokenizer]:

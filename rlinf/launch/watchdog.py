@@ -99,7 +99,7 @@ class Watchdog:
         message = "\n  ".join(["the run hangs:", *lines])
         if self.runner.on_hang == "report" or self.is_driver(now):  # the loop of a driver that is stuck does not get to raise the Hang
             sys.stderr.write(f"rlinf: {message}\n")
-        if self.runner.on_hang != "report":  # runners.restarts decides what follows
+        if self.runner.on_hang != "report":  # launch.restarts decides what follows
             self.failure.report(Hang(message))
 
     def is_driver(self, now: float) -> bool:

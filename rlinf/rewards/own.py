@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from traceback import extract_tb
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Response(NamedTuple):
     right: bool | None
     tokens: int
     cut_off: bool
-    metadata: Mapping[str, Any]
+    metadata: Any
 
 
 def judge_own(function: str, answer: str, solutions: tuple[str, ...]) -> Decision:

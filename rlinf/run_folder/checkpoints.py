@@ -11,7 +11,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -20,6 +20,13 @@ from rlinf.run_paths import COMPLETE, GROUPS_AHEAD, STATE, RunPaths
 from rlinf.weights.tensor_folder import read_json, sync, write_json
 
 ACCURACY, LOSS = "eval/accuracy", "sft/val_loss"  # of held-out data
+
+
+class Score(NamedTuple):
+    """Of a checkpoint on held-out data, larger is better. measured_on: stands for the data and for how it was sampled."""
+
+    value: float
+    measured_on: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Checkpoints:
 
     def __init__(self, paths: RunPaths, keep: int, keep_best: bool) -> None:
         self.paths, self.keep, self.keep_best = paths, keep, keep_best
-        self._scores: dict[int, float | None] = {}
+        self._scores: dict[int, Score | None] = {}
 
     def begin(self, step: int) -> Path:
         """An empty folder to write the checkpoint of `step` into."""
@@ -62,8 +69,7 @@ class Checkpoints:
         partial.rename(final)
         self.point_latest_to(final)
         self._scores[state["step"]] = held_out_score(state)
-        if (best := self.best()) is not None:
-            self._point(self.paths.best, self.paths.checkpoint(best))
+        self.point_best()
         return final
 
     def newest(self) -> Path | None:
@@ -84,14 +90,25 @@ class Checkpoints:
         self.paths.checkpoints.mkdir(exist_ok=True)
         self._point(self.paths.latest, step_dir)
 
+    def point_best(self) -> None:
+        """Let `best` lead to the best checkpoint; without one there is no such link."""
+        if (best := self.best()) is not None:
+            self._point(self.paths.best, self.paths.checkpoint(best))
+        else:
+            self.paths.best.unlink(missing_ok=True)
+
     def best(self) -> int | None:
         """The step of the complete checkpoint with the best held-out score, the newest of equals; None where none has a score, or the best
-        is not kept."""
+        is not kept. Only scores on what the newest of them was measured on are compared."""
         steps = self.paths.complete_checkpoints() if self.keep_best else []
         for step in steps:
             if step not in self._scores:
                 self._scores[step] = score_of(self.paths.checkpoint(step))
-        return max(((score, step) for step in steps if (score := self._scores[step]) is not None), default=(0.0, None))[1]
+        scored = {step: score for step in steps if (score := self._scores[step]) is not None}
+        if not scored:
+            return None
+        measured_on = scored[max(scored)].measured_on
+        return max((score.value, step) for step, score in scored.items() if score.measured_on == measured_on)[1]
 
     def retire(self, begun_after: int, newest: int) -> None:
         """Remove checkpoints beyond `keep` but the best, and those set aside for steps that have now been made again: from the step after
@@ -101,8 +118,6 @@ class Checkpoints:
         for step, replaced in self.paths.replaced_checkpoints():
             if begun_after < step <= newest:
                 remove(replaced)
-        if not self.paths.best.exists():
-            self.paths.best.unlink(missing_ok=True)  # a link to what is gone
 
     def _point(self, link: Path, step_dir: Path) -> None:
         new = link.with_name(f"{link.name}.new")
@@ -112,7 +127,7 @@ class Checkpoints:
         sync(self.paths.checkpoints)
 
 
-def score_of(checkpoint: Path) -> float | None:
+def score_of(checkpoint: Path) -> Score | None:
     """The held-out score of a complete checkpoint; None also where its state cannot be read, which is for those who resume from it."""
     try:
         return held_out_score(read_json(checkpoint / STATE))
@@ -120,12 +135,12 @@ def score_of(checkpoint: Path) -> float | None:
         return None
 
 
-def held_out_score(state: dict[str, Any]) -> float | None:
-    """The score of a checkpoint on held-out data, larger is better; None where its step was not validated."""
+def held_out_score(state: dict[str, Any]) -> Score | None:
+    """None where the step was not validated."""
     metrics = state.get("metrics", {})
     loss = metrics.get(LOSS)
     score = metrics.get(ACCURACY, None if loss is None else -loss)
-    return score if score is not None and math.isfinite(score) else None
+    return Score(score, state.get("measured_on", "")) if score is not None and math.isfinite(score) else None
 
 
 def read_checkpoint(step_dir: Path) -> Resume:

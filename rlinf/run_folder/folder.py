@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +23,12 @@ from rlinf.weights.files import WEIGHTS_FOLDER, remove_published
 
 class RunFolder:
     """<runner.output_dir>/<runner.experiment_name>, locked by one driver at a time. command: the one that runs here, as the user types it.
+    measured_on: stands for the held-out data and how they are sampled; scores are only compared with those on the same.
 
     Opening it changes nothing in it, so that a run which cannot be resumed is refused with everything in its place; begin() changes it.
     """
+
+    measured_on = ""
 
     def __init__(self, resolved: Resolved, command: str = TRAIN) -> None:
         runner, self.command, self.config = resolved.config.runner, command, resolved.config
@@ -45,6 +48,10 @@ class RunFolder:
         remove_published(self.path / WEIGHTS_FOLDER)
         (self.path / CONFIG_FILE).write_text(to_yaml(self._resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
+
+    def measures_as(self, state: Mapping[str, Any]) -> bool:
+        """Whether the scores in a checkpoint's state were measured on this run's held-out data; taken to be so where it does not say."""
+        return state.get("measured_on", self.measured_on) == self.measured_on
 
     def nothing_left(self, sampler: PromptSampler) -> bool:
         """Whether the run has already made all steps that its configuration asks for. Sets the sampler to the state in the checkpoint.
@@ -67,7 +74,7 @@ class RunFolder:
     def finish_checkpoint(self, partial: Path, state: dict[str, Any]) -> Path:
         """Make what was written the latest checkpoint. When that is interrupted, either it or the one before it is the latest."""
         settings = {"made_with": made_with(self.config)} if self.command == TRAIN else {}
-        final = self.checkpoints.finish(partial, {"command": self.command} | settings | state)
+        final = self.checkpoints.finish(partial, {"command": self.command, "measured_on": self.measured_on} | settings | state)
         self.checkpoints.retire(self.resume.step if self.resume else -1, state["step"])
         return final
 
@@ -117,6 +124,7 @@ class RunFolder:
         for later in reversed(self.paths.complete_checkpoints()):
             if not own or later > step:
                 _put_aside(self.paths.checkpoint(later))
+        self.checkpoints.point_best()
         files = [(of, kind) for kind in SAMPLE_KINDS for of in self.paths.steps_of(kind) if of > step]
         for of, kind in sorted(files, reverse=True):
             _put_aside(self.paths.sample_file(kind, of))

@@ -275,6 +275,29 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     close(back)
 
 
+def test_only_scores_on_the_same_problems_are_compared(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path, "runner.keep_checkpoints=0")
+    folder.measured_on = "easy"
+    for step in (1, 2):
+        scored(folder, step, **{"eval/accuracy": 1 - step / 10})
+    assert folder.paths.best.resolve().name == "step_000001"
+    close(folder)
+    harder = open_folder(tmp_path, "runner.resume_dir=auto", "runner.keep_checkpoints=0")
+    harder.measured_on = "hard"
+    assert harder.resume is not None and not harder.measures_as(harder.resume.state)
+    for step, accuracy in ((3, 0.2), (4, 0.1)):
+        scored(harder, step, **{"eval/accuracy": accuracy})
+    scored(harder, 5)
+    assert harder.paths.best.resolve().name == "step_000003"
+    close(harder)
+    back = open_folder(tmp_path, f"runner.resume_dir={harder.paths.checkpoint(2)}", "runner.keep_checkpoints=0")
+    assert back.paths.best.resolve().name == "step_000001"  # what came after has been set aside
+    close(back)
+    without = open_folder(tmp_path, "runner.resume_dir=auto", "runner.keep_checkpoints=0", "runner.keep_best=false")
+    assert not without.paths.best.is_symlink()
+    close(without)
+
+
 def test_the_best_checkpoint_of_an_earlier_life_and_of_fine_tuning(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     for step, loss in ((1, 2.0), (2, 1.5), (3, float("nan")), (4, 1.7)):

@@ -132,7 +132,9 @@ class ReasoningRunner(TrainingLoop):
         return {"weight_version": self.step, "validation": validation, "response_lengths": self.rollouts.lengths, "schedule": kept}
 
     async def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        self.scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
+        if self.folder.measures_as(state):
+            scores = {int(step): ValidationScores.from_json(s) for step, s in state["validation"].items()}
+            self.scores = {step: s for step, s in scores.items() if len(s.right) == len(self.val_prompts)}
         self.rollouts.lengths.update(state["response_lengths"])
         self.schedule.total_steps = self.total_steps
         await self.schedule.restore(folder / GROUPS_AHEAD, state["schedule"], self.step)

@@ -76,4 +76,5 @@ class SftRunner(TrainingLoop):
         return {"val_losses": self.val_losses}
 
     async def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        self.val_losses = {int(step): loss for step, loss in state["val_losses"].items()}
+        if self.folder.measures_as(state):
+            self.val_losses = {int(step): loss for step, loss in state["val_losses"].items()}

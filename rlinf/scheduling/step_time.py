@@ -93,7 +93,8 @@ def forward_seconds(arch: Architecture, config: Config, role: str, device: Devic
     attention = 2 * arch.n_layers * arch.n_heads * arch.head_dim * length * SQUARE_SHARE  # a token's, forward, causal
     tables = (0 if arch.tied else head) + (head if config.head_of(role) == "scalar" else 0)  # that no token is multiplied with
     speed = ranks * device.flops * MATRIX_SHARE * (0.5 if BYTES[model.precision] == 4 else 1.0)
-    micro_batches = load.tokens / (model.data_parallel_size(ranks) * config.algorithm.n_minibatches * config.runner.max_tokens_per_mbs)
+    minibatches = 1 if role == "token_reward" else config.algorithm.n_minibatches
+    micro_batches = load.tokens / (model.data_parallel_size(ranks) * minibatches * config.runner.max_tokens_per_mbs)
     bubble = 1 + (model.pipeline_model_parallel_size - 1) / max(1.0, micro_batches)
     return load.tokens * (2 * (_parameters(arch) - tables) + attention) / speed * bubble
 

@@ -5,7 +5,7 @@ a Hugging Face folder.
     hf/       the model in the compute dtype, read back and compared by log-probabilities before the checkpoint counts
     critic/   the same of the critic, its model in critic/hf/: a sequence classification model with one label, compared by its values
 
-That a checkpoint is complete (written under another name, renamed, marked COMPLETE) is ensured by runners.run_folder.
+That a checkpoint is complete (written under another name, renamed, marked COMPLETE) is ensured by run_folder.checkpoints.
 """
 
 from __future__ import annotations

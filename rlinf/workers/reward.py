@@ -87,8 +87,9 @@ class RewardWorker:
 
 
 def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tuple[Verdict, ...]) -> None:
-    """Append one line for each sample, in one write, since several workers may write to the same file."""
-    lines = []
+    """Append one line for each sample, in one write, since several workers may write to the same file. What the data says of the prompt
+    besides (`metadata`) stands in the first of them."""
+    lines, about = [], {"metadata": group.prompt.metadata} if group.prompt.metadata is not None else {}
     for sample, text, verdict in zip(group.samples, texts, verdicts, strict=True):
         lines.append(
             json.dumps(
@@ -99,7 +100,6 @@ def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tupl
                     "prompt": prompt,
                     "response": text,
                     "solutions": group.prompt.solutions,
-                    "metadata": group.prompt.metadata,
                     "reward": verdict.reward,
                     "status": verdict.status.value,
                     "route": verdict.route,
@@ -110,8 +110,10 @@ def dump(path: Path, group: Group, prompt: str, texts: list[str], verdicts: tupl
                     "length": len(sample),
                     "finish": sample.finish.value,
                     "versions": sample.versions,
-                },
+                }
+                | about,
                 ensure_ascii=False,
             )
         )
+        about = {}
     append_lines(path, lines)
