@@ -21,7 +21,7 @@ from rlinf.errors import UserError
 from rlinf.scheduling.devices import GIB, GPUS, Device, cpu_device
 from rlinf.scheduling.flops import recomputed_layers
 from rlinf.scheduling.memory import EngineMemory, RankMemory, engine_memory, rank_memory
-from rlinf.scheduling.placement import PART, Plan, build_plan, describe, nodes_of
+from rlinf.scheduling.placement import PART, Plan, Seat, build_plan, describe, nodes_of
 from rlinf.scheduling.step_time import MEAN_SHARE, Load, role_seconds, rollout_seconds, step_load, sync_seconds
 from rlinf.weights.architecture import Architecture, read_architecture
 
@@ -92,6 +92,11 @@ def _stages(arch: Architecture, config: Config, role: str, plan: Plan, device: D
     return tuple(rank_memory(arch, config, role, dp, stage, gpu=not device.shared) for stage in stages)
 
 
+def _rank_at(plan: Plan, ranks: Ranks, seat: Seat) -> RankMemory:
+    stages = ranks[seat.component]
+    return stages[seat.rank // (len(plan.of(seat.component)) // len(stages))]
+
+
 def fullest(stages: tuple[RankMemory, ...]) -> RankMemory:
     return max(stages, key=lambda s: s.total)
 
@@ -110,10 +115,9 @@ def _moved(config: Config, role: str, rank: RankMemory) -> int:
 def _host_memory(config: Config, plan: Plan, ranks: Ranks) -> int:
     """Bytes in host memory on the fullest node: what is off the GPUs, and the weights of a reference policy."""
     found = dict.fromkeys((s.node for s in plan.seats), 0)
-    for role, stages in ranks.items():
-        seats = plan.of(role)
-        for seat in seats:
-            rank = stages[seat.rank // (len(seats) // len(stages))]
+    for role in ranks:
+        for seat in plan.of(role):
+            rank = _rank_at(plan, ranks, seat)
             found[seat.node] += _moved(config, role, rank) + (rank.weights if role == "actor" and config.algorithm.kl_beta else 0)
     return max(found.values())
 
@@ -150,15 +154,12 @@ def _gpu_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engine
 
 def _gpus(plan: Plan, ranks: Ranks) -> list[tuple[dict[str, RankMemory], bool]]:
     """Of each GPU: the rank of each Megatron role on it, and whether an engine is on it. GPUs with the same on them are named once."""
-    on: dict[tuple[int, int], dict[str, int]] = {}
+    on: dict[tuple[int, int], dict[str, RankMemory | None]] = {}
     for seat in plan.seats:
         for index in seat.devices:
-            stage = seat.rank // (len(plan.of(seat.component)) // len(ranks[seat.component])) if seat.component in ranks else 0
-            on.setdefault((seat.node, index), {})[seat.component] = stage
-    different = {tuple(sorted(there.items())) for there in on.values()}
-    return [
-        ({c: ranks[c][stage] for c, stage in there if c in ranks}, bool({"rollout", PART} & {c for c, _ in there})) for there in different
-    ]
+            on.setdefault((seat.node, index), {})[seat.component] = _rank_at(plan, ranks, seat) if seat.component in ranks else None
+    different = {frozenset(there.items()) for there in on.values()}
+    return [({c: r for c, r in there if r is not None}, any(c in ("rollout", PART) for c, _ in there)) for there in different]
 
 
 def _host_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engine: EngineMemory) -> dict[str, int]:
@@ -170,9 +171,8 @@ def _host_phases(config: Config, plan: Plan, device: Device, ranks: Ranks, engin
         processes = sum(s.node == node for s in plan.seats) * device.context
         resting = processes + sum(s.node == node for s in plan.of("rollout")) * held
         at_work = [0]
-        for role, stages in ranks.items():
-            of_stage = len(plan.of(role)) // len(stages)
-            mine = [stages[s.rank // of_stage] for s in plan.of(role) if s.node == node]
+        for role in ranks:
+            mine = [_rank_at(plan, ranks, s) for s in plan.of(role) if s.node == node]
             gradients = sum(r.gradients for r in mine) * getattr(getattr(config, role), "offload_grad", False)
             resting += sum(r.held for r in mine) - gradients
             at_work.append(sum(r.total - r.held for r in mine) + gradients)

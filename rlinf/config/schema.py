@@ -105,7 +105,7 @@ class RunnerConfig:
 class DataConfig:
     train_data_paths: list[str] = key([], "JSONL files in the AReaL-boba format")
     val_data_paths: list[str] = key(
-        [], "JSONL files for validation; where there are several, each has curves of its own, eval/<metric>/<file>"
+        [], "JSONL files for validation; where `rlinf train` has several, each has curves of its own, eval/<metric>/<file>"
     )
     prompt_key: str = key("prompt", "field of the prompt")
     answer_key: str = key("solutions", "field of the accepted answers")

@@ -91,11 +91,8 @@ def _runner(c: Config) -> Iterator[Violation]:
 
 
 def _validation(c: Config) -> Iterator[Violation]:
+    yield from _answers(c, "validation")
     v, room = c.validation, c.runner.seq_length - c.data.max_prompt_length
-    if v.temperature == 0 and v.n > 1:
-        yield "validation.n", "greedy answers of one problem are all equal (validation.temperature is 0); set n to 1, or raise it"
-    if v.top_p > 1:
-        yield "validation.top_p", "is a probability; it must be at most 1"
     if v.max_new_tokens is not None and v.max_new_tokens > room:
         yield (
             "validation.max_new_tokens",
@@ -389,12 +386,17 @@ def _evaluation(c: Config) -> Iterator[Violation]:
     if not c.evaluation.output_dir:
         yield "evaluation.output_dir", "is empty; name a folder, such as ./logs/eval"
     for name in BENCHMARKS:
-        b, prefix = getattr(c.evaluation, name), f"evaluation.{name}"
-        if b.temperature == 0 and b.n > 1:
-            yield f"{prefix}.n", f"greedy answers of one problem are all equal ({prefix}.temperature is 0); set n to 1, or raise it"
-        if b.top_p > 1:
-            yield f"{prefix}.top_p", "is a probability; it must be at most 1"
-        yield from _stop_strings(c, f"{prefix}.stop")
+        yield from _answers(c, f"evaluation.{name}")
+        yield from _stop_strings(c, f"evaluation.{name}.stop")
+
+
+def _answers(c: Config, section: str) -> Iterator[Violation]:
+    """How problems are answered for a score: `validation`, or one of `evaluation`."""
+    how = value_of(c, section)
+    if how.temperature == 0 and how.n > 1:
+        yield f"{section}.n", f"greedy answers of one problem are all equal ({section}.temperature is 0); set n to 1, or raise it"
+    if how.top_p > 1:
+        yield f"{section}.top_p", "is a probability; it must be at most 1"
 
 
 def _stop_strings(c: Config, key: str) -> Iterator[Violation]:
