@@ -358,18 +358,22 @@ def check_resume(args: argparse.Namespace) -> int:
     "a checkpoint's weights as a Hugging Face model folder",
     arg("step_dir", metavar="STEP_DIR", type=user_path, help="checkpoints/step_* of a run"),
     arg("out", metavar="OUT_HF_DIR", type=user_path, help="a folder that does not exist yet"),
-    arg("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model"),
+    arg("--dtype", choices=("fp32", "bf16", "fp16"), help="default: that of hf/, or else of the model; fp32 with --adapters"),
     arg(
         "--model-dir",
         metavar="HF_DIR",
         type=user_path,
-        help="configuration and tokenizer; default: hf/, or else the run's rollout.model_dir",
+        help="configuration and tokenizer, and of a run with adapters the weights; default: hf/, or else the run's rollout.model_dir",
     ),
+    arg("--adapters", action="store_true", help="the adapters alone, as PEFT has them (of a run with actor.lora)"),
 )
 def export(args: argparse.Namespace) -> int:
-    from rlinf.run_folder.export import export as write
+    from rlinf.run_folder import export as write
 
-    _print_result(write(args.step_dir, args.out, args.dtype, args.model_dir))
+    if args.adapters:
+        _print_result(write.export_adapters(args.step_dir, args.out, args.dtype))
+    else:
+        _print_result(write.export(args.step_dir, args.out, args.dtype, args.model_dir))
     return 0
 
 

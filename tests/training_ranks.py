@@ -14,7 +14,7 @@ from rlinf.algorithms.aggregation import Denominators
 from rlinf.checks.layout import checksums  # noqa: F401  (for tests of rooms that may not import checks)
 from rlinf.checks.layout_reference import SETTINGS, TEMPERATURE, Batch, make_batch, sample_logprobs  # noqa: F401
 from rlinf.checks.tiny_model import VOCAB
-from rlinf.config.schema import ActorModelConfig, OptimConfig
+from rlinf.config.schema import ActorModelConfig, LoraConfig, OptimConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine, Update
 from rlinf.training.layout import PackedBatch, pack
@@ -28,11 +28,17 @@ MiniBatch = tuple[list[PackedBatch], Denominators, int]  # the micro-batches, of
 
 
 def build(
-    at: Coordinates, folder: Path, optim: OptimConfig = OPTIM, precision: str = "fp32", device: str = "cpu", **model: Any
+    at: Coordinates,
+    folder: Path,
+    optim: OptimConfig = OPTIM,
+    precision: str = "fp32",
+    device: str = "cpu",
+    lora: LoraConfig = LoraConfig(),
+    **model: Any,
 ) -> MegatronEngine:
     """An engine with the folder's weights, laid out as the pool is."""
-    arch = open_architecture(folder)
-    engine = MegatronEngine(arch, ActorModelConfig(at.tp, at.pp, precision=precision, **model), optim, at, torch.device(device))
+    arch, settings = open_architecture(folder), ActorModelConfig(at.tp, at.pp, precision=precision, **model)
+    engine = MegatronEngine(arch, settings, optim, at, torch.device(device), lora=lora)
     engine.load_hf(open_hf_folder(folder))
     return engine
 

@@ -14,8 +14,9 @@ import math
 import platform
 import tempfile
 import time
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,22 @@ from rich.table import Table
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import finalize_metrics
 from rlinf.algorithms.values import finalize_value_metrics
-from rlinf.checks.layout_reference import OPTIM, SETTINGS, TEMPERATURE, VALUE_SETTINGS, Batch, Expected, Step, make_batch, plain_steps
+from rlinf.checks.layout_reference import (
+    LORA,
+    OPTIM,
+    SETTINGS,
+    TEMPERATURE,
+    VALUE_SETTINGS,
+    Batch,
+    Expected,
+    Step,
+    first_adapter,
+    make_batch,
+    plain_steps,
+)
 from rlinf.checks.rank_pool import RankPool
 from rlinf.checks.tiny_model import FAMILIES, VOCAB, write_tiny_model
-from rlinf.config.schema import ActorModelConfig
+from rlinf.config.schema import ActorModelConfig, LoraConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import by_sample, pack
@@ -64,6 +77,13 @@ RECOMPUTE: dict[str, dict[str, Any]] = {  # keys of actor.model
     "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective"},
 }
+ADAPTED = {  # by the target_modules of `lora`: the Hugging Face matrices that then have adapters
+    ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"): (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ),
+    ("linear_qkv", "linear_fc2"): ("q_proj", "k_proj", "v_proj", "down_proj"),
+    (): (),
+}  # fmt: skip
 SPLITS = [(budget, prefix, order) for budget, order in zip((512, 40, 70, 12), (0, 1, 2, 3)) for prefix in (True, False)]
 
 
@@ -71,7 +91,7 @@ SPLITS = [(budget, prefix, order) for budget, order in zip((512, 40, 70, 12), (0
 class Case:
     """One way to compute the step.
 
-    budget: tokens of a micro-batch at most; order: seed of the sample order, 0 = as made; recompute: of RECOMPUTE.
+    budget: tokens of a micro-batch at most; order: seed of the sample order, 0 = as made; recompute: of RECOMPUTE; adapters: of ADAPTED.
     """
 
     ranks: int
@@ -85,10 +105,15 @@ class Case:
     head: str = "lm"
     recompute: str = ""
     cp: int = 1
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> str:
+        return self.family if self.head == "lm" else f"{self.family}-critic"
 
     @property
     def model(self) -> str:
-        return self.family if self.head == "lm" else f"{self.family}-critic"
+        return f"{self.weights} LoRA({len(self.adapters)})" if self.adapters else self.weights
 
     @property
     def dp(self) -> int:
@@ -146,8 +171,8 @@ class Finding:
 
 
 def make_cases(quick: bool = False) -> list[Case]:
-    """Every layout with every family that has enough key/value heads (with context parallelism half of them in turn), the splits and
-    recomputations taken in turn; quick: every layout once."""
+    """Every layout with every family that has enough key/value heads (with context parallelism half of them in turn), with a critic and
+    with adapters, the splits and recomputations taken in turn; quick: every layout once of each kind."""
     cases, recompute = [], list(RECOMPUTE)
     for i, (layout, cp) in enumerate([(at, 1) for at in LAYOUTS] + [(at[:4], at[4]) for at in CONTEXT_LAYOUTS]):
         families = [f for f in FAMILIES if layout[1] < 4 or f.startswith("llama")]
@@ -156,8 +181,10 @@ def make_cases(quick: bool = False) -> list[Case]:
             if not quick or j == i % len(families):
                 split = SPLITS[(5 * i + 3 * j) % len(SPLITS)]  # every family meets every split
                 cases.append(Case(*layout, family, *split, recompute=recompute[(i + j + i // 4) % 4], cp=cp))
-        critic = families[(i + 1) % len(families)]
+        critic, adapted = (families[(i + turn) % len(families)] for turn in (1, 2))
         cases.append(Case(*layout, critic, *SPLITS[(5 * i + 7) % len(SPLITS)], head="scalar", recompute=recompute[(i + 1) % 4], cp=cp))
+        how = {"head": "scalar" if i % 5 == 4 else "lm", "adapters": list(ADAPTED)[i % 3 == 2], "recompute": recompute[(i + 2) % 4]}
+        cases.append(Case(*layout, adapted, *SPLITS[(5 * i + 4) % len(SPLITS)], cp=cp, **how))  # type: ignore[arg-type]
     return cases
 
 
@@ -165,8 +192,10 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str 
     """Runs in every rank: both optimizer steps, the way a train worker makes them."""
     arch = open_architecture(folder)
     model = ActorModelConfig(case.tp, case.pp, case.sequence_parallel, precision="fp32", **RECOMPUTE[case.recompute])
-    engine = MegatronEngine(arch, model, OPTIM, at, torch.device(device), case.head)
-    engine.load_hf(open_hf_folder(folder))
+    lora = replace(LORA, target_modules=list(case.adapters)) if case.adapters else LoraConfig()
+    engine = MegatronEngine(arch, model, OPTIM, at, torch.device(device), case.head, lora)
+    adapters = {name: first_adapter(name, shape) for name, shape in engine.adapters.shapes.items()}
+    engine.load_hf(ChainMap(adapters, open_hf_folder(folder)))  # type: ignore[arg-type]  # it is only read
     batch = batch.shuffled(case.order)
     headers = [g.header() for g in batch.groups]
     plan = build_rank_batches(headers, batch.advantages, dp=at.dp, n_minibatches=2, max_tokens=case.budget, share_prefix=case.share_prefix)[
@@ -190,7 +219,8 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str 
         else:  # the target of a sample's values is its advantage
             update = engine.update_values(packs[i], before[i], [b.advantages_N for b in packs[i]], denominators, VALUE_SETTINGS)
             metrics = finalize_value_metrics(update.metrics)
-        grads, weights = to_numpy(engine.export("exp_avg")), to_numpy(engine.export())  # beta1 is 0: the first moment is the gradient
+        grads = to_numpy(engine.export("exp_avg"))  # beta1 is 0: the first moment is the gradient
+        weights = to_numpy(engine.export("param")) | to_numpy(engine.export())
         if not at.leads or at.dp_rank:
             grads, weights = {}, {}
         steps.append(Step(metrics, update.grad_norm, grads, weights))
@@ -207,8 +237,8 @@ def to_numpy(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, np.ndarra
 def checksums(engine: MegatronEngine) -> dict[str, str]:
     """A checksum of each parameter of this rank, named by its HF tensors and, when it is sharded, the shard."""
     found = {}
-    for rule, param in engine.state.params:
-        shard = "" if rule.layout == "replicated" else f"#{engine.at.tp_rank}"
+    for rule, param in engine.state.params + engine.adapters.params:
+        shard = f"#{engine.at.tp_rank}" if rule.sharded else ""
         found["+".join(rule.hf) + shard] = hashlib.sha256(param.detach().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
     return found
 
@@ -277,11 +307,12 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path) -> Iterable
     """Run the cases one by one, models written to `folder`."""
     batch = make_batch(VOCAB)
     advantage = float(np.mean([abs(a) for group in batch.advantages for a in group]))
-    models = {c.model: write_tiny_model(folder / c.model, c.family, head=c.head) for c in cases}
-    expected = {c.model: plain_steps(models[c.model], batch, c.head) for c in {c.model: c for c in cases}.values()}
+    models = {c.weights: write_tiny_model(folder / c.weights, c.family, head=c.head) for c in cases}
+    kinds = {c.model: c for c in cases}.values()
+    expected = {c.model: plain_steps(models[c.weights], batch, c.head, ADAPTED[c.adapters]) for c in kinds}
     for case in cases:
         started = time.perf_counter()
-        ranks = pool.run(measure, case, str(models[case.model]), batch, ranks=case.ranks, tp=case.tp, pp=case.pp, cp=case.cp)
+        ranks = pool.run(measure, case, str(models[case.weights]), batch, ranks=case.ranks, tp=case.tp, pp=case.pp, cp=case.cp)
         yield judge(case, ranks, expected[case.model], advantage, time.perf_counter() - started)
 
 

@@ -7,7 +7,8 @@ weights, and a weight decay, so that it shows which weights decay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import Tensor
 from rlinf.algorithms.importance import Correction
 from rlinf.algorithms.objective import ObjectiveSettings
 from rlinf.algorithms.values import ValueSettings
-from rlinf.config.schema import OptimConfig
+from rlinf.config.schema import LoraConfig, OptimConfig
 from rlinf.data.records import Finish, Group, Prompt, Sample, sample_id
 
 TEMPERATURE = 1.3
 OPTIM = OptimConfig(lr=0.2, adam_beta1=0.0, adam_beta2=0.95, adam_eps=1.0, weight_decay=0.1, clip_grad=0.0)
 IMPORTANCE_LIMIT, DUAL_CLIP, VALUE_CLIP = 2.0, 1.5, 0.02
+LORA = LoraConfig(rank=3, alpha=4.5)
+LORA_SCALE = 1.5
 SETTINGS = ObjectiveSettings(
     loss_type="ppo", loss_agg_func="token-mean", clip_low=0.2, clip_high=0.3, clip_c=DUAL_CLIP, kl_beta=0.1, kl_penalty_type="k3",
     entropy_bonus=0.02, correction=Correction("token-truncate", 0.0, IMPORTANCE_LIMIT), max_new_tokens=16,
@@ -110,10 +113,15 @@ def make_batch(vocab: int, seed: int = 0) -> Batch:
     return Batch(tuple(groups), tuple(rng.normal(0, 1, len(g.samples)).astype(np.float32) for g in groups))
 
 
-def plain_steps(folder: Path, batch: Batch, head: str = "lm") -> Expected:
-    """Both mini-batches, one after the other; the old policy, the reference policy and the old values are those of the initial weights."""
+def plain_steps(folder: Path, batch: Batch, head: str = "lm", adapted: Collection[str] = ()) -> Expected:
+    """Both mini-batches, one after the other; the old policy, the reference policy and the old values are those of the initial weights.
+
+    adapted: last names of the matrices beside which adapters are trained, in place of all weights.
+    """
     model = plain_model(folder, head)
-    named = dict(model.named_parameters())
+    if adapted:
+        add_adapters(model, adapted)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     param_groups: list[dict[str, Any]] = [
         {"params": [p for p in named.values() if p.ndim > 1]},
         {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},  # norms and biases do not decay
@@ -122,7 +130,7 @@ def plain_steps(folder: Path, batch: Batch, head: str = "lm") -> Expected:
         param_groups,
         lr=OPTIM.lr, betas=(OPTIM.adam_beta1, OPTIM.adam_beta2), eps=OPTIM.adam_eps, weight_decay=OPTIM.weight_decay,
     )  # fmt: skip
-    start = {name: p.detach().numpy().copy() for name, p in named.items()}
+    start = whole_weights(model)
     old = old_outputs(model, batch)
     steps = []
     for groups, advantages in batch.minibatches:
@@ -132,7 +140,7 @@ def plain_steps(folder: Path, batch: Batch, head: str = "lm") -> Expected:
         grads = {name: p.grad.numpy().copy() for name, p in named.items()}  # type: ignore[union-attr]  # the loss is of all of them
         optimizer.step()
         norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads.values())))
-        steps.append(Step(metrics, norm, grads, {name: p.detach().numpy().copy() for name, p in named.items()}))
+        steps.append(Step(metrics, norm, grads, whole_weights(model)))
     return Expected(start, {name: values.numpy() for name, values in old.items()}, steps)
 
 
@@ -144,6 +152,34 @@ def plain_model(folder: Path, head: str) -> torch.nn.Module:
     if head == "lm":
         return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     return AutoModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, dtype=torch.float32, attn_implementation="eager")
+
+
+def add_adapters(model: torch.nn.Module, adapted: Collection[str]) -> None:
+    """A and B beside the matrices with these last names; they alone are trained, and the head of a critic."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "score.weight")
+    for name, matrix in [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in adapted]:
+        assert isinstance(matrix, torch.nn.Linear)
+        for x, rows, columns in (("A", LORA.rank, matrix.in_features), ("B", matrix.out_features, LORA.rank)):
+            made = torch.nn.Linear(columns, rows, bias=False)
+            made.weight.data.copy_(first_adapter(f"{name}.lora_{x}.weight", (rows, columns)))
+            matrix.add_module(f"lora_{x}", made)
+        matrix.register_forward_hook(lambda m, inputs, output: output + LORA_SCALE * m.lora_B(m.lora_A(inputs[0])))
+
+
+def first_adapter(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Where adapters begin here: unlike in a run, B is not 0, so that A has a gradient."""
+    return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The weights by HF name, with the adapters added to them, and the adapters themselves."""
+    found = {}
+    for name, p in model.named_parameters():
+        module: Any = model.get_submodule(name.rpartition(".")[0])
+        added = LORA_SCALE * (module.lora_B.weight @ module.lora_A.weight) if hasattr(module, "lora_A") and p.ndim == 2 else 0
+        found[name] = (p + added).detach().numpy().copy()
+    return found
 
 
 def old_outputs(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -118,7 +118,8 @@ def _host_memory(config: Config, plan: Plan, ranks: Ranks) -> int:
     for role in ranks:
         for seat in plan.of(role):
             rank = _rank_at(plan, ranks, seat)
-            found[seat.node] += _moved(config, role, rank) + (rank.weights if role == "actor" and config.algorithm.kl_beta else 0)
+            copied = role == "actor" and config.algorithm.kl_beta and not config.actor.lora.rank  # the reference policy
+            found[seat.node] += _moved(config, role, rank) + (rank.weights if copied else 0)
     return max(found.values())
 
 

@@ -15,6 +15,7 @@ from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.benchmarks import EvaluationConfig, ValidationConfig
 from rlinf.config.field import key
 
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 MEGATRON_ROLES = ("actor", "critic", "token_reward")  # the components whose ranks are Megatron's: each has a section with a `model`
 
 
@@ -248,8 +249,24 @@ class OptimConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, arXiv 2106.09685: the weights W stay as they are, and A and B of W + alpha / rank · B A are trained."""
+
+    rank: int = key(0, "rows of A and columns of B; 0 = no adapters, all weights are trained")
+    alpha: float = key(32.0, "scale of the adapters: what they add is multiplied by alpha / rank")
+    target_modules: list[str] = key(
+        list(LORA_TARGETS),
+        "matrices of a layer that have adapters, by Megatron's names: linear_qkv (query, key, value), linear_proj (attention's output), "
+        "linear_fc1 (gate and up), linear_fc2 (down)",
+        LORA_TARGETS,
+    )
+    seed: int = key(1234, "seed of the first A; B begins with zeros")
+
+
+@dataclass
 class ActorConfig:
     model: ActorModelConfig = field(default_factory=ActorModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     offload_weight: bool = key(False, "move weights to host memory while the engine generates on the same GPU")
     offload_grad: bool = key(False, "free gradients while the engine generates on the same GPU")

@@ -65,6 +65,11 @@ ONLY_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> the o
         for name in ("min_lr", "lr_decay_steps")
     },
     **{
+        f"{role}.lora.{name}": (f"{role}.lora.rank", bool, "more than 0")
+        for role in ("actor", "critic")
+        for name in ("alpha", "target_modules", "seed")
+    },
+    **{
         f"evaluation.{name}.{key}": (f"evaluation.{name}.temperature", bool, "more than 0")
         for name in BENCHMARKS
         for key in ("top_p", "top_k")

@@ -272,7 +272,9 @@ def _actor(c: Config) -> Iterator[Violation]:
 
 def _megatron(c: Config, role: str) -> Iterator[Violation]:
     yield from _layout(c, role)
-    optim = getattr(c, role).optim
+    optim, lora = getattr(c, role).optim, getattr(c, role).lora
+    if lora.rank and not lora.target_modules:
+        yield f"{role}.lora.target_modules", "names no matrix, so nothing would be trained; name some, or set lora.rank to 0"
     if optim.lr_decay_style != "constant":
         if optim.lr_decay_steps <= optim.lr_warmup_steps:
             yield (

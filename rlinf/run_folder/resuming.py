@@ -14,9 +14,10 @@ from rlinf.config.load import value_of
 from rlinf.config.model import load_model_config
 from rlinf.config.schema import Config
 from rlinf.errors import UserError
+from rlinf.weights.adapters import refuse_other_adapters, trained_shapes
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
-from rlinf.weights.mapping import hf_shapes
+from rlinf.weights.tensor_folder import read_json
 
 TRAIN, TRAIN_ONLY, SFT = "train", "train --debug-train-only", "sft"  # commands; checkpoints of the second hold no place in the data
 STALENESS = "algorithm.max_staleness"
@@ -54,8 +55,11 @@ def refuse_other_model(step_dir: Path, command: str, config: Config) -> None:
                 f"runner.resume_dir: {step_dir} was made without a critic, and algorithm.adv_type gae has one. Put adv_type back, or start "
                 f"a new run from the weights: rollout.model_dir={step_dir / 'hf'}"
             )
-        stored = open_part(step_dir / role)["param"]
-        expected = hf_shapes(read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json"), config.head_of(role))
+        part, lora = step_dir / role, getattr(config, role).lora
+        refuse_other_adapters(part, read_json(part / "state.json"), lora, role)
+        stored = open_part(part)["param"]
+        arch = read_architecture(load_model_config(model_dir, key), f"{model_dir}/config.json")
+        expected = trained_shapes(arch, lora, config.head_of(role))
         for name in sorted(stored.keys() | expected.keys()):
             found, wanted = stored.shape(name) if name in stored else "not there", expected.get(name, "not there")
             if found != wanted:

@@ -4,7 +4,8 @@
 
 L layers with W matrix weights each, hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the layers;
 heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition are two
-operations; a backward pass counts as two forward passes; norms, softmax and the optimizer are not counted.
+operations; a backward pass counts as two forward passes, or as update_flops() says where adapters are trained; norms, softmax and the
+optimizer are not counted.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlinf.config.schema import ActorModelConfig
+from rlinf.config.schema import ActorModelConfig, LoraConfig
+from rlinf.scheduling.memory import adapter_parameters
 from rlinf.weights.architecture import Architecture
 
 
@@ -30,6 +32,18 @@ class Work:
 
 def forward_flops(arch: Architecture, work: Work) -> float:
     return 2.0 * (_layers(arch) * work.rows + arch.hidden * arch.vocab * work.heads) + _attention(arch, work)
+
+
+def update_flops(arch: Architecture, work: Work, lora: LoraConfig) -> float:
+    """Forward and backward. Where adapters are trained, no gradient of the other weights is computed: of a matrix the backward pass is
+    one product instead of two, of an adapter and of attention it is two."""
+    forward = forward_flops(arch, work)
+    return 2 * forward + _attention(arch, work) + 3 * adapter_flops(arch, lora, work) if lora.rank else 3 * forward
+
+
+def adapter_flops(arch: Architecture, lora: LoraConfig, work: Work) -> float:
+    """What adapters add to a forward pass."""
+    return 2.0 * arch.n_layers * adapter_parameters(arch, lora, 1) * work.rows
 
 
 def recomputed_flops(arch: Architecture, model: ActorModelConfig, work: Work) -> float:

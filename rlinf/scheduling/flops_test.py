@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from rlinf.config.schema import ActorModelConfig
+from rlinf.config.schema import ActorModelConfig, LoraConfig
 from rlinf.scheduling.devices import data_sheet_flops
-from rlinf.scheduling.flops import Work, forward_flops, generation_work, recomputed_flops, recomputed_layers
+from rlinf.scheduling.flops import Work, adapter_flops, forward_flops, generation_work, recomputed_flops, recomputed_layers, update_flops
 from rlinf.weights.architecture import Architecture
 from tests.tiny import make_tiny_model
 
@@ -54,6 +54,26 @@ def test_recompute_is_added() -> None:
     assert recomputed_layers(model, 2) == 0.5 and recomputed_flops(ARCH, model, work) == forward_flops(ARCH, Work(5, 0, 9)) / 2
     model.recompute_method = "uniform"
     assert recomputed_flops(ARCH, model, work) == forward_flops(ARCH, Work(5, 0, 9))
+
+
+def test_with_adapters_only_theirs_and_the_inputs_gradients_are_computed(tmp_path: Path) -> None:
+    """Against torch's count of a model whose matrices have low-rank matrices beside them."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path, "qwen3", hidden=32, layers=3), attn_implementation="eager")
+    c, n, lora = model.config, 10, LoraConfig(rank=3, target_modules=["linear_qkv", "linear_fc2"])
+    arch = replace(ARCH, n_layers=3, hidden=32, n_heads=4, n_kv_heads=2, head_dim=c.head_dim, ffn=c.intermediate_size, vocab=c.vocab_size)
+    model.requires_grad_(False)
+    for name, matrix in list(model.named_modules()):
+        if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "down_proj"):
+            matrix.a, matrix.b = torch.nn.Linear(matrix.in_features, 3, bias=False), torch.nn.Linear(3, matrix.out_features, bias=False)
+            matrix.register_forward_hook(lambda m, inputs, output: output + m.b(m.a(inputs[0])))
+    embedded = model.model.embed_tokens(torch.arange(n)[None]).requires_grad_()  # the first layer goes on to its input here
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded).logits.sum().backward()
+    rotary = 2 * (c.head_dim // 2) * n
+    work = Work(n, n, n * n)
+    assert counter.get_total_flops() - rotary == update_flops(arch, work, lora)
+    assert adapter_flops(arch, lora, work) == 2 * 3 * 3 * n * (32 + 4 * c.head_dim + 2 * (32 + 2 * c.head_dim) + c.intermediate_size + 32)
+    assert update_flops(arch, work, LoraConfig()) == 3 * forward_flops(arch, work)
 
 
 @pytest.mark.parametrize(

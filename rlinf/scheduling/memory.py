@@ -6,11 +6,13 @@ Legend: T tokens of a micro-batch, h hidden, f MLP units, q and k query and key-
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.config.schema import ActorModelConfig, Config, LoraConfig
 from rlinf.rollout.limits import kv_tokens_on_cpu
 from rlinf.weights.architecture import Architecture
+from rlinf.weights.mapping import adapter_rules, adapter_shapes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 LOGITS_CHUNK = {"cpu": 1 << 27, "gpu": 1 << 30}  # training.logprobs: logits of one chunk
@@ -69,31 +71,57 @@ def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int, head: str 
     return arch.n_layers // pp * layer_parameters(arch, tp) + tables * vocabulary + last * arch.hidden * (2 if head == "scalar" else 1)
 
 
+def adapter_parameters(arch: Architecture, lora: LoraConfig, tp: int) -> int:
+    """Parameters of the adapters of one layer on one tensor-parallel rank."""
+    shapes = adapter_shapes(arch, lora.rank, lora.target_modules)
+    rules = adapter_rules(arch, range(1), lora.target_modules)
+    return sum(math.prod(shapes[name]) // (tp if rule.sharded else 1) for rule in rules for name in rule.hf) if lora.rank else 0
+
+
+def adapter_outputs(arch: Architecture, lora: LoraConfig) -> int:
+    """Numbers of a token that the A of one layer's adapters give."""
+    return lora.rank * sum(len(rule.hf) for rule in adapter_rules(arch, range(1), lora.target_modules)) // 2
+
+
+def trained_parameters(arch: Architecture, config: Config, role: str, stage: int) -> int:
+    """Parameters of one rank of a role that an optimizer steps."""
+    section, head = getattr(config, role), config.head_of(role)
+    tp, pp = section.model.tensor_model_parallel_size, section.model.pipeline_model_parallel_size
+    if not hasattr(section, "optim"):
+        return 0
+    if not section.lora.rank:
+        return rank_parameters(arch, tp, pp, stage, head)
+    return arch.n_layers // pp * adapter_parameters(arch, section.lora, tp) + (arch.hidden if head == "scalar" and stage == pp - 1 else 0)
+
+
 def rank_memory(arch: Architecture, config: Config, role: str, dp: int, stage: int, gpu: bool) -> RankMemory:
     """Memory of a rank of one of config.megatron_roles with the largest micro-batch that runner.max_tokens_per_mbs allows. Gradients are
-    fp32; master weights (in 16-bit training) and Adam's two moments are fp32, and divided over the data- and context-parallel ranks. A
-    frozen model has neither, and keeps nothing for a backward pass."""
+    fp32; master weights (in 16-bit training) and Adam's two moments are fp32, and divided over the data- and context-parallel ranks; all of
+    these are of the adapters alone where there are some. A frozen model has neither, and keeps nothing for a backward pass."""
     section, head = getattr(config, role), config.head_of(role)
-    model, frozen = section.model, not hasattr(section, "optim")
+    model, frozen, lora = section.model, not hasattr(section, "optim"), getattr(section, "lora", LoraConfig())
     tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
     size, tokens = BYTES[model.precision], -(-config.runner.max_tokens_per_mbs // cp)
-    parameters = rank_parameters(arch, tp, pp, stage, head)
-    kept, again = (0, layer_activations(arch, model, tokens, gpu)) if frozen else stage_activations(arch, model, tokens, pp - stage, gpu)
-    at_head = head_memory(arch, model, tokens, gpu) if head == "lm" else 3 * tokens * arch.hidden * size
+    parameters = rank_parameters(arch, tp, pp, stage, head) + arch.n_layers // pp * adapter_parameters(arch, lora, tp)
+    trained, low = trained_parameters(arch, config, role, stage), adapter_outputs(arch, lora)
+    kept, again = (
+        (0, layer_activations(arch, model, tokens, gpu)) if frozen else stage_activations(arch, model, tokens, pp - stage, gpu, low)
+    )
+    at_head = head_memory(arch, model, tokens, gpu, trained=not lora.rank) if head == "lm" else 3 * tokens * arch.hidden * size
     return RankMemory(
         parameters,
         weights=parameters * size,
-        gradients=0 if frozen else parameters * 4,
-        optimizer=0 if frozen else -(-parameters * (8 if size == 4 else 12) // (dp * cp)),
+        gradients=trained * 4,
+        optimizer=-(-trained * (8 if size == 4 else 12) // (dp * cp)),
         activations=kept,
         workspace=max(again, at_head if stage == pp - 1 else 0),
     )
 
 
-def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool) -> int:
+def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool, low: int = 0) -> int:
     """What one layer keeps of a rank's tokens for its backward pass: inputs of its two norms and two column-parallel matrices, of attention
     (keys and values of all context-parallel ranks; repeated for the query heads where it is not flash attention on a GPU) and of the norms
-    before it, its output twice, inputs of the activation function and of the last matrix."""
+    before it, its output twice, inputs of the activation function and of the last matrix; low: numbers that adapters keep of a token."""
     tp = model.tensor_model_parallel_size
     hidden = 4 * arch.hidden // (tp if model.sequence_parallel else 1)
     q, k = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
@@ -102,16 +130,16 @@ def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int, 
     else:
         attention = 3 * q + 2 * model.context_parallel_size * (k if gpu and model.precision != "fp32" else q)
     attention += (q + 2 * k) * arch.qk_norm
-    return tokens * BYTES[model.precision] * (hidden + (attention + 3 * arch.ffn) // tp)
+    return tokens * BYTES[model.precision] * (hidden + (attention + 3 * arch.ffn) // tp + low)
 
 
-def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, in_flight: int, gpu: bool) -> tuple[int, int]:
+def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, in_flight: int, gpu: bool, low: int = 0) -> tuple[int, int]:
     """Of one pipeline stage, which holds `in_flight` micro-batches at once (one forward, one backward: the first stage holds them all):
     (what is kept, what is there while a layer's backward pass runs: layers that are computed again, gradients of its widest part)."""
     layers = arch.n_layers // model.pipeline_model_parallel_size
     gradients = tokens * BYTES[model.precision] * (2 * arch.hidden + 4 * arch.ffn // model.tensor_model_parallel_size)
     residual = tokens * BYTES[model.precision] * arch.hidden // (model.tensor_model_parallel_size if model.sequence_parallel else 1)
-    whole = layer_activations(arch, model, tokens, gpu)
+    whole = layer_activations(arch, model, tokens, gpu, low)
     count = min(model.recompute_num_layers or 0, layers)
     if model.recompute_granularity != "full":
         return in_flight * (layers * whole + residual), gradients
@@ -121,14 +149,14 @@ def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, 
     return in_flight * ((layers - count) * whole + count * residual), (whole if count == layers else 0) + gradients
 
 
-def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool) -> int:
+def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool, trained: bool = True) -> int:
     """Hidden states of all tokens twice (gathered, selected) with their gradient, one chunk of logits,
-    and the gradient of the head's weight."""
+    and the gradient of the head's weight where it is trained."""
     rows = -(-arch.vocab // model.tensor_model_parallel_size)
     size = BYTES[model.precision]
     logits = max(1, min(tokens, LOGITS_CHUNK["gpu" if gpu else "cpu"] // (size * rows))) * rows
     chunk = logits * size + BLOCK_COPIES * min(logits * 4, LOGITS_BLOCK)
-    return 3 * tokens * arch.hidden * size + chunk + rows * arch.hidden * (4 + size)
+    return 3 * tokens * arch.hidden * size + chunk + trained * rows * arch.hidden * (4 + size)
 
 
 def engine_memory(arch: Architecture, config: Config, gpu: bool) -> EngineMemory:

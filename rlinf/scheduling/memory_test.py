@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.config.schema import ActorModelConfig, Config, LoraConfig
 from rlinf.data.packing import SampleRef
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.rollout.limits import kv_tokens_on_cpu
 from rlinf.scheduling.memory import (
     LOGITS_BLOCK,
     LOGITS_CHUNK,
+    adapter_outputs,
     engine_memory,
     head_memory,
     layer_activations,
@@ -48,9 +49,9 @@ def shape(folder: Path) -> Architecture:
     return open_architecture(folder)
 
 
-def allocated(at: Any, folder: Path, precision: str) -> dict[str, int]:
+def allocated(at: Any, folder: Path, precision: str, lora: LoraConfig) -> dict[str, int]:
     """Parameters, and bytes of each kind, that a rank really has."""
-    engine = build(at, folder, precision=precision)
+    engine = build(at, folder, precision=precision, lora=lora)
     engine.optimizer_state.allocate()
     optimizer = engine.distributed.optimizer
     masters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -60,25 +61,27 @@ def allocated(at: Any, folder: Path, precision: str) -> dict[str, int]:
     return {
         "stage": at.pp_rank, "dp": at.dp, "parameters": sum(p.numel() for p in engine.model.parameters()),
         "weights": sum(p.nbytes for p in engine.model.parameters()),
-        "gradients": sum(p.main_grad.nbytes for p in engine.model.parameters()),
+        "gradients": sum(p.main_grad.nbytes for p in engine.model.parameters() if p.requires_grad),
         "optimizer": sum(t.nbytes for t in states), "padded": sum(b.grad_data.nbytes for b in engine.ddp.buffers),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "precision"), [
-    ("qwen2", "bf16"),
-    *(pytest.param(f, p, marks=pytest.mark.slow) for f in FAMILIES for p in ("fp32", "bf16") if (f, p) != ("qwen2", "bf16")),
+@pytest.mark.parametrize(("family", "precision", "lora"), [
+    ("qwen2", "bf16", LoraConfig()),
+    ("qwen3", "bf16", LoraConfig(rank=3, target_modules=["linear_qkv", "linear_proj", "linear_fc2"])),
+    *(pytest.param(f, p, lora, marks=pytest.mark.slow) for f in FAMILIES for p in ("fp32", "bf16")
+      for lora in (LoraConfig(), LoraConfig(rank=5)) if (f, p, lora.rank) != ("qwen2", "bf16", 0)),
 ])  # fmt: skip
 def test_weights_gradients_and_optimizer_are_those_of_real_ranks(
-    rank_pool: Any, tiny_models: dict[str, Path], family: str, precision: str
+    rank_pool: Any, tiny_models: dict[str, Path], family: str, precision: str, lora: LoraConfig
 ) -> None:
     folder = tiny_models[family]
     arch, config = shape(folder), Config()
-    config.actor.model.precision = precision
+    config.actor.model.precision, config.actor.lora = precision, lora
     model = config.actor.model
     for ranks, tp, pp, cp in LAYOUTS:
         model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size = tp, pp, cp
-        found = rank_pool.run(allocated, folder, precision, ranks=ranks, tp=tp, pp=pp, cp=cp)
+        found = rank_pool.run(allocated, folder, precision, lora, ranks=ranks, tp=tp, pp=pp, cp=cp)
         for real in found:
             counted = rank_memory(arch, config, "actor", real["dp"], real["stage"], gpu=False)
             assert (counted.parameters, counted.weights, counted.gradients) == (real["parameters"], real["weights"], real["gradients"]), (
@@ -104,12 +107,12 @@ def test_one_rank_has_all_parameters_of_the_model(tiny_models: dict[str, Path], 
         assert rank_parameters(arch, 1, 1, 0, head) == sum(torch.Size(s).numel() for s in hf_shapes(arch, head).values())
 
 
-def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
+def saved_bytes(at: Any, folder: Path, tokens: int, lora: LoraConfig) -> int:
     """Bytes that autograd keeps of one sequence's layers and the rows that go into the head, besides parameters.
 
     Torch's RMSNorm on CPU keeps two fp32 copies where CUDA's fused one and ours keep the 16-bit input: those are counted as the latter.
     """
-    engine = build(at, folder, precision="bf16")
+    engine = build(at, folder, precision="bf16", lora=lora)
     ids, n = np.arange(tokens + 1, dtype=np.int32) % 100, tokens
     sample = Sample("p/0", ids[1:], np.full(n, np.nan, np.float32), np.ones(n, np.uint8), ((0, n),), Finish.STOP)
     group = Group("p", Prompt("p", ids[:1], "math", ("",)), (sample,))
@@ -119,7 +122,7 @@ def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        rows = tensor.ndim > 2 or tensor.shape == (tokens, engine.arch.hidden) or tensor.shape[-1] == 2 * engine.arch.ffn
+        rows = tensor.ndim > 2 or tensor.numel() > tokens * engine.arch.head_dim  # not the angles of the rotary embedding
         if storage.data_ptr() not in own and rows:
             norm = tensor.dtype == torch.float32 and tensor.shape == (tokens, 1, engine.arch.hidden)
             kept[storage.data_ptr()] = (storage.nbytes() // (4 if norm else 1), tensor)  # the tensor: its address stays its own
@@ -130,11 +133,12 @@ def saved_bytes(at: Any, folder: Path, tokens: int) -> int:
     return sum(nbytes for nbytes, _ in kept.values())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied"])
-def test_activations_are_what_autograd_keeps(rank_pool: Any, tiny_models: dict[str, Path], family: str) -> None:
-    tokens = 1100  # long enough for flash attention
-    (kept,) = rank_pool.run(saved_bytes, tiny_models[family], tokens, ranks=1)
-    counted, _ = stage_activations(shape(tiny_models[family]), ActorModelConfig(precision="bf16"), tokens, 1, gpu=False)
+@pytest.mark.parametrize(("family", "rank"), [("qwen2", 0), ("qwen2-tied", 0), ("qwen2", 12)])
+def test_activations_are_what_autograd_keeps(rank_pool: Any, tiny_models: dict[str, Path], family: str, rank: int) -> None:
+    tokens, lora = 1100, LoraConfig(rank=rank)  # long enough for flash attention
+    (kept,) = rank_pool.run(saved_bytes, tiny_models[family], tokens, lora, ranks=1)
+    low = adapter_outputs(shape(tiny_models[family]), lora)
+    counted, _ = stage_activations(shape(tiny_models[family]), ActorModelConfig(precision="bf16"), tokens, 1, gpu=False, low=low)
     assert 0.8 < kept / counted < 1.05, (kept, counted)  # one sequence: attention's outputs are not joined, which is counted
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rlinf.config.schema import ActorModelConfig, Config
 from rlinf.scheduling.devices import Device
 from rlinf.scheduling.flops import recomputed_layers
-from rlinf.scheduling.memory import BYTES, EngineMemory, rank_parameters
+from rlinf.scheduling.memory import BYTES, EngineMemory, rank_parameters, trained_parameters
 from rlinf.weights.architecture import Architecture
 
 MATRIX_SHARE = 0.4  # of the data sheet's operations, in training and prefill
@@ -77,7 +77,8 @@ def role_seconds(arch: Architecture, config: Config, role: str, device: Device, 
     forward, algorithm = forward_seconds(arch, config, role, device, ranks, load), config.algorithm
     if role == "token_reward":
         return {"token rewards": forward}
-    update = (3 + recomputed_layers(getattr(config, role).model, arch.n_layers)) * forward
+    passes_of_update = 2 if getattr(config, role).lora.rank else 3  # with adapters there are no gradients of the other weights
+    update = (passes_of_update + recomputed_layers(getattr(config, role).model, arch.n_layers)) * forward
     optimizer = optimizer_seconds(arch, config, role, device, ranks)
     if role == "critic":
         return {"values": forward, "critic's update": update + optimizer}
@@ -103,7 +104,7 @@ def optimizer_seconds(arch: Architecture, config: Config, role: str, device: Dev
     """Seconds of all optimizer steps of a step, in which ranks exchange gradients and weights."""
     model: ActorModelConfig = getattr(config, role).model
     holders = model.data_parallel_size(ranks) * model.context_parallel_size  # of the same weights
-    parameters = rank_parameters(arch, model.tensor_model_parallel_size, model.pipeline_model_parallel_size, 0, config.head_of(role))
+    parameters = trained_parameters(arch, config, role, 0)
     wire = device.network if ranks > config.cluster.num_gpus_per_node else device.link
     exchanged = parameters * (4 + BYTES[model.precision]) * (holders - 1) / holders / (wire * WIRE_SHARE)
     stepped = 28 * parameters / holders / (device.bandwidth * BANDWIDTH_SHARE)  # three fp32 states and the gradient, read and written

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from rlinf.errors import RunFailed, UserError
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.layout import pack_sequences
 from rlinf.training.parallel import wait_for_all
+from rlinf.weights.adapters import refuse_other_adapters, refuse_other_base, what_binds
 from rlinf.weights.architecture import open_architecture
 from rlinf.weights.checkpoint_part import KINDS, open_part, write_index
 from rlinf.weights.dtypes import dtype_name
 from rlinf.weights.hf_folder import finish_hf_folder
-from rlinf.weights.mapping import hf_shapes
 from rlinf.weights.tensor_folder import Stored, TensorFolder, read_json, write_json, write_tensors
 
 WRITTEN = ("model", *KINDS)  # in this order: the gathers behind it are collective
@@ -49,8 +50,14 @@ class Writing:
         self.part, self.hf = step_dir / role, step_dir / "hf" if role == "actor" else step_dir / role / "hf"
         at = engine.at
         self.writer = at.leads and at.dp_rank == 0
-        self.state = {"steps": engine.steps, "adam_steps": engine.optimizer_state.steps(), "loss_scaler": engine.loss_scaler()}
-        self.probed = probe(engine)
+        self.state: dict[str, Any] = {
+            "steps": engine.steps,
+            "adam_steps": engine.optimizer_state.steps(),
+            "loss_scaler": engine.loss_scaler(),
+        }
+        self.state["lora"] = what_binds(engine.lora)
+        with engine.adapters.in_the_weights():
+            self.probed = probe(engine)
         self._written: Future[dict[str, Stored]] = Future()
         if not background:
             self._written.set_result(self._write({kind: self._own(engine.export(kind)) for kind in WRITTEN}))
@@ -68,11 +75,12 @@ class Writing:
     def finish(self) -> None:
         """Wait for the files, complete hf/, and compare what is in it with what the engine computed. Raises RunFailed when they differ."""
         dtype = dtype_name(self.engine.config.params_dtype)
-        own: list[dict[str, Stored]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(own, self._result())
+        own: list[tuple[dict[str, Stored], dict[str, str]]] = [({}, {})] * dist.get_world_size()
+        dist.all_gather_object(own, (self._result(), self.engine.base))
         stored: list[dict[str, Stored]] = [{}]
         if dist.get_rank() == 0:
-            written = {n: s for part in own for n, s in part.items()}
+            written = {n: s for part, _ in own for n, s in part.items()}
+            self.state["base"] = {n: xxh3 for _, base in own for n, xxh3 in base.items()}
             stored = [finish_hf_folder(self.hf, self.model_dir, written, dtype, self.engine.model.head)]
             write_json(self.part / "index-hf.json", stored[0])
             write_json(self.part / "state.json", self.state)
@@ -115,9 +123,9 @@ class Writing:
         if open_architecture(hf.folder) != engine.arch:
             raise RunFailed(f"{hf.folder}: config.json describes another model than the one that was trained")
         params = [param for _, param in engine.state.params]
-        with torch.no_grad():
+        with torch.no_grad(), engine.adapters.off():
             kept = [param.to("cpu", copy=True) for param in params]
-            engine.state.fill(hf, lambda param, shard: param.copy_(shard))
+            engine.state.fill(engine.state.params, hf, lambda param, shard: param.copy_(shard))
             read_back = probe(engine)
             for param, value in zip(params, kept):
                 param.copy_(value)
@@ -150,7 +158,9 @@ def load(engine: MegatronEngine, step_dir: Path, role: str = "actor") -> None:
     part = step_dir / role
     state = read_json(part / "state.json")
     stored = open_part(part)
-    expected = hf_shapes(engine.arch, engine.model.head)
+    refuse_other_adapters(part, state, engine.lora, role)
+    refuse_other_base(part, state, engine.base, "rollout.model_dir" if role == "actor" else f"{role}.model_dir")
+    expected = engine.state.trained_shapes
     for name in sorted(stored["param"].keys() | expected.keys()):
         found, wanted = stored["param"].shape(name), expected.get(name)  # raises UserError for one that is missing
         if found != wanted:

@@ -21,7 +21,8 @@ from torch.nn import Parameter
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import MetricSums, ObjectiveSettings, ResponseTokens, early_stop, policy_objective
 from rlinf.algorithms.values import ValueSettings, ValueTokens, value_objective
-from rlinf.config.schema import ActorModelConfig, OptimConfig
+from rlinf.config.schema import ActorModelConfig, LoraConfig, OptimConfig
+from rlinf.training.adapters import Adapters
 from rlinf.training.context import row_multiple
 from rlinf.training.gradients import DataParallel
 from rlinf.training.layout import PackedBatch
@@ -29,6 +30,7 @@ from rlinf.training.model import PackedModel, layer_implementation, transformer_
 from rlinf.training.parallel import Coordinates, merge_over_ranks
 from rlinf.training.schedule import learning_rate
 from rlinf.training.state import OPTIMIZER_STATE, ModelState, OptimizerState
+from rlinf.weights.adapters import Noting, with_adapters
 from rlinf.weights.architecture import Architecture
 
 
@@ -52,7 +54,8 @@ class Update:
 class MegatronEngine:
     """Model, gradients and optimizer of this rank; head `lm` for a policy, `scalar` for one number a token.
 
-    optim None: a frozen model, which has neither gradients nor an optimizer.
+    optim None: a frozen model, which has neither gradients nor an optimizer. base: checksums of the weights of this stage beside which
+    adapters are trained, by HF name; empty where all weights are trained.
     All public methods are collective over the role's ranks.
     """
 
@@ -64,13 +67,16 @@ class MegatronEngine:
         at: Coordinates,
         device: torch.device,
         head: str = "lm",
+        lora: LoraConfig = LoraConfig(),
     ) -> None:
-        self.arch, self.at, self.device = arch, at, device
+        self.arch, self.at, self.device, self.lora = arch, at, device, lora
         self.config = transformer_config(arch, model, at.tp, at.pp, at.cp)
         self.model = PackedModel(arch, self.config, head, layer_implementation(model, device)).to(device)
-        self.state = ModelState(self.model)  # before the optimizer: it marks what is sharded
+        self.adapters = Adapters(self.model, lora)
+        self.state = ModelState(self.model, self.adapters)  # before the optimizer: it marks what is sharded
         self.pad_to = row_multiple(at.cp) * (at.tp if model.sequence_parallel else 1)  # rows of a micro-batch are a multiple of it
         self.frozen = optim is None
+        self.base: dict[str, str] = {}
         if optim is None:
             self.model.requires_grad_(False)
         else:
@@ -78,6 +84,9 @@ class MegatronEngine:
 
     def _train_with(self, optim: OptimConfig) -> None:
         self.optim = optim
+        self.model.requires_grad_(False)
+        for _, param in self.state.trained:
+            param.requires_grad_(True)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
         self.ddp = DataParallel(self.config, ddp, self.model)
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = True  # where Transformer Engine is installed too: its Adam counts steps elsewhere
@@ -96,21 +105,27 @@ class MegatronEngine:
 
     @torch.no_grad()
     def load_hf(self, tensors: Mapping[str, Tensor]) -> None:
-        """Weights from whole HF tensors; fp32 master weights start from the full-precision values, not from the rounded model's."""
-        self.state.fill(tensors, lambda param, shard: param.copy_(shard))
+        """Weights from whole HF tensors, and adapters from those or from lora.seed; fp32 master weights start from the full-precision
+        values, not from the rounded model's."""
+        read = Noting(tensors) if self.adapters.of else tensors
+        self.state.fill(self.state.params, read, lambda param, shard: param.copy_(shard))
+        if isinstance(read, Noting):
+            self.base = read.digests
+            tensors = with_adapters(tensors, self.arch, self.lora)
+            self.state.fill(self.state.trained, tensors, lambda param, shard: param.copy_(shard))
         if self.frozen:
             return
         self.optimizer.reload_model_params()
-        self.state.fill(tensors, lambda param, shard: self.optimizer_state.set("param", param, shard.float()))
+        self.state.fill(self.state.trained, tensors, lambda param, shard: self.optimizer_state.set("param", param, shard.float()))
 
     def export(self, kind: str = "model") -> Iterator[tuple[str, Tensor]]:
-        """This stage's tensors under HF names: `model` (compute dtype), or fp32 `param` (master weights), `exp_avg`, `exp_avg_sq`."""
+        """This stage's tensors under HF names: `model` (compute dtype; adapters are added to the matrices), or of what is trained the fp32
+        `param` (master weights), `exp_avg`, `exp_avg_sq`."""
+        if kind == "model":
+            return self.state.export(self.state.params, self.adapters.merged)
         if kind in OPTIMIZER_STATE:
             self.optimizer_state.allocate()  # before the first step there is none yet
-        source: Callable[[Parameter], Tensor] = (
-            (lambda p: p.detach()) if kind == "model" else (lambda p: self.optimizer_state.whole(p, kind))
-        )
-        return self.state.export(source)
+        return self.state.export(self.state.trained, lambda param: self.optimizer_state.whole(param, kind))
 
     @torch.no_grad()
     def load_state(self, kinds: Mapping[str, Mapping[str, Tensor]], steps: int, adam_steps: int) -> None:
@@ -121,9 +136,9 @@ class MegatronEngine:
             self.optimizer_state.set("param", param, shard)
 
         self.optimizer_state.allocate()
-        self.state.fill(kinds["param"], weights)
+        self.state.fill(self.state.trained, kinds["param"], weights)
         for kind in OPTIMIZER_STATE:
-            self.state.fill(kinds[kind], partial(self.optimizer_state.set, kind))
+            self.state.fill(self.state.trained, kinds[kind], partial(self.optimizer_state.set, kind))
         self.optimizer_state.restore_steps(adam_steps)
         self.steps = steps
 

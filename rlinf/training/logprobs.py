@@ -92,6 +92,8 @@ class _TargetLogprobs(torch.autograd.Function):
             grads = (by_logit[part], None if by_entropy is None else by_entropy[part])
             _become_gradient(logits, columns[part], mine[part], lse[part], entropy[part], *grads, ctx.temperature, ctx.n_valid)
             grad_hidden[part] = logits @ weight
+            if not ctx.needs_input_grad[1]:  # a head that is not trained
+                continue
             if grad_weight is None:
                 product = logits.t() @ hidden[part]
                 grad_weight = product if one_chunk else product.float()
@@ -99,7 +101,9 @@ class _TargetLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(logits.t(), hidden[part])
             else:
                 grad_weight.add_(logits.t() @ hidden[part])
-        return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _logits(hidden_NH: Tensor, weight_VH: Tensor, room: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from rlinf.config.schema import ActorModelConfig
@@ -162,6 +163,19 @@ class PackedModel(GPTModel):
         if self.post_process and head == "scalar":
             self.output_layer: Any = None  # GPTModel always makes one
             self.score = torch.nn.Parameter(torch.empty(1, arch.hidden, dtype=config.params_dtype))
+
+    @property
+    def layers(self) -> range:
+        """The layers of this pipeline stage, counted over the whole model."""
+        first = get_transformer_layer_offset(self.config)
+        return range(first, first + len(self.decoder.layers))
+
+    def local_name(self, megatron: str) -> str:
+        """A parameter's name on this stage, from its name in the whole model."""
+        if not megatron.startswith("decoder.layers."):
+            return megatron
+        _, _, layer, rest = megatron.split(".", 3)
+        return f"decoder.layers.{int(layer) - self.layers.start}.{rest}"
 
     def forward_packed(self, batch: PackedBatch) -> Any:
         if not hasattr(batch, "share"):

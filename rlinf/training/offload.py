@@ -23,7 +23,7 @@ class Offloader:
         self.engine, self.grads = engine, actor.offload_grad
         on_gpu = engine.device.type == "cuda"
         self.weights, self.optimizer = actor.offload_weight and on_gpu, actor.offload_optimizer and on_gpu
-        self.parked = Parked()
+        self.parked, self.parked_weights = Parked(), Parked()
 
     def after_training(self) -> None:
         """Free gradients and optimizer state, which are not needed until the next training. The weights still are: they will be
@@ -40,18 +40,21 @@ class Offloader:
         if self.weights:
             for buffer in self.engine.ddp.buffers:
                 buffer.offload_to_cpu(move_params=True, move_grads=False)
+            self.parked_weights.park(untrained_weights(self.engine))
         give_back_free_memory(self.engine.device)
 
     def before_forward(self) -> None:
         """Bring back what a forward pass needs."""
         for buffer in self.engine.ddp.buffers:
             buffer.reload_from_cpu(move_params=self.weights, move_grads=False)
+        self.parked_weights.bring_back()
         give_back_free_memory(self.engine.device)
 
     def before_use(self) -> None:
         """Bring back everything that is away."""
         for buffer in self.engine.ddp.buffers:
             buffer.reload_from_cpu(move_params=self.weights, move_grads=self.grads)
+        self.parked_weights.bring_back()
         self.parked.bring_back()
         give_back_free_memory(self.engine.device)
 
@@ -80,6 +83,11 @@ class Parked:
             if tensor.untyped_storage().size() == 0:
                 tensor.untyped_storage().resize_(tensor.nbytes)
                 tensor.copy_(host, non_blocking=True)
+
+
+def untrained_weights(engine: MegatronEngine) -> Iterator[Tensor]:
+    """Those beside which adapters are trained: they are in none of Megatron's buffers."""
+    return (param.data for _, param in engine.state.params if not param.requires_grad)
 
 
 def optimizer_tensors(engine: MegatronEngine) -> Iterator[Tensor]:

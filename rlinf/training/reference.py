@@ -1,4 +1,5 @@
-"""The reference policy: a second set of weights in host memory, swapped into the actor's model for a forward pass."""
+"""The reference policy: a second set of weights in host memory, swapped into the actor's model for a forward pass. Where adapters are
+trained it is the model without them, and no second set is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ class ReferencePolicy:
 
     @torch.no_grad()
     def __init__(self, engine: MegatronEngine) -> None:
-        self.params = [p for _, p in engine.state.params]
+        self.adapters = engine.adapters
+        self.params = [] if self.adapters.of else [p for _, p in engine.state.params]
         self.frozen = [p.detach().to("cpu", copy=True) for p in self.params]
 
     @contextmanager
@@ -25,7 +27,8 @@ class ReferencePolicy:
         current = [p.detach().to("cpu", copy=True) for p in self.params]
         self._copy_in(self.frozen)
         try:
-            yield
+            with self.adapters.off():
+                yield
         finally:
             self._copy_in(current)
 

@@ -12,51 +12,61 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn import Parameter
 
 from rlinf.errors import UserError
+from rlinf.training.adapters import Adapters
 from rlinf.training.model import PackedModel
+from rlinf.weights.adapters import trained_shapes
 from rlinf.weights.mapping import Rule, hf_shapes, model_rules, to_hf, to_megatron
 
 GATHER_BYTES = 64 << 20
+Parameters = list[tuple[Rule, Parameter]]
 OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
 
 
 class ModelState:
-    """The parameters of this rank's stage, each with its rule."""
+    """The parameters of this rank's stage, each with its rule.
 
-    def __init__(self, model: PackedModel) -> None:
-        self.arch, config = model.arch, model.config
+    params: those of the model. trained: those that an optimizer steps; with adapters these alone, and the head of a `scalar` model.
+    shapes: of the whole model, adapters included; trained_shapes: of what is trained.
+    """
+
+    def __init__(self, model: PackedModel, adapters: Adapters) -> None:
+        self.arch, self.adapters = model.arch, adapters
         self.tp, self.tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
         self.tp_group = mpu.get_tensor_model_parallel_group()
-        offset = get_transformer_layer_offset(config)
-        layers = range(offset, offset + len(model.decoder.layers))
-        rules = model_rules(self.arch, layers, model.pre_process, model.post_process, model.head, model.fused_norms)
-        self.shapes = hf_shapes(self.arch, model.head)
+        rules = model_rules(self.arch, model.layers, model.pre_process, model.post_process, model.head, model.fused_norms)
         named = dict(model.named_parameters())
-        self.params: list[tuple[Rule, Parameter]] = [(r, named.pop(_local_name(r.megatron, offset))) for r in rules]
+        self.params: Parameters = [(r, named.pop(model.local_name(r.megatron))) for r in rules]
+        self.trained = self.params
+        if adapters.of:
+            for rule, _ in adapters.params:
+                named.pop(model.local_name(rule.megatron))
+            self.trained = adapters.params + [(r, p) for r, p in self.params if r.megatron == "score"]
         if named:
             raise RuntimeError(f"parameters without a mapping rule: {sorted(named)}")
-        for rule, param in self.params:  # Megatron's gradient norm counts a parameter without this mark on TP rank 0 only
-            setattr(param, "tensor_model_parallel", rule.layout != "replicated")
+        self.shapes = hf_shapes(self.arch, model.head) | adapters.shapes
+        self.trained_shapes = trained_shapes(self.arch, adapters.lora, model.head)
+        for rule, param in self.params + self.trained:  # Megatron's gradient norm counts a parameter without this mark on TP rank 0 only
+            setattr(param, "tensor_model_parallel", rule.sharded)
 
-    def fill(self, hf: Mapping[str, Tensor], target: Callable[[Parameter, Tensor], object]) -> None:
-        """Call target(param, local shard) for every parameter. `hf` may read lazily; a missing name raises KeyError."""
-        for rule, param in self.params:
+    def fill(self, params: Parameters, hf: Mapping[str, Tensor], target: Callable[[Parameter, Tensor], object]) -> None:
+        """Call target(param, local shard) for each of `params`. `hf` may read lazily; a missing name raises KeyError."""
+        for rule, param in params:
             whole = [hf[name] for name in rule.hf]
             for name, tensor in zip(rule.hf, whole):
                 if tensor.shape != self.shapes[name]:
                     raise UserError(f"tensor {name} is {tuple(tensor.shape)}, but {self.shapes[name]} by the model's config.json")
             target(param, to_megatron(rule, whole, self.arch, self.tp, self.tp_rank))
 
-    def export(self, source: Callable[[Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Whole HF tensors of this stage, gathered over TP in coalesced runs. source(param) gives the local shard.
+    def export(self, params: Parameters, source: Callable[[Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Whole HF tensors of `params`, gathered over TP in coalesced runs. source(param) gives the local shard.
 
         Collective over the TP group: every TP rank must iterate to the end. The tied copy of the embedding on the last stage is left out.
         """
-        own = [(r, p) for r, p in self.params if r.megatron != "output_layer.weight" or not self.arch.tied]
+        own = [(r, p) for r, p in params if r.megatron != "output_layer.weight" or not self.arch.tied]
         run: list[tuple[Rule, Tensor]] = []
         nbytes = 0
         for rule, param in own:
@@ -130,10 +140,3 @@ class OptimizerState:
 
     def _tensors(self, param: Parameter) -> dict[str, Tensor]:
         return self.optimizer._get_main_param_and_optimizer_states(param)
-
-
-def _local_name(megatron: str, offset: int) -> str:
-    if not megatron.startswith("decoder.layers."):
-        return megatron
-    _, _, layer, rest = megatron.split(".", 3)
-    return f"decoder.layers.{int(layer) - offset}.{rest}"

@@ -3,11 +3,11 @@
 A rule says which HF tensors make one Megatron parameter and how that parameter is laid out and sharded over tensor-parallel ranks:
 
     replicated   the same on every rank
-    column       sharded along dim 0
     row          sharded along dim 1
     vocab        sharded along dim 0 after padding the vocabulary with zero rows to a multiple of the TP size
     qkv          q, k, v interleaved by query group, then sharded along dim 0 by group
     gate_up      each rank holds [its part of gate; its part of up]
+    stacked      one after another, the same on every rank
 
 Everything that is saved, published to a rollout engine or resharded goes through this table, so a tensor has one name on disk and on
 the wire whatever the layout: its HF name.
@@ -15,7 +15,7 @@ the wire whatever the layout: its HF name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,11 @@ class Rule:
     megatron: str
     hf: tuple[str, ...]
     layout: str
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every tensor-parallel rank holds another part of it."""
+        return self.layout not in ("replicated", "stacked")
 
 
 def layer_rules(arch: Architecture, layer: int, fused_norms: bool = False) -> Iterator[Rule]:
@@ -77,6 +82,23 @@ def model_rules(
     return rules
 
 
+def adapter_rules(arch: Architecture, layers: range, targets: Collection[str]) -> list[Rule]:
+    """The adapters of the matrices `targets` (Megatron's names) of one pipeline stage: for each of them lora_A, whose columns are the
+    matrix's inputs, then lora_B, whose rows are its outputs. Every Hugging Face matrix has an A and a B of its own, named as in PEFT."""
+    rules = []
+    for matrix in (rule for layer in layers for rule in layer_rules(arch, layer)):
+        *path, module, kind = matrix.megatron.split(".")
+        if module in targets and kind == "weight":
+            a, b = (tuple(name.removesuffix("weight") + f"lora_{x}.weight" for name in matrix.hf) for x in "AB")
+            by_input = matrix.layout == "row"
+            where = ".".join([*path, module])
+            rules += [
+                Rule(f"{where}.adapter.a", a, "row" if by_input else "stacked"),
+                Rule(f"{where}.adapter.b", b, "replicated" if by_input else matrix.layout),
+            ]
+    return rules
+
+
 def padded_vocab(arch: Architecture, tp: int) -> int:
     """Rows of the embedding over all ranks; the rows beyond arch.vocab are zero and never predicted."""
     return -(-arch.vocab // tp) * tp
@@ -90,6 +112,8 @@ def to_megatron(rule: Rule, hf: Sequence[Tensor], arch: Architecture, tp: int, r
         return hf[0].chunk(tp, 1)[rank].contiguous()
     if rule.layout == "gate_up":
         return torch.cat([t.chunk(tp, 0)[rank] for t in hf])
+    if rule.layout == "stacked":
+        return torch.cat(list(hf))
     if rule.layout == "vocab":
         rows = padded_vocab(arch, tp) // tp
         shard = hf[0][rank * rows : (rank + 1) * rows]
@@ -108,6 +132,8 @@ def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> list[tupl
         return [(rule.hf[0], shards[0])]
     if rule.layout == "row":
         return [(rule.hf[0], torch.cat(list(shards), 1) if len(shards) > 1 else shards[0])]
+    if rule.layout == "stacked":
+        return list(zip(rule.hf, shards[0].chunk(len(rule.hf))))
     if rule.layout == "gate_up":
         halves = [s.chunk(2, 0) for s in shards]
         return [(name, torch.cat([h[i] for h in halves]) if len(shards) > 1 else halves[0][i]) for i, name in enumerate(rule.hf)]
@@ -133,3 +159,17 @@ def hf_shapes(arch: Architecture, head: str = "lm") -> dict[str, tuple[int, ...]
     }  # fmt: skip
     names = [n for rule in model_rules(arch, range(arch.n_layers), True, True, head) for n in rule.hf]
     return {n: by_suffix[".".join(n.split(".")[-2:])] for n in names}
+
+
+def adapter_shapes(arch: Architecture, rank: int, targets: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every adapter of the model, in the order of the forward pass."""
+    of, found = hf_shapes(arch), dict[str, tuple[int, ...]]()
+    for name in (name for rule in adapter_rules(arch, range(arch.n_layers), targets) for name in rule.hf):
+        rows, columns = of[adapted_matrix(name)]
+        found[name] = (rank, columns) if name.endswith("lora_A.weight") else (rows, rank)
+    return found
+
+
+def adapted_matrix(adapter: str) -> str:
+    """The Hugging Face name of the matrix that an adapter belongs to."""
+    return adapter.replace(".lora_A.", ".").replace(".lora_B.", ".")

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlinf.config.schema import Config
+from rlinf.config.schema import Config, LoraConfig
 from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group
 from rlinf.device import choose, peak_memory
-from rlinf.scheduling.flops import Work, forward_flops, recomputed_flops
+from rlinf.scheduling.flops import Work, adapter_flops, forward_flops, recomputed_flops, update_flops
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training import checkpoint, parallel
 from rlinf.training.engine import MegatronEngine, Update
@@ -52,8 +52,9 @@ class MegatronWorker:
             address=f"{address.master_addr}:{address.master_port}",
         )
         arch = open_architecture(folder)
-        optim = getattr(self.section, "optim", None)  # a frozen model has none
-        self.engine = MegatronEngine(arch, model, optim, self.at, self.device, config.head_of(role))
+        optim = getattr(self.section, "optim", None)  # a frozen model has neither this nor adapters
+        lora = getattr(self.section, "lora", LoraConfig())
+        self.engine = MegatronEngine(arch, model, optim, self.at, self.device, config.head_of(role), lora)
         self.engine.load_hf(self.first_weights(open_hf_folder(folder), arch.hidden))
 
     def first_weights(self, tensors: Mapping[str, Tensor], hidden: int) -> Mapping[str, Tensor]:
@@ -83,13 +84,17 @@ class MegatronWorker:
         the passes forward and backward (`again`). A head with one output is not counted."""
         engine, copy = self.engine, self.at.tp * self.at.cp * self.at.pp
 
-        def pass_over(work: Work) -> float:
-            return forward_flops(engine.arch, work if engine.model.head == "lm" else Work(work.rows, 0, work.pairs)) / copy
+        def counted(of: Mapping[str, Work], part: str) -> Work:
+            work = of.get(part, Work())
+            return work if engine.model.head == "lm" else Work(work.rows, 0, work.pairs)
+
+        def both(part: str) -> float:
+            looked_at = counted(forward_only, part)
+            forward = forward_flops(engine.arch, looked_at) + adapter_flops(engine.arch, engine.lora, looked_at)
+            return (forward + update_flops(engine.arch, counted(trained, part), engine.lora)) / copy
 
         again = sum(recomputed_flops(engine.arch, self.section.model, work) for work in trained.values()) / copy
-        nothing = Work()
-        passes = {p: pass_over(forward_only.get(p, nothing)) + 3 * pass_over(trained.get(p, nothing)) for p in [*forward_only, *trained]}
-        return passes | {"again": again}
+        return {part: both(part) for part in [*forward_only, *trained]} | {"again": again}
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------------------
 
