@@ -112,6 +112,11 @@ DEAD = {  # key -> a value, and a word with which it acts
     "actor.optim.lr_decay_steps": ("9", "actor.optim.lr_decay_style=linear actor.optim.lr_warmup_steps=0"),
     "critic.optim.min_lr": ("1e-6", "critic.optim.lr_decay_style=cosine critic.optim.lr_decay_steps=9"),
     "critic.optim.lr_decay_steps": ("9", "critic.optim.lr_decay_style=linear"),
+    **{
+        f"{role}.lora.{key}": (value, f"{role}.lora.rank=4")
+        for role in ("actor", "critic")
+        for key, value in (("alpha", "9"), ("target_modules", "[linear_qkv]"), ("seed", "7"))
+    },
     "evaluation.custom.top_p": ("0.9", "evaluation.custom.temperature=1"),
     "evaluation.custom.top_k": ("5", "evaluation.custom.temperature=1"),
     "evaluation.custom.instruction": ("Think.", "evaluation.custom.template=chat"),

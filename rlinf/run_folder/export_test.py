@@ -15,9 +15,10 @@ import torch
 
 from rlinf.checks.tiny_model import FAMILIES
 from rlinf.cli import main
+from rlinf.config.schema import LoraConfig
 from rlinf.errors import UserError
 from rlinf.run_folder.checkpoints import inventory
-from rlinf.run_folder.export import export
+from rlinf.run_folder.export import export, export_adapters
 from rlinf.run_paths import COMPLETE, STATE
 from rlinf.training import checkpoint
 from rlinf.weights.tensor_folder import write_json
@@ -26,9 +27,10 @@ from tests.training_ranks import build, minibatches, update
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def train_and_save(at: Any, model: Path, step_dir: Path, precision: str) -> None:
-    engine = build(at, model, precision=precision)
-    update(engine, minibatches(engine)[0])
+def train_and_save(at: Any, model: Path, step_dir: Path, precision: str, lora: LoraConfig = LoraConfig()) -> None:
+    engine = build(at, model, precision=precision, lora=lora)
+    for mini in minibatches(engine):
+        update(engine, mini)
     checkpoint.save(engine, step_dir, model)
 
 
@@ -44,6 +46,17 @@ def step_dirs(rank_pool: Any, tiny_models: dict[str, Path], tmp_path_factory: py
         (run / "config.yaml").write_text(f"rollout:\n  model_dir: {model}\n")
         complete(step_dir)
     return made
+
+
+@pytest.fixture(scope="module")
+def adapted(rank_pool: Any, tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete checkpoint of adapters trained beside a bf16 model, in the folder of a run."""
+    run = tmp_path_factory.mktemp("adapted") / "run"
+    step_dir = run / "checkpoints" / "step_000001"
+    rank_pool.run(train_and_save, tiny_models["qwen2"], step_dir, "bf16", LoraConfig(rank=4, alpha=8.0), ranks=2, tp=2)
+    (run / "config.yaml").write_text(f"rollout:\n  model_dir: {tiny_models['qwen2']}\n")
+    complete(step_dir)
+    return step_dir
 
 
 def complete(step_dir: Path) -> None:
@@ -165,3 +178,46 @@ def test_the_command_and_its_other_name(step_dirs: dict[str, Path], tmp_path: Pa
     assert done.returncode == 0, done.stderr
     first, second = (p / "model.safetensors" for p in (tmp_path / "out", tmp_path / "by-script"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_adapters_are_added_to_the_weights_the_run_began_with(adapted: Path, tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    export(adapted, tmp_path / "whole", "fp32", None)
+    exact, rounded = weights(tmp_path / "whole", torch.float32), weights(adapted / "hf", torch.bfloat16)
+    start = weights(tiny_models["qwen2"], torch.float32)
+    report = export_adapters(adapted / "actor", tmp_path / "adapters", None)
+    adapters = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    assert report["tensors"] == len(adapters) == 2 * 7 * 4 and all(t.dtype == torch.float32 for t in adapters.values())
+    changed = 0
+    for name, found in exact.items():
+        assert (found.float() - rounded[name].float()).abs().max() <= 2**-7 * found.abs().max()
+        key = f"base_model.model.{name.removesuffix('weight')}"
+        if f"{key}lora_A.weight" in adapters:
+            added = 2.0 * (adapters[f"{key}lora_B.weight"] @ adapters[f"{key}lora_A.weight"])
+            torch.testing.assert_close(found, start[name] + added, rtol=0, atol=1e-6)
+            changed += bool(added.any())
+        else:
+            assert torch.equal(found, start[name])
+    assert changed == 7 * 4
+    about = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert about["peft_type"] == "LORA" and (about["r"], about["lora_alpha"]) == (4, 8.0)
+    assert about["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert about["base_model_name_or_path"] == str(tiny_models["qwen2"])
+
+
+def test_adapters_are_added_to_no_other_weights(adapted: Path, step_dirs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"actor: its adapters were trained beside other weights than those of .*/hf: tensor model\."):
+        export(adapted, tmp_path / "out", None, step_dirs["qwen2"] / "hf")
+    run = tmp_path / "run"
+    shutil.copytree(adapted.parents[1], run)
+    (run / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds adapters, which are added to a model, and the model .* name its folder with --model-dir"):
+        export(run / "checkpoints" / "step_000001", tmp_path / "out", None, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_without_adapters_has_none_to_export(step_dirs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"all weights were trained \(actor.lora.rank 0\), so there are no adapters; leave --adapters out"):
+        export_adapters(step_dirs["llama"], tmp_path / "out", None)
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from rlinf.launch.session import open_session
 from rlinf.run_folder.folder import RunFolder
 from rlinf.run_folder.resuming import SFT, refuse_other_model
 from rlinf.weights.checkpoint_part import KINDS, write_index
-from rlinf.weights.tensor_folder import open_hf_folder, write_tensors
+from rlinf.weights.tensor_folder import open_hf_folder, write_json, write_tensors
 from tests.tiny import make_tiny_model
 
 
@@ -19,12 +19,13 @@ def resolve(tmp_path: Path, model: Path, *words: str) -> Resolved:
     return load("smollm2-135m-grpo-cpu", [*run, *words])
 
 
-def finished_run(tmp_path: Path, model: Path) -> Path:
+def finished_run(tmp_path: Path, model: Path, lora: dict | None = None) -> Path:
     folder = RunFolder(resolve(tmp_path, model))
     folder.begin()
     partial = folder.checkpoints.begin(2)
     actor = partial / "actor"
     write_index(actor, 0, {kind: write_tensors(actor, f"{kind}-s0", open_hf_folder(model).items()) for kind in KINDS})
+    write_json(actor / "state.json", {"steps": 2, "lora": lora})
     step_dir = folder.finish_checkpoint(partial, {"step": 2, "sampler": {"seed": 1234}})
     (folder.path / "metrics.jsonl").write_text('{"step": 0}\n')
     folder.finish()
@@ -62,3 +63,17 @@ def test_the_model_that_it_was_made_of_goes_on_and_a_critic_must_have_been_there
     refuse_other_model(step_dir, SFT, with_critic)
     with pytest.raises(UserError, match=f"{step_dir} was made without a critic, .* rollout.model_dir={step_dir / 'hf'}"):
         refuse_other_model(step_dir, "train", with_critic)
+
+
+def test_adapters_go_on_with_the_settings_they_were_trained_with(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    step_dir = finished_run(tmp_path, model, {"rank": 4, "alpha": 32.0, "target_modules": ["linear_qkv"]})
+    before = content(step_dir.parents[1])
+    for words in ((), ("actor.lora.rank=8", "actor.lora.target_modules=[linear_qkv]"), ("actor.lora.rank=4",)):
+        resolved = resolve(tmp_path, model, "runner.resume_dir=auto", "data.seed=1234", *words)
+        with (
+            pytest.raises(UserError, match="was trained with actor.lora of rank 4") as error,
+            open_session(resolved, RunFolder(resolved), None, ""),
+        ):
+            pass
+        assert f"begin a new run from {step_dir / 'hf'}" in str(error.value) and content(step_dir.parents[1]) == before
