@@ -112,6 +112,10 @@ RUNS: dict[str, tuple[int, dict[str, str], dict[str, object]]] = {  # GPUs, plac
         4, {"actor": "0-1", "rollout": "2-3", "reward": "0"},
         layout(1, 1, 2) | {"rollout__weight_transport": "broadcast", "rollout__max_engine_restarts": 0},
     ),
+    "adapters beside bf16, all of it off the device, a reference policy": (
+        2, {"actor,rollout,reward": "all"},
+        layout(2, 1) | BF16 | ALL_AWAY | {"actor__lora": {"rank": 4}, "algorithm__kl_beta": 0.01, "rollout__max_engine_restarts": 0},
+    ),
     "asynchronous, with a critic": (
         4, {"actor": "0-1", "critic": "1-2", "rollout": "3", "reward": "0"},
         layout(1, 2) | {"algorithm__max_staleness": 1, "algorithm__schedule": "wallclock", "algorithm__adv_type": "gae", "critic": CRITIC},

@@ -30,7 +30,7 @@ from rlinf import device as devices
 from rlinf.algorithms.aggregation import Denominators
 from rlinf.algorithms.objective import ObjectiveSettings
 from rlinf.checks import doctor
-from rlinf.checks.layout import SPLITS, Case, Finding, judge, measure
+from rlinf.checks.layout import ADAPTED, SPLITS, Case, Finding, judge, measure
 from rlinf.checks.layout_reference import make_batch, plain_steps
 from rlinf.checks.tiny_model import FAMILIES, VOCAB, write_model, write_tiny_model, write_tiny_tokenizer
 from rlinf.config.schema import ActorModelConfig, OptimConfig
@@ -89,14 +89,15 @@ def part_parity(folder: Path, cpu: bool, model: Path | None) -> dict[str, Any]:
     """One process, one device, every packing; the reference is computed on CPU."""
     at = join(cpu)
     cases = [Case(1, 1, 1, False, family, *split) for family in FAMILIES for split in SPLITS[:: 1 if not cpu else 5]]
-    cases = cases[:2] if cpu else [*cases, Case(1, 1, 1, False, "qwen3", *SPLITS[2], head="scalar")]
+    adapted = Case(1, 1, 1, False, "qwen2", *SPLITS[2], adapters=next(iter(ADAPTED)))
+    cases = [*cases[:2], adapted] if cpu else [*cases, Case(1, 1, 1, False, "qwen3", *SPLITS[2], head="scalar"), adapted]
     batch = make_batch(VOCAB)
     advantage = float(np.mean([abs(a) for group in batch.advantages for a in group]))
     findings: list[tuple[Case, Finding]] = []
     for name in {c.model: c for c in cases}:
         mine = [c for c in cases if c.model == name]
         weights = write_tiny_model(folder / "models" / name, mine[0].family, head=mine[0].head)
-        expected = plain_steps(weights, batch, mine[0].head)
+        expected = plain_steps(weights, batch, mine[0].head, ADAPTED[mine[0].adapters])
         findings += [(c, judge(c, [measure(at, c, str(weights), batch, kind(cpu).type)], expected, advantage, 0.0)) for c in mine]
     worst = {field: max(getattr(f, field) for _, f in findings) for field in ("loss", "gradient", "norm", "metric", "weight")}
     slack = 1.0 if cpu else GPU_SLACK

@@ -16,7 +16,7 @@ import torch
 from rlinf import device as devices
 from rlinf.checks.layout import deviations, worst
 from rlinf.checks.tiny_model import VOCAB, write_tiny_model
-from rlinf.config.schema import ActorConfig, Config, RolloutConfig, RunnerConfig
+from rlinf.config.schema import ActorConfig, Config, LoraConfig, RolloutConfig, RunnerConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.errors import UserError
@@ -38,6 +38,7 @@ from rlinf.workers.token_reward import TokenRewardWorker
 from tests.tiny import make_tiny_model
 from tests.training_ranks import build, logprobs, minibatches, snapshot, update
 
+ALL_WEIGHTS, ADAPTERS = LoraConfig(), LoraConfig(rank=8)
 PROBES = [np.random.default_rng(i).integers(1, 130, 20 + i).astype(np.int32) for i in range(3)]
 
 
@@ -90,9 +91,9 @@ def test_chunks_of_logits_do_not_change_the_head(device: torch.device, at: Any, 
         torch.testing.assert_close(in_five, in_one, rtol=1e-3, atol=1e-3 if device.type == "cuda" else 1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3"])
+@pytest.mark.parametrize(("family", "lora"), [("qwen2-tied", ALL_WEIGHTS), ("qwen3", ALL_WEIGHTS), ("qwen2-tied", ADAPTERS)])
 def test_transformer_engines_layers_give_what_the_local_ones_give(
-    device: torch.device, at: Any, models: dict[str, Path], family: str
+    device: torch.device, at: Any, models: dict[str, Path], family: str, lora: LoraConfig
 ) -> None:
     """The gradient of every tensor under its Hugging Face name, within what TF32 leaves.
 
@@ -105,7 +106,7 @@ def test_transformer_engines_layers_give_what_the_local_ones_give(
     pytest.importorskip("transformer_engine.pytorch")
     norms, gradients = {}, {}
     for implementation in ("local", "transformer_engine"):
-        engine = engine_on(device, at, models[family], transformer_impl=implementation)
+        engine = engine_on(device, at, models[family], transformer_impl=implementation, lora=lora)
         norms[implementation] = update(engine, minibatches(engine, n=1, budget=512)[0]).grad_norm
         gradients[implementation] = {
             name: tensor.cpu().numpy() for name, tensor in engine.export("exp_avg")
@@ -133,10 +134,11 @@ def test_a_step_in_16_bits_is_close_to_the_one_in_fp32(
     assert norms[precision] == pytest.approx(norms["fp32"], rel=0.05)
 
 
+@pytest.mark.parametrize("lora", [ALL_WEIGHTS, ADAPTERS], ids=["all weights", "adapters"])
 def test_offloading_frees_the_device_and_training_does_not_notice(
-    device: torch.device, at: Any, models: dict[str, Path], repeatable: None
+    device: torch.device, at: Any, models: dict[str, Path], repeatable: None, lora: LoraConfig
 ) -> None:
-    engine, twin = (engine_on(device, at, models["llama"], "bf16") for _ in range(2))
+    engine, twin = (engine_on(device, at, models["llama"], "bf16", lora=lora) for _ in range(2))
     offloader = Offloader(engine, ActorConfig(offload_weight=True, offload_grad=True, offload_optimizer=True))
     offloader.after_training()  # before the first step, so that engines can start; publishing then needs the weights alone
     offloader.after_publishing()
@@ -150,8 +152,10 @@ def test_offloading_frees_the_device_and_training_does_not_notice(
         offloader.after_training()
         offloader.after_publishing()
         if device.type == "cuda":
-            parameters = sum(p.numel() for _, p in engine.state.params)
-            assert full - devices.memory_in_use(device) >= 16 * parameters  # weights 2, gradients 4, master weights and moments 12 bytes
+            weights, trained = (sum(p.numel() for _, p in params) for params in (engine.state.params, engine.state.trained))
+            untrained = weights if lora.rank else 0
+            least = 16 * trained + 2 * untrained  # of what is trained: gradients 4, master weights and moments 12 bytes
+            assert full - devices.memory_in_use(device) >= least
     offloader.before_use()
     assert snapshot(engine) == snapshot(twin)
 
