@@ -47,8 +47,8 @@ def test_adapters_are_trained_published_saved_and_go_on(tmp_path: Path) -> None:
 def test_adapters_in_ranks_of_their_own_with_a_critic_that_has_some_too(tmp_path: Path) -> None:
     config = write_run(
         tmp_path, actor__lora=ADAPTERS, critic={"lora": {"rank": 2}, "optim": {"lr": 1e-3}, "model": {"precision": "fp32"}},
-        algorithm__adv_type="gae", algorithm__entropy_bonus=0.1, cluster__component_placement={"actor": "0-3", "critic": "0-1", "rollout,reward": "0"},
-        rollout__verify_weights_every=1,
+        algorithm__adv_type="gae", algorithm__entropy_bonus=0.1, rollout__verify_weights_every=1,
+        cluster__component_placement={"actor": "0-3", "critic": "0-1", "rollout,reward": "0"},
     )  # fmt: skip
     done = run(config)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -135,7 +135,10 @@ def test_a_run_takes_the_paths_of_a_gpu(kind: str, tmp_path: Path) -> None:
     assert max(s["sync/probe_gap_max"] for s in steps if "sync/probe_gap_max" in s) < (0.1 if "16" in kind else 1e-4)
 
 
-RECIPES = ["qwen2.5-1.5b-grpo-megatron", "qwen2.5-1.5b-grpo-megatron-pipeline", "qwen2.5-7b-grpo-megatron", "qwen2.5-1.5b-distill-7b"]
+RECIPES = [
+    "qwen2.5-1.5b-grpo-megatron", "qwen2.5-1.5b-grpo-megatron-pipeline", "qwen2.5-7b-grpo-megatron", "qwen2.5-1.5b-distill-7b",
+    "qwen2.5-7b-lora-single-gpu",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -25,6 +25,7 @@ from rlinf.checks.layout_reference import make_batch
 from rlinf.checks.rank_pool import RankPool
 from rlinf.checks.tiny_model import FAMILIES, VOCAB
 
+EVERY_MATRIX = next(iter(layout.ADAPTED))
 Patch = Callable[[Any, str, Any], None]
 ROOT = Path(__file__).resolve().parents[2]
 _undo: list[tuple[Any, str, Any]] = []  # in a rank: what plant() replaced
@@ -134,6 +135,24 @@ def value_gradient_summed_over_tensor_ranks(patch: Patch) -> None:
     patch(model, "gather_from_sequence_parallel_region", lambda hidden, **_: gather(hidden, tensor_parallel_output_grad=True))
 
 
+def adapter_gradient_not_reduced(patch: Patch) -> None:
+    from rlinf.training.adapters import Adapter
+
+    init = Adapter.__init__
+
+    def unmarked(self: Any, *args: Any) -> None:
+        init(self, *args)
+        self.a.sequence_parallel = self.b.sequence_parallel = False
+
+    patch(Adapter, "__init__", unmarked)
+
+
+def adapter_of_another_part(patch: Patch) -> None:
+    from rlinf.training.adapters import Adapter
+
+    patch(Adapter, "wide_b", lambda self: (self.part_of.roll(1, 1)[:, :, None] * self.b[:, None, :]).flatten(1))
+
+
 def shards_not_marked(patch: Patch) -> None:
     from rlinf.training import engine
 
@@ -204,6 +223,12 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
     "gradients of gathered keys not summed": (
         gradients_of_gathered_keys_not_summed, Case(2, 1, 1, False, "qwen2", 512, True, 0, cp=2), "gradient"
     ),
+    "adapters' gradients not summed over tensor-parallel ranks": (
+        adapter_gradient_not_reduced, Case(2, 2, 1, True, "qwen2", 512, True, 0, adapters=EVERY_MATRIX), "gradient"
+    ),
+    "the adapter of another matrix": (
+        adapter_of_another_part, Case(2, 2, 1, False, "qwen2", 512, True, 0, adapters=EVERY_MATRIX), "metric"
+    ),
     "sharded parameters not marked for the gradient norm": (shards_not_marked, Case(2, 2, 1, False, "qwen2", 512, True, 0), "norm"),
 }  # fmt: skip
 
@@ -269,7 +294,7 @@ def test_the_cases_cover_every_dimension() -> None:
     cases = make_cases()
     assert len(cases) == len(set(cases)) >= 40
     for family in FAMILIES:
-        mine = [c for c in cases if c.family == family and c.head == "lm"]
+        mine = [c for c in cases if c.family == family and c.head == "lm" and not c.adapters]
         assert {(c.ranks, c.tp, c.pp) for c in mine} >= {(1, 1, 1), (2, 2, 1), (2, 1, 2), (3, 1, 1), (4, 2, 2), (4, 1, 4), (4, 1, 1)}
         assert {(c.budget, c.share_prefix) for c in mine} == {(b, p) for b, p, _ in layout.SPLITS}
         assert {c.order for c in mine} == {o for _, _, o in layout.SPLITS} and {c.sequence_parallel for c in mine} == {True, False}
@@ -281,11 +306,15 @@ def test_the_cases_cover_every_dimension() -> None:
         } == {"lm", "scalar"}
     assert {c.dp for c in cases} == {1, 2, 3, 4} and {c.tp for c in cases} == {1, 2, 4}
     layouts = {(*l, 1) for l in layout.LAYOUTS} | set(layout.CONTEXT_LAYOUTS)
-    assert len(make_cases(quick=True)) == 2 * len(layouts)
-    critics = [c for c in cases if c.head == "scalar"]
+    assert len(make_cases(quick=True)) == 3 * len(layouts)
+    adapted = [c for c in cases if c.adapters]
+    assert {(c.ranks, c.tp, c.pp, c.sequence_parallel, c.cp) for c in adapted} == layouts and {c.family for c in adapted} == set(FAMILIES)
+    assert {c.adapters for c in adapted} == set(layout.ADAPTED) - {()} and {c.head for c in adapted} == {"lm", "scalar"}
+    assert {c.recompute for c in adapted if c.pp == 1} == set(layout.RECOMPUTE)  # the first stage: nothing in front of it is trained
+    critics = [c for c in cases if c.head == "scalar" and not c.adapters]
     assert {(c.ranks, c.tp, c.pp, c.sequence_parallel, c.cp) for c in critics} == layouts and {c.family for c in critics} == set(FAMILIES)
     assert {(c.budget, c.share_prefix) for c in critics} == {(b, p) for b, p, _ in layout.SPLITS}
-    context = [c for c in cases if c.cp > 1]
+    context = [c for c in cases if c.cp > 1 and not c.adapters]
     assert {(c.ranks, c.tp, c.pp, c.sequence_parallel, c.cp) for c in context if c.head == "lm"} == set(layout.CONTEXT_LAYOUTS)
     assert (
         {c.family for c in context} == set(FAMILIES)
@@ -356,6 +385,7 @@ def test_deviations_never_overlook_a_missing_tensor_or_nan() -> None:
     order=st.integers(0, 10_000),
     head=st.sampled_from(["lm", "scalar"]),
     recompute=st.sampled_from(sorted(layout.RECOMPUTE)),
+    adapters=st.sampled_from(sorted(layout.ADAPTED)),
 )
 def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
     rank_pool: RankPool,
@@ -366,10 +396,13 @@ def test_loss_metrics_and_gradients_do_not_depend_on_the_split(
     order: int,
     head: str,
     recompute: str,
+    adapters: tuple[str, ...],
 ) -> None:
     where, family, cp = layout_and_family
     (finding,) = check_cases(
-        rank_pool, [Case(*where, family, budget, share_prefix, order, head, recompute, cp)], tmp_path_factory.getbasetemp() / "drawn"
+        rank_pool,
+        [Case(*where, family, budget, share_prefix, order, head, recompute, cp, adapters)],
+        tmp_path_factory.getbasetemp() / "drawn",
     )
     assert finding.holds, layout.complaint(finding)
 

@@ -217,6 +217,18 @@ def nearest_fit(
     return None
 
 
+def fit_with_adapters(
+    config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None, others: Models | None = None
+) -> Change | None:
+    """Adapters in place of all weights, and the smallest set of changes that then fits; None when none does."""
+    change: Change = {f"{role}.lora.rank": 32 for role in config.megatron_roles if hasattr(getattr(config, role), "lora")}
+    candidate = changed(config, change)
+    if not forecast(candidate, arch, device, mean_response, others).trouble:
+        return change
+    more = nearest_fit(candidate, arch, hf, device, mean_response, others)
+    return None if more is None else change | more
+
+
 def less_recomputation(
     config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None, others: Models | None = None
 ) -> tuple[Change, Forecast] | None:
@@ -374,6 +386,9 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
     others = other_models(config)
     result = forecast(config, arch, device, mean_response, others)
     change = nearest_fit(config, arch, hf, device, mean_response, others) if result.trouble else None
+    adapted = None
+    if result.trouble and change is None and not config.actor.lora.rank:
+        adapted = fit_with_adapters(config, arch, hf, device, mean_response, others)
     spared = None if result.trouble else less_recomputation(config, arch, hf, device, mean_response, others)
     if as_json:
         seats = {c: len(result.placement.of(c)) for c in (*config.megatron_roles, "rollout", "reward")}
@@ -383,6 +398,7 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
             **ranks, "engine": asdict(result.engine),
             "kv_tokens": result.kv_tokens, "phases": result.phases, "host": result.host, "limit": result.limit, "load": asdict(result.load),
             "seconds": result.seconds, "fits": not result.trouble, "trouble": result.trouble, "change": change,
+            "change_with_adapters": adapted,
             "less_recomputation": spared and {"change": spared[0], "seconds": spared[1].seconds, "phases": spared[1].phases},
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, indent=1) + "\n")
@@ -395,6 +411,8 @@ def main(resolved: Resolved, device_name: str | None, mean_response: int | None,
                      f"{gib(spared[1].phases['training'])} GiB while training)")  # fmt: skip
     elif result.trouble:
         lines.append("no one or two changes make it fit: use a larger device, more devices, or a shorter runner.seq_length")
+        if adapted:
+            lines.append(f"with adapters in place of all weights it fits: {words(adapted)} (docs/lora.md)")
     if mean_response is None:
         lines.append(f"mean response length is taken as {MEAN_SHARE:.0%} of max_new_tokens; give yours with --mean-response")
     sys.stdout.write("\n".join([*lines, assumptions(device), *(f"warning: {w}" for w in warnings)]) + "\n")

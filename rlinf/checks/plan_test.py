@@ -64,8 +64,9 @@ def test_what_does_not_fit_is_named_and_the_change_fits(capsys: pytest.CaptureFi
     config, arch, _ = read(name, *words)
     if told["change"]:
         assert forecast(changed(config, told["change"]), arch, GPUS[device]).trouble == ()
-    else:  # 1.5B's optimizer alone takes 20 GiB: nothing in two changes helps on one 24 GB card
-        assert device == "rtx4090"
+    else:  # 1.5B's optimizer alone takes 20 GiB: nothing in two changes helps on one 24 GB card, but adapters do
+        assert device == "rtx4090" and told["change_with_adapters"]["actor.lora.rank"] == 32
+        assert forecast(changed(config, told["change_with_adapters"]), arch, GPUS[device]).trouble == ()
 
 
 def test_a_plan_that_fits_names_a_faster_one_with_less_computed_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,3 +247,15 @@ def test_mistakes_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device tpu: not known; known are cpu, h100" in capsys.readouterr().err
     assert main(["plan", "qwen2.5-1.5b-single-gpu", "rollout.model_dir=/nowhere/unheard-of"]) == 2
     assert "a plan needs them" in capsys.readouterr().err
+
+
+def test_adapters_of_7b_fit_on_one_gpu_where_all_weights_do_not(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "qwen2.5-7b-lora-single-gpu"
+    assert main(["plan", name]) == 0 and main(["plan", name, "--device", "l40s"]) == 0
+    assert main(["plan", name, "actor.lora.rank=0"]) == 2
+    assert "with adapters in place of all weights it fits: actor.lora.rank=32 (docs/lora.md)" in capsys.readouterr().out
+    config, arch, _ = read(name)
+    plan, whole = forecast(config, arch, GPUS["h100"]), forecast(read(name, "actor.lora.rank=0")[0], arch, GPUS["h100"])
+    assert plan.seconds["forward and backward"] < 0.8 * whole.seconds["forward and backward"]
+    with_reference = forecast(read(name, "algorithm.kl_beta=0.01")[0], arch, GPUS["h100"])
+    assert with_reference.host == plan.host  # the reference policy is the model without adapters
