@@ -55,7 +55,7 @@ def examine(resolved: Resolved | None) -> Iterator[Finding]:
     size = BYTES[config.actor.model.precision] if config else 2
     yield python(sys.version_info[:2], cuda)
     yield from packages(pins("base"), installed_version)
-    yield compiled_code(cpu_flags(), own.name if (own := kernels()) else None)
+    yield compiled_code(cpu_flags(), compiled.name if (compiled := kernels()) else None)
     if cuda:
         yield from packages({name: pin for name, pin in pins("gpu").items() if name not in pins("base")}, installed_version)
     yield from devices(cuda, has_gpu(), device.usable(), torch.version.cuda, driver_version())

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample, Status, Verdict
 from rlinf.errors import UserError
@@ -23,8 +23,10 @@ def write_group(path: Path, group: Group) -> None:
     """Write the group as a safetensors file, which is synced to disk when this returns."""
     about, arrays = take_apart(group)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, path, metadata={"group": json.dumps(about)})
-    with path.open("rb") as file:
+    content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"group": json.dumps(about)})
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
 
 

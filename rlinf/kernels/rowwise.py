@@ -16,9 +16,11 @@ from rlinf.kernels.cpu import LEAST_LANES, Kernels, kernels_for
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """x / root(mean(x^2) + eps) * weight over the last dimension."""
-    own = kernels_for(x.dtype, x.device)
-    if own is not None and x.dtype == weight_H.dtype:
-        return _RmsNorm.apply(own, x, weight_H, eps) if torch.is_grad_enabled() else own.norm(_rows(x), weight_H, eps).view(x.shape)
+    compiled = kernels_for(x.dtype, x.device)
+    if compiled is not None and x.dtype == weight_H.dtype:
+        return (
+            _RmsNorm.apply(compiled, x, weight_H, eps) if torch.is_grad_enabled() else compiled.norm(_rows(x), weight_H, eps).view(x.shape)
+        )
     return F.rms_norm(x, weight_H.shape, weight_H, eps)
 
 
@@ -40,16 +42,16 @@ def _rows(x: Tensor) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Kernels, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        ctx.own, x_NH = own, _rows(x)
+    def forward(ctx: Any, compiled: Kernels, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        ctx.compiled, x_NH = compiled, _rows(x)
         scale_N = torch.empty(len(x_NH))
         ctx.save_for_backward(x_NH, weight_H, scale_N)
-        return own.norm(x_NH, weight_H, eps, scale_N).view(x.shape)
+        return compiled.norm(x_NH, weight_H, eps, scale_N).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_NH, weight_H, scale_N = ctx.saved_tensors
-        grad_NH, grad_H = ctx.own.norm_back(x_NH, weight_H, scale_N, _rows(grad))
+        grad_NH, grad_H = ctx.compiled.norm_back(x_NH, weight_H, scale_N, _rows(grad))
         return None, grad_NH.view(grad.shape), grad_H, None
 
 
@@ -64,8 +66,8 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        if (own := _wide_kernels(gate_up)) is not None:
-            return own.silu_back(_rows(gate_up), _rows(grad)).view(gate_up.shape)
+        if (compiled := _wide_kernels(gate_up)) is not None:
+            return compiled.silu_back(_rows(gate_up), _rows(grad)).view(gate_up.shape)
         out = torch.empty_like(gate_up)
         (gate, up), (to_gate, to_up) = gate_up.chunk(2, -1), out.chunk(2, -1)
         torch.mul(grad, F.silu(gate), out=to_up)
@@ -74,8 +76,8 @@ class _Swiglu(torch.autograd.Function):
 
 
 def _gated(gate_up: Tensor) -> Tensor:
-    if (own := _wide_kernels(gate_up)) is not None:
-        return own.silu(_rows(gate_up)).view(*gate_up.shape[:-1], -1)
+    if (compiled := _wide_kernels(gate_up)) is not None:
+        return compiled.silu(_rows(gate_up)).view(*gate_up.shape[:-1], -1)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -99,8 +101,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x_NAD: Tensor, cos_ND: Tensor, sin_ND: Tensor, back: bool = False) -> Tensor:
     """By the angles, or back: both halves of a head have the same."""
-    if (own := _wide_kernels(x_NAD)) is not None:
-        return own.rotate(_heads(x_NAD), cos_ND, sin_ND, back=back)
+    if (compiled := _wide_kernels(x_NAD)) is not None:
+        return compiled.rotate(_heads(x_NAD), cos_ND, sin_ND, back=back)
     out = torch.empty(x_NAD.shape, dtype=x_NAD.dtype, device=x_NAD.device)
     (a, b), (to_a, to_b) = x_NAD.chunk(2, -1), out.chunk(2, -1)
     cos, sin = (t_ND[:, None, : a.shape[-1]] for t_ND in (cos_ND, sin_ND))

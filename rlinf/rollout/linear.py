@@ -26,17 +26,17 @@ def uses_weight_in_place(dtype: torch.dtype, device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return True
-    if (own := kernels()) is None:
+    if (compiled := kernels()) is None:
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and (own.multiplies_bf16 or not cpu_multiplies_bf16()))
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and (compiled.multiplies_bf16 or not cpu_multiplies_bf16()))
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     """x -> x @ weight.T + bias. Where uses_weight_in_place(), nobody may write to the weight's memory as long as this is used."""
     if weight.device.type != "cpu":
         return partial(F.linear, weight=weight, bias=bias)
-    if (own := kernels()) is not None and uses_weight_in_place(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
-        return InPlaceLinear(own, weight, bias)
+    if (compiled := kernels()) is not None and uses_weight_in_place(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
+        return InPlaceLinear(compiled, weight, bias)
     return _reordered(weight, bias)
 
 
@@ -46,8 +46,8 @@ def head(weight: Tensor) -> Linear:
         return lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
     if weight.device.type == "cuda":
         return partial(F.linear, weight=weight)
-    if (own := kernels()) is not None and weight.dtype in (torch.float32, torch.bfloat16) and len(weight) >= LEAST_OUTPUTS:
-        return InPlaceLinear(own, weight, None, torch.float32)
+    if (compiled := kernels()) is not None and weight.dtype in (torch.float32, torch.bfloat16) and len(weight) >= LEAST_OUTPUTS:
+        return InPlaceLinear(compiled, weight, None, torch.float32)
     product = _reordered(weight.float(), None)
     return lambda x: product(F.pad(x.float(), (0, 0, 0, max(0, LEAST_ROWS - len(x)))))[: len(x)]
 
@@ -58,11 +58,11 @@ class InPlaceLinear:
     dtype: of the result, by default the weight's.
     """
 
-    def __init__(self, own: Kernels, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
-        self._kernels, self._weight, self._bias = own, weight, bias
+    def __init__(self, compiled: Kernels, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        self._kernels, self._weight, self._bias = compiled, weight, bias
         self._bias_fp32 = None if bias is None else bias.float()
         self._dtype = dtype or weight.dtype
-        torch_is_faster = weight.dtype == torch.float32 or own.multiplies_bf16
+        torch_is_faster = weight.dtype == torch.float32 or compiled.multiplies_bf16
         torch_has_it = self._dtype == weight.dtype  # and no fp32 result of bf16 numbers
         self._most_rows = MOST_ROWS if torch_is_faster and torch_has_it else None
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlinf.config.model import read_config
@@ -25,7 +24,7 @@ from rlinf.weights.checkpoint_part import open_part
 from rlinf.weights.dtypes import DTYPES, dtype_name
 from rlinf.weights.hf_folder import finish_hf_folder
 from rlinf.weights.mapping import adapted_matrix, hf_shapes
-from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, read_json, sync, write_json, write_tensors
+from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, read_json, sync, write_json, write_tensor_file, write_tensors
 
 
 def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None) -> dict[str, Any]:
@@ -67,8 +66,7 @@ def export_adapters(step_dir: Path, out: Path, dtype: str | None) -> dict[str, A
     with _appearing_whole(out) as partial:
         partial.mkdir(parents=True)
         named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in _cast(trained.items(), wanted)}
-        save_file(named, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        sync(partial / "adapter_model.safetensors")
+        write_tensor_file(partial / "adapter_model.safetensors", named)
         about = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",

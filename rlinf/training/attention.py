@@ -158,8 +158,8 @@ class _CpuAttention(torch.autograd.Function):
 
 def _softmax(scores_NLS: Tensor, length: int, scale: float) -> None:
     """Scores become weights. Rows are those of one or more heads, `length` queries each."""
-    if (own := kernels_for(scores_NLS.dtype, scores_NLS.device)) is not None:
-        own.softmax(scores_NLS, length, scale)
+    if (compiled := kernels_for(scores_NLS.dtype, scores_NLS.device)) is not None:
+        compiled.softmax(scores_NLS, length, scale)
         return
     size = scores_NLS.size(2)
     hidden = torch.full((length, size), float("-inf")).triu(size - length + 1).repeat(scores_NLS.size(1) // length, 1)
@@ -168,8 +168,8 @@ def _softmax(scores_NLS: Tensor, length: int, scale: float) -> None:
 
 def _softmax_back(weights_NLS: Tensor, grad_NLS: Tensor, length: int, scale: float) -> None:
     """The gradient of the weights becomes that of the scores."""
-    if (own := kernels_for(grad_NLS.dtype, grad_NLS.device)) is not None:
-        own.softmax_back(weights_NLS, grad_NLS, length, scale)
+    if (compiled := kernels_for(grad_NLS.dtype, grad_NLS.device)) is not None:
+        compiled.softmax_back(weights_NLS, grad_NLS, length, scale)
         return
     weights, grad = weights_NLS.float(), grad_NLS.float()
     grad_NLS.copy_(grad.sub_((weights * grad).sum(-1, keepdim=True)).mul_(weights).mul_(scale))

@@ -147,14 +147,14 @@ def _top(logits_NV: Tensor, valid: int) -> Tensor:
     """Largest logit of each row [N] in fp32."""
     if not valid:
         return logits_NV.new_full((len(logits_NV),), PADDING, dtype=torch.float32)
-    own = kernels_for(logits_NV.dtype, logits_NV.device)
-    return logits_NV[:, :valid].amax(1).float() if own is None else own.head_top(logits_NV, valid)
+    compiled = kernels_for(logits_NV.dtype, logits_NV.device)
+    return logits_NV[:, :valid].amax(1).float() if compiled is None else compiled.head_top(logits_NV, valid)
 
 
 def _sums(logits_NV: Tensor, top_N: Tensor, columns_N1: Tensor, temperature: float, valid: int) -> Tensor:
     """[3, N] fp32 of z = (logit - top) / temperature: sum of e^z, z of the column, sum of z e^z."""
-    if (own := kernels_for(logits_NV.dtype, logits_NV.device)) is not None:
-        return own.head_sums(logits_NV, columns_N1, top_N, temperature, valid)
+    if (compiled := kernels_for(logits_NV.dtype, logits_NV.device)) is not None:
+        return compiled.head_sums(logits_NV, columns_N1, top_N, temperature, valid)
     sums = torch.empty(3, len(logits_NV), dtype=torch.float32, device=logits_NV.device)
     for block in _blocks(logits_NV):
         below = _scaled(logits_NV[block] - top_N[block, None], temperature, valid)
@@ -177,9 +177,9 @@ def _become_gradient(
     valid: int,
 ) -> None:
     """The gradient takes the logits' place. by_logit, by_entropy: of the loss by log-probability and entropy, over the temperature."""
-    own = _fused(logits_NV.device) or kernels_for(logits_NV.dtype, logits_NV.device)
-    if own is not None:
-        own.head_back(logits_NV, columns_N1, mine_N, lse_N, entropy_N, by_logit_N, by_entropy_N, temperature, valid)
+    compiled = _fused(logits_NV.device) or kernels_for(logits_NV.dtype, logits_NV.device)
+    if compiled is not None:
+        compiled.head_back(logits_NV, columns_N1, mine_N, lse_N, entropy_N, by_logit_N, by_entropy_N, temperature, valid)
         return
     for rows in _blocks(logits_NV):
         below = _scaled(logits_NV[rows].float(), temperature, valid).sub_(lse_N[rows, None])

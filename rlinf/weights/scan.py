@@ -65,8 +65,8 @@ class Scan:
 
 def scan_function() -> Callable[[np.ndarray], None]:
     """Fills in the results of an array of RUN."""
-    own = kernels()
-    return scan_by_numpy if own is None else own.scan
+    compiled = kernels()
+    return scan_by_numpy if compiled is None else compiled.scan
 
 
 def scan(buffer: Tensor, specs: Sequence[TensorSpec], pool: Executor) -> Scan:

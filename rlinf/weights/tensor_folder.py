@@ -46,8 +46,7 @@ def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]
         if pending:
             count += 1
             file = f"{stem}-{count:05d}.safetensors"
-            save_file(pending, folder / file, metadata={"format": "pt"})
-            sync(folder / file)
+            write_tensor_file(folder / file, pending)
             where.update({name: Stored(file, digest(tensor)) for name, tensor in pending.items()})
             pending.clear()
 
@@ -57,6 +56,16 @@ def write_tensors(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]]
         pending[name] = tensor.contiguous().cpu().clone()
     flush()
     return where
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, and fsync it. Whoever may read other new files of this process may read it: safetensors' own is its
+    owner's alone."""
+    with path.open("wb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+    sync(path)
 
 
 def read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_tensors_come_back_bit_for_bit_from_files_of_bounded_size(tmp_path: Path
         assert folder[name].dtype == tensor.dtype and torch.equal(folder[name], tensor)
     shared = [f for f in set(in_file.values()) if list(in_file.values()).count(f) > 1]
     assert all(sum(made[n].nbytes for n in where if in_file[n] == f) <= file_bytes for f in shared)
+
+
+def test_who_may_read_other_new_files_may_read_these(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path, "part", tensors().items())
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
 
 
 def test_views_and_strided_tensors_are_written_as_they_look(tmp_path: Path) -> None:
