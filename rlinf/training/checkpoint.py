@@ -141,7 +141,7 @@ class Writing:
 def probe(engine: MegatronEngine) -> list[Tensor]:
     """Log-probabilities of fixed token sequences (head `scalar`: its numbers); empty on all but the last stage."""
     tokens = np.random.Philox(key=[1234, 0]).random_raw((PROBES, PROBE_TOKENS)) % engine.arch.vocab
-    packed = pack_sequences(list(tokens.astype(np.int64)), 1.0, engine.pad_to, engine.device)
+    packed = pack_sequences(list(tokens.astype(np.int64)), engine.pad_to, engine.device)
     return [logprobs for logprobs, _ in engine.logprobs([packed])] if engine.model.head == "lm" else engine.scores([packed])
 
 

@@ -150,11 +150,12 @@ def by_token(batch: PackedBatch, values: Mapping[str, np.ndarray]) -> Tensor:
     return torch.as_tensor(np.concatenate([*parts, []]).astype(np.float32), device=batch.targets.device)
 
 
-def pack_sequences(sequences: Sequence[np.ndarray], temperature: float, pad_to: int, device: torch.device) -> PackedBatch:
-    """Sequences whose log-probabilities are wanted, each by itself: its first token stands as the prompt, the n-1 others as a response."""
+def pack_sequences(sequences: Sequence[np.ndarray], pad_to: int, device: torch.device) -> PackedBatch:
+    """Sequences whose log-probabilities are wanted, each by itself and at temperature 1: its first token stands as the prompt, the n-1
+    others as a response."""
     groups = [example(f"sequence-{i}", tokens[:1], tokens[1:]) for i, tokens in enumerate(sequences)]
     refs = [SampleRef(i, 0, 0.0) for i in range(len(groups))]
-    return pack(groups, refs, share_prefix=False, temperature=temperature, pad_to=pad_to, device=device)
+    return pack(groups, refs, share_prefix=False, temperature=1.0, pad_to=pad_to, device=device)
 
 
 def _common_start(prompts: Sequence[np.ndarray]) -> int:

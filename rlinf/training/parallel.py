@@ -37,9 +37,12 @@ class Coordinates:
         return self.tp_rank == 0 and self.cp_rank == 0
 
 
-def initialize(
-    tp: int, pp: int, cp: int = 1, *, rank: int, world_size: int, device: torch.device, address: str, timeout_minutes: int = 30
-) -> Coordinates:
+TIMEOUT = timedelta(
+    minutes=30
+)  # of a collective: a rank that lives may have much more to do than another, and one that died is noticed otherwise
+
+
+def initialize(tp: int, pp: int, cp: int = 1, *, rank: int, world_size: int, device: torch.device, address: str) -> Coordinates:
     """Join the process groups (rank order: TP fastest, then CP, then DP, then PP) and seed Megatron's RNG tracker.
 
     Two roles in one process (cluster.backend: local) have one rank each and share its groups.
@@ -47,9 +50,7 @@ def initialize(
     if dist.is_initialized():
         return coordinates()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=timedelta(minutes=timeout_minutes)
-    )
+    dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size, timeout=TIMEOUT)
     at = set_layout(tp, pp, cp)
     meet(device)
     return at

@@ -89,7 +89,7 @@ def sequence_logprobs(engine: MegatronEngine, sequences: Sequence[np.ndarray]) -
     """Log-probability of each token given those before it, by the weights as they are handed out: [n-1] for a sequence of n tokens; empty
     on all but the last stage."""
     with engine.adapters.in_the_weights():
-        outputs = engine.logprobs([pack_sequences(sequences, 1.0, engine.pad_to, engine.device)])
+        outputs = engine.logprobs([pack_sequences(sequences, engine.pad_to, engine.device)])
     if not outputs:
         return []
     return [part.cpu().numpy() for part in outputs[0][0].split([len(s) - 1 for s in sequences])]

@@ -38,11 +38,6 @@ REALS = Node("reals")
 INFINITY = Node("const", (), "inf")
 
 
-def flat(op: str, args: list[Node]) -> Node:
-    """An n-ary node; a single argument stands for itself."""
-    return args[0] if len(args) == 1 else Node(op, tuple(args))
-
-
 def has(node: Node, op: str) -> bool:
     return node.op == op or any(has(a, op) for a in node.args)
 
