@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from traceback import extract_tb
@@ -35,17 +35,27 @@ def file_of(reference: str) -> Path:
     return Path(reference.rpartition(":")[0])
 
 
+def present(reference: str) -> Path:
+    """The function's file. Raises UserError when there is none."""
+    if not (file := file_of(reference)).is_file():
+        raise UserError(f"{reference}: there is no file {file}; on a cluster it must be at the same path on every node")
+    return file
+
+
 def checksum_of(reference: str) -> str:
-    """sha256 of the function's file."""
-    return hashlib.sha256(file_of(reference).read_bytes()).hexdigest()
+    """sha256 of the function's file. Raises UserError when there is none."""
+    return hashlib.sha256(present(reference).read_bytes()).hexdigest()
+
+
+def identified(functions: Mapping[str, str]) -> dict[str, str]:
+    """Own functions by the name that each serves: the function's name and the sha256 of its file, wherever that lies."""
+    return {name: f"{function.rpartition(':')[2]} {checksum_of(function)}" for name, function in functions.items()}
 
 
 @cache
 def load_own(reference: str) -> Callable[..., Any]:
     """The function. Its file is executed once in each process. Raises UserError when there is no such function."""
-    file, name = file_of(reference), reference.rpartition(":")[2]
-    if not file.is_file():
-        raise UserError(f"{reference}: there is no file {file}; on a cluster it must be at the same path on every node")
+    file, name = present(reference), reference.rpartition(":")[2]
     module_name = f"rlinf_own_{file.stem}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None and spec.loader is not None

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, load
 from rlinf.config.model import load_model_config
-from rlinf.config.own_code import checksum_of
+from rlinf.config.own_code import identified
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
 from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
@@ -115,13 +115,8 @@ def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
         }
         | ({"sglang": dict(rollout.sglang)} if rollout.rollout_backend == "sglang" else {}),
         "judge": {"rlinf": rlinf.__version__, "answer_format": reward.answer_format, "timeout": reward.timeout}
-        | own_judges(reward.own_tasks),
+        | identified(reward.own_tasks),
     }
-
-
-def own_judges(own_tasks: Mapping[str, str]) -> dict[str, str]:
-    """The user's own judging functions, by name and the sha256 of their files."""
-    return {task: f"{function.rpartition(':')[2]} {checksum_of(function)}" for task, function in own_tasks.items()}
 
 
 def open_folders(out: Path, task: Task, identities: Sequence[dict[str, Any]]) -> list[SetFolder]:

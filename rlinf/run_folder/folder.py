@@ -35,6 +35,7 @@ class RunFolder:
         self.path, self.paths = runner.run_dir, RunPaths(runner.run_dir)
         self.checkpoints = Checkpoints(self.paths, runner.keep_checkpoints, runner.keep_best)
         self.keep_groups, self.ahead = runner.keep_groups, resolved.config.algorithm.max_staleness
+        self._settings = {"made_with": made_with(self.config)} if command == TRAIN else {}  # files of own functions may change meanwhile
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
         self._hold()
@@ -73,8 +74,7 @@ class RunFolder:
 
     def finish_checkpoint(self, partial: Path, state: dict[str, Any]) -> Path:
         """Make what was written the latest checkpoint. When that is interrupted, either it or the one before it is the latest."""
-        settings = {"made_with": made_with(self.config)} if self.command == TRAIN else {}
-        final = self.checkpoints.finish(partial, {"command": self.command, "measured_on": self.measured_on} | settings | state)
+        final = self.checkpoints.finish(partial, {"command": self.command, "measured_on": self.measured_on} | self._settings | state)
         self.checkpoints.retire(self.resume.step if self.resume else -1, state["step"])
         return final
 

@@ -409,6 +409,10 @@ CLOCK = (*AHEAD, "algorithm.schedule=wallclock")
     (LOGICAL, AHEAD, "algorithm.schedule=wallclock", "algorithm.schedule: 'logical' instead of 'wallclock'"),
     (LOGICAL, AHEAD, "algorithm.max_staleness=0", "algorithm.max_staleness: 2 instead of 0"),
     (LOGICAL, AHEAD, "data.rollout_batch_size=8", "data.rollout_batch_size: 16 instead of 8"),
+    (WALLCLOCK, CLOCK, "algorithm.sampling_params.temperature=0.5", "algorithm.sampling_params.temperature: 1.0 instead of 0.5"),
+    (LOGICAL, AHEAD, "algorithm.sampling_params.stop=[END]", "algorithm.sampling_params.stop: ['\\n'] instead of ['END']"),
+    (WALLCLOCK, CLOCK, "algorithm.sampling_params.max_new_tokens=8", "algorithm.sampling_params.max_new_tokens: 24 instead of 8"),
+    (LOGICAL, AHEAD, "reward.reward_scale=1", "reward.reward_scale: 5.0 instead of 1.0"),
 ])  # fmt: skip
 def test_settings_that_the_groups_generated_ahead_do_not_fit_are_refused_before_anything_is_touched(
     tmp_path: Path, schedule: dict[str, object], before: tuple[str, ...], after: str, says: str
@@ -423,12 +427,37 @@ def test_settings_that_the_groups_generated_ahead_do_not_fit_are_refused_before_
     (WALLCLOCK, CLOCK, ("algorithm.max_staleness=3",)),
     (LOGICAL, AHEAD, ("algorithm.max_staleness=3",)),
     (LOGICAL, AHEAD, ("runner.max_steps=50", "data.seed=7")),
+    (WALLCLOCK, CLOCK, ("algorithm.sampling_params.max_new_tokens=25", "reward.timeout=3", "reward.num_processes=2")),
+    (NOTHING, AHEAD, ("algorithm.sampling_params.temperature=0.5", "reward.reward_scale=1")),
     (NOTHING, (), ("data.rollout_batch_size=32", "algorithm.schedule=wallclock", "algorithm.max_staleness=1")),
     (NOTHING, AHEAD, ("algorithm.max_staleness=0", "algorithm.group_size=4")),
 ])  # fmt: skip
 def test_other_settings_may_change(tmp_path: Path, schedule: dict[str, object], before: tuple[str, ...], after: tuple[str, ...]) -> None:
     resumed = resumed_with(tmp_path, schedule, before, after)
     assert resumed.resume is not None and resumed.resume.step == 1
+
+
+def test_a_judge_of_the_users_own_may_move_but_not_change(tmp_path: Path) -> None:
+    before, moved = tmp_path / "judge.py", tmp_path / "moved.py"
+    for file in (before, moved):
+        file.write_text("def same(): ...\n")
+    settings = [(*AHEAD, f"reward.own_tasks={{ours: '{file}:same'}}") for file in (before, moved)]
+    close(resumed_with(tmp_path, LOGICAL, settings[0], settings[1]))
+    moved.write_text("def same(): return True\n")
+    with pytest.raises(UserError, match="reward.own_tasks: {'ours': 'same .*'} instead of {'ours': 'same "):
+        open_folder(tmp_path, "runner.resume_dir=auto", *SIXTEEN, *settings[1])
+
+
+def test_a_checkpoint_is_made_with_the_functions_that_the_run_began_with(tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("def same(): ...\n")
+    words = (*AHEAD, f"reward.own_tasks={{ours: '{judge}:same'}}")
+    folder = open_folder(tmp_path, *words)
+    judge.write_text("def same(): return True\n")
+    checkpoint(folder, 1, schedule=LOGICAL, sampler={"epoch": 0})
+    close(folder)
+    with pytest.raises(UserError, match="reward.own_tasks"):
+        open_folder(tmp_path, "runner.resume_dir=auto", *words)
 
 
 def without_settings(folder: RunFolder, step: int, **state: object) -> Path:

@@ -1,7 +1,8 @@
 """Which checkpoints a run may be resumed from, and which settings have to stay as they were.
 
 A checkpoint without groups that were generated ahead of training holds only a step and a place in the data, so any schedule and batch size
-can go on from it. Groups that were generated ahead belong to batches of a certain size, and were begun under a certain allowed staleness.
+can go on from it. Groups that were generated ahead belong to batches of a certain size, were begun under a certain allowed staleness, and
+have tokens and rewards that are not made again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from rlinf.config.load import value_of
 from rlinf.config.model import load_model_config
+from rlinf.config.own_code import identified
 from rlinf.config.schema import Config
 from rlinf.errors import UserError
 from rlinf.weights.adapters import refuse_other_adapters, trained_shapes
@@ -20,13 +22,22 @@ from rlinf.weights.checkpoint_part import open_part
 from rlinf.weights.tensor_folder import read_json
 
 TRAIN, TRAIN_ONLY, SFT = "train", "train --debug-train-only", "sft"  # commands; checkpoints of the second hold no place in the data
-STALENESS = "algorithm.max_staleness"
-BINDING = ("algorithm.schedule", STALENESS, "algorithm.group_size", "data.rollout_batch_size")
+MAY_GROW = ("algorithm.max_staleness", "algorithm.sampling_params.max_new_tokens")
+SAMPLING = tuple(f"algorithm.sampling_params.{name}" for name in ("temperature", "top_k", "top_p", "stop"))
+REWARD = tuple(
+    f"reward.{name}"
+    for name in (
+        "reward_type", "own_tasks", "own_parts", "reward_scale", "undecided_reward", "answer_format", "format_reward", "four_levels",
+        "overlong_buffer", "overlong_penalty", "exploration_penalty",
+    )
+)  # fmt: skip
+BINDING = ("algorithm.schedule", "algorithm.group_size", "data.rollout_batch_size", *MAY_GROW, *SAMPLING, *REWARD)
 
 
 def made_with(config: Config) -> dict[str, Any]:
-    """The settings that groups generated ahead depend on, as run_state.json records them."""
-    return {key: value_of(config, key) for key in BINDING}
+    """The settings that groups generated ahead depend on, as run_state.json records them; of own functions what they are, not where."""
+    values = {key: value_of(config, key) for key in BINDING}
+    return {key: identified(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
 def groups_ahead(state: Mapping[str, Any]) -> int:
@@ -91,10 +102,11 @@ def refuse_changes(step_dir: Path, state: Mapping[str, Any], command: str, confi
         changed = [
             f"{key}: {value!r} instead of {now[key]!r}"
             for key, value in then.items()
-            if (now[key] < value if key == STALENESS else now[key] != value)
+            if (now[key] < value if key in MAY_GROW else now[key] != value)
         ]
         if changed:
             raise UserError(
                 f"runner.resume_dir: {step_dir} holds {groups_ahead(state)} groups that were generated ahead, with {', '.join(changed)}, "
-                f"and they do not fit this run. Put it back ({STALENESS} may grow), or start a new run from the weights: {start}"
+                f"and they do not fit this run. Put it back ({' and '.join(MAY_GROW)} may grow), "
+                f"or start a new run from the weights: {start}"
             )
