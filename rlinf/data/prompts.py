@@ -7,6 +7,7 @@ A prompt is used as it is written in the file (boba prompts already contain thei
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -243,4 +244,12 @@ def _fingerprint(prompts: list[Prompt]) -> str:
     for prompt in prompts:
         digest.update(f"{prompt.prompt_id}\0{len(prompt.token_ids)}\0".encode())
         digest.update(prompt.token_ids.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def problems_fingerprint(prompts: Iterable[Prompt]) -> str:
+    """A hash of ids, prompt tokens, tasks and solutions, in order: scores on problems with the same fingerprint can be compared."""
+    digest = hashlib.sha256()
+    for p in prompts:
+        digest.update(json.dumps([p.prompt_id, p.task, p.solutions, p.token_ids.tolist()]).encode())
     return digest.hexdigest()[:16]

@@ -16,15 +16,14 @@ from typing import Any
 
 from rich.console import Console
 
-import rlinf
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.processes import new_run_id, terminate_as_interrupt
 from rlinf.cluster.usage import Usage
 from rlinf.config.load import Resolved, load
 from rlinf.config.model import load_model_config
-from rlinf.config.own_code import identified
 from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
+from rlinf.data.prompts import problems_fingerprint
 from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
 from rlinf.evaluation.folder import SetFolder, hold, read_json, write_whole
 from rlinf.evaluation.models import Model, models_of, parse_words
@@ -34,6 +33,7 @@ from rlinf.evaluation.results import SetResult, benchmark_table, compare, read_t
 from rlinf.evaluation.runner import EvaluationRunner, Job, Progress
 from rlinf.launch.train import WORKERS, launch_parts
 from rlinf.metrics.logger import MetricLogger
+from rlinf.rewards.tasks import judge_identity
 from rlinf.rollout.contract import SamplingParams, Stop
 from rlinf.scheduling.placement import build_evaluation_plan
 from rlinf.weights.architecture import read_architecture
@@ -102,10 +102,10 @@ def worker_config(config: Config, model: Model, context: int, max_tokens: int) -
 
 def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
     """All that the samples depend on, except for paths and layout."""
-    rollout, reward = task.config.rollout, task.config.reward
+    rollout = task.config.rollout
     return {
         "weights": weights_checksum(task.model.path),
-        "problems": problems.fingerprint(),
+        "problems": problems_fingerprint(problems.prompts),
         "protocol": problems.protocol_json(),
         "engine": {
             "backend": rollout.rollout_backend,
@@ -114,8 +114,7 @@ def identity(task: Task, problems: ProblemSet) -> dict[str, Any]:
             "end_tokens": list(task.tokenizer.eos_token_ids),  # generation_config.json names some, and is no part of the weights
         }
         | ({"sglang": dict(rollout.sglang)} if rollout.rollout_backend == "sglang" else {}),
-        "judge": {"rlinf": rlinf.__version__, "answer_format": reward.answer_format, "timeout": reward.timeout}
-        | identified(reward.own_tasks),
+        "judge": judge_identity(task.config.reward),
     }
 
 

@@ -20,7 +20,7 @@ from rlinf.evaluation.results_test import tally
 
 def identity_of(folder: Path, *words: str, end_tokens: tuple[int, ...] = (2,)) -> dict:
     config = load(None, [f"rollout.model_dir={folder}", "rollout.rollout_backend=sglang", *words]).config
-    problems = SimpleNamespace(fingerprint=lambda: "f", protocol_json=lambda: {})
+    problems = SimpleNamespace(prompts=(), protocol_json=lambda: {})
     task = SimpleNamespace(model=SimpleNamespace(path=folder), config=config, tokenizer=SimpleNamespace(eos_token_ids=end_tokens))
     return identity(task, problems)  # type: ignore[arg-type]
 

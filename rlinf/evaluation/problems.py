@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,13 +56,6 @@ class ProblemSet:
             for prompt in self.prompts
             for first in range(0, n, SHARE)
         ]
-
-    def fingerprint(self) -> str:
-        """A hash of ids, prompt tokens, tasks and solutions, in order: evaluations with the same fingerprint can be compared."""
-        digest = hashlib.sha256()
-        for p in self.prompts:
-            digest.update(json.dumps([p.prompt_id, p.task, p.solutions, p.token_ids.tolist()]).encode())
-        return digest.hexdigest()[:16]
 
     def protocol_json(self) -> dict[str, Any]:
         return {name: getattr(self.protocol, name) for name in BenchmarkConfig.__dataclass_fields__ if name != "path"}

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from rlinf.config.benchmarks import BENCHMARKS
 from rlinf.config.load import load
 from rlinf.config.schema import Config
+from rlinf.data.prompts import problems_fingerprint
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.errors import UserError
 from rlinf.evaluation.problems import check_context, load_sets
@@ -70,11 +71,11 @@ def test_the_fingerprint_knows_question_gold_and_template(tmp_path: Path, r1: Te
     prints = []
     for template in ("chat", "raw"):
         (problems,) = load_sets(config_of(tmp_path, "aime24", template=template), r1)
-        prints.append(problems.fingerprint())
+        prints.append(problems_fingerprint(problems.prompts))
     text = (tmp_path / "set.jsonl").read_text()
     config = config_of(tmp_path, "aime24")
     (tmp_path / "set.jsonl").write_text(text.replace("boxed{2}", "boxed{3}"))
-    prints.append(load_sets(config, r1)[0].fingerprint())
+    prints.append(problems_fingerprint(load_sets(config, r1)[0].prompts))
     assert len(set(prints)) == 3
 
 

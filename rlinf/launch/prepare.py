@@ -13,14 +13,14 @@ from rlinf.config.own_code import load_own
 from rlinf.config.schema import Config
 from rlinf.data import examples, prompts
 from rlinf.data.examples import ExamplesReport, load_examples
-from rlinf.data.prompts import DataReport, load_prompts
+from rlinf.data.prompts import DataReport, load_prompts, problems_fingerprint
 from rlinf.data.records import Group, Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
 from rlinf.launch.session import check_trackers, say
-from rlinf.rewards.tasks import check_tasks
+from rlinf.rewards.tasks import check_tasks, judge_identity
 from rlinf.run_folder.folder import RunFolder
-from rlinf.run_folder.resuming import SFT, TRAIN
+from rlinf.run_folder.resuming import SFT
 
 Item = TypeVar("Item", Prompt, Group)
 
@@ -31,12 +31,14 @@ class DataKind(Generic[Item]):
 
     load: (paths, configuration, tokenizer) -> (items, report). repeated: a warning when held-out items are also trained on.
     held_out: what messages call the held-out items. batch_key: the key with the number of items in a batch.
+    measured_on: (held-out items, their report, configuration) -> what stands for them and their measuring (RunFolder.measured_on).
     """
 
     load: Callable[[Sequence[str], Config, TextTokenizer], tuple[list[Item], DataReport | ExamplesReport]]
     repeated: Callable[[Sequence[Item], Sequence[Item]], str | None]
     held_out: str
     batch_key: str
+    measured_on: Callable[[Sequence[Item], DataReport | ExamplesReport, Config], str]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def prepare(resolved: Resolved, command: str, kind: DataKind[Item], validates: b
     if validates and config.data.val_data_paths:
         held_out, held_out_report = kind.load(config.data.val_data_paths, config, tokenizer)
         say(f"{kind.held_out}: {held_out_report.describe()}")
-        folder.measured_on = f"{held_out_report.fingerprint} {_sampling(config) if command == TRAIN else ''}".strip()
+        folder.measured_on = kind.measured_on(held_out, held_out_report, config)
         if warning := kind.repeated(training, held_out):
             say(warning)
     batch_size, data = value_of(config, kind.batch_key), config.data
@@ -70,10 +72,11 @@ def prepare(resolved: Resolved, command: str, kind: DataKind[Item], validates: b
     return Prepared(folder, tokenizer, training, held_out, sampler)
 
 
-def _sampling(config: Config) -> str:
-    """How held-out problems are sampled."""
+def _scored_on(held_out: Sequence[Prompt], report: DataReport | ExamplesReport, config: Config) -> str:
+    """The held-out problems with their solutions, how they are sampled, and who judges the answers."""
     longest = config.validation.max_new_tokens or config.algorithm.sampling_params.max_new_tokens
-    return json.dumps(asdict(replace(config.validation, max_new_tokens=longest)) | {"stop": config.algorithm.sampling_params.stop})
+    sampling = asdict(replace(config.validation, max_new_tokens=longest)) | {"stop": config.algorithm.sampling_params.stop}
+    return json.dumps({"problems": problems_fingerprint(held_out), "sampling": sampling, "judge": judge_identity(config.reward)})
 
 
 def open_run(resolved: Resolved, command: str) -> tuple[RunFolder, TextTokenizer]:
@@ -94,5 +97,5 @@ def _load_judged(paths: Sequence[str], config: Config, tokenizer: TextTokenizer)
     return found, report
 
 
-PROMPTS = DataKind(_load_judged, prompts.repeated, "validation data", "data.rollout_batch_size")
-EXAMPLES = DataKind(load_examples, examples.repeated, "held-out data", "sft.batch_size")
+PROMPTS = DataKind(_load_judged, prompts.repeated, "validation data", "data.rollout_batch_size", _scored_on)
+EXAMPLES = DataKind(load_examples, examples.repeated, "held-out data", "sft.batch_size", lambda _, report, __: report.fingerprint)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlinf.checks.tiny_model import write_tiny_tokenizer
-from rlinf.config.load import Resolved, load
+from rlinf.config.load import Resolved, load, value_of
 from rlinf.errors import UserError
 from rlinf.launch.prepare import EXAMPLES, PROMPTS, DataKind, open_run, prepare
 from rlinf.run_folder.resuming import SFT, TRAIN, TRAIN_ONLY
@@ -43,6 +43,32 @@ def test_data_are_read_and_what_is_in_both_files_is_told(
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("training data: 6 of 6 ") and told[1].startswith(held_out)
     assert told[2].startswith(f"warning: 2 of 2 {what} of data.val_data_paths are in data.train_data_paths too")
+
+
+def test_scores_of_other_solutions_another_judge_or_other_sampling_are_not_compared(tmp_path: Path) -> None:
+    given, held_out, judge = resolved(tmp_path), tmp_path / "held_out.jsonl", tmp_path / "judge.py"
+    judge.write_text("def same(): ...\n")
+    own = f"reward.own_tasks={{ours: '{judge}:same'}}"
+
+    def measured_on(*words: str, command: str = TRAIN, kind: DataKind = PROMPTS) -> str:
+        place = [f"{key}={value_of(given.config, key)}" for key in ("rollout.model_dir", "runner.output_dir")]
+        files = [f"data.train_data_paths=[{tmp_path / 'train.jsonl'}]", f"data.val_data_paths=[{held_out}]"]
+        rest = ["data.apply_chat_template=false", "data.rollout_batch_size=2", "sft.batch_size=3", "sft.response_key=answer"]
+        run = prepare(load("smollm2-135m-grpo-cpu", [*place, *files, *rest, *words]), command, kind)
+        run.folder.release()
+        return run.folder.measured_on
+
+    judges = ["reward.answer_format=boxed_or_final_number", "reward.timeout=9", own]
+    found = [measured_on(), *(measured_on(word) for word in (*judges, "validation.temperature=1.0"))]
+    judge.write_text("def same(): return True\n")
+    found.append(measured_on(own))
+    examples = measured_on(command=SFT, kind=EXAMPLES)
+    before = held_out.read_text()
+    held_out.write_text(before.replace("boxed{8}", "boxed{88}"))
+    found.append(measured_on())
+    assert len(set(found)) == len(found) and measured_on(command=SFT, kind=EXAMPLES) == examples
+    held_out.write_text(before)
+    assert measured_on("reward.reward_scale=1", "reward.num_processes=2") == found[0]
 
 
 def test_a_command_that_does_not_validate_leaves_the_held_out_file_alone(tmp_path: Path) -> None:

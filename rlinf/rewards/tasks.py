@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
-from rlinf.config.own_code import is_own, load_own
+import rlinf
+from rlinf.config.own_code import identified, is_own, load_own
+from rlinf.config.schema import RewardConfig
 from rlinf.errors import UserError
 from rlinf.rewards import reasoning_gym
 from rlinf.rewards.math import decide
@@ -23,6 +26,11 @@ from rlinf.rewards.own import judge_own
 TASKS = ("math", "choice", "exact")
 LEAVE_OUT = "leave its prompts out with data.tasks, for example data.tasks=[math]"
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
+
+
+def judge_identity(reward: RewardConfig) -> dict[str, Any]:
+    """All that decides whether an answer is right, as JSON values: verdicts are compared only with those of the same judge."""
+    return {"rlinf": rlinf.__version__, "answer_format": reward.answer_format, "timeout": reward.timeout} | identified(reward.own_tasks)
 
 
 def check_tasks(tasks: Iterable[str], own: Collection[str] = (), remedy: str = LEAVE_OUT) -> None:

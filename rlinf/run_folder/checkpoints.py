@@ -23,7 +23,7 @@ ACCURACY, LOSS = "eval/accuracy", "sft/val_loss"  # of held-out data
 
 
 class Score(NamedTuple):
-    """Of a checkpoint on held-out data, larger is better. measured_on: stands for the data and for how it was sampled."""
+    """Of a checkpoint on held-out data, larger is better. measured_on: stands for the data and for how it was sampled and judged."""
 
     value: float
     measured_on: str

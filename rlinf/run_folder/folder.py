@@ -23,7 +23,7 @@ from rlinf.weights.files import WEIGHTS_FOLDER, remove_published
 
 class RunFolder:
     """<runner.output_dir>/<runner.experiment_name>, locked by one driver at a time. command: the one that runs here, as the user types it.
-    measured_on: stands for the held-out data and how they are sampled; scores are only compared with those on the same.
+    measured_on: stands for the held-out data, how they are sampled and judged; scores are only compared with those on the same.
 
     Opening it changes nothing in it, so that a run which cannot be resumed is refused with everything in its place; begin() changes it.
     """
