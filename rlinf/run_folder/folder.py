@@ -35,6 +35,7 @@ class RunFolder:
         self.path, self.paths = runner.run_dir, RunPaths(runner.run_dir)
         self.checkpoints = Checkpoints(self.paths, runner.keep_checkpoints, runner.keep_best)
         self.keep_groups, self.ahead = runner.keep_groups, resolved.config.algorithm.max_staleness
+        self._begun_for: dict[int, Set[int]] = {}  # step -> the steps that its groups were begun for, as its order file says
         self._settings = {"made_with": made_with(self.config)} if command == TRAIN else {}  # files of own functions may change meanwhile
         _make(self.path)
         self._lock = open(self.path / ".lock", "w")
@@ -80,7 +81,8 @@ class RunFolder:
 
     def record_order(self, step: int, trained: Sequence[str], generated: Sequence[str]) -> None:
         """Write down which groups the step trains on, in order, and which were generated for it: with their journal (samples/groups_*) the
-        step can be replayed. Removes journals beyond runner.keep_groups, except those of the step after a checkpoint."""
+        step can be replayed. Removes what is beyond runner.keep_groups, but not of the step after a checkpoint: the order of a step, and
+        the journals in which no kept step has a group."""
         if self.keep_groups == 0:
             return
         append_lines(self.paths.order(step), [json.dumps({"groups": list(trained), "generated": list(generated)})])
@@ -90,10 +92,10 @@ class RunFolder:
         for trained_on in self.paths.steps_of("order"):
             if trained_on <= step - self.keep_groups and trained_on not in pinned:
                 self.paths.order(trained_on).unlink()
-        kept = {*self.paths.steps_of("order")}
-        for begun_for in self.paths.steps_of("groups"):  # that step or one of the next `ahead` steps trains on them
-            trains = range(begun_for, begun_for + self.ahead + 1)
-            if trains[-1] <= step and kept.isdisjoint(trains):
+        self._begun_for = {of: self._begun_for.get(of) or _begun_for(self.paths.order(of)) for of in self.paths.steps_of("order")}
+        needed = set[int]().union(*self._begun_for.values())
+        for begun_for in self.paths.steps_of("groups"):  # that step, one of the next `ahead` or, where the clock decides, an earlier one
+            if begun_for + self.ahead <= step and begun_for not in needed:  # trains on them
                 self.paths.groups(begun_for).unlink()
 
     def release(self) -> None:
@@ -205,6 +207,17 @@ def _group_of(line: bytes) -> str | None:
         return json.loads(line)["group_id"]
     except ValueError:
         return None
+
+
+def _begun_for(order: Path) -> Set[int]:
+    """The steps whose journals hold groups of this step. A damaged line names none: its step cannot be replayed."""
+    found = set[int]()
+    for line in order.read_bytes().splitlines():
+        try:
+            found |= {int(name.partition(".")[0]) for name in json.loads(line)["generated"]}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return found
 
 
 def _make(path: Path) -> None:
