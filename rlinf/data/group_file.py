@@ -55,11 +55,8 @@ def put_together(about: Mapping[str, Any], array: Callable[[str], np.ndarray]) -
     return Group(about["group_id"], prompt, samples, tuple(v and _verdict(v) for v in about["verdicts"]))
 
 
-def header_to_json(header: GroupHeader) -> dict[str, Any]:
-    return asdict(header)
-
-
 def header_from_json(fields: Mapping[str, Any]) -> GroupHeader:
+    """The header whose fields stand in an older checkpoint."""
     plain = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     own = {
         "finishes": tuple(map(Finish, fields["finishes"])),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rlinf.data.group_file import header_from_json, header_to_json, read_group, write_group
+from rlinf.data.group_file import header_from_json, read_group, write_group
 from rlinf.data.records import Finish, Group, Prompt, Sample, Status, Verdict
 from rlinf.errors import UserError
 
@@ -46,7 +46,7 @@ def test_a_group_comes_back(tmp_path: Path, verdicts: bool) -> None:
     assert same(read_group(path), make(verdicts)) and read_group(path).header() == make(verdicts).header()
     assert not same(read_group(path), make(not verdicts))
     header = make(verdicts).header()
-    assert same(header_from_json(json.loads(json.dumps(header_to_json(header)))), header)
+    assert same(header_from_json(json.loads(json.dumps(asdict(header)))), header)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

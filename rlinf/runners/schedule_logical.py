@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.config.schema import Config
-from rlinf.data.group_file import header_from_json, header_to_json
+from rlinf.data.group_file import header_from_json
 from rlinf.data.sampler import PromptSampler
 from rlinf.runners.rollouts import Rollouts
 from rlinf.runners.schedule import GroupsOnDisk, Requests
@@ -63,18 +63,20 @@ class Logical:
     async def save(self, folder: Path) -> dict[str, Any]:
         waiting: list[dict[str, Any]] = []
         for batch in (b for future in self.batches if (b := future.result())):
-            names = {header.group_id: f"{len(waiting):02d}-{i:05d}" for i, (header, _) in enumerate(batch.scored)}
-            await asyncio.gather(*(self.on_disk.put(folder, names[h.group_id], ref, h.verdicts) for h, ref in batch.scored))
-            generated = [names.get(h.group_id) or header_to_json(h) for h in batch.generated]
-            waiting.append({"scored": list(names.values()), "generated": generated, "metrics": batch.metrics})
+            held = {h.group_id: (f"{len(waiting):02d}-{i:05d}", h, ref) for i, (h, ref) in enumerate([*batch.scored, *batch.spare])}
+            await asyncio.gather(*(self.on_disk.put(folder, name, ref, h.verdicts) for name, h, ref in held.values()))
+            scored, generated = ([held[h.group_id][0] for h in headers] for headers in ((h for h, _ in batch.scored), batch.generated))
+            waiting.append({"scored": scored, "generated": generated, "metrics": batch.metrics})
         return {"begun": self.last_begun, "waiting": waiting}
 
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
         waiting = state.get("waiting", [])
         self.last_begun = step + len(waiting)
         for at, kept in enumerate(waiting, step + 1):
-            scored = dict(zip(kept["scored"], await asyncio.gather(*(self.on_disk.get(folder, name, at) for name in kept["scored"]))))
-            generated = [scored[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
+            names = [g for g in kept["generated"] if isinstance(g, str)]  # an older checkpoint has only headers of those not trained on
+            found = dict(zip(names, await asyncio.gather(*(self.on_disk.get(folder, name, at) for name in names))))
+            generated = [found[g][0] if isinstance(g, str) else header_from_json(g) for g in kept["generated"]]
+            scored, spare = [found.pop(name) for name in kept["scored"]], [*found.values()]
             ready: asyncio.Future[StepBatch | None] = asyncio.get_running_loop().create_future()
-            ready.set_result(StepBatch(list(scored.values()), generated, kept["metrics"]))
+            ready.set_result(StepBatch(scored, generated, kept["metrics"], spare))
             self.batches.append(ready)

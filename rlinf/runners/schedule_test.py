@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,6 +243,37 @@ def test_what_a_checkpoint_brought_along_is_written_down_like_what_is_judged(sch
     trained = [name for step in run_virtually(go_on(life, life, 5, 9, record))[5:] for name in step]
     assert len(set(record)) == len(record) and {name for _, name in record} >= {*trained}
     assert all(file == samples(int(name.partition(".")[0])) for file, name in record)
+
+
+def test_groups_without_signal_come_with_a_checkpoint_too() -> None:
+    """A branch of the run has all that was generated for its steps in its samples and journal, as its order files say."""
+
+    async def run() -> None:
+        config = config_of("logical", 1, dynamic_sampling=True)
+        first, _, _, judges = make(config, 9, 0, right=0.2)
+        await first.take(1)
+        await first.before_sync()
+        kept = json.loads(json.dumps(await first.save(Path("kept"))))
+        (waiting,) = [batch.result() for batch in first.batches]
+        again, _, _, reader = make(config, 9, 0, right=0.2)
+        reader.files = judges.files
+        again.sampler.load_state_dict(first.sampler.state_dict())
+        await again.restore(Path("kept"), kept, 1)
+        batch = await again.batches[0]
+        assert sorted(reader.written) == sorted((samples(2), h.group_id) for h in waiting.generated)
+        assert batch.generated == waiting.generated and len(batch.generated) > GROUPS == len(batch.scored)
+        assert [h for h, _ in batch.scored] == [h for h, _ in waiting.scored]
+        assert [h for h, _ in batch.spare] == [h for h in waiting.generated if h not in [of for of, _ in waiting.scored]]
+        older = kept | {"waiting": [{**kept["waiting"][0], "generated": [
+            name if name in kept["waiting"][0]["scored"] else asdict(header)
+            for name, header in zip(kept["waiting"][0]["generated"], waiting.generated)
+        ]}]}  # fmt: skip
+        again.batches.clear()
+        await again.restore(Path("kept"), json.loads(json.dumps(older)), 1)
+        batch = await again.batches[0]
+        assert [h.group_id for h in batch.generated] == [h.group_id for h in waiting.generated] and batch.spare == []
+
+    run_virtually(run())
 
 
 def test_over_provisioning_bounds_what_is_on_its_way() -> None:

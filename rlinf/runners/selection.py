@@ -6,7 +6,7 @@ All of it is computed from group headers and seeds alone, so that a resumed run 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,11 +24,12 @@ from rlinf.runners.step_metrics import dynamic_sampling_metrics
 @dataclass(frozen=True)
 class StepBatch:
     """The batch of a step. scored: the groups to train on. generated: headers of all groups that were generated to find them.
-    metrics: of the choice."""
+    metrics: of the choice. spare: of those generated, the ones that are not trained on, where a checkpoint may have to hold them."""
 
     scored: list[Scored]
     generated: list[GroupHeader]
     metrics: dict[str, float]
+    spare: list[Scored] = field(default_factory=list)
 
 
 async def next_groups(
@@ -44,17 +45,18 @@ async def next_groups(
         scored = await generate(sampler.next_batch())
         return StepBatch(scored, [header for header, _ in scored], {})
     kept: list[Scored] = []
+    spare: list[Scored] = []
     generated: list[GroupHeader] = []
     size, used = algorithm.dynamic_sampling_batch_size or sampler.batch_size, 0
     for _ in range(algorithm.dynamic_sampling_max_batches):
         for one in await generate(sampler.next_batch(size)):
             generated.append(one[0])
-            if len(kept) < sampler.batch_size:
-                used += 1
-                kept += [one] if has_signal(one[0].right) else []
+            wanted = len(kept) < sampler.batch_size
+            used += wanted
+            (kept if wanted and has_signal(one[0].right) else spare).append(one)
         if len(kept) == sampler.batch_size:
             sampler.give_back(len(generated) - used)
-            return StepBatch(kept, generated, dynamic_sampling_metrics(len(generated), used, used - len(kept)))
+            return StepBatch(kept, generated, dynamic_sampling_metrics(len(generated), used, used - len(kept)), spare)
     raise no_signal(algorithm, size, sampler.batch_size, len(kept), generated)
 
 
