@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from rlinf.metrics.names import undocumented
 from tests.test_call_budget import calls_of
 from tests.tiny_run import STEPS, lines, run, write_run
+from tests.warm import warm_rlinf
 
 CRITIC = {"model": {"precision": "fp32"}, "optim": {"lr": 1e-2}}
 ONE_PROCESS = dict(
@@ -82,6 +83,9 @@ def test_one_process_warm_up_trains_the_critic_alone(tmp_path: Path) -> None:
     )
     scores = [step["critic/hf/model.safetensors:score.weight"] for step in steps]
     assert scores[0].shape == (1, 64) and not np.array_equal(scores[0], scores[1])
+    words = [str(tmp_path / "logs" / "tiny"), "--step", "2", "--tolerance", "0"]  # a replay ends with its step, before the warm-up does
+    replayed = warm_rlinf("replay", *words, timeout=240)
+    assert replayed.returncode == 0 and "critic/loss" in replayed.stdout, replayed.stdout + replayed.stderr[-4000:]
 
 
 def test_the_critic_stays_within_the_budget_of_remote_calls(tmp_path: Path) -> None:

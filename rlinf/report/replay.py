@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -73,7 +73,8 @@ def replay(run_dir: Path, step: int, words: Sequence[str], rollout: bool, from_s
         )
     before = None if from_start or step == 1 else checkpoint_before(run_dir, step)
     resolved = resolve(run_dir, step, [*settings(run_dir, step, before), *words])
-    validate(resolved.config, resolved.provenance)
+    # runner.max_steps is where the replay ends, not the length of the run, which rules speak of: the critic's warm-up is shorter
+    validate(replace(resolved.config, runner=replace(resolved.config.runner, max_steps=-1)), resolved.provenance)
     refuse_useless([word.partition("=")[0] for word in words], rollout)
     if rollout and resolved.config.algorithm.schedule == "wallclock":
         raise UserError(
