@@ -9,6 +9,7 @@ Legend: N response tokens of the micro-batch, flat; S its samples; C the tokens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -184,10 +185,10 @@ def rollout_agreement(old_logprobs_C: Tensor, rollout_logprobs_C: Tensor, limite
 def finalize_metrics(sums: dict[str, Tensor], maxima: dict[str, Tensor], n_minibatches: int = 1) -> dict[str, float]:
     """The metrics train/* from sums and maxima over all micro-batches and ranks of n_minibatches mini-batches.
 
-    Means are over tokens that count. train/loss is the mean of the mini-batches' policy losses.
+    Means and extremes are over the tokens that count; of none they are NaN. train/loss is the mean of the mini-batches' policy losses.
     """
     s = dict(zip(sums, torch.stack([*sums.values()]).tolist()))
-    tokens, gap_tokens = max(s["tokens"], 1.0), max(s["gap_tokens"], 1.0)
+    tokens, gap_tokens = s["tokens"] or math.nan, s["gap_tokens"] or math.nan
     metrics = {
         "train/loss": s["loss"] / n_minibatches,
         "train/entropy_loss": s["entropy"] / tokens,
@@ -196,15 +197,15 @@ def finalize_metrics(sums: dict[str, Tensor], maxima: dict[str, Tensor], n_minib
         "train/dual_clip_fraction": s["dual_clipped"] / tokens,
         "train/approx_kl": s["approx_kl"] / tokens,
         "train/rollout_logprob_gap_mean": s["gap"] / gap_tokens,
-        "train/rollout_logprob_gap_max": maxima["gap"].item(),
+        "train/rollout_logprob_gap_max": maxima["gap"].item() if s["gap_tokens"] else math.nan,
         "train/tokens": s["tokens"],
     }
     if "kl" in s:
         metrics["train/kl_loss"] = s["kl"] / tokens
     if "importance" in s:
         metrics["train/importance_weight_mean"] = s["importance"] / tokens
-        metrics["train/importance_weight_max"] = maxima["importance"].item()
-        metrics["train/importance_weight_min"] = 1 / maxima["importance_inverse"].item() if s["tokens"] else 0.0
+        metrics["train/importance_weight_max"] = maxima["importance"].item() if s["tokens"] else math.nan
+        metrics["train/importance_weight_min"] = 1 / maxima["importance_inverse"].item() if s["tokens"] else math.nan
         metrics["train/importance_weight_clipped"] = s["importance_clipped"] / tokens
         metrics["train/rollout_kl"] = s["importance_kl"] / tokens
     return metrics

@@ -5,6 +5,7 @@ Legend: N response tokens of a micro-batch, flat; S its samples; C the tokens of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +70,10 @@ def value_objective(batch: ValueTokens, denominators: Denominators, settings: Va
 
 
 def finalize_value_metrics(metrics: MetricSums, n_minibatches: int = 1) -> dict[str, float]:
-    """Named scalars from the sums of all micro-batches and ranks of n_minibatches mini-batches; means are over tokens that count."""
+    """Named scalars from the sums of all micro-batches and ranks of n_minibatches mini-batches; means are over tokens that count,
+    of none they are NaN."""
     s = {k: v.item() for k, v in metrics.sums.items()}
-    n = max(s["tokens"], 1.0)
+    n = s["tokens"] or math.nan
     spread = s["return_squared"] / n - (s["return"] / n) ** 2
     unexplained = s["error_squared"] / n - (s["error"] / n) ** 2
     return {
@@ -79,7 +81,7 @@ def finalize_value_metrics(metrics: MetricSums, n_minibatches: int = 1) -> dict[
         "critic/value_mean": s["value"] / n,
         "critic/return_mean": s["return"] / n,
         "critic/value_error": (s["error_squared"] / n) ** 0.5,
-        "critic/value_error_max": metrics.maxima["error"].item(),
-        "critic/explained_variance": 1.0 - unexplained / spread if spread > 1e-9 * s["return_squared"] / n else float("nan"),
+        "critic/value_error_max": metrics.maxima["error"].item() if s["tokens"] else math.nan,
+        "critic/explained_variance": 1.0 - unexplained / spread if spread > 1e-9 * s["return_squared"] / n else math.nan,
         "critic/clip_fraction": s["clipped"] / n,
     }

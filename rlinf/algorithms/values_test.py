@@ -79,6 +79,8 @@ def test_metrics_of_a_good_and_a_useless_critic() -> None:
     assert useless["critic/return_mean"] == pytest.approx(1.0) and useless["critic/value_mean"] == pytest.approx(1.0)
     same = finalize_value_metrics(value_objective(tokens([0.0], [0.0], [5.0]), Denominators(1, 1), settings_)[1])
     assert np.isnan(same["critic/explained_variance"])  # returns that are all equal have no variance to explain
+    nothing = finalize_value_metrics(value_objective(tokens([0.0], [0.0], [5.0], mask=[0]), Denominators(0, 1), settings_)[1])
+    assert nothing.pop("critic/loss") == 0 and all(np.isnan(v) for v in nothing.values())
 
 
 @settings(max_examples=100, deadline=None)

@@ -277,13 +277,14 @@ def undecided_verdicts(run: RunData) -> Finding | None:
 
 def not_finite(run: RunData) -> Finding | None:
     names = ("train/loss", "train/entropy_loss", "rollout/rewards")
-    bad = {name: int(m["step"]) for m in reversed(run.metrics) for name in names if math.isnan(m.get(name, 0.0))}
+    trained = [m for m in run.metrics if m.get("train/tokens") != 0]  # means over no token are not numbers, which is no fault of theirs
+    bad = {name: int(m["step"]) for m in reversed(trained) for name in names if math.isnan(m.get(name, 0.0))}
     if not bad:
         return None
     first = min(bad.values())
     return Finding(
         "not-finite", "A loss is not a number", tuple(f"{name} at step {step}" for name, step in sorted(bad.items())),
-        "An overflow, or a batch without a token that counts.",
+        "An overflow, or a division by zero.",
         ("Look at the gradient norm and the ratio in the steps before.",
          "Go back to a checkpoint before the first such step and lower the learning rate."),
         (first,), ("train/loss", "train/grad_norm", "train/ratio"), ("actor.optim.lr", "actor.model.precision"),

@@ -99,6 +99,7 @@ def test_skipped_updates_and_numbers_that_are_none() -> None:
     found = skipped_updates(run_of(train__minibatches_skipped=[0, 1, 1, 0, 1, 0, 2, 0, 0, 0]))
     assert found is not None and "5 mini-batches" in found.evidence[0]
     assert not_finite(run_of(train__loss=[0.1, 0.2])) is None
+    assert not_finite(run_of(train__entropy_loss=[0.1, math.nan], train__tokens=[9.0, 0.0])) is None
     found = not_finite(run_of(train__loss=[0.1, math.nan, math.nan]))
     assert found is not None and found.steps == (2,)
 
@@ -161,3 +162,9 @@ def test_counts_of_a_step() -> None:
     assert (counts.groups, counts.identical_groups, counts.unmarked, counts.oldest_version) == (3, 1, 1, 3)
     assert plain(" \\boxed{ 1\\,000 }. ") != "1000" == plain("\\boxed{ 1\\,000 }")
     assert number("0.5") is None and number("-12") == -12
+
+
+def test_steps_in_which_no_token_counted_are_no_collapse_of_the_entropy() -> None:
+    nothing = 5 * [math.nan]
+    run = run_of(train__entropy_loss=15 * [1.0] + nothing, train__tokens=15 * [9.0] + 5 * [0.0], rollout__accuracy=20 * [0.1])
+    assert entropy_collapse(run) is None and not_finite(run) is None and len(run.series("train/entropy_loss")[0]) == 15

@@ -227,7 +227,8 @@ def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
     metrics = finalize_metrics(total.sums, total.maxima, len(updates)) | optimizer_metrics(updates, "train")
     if updates[-1].loss_scale is not None:
         metrics["train/loss_scale"] = updates[-1].loss_scale
-    first = finalize_metrics(updates[0].metrics.sums, updates[0].metrics.maxima)
+    with_tokens = next((u.metrics for u in updates if u.metrics.sums["tokens"].item()), updates[0].metrics)  # without any there is no ratio
+    first = finalize_metrics(with_tokens.sums, with_tokens.maxima)
     metrics["train/first_minibatch_ratio"] = first["train/ratio"]
     metrics["train/first_minibatch_clip_fraction"] = first["train/clip_fraction"]
     return metrics

@@ -39,6 +39,17 @@ def test_means_are_over_the_tokens_of_all_mini_batches_and_the_norm_over_the_ste
     assert math.isnan(step_metrics(updates[2:])["train/grad_norm"]) and undocumented(set(found)) == []
 
 
+def test_the_first_mini_batch_is_the_first_with_tokens_and_a_step_without_any_has_no_means() -> None:
+    empty = update(0.0, 0, 0.0, 0.0, math.nan, skipped=True)
+    found = step_metrics([empty, update(3.0, 30, 2.0, 0.2, 2.0), update(1.0, 10, 1.0, 0.1, 4.0)])
+    assert found["train/first_minibatch_ratio"] == 2.0 and found["train/ratio"] == pytest.approx(1.75)
+    nothing = step_metrics([empty, empty])
+    assert nothing["train/minibatches_skipped"] == 2 and nothing["train/loss"] == nothing["train/tokens"] == 0
+    assert all(
+        math.isnan(nothing[f"train/{name}"]) for name in ("entropy_loss", "ratio", "first_minibatch_ratio", "rollout_logprob_gap_max")
+    )
+
+
 def test_the_loss_scale_is_logged_where_there_is_one() -> None:
     scaled = step_metrics([update(1.0, 1, 1.0, 0.0, 1.0, scale=2.0**16), update(1.0, 1, 1.0, 0.0, 1.0, scale=2.0**15)])
     assert scaled["train/loss_scale"] == 2.0**15 and undocumented(set(scaled)) == []
