@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -14,6 +15,12 @@ from typing import Any
 from rlinf.errors import UserError
 
 MARK = ".py:"
+ARGUMENTS: dict[str, tuple[str, ...]] = {  # key -> what its function is called with; docs/extending.md describes them
+    "reward.own_tasks": ("answer, solutions",),
+    "reward.own_parts": ("response",),
+    "algorithm.loss_type": ("logprobs_N, old_logprobs_N, advantages_N, sample_N, n_samples, clip",),
+    "algorithm.adv_type": ("rewards_G", "rewards_G, tokens_G"),
+}
 
 
 def is_own(value: Any) -> bool:
@@ -71,3 +78,27 @@ def load_own(reference: str) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{reference}: {file} has no function {name}")
     return function
+
+
+def check_own(key: str, reference: str) -> None:
+    """Load the function that `key` names, and compare its parameters with what it will be called with; it is not run.
+
+    Raises UserError when there is no such function, or when it cannot be called so.
+    """
+    try:
+        signature = inspect.signature(load_own(reference))
+    except ValueError:  # written in C: it does not say what it takes
+        return
+    problems = [_misfit(signature, given) for given in ARGUMENTS[key]]
+    if all(problems):
+        name, given = reference.rpartition(":")[2], " or ".join(f"({given})" for given in ARGUMENTS[key])
+        raise UserError(f"{key}: {reference} takes {signature}, but is called as {name}{given}: {problems[0]}; change its parameters")
+
+
+def _misfit(signature: inspect.Signature, given: str) -> str:
+    """Why a function cannot be called with these positional arguments; empty when it can."""
+    try:
+        signature.bind(*given.split(", "))
+    except TypeError as error:
+        return str(error)
+    return ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlinf.config.own_code import load_own
+from rlinf.config.own_code import check_own, load_own
 from rlinf.errors import UserError
 
 
@@ -29,3 +29,46 @@ def test_another_error_of_the_users_file_keeps_its_traceback(tmp_path: Path) -> 
     (tmp_path / "own.py").write_text("1 / 0\n")
     with pytest.raises(ZeroDivisionError):
         load_own(f"{tmp_path / 'own.py'}:x")
+
+
+CALLABLE = """
+from functools import partial
+class Judge:
+    def __call__(self, answer, solutions): ...
+def one(response): ...
+def two(answer, solutions): ...
+def three(answer, solutions, extra): ...
+def more(answer, solutions, extra=1): ...
+def star(*given, **named): ...
+def named(answer, *, solutions): ...
+def six(a, b, c, d, e, f): ...
+call, bound, c, cls = Judge(), partial(three, extra=1), max, Judge
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "fit", "misfits"),
+    [
+        ("reward.own_tasks", ["two", "more", "star", "call", "bound", "c"], ["one", "three", "named", "six", "cls"]),
+        ("reward.own_parts", ["one", "star", "c"], ["two", "three", "named", "call"]),
+        ("algorithm.loss_type", ["six", "star"], ["one", "three"]),
+        ("algorithm.adv_type", ["one", "two", "more", "star"], ["three", "named"]),
+    ],
+)
+def test_a_function_that_cannot_take_what_it_is_given_is_refused_without_a_call(
+    tmp_path: Path, key: str, fit: list[str], misfits: list[str]
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(CALLABLE)
+    for name in fit:
+        check_own(key, f"{file}:{name}")
+    for name in misfits:
+        with pytest.raises(UserError, match=f"{key}: .*own.py:{name} takes .*, but is called as {name}\\("):
+            check_own(key, f"{file}:{name}")
+    if key == "reward.own_tasks":
+        with pytest.raises(UserError) as error:
+            check_own(key, f"{file}:three")
+        assert str(error.value) == (
+            f"reward.own_tasks: {file}:three takes (answer, solutions, extra), but is called as three(answer, solutions): "
+            "missing a required argument: 'extra'; change its parameters"
+        )

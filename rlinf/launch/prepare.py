@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from rlinf.config.load import Resolved, value_of
 from rlinf.config.model import own_functions
-from rlinf.config.own_code import load_own
+from rlinf.config.own_code import check_own
 from rlinf.config.schema import Config
 from rlinf.data import examples, prompts
 from rlinf.data.examples import ExamplesReport, load_examples
@@ -85,8 +85,8 @@ def open_run(resolved: Resolved, command: str) -> tuple[RunFolder, TextTokenizer
     folder = RunFolder(resolved, command)
     tokenizer = tokenizer_of(resolved.config)
     if command != SFT:  # fine-tuning calls none of them
-        for _, function in own_functions(resolved.config):
-            load_own(function)
+        for key, function in own_functions(resolved.config):
+            check_own(key, function)
     return folder, tokenizer
 
 

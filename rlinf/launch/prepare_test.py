@@ -87,6 +87,12 @@ def test_an_own_function_that_cannot_be_executed_is_refused_but_where_nothing_ca
     open_run(given, SFT)[0].release()
 
 
+def test_an_own_function_with_other_parameters_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def part(response, extra): ...\n")
+    with pytest.raises(UserError, match=r"reward.own_parts: .*mine.py:part takes \(response, extra\), but is called as part\(response\): "):
+        open_run(resolved(tmp_path, f"reward.own_parts={{a: {tmp_path}/mine.py:part}}"), TRAIN)
+
+
 def test_a_task_that_nobody_judges_is_refused_in_either_file(tmp_path: Path) -> None:
     for name in ("held_out", "train"):
         folder = tmp_path / name

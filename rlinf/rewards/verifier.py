@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from rlinf.config.own_code import is_own, load_own
+from rlinf.config.own_code import check_own, is_own
 from rlinf.config.schema import RewardConfig
 from rlinf.data.records import Status, Verdict
 from rlinf.rewards.math.copied import copies_question
@@ -59,9 +59,9 @@ class Verifier:
 
     @classmethod
     def of(cls, reward: RewardConfig, num_processes: int) -> Verifier:
-        """A verifier with the settings of the section `reward`. Raises UserError when a function of reward.own_tasks does not exist."""
+        """A verifier with the settings of the section `reward`. Raises UserError when a function of reward.own_tasks cannot be called."""
         for function in reward.own_tasks.values():
-            load_own(function)
+            check_own("reward.own_tasks", function)
         return cls(reward.reward_scale, reward.undecided_reward, reward.answer_format, num_processes, reward.timeout, reward.own_tasks)
 
     def verify(self, text: str, solutions: Sequence[str], task: str = "math", prompt: str = "") -> Verdict:
