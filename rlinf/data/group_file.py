@@ -77,4 +77,5 @@ def _sample(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Samp
 
 def _verdict(fields: Mapping[str, Any]) -> Verdict:
     parts = tuple((name, value) for name, value in fields["parts"])
-    return Verdict(**{**fields, "status": Status(fields["status"]), "parts": parts, "failed": tuple(fields.get("failed", ()))})
+    failed = tuple((f, "") if isinstance(f, str) else tuple(f) for f in fields.get("failed", ()))  # older files: names alone
+    return Verdict(**{**fields, "status": Status(fields["status"]), "parts": parts, "failed": failed})

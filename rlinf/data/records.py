@@ -124,7 +124,7 @@ class Verdict:
     extracted    the answer that was found in the text; None = there is none
     route        which rule of the verifier decided
     parts        what was added to the reward for correctness, as ((name, value), ...): format, overlong, exploration, the user's own parts
-    failed       the user's own parts that gave no number; they count as 0
+    failed       the user's own parts that gave no number, and so count as 0, as ((name, why), ...)
     """
 
     reward: float
@@ -134,7 +134,7 @@ class Verdict:
     seconds: float
     reason: str = ""
     parts: tuple[tuple[str, float], ...] = ()
-    failed: tuple[str, ...] = ()
+    failed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ ROLLOUT = metrics(
         "0",
         "read the reasons in samples/; raise `reward.timeout`, or fix the function",
     ),
+    ("reward_own_failed/*", "the same of one part, by its name", "0", "as for `own_parts_failed`"),
     ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),
     (
         "token_reward_mean",

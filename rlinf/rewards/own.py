@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rlinf.config.own_code import file_of, load_own
 from rlinf.rewards.math.decide import Decision
+from rlinf.rewards.pool import Reply
 from rlinf.rewards.reasoning_gym import SCORER_ERRORS
 
 ERRORS = (*SCORER_ERRORS, NameError, ImportError, OSError, RuntimeError, StopIteration)  # any other costs the worker its life
@@ -55,6 +56,8 @@ def give_part(function: str, fields: Sequence[Any]) -> dict[str, Any]:
     response, part = Response(*fields), load_own(function)
     try:
         value = part(response._replace(solutions=tuple(response.solutions)))
+        if callable(item := getattr(value, "item", None)):  # a tensor or an array of one number
+            value = item()
         if not isinstance(value, Real) or not math.isfinite(value):
             raise TypeError(f"it returned {value!r}; a function of reward.own_parts returns a finite number")
     except RecursionError:  # the cage has a name for it
@@ -66,6 +69,13 @@ def give_part(function: str, fields: Sequence[Any]) -> dict[str, Any]:
 
 def told(error: BaseException, function: str) -> str:
     """The error of a user's function as a message, with the line of its file."""
-    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file_of(function))]
-    where = f"line {lines[-1]}: " if lines else ""
-    return f"{where}{type(error).__name__}: {error}"[:200]
+    file = file_of(function)
+    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f"{type(error).__name__}: {error}"[:200] + (f" ({file.name}:{lines[-1]})" if lines else "")
+
+
+def why_none(reply: Reply) -> str:
+    """Why the cage has no result of a user's function; empty when the function itself says so."""
+    if reply.reason == "timeout":
+        return f"no result after {reply.seconds:.1f} s (reward.timeout); heavy imports belong at the top of the file"
+    return str((reply.answer or {}).get("why") or reply.reason)

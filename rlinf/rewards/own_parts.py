@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from rlinf.config.own_code import load_own
+from rlinf.config.own_code import check_own
 from rlinf.data.records import Prompt, Sample, Status, Verdict
-from rlinf.rewards.own import PART, Response
+from rlinf.rewards.own import PART, Response, why_none
 from rlinf.rewards.pool import Pool, Reply
 
 
 class OwnParts:
     """functions: name of the part -> `path/to/file.py:function`. Thread-safe; the processes end with `close`.
 
-    Raises UserError when a function is not there.
+    Raises UserError when a function cannot be called.
     """
 
     def __init__(self, functions: Mapping[str, str], num_processes: int, timeout: float) -> None:
         for function in functions.values():
-            load_own(function)
+            check_own("reward.own_parts", function)
         self.functions = functions
         self._pools = {name: Pool(num_processes, timeout, function) for name, function in functions.items()}
 
@@ -50,8 +50,9 @@ def _with_parts(verdict: Verdict, asked: Sequence[tuple[str, Future[Reply]]]) ->
             seconds=verdict.seconds + reply.seconds,
         )
         if value is None:
-            why = f"{name}: {answer.get('why') or reply.reason}"
-            verdict = replace(verdict, failed=(*verdict.failed, name), reason=f"{verdict.reason}; {why}" if verdict.reason else why)
+            why = why_none(reply)
+            told = "; ".join(filter(None, (verdict.reason, f"{name}: {why}")))
+            verdict = replace(verdict, failed=(*verdict.failed, (name, why)), reason=told)
     return verdict
 
 

@@ -15,6 +15,7 @@ from rlinf.data.records import Status, Verdict
 from rlinf.rewards.math.copied import copies_question
 from rlinf.rewards.math.decide import Decision
 from rlinf.rewards.math.extract import extract
+from rlinf.rewards.own import why_none
 from rlinf.rewards.pool import Pool, Reply
 from rlinf.rewards.tasks import judge_cheap
 
@@ -93,7 +94,8 @@ class Verifier:
         for key, (future, places) in waiting.items():
             reply = future.result()
             said = reply.answer or {}
-            decision = Decision("undecided", reply.reason, said.get("why", "")) if reply.reason else Decision(**said)
+            why = why_none(reply) if is_own(key[0]) else said.get("why", "")
+            decision = Decision("undecided", reply.reason, why) if reply.reason else Decision(**said)
             self._remember(key, decision)
             for i in places:
                 verdicts[i] = self._verdict(decision, key[1], items[i], reply.seconds)

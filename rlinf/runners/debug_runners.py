@@ -16,6 +16,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
 from rlinf.run_folder.folder import RunFolder
 from rlinf.runners.learner import Learner
+from rlinf.runners.own_failures import OwnFailures
 from rlinf.runners.recorded import RecordedSteps
 from rlinf.runners.requests import training_requests
 from rlinf.runners.rollouts import Rollouts, Scored
@@ -51,6 +52,7 @@ class RolloutOnlyRunner(DebugRunner):
         self.prompts, self.rollout, self.reward = prompts, rollout, reward
         self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
+        self.own_failures = OwnFailures(config.reward.own_tasks)
 
     async def ready(self) -> None:
         await asyncio.gather(self.rollout.ready(), self.reward.ready())
@@ -66,6 +68,7 @@ class RolloutOnlyRunner(DebugRunner):
         with self.phase("rollout"):
             batch = await next_groups(self.sampler, algorithm, generate)
         await self.rollouts.end_trace()
+        self.own_failures.tell(batch.generated, self.step)
         headers = [header for header, _ in batch.scored]
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         stats = await self.rollouts.engines.ask_all("stats")

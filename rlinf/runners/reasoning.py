@@ -18,6 +18,7 @@ from rlinf.rollout.contract import Stop
 from rlinf.run_folder.folder import RunFolder
 from rlinf.run_paths import GROUPS_AHEAD
 from rlinf.runners.learner import Learner
+from rlinf.runners.own_failures import OwnFailures
 from rlinf.runners.requests import GroupRequest, training_requests, validation_requests
 from rlinf.runners.rollouts import Rollouts
 from rlinf.runners.schedule import GroupsOnDisk, Schedule
@@ -53,6 +54,7 @@ class ReasoningRunner(TrainingLoop):
         self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
         self.devices = SharedDevices(self.rollouts.engines, config.rollout.offload)
+        self.own_failures = OwnFailures(config.reward.own_tasks)
         self.scores: dict[int, ValidationScores] = {}
 
     async def take_step(self) -> StepResult:
@@ -81,6 +83,7 @@ class ReasoningRunner(TrainingLoop):
         if self.config.cluster.backend == "local":  # a process has only one profiler, and the actor needs it next
             await self.rollouts.end_trace()
         await self.devices.pass_to(Turn.TRAIN)
+        self.own_failures.tell(batch.generated, self.step)
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])

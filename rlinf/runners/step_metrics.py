@@ -53,6 +53,8 @@ def rollout_metrics(headers: Sequence[GroupHeader]) -> dict[str, float]:
     }
     if any(name.startswith("own/") for v in verdicts for name, _ in v.parts):
         metrics["own_parts_failed"] = np.mean([bool(v.failed) for v in verdicts])
+        for part in sorted({name.removeprefix("own/") for v in verdicts for name, _ in v.parts if name.startswith("own/")}):
+            metrics[f"reward_own_failed/{part}"] = np.mean([part in dict(v.failed) for v in verdicts])
     for part in sorted({name for v in verdicts for name, _ in v.parts}):
         metrics[f"reward_{part}"] = np.mean([dict(v.parts).get(part, 0.0) for v in verdicts])
     return {f"rollout/{name}": float(value) for name, value in metrics.items()}

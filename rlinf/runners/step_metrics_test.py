@@ -63,10 +63,11 @@ def test_rollout_metrics_of_three_groups() -> None:
 
 def test_parts_of_the_users_own_have_a_curve_each_and_one_for_all_that_failed() -> None:
     given = replace(RIGHT, parts=(("own/short", 0.5), ("own/steps", 1.0)))
-    failed = replace(WRONG, parts=(("own/short", 0.0), ("own/steps", 0.0)), failed=("short", "steps"))
+    failed = replace(WRONG, parts=(("own/short", 0.0), ("own/steps", 0.0)), failed=(("steps", "KeyError"),))
     metrics = rollout_metrics([header("a", 10, (1, 3), (given, failed))])
     own = {name: value for name, value in metrics.items() if "own" in name}
-    assert own == {"rollout/reward_own/short": 0.25, "rollout/reward_own/steps": 0.5, "rollout/own_parts_failed": 0.5}
+    shares = {"rollout/own_parts_failed": 0.5, "rollout/reward_own_failed/short": 0.0, "rollout/reward_own_failed/steps": 0.5}
+    assert own == {"rollout/reward_own/short": 0.25, "rollout/reward_own/steps": 0.5} | shares
     assert undocumented(metrics) == []
 
 

@@ -18,6 +18,7 @@ from rlinf.scheduling.placement import WorkerAddress
 from rlinf.workers.reward import RewardWorker
 from tests.tiny import make_tiny_model
 
+FAILS = "ZeroDivisionError: division by zero (mine.py:2)"
 ADDRESS = WorkerAddress("reward", 0, 1, 0, (0,), "127.0.0.1", 0, "run", 1)
 
 
@@ -56,8 +57,8 @@ def test_parts_of_the_users_own_are_added_and_come_back_from_disk(model: Path, t
     judge.keep(shelf, judged, verdicts)
     kept = judge.fetch(shelf)[0].verdicts
     judge.close()
-    assert [v.reward for v in verdicts] == [6.5, -4.0] and [v.failed for v in verdicts] == [(), ("half",)]
-    assert verdicts[0].parts == (("format", 1.0), ("own/half", 0.5)) and "line 2: ZeroDivisionError" in verdicts[1].reason
+    assert [v.reward for v in verdicts] == [6.5, -4.0] and [v.failed for v in verdicts] == [(), (("half", FAILS),)]
+    assert verdicts[0].parts == (("format", 1.0), ("own/half", 0.5)) and verdicts[1].reason.endswith(f"; half: {FAILS}")
     (journalled,) = read_groups(tmp_path / "groups_000001.jsonl")
     assert kept == verdicts == journalled.verdicts
     rows = [json.loads(line) for line in (tmp_path / "step_000001.jsonl").open()]

@@ -1,0 +1,42 @@
+"""Says on the console that functions of the user's own fail; all reasons are in samples/."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+
+from rlinf.data.records import GroupHeader, Status
+
+log = logging.getLogger(__name__)
+
+
+class OwnFailures:
+    """Warns when a function first gives no result, and when it first gives none for a whole step: each once in a process.
+
+    tasks: those that functions of the user's own judge (reward.own_tasks).
+    """
+
+    def __init__(self, tasks: Collection[str]) -> None:
+        self.tasks = tasks
+        self._told: set[tuple[str, bool]] = set()
+
+    def tell(self, headers: Sequence[GroupHeader], step: int) -> None:
+        """headers: the judged groups of a step."""
+        called, failed = Counter[str](), defaultdict[str, list[str]](list)
+        for header in headers:
+            for verdict in header.judged:
+                called.update(f"reward.own_parts {name.removeprefix('own/')}" for name, _ in verdict.parts if name.startswith("own/"))
+                for name, why in verdict.failed:
+                    failed[f"reward.own_parts {name}"].append(why)
+                if header.task in self.tasks and verdict.extracted is not None:
+                    called[task := f"reward.own_tasks {header.task}"] += 1
+                    if verdict.status is Status.UNDECIDED and verdict.route != "own":
+                        failed[task].append(verdict.reason or verdict.route)
+        for name, whys in failed.items():
+            everywhere = len(whys) == called[name]
+            if not self._told & {(name, everywhere), (name, True)}:
+                self._told.add((name, everywhere))
+                counts = "so its part is 0" if name.startswith("reward.own_parts") else "so they are UNDECIDED"
+                share = f"all {called[name]}" if everywhere else f"{len(whys)} of {called[name]}"
+                log.warning("step %d: %s failed for %s responses, %s: %s", step, name, share, counts, whys[0])
