@@ -21,6 +21,7 @@ from rlinf.config.schema import Config
 from rlinf.config.validate import validate
 from rlinf.data.records import Finish, Prompt, Sample, Status, Verdict
 from rlinf.errors import UserError
+from rlinf.rewards import pool
 from rlinf.rewards.own import Response
 from rlinf.rewards.own_parts import OwnParts, response_of
 from rlinf.rewards.tasks import check_tasks
@@ -99,7 +100,7 @@ def test_the_reason_of_an_answer_that_a_function_fails_on_is_told(tmp_path: Path
         found = [verifier.verify(f"\\boxed{{{word}}}", ["x"], "odd") for word in words]
     assert [v.status for v in found] == [*[Status.UNDECIDED] * 5, Status.RIGHT, Status.WRONG]
     reasons = [v.reason for v in found]
-    assert reasons[0] == "line 3: NameError: name 'anser' is not defined" and reasons[1] == "Mine: no luck"
+    assert reasons[0] == "NameError: name 'anser' is not defined (odd.py:3)" and reasons[1] == "Mine: no luck"
     assert reasons[2] == "TypeError: it returned 0.1; a function of reward.own_tasks returns True, False or None"
     assert [v.route for v in found[:3]] == ["own_failed", "died", "own_failed"]
 
@@ -124,7 +125,8 @@ def test_the_parts_of_a_reward(files: Path) -> None:
     assert found[0].parts == (("own/concise", 0.75), ("own/steps", 0.0)) and not any(v.failed for v in found)
 
 
-def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path) -> None:
+def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "FIRST_SECONDS", 2.0)
     (tmp_path / "odd.py").write_text(
         "import time\ndef first(r):\n"
         "    return {'nan': float('nan'), 'text': '1', 'huge': 10 ** 400, 'one': True, 'answer': r.answer == '3'}[r.text]\n"
@@ -138,12 +140,29 @@ def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path) -> None:
         found = parts.add([verdict] * len(words), [response(word, verdict, 9, Finish.LENGTH, level=4) for word in words])
     finally:
         parts.close()
-    assert [v.failed for v in found] == [("a", "b"), ("a",), ("a",), ("a",), (), ()]
+    assert [tuple(dict(v.failed)) for v in found] == [("a", "b"), ("a",), ("a",), ("a",), (), ()]
     assert [v.reward for v in found] == [-5.0, 1.5, 1.5, 1.5, 2.5, 2.5]
-    assert found[0].reason == (
-        "it took long; a: TypeError: it returned nan; a function of reward.own_parts returns a finite number; b: timeout"
+    assert found[0].reason.startswith(
+        "it took long; a: TypeError: it returned nan; a function of reward.own_parts returns a finite number; b: "
     )
-    assert "it returned '1'" in found[1].reason and "OverflowError" in found[2].reason and "line 3: KeyError: 'key'" in found[3].reason
+    assert re.fullmatch(r"no result after 2\.\d s \(reward.timeout\); heavy imports belong .*", dict(found[0].failed)["b"])
+    assert "it returned '1'" in found[1].reason and "OverflowError" in found[2].reason and "KeyError: 'key' (odd.py:3)" in found[3].reason
+
+
+def test_a_tensor_or_array_of_one_number_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "kinds.py").write_text(
+        "import numpy as np\n\nclass Tensor:\n    def item(self):\n        return 0.25\n\n"
+        "KINDS = {'numpy': np.float32(0.5), 'array': np.array(2), 'tensor': Tensor(), 'two': np.array([1, 2]), 'text': np.array('1')}\n\n"
+        "def part(r):\n    return KINDS[r.text]\n"
+    )
+    parts, verdict = OwnParts({"a": f"{tmp_path}/kinds.py:part"}, 1, 10.0), Verdict(0.0, Status.RIGHT, "3", "simple", 0.0)
+    words = ("numpy", "array", "tensor", "two", "text")
+    try:
+        found = parts.add([verdict] * len(words), [response(word, verdict, 9, Finish.STOP) for word in words])
+    finally:
+        parts.close()
+    assert [v.reward for v in found] == [0.5, 2.0, 0.25, 0.0, 0.0] and [bool(v.failed) for v in found] == [False] * 3 + [True] * 2
+    assert "it returned '1'" in found[4].reason
 
 
 def test_names_that_lead_nowhere_are_refused(files: Path) -> None:

@@ -1,6 +1,8 @@
 """The child process of rewards/pool.py: reads items from stdin and answers on stdout, one at a time, under limits of its own.
 
-python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES TIMEOUT
+An item comes as [seconds that it may take, item].
+
+python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES
 """
 
 from __future__ import annotations
@@ -45,26 +47,32 @@ def limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1, hard))
 
 
-def main(kind: str, parent: int, memory_bytes: int, timeout: float) -> None:
+def main(kind: str, parent: int, memory_bytes: int) -> None:
     die_with_parent(parent)
+    from rlinf.config.own_code import is_own
     from rlinf.rewards.own import PART, give_part
     from rlinf.rewards.tasks import judge_caged, warm_up
 
-    logging.disable(logging.CRITICAL)
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing, own = os.open(os.devnull, os.O_RDWR), is_own(kind)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)  # what is printed must not reach the protocol
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # line by line: a kill must not lose what was printed before
+    if not own:
+        logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
     warm_up(kind)
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDWR)
     write_reply(replies, {"ready": True})
     sys.excepthook = lambda _kind, error, _traceback: write_reply(
         replies, {"limit": "died", "why": f"{type(error).__name__}: {error}"[:200]}
     )
-    for fd in (0, 1, 2):  # what a library prints must not reach the protocol or the log
+    for fd in () if own else (1, 2):  # what a library prints must not reach the log; a user wants to see what is printed
         os.dup2(nothing, fd)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while (item := read_item(requests)) is not None:
-        limit_cpu(timeout)
+    while (asked := read_item(requests)) is not None:
+        seconds, item = asked
+        limit_cpu(seconds)
         try:
             reply = give_part(*item[1:]) if item[0] == PART else judge_caged(*item)._asdict()
         except MemoryError:
@@ -75,4 +83,4 @@ def main(kind: str, parent: int, memory_bytes: int, timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -23,9 +23,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlinf.config.own_code import is_own
+
 START_SECONDS = 60.0  # for a worker to import its libraries on a busy machine; not part of any item's time
 ITEMS_PER_WORKER = 5000  # then it is replaced, so that the caches of the libraries stay small
 ATTEMPTS = 3
+FIRST_SECONDS = 30.0  # at least, for the first call of a user's function in a process: it may import what it needs
+FIRST_CALLS = 3  # so many first calls in a row may take longer than that; then it is not the imports that are slow
+PRINTED_BYTES = 1 << 20  # how much of what the functions of a pool print is kept
 _CLEAN = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -41,10 +46,13 @@ class Reply(NamedTuple):
 class Worker:
     """One child process. Not thread-safe: it belongs to one keeper thread."""
 
-    def __init__(self, kind: str, memory_bytes: int, timeout: float) -> None:
+    def __init__(self, kind: str, memory_bytes: int, messages: int | None = None) -> None:
+        """messages: where its stderr goes; None = to ours."""
         env = dict(os.environ, **_CLEAN, PYTHONPATH=os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH")))))
-        command = [sys.executable, "-m", "rlinf.rewards.cage", kind, str(os.getpid()), str(memory_bytes), str(timeout)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, bufsize=0, process_group=0)
+        command = [sys.executable, "-m", "rlinf.rewards.cage", kind, str(os.getpid()), str(memory_bytes)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, env=env, bufsize=0, process_group=0
+        )
         assert self.process.stdin and self.process.stdout  # both are pipes
         self._to_child, self._from_child = self.process.stdin, self.process.stdout
         self.items = 0
@@ -65,7 +73,7 @@ class Worker:
     def ask(self, item: Any, timeout: float) -> Reply:
         """Give an item to the child and wait. Unless it answers, the worker must then be replaced."""
         started = time.monotonic()
-        data = json.dumps(item).encode()
+        data = json.dumps([timeout, item]).encode()
         try:
             self._to_child.write(struct.pack("<I", len(data)) + data)
             answer = self._read(started + timeout)
@@ -154,16 +162,28 @@ class _State:
         self.kind = kind
         self.timeout, self.memory_bytes, self.jobs, self.nursery = timeout, memory_bytes, jobs, nursery
         self.lock = threading.Lock()
+        own = is_own(kind)
+        self.patience = FIRST_CALLS if own else 0
+        self.messages = _relay(kind) if own else None
         self.workers: list[Worker] = []
         self.closed = False
         self.spare: Future[Worker] = self.nursery.submit(self._spawn)
 
     def _spawn(self) -> Worker:
         # Always in the nursery's thread: the kernel sends PR_SET_PDEATHSIG when the *thread* that started the child ends.
-        worker = Worker(self.kind, self.memory_bytes, self.timeout)
+        worker = Worker(self.kind, self.memory_bytes, self.messages)
         with self.lock:
             self.workers = [w for w in self.workers if w.process.poll() is None] + [worker]
         return worker
+
+    def ask(self, worker: Worker, item: Any) -> Reply:
+        """The worker's reply under the time limit; a user's function has more for its first call in a process."""
+        first = worker.items == 0 and self.patience > 0
+        reply = worker.ask(item, max(self.timeout, FIRST_SECONDS) if first else self.timeout)
+        if first:
+            with self.lock:
+                self.patience = self.patience - 1 if reply.reason == "timeout" else FIRST_CALLS
+        return reply
 
     def next_worker(self) -> Worker:
         """The spare worker, when it is ready; starts another spare. A spare that was killed while it waited is skipped."""
@@ -189,7 +209,7 @@ def _keep(state: _State) -> None:
                     if worker is not None:
                         worker.kill()
                     worker = state.next_worker()
-                reply = worker.ask(item, state.timeout)
+                reply = state.ask(worker, item)
                 if reply.reason:
                     worker.kill()
                     worker = None
@@ -212,3 +232,23 @@ def _close(state: _State, keepers: list[threading.Thread]) -> None:
     state.nursery.shutdown(wait=True)
     for worker in state.workers:
         worker.kill()
+    if state.messages is not None:
+        os.close(state.messages)
+
+
+def _relay(kind: str) -> int:
+    """The writing end of a pipe: what a user's function prints goes from there to our stderr, but no more than PRINTED_BYTES of it."""
+    source, target = os.pipe()
+    threading.Thread(target=_copy, args=(source, kind), name="rlinf-printed", daemon=True).start()
+    return target
+
+
+def _copy(source: int, kind: str) -> None:
+    left = PRINTED_BYTES
+    with open(source, "rb", buffering=0) as pipe, open(os.dup(2), "wb", buffering=0) as stderr:
+        while chunk := pipe.read(1 << 16):  # also what is dropped is read, or printing would block
+            if left > 0:
+                stderr.write(chunk[:left])
+                left -= len(chunk)
+                if left <= 0:
+                    stderr.write(f"\n{kind} has printed {PRINTED_BYTES} bytes; what it prints from here on is dropped\n".encode())

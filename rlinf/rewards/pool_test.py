@@ -135,3 +135,71 @@ def test_a_pool_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with Pool(1, 1.0) as pool, pytest.raises(RuntimeError, match="did not start"):
         pool.submit(("math", "1", ("1",))).result(timeout=20)
+
+
+# -- functions of the user's own
+
+SLOW_FIRST = """
+import os, sys, time
+print("at import")
+def lazy(answer, solutions):
+    if not hasattr(sys, "warm"):
+        time.sleep(1.5)
+        sys.warm = True
+    if answer == "hang":
+        time.sleep(60)
+    return True
+def stuck(answer, solutions):
+    time.sleep(60)
+def chatty(answer, solutions):
+    print("hello from", answer)
+    os.system("echo and from a child")
+    return True
+def noisy(answer, solutions):
+    while True:
+        print("x" * 1000)
+"""
+
+
+def own(tmp_path: Path, name: str) -> dict[str, str]:
+    (tmp_path / "fns.py").write_text(SLOW_FIRST)
+    return {"odd": f"{tmp_path}/fns.py:{name}"}
+
+
+def test_the_first_call_in_a_process_may_take_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlinf.rewards.pool.FIRST_SECONDS", 20.0)
+    with Verifier(timeout=0.5, own_tasks=own(tmp_path, "lazy")) as v:
+        found = [v.verify(f"\\boxed{{{word}}}", ["1"], "odd") for word in ("a", "hang", "b")]
+    assert [f.status.value for f in found] == ["right", "undecided", "right"]
+    assert found[1].route == "timeout" and "heavy imports belong at the top of the file" in found[1].reason
+
+
+def test_a_function_that_always_hangs_has_the_longer_limit_only_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlinf.rewards.pool.FIRST_SECONDS", 1.0)
+    with Verifier(timeout=0.1, own_tasks=own(tmp_path, "stuck")) as v:
+        seconds = [v.verify(f"\\boxed{{{i}}}", ["1"], "odd").seconds for i in range(5)]
+    assert min(seconds[:3]) >= 1.0 > max(seconds[3:])
+
+
+def test_what_a_users_function_prints_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with Verifier(timeout=5.0, own_tasks=own(tmp_path, "chatty")) as v:
+        assert v.verify("\\boxed{me}", ["1"], "odd").status.value == "right"
+    told = wait_for(capfd, "and from a child")
+    assert "at import" in told and "hello from me" in told
+
+
+def test_endless_printing_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("rlinf.rewards.pool.PRINTED_BYTES", 5000)
+    monkeypatch.setattr("rlinf.rewards.pool.FIRST_SECONDS", 1.0)
+    with Verifier(timeout=0.5, own_tasks=own(tmp_path, "noisy")) as v:
+        assert [v.verify(f"\\boxed{{{i}}}", ["1"], "odd").route for i in range(2)] == ["timeout"] * 2
+    told = wait_for(capfd, "is dropped")
+    assert len(told) < 5500 and told.count("has printed 5000 bytes") == 1
+
+
+def wait_for(capfd: pytest.CaptureFixture[str], text: str) -> str:
+    told, deadline = "", time.monotonic() + 10
+    while text not in told and time.monotonic() < deadline:
+        told += capfd.readouterr().err
+        time.sleep(0.02)
+    return told
