@@ -72,7 +72,10 @@ class RunnerConfig:
         "last steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) are kept in samples/ for `rlinf replay`; step "
         "1 and the step after each kept checkpoint are kept as well; -1 = all; 0 = none are written",
     )
-    resume_dir: str | None = key(None, "null = a new run; `auto` = go on from this run's latest checkpoint; or a path of a step_* folder")
+    resume_dir: str | None = key(
+        None,
+        "null = a new run; `auto` = go on from this run's latest checkpoint; or the path of a step_* folder, `latest` or `best`",
+    )
     phase_timeout: int = key(
         0,
         "seconds that a phase of a step may take before the run counts as hanging; "

@@ -76,6 +76,10 @@ ONLY_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> the o
     },
     **{f"evaluation.{name}.instruction": (f"evaluation.{name}.template", lambda v: v != "raw", "chat or r1") for name in BENCHMARKS},
 }  # fmt: skip
+UNLESS_OFF: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # the same, where that other key is on unless somebody sets it
+    **{f"validation.{name}": ("runner.val_check_interval", bool, "-1, or more") for name in ("n", "temperature", "max_new_tokens")},
+    **{f"runner.{name}": ("runner.save_interval", bool, "-1, or more") for name in ("async_checkpoint", "keep_checkpoints", "keep_best")},
+}
 
 
 def unread(command: str, provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
@@ -94,11 +98,40 @@ def without_effect(sections: Sequence[str], provenance: Mapping[str, str], confi
 
     When the user has set that other key too, it may be off only for a while; then only keys on the command line count.
     """
-    for name, (switch, acts, wanted) in ONLY_WITH.items():
+    for name, (switch, acts, wanted) in (*ONLY_WITH.items(), *UNLESS_OFF.items()):
         forgotten = provenance.get(switch) == DEFAULT or provenance.get(name) == COMMAND_LINE
         default, value = known_keys()[name].default, value_of(config, name)
         if name.partition(".")[0] in sections and value != default and forgotten and not acts(value_of(config, switch)):
             yield name, f"has a meaning only with {switch}: {wanted}; set that, or remove this"
+
+
+def beyond(provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """(key, message) for every key whose value lies beyond what another key leaves room for, so that it has no effect.
+
+    Where only that other key is set on the command line, the run is a trial of a smaller size, and the files may keep their values.
+    """
+    runner, algorithm, rollout = config.runner, config.algorithm, config.rollout
+    late = [step for step in runner.profile_steps if step > runner.max_steps > 0]
+    updates = algorithm.num_update_sample_per_prompt or 0
+    restarts = rollout.max_engine_restarts if provenance.get("rollout.max_engine_restarts", DEFAULT) != DEFAULT else 0
+    for name, other, idle, why in (
+        ("runner.profile_steps", "runner.max_steps", late, f"the run ends after step {runner.max_steps} (runner.max_steps)"),
+        (
+            "algorithm.num_update_sample_per_prompt",
+            "algorithm.group_size",
+            updates > algorithm.group_size,
+            f"a prompt has algorithm.group_size ({algorithm.group_size}) responses",
+        ),
+        (
+            "rollout.max_engine_restarts",
+            "cluster.backend",
+            restarts and config.cluster.backend == "local",
+            "an engine that shares its process with the driver (cluster.backend local) cannot be started anew",
+        ),
+    ):
+        trial = provenance.get(other) == COMMAND_LINE != provenance.get(name)
+        if idle and not trial:
+            yield name, f"has no effect: {why}; lower it, or remove it"
 
 
 def recipe_for_sft(config: Config) -> Iterator[tuple[str, str]]:

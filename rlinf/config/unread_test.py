@@ -15,6 +15,7 @@ from rlinf.errors import UserError
 VALIDATE = {"train": validate, "sft": validate_sft, "eval": validate_evaluation}
 SFT, GRPO = "smollm2-135m-sft-cpu", "smollm2-135m-grpo-cpu"
 UNVALIDATED = "qwen2.5-1.5b-grpo-megatron"  # names no validation data
+VALIDATES = "data.val_data_paths=[x] runner.val_check_interval=-1"
 EVAL = ["evaluation.custom.path=/p.jsonl"]
 
 
@@ -102,11 +103,11 @@ DEAD = {  # key -> a value, and a word with which it acts
     "data.chat_template_variables": ("{a: b}", "data.apply_chat_template=true"),
     "rollout.sglang": ("{attention_backend: triton}", "rollout.rollout_backend=sglang"),
     "reward.overlong_penalty": ("2", "reward.overlong_buffer=8"),
-    "validation.n": ("2", "data.val_data_paths=[x] validation.temperature=1"),
-    "validation.temperature": ("1", "data.val_data_paths=[x]"),
-    "validation.max_new_tokens": ("9", "data.val_data_paths=[x]"),
-    "validation.top_p": ("0.9", "data.val_data_paths=[x] validation.temperature=1"),
-    "validation.top_k": ("5", "data.val_data_paths=[x] validation.temperature=1"),
+    "validation.n": ("2", f"{VALIDATES} validation.temperature=1"),
+    "validation.temperature": ("1", VALIDATES),
+    "validation.max_new_tokens": ("9", VALIDATES),
+    "validation.top_p": ("0.9", f"{VALIDATES} validation.temperature=1"),
+    "validation.top_k": ("5", f"{VALIDATES} validation.temperature=1"),
     "sft.reweighting_temperature": ("2", "sft.reweighting=lin_upper"),
     "actor.optim.min_lr": ("1e-6", "actor.optim.lr_decay_style=cosine actor.optim.lr_decay_steps=9"),
     "actor.optim.lr_decay_steps": ("9", "actor.optim.lr_decay_style=linear actor.optim.lr_warmup_steps=0"),
@@ -150,3 +151,34 @@ def test_a_file_may_keep_what_is_switched_off_for_a_while_but_not_what_was_never
         check("train", str(tmp_path / "a.yaml"))
     check("train", str(tmp_path / "a.yaml"), "runner.on_hang=abort")
     check("sft", SFT, "actor.optim.lr_decay_style=constant")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["validation.n=2", "validation.temperature=1", "runner.val_check_interval=0"], "n = 2 .*only with runner.val_check_interval"),
+        (["runner.keep_best=false", "runner.save_interval=0"], "keep_best = false .*has a meaning only with runner.save_interval"),
+        (["runner.profile_steps=[2, 9]", "runner.max_steps=5"], "profile_steps = .*the run ends after step 5"),
+        (["algorithm.num_update_sample_per_prompt=8", "algorithm.group_size=4"], "a prompt has algorithm.group_size .4. responses"),
+        (["rollout.max_engine_restarts=3", "cluster.backend=local"], "max_engine_restarts = 3 .*cannot be started anew"),
+    ],
+)
+def test_what_another_setting_leaves_no_room_for_is_refused_but_a_file_may_keep_it(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check("train", GRPO, *words)
+    *kept, off = words
+    lines = "".join(f"{name.replace('.', ': {')}: {value}}}\n" for name, value in (word.split("=") for word in kept[-1:]))
+    (tmp_path / "a.yaml").write_text(f"extends: {GRPO}\n{lines}")
+    check("train", str(tmp_path / "a.yaml"), off)
+
+
+def test_steps_and_samples_at_the_limit_are_within_it() -> None:
+    check(
+        "train",
+        GRPO,
+        "runner.profile_steps=[5]",
+        "runner.max_steps=5",
+        "algorithm.group_size=4",
+        "algorithm.num_update_sample_per_prompt=4",
+    )
+    check("train", GRPO, "runner.profile_steps=[9]", "runner.max_steps=-1", "cluster.backend=local", "rollout.max_engine_restarts=0")

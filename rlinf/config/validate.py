@@ -12,7 +12,7 @@ from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
 from rlinf.config.own_code import is_own
 from rlinf.config.schema import Config
-from rlinf.config.unread import recipe_for_sft, recipe_for_training, unread, without_effect
+from rlinf.config.unread import beyond, recipe_for_sft, recipe_for_training, unread, without_effect
 from rlinf.config.values import dump
 from rlinf.errors import UserError
 
@@ -40,7 +40,12 @@ def validate(config: Config, provenance: Mapping[str, str] | None = None) -> Non
     models = (_actor, _critic, _token_reward)
     rules = (out_of_bounds, _cluster, _runner, _validation, _lengths, _data, *objective, _rollout, *models, _reward)
     sections = ("runner", "data", "algorithm", "rollout", "actor", "reward", "validation", *(["critic"] if config.has_critic else []))
-    _raise(config, provenance, (*rules, partial(unread, "train", provenance or {}), partial(without_effect, sections, provenance or {})))
+    dead = (
+        partial(unread, "train", provenance or {}),
+        partial(without_effect, sections, provenance or {}),
+        partial(beyond, provenance or {}),
+    )
+    _raise(config, provenance, (*rules, *dead))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
@@ -77,8 +82,12 @@ def _runner(c: Config) -> Iterator[Violation]:
         yield "runner.output_dir", "is empty; name a folder, such as ./logs"
     if c.runner.max_steps != -1 and c.runner.max_steps < 1:
         yield "runner.max_steps", "must be at least 1, or -1 for no limit but max_epochs"
-    if resume is not None and resume != "auto" and not resume.rstrip("/").rsplit("/", 1)[-1].startswith("step_"):
-        yield "runner.resume_dir", "must be null, auto, or the path of a step_* folder, such as logs/my-run/checkpoints/step_000050"
+    if resume not in (None, "auto") and not re.fullmatch(r"(.*/)?step_[^/]*|.+/(latest|best)", resume.rstrip("/")):
+        yield (
+            "runner.resume_dir",
+            "must be null, auto, or the path of a step_* folder, or of latest or best beside it, such as "
+            "logs/my-run/checkpoints/step_000050",
+        )
     if c.runner.on_hang == "restart" and c.cluster.backend == "local":
         yield "runner.on_hang", "restart ends the workers' processes, and cluster.backend local has none; use abort, or cluster.backend ray"
     if c.runner.max_tokens_per_mbs < c.runner.seq_length:

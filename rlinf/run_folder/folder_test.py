@@ -329,6 +329,13 @@ def test_a_branch_of_another_run_goes_on_from_its_start_until_it_has_a_checkpoin
     assert branch.resume is not None and branch.resume.step_dir.parent == branch.paths.checkpoints
 
 
+def test_the_links_to_checkpoints_are_names_of_checkpoints(tmp_path: Path) -> None:
+    other = open_folder(tmp_path / "other")
+    start = checkpoint(other, 7)
+    branch = open_folder(tmp_path, f"runner.resume_dir={start.parent / 'latest'}")
+    assert branch.resume is not None and branch.resume.step_dir == start
+
+
 def test_a_branch_whose_start_is_gone_does_not_begin_anew(tmp_path: Path) -> None:
     other = open_folder(tmp_path / "other")
     start = checkpoint(other, 7)
