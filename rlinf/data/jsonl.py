@@ -21,6 +21,7 @@ SHOWN_LINES = 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write, which do not name the file
 HALF_A_PAIR = "holds half a surrogate pair, which is no character"
 MAGIC = {b"\x1f\x8b": "gzip-compressed", b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd-compressed"}
+TABLES = (".csv", ".tsv")
 Row = dict[str, Any]
 R = TypeVar("R")
 
@@ -147,7 +148,11 @@ def _check_start(path: Path, start: bytes) -> None:
             raise UserError(f"{path}: {kind}; give it as plain JSONL (one JSON object a line)")
     if b"\0" in start:
         raise UserError(f"{path}: not a text file; give JSONL in UTF-8 (one JSON object a line)")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if path.suffix.lower() in TABLES and text and not text.startswith((b"{", b"[")):
+        what = f'{path.suffix[1:].upper()}, not JSONL; write one object a line, such as {{"prompt": "1+1=", "solutions": ["2"]}}'
+        raise UserError(f"{path}: {what}; `rlinf data convert` reads the CSV files of benchmarks")
+    if text.startswith(b"["):
         raise UserError(f"{path}: a JSON array, not JSONL; write one object a line, for example with `jq -c '.[]'`")
 
 

@@ -24,6 +24,8 @@ from rlinf.data.records import Prompt
 from rlinf.data.tokenizer import BadChat, Message, TextTokenizer
 from rlinf.errors import UserError
 
+SHOWN = 80  # characters of a value in a message
+
 
 @dataclass(frozen=True)
 class DataReport:
@@ -178,12 +180,20 @@ def _solutions(value: Any, name: str) -> tuple[str, ...]:
     """A list of accepted answers; a single string counts as a list of one."""
     solutions = [value] if isinstance(value, str) else value
     if not isinstance(solutions, list) or not all(isinstance(s, str) for s in solutions):
-        raise BadLine(f"`{name}` is not a list of strings")
+        raise BadLine(f"`{name}` is not a list of strings but {json.dumps(value)[:SHOWN]}; write {_as_text(value)}")
     if not solutions:
         raise BadLine(f"`{name}` is an empty list: no answer could ever be right")
     if not all(s.strip() for s in solutions):
         raise BadLine(f"`{name}` holds an empty string")
     return tuple(solutions)
+
+
+def _as_text(value: Any) -> str:
+    """How solutions that are numbers are written as text; an example where they are something else."""
+    items = value if isinstance(value, list) else [value]
+    if all(isinstance(s, (str, int, float)) and not isinstance(s, bool) for s in items):
+        return json.dumps([s if isinstance(s, str) else json.dumps(s) for s in items])[:SHOWN]
+    return 'the answers as text, such as ["2"]'
 
 
 def unique_ids(ids: Sequence[str]) -> tuple[list[str], int]:

@@ -131,7 +131,11 @@ BAD_LINES = {
     json.dumps(row(prompt=3)): "`prompt` is neither a string nor a list of chat messages",
     json.dumps(row(prompt=[{"role": "user", "content": "x"}])): "needs data.apply_chat_template: true",
     json.dumps(row(solutions=[])): "`solutions` is an empty list",
-    json.dumps(row(solutions=[42])): "`solutions` is not a list of strings",
+    json.dumps(row(solutions=[42])): '`solutions` is not a list of strings but [42]; write ["42"]',
+    json.dumps(row(solutions=2.5)): '`solutions` is not a list of strings but 2.5; write ["2.5"]',
+    json.dumps(row(solutions=["1", 2])): '`solutions` is not a list of strings but ["1", 2]; write ["1", "2"]',
+    json.dumps(row(solutions=None)): '`solutions` is not a list of strings but null; write the answers as text, such as ["2"]',
+    json.dumps(row(solutions=[True])): "but [true]; write the answers as text",
     json.dumps(row(solutions=["1", ""])): "`solutions` holds an empty string",
     json.dumps(row(task=3)): "`task` is not a string",
     json.dumps(row(query_id=["q"])): "`query_id` is neither a string nor a number",
@@ -153,6 +157,12 @@ def test_a_bad_line_is_named_with_its_fault_or_skipped_and_counted(
     prompts, report = load_prompts([path], DataConfig(on_bad_record="skip"), tokenizer)
     assert ([p.prompt_id for p in prompts], report.read, report.bad_records) == (["q", "r"], 3, 1)
     assert "bad records skipped: 1" in report.describe()
+
+
+def test_a_table_is_told_by_its_name_in_one_sentence(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    (tmp_path / "data.csv").write_text("prompt,solutions\n1+1=,2\n2+2=,4\n")
+    with pytest.raises(UserError, match="data.csv: CSV, not JSONL; write one object a line, such as .*`rlinf data convert` reads"):
+        load_prompts([str(tmp_path / "data.csv")], DataConfig(), tokenizer)
 
 
 def test_a_line_that_is_not_utf8(tmp_path: Path, tokenizer: TextTokenizer) -> None:
