@@ -154,6 +154,8 @@ def _answer(row: Row) -> str:
     if not given:
         raise _BadRow(f"no answer; expected one of {', '.join(ANSWER_FIELDS)}; the row has {', '.join(map(str, row)) or 'nothing'}")
     boxed = last_box(given)
+    if boxed is None and any(line.lstrip().startswith("####") for line in given.splitlines()):
+        raise _BadRow("the answer is a GSM8K solution, which ends with `#### NUMBER`; did you mean gsm8k?")
     return given if boxed is None else boxed.strip()
 
 

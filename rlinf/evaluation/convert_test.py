@@ -134,6 +134,7 @@ def test_the_report_counts_letters_and_warns_of_a_partial_set(tmp_path: Path) ->
         ("aime24", "a.json", "[" * 100000, ["a.json: cannot be read as json text ("]),
         ("math500", "a.jsonl", json.dumps({"problem": "P", "answer": "\\frac{1}{2"}), ["row 1: the answer '", "unbalanced braces"]),
         ("math500", "a.jsonl", json.dumps({"problem": "P", "answer": "1}{2"}), ["row 1: the answer '1}{2' has unbalanced braces"]),
+        ("math500", "a.jsonl", '{"question": "Q", "answer": "so\\n#### 1"}', ["row 1: the answer is a GSM8K solution", "mean gsm8k?"]),
         ("gsm8k", "a.jsonl", '{"question": "Q", "answer": "so it is many"}', ["does not end with `#### NUMBER`"]),
         ("gpqa_diamond", "a.jsonl", '{"question": "Q", "answer": "right"}', ["the answer 'right' is no letter of ABCD"]),
         ("gpqa_diamond", "a.jsonl", '{"question": "Q without options", "answer": "A"}', ["does not list its options"]),
