@@ -19,8 +19,8 @@ from rlinf.data.records import Finish, Status
 from rlinf.errors import UserError
 from rlinf.evaluation.folder import read_rows
 from rlinf.evaluation.metrics import RIGHT, TAUS, draw_sizes, g_pass_at_k, maj_at_k, mg_pass_at_k, pass_at_k, stability_size
-from rlinf.evaluation.statistics import bootstrap_means, paired_p_value
-from rlinf.metrics.summary import Interval, paired_gain, percent
+from rlinf.evaluation.statistics import bootstrap_means, is_proportion, paired_p_value
+from rlinf.metrics.summary import Interval, paired_gain, percent, wilson
 from rlinf.rewards.tasks import name_of
 
 CUT = [finish.value for finish in Finish if finish.cut_off]
@@ -95,7 +95,11 @@ def _vote(row: dict[str, Any]) -> Hashable | None:
 
 
 def score(tally: Tally) -> dict[str, Interval]:
-    """Every score by its name, with 95 % bootstrap intervals over problems. Shares are shares of samples."""
+    """Every score by its name, with 95 % intervals over problems. Shares are shares of samples.
+
+    Bootstrap intervals, except where a score is 0 or 1 on every problem, as of one sample each: that is a proportion of problems, and has
+    Wilson's interval, since resampling problems that all agree would give one of no width.
+    """
     n = tally.n
     right_N = [int(c) for c in tally.right.sum(axis=1)]
     values: dict[str, Sequence[float] | np.ndarray] = {f"avg@{n}": tally.accuracy_N}
@@ -111,7 +115,8 @@ def score(tally: Tally) -> dict[str, Interval]:
     values["response_length"] = tally.tokens.mean(axis=1)
     for name in ("truncated", "no_box", "undecided"):
         values[name] = getattr(tally, name).mean(axis=1)
-    return dict(zip(values, bootstrap_means(np.column_stack(list(values.values())))))
+    scores = dict(zip(values, bootstrap_means(np.column_stack(list(values.values())))))
+    return scores | {name: wilson(sum(v), len(v)) for name, v in values.items() if name != "response_length" and is_proportion(v)}
 
 
 def to_json(result: SetResult, details: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rlinf.evaluation.metrics import RIGHT
 from rlinf.evaluation.results import SetResult, Tally, benchmark_table, compare, score
+from rlinf.metrics.summary import wilson
 from rlinf.rewards.tasks import name_of
 
 
@@ -51,6 +52,16 @@ def test_the_table_of_two_models_shows_the_gain_and_its_p_value() -> None:
     assert "+100.0 [+100.0, +100.0]" in row and "0.002" in row  # 2 / 2^10
     versus = compare(*results)
     assert versus["problems_better"] == 10 and versus["p_value"] == 2 / 2**10
+
+
+def test_a_score_of_0_or_1_on_every_problem_has_wilsons_interval() -> None:
+    for n in (1, 4):
+        found = {right: score(tally(np.full((8, n), right)))[f"avg@{n}"] for right in (0.0, 1.0)}
+        assert found[0.0] == pytest.approx((0, 0, 0.324), abs=1e-3) and found[1.0] == pytest.approx((1, 0.676, 1), abs=1e-3)
+    one = score(tally(np.array([[1.0], [0.0], [0.0], [0.0]])))
+    assert one["avg@1"] == one["pass@1"] == pytest.approx(wilson(1, 4)) and one["response_length"] == (5, 5, 5)
+    several = score(tally(np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])))
+    assert several["avg@2"] != pytest.approx(wilson(1.5, 3)) and several["pass@2"] == pytest.approx(wilson(2, 3))
 
 
 def test_names_with_brackets_are_shown_as_they_are() -> None:

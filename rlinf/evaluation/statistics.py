@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rlinf.metrics.summary import Interval
@@ -23,6 +25,12 @@ def bootstrap_means(values_NM: np.ndarray, seed: int = 0) -> list[Interval]:
     means_RM = np.concatenate([rng.multinomial(n_problems, share, CHUNK) @ values_NM / n_problems for _ in range(RESAMPLES // CHUNK)])
     low_M, high_M = np.quantile(means_RM, (0.025, 0.975), axis=0)
     return [Interval(float(m), float(lo), float(hi)) for m, lo, hi in zip(values_NM.mean(axis=0), low_M, high_M)]
+
+
+def is_proportion(values_N: Sequence[float] | np.ndarray) -> bool:
+    """Whether a score is 0 or 1 (up to rounding) on every problem, so that its mean is a proportion of problems."""
+    values = np.asarray(values_N, dtype=np.float64)
+    return bool((np.minimum(np.abs(values), np.abs(values - 1)) < 1e-9).all())
 
 
 def paired_p_value(before_N: np.ndarray, after_N: np.ndarray, seed: int = 0) -> float:
