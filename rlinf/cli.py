@@ -10,6 +10,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -432,7 +433,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on positionals that stand behind an option: `train CONFIG --dry-run key=value`
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        settings = [word.lstrip("-") for word in rest if re.match(r"--?[a-z_]+(\.\w+)+=", word)]
+        parser.error(f"unrecognized arguments: {' '.join(rest)}" + (f"; write {' '.join(settings)}" if settings else ""))
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args

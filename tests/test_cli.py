@@ -383,3 +383,13 @@ def test_wrong_usage_exits_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         main(argv)
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("words", [["train", "smollm2-135m-grpo-cpu"], ["plan", "smollm2-135m-grpo-cpu"], ["eval", "x"]])
+def test_a_setting_with_dashes_is_told_how_it_is_written(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--runner.max_steps=3", "-data.seed=1"])
+    assert end.value.code == 2 and "; write runner.max_steps=3 data.seed=1\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--fast"])
+    assert "; write" not in capsys.readouterr().err
