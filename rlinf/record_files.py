@@ -73,9 +73,20 @@ def whole_rows(path: Path, fields: Mapping[str, Kind] | None = None) -> list[dic
             raise damaged(path, number, f"not JSON ({error})") from error
         if not isinstance(rows[-1], dict):
             raise damaged(path, number, "not a JSON object")
+        if "\\ud" in line.lower() and not _is_text(rows[-1]):
+            raise damaged(path, number, "half a surrogate pair, which is no character")
         if wrong := misfit(rows[-1], fields or {}):
             raise damaged(path, number, wrong)
     return rows
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    """Whether its strings can be written as UTF-8: JSON can escape half a surrogate pair too."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def damaged(path: Path, number: int, what: str) -> UserError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.errors import UserError
-from rlinf.report.run_data import RunData, Sample, open_run
+from rlinf.report.run_data import RunData, Sample, open_run, refuse_missing
 from rlinf.run_paths import CONFIG_FILE, METRICS_FILE
 
 SMALLEST = 1e-3  # differences are relative to no less: what is zero but for rounding has no relative difference
@@ -98,6 +98,7 @@ def main(path_a: Path, path_b: Path, tolerance: float, as_json: bool) -> int:
 
 def read_run(path: Path) -> RunData:
     """Open a run to compare. Raises UserError when the folder is not a run, or the run has no step."""
+    refuse_missing(path)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"{path}: no {CONFIG_FILE}, so no run; give <runner.output_dir>/<runner.experiment_name>")
     if not (path / METRICS_FILE).is_file() or not (run := open_run(path)).metrics:

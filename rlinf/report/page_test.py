@@ -16,6 +16,7 @@ import pytest
 from rlinf.cli import main
 from rlinf.config.values import yaml_line
 from rlinf.data.records import Status
+from rlinf.errors import UserError
 from rlinf.report import page as report_page
 from rlinf.report.page import MAX_BYTES, fill, summary, thinned, to_json, write_report
 from rlinf.report.parts import MAX_TEXT_STEPS, TEXTS_A_STEP, Parts, choose_files
@@ -143,6 +144,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     run = make_run(tmp_path, HEALTHY, steps=1)
     assert main(["report", str(run)]) == 0 and capsys.readouterr().out.strip() == str(run / "report.html")
     assert main(["report", str(tmp_path)]) == 2 and "no metrics.jsonl here" in capsys.readouterr().err
+    for command in (["report"], ["replay", "--step=1"], ["compare", str(run)]):
+        assert main([*command, str(tmp_path / "none")]) == 2
+        assert f"{tmp_path / 'none'}: there is no such folder; give the folder of a run" in capsys.readouterr().err
+
+
+def test_a_metric_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, HEALTHY, steps=1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "a\\ud83d\\ude00": 1}\n{"step": 3, "a\\ud800": 1}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line [0-9]: half a surrogate pair"):
+        write_report(run)
 
 
 def test_long_curves_keep_ends_and_flagged_steps() -> None:

@@ -21,7 +21,7 @@ from rlinf.launch.debug import train_only
 from rlinf.launch.train import train
 from rlinf.metrics.logger import read_metrics
 from rlinf.report.compare import NOT_COMPARED, relative
-from rlinf.report.run_data import open_run
+from rlinf.report.run_data import open_run, refuse_missing
 from rlinf.run_paths import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RunPaths, step_name
 from rlinf.runners.recorded import RecordedSteps, ranges
 
@@ -119,6 +119,7 @@ def refuse_useless(keys: Sequence[str], rollout: bool) -> None:
 
 def recorded_metrics(run_dir: Path, step: int) -> Mapping[str, float]:
     """The recorded metrics of the step. Raises UserError when the folder holds no run, or no such step."""
+    refuse_missing(run_dir)
     if not (run_dir / METRICS_FILE).is_file() or not (run_dir / CONFIG_FILE).is_file():
         raise UserError(f"{run_dir}: no run here ({METRICS_FILE} and {CONFIG_FILE}); give <runner.output_dir>/<runner.experiment_name>")
     steps = {int(line["step"]): line for line in read_metrics(run_dir)}

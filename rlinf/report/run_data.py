@@ -128,11 +128,19 @@ class RunData:
 
 def open_run(path: Path) -> RunData:
     """Everything but the samples' text. Raises UserError when the folder holds no run."""
+    refuse_missing(path)
     if not (path / METRICS_FILE).is_file():
         raise UserError(f"{path}: no {METRICS_FILE} here; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
     file = path / CONFIG_FILE
     config = read_config(file) if file.exists() else {}
     return RunData(path, read_metrics(path), config, read_origins(file) if config else {}, read_starts(path))
+
+
+def refuse_missing(path: Path) -> None:
+    """Raise UserError when there is no such folder."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "there is no such folder"
+        raise UserError(f"{path}: {what}; give the folder of a run: <runner.output_dir>/<runner.experiment_name>")
 
 
 def count_all(run: RunData) -> Iterator[tuple[SampleFile, list[dict[str, Any]]]]:
