@@ -47,7 +47,7 @@ def test_data_are_read_and_what_is_in_both_files_is_told(
 
 def test_scores_of_other_solutions_another_judge_or_other_sampling_are_not_compared(tmp_path: Path) -> None:
     given, held_out, judge = resolved(tmp_path), tmp_path / "held_out.jsonl", tmp_path / "judge.py"
-    judge.write_text("def same(): ...\n")
+    judge.write_text("def same(answer, solutions): ...\n")
     own = f"reward.own_tasks={{ours: '{judge}:same'}}"
 
     def measured_on(*words: str, command: str = TRAIN, kind: DataKind = PROMPTS) -> str:
@@ -60,7 +60,7 @@ def test_scores_of_other_solutions_another_judge_or_other_sampling_are_not_compa
 
     judges = ["reward.answer_format=boxed_or_final_number", "reward.timeout=9", own]
     found = [measured_on(), *(measured_on(word) for word in (*judges, "validation.temperature=1.0"))]
-    judge.write_text("def same(): return True\n")
+    judge.write_text("def same(answer, solutions): return True\n")
     found.append(measured_on(own))
     examples = measured_on(command=SFT, kind=EXAMPLES)
     before = held_out.read_text()
