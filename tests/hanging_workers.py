@@ -9,8 +9,8 @@ from typing import Any
 from rlinf.config.schema import Config
 from rlinf.data.records import Group, Verdict
 from rlinf.scheduling.placement import WorkerAddress
+from rlinf.workers.actor import ActorWorker
 from rlinf.workers.reward import RewardWorker
-from rlinf.workers.train import TrainWorker
 
 HANG = 200.0  # seconds
 
@@ -22,7 +22,7 @@ def hang_once(config: Config, component: str) -> None:
         time.sleep(HANG)
 
 
-class HangingActor(TrainWorker):
+class HangingActor(ActorWorker):
     def train_step(self, step: int, *args: Any) -> Any:
         if step == 2 and self.address.rank == 1:
             hang_once(self.config, "actor")

@@ -53,7 +53,7 @@ def test_growth_is_the_slope_of_the_second_half() -> None:
 
 
 @pytest.mark.parametrize(
-    ("light", "real"), [("LightActor", "TrainWorker"), ("LightRollout", "RolloutWorker"), ("LightReward", "RewardWorker")]
+    ("light", "real"), [("LightActor", "ActorWorker"), ("LightRollout", "RolloutWorker"), ("LightReward", "RewardWorker")]
 )
 def test_the_stand_ins_are_called_as_the_workers_are(light: str, real: str) -> None:
     stand_in, contract = getattr(light_workers, light), getattr(interfaces, real)

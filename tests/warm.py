@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
     "rlinf.cli",
     "rlinf.launch.train",
-    "rlinf.workers.train",
+    "rlinf.workers.actor",
     "rlinf.workers.critic",
     "rlinf.workers.rollout",
     "rlinf.workers.reward",

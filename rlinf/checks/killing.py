@@ -35,7 +35,7 @@ ROOT = Path(rlinf.__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTS = (  # what a run in one process comes to import
     "rlinf.cli", "rlinf.config.validate", "rlinf.config.model", "rlinf.launch.train", "rlinf.cluster.local_cluster",
-    "rlinf.workers.train", "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward",
+    "rlinf.workers.actor", "rlinf.workers.rollout", "rlinf.rollout.build", "rlinf.rollout.embedded_engine", "rlinf.workers.reward",
     "rlinf.report.page",
 )  # fmt: skip
 LOOK = 0.0003  # seconds between two looks for a sign

@@ -19,7 +19,7 @@ from rlinf.scheduling.placement import PART, Plan, build_plan
 from rlinf.scheduling.turns import ENGINES_GIVE, Turn
 
 WORKERS = {
-    "actor": "rlinf.workers.train:TrainWorker",
+    "actor": "rlinf.workers.actor:ActorWorker",
     "rollout": "rlinf.workers.rollout:RolloutWorker",
     "reward": "rlinf.workers.reward:RewardWorker",
     "critic": "rlinf.workers.critic:CriticWorker",

@@ -69,7 +69,7 @@ class OnSharedDevices(Protocol):
         ...
 
 
-class TrainWorker(InCheckpoints, OnSharedDevices, Protocol):
+class ActorWorker(InCheckpoints, OnSharedDevices, Protocol):
     """One rank of the actor."""
 
     def train_step(self, step: int, dump: DumpPlan, batch: RankBatch, *payloads: Group | TokenNumbers) -> tuple[TrainReport, TokenNumbers]:

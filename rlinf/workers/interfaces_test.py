@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from rlinf.workers import interfaces
+from rlinf.workers.actor import ActorWorker
 from rlinf.workers.critic import CriticWorker
 from rlinf.workers.journal import JournalWorker
 from rlinf.workers.reward import RewardWorker
 from rlinf.workers.rollout import RolloutWorker
 from rlinf.workers.sft import SftWorker
 from rlinf.workers.token_reward import TokenRewardWorker
-from rlinf.workers.train import TrainWorker
 
-WORKERS = (TrainWorker, CriticWorker, TokenRewardWorker, SftWorker, RolloutWorker, RewardWorker, JournalWorker)
+WORKERS = (ActorWorker, CriticWorker, TokenRewardWorker, SftWorker, RolloutWorker, RewardWorker, JournalWorker)
 LOOPS = [Path(__file__).parents[1] / room for room in ("launch", "runners", "evaluation")]
 CALLS = {"ref", "call", "call_all", "call_ranks", "call_each", "ask_all", "ask_each", "ask_once", "run", "run_on_kept_batch"}
 

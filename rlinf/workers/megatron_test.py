@@ -9,14 +9,14 @@ import pytest
 
 from rlinf.data.examples import example
 from rlinf.data.packing import RankBatch
+from rlinf.workers.actor import ActorWorker
 from rlinf.workers.critic import CriticWorker
 from rlinf.workers.megatron import MegatronWorker
 from rlinf.workers.sft import SftWorker
 from rlinf.workers.token_reward import TokenRewardWorker
-from rlinf.workers.train import TrainWorker
 
 
-@pytest.mark.parametrize("kind", [TrainWorker, CriticWorker, TokenRewardWorker, SftWorker])
+@pytest.mark.parametrize("kind", [ActorWorker, CriticWorker, TokenRewardWorker, SftWorker])
 def test_groups_that_the_plan_does_not_name_in_this_order_are_refused(kind: type[MegatronWorker]) -> None:
     tokens = np.ones(3, np.int32)
     a, b = (example(name, tokens, tokens) for name in "ab")
@@ -26,7 +26,7 @@ def test_groups_that_the_plan_does_not_name_in_this_order_are_refused(kind: type
 
 
 def test_a_checkpoint_that_nobody_began_is_not_finished_in_silence() -> None:
-    worker = TrainWorker.__new__(TrainWorker)
+    worker = ActorWorker.__new__(ActorWorker)
     worker.role, worker.address, worker.bring_back = "actor", SimpleNamespace(rank=1), lambda: None
     with pytest.raises(RuntimeError, match="actor rank 1: no checkpoint is being written"):
         worker.finish_save()

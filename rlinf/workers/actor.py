@@ -37,8 +37,8 @@ from rlinf.workers.objective_settings import objective_settings, token_advantage
 from rlinf.workers.token_dump import OldLogprobs, write_token_values
 
 
-class TrainWorker(MegatronWorker):
-    """Implements workers.interfaces.TrainWorker for the actor role."""
+class ActorWorker(MegatronWorker):
+    """Implements workers.interfaces.ActorWorker."""
 
     offloader: Offloader
 
@@ -86,7 +86,7 @@ class TrainWorker(MegatronWorker):
         packed = time.perf_counter()
         trains = self.config.trains_actor(step)
         old: OldLogprobs = [None] * len(minibatches)
-        ref: OldLogprobs = old
+        ref: OldLogprobs = [None] * len(minibatches)
         finishing = self.token_advantage_settings
         if trains or (finishing is not None and finishing.needs_logprobs):
             old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
@@ -161,7 +161,15 @@ class TrainWorker(MegatronWorker):
         of_scorer = [by_token(b, rewards) if self.config.algorithm.dense_rewards else None for b in packs]
         tokens = [
             SampledTokens(
-                b.advantages_N, logprobs, b.rollout_logprobs_N, reference, b.loss_mask_N, b.sample_N, b.n_samples, values_N, rewards_N
+                outcome_N=b.advantages_N,
+                logprobs_N=logprobs,
+                rollout_logprobs_N=b.rollout_logprobs_N,
+                ref_logprobs_N=reference,
+                loss_mask_N=b.loss_mask_N,
+                sample_N=b.sample_N,
+                n_samples=b.n_samples,
+                values_N=values_N,
+                rewards_N=rewards_N,
             )
             for b, logprobs, reference, values_N, rewards_N in zip(packs, *flat, of_critic, of_scorer, strict=True)
         ]

@@ -14,7 +14,7 @@ from rlinf.config.schema import Config
 from rlinf.metrics.names import undocumented
 from rlinf.training.engine import Update
 from rlinf.training.publishing import HandedOut
-from rlinf.workers.train import TrainWorker, step_metrics
+from rlinf.workers.actor import ActorWorker, step_metrics
 
 NAMES = ("loss", "tokens", "entropy", "ratio", "clipped", "dual_clipped", "approx_kl", "gap", "gap_tokens")
 
@@ -58,7 +58,7 @@ def test_the_loss_scale_is_logged_where_there_is_one() -> None:
 
 def test_weights_are_brought_back_to_be_published_before_the_first_step() -> None:
     """An actor leaves a GPU for its engines to start; the rest of it stays away."""
-    worker, called = TrainWorker.__new__(TrainWorker), Mock()
+    worker, called = ActorWorker.__new__(ActorWorker), Mock()
     worker.offloader, worker.publisher = called.offloader, called.publisher
     called.publisher.hand_out.return_value = HandedOut({"auto": None})
     (sources, _), _ = worker.publish(0, ("auto",))
@@ -74,11 +74,11 @@ def test_after_its_training_an_actor_makes_room_for_a_critic(
     monkeypatch: pytest.MonkeyPatch, adv_type: str, feeds_nobody: bool, freed: list[str]
 ) -> None:
     """Which may be trained on the same device before weights are published; these stay, unless the rank publishes to nobody."""
-    worker, called = TrainWorker.__new__(TrainWorker), Mock()
+    worker, called = ActorWorker.__new__(ActorWorker), Mock()
     worker.config, worker.offloader, worker.publisher, worker.feeds_nobody = Config(), called.offloader, called.publisher, feeds_nobody
     worker.config.algorithm.adv_type = adv_type
     monkeypatch.setattr(worker, "_train", called.train)
-    monkeypatch.setattr("rlinf.workers.train.profiled", lambda *_: nullcontext())
+    monkeypatch.setattr("rlinf.workers.actor.profiled", lambda *_: nullcontext())
     called.train.return_value = ("report", {})
     assert worker.train_step(1, Mock(), Mock()) == ("report", {})
     assert [name for name, *_ in called.mock_calls] == ["publisher.withdraw", "train", *(f"offloader.{name}" for name in freed)]
