@@ -99,9 +99,8 @@ class Adapters:
                 self.of[matrix.weight] = adapter
         named = dict(model.named_parameters())
         self.params = [(rule, named[model.local_name(rule.megatron)]) for rule in adapter_rules(model.arch, model.layers, targets)]
-        if (
-            self.of and model.pre_process
-        ):  # nothing in front of it is trained, and activation recompute goes back only from what has a gradient
+        if self.of and model.pre_process:
+            # Nothing in front of the first layer is trained, but activation recompute goes back only from what has a gradient.
             model.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
 
     def merged(self, param: Parameter) -> Tensor:
@@ -112,11 +111,14 @@ class Adapters:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Inside, the model computes with its own weights alone."""
-        self._switch(False)
+        before = [(adapter, adapter.on) for adapter in self.of.values()]
+        for adapter, _ in before:
+            adapter.on = False
         try:
             yield
         finally:
-            self._switch(True)
+            for adapter, on in before:
+                adapter.on = on
 
     @contextmanager
     @torch.no_grad()
@@ -131,10 +133,6 @@ class Adapters:
         finally:
             for weight, value in kept.items():
                 weight.copy_(value)
-
-    def _switch(self, on: bool) -> None:
-        for adapter in self.of.values():
-            adapter.on = on
 
 
 def _part_of_rows(rule: Rule, matrix: Module, model: PackedModel) -> Tensor:

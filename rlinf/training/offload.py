@@ -87,7 +87,7 @@ class Parked:
 
 def untrained_weights(engine: MegatronEngine) -> Iterator[Tensor]:
     """Those beside which adapters are trained: they are in none of Megatron's buffers."""
-    return (param.data for _, param in engine.state.params if not param.requires_grad)
+    return (param for _, param in engine.state.params if not param.requires_grad)
 
 
 def optimizer_tensors(engine: MegatronEngine) -> Iterator[Tensor]:

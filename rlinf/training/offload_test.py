@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlinf.config.schema import ActorConfig
-from rlinf.training.offload import Offloader, Parked, optimizer_tensors
+from rlinf.config.schema import ActorConfig, LoraConfig
+from rlinf.training.offload import Offloader, Parked, optimizer_tensors, untrained_weights
 from tests.training_ranks import build, minibatches, snapshot, update
 
 
@@ -80,3 +80,19 @@ def test_adam_is_torchs_even_where_another_is_installed(rank_pool: Any, tiny_mod
     where the fused kernel reads them."""
     ((kind, devices),) = rank_pool.run(adam_of, tiny_models["llama"], ranks=1)
     assert kind == "AdamW" and set(devices) == {"cpu"}
+
+
+def weights_away_twice(at: Any, folder: Path) -> tuple[int, int, bool, bool]:
+    engine = build(at, folder, precision="bf16", lora=LoraConfig(rank=2))
+    offloader, before = Offloader(engine, ActorConfig(offload_weight=True)), [p.detach().clone() for p in untrained_weights(engine)]
+    for _ in range(3):
+        offloader.parked_weights.park(untrained_weights(engine))
+        away = all(p.untyped_storage().size() == 0 for p in untrained_weights(engine))
+        offloader.parked_weights.bring_back()
+    copies = {host.data_ptr() for host in offloader.parked_weights._host.values()}
+    return len(copies), len(before), away, all(map(torch.equal, untrained_weights(engine), before))
+
+
+def test_weights_beside_adapters_leave_and_keep_one_copy_in_host_memory(rank_pool: Any, tiny_models: dict[str, Path]) -> None:
+    ((copies, params, away, same),) = rank_pool.run(weights_away_twice, tiny_models["llama"], ranks=1)
+    assert copies == params and away and same
