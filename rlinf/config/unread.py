@@ -113,7 +113,7 @@ def beyond(provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str,
     runner, algorithm, rollout = config.runner, config.algorithm, config.rollout
     late = [step for step in runner.profile_steps if step > runner.max_steps > 0]
     updates = algorithm.num_update_sample_per_prompt or 0
-    restarts = rollout.max_engine_restarts if provenance.get("rollout.max_engine_restarts", DEFAULT) != DEFAULT else 0
+    restarts = rollout.max_engine_restarts not in (0, known_keys()["rollout.max_engine_restarts"].default)  # config.yaml of a run has all
     for name, other, idle, why in (
         ("runner.profile_steps", "runner.max_steps", late, f"the run ends after step {runner.max_steps} (runner.max_steps)"),
         (

@@ -160,7 +160,7 @@ def test_a_file_may_keep_what_is_switched_off_for_a_while_but_not_what_was_never
         (["runner.keep_best=false", "runner.save_interval=0"], "keep_best = false .*has a meaning only with runner.save_interval"),
         (["runner.profile_steps=[2, 9]", "runner.max_steps=5"], "profile_steps = .*the run ends after step 5"),
         (["algorithm.num_update_sample_per_prompt=8", "algorithm.group_size=4"], "a prompt has algorithm.group_size .4. responses"),
-        (["rollout.max_engine_restarts=3", "cluster.backend=local"], "max_engine_restarts = 3 .*cannot be started anew"),
+        (["rollout.max_engine_restarts=5", "cluster.backend=local"], "max_engine_restarts = 5 .*cannot be started anew"),
     ],
 )
 def test_what_another_setting_leaves_no_room_for_is_refused_but_a_file_may_keep_it(tmp_path: Path, words: list[str], message: str) -> None:

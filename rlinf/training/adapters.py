@@ -69,7 +69,9 @@ class Adapter(Module):
             low = gather_from_sequence_parallel_region(low)
         else:
             low = copy_to_tensor_model_parallel_region(low)
-        return output[0] + F.linear(low, self.wide_b()) * self.scale, output[1]
+        out, bias = output
+        added = torch.addmm(out.flatten(0, -2), (low * self.scale).flatten(0, -2), self.wide_b().t())  # one pass over the output
+        return added.view_as(out), bias
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
