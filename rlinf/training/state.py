@@ -34,7 +34,7 @@ class ModelState:
     """
 
     def __init__(self, model: PackedModel, adapters: Adapters) -> None:
-        self.arch, self.adapters = model.arch, adapters
+        self.arch = model.arch
         self.tp, self.tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
         self.tp_group = mpu.get_tensor_model_parallel_group()
         rules = model_rules(self.arch, model.layers, model.pre_process, model.post_process, model.head, model.fused_norms)
