@@ -41,7 +41,7 @@ from rlinf.data.packing import build_rank_batches
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.layout import pack
+from rlinf.training.packed_batch import pack
 from rlinf.weights.architecture import open_architecture
 from rlinf.weights.tensor_folder import open_hf_folder
 

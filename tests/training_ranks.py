@@ -17,7 +17,7 @@ from rlinf.checks.tiny_model import VOCAB
 from rlinf.config.schema import ActorModelConfig, LoraConfig, OptimConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine, Update
-from rlinf.training.layout import PackedBatch, pack
+from rlinf.training.packed_batch import PackedBatch, pack
 from rlinf.training.parallel import Coordinates
 from rlinf.weights.architecture import open_architecture
 from rlinf.weights.tensor_folder import open_hf_folder

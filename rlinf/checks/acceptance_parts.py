@@ -43,7 +43,7 @@ from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.scheduling.flops import forward_flops
 from rlinf.training import parallel
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.layout import PackedBatch, pack
+from rlinf.training.packed_batch import PackedBatch, pack
 from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.weights.architecture import Architecture, read_architecture
 from rlinf.weights.receipts import check_probes

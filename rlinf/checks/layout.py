@@ -47,7 +47,7 @@ from rlinf.checks.tiny_model import FAMILIES, VOCAB, write_tiny_model
 from rlinf.config.schema import ActorModelConfig, LoraConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.layout import by_sample, pack
+from rlinf.training.packed_batch import by_sample, pack
 from rlinf.training.parallel import Coordinates
 from rlinf.weights.architecture import open_architecture
 from rlinf.weights.tensor_folder import open_hf_folder

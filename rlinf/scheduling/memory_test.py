@@ -26,7 +26,7 @@ from rlinf.scheduling.memory import (
     stage_activations,
 )
 from rlinf.training import logprobs
-from rlinf.training.layout import pack
+from rlinf.training.packed_batch import pack
 from rlinf.weights.architecture import Architecture, open_architecture
 from rlinf.weights.mapping import hf_shapes
 from tests.training_ranks import build

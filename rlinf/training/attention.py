@@ -22,7 +22,7 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from rlinf.kernels.cpu import kernels_for
 from rlinf.kernels.rowwise import rotate
 from rlinf.training.context import Piece, gather_rows
-from rlinf.training.layout import PackedBatch
+from rlinf.training.packed_batch import PackedBatch
 
 # Up to this many scores, attention on CPU keeps their weights for the backward pass, and takes half of flash attention's time.
 CPU_SCORES = 1 << 22

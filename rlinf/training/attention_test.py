@@ -15,8 +15,8 @@ from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.training import attention
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.context import share_of
-from rlinf.training.layout import COMMON_MIN, PackedBatch, pack
 from rlinf.training.model import transformer_config
+from rlinf.training.packed_batch import COMMON_MIN, PackedBatch, pack
 from rlinf.weights.architecture import Architecture
 
 HEADS, GROUPS, DIM = 6, 2, 8

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlinf.errors import RunFailed, UserError
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.layout import pack_sequences
+from rlinf.training.packed_batch import pack_sequences
 from rlinf.training.parallel import wait_for_all
 from rlinf.weights.adapters import refuse_other_adapters, refuse_other_base, what_binds
 from rlinf.weights.architecture import open_architecture

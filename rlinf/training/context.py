@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rlinf.training.layout import PackedBatch, PackedGroup
+    from rlinf.training.packed_batch import PackedBatch, PackedGroup
 
 Range = tuple[int, int]  # rows of the micro-batch
 

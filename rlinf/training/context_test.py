@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlinf.training.context import Piece, Range, chunks_of, plan_pieces, row_multiple, share_of
-from rlinf.training.layout import PackedBatch, PackedGroup
+from rlinf.training.packed_batch import PackedBatch, PackedGroup
 
 CPU = torch.device("cpu")
 SEGMENTS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 7), max_size=5)), min_size=1, max_size=5)

@@ -25,10 +25,10 @@ from rlinf.config.schema import ActorModelConfig, LoraConfig, OptimConfig
 from rlinf.training.adapters import Adapters
 from rlinf.training.context import row_multiple
 from rlinf.training.gradients import DataParallel
-from rlinf.training.layout import PackedBatch
+from rlinf.training.learning_rate import learning_rate
 from rlinf.training.model import PackedModel, layer_implementation, transformer_config
+from rlinf.training.packed_batch import PackedBatch
 from rlinf.training.parallel import Coordinates, merge_over_ranks
-from rlinf.training.schedule import learning_rate
 from rlinf.training.state import OPTIMIZER_STATE, ModelState, OptimizerState
 from rlinf.weights.adapters import Noting, with_adapters
 from rlinf.weights.architecture import Architecture

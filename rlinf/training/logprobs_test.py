@@ -218,7 +218,7 @@ def model_logits_gap(at: Any, folder: Path) -> tuple[float, float]:
 
     from rlinf.data.packing import SampleRef
     from rlinf.data.records import Finish, Group, Prompt, Sample
-    from rlinf.training.layout import pack
+    from rlinf.training.packed_batch import pack
     from tests.training_ranks import build, logprobs, minibatches
 
     engine = build(at, folder)

@@ -26,8 +26,8 @@ from rlinf.hardware import triton_lacks
 from rlinf.kernels.rowwise import rms_norm, swiglu
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.context import gather_tokens, share_of
-from rlinf.training.layout import PackedBatch
 from rlinf.training.logprobs import target_logprobs
+from rlinf.training.packed_batch import PackedBatch
 from rlinf.weights.architecture import Architecture
 from rlinf.weights.dtypes import DTYPES
 from rlinf.weights.mapping import padded_vocab

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from rlinf.training.engine import MegatronEngine
-from rlinf.training.layout import pack_sequences
+from rlinf.training.packed_batch import pack_sequences
 from rlinf.weights.broadcast import Wire
 from rlinf.weights.buckets import BUCKET_BYTES
 from rlinf.weights.device_ipc import DeviceBuckets

@@ -21,8 +21,8 @@ from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training import parallel
 from rlinf.training.engine import Update
-from rlinf.training.layout import PackedBatch, by_sample, by_token
 from rlinf.training.offload import Offloader
+from rlinf.training.packed_batch import PackedBatch, by_sample, by_token
 from rlinf.training.profiling import profiled
 from rlinf.training.publishing import Publisher, sequence_logprobs
 from rlinf.training.reference import ReferencePolicy

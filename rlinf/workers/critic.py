@@ -14,9 +14,9 @@ from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group
 from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.training.layout import PackedBatch, by_sample, by_token
 from rlinf.training.model import with_value_head
 from rlinf.training.offload import Offloader
+from rlinf.training.packed_batch import PackedBatch, by_sample, by_token
 from rlinf.training.profiling import profiled
 from rlinf.workers.interfaces import TokenNumbers, TrainReport
 from rlinf.workers.megatron import MegatronWorker, merged, optimizer_metrics, work_of

@@ -18,8 +18,8 @@ from rlinf.scheduling.flops import Work, adapter_flops, forward_flops, recompute
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training import checkpoint, parallel
 from rlinf.training.engine import MegatronEngine, Update
-from rlinf.training.layout import PackedBatch, pack
 from rlinf.training.offload import Offloader
+from rlinf.training.packed_batch import PackedBatch, pack
 from rlinf.weights.architecture import open_architecture
 from rlinf.weights.tensor_folder import open_hf_folder
 from rlinf.workers.device import peak_flops

@@ -12,7 +12,7 @@ from rlinf.config.schema import Config
 from rlinf.data.packing import MiniBatch, RankBatch
 from rlinf.data.records import Group
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.training.layout import PackedBatch
+from rlinf.training.packed_batch import PackedBatch
 from rlinf.training.parallel import gather_over_data_ranks
 from rlinf.training.profiling import profiled
 from rlinf.workers.interfaces import TrainReport

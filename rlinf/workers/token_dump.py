@@ -13,7 +13,7 @@ from rlinf.data.records import Group
 from rlinf.data.token_values import DumpPlan, TokenValues
 from rlinf.data.tokenizer import TextTokenizer
 from rlinf.training.engine import Update
-from rlinf.training.layout import PackedBatch
+from rlinf.training.packed_batch import PackedBatch
 
 Packs = Sequence[Sequence[PackedBatch]]  # [mini-batch][micro-batch]
 OldLogprobs = Sequence[Sequence[torch.Tensor] | None]

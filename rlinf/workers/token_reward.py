@@ -17,9 +17,9 @@ from rlinf.config.schema import Config
 from rlinf.data.packing import RankBatch
 from rlinf.data.records import Group, Sample
 from rlinf.scheduling.placement import WorkerAddress
-from rlinf.training.layout import PackedBatch, by_sample
 from rlinf.training.model import with_scoring_head
 from rlinf.training.offload import Parked
+from rlinf.training.packed_batch import PackedBatch, by_sample
 from rlinf.workers.interfaces import TokenRewards, TrainReport
 from rlinf.workers.megatron import MegatronWorker, merged, work_of
 

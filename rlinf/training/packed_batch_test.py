@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlinf.data.packing import SampleRef
 from rlinf.data.records import Finish, Group, Prompt, Sample
 from rlinf.training.context import share_of
-from rlinf.training.layout import COMMON_MIN, PackedBatch, pack
+from rlinf.training.packed_batch import COMMON_MIN, PackedBatch, pack
 
 CPU = torch.device("cpu")
 

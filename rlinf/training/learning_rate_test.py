@@ -3,7 +3,7 @@
 import pytest
 
 from rlinf.config.schema import OptimConfig
-from rlinf.training.schedule import learning_rate
+from rlinf.training.learning_rate import learning_rate
 
 
 def test_warm_up_is_linear_from_zero_and_then_constant() -> None:
