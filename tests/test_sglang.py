@@ -138,9 +138,10 @@ def test_a_server_that_still_computes_is_waited_for_before_its_memory_is_taken(t
 
 
 @with_sglang
-def test_a_grpo_run_with_sglang(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3-moe"])
+def test_a_grpo_run_with_sglang(tmp_path: Path, family: str) -> None:
     config = write_run(
-        tmp_path, algorithm__sampling_params__top_p=0.9, runner__profile_steps=[2], **BACKEND
+        tmp_path, family=family, algorithm__sampling_params__top_p=0.9, runner__profile_steps=[2], **BACKEND
     )  # four actor ranks, TP 2 x PP 2
     done = run(config, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama", "qwen3-moe")
 
 
 def make_tiny_model(
@@ -30,6 +30,8 @@ def make_tiny_model(
         Qwen2ForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,14 +63,17 @@ def make_tiny_model(
         "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen3-moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     }[family]
-    if family == "qwen3":
+    if family.startswith("qwen3"):
         shape["head_dim"] = 24  # not hidden / heads: the family allows it
+    if family == "qwen3-moe":
+        shape |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": hidden, "norm_topk_prob": True}
     torch.manual_seed(seed)
     model = model_class(config_class(**shape))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            if tensor.ndim == 2:
+            if tensor.ndim > 1:
                 tensor.normal_(0, 0.08)
             elif name.endswith("bias"):
                 tensor.normal_(0, 0.1)

@@ -21,11 +21,11 @@ ONE_PROCESS: dict[str, object] = {
 }  # fmt: skip
 
 
-def write_run(folder: Path, name: str = "tiny", **overrides: object) -> Path:
+def write_run(folder: Path, name: str = "tiny", family: str = "qwen2-tied", **overrides: object) -> Path:
     """A complete configuration of a small run in `folder`: model, data, YAML."""
     model, data = folder / "model", folder / "data.jsonl"
     if not model.exists():
-        make_tiny_model(model, "qwen2-tied", layers=4, heads=4, kv_heads=2)
+        make_tiny_model(model, family, layers=4, heads=4, kv_heads=2)
         data.write_text(
             "".join(
                 json.dumps({"prompt": f"What is {i}+{i}? ", "task": "math", "query_id": str(i), "solutions": [f"\\boxed{{{2 * i}}}"]})

@@ -175,7 +175,7 @@ def make_cases(quick: bool = False) -> list[Case]:
     with adapters, the splits and recomputations taken in turn; quick: every layout once of each kind."""
     cases, recompute = [], list(RECOMPUTE)
     for i, (layout, cp) in enumerate([(at, 1) for at in LAYOUTS] + [(at[:4], at[4]) for at in CONTEXT_LAYOUTS]):
-        families = [f for f in FAMILIES if layout[1] < 4 or f.startswith("llama")]
+        families = [f for f, config in FAMILIES.items() if layout[1] <= config.get("num_key_value_heads", 2)]
         families = families[i % 2 :: 2] if cp > 1 else families
         for j, family in enumerate(families):
             if not quick or j == i % len(families):

@@ -8,7 +8,7 @@ weights, and a weight decay, so that it shows which weights decay.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def plain_steps(folder: Path, batch: Batch, head: str = "lm", adapted: Collectio
         optimizer.zero_grad()
         loss, metrics = (plain_objective if head == "lm" else plain_value_objective)(model, groups, advantages, old)
         loss.backward()
-        grads = {name: p.grad.numpy().copy() for name, p in named.items()}  # type: ignore[union-attr]  # the loss is of all of them
+        grads = by_file_name({name: p.grad for name, p in named.items()})  # type: ignore[misc]  # the loss is of all of them
         optimizer.step()
         norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in grads.values())))
         steps.append(Step(metrics, norm, grads, whole_weights(model)))
@@ -178,8 +178,21 @@ def whole_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
     for name, p in model.named_parameters():
         module: Any = model.get_submodule(name.rpartition(".")[0])
         added = LORA_SCALE * (module.lora_B.weight @ module.lora_A.weight) if hasattr(module, "lora_A") and p.ndim == 2 else 0
-        found[name] = (p + added).detach().numpy().copy()
-    return found
+        found[name] = (p + added).detach()
+    return by_file_name(found)
+
+
+def by_file_name(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Copies of tensors of a transformers model under the names of its files, which hold each expert by itself."""
+    found = {}
+    for name, tensor in tensors.items():
+        before, experts, kind = name.partition(".experts.")
+        for e, matrix in enumerate(tensor) if experts else ():
+            halves = zip(("gate_proj", "up_proj"), matrix.chunk(2)) if kind == "gate_up_proj" else [(kind, matrix)]
+            found |= {f"{before}.experts.{e}.{part}.weight": half for part, half in halves}
+        if not experts:
+            found[name] = tensor
+    return {name: tensor.numpy().copy() for name, tensor in found.items()}
 
 
 def old_outputs(model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:

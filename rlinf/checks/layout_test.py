@@ -153,6 +153,36 @@ def adapter_of_another_part(patch: Patch) -> None:
     patch(Adapter, "wide_b", lambda self: (self.part_of.roll(1, 1)[:, :, None] * self.b[:, None, :]).flatten(1))
 
 
+def router_gradient_not_reduced(patch: Patch) -> None:
+    from rlinf.training.experts import ExpertsMLP
+
+    init = ExpertsMLP.__init__
+
+    def unmarked(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.router.sequence_parallel = False
+
+    patch(ExpertsMLP, "__init__", unmarked)
+
+
+def router_sees_its_own_experts_alone(patch: Patch) -> None:
+    from rlinf.training import experts
+
+    enter = experts.copy_to_tensor_model_parallel_region
+    patch(experts, "copy_to_tensor_model_parallel_region", lambda t: t if t.shape[1] == 8 else enter(t))  # logits: 8 experts
+
+
+def weights_of_other_experts(patch: Patch) -> None:
+    from rlinf.training import experts
+
+    def reversed_weights(*args: Any) -> Any:
+        weights, chosen = route(*args)
+        return weights.flip(1), chosen
+
+    route = experts.route
+    patch(experts, "route", reversed_weights)
+
+
 def shards_not_marked(patch: Patch) -> None:
     from rlinf.training import engine
 
@@ -229,6 +259,13 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Case, str]] = {
     "the adapter of another matrix": (
         adapter_of_another_part, Case(2, 2, 1, False, "qwen2", 512, True, 0, adapters=EVERY_MATRIX), "metric"
     ),
+    "a router's gradient not summed over its shares of the rows": (
+        router_gradient_not_reduced, Case(2, 2, 1, True, "qwen3-moe", 512, True, 0), "gradient"
+    ),
+    "a router that learns from its own rank's experts alone": (
+        router_sees_its_own_experts_alone, Case(2, 2, 1, False, "qwen3-moe", 512, True, 0), "gradient"
+    ),
+    "experts weighted as others": (weights_of_other_experts, Case(2, 2, 1, False, "qwen3-moe", 512, True, 0), "metric"),
     "sharded parameters not marked for the gradient norm": (shards_not_marked, Case(2, 2, 1, False, "qwen2", 512, True, 0), "norm"),
 }  # fmt: skip
 

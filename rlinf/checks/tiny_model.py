@@ -25,6 +25,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 12},  # not hidden / heads
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4, "rope_theta": 500000.0},
 }
+FAMILIES["qwen3-moe"] = FAMILIES["qwen3"] | {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20, "norm_topk_prob": True, "num_key_value_heads": 4,
+}  # fmt: skip
 FAMILIES |= {f"{name}-tied": FAMILIES[name] | {"tie_word_embeddings": True} for name in ("qwen2", "qwen3", "llama")}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rlinf.config.keys import known_keys
 from rlinf.config.load import EXAMPLES, show, value_of
 from rlinf.config.own_code import file_of, is_own
-from rlinf.config.schema import ActorModelConfig, Config
+from rlinf.config.schema import Config
 from rlinf.config.values import unique_keys
 from rlinf.errors import UserError
 from rlinf.run_paths import step_name, step_of
@@ -18,6 +18,7 @@ from rlinf.run_paths import step_name, step_of
 DATA = ("data.train_data_paths", "data.val_data_paths")
 SHAPES = EXAMPLES / "models"
 LFS_POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a large file
+MLP_MATRICES = ("linear_fc1", "linear_fc2")  # of lora.target_modules those that experts take the place of
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -59,7 +60,7 @@ def validate_model(config: Config, hf: dict[str, Any]) -> None:
     rollout_tp = config.rollout.tensor_parallel_size
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
-    found = _misfits("actor", config.actor.model, hf)
+    found = _misfits("actor", config, hf)
     if heads % rollout_tp or (kv_heads % rollout_tp and rollout_tp % kv_heads):
         found.append(
             f"rollout.tensor_parallel_size = {rollout_tp} does not fit the model's {heads} attention heads and {kv_heads} key/value heads; "
@@ -75,7 +76,7 @@ def validate_model(config: Config, hf: dict[str, Any]) -> None:
 def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dict[str, Any]) -> None:
     """Like validate_model, for the model of `critic` or `token_reward`. It must also have the actor's vocabulary; a teacher at least
     its ids, since the larger models of a family may have more rows that no token uses."""
-    found, sizes = _misfits(role, getattr(config, role).model, hf), (hf["vocab_size"], actor_hf["vocab_size"])
+    found, sizes = _misfits(role, config, hf), (hf["vocab_size"], actor_hf["vocab_size"])
     if sizes[0] < sizes[1] or (sizes[0] > sizes[1] and config.head_of(role) == "scalar"):
         remedy = "take one of the actor's family" if config.head_of(role) == "scalar" else "a teacher needs at least as many rows"
         found.append(f"its vocab_size is {sizes[0]}, the actor's {sizes[1]}; {remedy}")
@@ -88,20 +89,34 @@ def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dic
         )
 
 
-def _misfits(role: str, model: ActorModelConfig, hf: dict[str, Any]) -> list[str]:
-    """A tensor-parallel rank holds whole key/value heads with their query heads, and a pipeline stage holds equally many layers."""
-    tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    heads, layers, ffn = hf["num_attention_heads"], hf["num_hidden_layers"], hf["intermediate_size"]
+def experts_of(hf: dict[str, Any]) -> int:
+    """The number of experts in a layer by a config.json; 0 = the model has none. transformers 5 writes another name than the models have."""
+    return hf.get("num_experts") or hf.get("num_local_experts") or 0
+
+
+def _misfits(role: str, config: Config, hf: dict[str, Any]) -> list[str]:
+    """A tensor-parallel rank holds whole key/value heads with their query heads, and whole experts; a pipeline stage holds equally many
+    layers; experts have no adapters."""
+    section = getattr(config, role)
+    tp, pp = section.model.tensor_model_parallel_size, section.model.pipeline_model_parallel_size
+    heads, layers, experts = hf["num_attention_heads"], hf["num_hidden_layers"], experts_of(hf)
     kv_heads = hf.get("num_key_value_heads") or heads
+    mlp = ("experts", experts) if experts else ("MLP units", hf["intermediate_size"])
     found = []
-    for what, count in (("attention heads", heads), ("key/value heads", kv_heads), ("MLP units", ffn)):
+    for what, count in (("attention heads", heads), ("key/value heads", kv_heads), mlp):
         if count % tp:
-            fitting = _divisors(heads, kv_heads, ffn)
+            fitting = _divisors(heads, kv_heads, mlp[1])
             found.append(f"{role}.model.tensor_model_parallel_size = {tp} does not divide the model's {count} {what}; use one of {fitting}")
             break
     if layers % pp:
         found.append(
             f"{role}.model.pipeline_model_parallel_size = {pp} does not divide the model's {layers} layers; use one of {_divisors(layers)}"
+        )
+    lora = getattr(section, "lora", None)
+    if experts and lora and lora.rank and (of_mlp := [name for name in lora.target_modules if name in MLP_MATRICES]):
+        found.append(
+            f"{role}.lora.target_modules: the model's experts have no adapters, so leave out {' and '.join(of_mlp)}, e.g. "
+            f"{role}.lora.target_modules='[linear_qkv,linear_proj]'"
         )
     return found
 

@@ -243,6 +243,8 @@ SHAPE = {"model_type": "qwen2", "num_attention_heads": 12, "num_key_value_heads"
         ([f"{TP}=8"], {}, "tensor_model_parallel_size = 8 does not divide the model's 12 attention heads; use one of [1, 2, 4]"),
         ([f"{TP}=3"], {}, "does not divide the model's 4 key/value heads"),
         ([f"{TP}=4"], {"intermediate_size": 90}, "divide the model's 90 MLP units; use one of [1, 2]"),
+        ([f"{TP}=4"], {"num_experts": 6}, "divide the model's 6 experts; use one of [1, 2]"),
+        (["actor.lora.rank=8"], {"num_experts": 8}, "experts have no adapters, so leave out linear_fc1 and linear_fc2, e.g. actor.lora"),
         ([f"{PP}=3"], {}, "pipeline_model_parallel_size = 3 does not divide the model's 28 layers; use one of [1, 2, 4, 7,"),
         (["rollout.tensor_parallel_size=5"], {}, "rollout.tensor_parallel_size = 5 does not fit the model's 12 attention heads"),
         (["rollout.tensor_parallel_size=6"], {}, "rollout.tensor_parallel_size = 6 does not fit"),

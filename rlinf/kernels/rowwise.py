@@ -77,7 +77,7 @@ class _Swiglu(torch.autograd.Function):
 
 def _gated(gate_up: Tensor) -> Tensor:
     if (compiled := _wide_kernels(gate_up)) is not None:
-        return compiled.silu(_rows(gate_up)).view(*gate_up.shape[:-1], -1)
+        return compiled.silu(_rows(gate_up)).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rlinf.kernels.experts import Grouped, mixture, route, router_logits
 from rlinf.kernels.rowwise import rms_norm, rotate, swiglu
-from rlinf.rollout.linear import Linear, head, linear, uses_weight_in_place
+from rlinf.rollout.linear import Linear, grouped, head, linear, uses_weight_in_place
 from rlinf.weights.architecture import Architecture
 from rlinf.weights.complete import check_tensors
 
@@ -22,8 +23,34 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
+class DenseMLP:
+    """One MLP for all tokens; gate and up are fused."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x_NH: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x_NH)))
+
+
+@dataclass
+class ExpertsMLP:
+    """A mixture of experts."""
+
+    arch: Architecture
+    router_EH: Tensor
+    gate_up: Grouped
+    down: Grouped
+
+    def __call__(self, x_NH: Tensor) -> Tensor:
+        a = self.arch
+        weights_NK, experts_NK = route(router_logits(x_NH, self.router_EH), a.top_k, a.normalized_routing)
+        return mixture(x_NH, weights_NK, experts_NK, self.gate_up, self.down, range(a.experts), a.experts)
+
+
+@dataclass
 class Layer:
-    """The weights of one block; q, k, v and gate, up are fused."""
+    """The weights of one block; q, k and v are fused."""
 
     input_norm: Tensor
     qkv: Linear
@@ -31,8 +58,7 @@ class Layer:
     k_norm: Tensor | None
     output: Linear
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: DenseMLP | ExpertsMLP
 
 
 @dataclass
@@ -45,7 +71,7 @@ class Ends:
 
 
 class EmbeddedModel:
-    """Weights of one dense decoder on one device. load() before use."""
+    """Weights of one decoder on one device. load() before use."""
 
     def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device, max_context: int) -> None:
         self.arch = arch
@@ -101,7 +127,7 @@ class EmbeddedModel:
                 qk = torch.cat([self._norm(qk[:, : a.n_heads], layer.q_norm), self._norm(qk[:, a.n_heads :], layer.k_norm)], 1)
             qk = rotate(qk, cos_ND, sin_ND)
             x_NH += layer.output(attend(i, qk[:, : a.n_heads], qk[:, a.n_heads :], values))
-            x_NH += layer.down(swiglu(layer.gate_up(self._norm(x_NH, layer.post_norm))))
+            x_NH += layer.mlp(self._norm(x_NH, layer.post_norm))
         return self._norm(x_NH, self.ends.final_norm_H)
 
     @torch.inference_mode()
@@ -128,9 +154,18 @@ class EmbeddedModel:
             found = parts(*names)
             return self._own(*found) if found else None
 
+        def matrix(block: str, *names: str) -> Tensor:
+            return self._matrix(*parts(*(f"{block}.{n}_proj.weight" for n in names)))
+
         def product(block: str, *names: str) -> Linear:
-            weight = self._matrix(*parts(*(f"{block}.{n}_proj.weight" for n in names)))
-            return linear(weight, get(*(f"{block}.{n}_proj.bias" for n in names)))
+            return linear(matrix(block, *names), get(*(f"{block}.{n}_proj.bias" for n in names)))
+
+        def mlp() -> DenseMLP | ExpertsMLP:
+            if not self.arch.experts:
+                return DenseMLP(product("mlp", "gate", "up"), product("mlp", "down"))
+            experts = [f"mlp.experts.{e}" for e in range(self.arch.experts)]
+            gate_up, down = (grouped([matrix(e, *names) for e in experts]) for names in (("gate", "up"), ("down",)))
+            return ExpertsMLP(self.arch, self._own(*parts("mlp.gate.weight")), gate_up, down)
 
         return Layer(
             input_norm=self._own(*parts("input_layernorm.weight")),
@@ -139,8 +174,7 @@ class EmbeddedModel:
             k_norm=get("self_attn.k_norm.weight"),
             output=product("self_attn", "o"),
             post_norm=self._own(*parts("post_attention_layernorm.weight")),
-            gate_up=product("mlp", "gate", "up"),
-            down=product("mlp", "down"),
+            mlp=mlp(),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rlinf.hardware import cpu_multiplies_bf16
 from rlinf.kernels.cpu import LEAST_OUTPUTS, Kernels, kernels
+from rlinf.kernels.experts import Grouped, grouped_mm, one_by_one
 
 Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
@@ -38,6 +39,13 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     if (compiled := kernels()) is not None and uses_weight_in_place(weight.dtype, weight.device) and len(weight) >= LEAST_OUTPUTS:
         return InPlaceLinear(compiled, weight, bias)
     return _reordered(weight, bias)
+
+
+def grouped(weights: Sequence[Tensor]) -> Grouped:
+    """The products of experts: each row with the matrix of its own. On a GPU the matrices are put into one."""
+    if weights[0].device.type != "cpu":
+        return grouped_mm(torch.stack(list(weights)))
+    return one_by_one([linear(weight, None) for weight in weights])
 
 
 def head(weight: Tensor) -> Linear:

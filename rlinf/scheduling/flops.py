@@ -1,8 +1,8 @@
-"""Floating-point operations of a dense decoder, counted from the actual tokens, for the metrics of speed and utilisation (mfu, hfu).
+"""Floating-point operations of a decoder, counted from the actual tokens, for the metrics of speed and utilisation (mfu, hfu).
 
     forward = 2 · (L · W · rows + h · V · heads) + 4 · L · H · D · pairs
 
-L layers with W matrix weights each, hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the layers;
+L layers with W matrix weights each (of experts: of those that a token goes to, and the router), hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the layers;
 heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition are two
 operations; a backward pass counts as two forward passes, or as update_flops() says where adapters are trained; norms, softmax and the
 optimizer are not counted.
@@ -70,7 +70,7 @@ def generation_work(prompt: int, responses: Sequence[int]) -> Work:
 
 def _layers(arch: Architecture) -> int:
     q, k = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-    return arch.n_layers * arch.hidden * (2 * q + 2 * k + 3 * arch.ffn)
+    return arch.n_layers * arch.hidden * (2 * q + 2 * k + 3 * arch.active_mlps * arch.ffn + arch.experts)
 
 
 def _attention(arch: Architecture, work: Work) -> float:

@@ -1,7 +1,7 @@
 """How many bytes a rank needs, computed from shapes alone: weights, gradients, optimizer and activations of actor, critic and token reward
 model, weights and KV cache of an engine.
 
-Legend: T tokens of a micro-batch, h hidden, f MLP units, q and k query and key-value width (heads x head dimension).
+Legend: q and k query and key-value width (heads x head dimension).
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class EngineMemory:
 def layer_parameters(arch: Architecture, tp: int) -> int:
     """Parameters of one layer on one tensor-parallel rank."""
     q, k = arch.n_heads * arch.head_dim // tp, arch.n_kv_heads * arch.head_dim // tp
-    matrices = (q + 2 * k) * (arch.hidden + arch.qkv_bias) + q * arch.hidden + 3 * arch.hidden * arch.ffn // tp
-    return matrices + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm
+    attention = (q + 2 * k) * (arch.hidden + arch.qkv_bias) + q * arch.hidden
+    mlps = arch.mlps * 3 * arch.hidden * arch.ffn // tp + arch.experts * arch.hidden
+    return attention + mlps + 2 * arch.hidden + 2 * arch.head_dim * arch.qk_norm
 
 
 def rank_parameters(arch: Architecture, tp: int, pp: int, stage: int, head: str = "lm") -> int:
@@ -119,25 +120,46 @@ def rank_memory(arch: Architecture, config: Config, role: str, dp: int, stage: i
 
 
 def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool, low: int = 0) -> int:
-    """What one layer keeps of a rank's tokens for its backward pass: inputs of its two norms and two column-parallel matrices, of attention
-    (keys and values of all context-parallel ranks; repeated for the query heads where it is not flash attention on a GPU) and of the norms
-    before it, its output twice, inputs of the activation function and of the last matrix; low: numbers that adapters keep of a token."""
+    """What one layer keeps of a rank's tokens for its backward pass: inputs of its two norms and of the first matrix, of attention (keys and
+    values of all context-parallel ranks; repeated for the query heads where it is not flash attention on a GPU) and of the norms before it,
+    its output twice, and what the MLP keeps; low: numbers that adapters keep of a token."""
     tp = model.tensor_model_parallel_size
-    hidden = 4 * arch.hidden // (tp if model.sequence_parallel else 1)
+    hidden = 3 * arch.hidden // (tp if model.sequence_parallel else 1)
     q, k = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
     if model.recompute_granularity == "selective":
         attention = 2 * q + 2 * k
     else:
         attention = 3 * q + 2 * model.context_parallel_size * (k if gpu and model.precision != "fp32" else q)
     attention += (q + 2 * k) * arch.qk_norm
-    return tokens * BYTES[model.precision] * (hidden + (attention + 3 * arch.ffn) // tp + low)
+    return tokens * (BYTES[model.precision] * (hidden + attention // tp + low) + mlp_activations(arch, model))
+
+
+def mlp_activations(arch: Architecture, model: ActorModelConfig) -> int:
+    """Bytes that a layer's MLP keeps of a token: inputs of its first matrix, of the activation function and of the last matrix. Of experts
+    once for each that the token goes to, as if these were divided evenly among the tensor-parallel ranks, and before and after their weight;
+    and for the router the input, its softmax and the order of the rows."""
+    tp, size = model.tensor_model_parallel_size, BYTES[model.precision]
+    shared = tp if model.sequence_parallel else 1
+    if not arch.experts:
+        return size * (arch.hidden // shared + 3 * arch.ffn // tp)
+    return size * arch.top_k * (arch.hidden + 4 * arch.ffn) // tp + 4 * (arch.hidden // shared + arch.experts) + 32 * arch.top_k
+
+
+def mlp_gradients(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
+    """Bytes of the gradients that are there at once in the backward pass of an MLP. Of experts also the rows of all a token goes to, before
+    they are added up, and the gradient of a rank's largest weight."""
+    tp, size = model.tensor_model_parallel_size, BYTES[model.precision]
+    if not arch.experts:
+        return tokens * size * (2 * arch.hidden + 4 * arch.ffn // tp)
+    rows = arch.top_k * (arch.hidden + (arch.hidden + 4 * arch.ffn) // tp)
+    return size * (tokens * (2 * arch.hidden + rows) + 2 * arch.ffn * arch.hidden * arch.experts // tp)
 
 
 def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, in_flight: int, gpu: bool, low: int = 0) -> tuple[int, int]:
     """Of one pipeline stage, which holds `in_flight` micro-batches at once (one forward, one backward: the first stage holds them all):
     (what is kept, what is there while a layer's backward pass runs: layers that are computed again, gradients of its widest part)."""
     layers = arch.n_layers // model.pipeline_model_parallel_size
-    gradients = tokens * BYTES[model.precision] * (2 * arch.hidden + 4 * arch.ffn // model.tensor_model_parallel_size)
+    gradients = mlp_gradients(arch, model, tokens)
     residual = tokens * BYTES[model.precision] * arch.hidden // (model.tensor_model_parallel_size if model.sequence_parallel else 1)
     whole = layer_activations(arch, model, tokens, gpu, low)
     count = min(model.recompute_num_layers or 0, layers)

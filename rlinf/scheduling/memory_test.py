@@ -42,7 +42,7 @@ LAYOUTS = [
     (4, 1, 2, 1),
     (4, 1, 1, 2),
 ]  # ranks, TP, PP, CP
-FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama", "qwen3-moe")
 
 
 def shape(folder: Path) -> Architecture:
@@ -133,7 +133,7 @@ def saved_bytes(at: Any, folder: Path, tokens: int, lora: LoraConfig) -> int:
     return sum(nbytes for nbytes, _ in kept.values())
 
 
-@pytest.mark.parametrize(("family", "rank"), [("qwen2", 0), ("qwen2-tied", 0), ("qwen2", 12)])
+@pytest.mark.parametrize(("family", "rank"), [("qwen2", 0), ("qwen2-tied", 0), ("qwen2", 12), ("qwen3-moe", 0)])
 def test_activations_are_what_autograd_keeps(rank_pool: Any, tiny_models: dict[str, Path], family: str, rank: int) -> None:
     tokens, lora = 1100, LoraConfig(rank=rank)  # long enough for flash attention
     (kept,) = rank_pool.run(saved_bytes, tiny_models[family], tokens, lora, ranks=1)

@@ -26,6 +26,7 @@ from rlinf.hardware import triton_lacks
 from rlinf.kernels.rowwise import rms_norm, swiglu
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.context import gather_tokens, share_of
+from rlinf.training.experts import ExpertsMLP
 from rlinf.training.logprobs import target_logprobs
 from rlinf.training.packed_batch import PackedBatch
 from rlinf.weights.architecture import Architecture
@@ -126,8 +127,9 @@ def layer_implementation(model: ActorModelConfig, device: torch.device) -> str:
     return model.transformer_impl
 
 
-def layer_spec(config: TransformerConfig, implementation: str) -> TransformerBlockSubmodules:
-    """Megatron's layers, of Transformer Engine's matrices and norms or of its own with our norm; our packed attention in both."""
+def layer_spec(config: TransformerConfig, implementation: str, arch: Architecture) -> TransformerBlockSubmodules:
+    """Megatron's layers, of Transformer Engine's matrices and norms or of its own with our norm; our packed attention and experts in
+    both."""
     if implementation == "transformer_engine":
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         layer, norm = spec.submodules, gpt_layer_specs.TENorm
@@ -138,6 +140,9 @@ def layer_spec(config: TransformerConfig, implementation: str) -> TransformerBlo
         layer.mlp = GatedMLP
         if config.qk_layernorm:
             layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
+    if arch.experts:
+        # a class of its own for the architecture: Megatron makes a module from its class and the configuration alone
+        layer.mlp, layer.pre_mlp_layernorm = type("ExpertsMLP", (ExpertsMLP,), {"arch": arch}), norm
     layer.self_attention.submodules.core_attention = PackedAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
@@ -151,7 +156,7 @@ class PackedModel(GPTModel):
         self.arch, self.head, self.fused_norms = arch, head, implementation == "transformer_engine"
         super().__init__(
             config=config,
-            transformer_layer_spec=layer_spec(config, implementation),
+            transformer_layer_spec=layer_spec(config, implementation, arch),
             vocab_size=padded_vocab(arch, config.tensor_model_parallel_size),
             max_sequence_length=arch.max_positions,
             pre_process=mpu.is_pipeline_first_stage(),

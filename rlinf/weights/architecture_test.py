@@ -17,6 +17,37 @@ def test_a_whole_one_is_read() -> None:
     assert (arch.n_layers, arch.n_kv_heads, arch.head_dim, arch.rope_theta) == (2, 4, 16, 5000.0)
 
 
+MOE = QWEN | {
+    "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", ["num_experts", "num_local_experts"])
+def test_experts_are_read_under_both_names(count: str) -> None:
+    arch = read_architecture({k: v for k, v in MOE.items() if k != "num_experts"} | {count: 8})
+    assert (arch.experts, arch.top_k, arch.ffn, arch.normalized_routing, arch.mlps, arch.active_mlps) == (8, 2, 48, True, 8, 2)
+    assert not read_architecture({k: v for k, v in MOE.items() if k != "norm_topk_prob"}).normalized_routing  # as in transformers
+    assert (read_architecture(QWEN).mlps, read_architecture(QWEN).active_mlps) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_experts": None}, "num_experts is missing; copy the file"),
+        ({"num_experts": "8"}, 'num_experts is "8", which is no whole number above 0'),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is missing; copy the file"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, but there are only 8 experts"),
+        ({"mlp_only_layers": [0]}, "by mlp_only_layers or decoder_sparse_step some layers have no experts"),
+        ({"decoder_sparse_step": 2}, "by mlp_only_layers or decoder_sparse_step some layers have no experts"),
+    ],
+)
+def test_what_is_wrong_with_experts_is_named(changes: dict, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_architecture(MOE | changes, "model/config.json")
+    assert str(error.value).startswith(f"model/config.json: {expected}")
+
+
 def test_a_folder_whose_config_cannot_be_read_is_named(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "qwen2",')

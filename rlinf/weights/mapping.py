@@ -8,6 +8,7 @@ A rule says which HF tensors make one Megatron parameter and how that parameter 
     qkv          q, k, v interleaved by query group, then sharded along dim 0 by group
     gate_up      each rank holds [its part of gate; its part of up]
     stacked      one after another, the same on every rank
+    experts      [experts, rows, columns]; each rank has a part of the experts, whole: its gate above its up, or its down
 
 Everything that is saved, published to a rollout engine or resharded goes through this table, so a tensor has one name on disk and on
 the wire whatever the layout: its HF name.
@@ -40,13 +41,20 @@ class Rule:
         return self.layout not in ("replicated", "stacked")
 
 
+def fused_norms_of(arch: Architecture) -> dict[str, str]:
+    """matrix -> the norm in front of it, where Transformer Engine computes both in one module. Experts have no such module: a token is
+    routed by what the norm gives."""
+    return {matrix: norm for matrix, norm in FUSED.items() if not (arch.experts and matrix.startswith("mlp."))}
+
+
 def layer_rules(arch: Architecture, layer: int, fused_norms: bool = False) -> Iterator[Rule]:
     """The parameters of decoder layer `layer` (counted over the whole model), in the order of the forward pass.
 
     fused_norms: Transformer Engine computes a norm and the matrix behind it in one module, which holds the weights of both.
     """
     mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-    norms = [f"{matrix}.layer_norm_weight" for matrix in FUSED] if fused_norms else [f"{norm}.weight" for norm in FUSED.values()]
+    fused = {norm: f"{matrix}.layer_norm_weight" for matrix, norm in fused_norms_of(arch).items()} if fused_norms else {}
+    norms = [fused.get(norm, f"{norm}.weight") for norm in FUSED.values()]
     yield Rule(mcore + norms[0], (hf + "input_layernorm.weight",), "replicated")
     for kind in ("weight", "bias") if arch.qkv_bias else ("weight",):
         yield Rule(mcore + f"self_attention.linear_qkv.{kind}", tuple(hf + f"self_attn.{p}_proj.{kind}" for p in "qkv"), "qkv")
@@ -55,6 +63,12 @@ def layer_rules(arch: Architecture, layer: int, fused_norms: bool = False) -> It
             yield Rule(mcore + f"self_attention.{p}_layernorm.weight", (hf + f"self_attn.{p}_norm.weight",), "replicated")
     yield Rule(mcore + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), "row")
     yield Rule(mcore + norms[1], (hf + "post_attention_layernorm.weight",), "replicated")
+    if arch.experts:
+        yield Rule(mcore + "mlp.router", (hf + "mlp.gate.weight",), "replicated")
+        of = [f"{hf}mlp.experts.{e}." for e in range(arch.experts)]
+        yield Rule(mcore + "mlp.gate_up", tuple(f"{e}{p}_proj.weight" for e in of for p in ("gate", "up")), "experts")
+        yield Rule(mcore + "mlp.down", tuple(f"{e}down_proj.weight" for e in of), "experts")
+        return
     yield Rule(mcore + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), "gate_up")
     yield Rule(mcore + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), "row")
 
@@ -114,6 +128,9 @@ def to_megatron(rule: Rule, hf: Sequence[Tensor], arch: Architecture, tp: int, r
         return torch.cat([t.chunk(tp, 0)[rank] for t in hf])
     if rule.layout == "stacked":
         return torch.cat(list(hf))
+    if rule.layout == "experts":
+        mine = hf[rank * len(hf) // tp : (rank + 1) * len(hf) // tp]
+        return torch.cat(list(mine)).view(arch.experts // tp, -1, hf[0].shape[1])
     if rule.layout == "vocab":
         rows = padded_vocab(arch, tp) // tp
         shard = hf[0][rank * rows : (rank + 1) * rows]
@@ -134,6 +151,9 @@ def to_hf(rule: Rule, shards: Sequence[Tensor], arch: Architecture) -> list[tupl
         return [(rule.hf[0], torch.cat(list(shards), 1) if len(shards) > 1 else shards[0])]
     if rule.layout == "stacked":
         return list(zip(rule.hf, shards[0].chunk(len(rule.hf))))
+    if rule.layout == "experts":
+        parts = len(rule.hf) // arch.experts
+        return list(zip(rule.hf, (part for shard in shards for expert in shard.unbind() for part in expert.chunk(parts))))
     if rule.layout == "gate_up":
         halves = [s.chunk(2, 0) for s in shards]
         return [(name, torch.cat([h[i] for h in halves]) if len(shards) > 1 else halves[0][i]) for i, name in enumerate(rule.hf)]
@@ -154,7 +174,7 @@ def hf_shapes(arch: Architecture, head: str = "lm") -> dict[str, tuple[int, ...]
         "q_proj.weight": (q, h), "k_proj.weight": (kv, h), "v_proj.weight": (kv, h), "o_proj.weight": (h, q),
         "q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,),
         "q_norm.weight": (arch.head_dim,), "k_norm.weight": (arch.head_dim,),
-        "gate_proj.weight": (f, h), "up_proj.weight": (f, h), "down_proj.weight": (h, f),
+        "gate_proj.weight": (f, h), "up_proj.weight": (f, h), "down_proj.weight": (h, f), "gate.weight": (arch.experts, h),
         "input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,),
     }  # fmt: skip
     names = [n for rule in model_rules(arch, range(arch.n_layers), True, True, head) for n in rule.hf]

@@ -14,6 +14,7 @@ ARCHS = {
     "qwen3-tied": Architecture(family="qwen3", tied=True, qkv_bias=False, qk_norm=True, **SHAPE),
     "llama": Architecture(family="llama", tied=False, qkv_bias=False, qk_norm=False, **SHAPE),
     "llama-tied": Architecture(family="llama", tied=True, qkv_bias=False, qk_norm=False, **SHAPE),
+    "qwen3-moe": Architecture(family="qwen3_moe", tied=False, qkv_bias=False, qk_norm=True, experts=8, top_k=2, **SHAPE),
 }
 
 
@@ -52,6 +53,21 @@ def test_fused_norms_stand_with_the_matrix_behind_them() -> None:
         "decoder.layers.1.pre_mlp_layernorm.weight": "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
     }
     assert [(r.hf, r.layout) for r in plain] == [(r.hf, r.layout) for r in fused]
+
+
+def test_the_norm_in_front_of_experts_is_fused_with_nothing() -> None:
+    names = [r.megatron for r in model_rules(ARCHS["qwen3-moe"], range(1), False, False, fused_norms=True)]
+    assert "decoder.layers.0.pre_mlp_layernorm.weight" in names
+    assert "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in names
+
+
+def test_a_rank_has_whole_experts_gate_above_up() -> None:
+    arch = ARCHS["qwen3-moe"]
+    rule = next(r for r in model_rules(arch, range(1), False, False) if r.megatron.endswith("mlp.gate_up"))
+    assert rule.hf[4:6] == ("model.layers.0.mlp.experts.2.gate_proj.weight", "model.layers.0.mlp.experts.2.up_proj.weight")
+    shard = to_megatron(rule, [torch.full((arch.ffn, arch.hidden), float(i)) for i in range(16)], arch, tp=4, rank=1)
+    assert shard.shape == (2, 2 * arch.ffn, arch.hidden)
+    assert shard[:, :: arch.ffn, 0].tolist() == [[4.0, 5.0], [6.0, 7.0]]
 
 
 def test_a_scalar_head_stands_on_the_last_stage_in_place_of_the_vocabulary() -> None:

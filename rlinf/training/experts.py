@@ -1,0 +1,61 @@
+"""A layer's mixture of experts as a Megatron module. The experts are divided among the tensor-parallel ranks, each of which has whole ones
+and computes for the tokens that go to them; the sum over the ranks is the one that a row-parallel matrix needs, too, so that experts add no
+communication to that of dense layers, and no groups of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from rlinf.kernels.experts import grouped_mm, mixture, route, router_logits
+from rlinf.weights.architecture import Architecture
+
+
+class ExpertsMLP(Module):
+    """Takes the place of Megatron's MLP. Every rank routes all tokens, the same way.
+
+    router [E, H]; of this rank's experts gate_up [experts, 2F, H] and down [experts, H, F].
+    """
+
+    arch: Architecture  # given to a subclass
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        arch, self.sequence_parallel = self.arch, config.sequence_parallel
+        tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+        self.here = range(rank * arch.experts // tp, (rank + 1) * arch.experts // tp)
+
+        def weight(*shape: int) -> Parameter:
+            return Parameter(torch.empty(*shape, dtype=config.params_dtype))
+
+        self.router = weight(arch.experts, arch.hidden)
+        self.gate_up = weight(len(self.here), 2 * arch.ffn, arch.hidden)
+        self.down = weight(len(self.here), arch.hidden, arch.ffn)
+        # each rank routes its share of the rows, and Megatron sums such gradients over the tensor-parallel ranks
+        setattr(self.router, "sequence_parallel", self.sequence_parallel)
+
+    def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """[rows, 1, H] of this rank -> the same, and no bias.
+
+        What a rank knows of the gradients of x and of the logits is the part of its own experts: both ways into the region of tensor
+        parallelism sum it over the ranks on the way back.
+        """
+        x = hidden.squeeze(1)
+        logits = router_logits(x, self.router)
+        enter = gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+        leave = reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else reduce_from_tensor_model_parallel_region
+        weights_TK, experts_TK = route(enter(logits), self.arch.top_k, self.arch.normalized_routing)
+        made = mixture(enter(x), weights_TK, experts_TK, grouped_mm(self.gate_up), grouped_mm(self.down), self.here, self.arch.experts)
+        return leave(made)[:, None], None
