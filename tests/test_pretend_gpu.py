@@ -137,7 +137,7 @@ def test_a_run_takes_the_paths_of_a_gpu(kind: str, tmp_path: Path) -> None:
 
 RECIPES = [
     "qwen2.5-1.5b-grpo-megatron", "qwen2.5-1.5b-grpo-megatron-pipeline", "qwen2.5-7b-grpo-megatron", "qwen2.5-1.5b-distill-7b",
-    "qwen2.5-7b-lora-single-gpu",
+    "qwen2.5-7b-lora-single-gpu", "qwen3-30b-a3b-grpo-megatron",
 ]  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_a_recipe_of_the_cluster_runs_but_for_its_size(recipe: str, tmp_path: Pa
     """Every other value is the file's: fp16 and its loss scale, sequence parallel, recomputation, offload, Transformer Engine's layers.
     SGLang needs a real GPU."""
     write_run(tmp_path)
-    make_tiny_model(tmp_path / "model", "qwen2", layers=4, heads=4, kv_heads=4)
+    make_tiny_model(tmp_path / "model", "qwen3-moe" if "a3b" in recipe else "qwen2", layers=4, heads=4, kv_heads=4)
     apart = recipe.endswith("pipeline")
     placement = '{"actor": "0-1", "rollout": "2-3", "reward": "2-3"}' if apart else '{"actor,rollout,reward": "all"}'
     teacher = []

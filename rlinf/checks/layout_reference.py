@@ -184,7 +184,7 @@ def whole_weights(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def by_file_name(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Copies of tensors of a transformers model under the names of its files, which hold each expert by itself."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         before, experts, kind = name.partition(".experts.")
         for e, matrix in enumerate(tensor) if experts else ():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,8 +14,8 @@ from typing import Any
 
 from rlinf.checks.preflight import check_models
 from rlinf.config.load import Resolved, value_of
-from rlinf.config.model import planned_model_config, validate_model
-from rlinf.config.schema import Config
+from rlinf.config.model import MLP_MATRICES, planned_model_config, validate_model
+from rlinf.config.schema import LORA_TARGETS, Config
 from rlinf.config.validate import validate
 from rlinf.config.values import dump
 from rlinf.errors import UserError
@@ -221,7 +222,11 @@ def fit_with_adapters(
     config: Config, arch: Architecture, hf: Mapping[str, Any], device: Device, mean_response: int | None, others: Models | None = None
 ) -> Change | None:
     """Adapters in place of all weights, and the smallest set of changes that then fits; None when none does."""
-    change: Change = {f"{role}.lora.rank": 32 for role in config.megatron_roles if hasattr(getattr(config, role), "lora")}
+    change: Change = {}
+    for role in (role for role in config.megatron_roles if hasattr(getattr(config, role), "lora")):
+        change[f"{role}.lora.rank"] = 32
+        if (others or {}).get(role, arch).experts:
+            change[f"{role}.lora.target_modules"] = [name for name in LORA_TARGETS if name not in MLP_MATRICES]
     candidate = changed(config, change)
     if not forecast(candidate, arch, device, mean_response, others).trouble:
         return change
@@ -345,8 +350,8 @@ def gib(size: float) -> str:
 
 
 def words(change: Change) -> str:
-    """The changes as `key=value` words of the command line."""
-    return " ".join(f"{key}={dump(value)}" for key, value in change.items())
+    """The changes as `key=value` words of the command line, quoted for a shell where that is needed."""
+    return shlex.join(f"{key}={dump(value)}" for key, value in change.items())
 
 
 def other_models(config: Config) -> dict[str, Architecture]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from rlinf.config.load import EXAMPLES, load
 from rlinf.config.model import planned_model_config
 from rlinf.config.schema import Config
 from rlinf.scheduling.devices import GPUS, cpu_device
+from rlinf.scheduling.flops import Work, forward_flops
 from rlinf.weights.architecture import Architecture, read_architecture
 
 
@@ -25,7 +27,7 @@ def read(name: str, *words: str) -> tuple[Config, Architecture, dict[str, Any]]:
     return config, read_architecture(hf), hf
 
 
-@pytest.mark.parametrize("name", [p.stem for p in EXAMPLES.glob("qwen2.5-*.yaml")])
+@pytest.mark.parametrize("name", [p.stem for p in EXAMPLES.glob("qwen*.yaml")])
 @pytest.mark.parametrize("device", ["h100", "a100"])
 def test_every_gpu_recipe_fits_80_gb(capsys: pytest.CaptureFixture[str], name: str, device: str) -> None:
     start = time.monotonic()
@@ -247,6 +249,22 @@ def test_mistakes_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device tpu: not known; known are cpu, h100" in capsys.readouterr().err
     assert main(["plan", "qwen2.5-1.5b-single-gpu", "rollout.model_dir=/nowhere/unheard-of"]) == 2
     assert "a plan needs them" in capsys.readouterr().err
+
+
+def test_a_mixture_of_experts_is_counted_by_all_and_computed_by_those_of_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "qwen3-30b-a3b-grpo-megatron"
+    config, arch, _ = read(name)
+    stages = forecast(config, arch, GPUS["h100"]).ranks["actor"]
+    assert sum(s.parameters for s in stages) * 4 == pytest.approx(30.5e9, rel=0.01)  # on four tensor-parallel ranks
+    active = replace(arch, experts=0, top_k=0, ffn=arch.ffn * arch.top_k)  # a dense model of the same work, but for the router
+    assert forward_flops(arch, Work(rows=1)) == pytest.approx(forward_flops(active, Work(rows=1)), rel=0.01)
+    assert main(["plan", name]) == 0 and main(["plan", name, "cluster.num_nodes=1"]) == 0
+    assert main(["plan", name, "cluster.num_nodes=1", "actor.model.pipeline_model_parallel_size=1"]) == 2
+    capsys.readouterr()
+    single = ["cluster.num_nodes=1", "cluster.num_gpus_per_node=4", "actor.model.pipeline_model_parallel_size=1"]
+    assert main(["plan", name, *single]) == 2
+    out = capsys.readouterr().out
+    assert """it fits: actor.lora.rank=32 'actor.lora.target_modules=["linear_qkv", "linear_proj"]'""" in out
 
 
 def test_adapters_of_7b_fit_on_one_gpu_where_all_weights_do_not(capsys: pytest.CaptureFixture[str]) -> None:

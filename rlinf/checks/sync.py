@@ -63,7 +63,7 @@ from rlinf.weights.tensor_folder import open_hf_folder
 RANKS = 8
 REPLICAS = (1, 2)
 LAYOUTS = list(product((1, 2), (1, 2), (1, 2)))  # TP, PP, DP
-FAMILIES = ("qwen2", "qwen2-tied")  # an output head of its own, and one tied to the embedding
+FAMILIES = ("qwen2", "qwen2-tied", "qwen3-moe")  # an output head of its own, one tied to the embedding, experts divided among ranks
 BUCKET_BYTES = 16_000  # several buckets a stage
 VERSION = 1
 TRANSPORTS = (SHARED_MEMORY, OBJECT_STORE, DISK, BROADCAST, DEVICE_IPC)
@@ -128,7 +128,7 @@ class Models:
 
 
 def make_cases(quick: bool = False) -> list[Case]:
-    """Every layout with both families, all transports, and 1 and 2 engines. quick: every layout once."""
+    """Every layout with all families, all transports, and 1 and 2 engines. quick: every layout once."""
     cases = [Case(f, *layout, t, r) for layout in LAYOUTS for f in FAMILIES for t in TRANSPORTS for r in REPLICAS]
     each = len(cases) // len(LAYOUTS)
     return [cases[each * i + 3 * i % each] for i in range(len(LAYOUTS))] if quick else cases

@@ -90,7 +90,7 @@ def validate_scorer(config: Config, role: str, hf: dict[str, Any], actor_hf: dic
 
 
 def experts_of(hf: dict[str, Any]) -> int:
-    """The number of experts in a layer by a config.json; 0 = the model has none. transformers 5 writes another name than the models have."""
+    """The number of experts in a layer by a config.json; 0 = the model has none. transformers 5 writes the second name."""
     return hf.get("num_experts") or hf.get("num_local_experts") or 0
 
 

@@ -130,7 +130,7 @@ class DataConfig:
 
 @dataclass
 class RolloutConfig:
-    model_dir: str = key(MISSING, "local Hugging Face folder: config.json, *.safetensors, tokenizer; Qwen2/2.5, Qwen3 or Llama")
+    model_dir: str = key(MISSING, "local Hugging Face folder: config.json, *.safetensors, tokenizer; Qwen2/2.5, Qwen3, Qwen3-MoE or Llama")
     trust_remote_code: bool = key(False, "let the tokenizer run code from the model folder")
     rollout_backend: str = key("sglang", "rollout engine", ("embedded", "sglang"))
     sglang: dict[str, str] = key(

@@ -2,10 +2,10 @@
 
     forward = 2 · (L · W · rows + h · V · heads) + 4 · L · H · D · pairs
 
-L layers with W matrix weights each (of experts: of those that a token goes to, and the router), hidden size h, vocabulary V, H query heads of dimension D. rows: tokens that go through the layers;
-heads: positions whose logits are computed; pairs: (query, key) pairs that attend to each other. A multiplication and an addition are two
-operations; a backward pass counts as two forward passes, or as update_flops() says where adapters are trained; norms, softmax and the
-optimizer are not counted.
+L layers with W matrix weights each (of experts: of those that a token goes to, and the router), hidden size h, vocabulary V, H query heads
+of dimension D. rows: tokens that go through the layers; heads: positions whose logits are computed; pairs: (query, key) pairs that meet in
+attention. A multiplication and an addition are two operations; a backward pass counts as two forward passes, or as update_flops() says
+where adapters are trained; norms, softmax and the optimizer are not counted.
 """
 
 from __future__ import annotations

@@ -120,9 +120,9 @@ def rank_memory(arch: Architecture, config: Config, role: str, dp: int, stage: i
 
 
 def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool, low: int = 0) -> int:
-    """What one layer keeps of a rank's tokens for its backward pass: inputs of its two norms and of the first matrix, of attention (keys and
-    values of all context-parallel ranks; repeated for the query heads where it is not flash attention on a GPU) and of the norms before it,
-    its output twice, and what the MLP keeps; low: numbers that adapters keep of a token."""
+    """What one layer keeps of a rank's tokens for its backward pass: inputs of its two norms and of the first matrix, of attention (keys
+    and values of all context-parallel ranks; repeated for the query heads where it is not flash attention on a GPU) and of the norms before
+    it, its output twice, and what the MLP keeps; low: numbers that adapters keep of a token."""
     tp = model.tensor_model_parallel_size
     hidden = 3 * arch.hidden // (tp if model.sequence_parallel else 1)
     q, k = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
@@ -136,7 +136,7 @@ def layer_activations(arch: Architecture, model: ActorModelConfig, tokens: int, 
 
 def mlp_activations(arch: Architecture, model: ActorModelConfig) -> int:
     """Bytes that a layer's MLP keeps of a token: inputs of its first matrix, of the activation function and of the last matrix. Of experts
-    once for each that the token goes to, as if these were divided evenly among the tensor-parallel ranks, and before and after their weight;
+    once for each that the token goes to, as if these were divided evenly among the tensor-parallel ranks, before and after their weight;
     and for the router the input, its softmax and the order of the rows."""
     tp, size = model.tensor_model_parallel_size, BYTES[model.precision]
     shared = tp if model.sequence_parallel else 1

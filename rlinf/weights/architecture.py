@@ -135,7 +135,7 @@ def read_architecture(hf: dict[str, Any], where: str | Path = "config.json") -> 
 
 
 def _mixture(hf: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """What a config.json says of the experts. Raises UserError where only some layers have experts, or there are fewer than a token uses."""
+    """What a config.json says of the experts. Raises UserError where only some layers have any, or there are fewer than a token uses."""
     experts, top_k = experts_of(hf), hf["num_experts_per_tok"]
     if not experts:
         raise UserError(f"{where}: num_experts is missing; copy the file from the model's source again")
