@@ -146,7 +146,8 @@ def test_a_recipe_of_the_cluster_runs_but_for_its_size(recipe: str, tmp_path: Pa
     """Every other value is the file's: fp16 and its loss scale, sequence parallel, recomputation, offload, Transformer Engine's layers.
     SGLang needs a real GPU."""
     write_run(tmp_path)
-    make_tiny_model(tmp_path / "model", "qwen3-moe" if "a3b" in recipe else "qwen2", layers=4, heads=4, kv_heads=4)
+    experts = "a3b" in recipe
+    make_tiny_model(tmp_path / "model", "qwen3-moe" if experts else "qwen2", layers=4, heads=4, kv_heads=4)
     apart = recipe.endswith("pipeline")
     placement = '{"actor": "0-1", "rollout": "2-3", "reward": "2-3"}' if apart else '{"actor,rollout,reward": "all"}'
     teacher = []
@@ -160,6 +161,8 @@ def test_a_recipe_of_the_cluster_runs_but_for_its_size(recipe: str, tmp_path: Pa
         "algorithm.sampling_params.max_new_tokens=16", "runner.max_steps=2", f"runner.output_dir={tmp_path}", "runner.experiment_name=run",
         "rollout.tensor_parallel_size=1", "algorithm.entropy_bonus=0.01", "actor.model.transformer_impl=transformer_engine",
     ]  # fmt: skip
+    if experts:
+        words.append("actor.model.tensor_model_parallel_size=2")  # of 4 x 2 ranks half
     steps = trained([recipe, *words, *teacher], tmp_path / "run", 4, with_transformer_engine=True)
     assert len(steps) == 2 and all(s["train/grad_norm"] > 0 for s in steps)
 

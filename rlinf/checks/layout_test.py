@@ -307,7 +307,7 @@ def test_quick_check_holds_and_reports(
     quick = layout.make_cases(True)
     chosen = [next(case for case in quick[i:] + quick if case.family == family) for i, family in enumerate(FAMILIES)]
     monkeypatch.setattr(layout, "make_cases", lambda quick: chosen)
-    assert len(quick) == 42 and layout.main(quick=True, json_file=tmp_path / "out.json") == 0
+    assert len(quick) == 3 * len(layout.LAYOUTS + layout.CONTEXT_LAYOUTS) and layout.main(quick=True, json_file=tmp_path / "out.json") == 0
     out = capsys.readouterr().out
     assert f"{len(FAMILIES)} of {len(FAMILIES)} layouts hold" in out and "FAILS" not in out
     report = json.loads((tmp_path / "out.json").read_text())
