@@ -50,7 +50,7 @@ def grouped_mm(weight_EOI: Tensor) -> Grouped:
     """Each row times the matrix of its expert."""
     if any(n * weight_EOI.element_size() % ALIGNMENT for n in weight_EOI.shape[1:]):
         return one_by_one([partial(F.linear, weight=weight_OI) for weight_OI in weight_EOI.unbind()])
-    return lambda rows, ends_E: F.grouped_mm(rows, weight_EOI.transpose(1, 2), offs=ends_E.to(torch.int32))
+    return lambda rows, ends_E: _GroupedMM.apply(rows, weight_EOI, ends_E.to(torch.int32))
 
 
 def one_by_one(products: Sequence[Callable[[Tensor], Tensor]]) -> Grouped:
@@ -61,6 +61,27 @@ def one_by_one(products: Sequence[Callable[[Tensor], Tensor]]) -> Grouped:
         return torch.cat([product(part) for product, part in zip(products, rows.split(counts))])
 
     return of_each
+
+
+class _GroupedMM(torch.autograd.Function):
+    """torch's grouped product, but with a gradient of zero for an expert without rows: on some GPUs torch leaves there what was in memory
+    before (pytorch/pytorch issue 172439)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight_EOI, ends_E)
+        return F.grouped_mm(rows, weight_EOI.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight_EOI, ends_E = ctx.saved_tensors
+        grad = grad.contiguous()
+        to_rows = F.grouped_mm(grad, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return to_rows, None, None
+        without_rows_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
+        to_weight = F.grouped_mm(grad.t(), rows, offs=ends_E).masked_fill_(without_rows_E[:, None, None], 0)
+        return to_rows, to_weight, None
 
 
 class _Spread(torch.autograd.Function):

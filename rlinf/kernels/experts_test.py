@@ -77,6 +77,21 @@ def test_ranks_and_experts_without_a_token_give_zeros_and_zero_gradients(units: 
     assert got.any() and [bool(g.any()) for g in of_gate_up] == [False] * 4 + [True, False]
 
 
+def test_what_torch_leaves_of_an_expert_without_rows_is_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = F.grouped_mm
+
+    def leaving_memory(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        out = product(a, b, offs=offs)
+        if out.ndim == 3:
+            out[1] = float("nan")
+        return out
+
+    monkeypatch.setattr(F, "grouped_mm", leaving_memory)
+    rows, weight = torch.randn(7, 16, requires_grad=True), torch.randn(3, 8, 16, requires_grad=True)
+    grouped_mm(weight)(rows, torch.tensor([2, 2, 7])).square().sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all() and not weight.grad[1].any() and weight.grad[2].any()
+
+
 def test_one_by_one_is_the_grouped_product() -> None:
     rows, weight = torch.randn(7, 16), torch.randn(3, 8, 16)
     ends = torch.tensor([2, 2, 7])
