@@ -20,6 +20,7 @@ def test_experts_are_trained_published_saved_and_go_on(tmp_path: Path) -> None:
     metrics, run_dir = lines(tmp_path), tmp_path / "logs" / "tiny"
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     assert all(m["train/grad_norm"] > 0 and m["train/rollout_logprob_gap_max"] <= 1e-4 for m in metrics[1:])
+    assert all(1 <= m["train/expert_load_max"] <= 4 and 0 <= m["train/experts_unused"] < 1 for m in metrics[1:])  # a token has 2 of 8
     assert max(m["sync/probe_gap_max"] for m in metrics if "sync/probe_gap_max" in m) <= 1e-4
     step_dir = run_dir / "checkpoints" / "step_000003"
     start, now = open_hf_folder(tmp_path / "model"), open_hf_folder(step_dir / "hf")

@@ -47,6 +47,7 @@ from rlinf.checks.tiny_model import FAMILIES, VOCAB, write_tiny_model
 from rlinf.config.schema import ActorModelConfig, LoraConfig
 from rlinf.data.packing import build_rank_batches
 from rlinf.training.engine import MegatronEngine
+from rlinf.training.experts import load_metrics
 from rlinf.training.packed_batch import by_sample, pack
 from rlinf.training.parallel import Coordinates
 from rlinf.weights.architecture import open_architecture
@@ -216,6 +217,7 @@ def measure(at: Coordinates, case: Case, folder: str, batch: Batch, device: str 
         if case.head == "lm":  # the first mini-batch's own forward pass is the old policy
             update = engine.update(packs[i], None if i == 0 else before[i] or None, before[i] or None, denominators, SETTINGS, None)
             metrics = finalize_metrics(update.metrics.sums, update.metrics.maxima)
+            metrics |= {} if update.expert_load is None else load_metrics(update.expert_load)
         else:  # the target of a sample's values is its advantage
             update = engine.update_values(packs[i], before[i], [b.advantages_N for b in packs[i]], denominators, VALUE_SETTINGS)
             metrics = finalize_value_metrics(update.metrics)

@@ -256,7 +256,28 @@ def plain_objective(
         "train/importance_weight_clipped": (importance > IMPORTANCE_LIMIT).float().mean(),
         "train/rollout_kl": k3(before - rollout).mean(),
     }
-    return loss, {name: value.item() for name, value in metrics.items()}
+    return loss, {name: value.item() for name, value in metrics.items()} | expert_load(model, groups)
+
+
+def expert_load(model: torch.nn.Module, groups: Sequence[Group]) -> dict[str, float]:
+    """The largest share of an expert in the choices of its layer, in units of the even share, and the share of experts without a token,
+    as the routers of transformers choose for the rows that predict response tokens; empty without experts."""
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    if not routers:
+        return {}
+    chosen: list[list[Tensor]] = [[] for _ in routers]
+    hooks = [r.register_forward_hook(lambda _m, _x, out, found=found: found.append(out[2])) for r, found in zip(routers, chosen)]
+    for group, sample in ((g, s) for g in groups for s in g.samples):
+        with torch.no_grad():
+            sample_logprobs(model, group, sample)
+        for found in chosen:
+            found[-1] = found[-1][-len(sample.token_ids) - 1 : -1].flatten()
+    for hook in hooks:
+        hook.remove()
+    experts: int = getattr(model, "config").num_experts
+    counts = np.array([np.bincount(torch.cat(found), minlength=experts) for found in chosen])
+    even = counts.sum(1, keepdims=True) / counts.shape[1]
+    return {"train/expert_load_max": float((counts / even).max()), "train/experts_unused": float((counts == 0).mean())}
 
 
 def plain_value_objective(

@@ -257,6 +257,19 @@ TRAIN = metrics(
         "0: all responses were cut off; raise `max_new_tokens`",
     ),
     *optimizer_of("policy"),
+    (
+        "expert_load_max",
+        "mixtures of experts: the share of a layer's most used expert in the choices of the response tokens, times the number of experts; "
+        "the largest of all layers",
+        "steady; 1 would be even, and models are far from it",
+        "rises for many steps: the router sends everything to few experts; lower the learning rate",
+    ),
+    (
+        "experts_unused",
+        "mixtures of experts: share of all experts to which no response token of the step went",
+        "steady",
+        "as for the load",
+    ),
     ("loss_scale", "fp16: loss scale of the step's last mini-batch", "steady", "falls for many steps: overflow; use bf16"),
     (
         "minibatches_skipped",

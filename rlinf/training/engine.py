@@ -28,7 +28,7 @@ from rlinf.training.gradients import DataParallel
 from rlinf.training.learning_rate import learning_rate
 from rlinf.training.model import PackedModel, layer_implementation, transformer_config
 from rlinf.training.packed_batch import PackedBatch
-from rlinf.training.parallel import Coordinates, merge_over_ranks
+from rlinf.training.parallel import Coordinates, merge_over_ranks, sum_over_stages
 from rlinf.training.state import OPTIMIZER_STATE, ModelState, OptimizerState
 from rlinf.weights.adapters import Noting, with_adapters
 from rlinf.weights.architecture import Architecture
@@ -40,6 +40,7 @@ class Update:
 
     loss_scale: what the losses were multiplied by; None = they were not.
     logprobs: of `update`, on the last pipeline stage: log pi of the response tokens [N] of each micro-batch, before the step.
+    expert_load: how many response tokens went to each expert of each layer [layers, experts].
     """
 
     metrics: MetricSums
@@ -49,6 +50,7 @@ class Update:
     timers: dict[str, float]
     loss_scale: float | None = None
     logprobs: tuple[Tensor, ...] = ()
+    expert_load: Tensor | None = None
 
 
 class MegatronEngine:
@@ -237,6 +239,7 @@ class MegatronEngine:
         started = time.perf_counter()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.model.take_load()  # what was computed since the last step does not count
         teaching = len(batches) if teaching is None else teaching
         looked_at: list[Any] = []
         if batches[teaching:]:  # first: the ranks then wait for each other once, where gradients are summed
@@ -244,6 +247,7 @@ class MegatronEngine:
                 looked_at = self._run(batches[teaching:], lambda i, output: objective(teaching + i, output), forward_only=True)
         parts = self._run(batches[:teaching], objective, forward_only=False) + looked_at
         metrics = merge_over_ranks(sum(parts[1:], parts[0]) if parts else None)
+        load = sum_over_stages(self.model.take_load().to(self.device)).cpu() if self.arch.experts else None
         computed = time.perf_counter()
         rate = learning_rate(self.optim, self.steps + 1)
         skipped, grad_norm, scale = stops(metrics), float("nan"), self.loss_scale
@@ -255,7 +259,7 @@ class MegatronEngine:
             self.steps += stepped
         ended = time.perf_counter()
         timers = {"forward_backward": computed - started, "optimizer": ended - computed}
-        return Update(metrics, grad_norm, rate, skipped, timers, scale)
+        return Update(metrics, grad_norm, rate, skipped, timers, scale, expert_load=load)
 
     def _step(self) -> tuple[bool, float]:
         """(whether it stepped, gradient norm before clipping), the same on every rank. A gradient that is not finite steps nothing."""

@@ -26,7 +26,7 @@ from rlinf.hardware import triton_lacks
 from rlinf.kernels.rowwise import rms_norm, swiglu
 from rlinf.training.attention import PackedAttention, rope_tables
 from rlinf.training.context import gather_tokens, share_of
-from rlinf.training.experts import ExpertsMLP
+from rlinf.training.experts import ExpertsMLP, count_load
 from rlinf.training.logprobs import target_logprobs
 from rlinf.training.packed_batch import PackedBatch
 from rlinf.weights.architecture import Architecture
@@ -168,6 +168,7 @@ class PackedModel(GPTModel):
         if self.post_process and head == "scalar":
             self.output_layer: Any = None  # GPTModel always makes one
             self.score = torch.nn.Parameter(torch.empty(1, arch.hidden, dtype=config.params_dtype))
+        self.mixtures = [module for module in self.decoder.modules() if isinstance(module, ExpertsMLP)]
 
     @property
     def layers(self) -> range:
@@ -186,7 +187,16 @@ class PackedModel(GPTModel):
         if not hasattr(batch, "share"):
             batch.share = share_of(batch, mpu.get_context_parallel_rank(), self.config.context_parallel_size)
             batch.rope = rope_tables(batch.share.positions, self.arch.head_dim, self.arch.rope_theta, self.config.params_dtype)
-        return self(batch.share.token_ids[None], batch.share.positions[None], None, packed_seq_params=batch)
+        with count_load(self.mixtures, batch.share.predict_rows):
+            return self(batch.share.token_ids[None], batch.share.positions[None], None, packed_seq_params=batch)
+
+    def take_load(self) -> Tensor:
+        """The counts of each layer's experts in the whole model since the last call [layers, experts]; zeros for other stages' layers."""
+        load_LE = torch.zeros(self.arch.n_layers, self.arch.experts, dtype=torch.int64)
+        for layer, mixture in zip(self.layers, self.mixtures):
+            load_LE[layer] = mixture.load_E.cpu()
+            mixture.load_E.zero_()
+        return load_LE
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedBatch, **__: Any) -> Any:
         if not self.post_process:

@@ -126,6 +126,14 @@ def sum_over_data_ranks(values: torch.Tensor) -> torch.Tensor:
     return _all_reduce(values, dist.ReduceOp.SUM)
 
 
+def sum_over_stages(values: torch.Tensor) -> torch.Tensor:
+    """The sum over data-parallel, context-parallel and pipeline ranks, on each of them."""
+    for group in (mpu.get_data_parallel_group(with_context_parallel=True), mpu.get_pipeline_model_parallel_group()):
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(values, group=group)
+    return values
+
+
 def _all_reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
     dist.all_reduce(values, op, group=mpu.get_data_parallel_group())
     return values

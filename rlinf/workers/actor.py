@@ -21,6 +21,7 @@ from rlinf.scheduling.flops import Work
 from rlinf.scheduling.placement import WorkerAddress
 from rlinf.training import parallel
 from rlinf.training.engine import Update
+from rlinf.training.experts import load_metrics
 from rlinf.training.offload import Offloader
 from rlinf.training.packed_batch import PackedBatch, by_sample, by_token
 from rlinf.training.profiling import profiled
@@ -233,6 +234,8 @@ def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """train/* of one step: token means over all its mini-batches."""
     total: MetricSums = sum((u.metrics for u in updates[1:]), updates[0].metrics)
     metrics = finalize_metrics(total.sums, total.maxima, len(updates)) | optimizer_metrics(updates, "train")
+    if loads := [u.expert_load for u in updates if u.expert_load is not None]:
+        metrics |= load_metrics(torch.stack(loads).sum(0))
     if updates[-1].loss_scale is not None:
         metrics["train/loss_scale"] = updates[-1].loss_scale
     with_tokens = next((u.metrics for u in updates if u.metrics.sums["tokens"].item()), updates[0].metrics)  # without any there is no ratio
