@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -261,3 +262,28 @@ def test_two_engines_under_ray_give_the_samples_of_one_process(tmp_path: Path, m
     assert done.returncode == 0, done.stderr[-3000:]
     assert samples(tmp_path) == alone
     assert {p.name for p in (tmp_path / "out" / "tiny" / "workers").glob("rollout-*.log")} == {"rollout-0.log", "rollout-1.log"}
+
+
+@pytest.mark.slow
+def test_engines_that_are_killed_or_stand_still_change_no_sample(tmp_path: Path, model: Path) -> None:
+    write_problems(tmp_path / "set.jsonl", 24)
+    settings = words(tmp_path, model, n=12, max_tokens=64)
+    assert main(["eval", *settings]) == 0
+    alone = samples(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "before")
+    ray = ["cluster.backend=ray", "cluster.num_gpus_per_node=2", "cluster.threads_per_worker=1", "rollout.max_running_requests=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlinf", "eval", *settings, *ray, "rollout.max_engine_restarts=2", "rollout.stall_timeout=20"],
+        stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )  # fmt: skip
+    parts, logs = tmp_path / "out" / "tiny" / "set" / "parts", tmp_path / "out" / "tiny" / "workers"
+    for rank, signal_number in ((0, signal.SIGKILL), (1, signal.SIGSTOP)):
+        deadline = time.monotonic() + 120
+        while sum(part.read_bytes().count(b"\n") for part in parts.glob("*.jsonl")) < 24 * (rank + 1):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(int(re.findall(r"pid (\d+)", (logs / f"rollout-{rank}.log").read_text())[-1]), signal_number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    assert errors.count("It is started anew") == 2 and samples(tmp_path) == alone
+    assert {p.name for p in (tmp_path / "out" / "tiny" / "set").iterdir()} == {"identity.json", "samples.jsonl", "results.json"}

@@ -28,13 +28,14 @@ from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
 from rlinf.evaluation.folder import SetFolder, hold, read_json, write_whole
 from rlinf.evaluation.models import Model, models_of, parse_words
 from rlinf.evaluation.opencompass import export
-from rlinf.evaluation.problems import ProblemSet, check_context, load_sets
+from rlinf.evaluation.problems import SHARE, ProblemSet, check_context, load_sets
 from rlinf.evaluation.results import SetResult, benchmark_table, compare, read_tally, score, to_json
-from rlinf.evaluation.runner import EvaluationRunner, Job, Progress
-from rlinf.launch.train import WORKERS, launch_parts
+from rlinf.evaluation.runner import EvaluationRunner, Progress
+from rlinf.launch.train import launch_generation
 from rlinf.metrics.logger import MetricLogger
 from rlinf.rewards.tasks import judge_identity
 from rlinf.rollout.contract import SamplingParams, Stop
+from rlinf.runners.requests import GroupRequest
 from rlinf.scheduling.placement import build_evaluation_plan
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checksum import weights_checksum
@@ -87,14 +88,14 @@ def prepare(config: Config, model: Model) -> Task:
 
 
 def worker_config(config: Config, model: Model, context: int, max_tokens: int) -> Config:
-    """The configuration of rollout and reward workers: this model, this context, logs in its folder, and no reward except for right and
-    wrong."""
+    """The configuration of engines and reward workers: this model, this context, groups of at most SHARE, logs in its folder, and no
+    reward except for right and wrong."""
     sampling = replace(config.algorithm.sampling_params, max_new_tokens=max_tokens)
     out = str(Path(config.evaluation.output_dir).resolve())
     return replace(
         config,
         runner=replace(config.runner, seq_length=context, output_dir=out, experiment_name=model.name),
-        algorithm=replace(config.algorithm, sampling_params=sampling),
+        algorithm=replace(config.algorithm, group_size=SHARE, sampling_params=sampling),
         rollout=replace(config.rollout, model_dir=str(model.path)),
         reward=config.reward.of_verdicts(),
     )
@@ -124,11 +125,11 @@ def open_folders(out: Path, task: Task, identities: Sequence[dict[str, Any]]) ->
 
 def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
     """Generate the samples that are missing on disk. Everything that was started is ended, however this returns."""
-    jobs = [job for s, folder in zip(task.sets, folders) for job in jobs_of(s, folder, task.tokenizer)]
+    wanted = [group for s, folder in zip(task.sets, folders) for group in missing_groups(s, folder, task.tokenizer)]
     total = sum(unit.count for folder in folders for unit in folder.units.values())
-    done = total - sum(job.unit.count for job in jobs)
+    done = total - sum(group.n for group in wanted)
     name = task.model.name
-    if not jobs:
+    if not wanted:
         _say(f"{name}: all {total} samples are there already")
         return
     run_id = new_run_id()
@@ -137,11 +138,10 @@ def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
     cluster = Cluster.connect(task.config.cluster, run_id, out / name / "workers")
     try:
         plan = build_evaluation_plan(task.config, cluster.inventory())
-        launch_parts(cluster, plan, task.config)
-        rollout, reward = (cluster.launch(plan, role, WORKERS[role], task.config) for role in ("rollout", "reward"))
-        runner = EvaluationRunner(cluster, rollout, reward, task.config.rollout.max_running_requests, Progress(name, total, done))
+        groups = launch_generation(cluster, plan, task.config)
+        runner = EvaluationRunner(task.config, cluster, progress=Progress(name, total, done), **groups)
         with usage.sampling(lambda: cluster.phase):
-            asyncio.run(cluster.guard(runner.run(jobs)))
+            asyncio.run(cluster.guard(runner.run(wanted)))
     finally:
         cluster.close()
     _say(usage.describe())
@@ -149,11 +149,13 @@ def generate(task: Task, folders: Sequence[SetFolder], out: Path) -> None:
         folder.done = folder.gather()
 
 
-def jobs_of(problems: ProblemSet, folder: SetFolder, tokenizer: TextTokenizer) -> list[Job]:
+def missing_groups(problems: ProblemSet, folder: SetFolder, tokenizer: TextTokenizer) -> list[GroupRequest]:
+    """What to ask of the engines: the units of which no samples are on disk yet. Each reward worker writes to a file of its own."""
     p = problems.protocol
-    sampling = SamplingParams(p.temperature, p.top_p, p.top_k)
     stop = Stop(token_ids=tuple(tokenizer.eos_token_ids), strings=tuple(p.stop))
-    return [Job(unit, sampling, stop, p.max_tokens, folder) for unit in problems.units() if unit.group_id not in folder.done]
+    how = SamplingParams(p.temperature, p.top_p, p.top_k), stop, p.max_tokens, lambda judge: str(folder.part(judge))
+    missing = [unit for unit in problems.units() if unit.group_id not in folder.done]
+    return [GroupRequest(unit.group_id, unit.prompt, unit.count, *how) for unit in missing]
 
 
 def conclude(resolved: Resolved, task: Task, folders: Sequence[SetFolder]) -> list[SetResult]:

@@ -1,5 +1,5 @@
-"""The loop of an evaluation: sends requests to engines and groups to reward workers, which write the samples. The driver sees headers and
-verdicts only."""
+"""The loop of an evaluation: has groups generated and judged as training does; the reward workers write the samples. The driver sees
+headers and verdicts only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
@@ -16,51 +15,34 @@ from rich.markup import escape
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup, gather_or_cancel
 from rlinf.cluster.phase import START, Phase
+from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader
-from rlinf.evaluation.folder import SetFolder
-from rlinf.evaluation.problems import SHARE, Unit
 from rlinf.metrics.progress import duration
-from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
-from rlinf.scheduling.dispatcher import Dispatcher
+from rlinf.runners.requests import GroupRequest
+from rlinf.runners.rollouts import Rollouts
 
 EVERY_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Job:
-    """One request, and the file for its samples."""
-
-    unit: Unit
-    sampling: SamplingParams
-    stop: Stop
-    max_tokens: int
-    folder: SetFolder
-
-
 class EvaluationRunner:
-    """Sends all requests at once: an engine that has finished a problem takes the next, of whatever set."""
+    """Asks for all groups at once: an engine that has finished a problem takes the next, of whatever set. An engine that dies or hangs is
+    replaced, and its groups are asked for again, as in training (Rollouts)."""
 
-    def __init__(self, cluster: Cluster, rollout: WorkerGroup, reward: WorkerGroup, running_requests: int, progress: Progress) -> None:
+    def __init__(self, config: Config, cluster: Cluster, rollout: WorkerGroup, reward: WorkerGroup, progress: Progress) -> None:
         self.cluster, self.rollout, self.reward, self.progress = cluster, rollout, reward, progress
-        self.dispatcher = Dispatcher(rollout.size, running_requests, SHARE)
+        self.rollouts = Rollouts(config, rollout, reward)
 
-    async def run(self, jobs: Sequence[Job]) -> None:
-        """Generate and judge all jobs; when it returns, every sample is on disk."""
+    async def run(self, wanted: Sequence[GroupRequest]) -> None:
+        """Generate and judge all groups; when it returns, every sample is on disk."""
         self.cluster.phase = START
         await asyncio.gather(self.rollout.ready(), self.reward.ready())
         self.cluster.phase = Phase("evaluation")
         self.progress.begin()
-        await gather_or_cancel([self.answer(job) for job in jobs])
+        await gather_or_cancel([self.answer(group) for group in wanted])
 
-    async def answer(self, job: Job) -> None:
-        unit = job.unit
-        request = GenerateRequest(unit.group_id, unit.prompt.token_ids, unit.count, job.sampling, job.stop, job.max_tokens)
-        async with self.dispatcher.seat(unit.count) as rank:
-            header_ref, group_ref = self.rollout.ref(rank, "generate", request, unit.prompt, returns=2)
-            header: GroupHeader = await header_ref
-        judge = rank % self.reward.size
-        verdicts = await self.reward.call(judge, "judge", group_ref, str(job.folder.part(judge)))
-        self.progress.finished(header.with_verdicts(verdicts))
+    async def answer(self, group: GroupRequest) -> None:
+        header, _ = await self.rollouts.generate_group(group)
+        self.progress.finished(header)
 
 
 class Progress:

@@ -49,8 +49,8 @@ class RolloutOnlyRunner(DebugRunner):
         sampler: PromptSampler, stop: Stop,
     ) -> None:  # fmt: skip
         super().__init__(config, folder, cluster, sampler, [])
-        self.prompts, self.rollout, self.reward = prompts, rollout, reward
-        self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
+        self.prompts, self.rollout, self.reward, self.stop = prompts, rollout, reward, stop
+        self.rollouts = Rollouts(config, rollout, reward, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.own_failures = OwnFailures(config.reward.own_tasks)
 
@@ -62,7 +62,7 @@ class RolloutOnlyRunner(DebugRunner):
 
         async def generate(indices: Sequence[int]) -> list[Scored]:
             prompts = [self.prompts[i] for i in indices]
-            return await self.rollouts.generate_groups(training_requests(algorithm, self.step, prompts, taken, dump))
+            return await self.rollouts.generate_groups(training_requests(algorithm, self.stop, self.step, prompts, taken, dump))
 
         await self.rollouts.begin_trace(self.step)
         with self.phase("rollout"):

@@ -45,8 +45,8 @@ class ReasoningRunner(TrainingLoop):
     ) -> None:  # fmt: skip
         super().__init__(config, folder, cluster, sampler, [actor] if critic is None else [actor, critic])
         self.actor, self.rollout, self.reward, self.critic, self.token_reward = actor, rollout, reward, critic, token_reward
-        self.prompts, self.val_prompts = prompts, val_prompts
-        self.rollouts = Rollouts(config, rollout, reward, stop, self.timers)
+        self.prompts, self.val_prompts, self.stop = prompts, val_prompts, stop
+        self.rollouts = Rollouts(config, rollout, reward, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
             config, sampler, self.rollouts, GroupsOnDisk(reward, folder.paths.samples), self.requests, self.total_steps
@@ -102,7 +102,7 @@ class ReasoningRunner(TrainingLoop):
     def requests(self, step: int, indices: Sequence[int], taken: Counter[str]) -> list[GroupRequest]:
         """What to ask of the engines for these prompts of `step`. taken: see training_requests."""
         dump = str(self.folder.paths.samples(step))
-        return training_requests(self.config.algorithm, step, [self.prompts[i] for i in indices], taken, dump)
+        return training_requests(self.config.algorithm, self.stop, step, [self.prompts[i] for i in indices], taken, dump)
 
     @asynccontextmanager
     async def actor_alone(self) -> AsyncIterator[None]:
@@ -115,7 +115,8 @@ class ReasoningRunner(TrainingLoop):
             return {}
         with self.phase("validate"):
             dump = str(self.folder.paths.validation(self.step))
-            wanted = validation_requests(self.config.validation, self.config.algorithm, self.step, self.val_prompts, dump)
+            how = self.config.validation, self.config.algorithm, self.stop
+            wanted = validation_requests(*how, self.step, self.val_prompts, dump)
             scored = await self.rollouts.generate_held_out(wanted)
         self.scores[self.step] = score_validation([header for header, _ in scored], len(self.val_prompts))
         return validation_metrics(self.scores[self.step], [p.source for p in self.val_prompts], self.config.validation.n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlinf.config.algorithm import AlgorithmConfig
@@ -17,15 +17,17 @@ from rlinf.rollout.contract import SamplingParams, Stop
 class GroupRequest:
     """A group to be generated: n samples of a prompt, each of at most max_new_tokens.
 
-    dump: the file to which its samples are written, for people to read. timer: the phase under which its seconds are counted.
+    dump: by the rank of the reward worker that judges it, the file to which that worker writes its samples. timer: the phase under which
+    its seconds are counted.
     """
 
     name: str
     prompt: Prompt
     n: int
     sampling: SamplingParams
+    stop: Stop
     max_new_tokens: int
-    dump: str
+    dump: Callable[[int], str]
     timer: str = "rollout"
 
     @property
@@ -34,16 +36,16 @@ class GroupRequest:
 
 
 def training_requests(
-    algorithm: AlgorithmConfig, step: int, prompts: Sequence[Prompt], taken: Counter[str], dump: str
+    algorithm: AlgorithmConfig, stop: Stop, step: int, prompts: Sequence[Prompt], taken: Counter[str], dump: str
 ) -> list[GroupRequest]:
     """A group for each prompt. taken: how often `step` has taken each prompt so far; this function updates it."""
     s = algorithm.sampling_params
-    wanted = algorithm.group_size, SamplingParams(s.temperature, s.top_p, s.top_k), s.max_new_tokens, dump
+    wanted = algorithm.group_size, SamplingParams(s.temperature, s.top_p, s.top_k), stop, s.max_new_tokens, lambda _: dump
     return [GroupRequest(name, p, *wanted) for name, p in zip(name_groups(step, prompts, taken), prompts)]
 
 
 def validation_requests(
-    wanted: ValidationConfig, algorithm: AlgorithmConfig, step: int, prompts: Sequence[Prompt], dump: str
+    wanted: ValidationConfig, algorithm: AlgorithmConfig, stop: Stop, step: int, prompts: Sequence[Prompt], dump: str
 ) -> list[GroupRequest]:
     """wanted.n answers to each problem, in groups no larger than those of training, so that they spread over the engines. All first groups
     come in the order of `prompts`, then all second ones.
@@ -58,8 +60,9 @@ def validation_requests(
             p,
             min(algorithm.group_size, wanted.n - begin),
             sampling,
+            stop,
             wanted.max_new_tokens or longest,
-            dump,
+            lambda _: dump,
             "validate",
         )
         for k, begin in enumerate(whole)

@@ -11,7 +11,7 @@ from rlinf.config.schema import Config
 from rlinf.data.records import Finish, GroupHeader
 from rlinf.errors import WorkerLost
 from rlinf.metrics.timers import Timers
-from rlinf.rollout.contract import EngineStats, GenerateRequest, Stop
+from rlinf.rollout.contract import EngineStats, GenerateRequest
 from rlinf.runners.engines import Engines
 from rlinf.runners.requests import GroupRequest
 from rlinf.runners.step_metrics import engine_metrics, engine_speed_metrics
@@ -22,13 +22,14 @@ Scored = tuple[GroupHeader, Ref]  # a judged group: what the driver sees of it, 
 
 
 class Rollouts:
-    """The driver's side of generation. A group costs two remote calls, `generate` and `judge`; its tokens do not pass through the driver.
+    """The driver's side of generation, in training and in an evaluation. A group costs two remote calls, `generate` and `judge`; its
+    tokens do not pass through the driver.
 
     in_flight: group -> the worker that has it now. timers: where the seconds of groups are counted.
     """
 
-    def __init__(self, config: Config, rollout: WorkerGroup, reward: WorkerGroup, stop: Stop, timers: Timers | None = None) -> None:
-        self.rollout, self.reward, self.stop, self.timers = rollout, reward, stop, timers or Timers()
+    def __init__(self, config: Config, rollout: WorkerGroup, reward: WorkerGroup, timers: Timers | None = None) -> None:
+        self.rollout, self.reward, self.timers = rollout, reward, timers or Timers()
         self.tracing = False
         self.config = config
         self.dispatcher = Dispatcher(rollout.size, config.rollout.max_running_requests, config.algorithm.group_size)
@@ -54,16 +55,17 @@ class Rollouts:
     async def generate_group(self, group: GroupRequest, pausable: bool = False) -> Scored:
         """One group, judged. pausable: pause() interrupts it, and after resume() it goes on from the tokens that it has."""
         header, tokens, rank = await self._generate(group, pausable)
-        self.in_flight[group.name] = f"reward rank {rank % self.reward.size} ({group.described})"
+        judge = rank % self.reward.size
+        self.in_flight[group.name] = f"reward rank {judge} ({group.described})"
         with self.timers.phase(group.timer):
-            verdicts = await self.reward.call(rank % self.reward.size, "judge", tokens, group.dump)
+            verdicts = await self.reward.call(judge, "judge", tokens, group.dump(judge))
         del self.in_flight[group.name]
         self.lengths[group.prompt.prompt_id] = mean_length(header)
         return header.with_verdicts(verdicts), tokens
 
     async def _generate(self, group: GroupRequest, pausable: bool) -> tuple[GroupHeader, Ref, int]:
         """(header without verdicts, tokens, the engine that finished it); asked again where an engine dies or is paused."""
-        request = GenerateRequest(group.name, group.prompt.token_ids, group.n, group.sampling, self.stop, group.max_new_tokens)
+        request = GenerateRequest(group.name, group.prompt.token_ids, group.n, group.sampling, group.stop, group.max_new_tokens)
         while True:
             if pausable:
                 await self._going.wait()

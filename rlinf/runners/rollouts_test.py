@@ -16,7 +16,8 @@ from tests.virtual_time import run_virtually
 
 
 def wanted(name: str, n: int) -> GroupRequest:
-    return GroupRequest(name, SimpleNamespace(prompt_id=name, token_ids=np.ones(3, np.int32)), n, SamplingParams(), 16, "samples")
+    prompt = SimpleNamespace(prompt_id=name, token_ids=np.ones(3, np.int32))
+    return GroupRequest(name, prompt, n, SamplingParams(), Stop(), 16, lambda _: "samples")
 
 
 async def decoded(engines: Engines) -> int:
@@ -25,7 +26,7 @@ async def decoded(engines: Engines) -> int:
 
 async def held_out_between_steps() -> None:
     engines = Engines(2, 64, 0)
-    rollouts = Rollouts(Config(), engines, Judges(), Stop())
+    rollouts = Rollouts(Config(), engines, Judges())
     await rollouts.generate_groups([wanted("1.a", 4)])
     of_step = await decoded(engines)
     assert of_step > 0

@@ -60,13 +60,13 @@ def make(
     config: Config, steps: int, seed: int, right: float = 0.5, prompts: int = PROMPTS, groups: int = GROUPS
 ) -> tuple[Schedule, Engines, Rollouts, Judges]:
     engines, judges = Engines(2, 2 * GROUPS * SAMPLES, seed), Judges(right)
-    rollouts = Rollouts(config, engines, judges, Stop())
+    rollouts = Rollouts(config, engines, judges)
     sampler = PromptSampler(prompts, groups, True, seed)
 
     def requests(step: int, indices: Sequence[int], taken: Counter[str]) -> list[GroupRequest]:
         prompts = [SimpleNamespace(prompt_id=f"p{i}", token_ids=np.ones(3, np.int32)) for i in indices]
         return [
-            GroupRequest(name, p, SAMPLES, SamplingParams(), 16, samples(step))
+            GroupRequest(name, p, SAMPLES, SamplingParams(), Stop(), 16, lambda _: samples(step))
             for name, p in zip(name_groups(step, prompts, taken), prompts)
         ]
 
@@ -161,7 +161,9 @@ def test_validation_leaves_carried_over_groups_of_the_same_prompts_alone() -> No
         await schedule.before_training()
         kept = dict(rollouts.unfinished)
         prompts = [SimpleNamespace(prompt_id=name.partition(".")[2], token_ids=np.ones(3, np.int32)) for name in kept]
-        scored = await rollouts.generate_groups(validation_requests(ValidationConfig(), AlgorithmConfig(), 1, prompts, "validation"))
+        scored = await rollouts.generate_groups(
+            validation_requests(ValidationConfig(), AlgorithmConfig(), Stop(), 1, prompts, "validation")
+        )
         assert kept and [len(header.sample_ids) for header, _ in scored] == [1] * len(kept)
         assert all(header.versions == (((0, header.response_lengths[0]),),) for header, _ in scored)
         assert rollouts.unfinished == kept

@@ -11,6 +11,7 @@ from rlinf.config.algorithm import AlgorithmConfig, SamplingConfig
 from rlinf.config.benchmarks import ValidationConfig
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample, Status, Verdict
 from rlinf.metrics.names import undocumented
+from rlinf.rollout.contract import Stop
 from rlinf.runners.requests import validation_requests
 from rlinf.runners.validation import ValidationScores, score_validation, validation_metrics
 
@@ -64,11 +65,13 @@ def test_answers_are_asked_for_in_groups_of_training_and_as_validation_says() ->
     prompts = [Prompt(name, np.array([1], np.int32), "math", ("7",)) for name in "ab"]
     algorithm = AlgorithmConfig(group_size=4, sampling_params=SamplingConfig(temperature=0.7, max_new_tokens=50))
     wanted = ValidationConfig(n=10, temperature=0.6, top_p=0.95)
-    asked = validation_requests(wanted, algorithm, 3, prompts, "file")
+    asked = validation_requests(wanted, algorithm, Stop((2,)), 3, prompts, "file")
     assert [(r.name, r.n) for r in asked] == [
         ("val.3.a", 4), ("val.3.b", 4), ("val1.3.a", 4), ("val1.3.b", 4), ("val2.3.a", 2), ("val2.3.b", 2),
     ]  # fmt: skip
     assert {(r.sampling.temperature, r.sampling.top_p, r.max_new_tokens, r.timer) for r in asked} == {(0.6, 0.95, 50, "validate")}
-    assert {r.max_new_tokens for r in validation_requests(replace(wanted, max_new_tokens=99), algorithm, 3, prompts, "file")} == {99}
-    (greedy, _) = validation_requests(ValidationConfig(), algorithm, 0, prompts, "file")
+    assert {(r.stop, r.dump(0), r.dump(1)) for r in asked} == {(Stop((2,)), "file", "file")}
+    longer = validation_requests(replace(wanted, max_new_tokens=99), algorithm, Stop(), 3, prompts, "file")
+    assert {r.max_new_tokens for r in longer} == {99}
+    (greedy, _) = validation_requests(ValidationConfig(), algorithm, Stop(), 0, prompts, "file")
     assert (greedy.n, greedy.sampling.temperature, greedy.max_new_tokens) == (1, 0.0, 50)

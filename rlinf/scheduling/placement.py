@@ -97,7 +97,7 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
         *_reward_seats(devices["reward"]),
     ]
     if any(s.component == PART for s in seats):
-        _check_spanning(config)
+        _check_spanning(config, weights_are_sent=True)
     if config.cluster.backend == "local" and any(s.rank for s in seats):
         counts = ", ".join(f"{c} {sum(s.component == c for s in seats)}" for c in COMPONENTS if c in devices)
         raise UserError(
@@ -149,7 +149,10 @@ def publishers(model: ActorModelConfig, ranks: int) -> list[list[int]]:
 def build_evaluation_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     """Engines on every device, one reward process on each node, no actor. cluster.component_placement is not used."""
     devices = [(n.rank, i) for n in nodes for i in range(n.devices)]
-    return Plan((*_rollout_seats(config.rollout.tensor_parallel_size, devices), *_reward_seats(devices)), "evaluation")
+    seats = _rollout_seats(config.rollout.tensor_parallel_size, devices)
+    if any(s.component == PART for s in seats):
+        _check_spanning(config, weights_are_sent=False)
+    return Plan((*seats, *_reward_seats(devices)), "evaluation")
 
 
 def build_sft_plan(config: Config, nodes: Sequence[Node]) -> Plan:
@@ -284,12 +287,12 @@ def _spanning_seats(span: int, devices: Sequence[DeviceAddress]) -> list[Seat]:
     return first + [Seat(PART, rank, *place) for rank, place in enumerate(others)]
 
 
-def _check_spanning(config: Config) -> None:
+def _check_spanning(config: Config, weights_are_sent: bool) -> None:
     """Raise UserError for settings that an engine which spans nodes does not support."""
     what = f"rollout.tensor_parallel_size: engines of {config.rollout.tensor_parallel_size} devices span nodes"
     if config.rollout.rollout_backend != "sglang":
         raise UserError(f"{what}, which only rollout.rollout_backend: sglang does")
-    if config.rollout.weight_transport not in (DISK, BROADCAST):
+    if weights_are_sent and config.rollout.weight_transport not in (DISK, BROADCAST):
         raise UserError(
             f"{what}, and each reads weights that all of them see: set rollout.weight_transport to disk or broadcast, "
             f"not {config.rollout.weight_transport}"

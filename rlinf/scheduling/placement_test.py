@@ -9,7 +9,7 @@ import pytest
 
 from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
-from rlinf.scheduling.placement import PART, Node, Plan, build_plan, describe, nodes_of, publishers
+from rlinf.scheduling.placement import PART, Node, Plan, build_evaluation_plan, build_plan, describe, nodes_of, publishers
 
 
 def config_of(
@@ -170,6 +170,17 @@ def test_an_engine_that_spans_nodes_has_as_many_devices_on_each() -> None:
     for refused, word in (({"transport": "auto"}, "disk or broadcast"), ({"restarts": 1}, "to 0"), ({"backend": "embedded"}, "sglang")):
         with pytest.raises(UserError, match=f"rollout.tensor_parallel_size: engines of 2 devices span nodes.*{word}"):
             plan(**refused)
+
+
+def test_an_evaluation_restarts_no_engine_that_spans_nodes() -> None:
+    config = config_of(2, 2, ALL, rollout_tp=4)
+    config.rollout.rollout_backend, config.rollout.weight_transport = "sglang", "auto"  # no weights are sent
+    assert len(build_evaluation_plan(config, nodes_of(config.cluster)).of(PART)) == 1
+    config.rollout.max_engine_restarts = 1
+    with pytest.raises(UserError, match="engines of 4 devices span nodes, .*: set rollout.max_engine_restarts to 0"):
+        build_evaluation_plan(config, nodes_of(config.cluster))
+    config.rollout.tensor_parallel_size = 2
+    assert len(build_evaluation_plan(config, nodes_of(config.cluster)).of("rollout")) == 2
 
 
 def test_nodes_may_differ_in_size() -> None:
