@@ -35,6 +35,7 @@ from rlinf.launch.train import launch_generation
 from rlinf.metrics.logger import MetricLogger
 from rlinf.rewards.tasks import judge_identity
 from rlinf.rollout.contract import SamplingParams, Stop
+from rlinf.run_paths import METRICS_FILE
 from rlinf.runners.requests import GroupRequest
 from rlinf.scheduling.placement import build_evaluation_plan
 from rlinf.weights.architecture import read_architecture
@@ -195,22 +196,27 @@ def show(results: Sequence[SetResult], out: Path) -> None:
 
 
 def write_curves(results: Sequence[SetResult], folder: Path) -> None:
-    """Write the TensorBoard scalars of each series over its steps, including earlier evaluations, anew from points.json."""
+    """Write the TensorBoard scalars of each series over its steps, including earlier evaluations, anew from points.json.
+
+    A kill at any instant loses no point: points.json is complete before anything is removed, and the rest is made from it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation may be of the same series
         for series in dict.fromkeys(r.series for r in results):
             file = folder / series / "points.json"
+            file.parent.mkdir(exist_ok=True)
             points: dict[str, dict[str, float]] = read_json(file) if file.exists() else {}
             for r in (r for r in results if r.series == series):
                 scores = {f"benchmark/{r.benchmark}/{name}": score.value for name, score in r.scores.items()}
                 points[str(r.step)] = points.get(str(r.step), {}) | scores
-            shutil.rmtree(folder / series, ignore_errors=True)
-            logger = MetricLogger(folder / series, ["tensorboard"])
+            write_whole(file, [json.dumps(points, indent=1) + "\n"])
+            shutil.rmtree(file.with_name("tensorboard"), ignore_errors=True)
+            file.with_name(METRICS_FILE).unlink(missing_ok=True)
+            logger = MetricLogger(file.parent, ["tensorboard"])
             for step in sorted(points, key=int):
                 logger.log(int(step), points[step])
             logger.close()
-            write_whole(file, [json.dumps(points, indent=1) + "\n"])
 
 
 def _say(line: str) -> None:

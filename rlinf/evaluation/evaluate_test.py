@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,16 +39,41 @@ def test_whatever_changes_samples_or_verdicts_is_part_of_the_identity(tmp_path: 
     assert all(other != base for other in others)
 
 
-def test_a_series_keeps_the_points_of_earlier_evaluations(tmp_path: Path) -> None:
-    def results(step: int, right: float) -> list[SetResult]:
-        found = tally(np.full((4, 1), right))
-        return [SetResult(f"run-{step}", "run", step, "set", found, score(found))]
+def results(step: int, right: float) -> list[SetResult]:
+    found = tally(np.full((4, 1), right))
+    return [SetResult(f"run-{step}", "run", step, "set", found, score(found))]
 
+
+def curve_of(folder: Path) -> list[tuple[int, float]]:
+    curve = EventAccumulator(str(folder / "run" / "tensorboard"))
+    curve.Reload()
+    return [(e.step, e.value) for e in curve.Scalars("benchmark/set/avg@1")]
+
+
+def test_a_series_keeps_the_points_of_earlier_evaluations(tmp_path: Path) -> None:
     for step, right in ((100, 0.0), (200, 1.0), (100, 1.0)):  # the last evaluation of a step counts
         write_curves(results(step, right), tmp_path)
-    curve = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    curve.Reload()
-    assert [(e.step, e.value) for e in curve.Scalars("benchmark/set/avg@1")] == [(100, 1.0), (200, 1.0)]
+    assert curve_of(tmp_path) == [(100, 1.0), (200, 1.0)]
+
+
+def test_no_point_is_lost_when_writing_curves_is_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    write_curves(results(100, 1.0), tmp_path)
+    for place in (
+        "rlinf.evaluation.evaluate.write_whole",
+        "rlinf.evaluation.evaluate.shutil.rmtree",
+        "rlinf.metrics.logger.MetricLogger.log",
+    ):
+        with monkeypatch.context() as there, pytest.raises(Killed):
+            there.setattr(place, killed)
+            write_curves(results(200, 0.0), tmp_path)
+    write_curves(results(300, 1.0), tmp_path)
+    assert curve_of(tmp_path) == [(100, 1.0), (200, 0.0), (300, 1.0)]
 
 
 def test_an_evaluation_that_was_killed_as_it_began_goes_on(tmp_path: Path) -> None:
