@@ -15,6 +15,7 @@ from rlinf.weights.routes import BROADCAST, DEVICE_IPC, DISK, DeviceAddress, Fee
 
 KEY = "cluster.component_placement"
 COMPONENTS = (*MEGATRON_ROLES, "rollout", "reward")
+PROFILED = ("actor", "critic", "rollout")
 PART = "rollout_part"  # seats of engines that span nodes, on all of their nodes but the first
 
 
@@ -123,6 +124,7 @@ def build_plan(config: Config, nodes: Sequence[Node]) -> Plan:
             "rollout.offload: engines and actor share no device in cluster.component_placement, and nobody needs the memory; "
             "set it to false"
         )
+    _check_profiled(config, seats)
     plan = Plan(tuple(seats), mode, config.rollout.weight_transport)
     if config.rollout.weight_transport == DEVICE_IPC and feeds_on_devices(config, plan.of("actor"), plan.of("rollout")) is None:
         raise UserError(
@@ -161,6 +163,7 @@ def build_sft_plan(config: Config, nodes: Sequence[Node]) -> Plan:
     seats = _megatron_seats("actor", config.actor.model, devices)
     if config.cluster.backend == "local" and len(seats) > 1:
         raise UserError(f"cluster.backend: local is one process, but the actor has {len(seats)} devices; use cluster.backend: ray")
+    _check_profiled(config, seats)
     return Plan(tuple(seats), "supervised")
 
 
@@ -299,6 +302,15 @@ def _check_spanning(config: Config, weights_are_sent: bool) -> None:
         )
     if config.rollout.max_engine_restarts:
         raise UserError(f"{what}, and one that dies is not started anew: set rollout.max_engine_restarts to 0")
+
+
+def _check_profiled(config: Config, seats: Sequence[Seat]) -> None:
+    """Raise UserError when a rank is to be profiled that no role has."""
+    runner, sizes = config.runner, {c: sum(s.component == c for s in seats) for c in PROFILED}
+    beyond = [rank for rank in runner.profile_ranks if not 0 <= rank < max(sizes.values())]
+    if beyond and runner.profile_steps:
+        there = ", ".join(f"{c} {_ranges(range(n))}" for c, n in sizes.items() if n)
+        raise UserError(f"runner.profile_ranks: no role has rank {beyond[0]}; there are {there}; name some of those")
 
 
 def _reward_seats(devices: Sequence[DeviceAddress]) -> list[Seat]:

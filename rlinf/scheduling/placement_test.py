@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from rlinf.config.schema import ActorModelConfig, ClusterConfig, Config
 from rlinf.errors import UserError
-from rlinf.scheduling.placement import PART, Node, Plan, build_evaluation_plan, build_plan, describe, nodes_of, publishers
+from rlinf.scheduling.placement import PART, Node, Plan, build_evaluation_plan, build_plan, build_sft_plan, describe, nodes_of, publishers
 
 
 def config_of(
@@ -181,6 +182,20 @@ def test_an_evaluation_restarts_no_engine_that_spans_nodes() -> None:
         build_evaluation_plan(config, nodes_of(config.cluster))
     config.rollout.tensor_parallel_size = 2
     assert len(build_evaluation_plan(config, nodes_of(config.cluster)).of("rollout")) == 2
+
+
+def test_a_profiled_rank_is_one_of_some_role() -> None:
+    def plan(ranks: list[int], build: Callable[[Config, list[Node]], Plan] = build_plan) -> Plan:
+        config = config_of(1, 6, {"actor": "0-3", "rollout,reward": "4-5"})
+        config.runner.profile_steps, config.runner.profile_ranks = [2], ranks
+        return build(config, nodes_of(config.cluster))
+
+    assert plan([0, 3]) and plan([3], build_sft_plan)
+    for rank in (4, -1):
+        with pytest.raises(UserError, match=f"runner.profile_ranks: no role has rank {rank}; there are actor 0-3, rollout 0-1; name some"):
+            plan([0, rank])
+    with pytest.raises(UserError, match="no role has rank 4; there are actor 0-3; name some"):
+        plan([4], build_sft_plan)
 
 
 def test_nodes_may_differ_in_size() -> None:
