@@ -28,7 +28,7 @@ from rlinf.rewards.tasks import check_tasks
 from rlinf.rewards.verifier import Verifier
 from rlinf.runners.selection import group_advantages
 from rlinf.workers.objective_settings import objective_settings
-from tests.tiny_run import lines, run, write_run
+from tests.tiny_run import ONE_PROCESS, lines, run, write_run
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 PYTHON = {name: code for name, code in re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL)}
@@ -272,6 +272,17 @@ def test_a_run_with_all_of_them(files: Path) -> None:
     ]
     assert all(m["rollout/own_parts_failed"] == 0 and 0 <= m["rollout/reward_own/steps"] <= 1 for m in steps)
     assert {json.loads(line)["task"] for line in (files / "logs/tiny/samples/step_000001.jsonl").open()} == {"interval"}
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_is_told_by_the_first_validation(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def broken(response):\n    return 1 / 0\n")
+    done = run(write_run(tmp_path, reward__own_parts={"broken": f"{tmp_path}/mine.py:broken"}, **ONE_PROCESS), "runner.max_steps=1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [line for line in done.stderr.splitlines() if "reward.own_parts" in line] == [
+        "step 0, validation: reward.own_parts broken failed for all 24 responses, so its part is 0: ZeroDivisionError: division by zero "
+        "(mine.py:2)"
+    ]
 
 
 MISTRAL = """

@@ -215,6 +215,20 @@ def test_several_sets_have_their_own_protocol(monkeypatch: pytest.MonkeyPatch, t
     assert results(tmp_path, name="gpqa_diamond")["identity"]["protocol"]["temperature"] == 0.6
 
 
+def test_a_judge_of_the_users_own_that_fails_is_told_at_once_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.py").write_text("def judge(answer, solutions):\n    return answer == '0' or oops\n")
+    write_problems(tmp_path / "set.jsonl", 3, "odd")
+    answer_with(monkeypatch, tmp_path, {"p0": ["\\boxed{0}"] * 2, "p1": ["\\boxed{0}", "\\boxed{1}"], "p2": ["\\boxed{0}"] * 2})
+    assert main(["eval", *words(tmp_path, model, n=2), f"reward.own_tasks={{odd: {tmp_path}/mine.py:judge}}"]) == 0
+    why = "responses, so they are UNDECIDED: NameError: name 'oops' is not defined (mine.py:2)"
+    assert [m for m in caplog.messages if "own_tasks" in m] == [
+        f"tiny, set/p1/0: reward.own_tasks odd failed for 1 of 2 {why}",
+        f"tiny: reward.own_tasks odd failed for 1 of 6 {why}",
+    ]
+
+
 def test_a_killed_evaluation_goes_on_and_repeats_nothing(tmp_path: Path, model: Path) -> None:
     write_problems(tmp_path / "set.jsonl", 24)
     command = ["eval", *words(tmp_path, model, n=12, max_tokens=64)]

@@ -18,6 +18,7 @@ from rlinf.cluster.phase import START, Phase
 from rlinf.config.schema import Config
 from rlinf.data.records import GroupHeader
 from rlinf.metrics.progress import duration
+from rlinf.runners.own_failures import OwnFailures
 from rlinf.runners.requests import GroupRequest
 from rlinf.runners.rollouts import Rollouts
 
@@ -31,6 +32,8 @@ class EvaluationRunner:
     def __init__(self, config: Config, cluster: Cluster, rollout: WorkerGroup, reward: WorkerGroup, progress: Progress) -> None:
         self.cluster, self.rollout, self.reward, self.progress = cluster, rollout, reward, progress
         self.rollouts = Rollouts(config, rollout, reward)
+        self.first_failures, self.all_failures = (OwnFailures(config.reward.own_tasks) for _ in range(2))
+        self.judged: list[GroupHeader] = []
 
     async def run(self, wanted: Sequence[GroupRequest]) -> None:
         """Generate and judge all groups; when it returns, every sample is on disk."""
@@ -39,9 +42,12 @@ class EvaluationRunner:
         self.cluster.phase = Phase("evaluation")
         self.progress.begin()
         await gather_or_cancel([self.answer(group) for group in wanted])
+        self.all_failures.tell(self.judged, self.progress.label)
 
     async def answer(self, group: GroupRequest) -> None:
         header, _ = await self.rollouts.generate_group(group)
+        self.first_failures.tell([header], f"{self.progress.label}, {group.name}")  # at once: the end may be hours away
+        self.judged.append(header)
         self.progress.finished(header)
 
 

@@ -68,7 +68,7 @@ class RolloutOnlyRunner(DebugRunner):
         with self.phase("rollout"):
             batch = await next_groups(self.sampler, algorithm, generate)
         await self.rollouts.end_trace()
-        self.own_failures.tell(batch.generated, self.step)
+        self.own_failures.tell(batch.generated, f"step {self.step}")
         headers = [header for header, _ in batch.scored]
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
         stats = await self.rollouts.engines.ask_all("stats")

@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class OwnFailures:
-    """Warns when a function first gives no result, and when it first gives none for a whole step: each once in a process.
+    """Warns when a function first gives no result, and when it first gives none for all groups of one tell(): each once.
 
     tasks: those that functions of the user's own judge (reward.own_tasks).
     """
@@ -21,8 +21,8 @@ class OwnFailures:
         self.tasks = tasks
         self._told: set[tuple[str, bool]] = set()
 
-    def tell(self, headers: Sequence[GroupHeader], step: int) -> None:
-        """headers: the judged groups of a step."""
+    def tell(self, headers: Sequence[GroupHeader], where: str) -> None:
+        """headers: judged groups. where: what they are of, such as `step 3`."""
         called, failed = Counter[str](), defaultdict[str, list[str]](list)
         for header in headers:
             for verdict in header.judged:
@@ -39,4 +39,4 @@ class OwnFailures:
                 self._told.add((name, everywhere))
                 counts = "so its part is 0" if name.startswith("reward.own_parts") else "so they are UNDECIDED"
                 share = f"all {called[name]}" if everywhere else f"{len(whys)} of {called[name]}"
-                log.warning("step %d: %s failed for %s responses, %s: %s", step, name, share, counts, whys[0])
+                log.warning("%s: %s failed for %s responses, %s: %s", where, name, share, counts, whys[0])

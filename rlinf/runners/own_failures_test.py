@@ -21,11 +21,11 @@ def group(*verdicts: Verdict, task: str = "math") -> GroupHeader:
 
 def test_a_part_is_told_when_it_first_fails_and_when_it_first_fails_everywhere(caplog: pytest.LogCaptureFixture) -> None:
     failures, broken = OwnFailures(()), ("short", "KeyError: 'x' (fns.py:14)")
-    failures.tell([group(part(), part())], 1)
+    failures.tell([group(part(), part())], "step 1")
     assert not caplog.messages
     for _ in range(2):
-        failures.tell([group(part(), part(broken)), group(part(broken))], 2)
-        failures.tell([group(part(broken), part(broken, ("steps", "no result")))], 3)
+        failures.tell([group(part(), part(broken)), group(part(broken))], "step 2")
+        failures.tell([group(part(broken), part(broken, ("steps", "no result")))], "step 3")
     assert caplog.messages == [
         "step 2: reward.own_parts short failed for 2 of 3 responses, so its part is 0: KeyError: 'x' (fns.py:14)",
         "step 3: reward.own_parts short failed for all 2 responses, so its part is 0: KeyError: 'x' (fns.py:14)",
@@ -38,5 +38,7 @@ def test_a_judge_that_fails_is_told_but_not_one_that_cannot_tell(caplog: pytest.
         return Verdict(0.0, status, "1", route, 0.0, reason)
 
     unsure, failed = verdict("own", ""), verdict("own_failed", "NameError: y (fns.py:3)")
-    OwnFailures({"odd"}).tell([group(unsure, failed, task="odd"), group(failed, task="math")], 4)
-    assert caplog.messages == ["step 4: reward.own_tasks odd failed for 1 of 2 responses, so they are UNDECIDED: NameError: y (fns.py:3)"]
+    OwnFailures({"odd"}).tell([group(unsure, failed, task="odd"), group(failed, task="math")], "step 4, validation")
+    assert caplog.messages == [
+        "step 4, validation: reward.own_tasks odd failed for 1 of 2 responses, so they are UNDECIDED: NameError: y (fns.py:3)"
+    ]

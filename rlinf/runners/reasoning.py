@@ -83,7 +83,7 @@ class ReasoningRunner(TrainingLoop):
         if self.config.cluster.backend == "local":  # a process has only one profiler, and the actor needs it next
             await self.rollouts.end_trace()
         await self.devices.pass_to(Turn.TRAIN)
-        self.own_failures.tell(batch.generated, self.step)
+        self.own_failures.tell(batch.generated, f"step {self.step}")
         headers = [header for header, _ in batch.scored]
         self.sync.refuse_foreign_versions(headers)
         self.folder.record_order(self.step, [h.group_id for h in headers], [h.group_id for h in batch.generated])
@@ -117,8 +117,9 @@ class ReasoningRunner(TrainingLoop):
             dump = str(self.folder.paths.validation(self.step))
             how = self.config.validation, self.config.algorithm, self.stop
             wanted = validation_requests(*how, self.step, self.val_prompts, dump)
-            scored = await self.rollouts.generate_held_out(wanted)
-        self.scores[self.step] = score_validation([header for header, _ in scored], len(self.val_prompts))
+            headers = [header for header, _ in await self.rollouts.generate_held_out(wanted)]
+        self.own_failures.tell(headers, str(self.cluster.phase))
+        self.scores[self.step] = score_validation(headers, len(self.val_prompts))
         return validation_metrics(self.scores[self.step], [p.source for p in self.val_prompts], self.config.validation.n)
 
     async def ready(self) -> None:
