@@ -105,7 +105,7 @@ def without_effect(sections: Sequence[str], provenance: Mapping[str, str], confi
             yield name, f"has a meaning only with {switch}: {wanted}; set that, or remove this"
 
 
-def beyond(provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
+def beyond(sections: Sequence[str], provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
     """(key, message) for every key whose value lies beyond what another key leaves room for, so that it has no effect.
 
     Where only that other key is set on the command line, the run is a trial of a smaller size, and the files may keep their values.
@@ -130,7 +130,7 @@ def beyond(provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str,
         ),
     ):
         trial = provenance.get(other) == COMMAND_LINE != provenance.get(name)
-        if idle and not trial:
+        if name.partition(".")[0] in sections and idle and not trial:
             yield name, f"has no effect: {why}; lower it, or remove it"
 
 

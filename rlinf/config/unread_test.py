@@ -172,6 +172,13 @@ def test_what_another_setting_leaves_no_room_for_is_refused_but_a_file_may_keep_
     check("train", str(tmp_path / "a.yaml"), off)
 
 
+def test_an_evaluation_in_one_process_restarts_no_engine_and_ignores_what_is_of_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="max_engine_restarts = 5 .*cannot be started anew"):
+        check("eval", GRPO, *EVAL, "rollout.max_engine_restarts=5", "cluster.backend=local")
+    (tmp_path / "a.yaml").write_text(f"extends: {GRPO}\nrunner: {{profile_steps: [9], max_steps: 5}}\n")
+    check("eval", str(tmp_path / "a.yaml"), *EVAL, "rollout.max_engine_restarts=5")
+
+
 def test_steps_and_samples_at_the_limit_are_within_it() -> None:
     check(
         "train",

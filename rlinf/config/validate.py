@@ -43,14 +43,19 @@ def validate(config: Config, provenance: Mapping[str, str] | None = None) -> Non
     dead = (
         partial(unread, "train", provenance or {}),
         partial(without_effect, sections, provenance or {}),
-        partial(beyond, provenance or {}),
+        partial(beyond, sections, provenance or {}),
     )
     _raise(config, provenance, (*rules, *dead))
 
 
 def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Like validate, with the rules for an evaluation."""
-    dead = (partial(unread, "eval", provenance or {}), partial(without_effect, ("rollout", "evaluation"), provenance or {}))
+    sections = ("rollout", "evaluation")
+    dead = (
+        partial(unread, "eval", provenance or {}),
+        partial(without_effect, sections, provenance or {}),
+        partial(beyond, sections, provenance or {}),
+    )
     _raise(config, provenance, (out_of_bounds, _cluster, _rollout, _reward, _evaluation, *dead))
 
 
