@@ -27,7 +27,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 FAMILIES["qwen3-moe"] = FAMILIES["qwen3"] | {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 3,
-    "moe_intermediate_size": 20, "norm_topk_prob": True, "num_key_value_heads": 4,
+    "moe_intermediate_size": 24, "norm_topk_prob": True, "num_key_value_heads": 4,
 }  # fmt: skip
 FAMILIES |= {f"{name}-tied": FAMILIES[name] | {"tie_word_embeddings": True} for name in ("qwen2", "qwen3", "llama")}
 

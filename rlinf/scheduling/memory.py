@@ -146,12 +146,13 @@ def mlp_activations(arch: Architecture, model: ActorModelConfig) -> int:
 
 
 def mlp_gradients(arch: Architecture, model: ActorModelConfig, tokens: int) -> int:
-    """Bytes of the gradients that are there at once in the backward pass of an MLP. Of experts also the rows of all a token goes to, before
-    they are added up, and the gradient of a rank's largest weight."""
+    """Bytes of the gradients that are there at once in the backward pass of an MLP. Of experts at its begin those of a rank's rows and of
+    their units; at its end, when their inputs are gone, the rows of all experts of a token before they are added up; and the gradient of a
+    rank's largest weight."""
     tp, size = model.tensor_model_parallel_size, BYTES[model.precision]
     if not arch.experts:
         return tokens * size * (2 * arch.hidden + 4 * arch.ffn // tp)
-    rows = arch.top_k * (arch.hidden + (arch.hidden + 4 * arch.ffn) // tp)
+    rows = arch.top_k * max((arch.hidden + 2 * arch.ffn) // tp, arch.hidden - 4 * arch.ffn // tp)
     return size * (tokens * (2 * arch.hidden + rows) + 2 * arch.ffn * arch.hidden * arch.experts // tp)
 
 

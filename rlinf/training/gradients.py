@@ -32,7 +32,7 @@ def main_grad(param: Parameter) -> Tensor:
 
 
 class DataParallel(DistributedDataParallel):
-    """For dense models and synchronous gradient sums.
+    """For synchronous gradient sums over all ranks that have the same parameters, experts included.
 
     main_grad is undefined between zero_grad_buffer() and a parameter's first gradient.
     """
@@ -41,7 +41,7 @@ class DataParallel(DistributedDataParallel):
         self.without_gradient: set[Parameter] = set()
         super().__init__(*args, **kwargs)
         if self.ddp_config.overlap_grad_reduce or self.expert_parallel_buffers:
-            raise ValueError("DataParallel neither overlaps the sum of gradients nor knows experts")
+            raise ValueError("DataParallel neither overlaps the sum of gradients nor knows groups of ranks for experts alone")
 
     def zero_grad_buffer(self) -> None:
         self.without_gradient = set(self.param_to_bucket_group)

@@ -19,30 +19,33 @@ from rlinf.weights.architecture import Architecture, read_architecture
 TOKENS, LAYERS = 1024, 6
 SHAPE = QWEN3_06B | {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": LAYERS, "head_dim": 64,
-    "num_attention_heads": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 8,
 }  # fmt: skip
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "norm_topk_prob": True}
 FULL = {"recompute_granularity": "full"}
 ALLOWANCE = 34 << 20  # for what a GPU's libraries take of torch's memory
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize(
-    ("precision", "kv_heads", "recompute"),
+    ("precision", "changes", "recompute"),
     [
-        ("fp32", 8, {}),
-        ("fp32", 8, FULL | {"recompute_method": "uniform", "recompute_num_layers": 1}),
-        ("fp32", 8, FULL | {"recompute_method": "block", "recompute_num_layers": 4}),
-        ("fp32", 8, {"recompute_granularity": "selective"}),
-        ("fp32", 8, FULL | {"recompute_method": "block", "recompute_num_layers": LAYERS}),
-        ("bf16", 2, {}),
+        ("fp32", {}, {}),
+        ("fp32", {}, FULL | {"recompute_method": "uniform", "recompute_num_layers": 1}),
+        ("fp32", {}, FULL | {"recompute_method": "block", "recompute_num_layers": 4}),
+        ("fp32", {}, {"recompute_granularity": "selective"}),
+        ("fp32", {}, FULL | {"recompute_method": "block", "recompute_num_layers": LAYERS}),
+        ("bf16", {"num_key_value_heads": 2}, {}),
+        ("fp32", EXPERTS, {}),
+        ("bf16", EXPERTS, FULL | {"recompute_method": "uniform", "recompute_num_layers": 1}),
     ],
-    ids=["fp32", "uniform", "block", "selective", "every layer", "grouped heads in bf16"],
+    ids=["fp32", "uniform", "block", "selective", "every layer", "grouped heads in bf16", "experts", "experts in bf16, uniform"],
 )
 def test_the_plan_of_a_ranks_memory_is_its_peak(
-    at: Any, device: torch.device, precision: str, kv_heads: int, recompute: dict[str, Any]
+    at: Any, device: torch.device, precision: str, changes: dict[str, Any], recompute: dict[str, Any]
 ) -> None:
     """It may promise a little more than is taken, as it does for a head as small as this one, and must not promise less."""
-    config, arch = Config(), read_architecture(SHAPE | {"num_key_value_heads": kv_heads})
+    config, arch = Config(), read_architecture(SHAPE | changes)
     config.actor.model = ActorModelConfig(precision=precision, transformer_impl="local", **recompute)
     config.runner.max_tokens_per_mbs = TOKENS
     plan = rank_memory(arch, config, "actor", dp=1, stage=0, gpu=True)

@@ -91,7 +91,9 @@ def test_chunks_of_logits_do_not_change_the_head(device: torch.device, at: Any, 
         torch.testing.assert_close(in_five, in_one, rtol=1e-3, atol=1e-3 if device.type == "cuda" else 1e-5)
 
 
-@pytest.mark.parametrize(("family", "lora"), [("qwen2-tied", ALL_WEIGHTS), ("qwen3", ALL_WEIGHTS), ("qwen2-tied", ADAPTERS)])
+@pytest.mark.parametrize(
+    ("family", "lora"), [("qwen2-tied", ALL_WEIGHTS), ("qwen3", ALL_WEIGHTS), ("qwen3-moe", ALL_WEIGHTS), ("qwen2-tied", ADAPTERS)]
+)
 def test_transformer_engines_layers_give_what_the_local_ones_give(
     device: torch.device, at: Any, models: dict[str, Path], family: str, lora: LoraConfig
 ) -> None:
@@ -215,17 +217,17 @@ def test_a_token_reward_model_is_parked_while_it_does_not_score(device: torch.de
 
 
 @pytest.mark.parametrize("transport", [SHARED_MEMORY, DEVICE_IPC])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("family", "precision"), [("qwen2-tied", "fp32"), ("qwen2-tied", "bf16"), ("qwen3-moe", "bf16")])
 def test_an_engine_on_the_same_device_runs_the_actors_weights(
-    device: torch.device, at: Any, models: dict[str, Path], precision: str, transport: str, tmp_path: Path
+    device: torch.device, at: Any, models: dict[str, Path], family: str, precision: str, transport: str, tmp_path: Path
 ) -> None:
     """Also when what it took them from holds something else. The engine is made as a worker makes it."""
-    actor = engine_on(device, at, models["qwen2-tied"], precision)
+    actor = engine_on(device, at, models[family], precision)
     update(actor, minibatches(actor)[0])
     config = Config(runner=RunnerConfig(seq_length=64))
-    config.rollout = RolloutConfig(str(models["qwen2-tied"]), rollout_backend="embedded", precision=precision, gpu_memory_utilization=1.0)
+    config.rollout = RolloutConfig(str(models[family]), rollout_backend="embedded", precision=precision, gpu_memory_utilization=1.0)
     engine = build_engine(config, SimpleNamespace(decode=str), device.type, tmp_path / "engine.log", "gpu-test")
-    publisher = Publisher(actor, f"gpu-test-{precision}", tmp_path)
+    publisher = Publisher(actor, f"gpu-test-{family}-{precision}", tmp_path)
     try:
         asyncio.run(engine.load_weights(publisher.hand_out(1, [transport]).sources[transport], 1))
         for buffer in publisher.on_device._offered.values():
