@@ -46,6 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ({"max_tokens": 5000}, ["evaluation.custom.max_tokens = 5000", "max_position_embeddings 4096", "lower it to at most"]),
         ({"path": "/nowhere.jsonl"}, ["/nowhere.jsonl: no such data file"]),
         ({"stop": '[""]'}, ["evaluation.custom.stop", "end every response at once"]),
+        ({"max_new_tokens": 8}, ["evaluation.custom.max_new_tokens is not a key here", "it is called max_tokens"]),
         ({"pth": "x"}, ["unknown key evaluation.custom.pth", "did you mean evaluation.custom.path?"]),
     ],
 )

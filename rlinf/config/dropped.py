@@ -118,7 +118,7 @@ KEYS: dict[str, str] = {
     "actor.lr_sched.min_lr": "use actor.optim.min_lr",
     "actor.lr_sched*": "use actor.optim.{lr, min_lr, lr_decay_style, lr_decay_steps, lr_warmup_steps}",
     "*.group_name": "groups of workers are named after their component; remove it",
-    # reward, critic, inference
+    # reward, critic, evaluation, inference
     "reward.len_reward_penalty": "use reward.overlong_buffer and its neighbours for answers that are too long",
     "reward.safe_length": "use reward.overlong_buffer and its neighbours for answers that are too long",
     "reward.use_reward_model": (
@@ -127,6 +127,7 @@ KEYS: dict[str, str] = {
     "reward.tokenizer*": "the tokenizer is read from rollout.model_dir; remove it",
     "critic.use_critic_model": "algorithm.adv_type: gae has a critic, no other has; remove it",
     "algorithm.value_clip": "use critic.value_clip",
+    "evaluation.*.max_new_tokens": "in the section of a benchmark it is called max_tokens",
     "inference*": "the actor recomputes log-probabilities itself; remove the section and the component",
 }
 KEYS |= {
