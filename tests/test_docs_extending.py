@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import torch
 import yaml
 
+from rlinf.algorithms.advantages import ADVANTAGES
 from rlinf.algorithms.aggregation import Denominators
+from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import ResponseTokens, policy_objective
 from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.load import ROOT, load
@@ -232,6 +235,15 @@ def test_the_advantage(files: Path) -> None:
     group = type("Header", (), {"rewards": [5.0, -5.0, 5.0], "loss_tokens": [3, 2, 4], "finishes": [None] * 3})
     (found,) = group_advantages([group], config.algorithm)  # type: ignore[list-item]
     assert found.tolist() == [0.0, -10.0, 0.0]
+
+
+def test_functions_of_the_users_own_do_not_join_the_built_in_ones(files: Path) -> None:
+    ours, algorithm = (dict(LOSSES), dict(ADVANTAGES)), resolved(files).algorithm
+    group = type("Header", (), {"rewards": [5.0, -5.0], "loss_tokens": [3, 2], "finishes": [None] * 2})
+    group_advantages([group], algorithm)  # type: ignore[list-item]
+    assert objective_settings(algorithm).loss.__name__ == "soft_clip" and (LOSSES, ADVANTAGES) == ours
+    with pytest.raises(ValueError, match="loss_type must be one of"):
+        replace(objective_settings(algorithm), own_loss=None)
 
 
 def test_an_advantage_with_a_second_parameter_sees_the_tokens(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def raw_reward(rewards_G: np.ndarray) -> np.ndarray:
     return rewards_G
 
 
-ADVANTAGES: dict[str, Callable[..., np.ndarray]] = {
+Estimator = Callable[..., np.ndarray]
+ADVANTAGES: dict[str, Estimator] = {
     "grpo": grpo,
     "rloo": rloo,
     "dr_grpo": centred,
@@ -57,16 +58,20 @@ COMPARING = frozenset(ADVANTAGES) - {"reinforce++", "gae"}  # estimators that ne
 
 
 def outcome_advantages(
-    rewards: Sequence[Sequence[float]], loss_tokens: Sequence[Sequence[int]], adv_type: str, normalize: bool
+    rewards: Sequence[Sequence[float]],
+    loss_tokens: Sequence[Sequence[int]],
+    adv_type: str,
+    normalize: bool,
+    own: Estimator | None = None,
 ) -> list[np.ndarray]:
     """For each group an array with one advantage for each response; with `normalize`, whitened over all response tokens of the batch.
 
-    rewards, loss_tokens: for each group a sequence with a number for each response. An estimator of the user's own that has a second
-    parameter without a default is given the loss tokens of the group too.
+    rewards, loss_tokens: for each group a sequence with a number for each response. own: the user's own estimator, where adv_type names
+    one; with a second parameter without a default it is given the loss tokens of the group too.
     Raises ValueError for a reward that is not finite, and for a group of one response if adv_type compares responses;
     UserError when a user's estimator does not return one finite number for each response.
     """
-    estimate, groups = ADVANTAGES[adv_type], []
+    estimate, groups = own or ADVANTAGES[adv_type], []
     sees_tokens = sum(p.default is p.empty for p in signature(estimate).parameters.values()) > 1
     for index, (group, tokens) in enumerate(zip(rewards, loss_tokens, strict=True)):
         rewards_G = np.asarray(group, dtype=np.float64)

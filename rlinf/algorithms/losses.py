@@ -110,7 +110,8 @@ def sequence_mean_S(values_N: Tensor, sample_N: Tensor, n_samples: int) -> Tenso
     return sums_S / counts_S.clamp(min=1)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int, Clip], TokenLosses]] = {
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor, int, Clip], TokenLosses]
+LOSSES: dict[str, PolicyLoss] = {
     "ppo": ppo,
     # AReaL, arXiv 2505.24298: around pi_prox = pi_old; its weight pi_prox / pi_behaviour is a Correction (importance.py)
     "decoupled-ppo": ppo,

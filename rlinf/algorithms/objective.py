@@ -19,7 +19,7 @@ from torch import Tensor
 from rlinf.algorithms.aggregation import Denominators, token_weights_N
 from rlinf.algorithms.importance import Correction, importance_weights, proximal_logprobs_N
 from rlinf.algorithms.kl import kl_estimate_N
-from rlinf.algorithms.losses import LOSSES, Clip, check_token_losses, cispo, gspo, gspo_token, importance_ratio_N
+from rlinf.algorithms.losses import LOSSES, Clip, PolicyLoss, check_token_losses, cispo, gspo, gspo_token, importance_ratio_N
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ObjectiveSettings:
 
     correction: None = no importance weights: the engine's probabilities are assumed to be the actor's.
     decoupled-ppo is ppo with the correction `token-mask`: pi_old is pi_prox, and the engine's policy is pi_behaviour. When the tokens have
-    ages, pi_prox is interpolated (importance.proximal_logprobs_N).
+    ages, pi_prox is interpolated (importance.proximal_logprobs_N). own_loss: the user's own function, where loss_type names one.
     """
 
     loss_type: str
@@ -41,14 +41,20 @@ class ObjectiveSettings:
     entropy_bonus: float
     correction: Correction | None
     max_new_tokens: int
+    own_loss: PolicyLoss | None = None
 
     def __post_init__(self) -> None:
-        if self.loss_type not in LOSSES:
+        if self.own_loss is None and self.loss_type not in LOSSES:
             raise ValueError(f"loss_type must be one of {sorted(LOSSES)}, got {self.loss_type!r}")
-        if self.clip_c is not None and (self.clip_c <= 1 or LOSSES[self.loss_type] in (gspo, gspo_token, cispo)):
+        if self.clip_c is not None and (self.clip_c <= 1 or self.loss in (gspo, gspo_token, cispo)):
             raise ValueError(f"the dual-clip constant must be > 1 and is for ppo, got {self.clip_c} with {self.loss_type}")
         if self.loss_type == "decoupled-ppo" and self.correction is None:
             raise ValueError("decoupled-ppo needs a correction: it is what weighs pi_prox against pi_behaviour")
+
+    @property
+    def loss(self) -> PolicyLoss:
+        """The function of the policy loss."""
+        return self.own_loss or LOSSES[self.loss_type]
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def policy_objective(batch: ResponseTokens, denominators: Denominators, settings
     weights_C = token_weights_N(settings.loss_agg_func, sample_C, tokens.n_samples, denominators, settings.max_new_tokens)
 
     clip = Clip(settings.clip_low, settings.clip_high, settings.clip_c)
-    policy = LOSSES[settings.loss_type](logprobs_C, old_logprobs_C, advantages_C, sample_C, tokens.n_samples, clip)
+    policy = settings.loss(logprobs_C, old_logprobs_C, advantages_C, sample_C, tokens.n_samples, clip)
     check_token_losses(policy, logprobs_C, settings.loss_type)
     policy_C, limited_C = policy.loss_N, None
     if settings.correction is not None:

@@ -80,6 +80,11 @@ def load_own(reference: str) -> Callable[..., Any]:
     return function
 
 
+def own_function(value: Any) -> Callable[..., Any] | None:
+    """The function that the value of a key names; None when the value is one of our names."""
+    return load_own(value) if is_own(value) else None
+
+
 def check_own(key: str, reference: str) -> None:
     """Load the function that `key` names, and compare its parameters with what it will be called with; it is not run.
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rlinf.algorithms.advantages import ADVANTAGES, outcome_advantages
+from rlinf.algorithms.advantages import outcome_advantages
 from rlinf.algorithms.filters import has_signal, update_subset
 from rlinf.config.algorithm import AlgorithmConfig
-from rlinf.config.own_code import is_own, load_own
+from rlinf.config.own_code import own_function
 from rlinf.data.records import GroupHeader
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
@@ -91,6 +91,5 @@ def group_advantages(headers: Sequence[GroupHeader], algorithm: AlgorithmConfig)
     """Advantages of each group, from the rewards of all its responses. Whitened here, unless the actor does that later token by token."""
     tokens = [counted_tokens(header, algorithm) for header in headers]
     whiten = algorithm.normalize_advantages and not algorithm.token_level
-    if is_own(algorithm.adv_type):
-        ADVANTAGES[algorithm.adv_type] = load_own(algorithm.adv_type)
-    return outcome_advantages([h.rewards for h in headers], tokens, algorithm.adv_type, whiten)
+    own = own_function(algorithm.adv_type)
+    return outcome_advantages([h.rewards for h in headers], tokens, algorithm.adv_type, whiten, own)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from rlinf.algorithms.importance import Correction
-from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import ObjectiveSettings
 from rlinf.algorithms.token_advantages import TokenAdvantageSettings
 from rlinf.config.algorithm import AlgorithmConfig
-from rlinf.config.own_code import is_own, load_own
+from rlinf.config.own_code import own_function
 
 
 def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
-    """The settings of the policy loss. A loss of the user's own is loaded and added to LOSSES."""
-    if is_own(algorithm.loss_type):
-        LOSSES[algorithm.loss_type] = load_own(algorithm.loss_type)
+    """The settings of the policy loss. A loss of the user's own is loaded."""
     eps = algorithm.ratio_clip_eps
     return ObjectiveSettings(
         loss_type=algorithm.loss_type,
@@ -26,6 +23,7 @@ def objective_settings(algorithm: AlgorithmConfig) -> ObjectiveSettings:
         entropy_bonus=algorithm.entropy_bonus,
         correction=correction_of(algorithm),
         max_new_tokens=algorithm.sampling_params.max_new_tokens,
+        own_loss=own_function(algorithm.loss_type),
     )
 
 
