@@ -7,7 +7,7 @@ A file may hold settings for several commands; a word of the command line is mea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlinf.config.benchmarks import BENCHMARKS
 from rlinf.config.keys import known_keys
@@ -46,40 +46,54 @@ EVAL = {
 }
 UNREAD = {"train": TRAIN, "sft": SFT, "eval": EVAL}  # command -> key or section -> what to do; the longest name that fits counts
 
-ONLY_WITH: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # key -> the one that it acts with, when, and what to write there
-    "runner.max_restarts": ("runner.on_hang", lambda v: v == "restart", "restart"),
-    "runner.profile_ranks": ("runner.profile_steps", bool, "[a step]"),
-    "algorithm.kl_penalty_type": ("algorithm.kl_beta", bool, "more than 0"),
-    "algorithm.behav_imp_weight_cap": ("algorithm.loss_type", lambda v: v == "decoupled-ppo", "decoupled-ppo"),
-    "algorithm.importance_sampling_clip": ("algorithm.importance_sampling_fix", bool, "true"),
-    "algorithm.dynamic_sampling_max_batches": ("algorithm.dynamic_sampling", bool, "true"),
-    "data.chat_template_variables": ("data.apply_chat_template", bool, "true"),
-    "rollout.sglang": ("rollout.rollout_backend", lambda v: v == "sglang", "sglang"),
-    "reward.overlong_penalty": ("reward.overlong_buffer", bool, "more than 0"),
-    **{f"validation.{name}": ("data.val_data_paths", bool, "[a file]") for name in ("n", "temperature", "max_new_tokens")},
-    **{f"validation.{name}": ("validation.temperature", bool, "more than 0") for name in ("top_p", "top_k")},
-    "sft.reweighting_temperature": ("sft.reweighting", bool, "lin_upper, or another"),
-    **{
-        f"{role}.optim.{name}": (f"{role}.optim.lr_decay_style", lambda v: v != "constant", "linear or cosine")
+
+class OnlyWith(NamedTuple):
+    """`key` has a meaning only while `acts` is true of the value of the key `switch`. wanted: what to set that one to."""
+
+    key: str
+    switch: str
+    acts: Callable[[Any], bool]
+    wanted: str
+
+
+ONLY_WITH = (
+    OnlyWith("runner.max_restarts", "runner.on_hang", lambda v: v == "restart", "restart"),
+    OnlyWith("runner.profile_ranks", "runner.profile_steps", bool, "[a step]"),
+    *(
+        OnlyWith(f"runner.{name}", "runner.save_interval", bool, "-1, or more")
+        for name in ("async_checkpoint", "keep_checkpoints", "keep_best")
+    ),
+    OnlyWith("algorithm.kl_penalty_type", "algorithm.kl_beta", bool, "more than 0"),
+    OnlyWith("algorithm.behav_imp_weight_cap", "algorithm.loss_type", lambda v: v == "decoupled-ppo", "decoupled-ppo"),
+    OnlyWith("algorithm.importance_sampling_clip", "algorithm.importance_sampling_fix", bool, "true"),
+    OnlyWith("algorithm.dynamic_sampling_max_batches", "algorithm.dynamic_sampling", bool, "true"),
+    OnlyWith("data.chat_template_variables", "data.apply_chat_template", bool, "true"),
+    OnlyWith("rollout.sglang", "rollout.rollout_backend", lambda v: v == "sglang", "sglang"),
+    OnlyWith("reward.overlong_penalty", "reward.overlong_buffer", bool, "more than 0"),
+    *(
+        OnlyWith(f"validation.{name}", switch, bool, wanted)
+        for name in ("n", "temperature", "max_new_tokens")
+        for switch, wanted in (("data.val_data_paths", "[a file]"), ("runner.val_check_interval", "-1, or more"))
+    ),
+    *(OnlyWith(f"validation.{name}", "validation.temperature", bool, "more than 0") for name in ("top_p", "top_k")),
+    OnlyWith("sft.reweighting_temperature", "sft.reweighting", bool, "lin_upper, or another"),
+    *(
+        OnlyWith(f"{role}.optim.{name}", f"{role}.optim.lr_decay_style", lambda v: v != "constant", "linear or cosine")
         for role in ("actor", "critic")
         for name in ("min_lr", "lr_decay_steps")
-    },
-    **{
-        f"{role}.lora.{name}": (f"{role}.lora.rank", bool, "more than 0")
+    ),
+    *(
+        OnlyWith(f"{role}.lora.{name}", f"{role}.lora.rank", bool, "more than 0")
         for role in ("actor", "critic")
         for name in ("alpha", "target_modules", "seed")
-    },
-    **{
-        f"evaluation.{name}.{key}": (f"evaluation.{name}.temperature", bool, "more than 0")
+    ),
+    *(
+        OnlyWith(f"evaluation.{name}.{key}", f"evaluation.{name}.temperature", bool, "more than 0")
         for name in BENCHMARKS
         for key in ("top_p", "top_k")
-    },
-    **{f"evaluation.{name}.instruction": (f"evaluation.{name}.template", lambda v: v != "raw", "chat or r1") for name in BENCHMARKS},
-}  # fmt: skip
-UNLESS_OFF: dict[str, tuple[str, Callable[[Any], bool], str]] = {  # the same, where that other key is on unless somebody sets it
-    **{f"validation.{name}": ("runner.val_check_interval", bool, "-1, or more") for name in ("n", "temperature", "max_new_tokens")},
-    **{f"runner.{name}": ("runner.save_interval", bool, "-1, or more") for name in ("async_checkpoint", "keep_checkpoints", "keep_best")},
-}
+    ),
+    *(OnlyWith(f"evaluation.{name}.instruction", f"evaluation.{name}.template", lambda v: v != "raw", "chat or r1") for name in BENCHMARKS),
+)
 
 
 def unread(command: str, provenance: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
@@ -98,7 +112,7 @@ def without_effect(sections: Sequence[str], provenance: Mapping[str, str], confi
 
     When the user has set that other key too, it may be off only for a while; then only keys on the command line count.
     """
-    for name, (switch, acts, wanted) in (*ONLY_WITH.items(), *UNLESS_OFF.items()):
+    for name, switch, acts, wanted in ONLY_WITH:
         forgotten = provenance.get(switch) == DEFAULT or provenance.get(name) == COMMAND_LINE
         default, value = known_keys()[name].default, value_of(config, name)
         if name.partition(".")[0] in sections and value != default and forgotten and not acts(value_of(config, switch)):
@@ -110,28 +124,24 @@ def beyond(sections: Sequence[str], provenance: Mapping[str, str], config: Confi
 
     Where only that other key is set on the command line, the run is a trial of a smaller size, and the files may keep their values.
     """
-    runner, algorithm, rollout = config.runner, config.algorithm, config.rollout
-    late = [step for step in runner.profile_steps if step > runner.max_steps > 0]
-    updates = algorithm.num_update_sample_per_prompt or 0
-    restarts = rollout.max_engine_restarts not in (0, known_keys()["rollout.max_engine_restarts"].default)  # config.yaml of a run has all
-    for name, other, idle, why in (
-        ("runner.profile_steps", "runner.max_steps", late, f"the run ends after step {runner.max_steps} (runner.max_steps)"),
-        (
-            "algorithm.num_update_sample_per_prompt",
-            "algorithm.group_size",
-            updates > algorithm.group_size,
-            f"a prompt has algorithm.group_size ({algorithm.group_size}) responses",
-        ),
-        (
-            "rollout.max_engine_restarts",
-            "cluster.backend",
-            restarts and config.cluster.backend == "local",
-            "an engine that shares its process with the driver (cluster.backend local) cannot be started anew",
-        ),
-    ):
-        trial = provenance.get(other) == COMMAND_LINE != provenance.get(name)
-        if name.partition(".")[0] in sections and idle and not trial:
+    for name, limit, why in _past_limits(config):
+        trial = provenance.get(limit) == COMMAND_LINE and provenance.get(name) != COMMAND_LINE
+        if name.partition(".")[0] in sections and not trial:
             yield name, f"has no effect: {why}; lower it, or remove it"
+
+
+def _past_limits(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key, the key that leaves no room for its value, why)."""
+    max_steps, algorithm, max_restarts = config.runner.max_steps, config.algorithm, config.rollout.max_engine_restarts
+    if any(step > max_steps > 0 for step in config.runner.profile_steps):
+        yield "runner.profile_steps", "runner.max_steps", f"the run ends after step {max_steps} (runner.max_steps)"
+    if (algorithm.num_update_sample_per_prompt or 0) > algorithm.group_size:
+        why = f"a prompt has algorithm.group_size ({algorithm.group_size}) responses"
+        yield "algorithm.num_update_sample_per_prompt", "algorithm.group_size", why
+    default = known_keys()["rollout.max_engine_restarts"].default  # is no mistake: config.yaml of a run has all keys
+    if config.cluster.backend == "local" and max_restarts not in (0, default):
+        why = "an engine that shares its process with the driver (cluster.backend local) cannot be started anew"
+        yield "rollout.max_engine_restarts", "cluster.backend", why
 
 
 def recipe_for_sft(config: Config) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,7 @@ import pytest
 
 from rlinf.config.keys import known_keys, known_sections
 from rlinf.config.load import load
-from rlinf.config.unread import ONLY_WITH, UNREAD
+from rlinf.config.unread import ONLY_WITH, UNREAD, OnlyWith
 from rlinf.config.validate import validate, validate_evaluation, validate_sft
 from rlinf.errors import UserError
 
@@ -136,12 +136,18 @@ def command_of(key: str) -> tuple[str, str, list[str]]:
     )
 
 
-@pytest.mark.parametrize("key", [k for k in ONLY_WITH if not k.startswith("evaluation.") or ".custom." in k])
-def test_a_key_that_acts_only_with_another_is_refused_without_it(key: str) -> None:
+OFF_BY_DEFAULT = [rule for rule in ONLY_WITH if not rule.acts(known_keys()[rule.switch].default)]
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in OFF_BY_DEFAULT if not r.key.startswith("evaluation.") or ".custom." in r.key], ids=lambda r: r.key
+)
+def test_a_key_that_acts_only_with_another_is_refused_without_it(rule: OnlyWith) -> None:
+    key = rule.key
     (value, with_it), (command, config, words) = DEAD[key], command_of(key)
     with pytest.raises(UserError) as error:
         check(command, config, *words, f"{key}={value}")
-    assert f"  {key} = " in str(error.value) and f"has a meaning only with {ONLY_WITH[key][0]}: " in str(error.value)
+    assert f"  {key} = " in str(error.value) and f"has a meaning only with {rule.switch}: " in str(error.value)
     check(command, config, *words, f"{key}={value}", *with_it.split())
 
 
