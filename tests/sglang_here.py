@@ -9,6 +9,7 @@ import pytest
 from rlinf.data.tokenizer import load_tokenizer
 from rlinf.errors import UserError
 from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.sglang_options import ServerSettings
 from rlinf.rollout.sglang_server import find_interpreter
 
 
@@ -26,15 +27,13 @@ needs_sglang = (pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=
 
 def small_server(model_dir: Path, max_context: int, native: dict[str, str] | None = None, tensor_parallel_size: int = 1) -> SGLangEngine:
     log = model_dir.parent / "sglang.log"
-    return SGLangEngine(
+    settings = ServerSettings(
         str(model_dir),
         dtype="fp32",
         slots=4,
         max_context=max_context,
         seed=7,
-        log=log,
-        run_id=f"test-{model_dir.parent.name}",
-        native=native,
         tensor_parallel_size=tensor_parallel_size,
-        decode=load_tokenizer(str(model_dir)).decode,
+        native=native or {},
     )
+    return SGLangEngine(settings, log=log, run_id=f"test-{model_dir.parent.name}", decode=load_tokenizer(str(model_dir)).decode)

@@ -11,7 +11,7 @@ from rlinf.device import choose, limit_memory
 from rlinf.rollout.contract import RolloutEngine
 from rlinf.rollout.embedded_engine import EmbeddedEngine
 from rlinf.rollout.sglang_engine import SGLangEngine
-from rlinf.rollout.sglang_options import ServerNode
+from rlinf.rollout.sglang_options import ServerNode, ServerSettings
 
 
 class Tokenizer(Protocol):
@@ -36,24 +36,27 @@ def build_engine(
     """
     rollout = config.rollout
     if rollout.rollout_backend == "sglang":
-        return SGLangEngine(
+        settings = ServerSettings(
             rollout.model_dir,
             dtype=rollout.precision or config.actor.model.precision,
             slots=rollout.max_running_requests,
             max_context=config.runner.seq_length,
             seed=rollout.seed,
-            log=log,
-            run_id=run_id,
             device=device,
             tensor_parallel_size=rollout.tensor_parallel_size,
             memory_fraction=rollout.gpu_memory_utilization,
             memory_saver=rollout.offload,
-            native=rollout.sglang,
-            python=rollout.sglang_python,
             trust_remote_code=rollout.trust_remote_code,
+            native=rollout.sglang,
+            node=node,
+        )
+        return SGLangEngine(
+            settings,
+            log=log,
+            run_id=run_id,
+            python=rollout.sglang_python,
             start_timeout=config.cluster.start_timeout,
             on_death=on_death,
-            node=node,
             decode=tokenizer.decode,
         )
     if config.cluster.backend == "ray":  # in one process the limit would be the actor's too

@@ -24,7 +24,7 @@ from rlinf.errors import RunFailed, UserError
 from rlinf.rollout.contract import Capabilities, Counters, Decode, EngineStats, GenerateRequest
 from rlinf.rollout.limits import SLACK, architecture_for, check_request
 from rlinf.rollout.sglang_http import Refused, SGLangHttp
-from rlinf.rollout.sglang_options import ServerNode, check, of_model, on_device
+from rlinf.rollout.sglang_options import ServerSettings, check
 from rlinf.rollout.sglang_samples import Arriving, arriving, body_of
 from rlinf.rollout.sglang_server import SGLangServer, find_interpreter
 from rlinf.rollout.sglang_weights import offered
@@ -47,39 +47,25 @@ class SGLangEngine:
 
     A Sample holds the tokens decoded for its request (not those of its prefix). load_weights() may be called while requests run: their
     samples go on with the new weights, with all keys and values computed anew; the server reports which version decoded which token.
-    dtype: fp32, bf16 or fp16. slots: samples decoded at once. max_context: prompt + response tokens. memory_saver: sleep() frees memory
-    (on a GPU). native: options of the server (rollout.sglang).
-    node: for an engine that spans several nodes; all but the first take no requests.
+    log: the server's log file. run_id: marks its files in shared memory. python: the interpreter that has SGLang; None = found.
     on_death: called from another thread when the server dies; running requests then end with the tokens that have arrived (finish ABORT)
     instead of raising, because another engine will continue them. decode: finds stop strings at the end of an aborted sample.
     """
 
     def __init__(
         self,
-        model_dir: str,
+        settings: ServerSettings,
         *,
-        dtype: str,
-        slots: int,
-        max_context: int,
-        seed: int,
         log: Path,
         run_id: str,
-        device: str = "cpu",
-        tensor_parallel_size: int = 1,
-        memory_fraction: float = 0.55,
-        memory_saver: bool = False,
-        native: dict[str, str] | None = None,
         python: str | None = None,
-        trust_remote_code: bool = False,
         start_timeout: float = 600.0,
         on_death: Callable[[], None] | None = None,
-        node: ServerNode | None = None,
         decode: Decode | None = None,
     ) -> None:
-        self._arch = architecture_for(model_dir, max_context)
-        options = of_model(model_dir, dtype, max_context, trust_remote_code) | {"tp_size": tensor_parallel_size, "random_seed": seed}
-        options |= on_device(device, slots, max_context, memory_fraction, memory_saver) | (node.options() if node else {})
-        given, serves = read_texts(native or {}, "rollout.sglang"), node is None or node.rank == 0
+        device, max_context, serves = settings.device, settings.max_context, settings.serves
+        self._arch = architecture_for(settings.model_dir, max_context)
+        options, given = settings.options(), read_texts(settings.native, "rollout.sglang")
         check(options | given)
         self._server = SGLangServer(find_interpreter(python, device != "cpu"), options, given, log, run_id, start_timeout, on_death, serves)
         self._http = SGLangHttp(self._server.port, self._server.key)
@@ -94,14 +80,15 @@ class SGLangEngine:
         )
         self._decode = decode
         self._version = 0
-        self._seed = seed if self.capabilities.seeded else None
+        self._seed = settings.seed if self.capabilities.seeded else None
         self._running: dict[str, list[Arriving]] = {}
         self._counters = Counters()
         self._busy_since = 0.0
         self._asleep: frozenset[str] = frozenset()
         self._loading = self._proved = False
         self._groups: dict[str, Follower] = {}  # by name, of those that the server has joined
-        self._device, self._dtype, self._tensor_parallel_size = device, dtype_name(DTYPES[dtype]), tensor_parallel_size
+        self._device, self._dtype = device, dtype_name(DTYPES[settings.dtype])
+        self._tensor_parallel_size = settings.tensor_parallel_size
         self._tracing = self._closed = False
 
     @property

@@ -1,19 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rlinf.errors import UserError
-from rlinf.rollout.sglang_options import ServerNode, check, of_model, on_device
+from rlinf.rollout.sglang_options import ServerNode, ServerSettings, check
 
 
 def test_every_step_of_a_full_engine_on_a_gpu_has_a_graph_and_no_prefill_has() -> None:
-    options = on_device("cuda", 400, 1000, 0.5, memory_saver=True)
+    settings = ServerSettings("model", "bf16", 400, 1000, seed=0, device="cuda", memory_fraction=0.5, memory_saver=True)
+    options, on_cpu = settings.options(), replace(settings, device="cpu").options()
     assert options["cuda_graph_max_bs_decode"] == options["max_running_requests"] == 400
-    assert options["disable_prefill_cuda_graph"] and "disable_prefill_cuda_graph" not in on_device(
-        "cpu", 400, 1000, 0.5, memory_saver=False
-    )
+    assert options["disable_prefill_cuda_graph"] and "disable_prefill_cuda_graph" not in on_cpu
     assert options["mem_fraction_static"] == 0.5 and options["enable_memory_saver"]
-    assert "cuda_graph_max_bs_decode" not in on_device("cpu", 400, 1000, 0.5, memory_saver=False)
+    assert "cuda_graph_max_bs_decode" not in on_cpu
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ def test_every_step_of_a_full_engine_on_a_gpu_has_a_graph_and_no_prefill_has() -
     ],
 )
 def test_fp32_on_a_gpu_wants_an_attention_that_takes_it(device: str, dtype: str, given: dict[str, str], refused: bool) -> None:
-    options = of_model("model", dtype, 1000, False) | on_device(device, 4, 1000, 0.5, False) | given
+    options = ServerSettings("model", dtype, 4, 1000, seed=0, device=device).options() | given
     if not refused:
         check(options)
         return
@@ -35,4 +36,8 @@ def test_fp32_on_a_gpu_wants_an_attention_that_takes_it(device: str, dtype: str,
 
 
 def test_a_part_of_an_engine_knows_its_place() -> None:
-    assert ServerNode(2, 1, "10.0.0.1:20000").options() == {"nnodes": 2, "node_rank": 1, "dist_init_addr": "10.0.0.1:20000"}
+    alone = ServerSettings("model", "fp32", 4, 1000, seed=0)
+    first, second = (replace(alone, node=ServerNode(2, rank, "10.0.0.1:20000")) for rank in (0, 1))
+    place = {"nnodes": 2, "node_rank": 1, "dist_init_addr": "10.0.0.1:20000"}
+    assert second.options() == alone.options() | place
+    assert [s.serves for s in (alone, first, second)] == [True, True, False]

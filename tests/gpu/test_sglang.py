@@ -15,6 +15,7 @@ import torch
 from rlinf import device as devices
 from rlinf.rollout.contract import GenerateRequest, SamplingParams, Stop
 from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.sglang_options import ServerSettings
 from rlinf.weights.broadcast import open_store
 from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.routes import BROADCAST, Feed, broadcast_groups
@@ -30,10 +31,11 @@ pytestmark = pytest.mark.gpu
 def engine(tmp_path: Path) -> Iterator[SGLangEngine]:
     pytest.importorskip("sglang")
     make_tiny_model(tmp_path / "model", hidden=256, heads=4, kv_heads=2)
-    engine = SGLangEngine(
-        str(tmp_path / "model"), dtype="bf16", slots=4, max_context=128, seed=0, log=tmp_path / "sglang.log", run_id="gpu-sglang",
-        device="cuda", memory_fraction=0.2, native={"enable_memory_saver": "true"},
+    settings = ServerSettings(
+        str(tmp_path / "model"), dtype="bf16", slots=4, max_context=128, seed=0, device="cuda", memory_fraction=0.2,
+        native={"enable_memory_saver": "true"},
     )  # fmt: skip
+    engine = SGLangEngine(settings, log=tmp_path / "sglang.log", run_id="gpu-sglang")
     yield engine
     engine.close()
 
