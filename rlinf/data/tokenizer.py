@@ -56,7 +56,6 @@ class TextTokenizer:
         _check_variables(settings.get("chat_template"), self._variables)
         self._settings = settings
         self.eos_token_ids = eos_token_ids
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)  # the embedding may be padded to more rows
         self.bos_token_id = _bos_that_is_added(backend, settings)
 
     def encode(self, text: str) -> list[int]:

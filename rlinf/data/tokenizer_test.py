@@ -57,7 +57,6 @@ def test_ids_equal_those_of_transformers(tmp_path: Path) -> None:
     for text in TEXTS:
         begun = text.startswith("<s>")
         assert ours.encode(text) == theirs(text, add_special_tokens=not begun).input_ids
-    assert ours.vocab_size == len(theirs)
 
 
 def test_decode_gives_the_text_back_without_special_tokens(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class TrainOnlyRunner(DebugRunner):
         with self.phase("journal"):
             batch = await self.steps.take(self.step, self.reader)
         with self.phase("train"):
-            groups = await self.learner.reward(self.step, batch.scored)
+            groups = await self.learner.reward(batch.scored)
             advantages = group_advantages(groups.headers, self.config.algorithm)
             update = await self.learner.update(self.step, groups, advantages, str(self.folder.paths.tokens(self.step)))
         metrics = rollout_metrics(batch.generated) | staleness_metrics(groups.headers, self.step - 1) | groups.metrics | update.metrics

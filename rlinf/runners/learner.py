@@ -55,13 +55,13 @@ class Learner:
         self.critic = None if critic is None else Role(critic, config.critic.model)
         self.token_reward = None if token_reward is None else Role(token_reward, config.token_reward.model)
 
-    async def reward(self, step: int, scored: Sequence[Scored]) -> Rewarded:
+    async def reward(self, scored: Sequence[Scored]) -> Rewarded:
         """Add a token reward model's scores, if there is one, to the verdicts' rewards: to the reward of the response, or with
         algorithm.dense_rewards to each of its tokens."""
         headers, payloads = [header for header, _ in scored], {header.group_id: ref for header, ref in scored}
         if self.token_reward is None:
             return Rewarded(headers, payloads)
-        reports, parts = await self.token_reward.run("scores", (step,), self.token_reward.split_all(self.config, headers), payloads)
+        reports, parts = await self.token_reward.run("scores", (), self.token_reward.split_all(self.config, headers), payloads)
         scores = {name: score for r in reports for name, score in r.scores.items()}
         metrics = token_reward_metrics(headers, scores) | report_metrics(reports, "token_reward", self.peak_tflops)
         memory = {"token_reward": [r.memory_bytes for r in reports]}
@@ -83,7 +83,7 @@ class Learner:
         values: list[Part] = []
         if self.critic is not None:
             critic_shares = self.critic.split(*batch)
-            reports, values = await self.critic.run("values", (step,), critic_shares, payloads)
+            reports, values = await self.critic.run("values", (), critic_shares, payloads)
             metrics |= report_metrics(reports, "critic", self.peak_tflops)
         plan = plan_dump(dump, headers, advantages, trained, (config.data.seed, step))
         shares, parts = self.actor.split(*batch), [*values, *groups.token_rewards]

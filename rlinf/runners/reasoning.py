@@ -61,7 +61,7 @@ class ReasoningRunner(TrainingLoop):
         """One step of the algorithm: generate, judge, train, give the new weights to the engines."""
         batch = await self.generate()
         with self.phase("train"):
-            groups = await self.learner.reward(self.step, batch.scored)
+            groups = await self.learner.reward(batch.scored)
             advantages = group_advantages(groups.headers, self.config.algorithm)
             update = await self.learner.update(self.step, groups, advantages, str(self.folder.paths.tokens(self.step)))
         with self.phase("rollout"):

@@ -72,7 +72,7 @@ def test_every_rank_gets_its_groups_and_the_numbers_of_all_of_them(critic_layout
             payload[name] = Ref(critics, 0, "generate", f"tokens of {name}", payload=True)
         cut = (config, 1, batch, [np.ones(1)] * 8, [np.ones(1, bool)] * 8)
         critic_shares, actor_shares = critic.split(*cut), actor.split(*cut)
-        _, values = await critic.run("values", (1,), critic_shares, payload)
+        _, values = await critic.run("values", (), critic_shares, payload)
         # numbers come from the first rank of the last stage: TP fastest, then CP, then DP, then PP
         tp, pp, dp, cp = critic_layout
         assert [p.numbers.handle for p in values] == [f"critic {((pp - 1) * dp + d) * tp * cp}" for d in range(dp)]

@@ -39,7 +39,7 @@ class CriticWorker(MegatronWorker):
     def first_weights(self, tensors: Mapping[str, Tensor], hidden: int) -> Mapping[str, Tensor]:
         return with_value_head(tensors, hidden, self.config.critic.seed)
 
-    def values(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenNumbers]:
+    def values(self, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenNumbers]:
         started = time.perf_counter()
         self.offloader.before_forward()
         self.batch, self.packs = batch, self.pack(batch, groups)

@@ -124,7 +124,7 @@ class SftWorker(InCheckpoints, Protocol):
 class CriticWorker(InCheckpoints, OnSharedDevices, Protocol):
     """One rank of the critic. It is called twice a step; in between the actor computes advantages and targets."""
 
-    def values(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenNumbers]:
+    def values(self, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenNumbers]:
         """The value of the state before each token, on the first tensor-parallel rank of the last stage; on other ranks an empty dict."""
         ...
 
@@ -136,7 +136,7 @@ class CriticWorker(InCheckpoints, OnSharedDevices, Protocol):
 class TokenRewardWorker(OnSharedDevices, Protocol):
     """One rank of the token reward model, which is frozen."""
 
-    def scores(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
+    def scores(self, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
         """A score for each response, in the report; with algorithm.dense_rewards also a reward for each token."""
         ...
 

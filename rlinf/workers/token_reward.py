@@ -43,7 +43,7 @@ class TokenRewardWorker(MegatronWorker):
         tensors, self.bias = with_scoring_head(tensors, hidden)
         return tensors
 
-    def scores(self, step: int, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
+    def scores(self, batch: RankBatch, *groups: Group) -> tuple[TrainReport, TokenRewards]:
         started = time.perf_counter()
         self.bring_back()
         packs, rows = self._by_teacher(batch, groups) if self.teaches else self._by_head(batch, groups)

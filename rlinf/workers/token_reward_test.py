@@ -90,7 +90,7 @@ def scored(
     headers = [g.header() for g in asked]
     nothing = [np.zeros(len(g.samples)) for g in asked]
     share = build_rank_batches(headers, nothing, dp=at.dp, n_minibatches=1, max_tokens=budget, share_prefix=True)[at.dp_rank]
-    report, rewards = worker.scores(1, share, *(next(g for g in asked if g.group_id == name) for name in share.group_ids))
+    report, rewards = worker.scores(share, *(next(g for g in asked if g.group_id == name) for name in share.group_ids))
     return report.scores, dict(rewards)
 
 
