@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 from rlinf.config.bounds import AT_LEAST, LESS_THAN, MORE_THAN
 from rlinf.config.keys import known_keys
-from rlinf.config.load import EXAMPLES, load
+from rlinf.config.load import EXAMPLES, load, value_of
 from rlinf.config.model import load_model_config, planned_model_config, validate_model, validate_scorer
+from rlinf.config.settings import COMMAND_LINE
 from rlinf.config.validate import validate
 from rlinf.errors import UserError
 
@@ -194,9 +196,13 @@ def test_violations_name_key_value_origin_and_remedy(tmp_path: Path, words: list
 
 @pytest.mark.parametrize(("table", "bad"), [(AT_LEAST, lambda b: b - 1), (MORE_THAN, lambda b: b), (LESS_THAN, lambda b: b)])
 def test_numbers_outside_their_bounds_are_refused(tmp_path: Path, table: dict[str, float], bad) -> None:
+    (tmp_path / "a.yaml").write_text("")
+    loaded = load(str(tmp_path / "a.yaml"), BASE)
     for key, bound in table.items():
+        config, (section, _, name) = deepcopy(loaded.config), key.rpartition(".")
+        setattr(value_of(config, section), name, bad(bound))
         with pytest.raises(UserError, match=key):
-            check(tmp_path, f"{key}={bad(bound)}")
+            validate(config, loaded.provenance | {key: COMMAND_LINE})
 
 
 def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
