@@ -102,6 +102,7 @@ KEYS: dict[str, str] = {
     "actor.model.use_cpu_initialization": _FIXED,
     "actor.model.expert_*": "experts are divided among the tensor-parallel ranks; use actor.model.tensor_model_parallel_size",
     "actor.model.num_experts": _FROM_HF,
+    "actor.model.num_moe_experts": _FROM_HF,
     "actor.model.moe_*": "experts and their number are the model's own, and there is no loss of load balance; remove it",
     "actor.optim.optimizer": "the optimizer is Adam with decoupled weight decay; remove it",
     "actor.optim.bf16": "use actor.model.precision: bf16",
