@@ -18,7 +18,7 @@ from rlinf.kernels.rowwise import swiglu
 
 Grouped = Callable[[Tensor, Tensor], Tensor]  # (rows [R, in] in the order of the experts, where those of each end [E]) -> [R, out]
 
-ALIGNMENT = 16  # bytes: rows that begin at other addresses torch's grouped product refuses
+ALIGNMENT = 16  # bytes: where rows have to begin for torch's grouped product
 
 
 def router_logits(x_TH: Tensor, router_EH: Tensor) -> Tensor:
@@ -46,19 +46,23 @@ def mixture(x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: Group
     return _Collect.apply(down(units_RF, ends_E), order_R, top_k, len(x_TH))
 
 
+def products(weight_EOI: Tensor) -> Grouped:
+    """Each row times the matrix of its expert: torch's grouped product where a GPU has it, in bf16."""
+    if weight_EOI.dtype == torch.bfloat16 and not any(n * weight_EOI.element_size() % ALIGNMENT for n in weight_EOI.shape[1:]):
+        return grouped_mm(weight_EOI)
+    return one_by_one([partial(F.linear, weight=weight_OI) for weight_OI in weight_EOI.unbind()])
+
+
 def grouped_mm(weight_EOI: Tensor) -> Grouped:
-    """Each row times the matrix of its expert."""
-    if any(n * weight_EOI.element_size() % ALIGNMENT for n in weight_EOI.shape[1:]):
-        return one_by_one([partial(F.linear, weight=weight_OI) for weight_OI in weight_EOI.unbind()])
     return lambda rows, ends_E: _GroupedMM.apply(rows, weight_EOI, ends_E.to(torch.int32))
 
 
-def one_by_one(products: Sequence[Callable[[Tensor], Tensor]]) -> Grouped:
-    """The same with the product of each expert by itself, on the host's order."""
+def one_by_one(linears: Sequence[Callable[[Tensor], Tensor]]) -> Grouped:
+    """The product of each expert by itself, which the host has to ask for."""
 
     def of_each(rows: Tensor, ends_E: Tensor) -> Tensor:
         counts = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).tolist()
-        return torch.cat([product(part) for product, part in zip(products, rows.split(counts))])
+        return torch.cat([linear(part) for linear, part in zip(linears, rows.split(counts))])
 
     return of_each
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlinf.kernels.experts import grouped_mm, mixture, one_by_one, route, router_logits
+from rlinf.kernels.experts import Grouped, grouped_mm, mixture, one_by_one, products, route, router_logits
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 13, 16, 6, 2
+Product = Callable[[Tensor], Grouped]
 
 
 def plain(x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -46,9 +49,9 @@ def test_logits_of_16_bit_weights_are_not_rounded_to_16_bits() -> None:
     assert router_logits(x, router).item() == 1 + 2**-9
 
 
-@pytest.mark.parametrize("units", [8, 10])  # rows of 10 numbers begin where torch's grouped product refuses to read
+@pytest.mark.parametrize(("product", "units"), [(grouped_mm, 8), (products, 8), (products, 10)])
 @pytest.mark.parametrize("parts", [[6], [3, 3], [1, 4, 1]])
-def test_the_parts_add_up_to_what_each_token_gets_by_itself(units: int, parts: list[int]) -> None:
+def test_the_parts_add_up_to_what_each_token_gets_by_itself(product: Product, units: int, parts: list[int]) -> None:
     x, logits, gate_up, down = inputs(units)
     weights, experts = route(logits, TOP_K, True)
     wanted = plain(x, weights, experts, gate_up, down)
@@ -57,7 +60,7 @@ def test_the_parts_add_up_to_what_each_token_gets_by_itself(units: int, parts: l
     got, first = torch.zeros(()), 0
     for n in parts:
         here = range(first, first + n)
-        own = [grouped_mm(w[first : first + n]) for w in (gate_up, down)]
+        own = [product(w[first : first + n]) for w in (gate_up, down)]
         got = got + mixture(x, weights, experts, own[0], own[1], here, EXPERTS)
         first += n
     torch.testing.assert_close(got, wanted)
@@ -65,14 +68,14 @@ def test_the_parts_add_up_to_what_each_token_gets_by_itself(units: int, parts: l
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("units", [8, 10, 64])  # 64 are enough for kernels of our own
-def test_ranks_and_experts_without_a_token_give_zeros_and_zero_gradients(units: int) -> None:
+@pytest.mark.parametrize(("product", "units"), [(grouped_mm, 8), (products, 10), (products, 64)])  # 64: enough for kernels of our own
+def test_ranks_and_experts_without_a_token_give_zeros_and_zero_gradients(product: Product, units: int) -> None:
     x, _, gate_up, down = inputs(units)
     weights, experts = torch.ones(TOKENS, 1), torch.full((TOKENS, 1), 4)
-    got = mixture(x, weights, experts, grouped_mm(gate_up[:3]), grouped_mm(down[:3]), range(3), EXPERTS)
+    got = mixture(x, weights, experts, product(gate_up[:3]), product(down[:3]), range(3), EXPERTS)
     assert not got.any()
     assert not any(g.any() for g in torch.autograd.grad((got * torch.ones_like(got)).sum(), [x, gate_up, down]))
-    got = mixture(x, weights, experts, grouped_mm(gate_up[3:]), grouped_mm(down[3:]), range(3, 6), EXPERTS)
+    got = mixture(x, weights, experts, product(gate_up[3:]), product(down[3:]), range(3, 6), EXPERTS)
     (of_gate_up,) = torch.autograd.grad(got.square().sum(), [gate_up])
     assert got.any() and [bool(g.any()) for g in of_gate_up] == [False] * 4 + [True, False]
 
@@ -96,3 +99,19 @@ def test_one_by_one_is_the_grouped_product() -> None:
     rows, weight = torch.randn(7, 16), torch.randn(3, 8, 16)
     ends = torch.tensor([2, 2, 7])
     torch.testing.assert_close(one_by_one([lambda r, w=w: r @ w.T for w in weight])(rows, ends), grouped_mm(weight)(rows, ends))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "units", "grouped"),
+    [(torch.bfloat16, 8, True), (torch.bfloat16, 12, False), (torch.float16, 8, False), (torch.float32, 8, False)],
+)
+def test_the_grouped_product_gets_only_what_gpus_have_it_for(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, units: int, grouped: bool
+) -> None:
+    called = []
+    grouped_product = F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: called.append(a) or grouped_product(a, b, offs=offs))
+    rows, weight, ends = torch.randn(7, 16, dtype=dtype), torch.randn(3, units, 16, dtype=dtype), torch.tensor([2, 2, 7])
+    got = products(weight)(rows, ends)
+    torch.testing.assert_close(got, torch.cat([rows[:2] @ weight[0].T, rows[2:] @ weight[2].T]))
+    assert bool(called) == grouped

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from rlinf.hardware import cpu_multiplies_bf16
 from rlinf.kernels.cpu import LEAST_OUTPUTS, Kernels, kernels
-from rlinf.kernels.experts import Grouped, grouped_mm, one_by_one
+from rlinf.kernels.experts import Grouped, one_by_one, products
 
 Linear = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
 
@@ -44,7 +44,7 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
 def grouped(weights: Sequence[Tensor]) -> Grouped:
     """The products of experts: each row with the matrix of its own. On a GPU the matrices are put into one."""
     if weights[0].device.type != "cpu":
-        return grouped_mm(torch.stack(list(weights)))
+        return products(torch.stack(list(weights)))
     return one_by_one([linear(weight, None) for weight in weights])
 
 

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from rlinf.kernels.experts import grouped_mm, mixture, route, router_logits
+from rlinf.kernels.experts import mixture, products, route, router_logits
 from rlinf.weights.architecture import Architecture
 
 
@@ -67,7 +67,7 @@ class ExpertsMLP(Module):
         if self.counted_rows is not None:
             chosen = experts_TK[self.counted_rows].flatten()
             self.load_E.index_add_(0, chosen, torch.ones_like(chosen))
-        made = mixture(enter(x), weights_TK, experts_TK, grouped_mm(self.gate_up), grouped_mm(self.down), self.here, self.arch.experts)
+        made = mixture(enter(x), weights_TK, experts_TK, products(self.gate_up), products(self.down), self.here, self.arch.experts)
         return leave(made)[:, None], None
 
 
