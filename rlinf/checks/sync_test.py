@@ -40,12 +40,12 @@ def find(pool: RankPool, case: Case, folder: Path, make_engine: Any = small_engi
     return finding
 
 
-def test_the_cases_are_every_layout_with_every_transport_and_both_heads() -> None:
+def test_the_cases_are_every_layout_with_every_transport_and_family() -> None:
     cases = make_cases()
-    assert len(set(cases)) == len(cases) == 8 * 2 * 5 * 2
+    assert len(set(cases)) == len(cases) == 8 * 3 * 5 * 2
     quick = make_cases(quick=True)
     assert len({(c.tp, c.pp, c.dp) for c in quick}) == 8
-    assert {c.transport for c in quick} == set(TRANSPORTS) and len({c.family for c in quick}) == 2
+    assert {c.transport for c in quick} == set(TRANSPORTS) and len({c.family for c in quick}) == 3
 
 
 @pytest.mark.slow
