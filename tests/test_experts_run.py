@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from rlinf.weights.tensor_folder import open_hf_folder
-from tests.tiny_run import ONE_PROCESS, lines, run, write_run
+from tests.tiny_run import ONE_PROCESS, lines, repeat_the_last_step, run, write_run
 
 
 def test_experts_are_trained_published_saved_and_go_on(tmp_path: Path) -> None:
@@ -27,11 +26,7 @@ def test_experts_are_trained_published_saved_and_go_on(tmp_path: Path) -> None:
     assert set(start) == set(now)
     assert all((start[name].float() != now[name].float()).any() for name in start if ".mlp." in name)  # the router, and every expert
 
-    whole = load_file(step_dir / "hf" / "model.safetensors")
-    again = run(config, f"runner.resume_dir={run_dir / 'checkpoints' / 'step_000002'}")
-    assert again.returncode == 0, again.stderr[-4000:]
-    repeated = load_file(step_dir / "hf" / "model.safetensors")
-    assert all((whole[name] == repeated[name]).all() for name in whole) and lines(tmp_path)[3]["train/loss"] == metrics[3]["train/loss"]
+    repeat_the_last_step(config, tmp_path)
 
 
 @pytest.mark.slow

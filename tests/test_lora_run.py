@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rlinf.weights.tensor_folder import open_hf_folder
-from tests.tiny_run import ONE_PROCESS, lines, run, write_run
+from tests.tiny_run import ONE_PROCESS, lines, repeat_the_last_step, run, write_run
 
 ADAPTERS = {"rank": 4, "alpha": 16.0}
 
@@ -36,11 +36,7 @@ def test_adapters_are_trained_published_saved_and_go_on(tmp_path: Path) -> None:
     moved = {name for name in start if (start[name].float() != now[name].float()).any()}
     assert moved == {name.replace(".lora_A.", ".") for name in held if ".lora_A." in name}
 
-    whole = load_file(step_dir / "hf" / "model.safetensors")
-    again = run(config, f"runner.resume_dir={run_dir / 'checkpoints' / 'step_000002'}")
-    assert again.returncode == 0, again.stderr[-4000:]
-    repeated = load_file(step_dir / "hf" / "model.safetensors")
-    assert all((whole[name] == repeated[name]).all() for name in whole) and lines(tmp_path)[3]["train/loss"] == metrics[3]["train/loss"]
+    repeat_the_last_step(config, tmp_path)
 
 
 @pytest.mark.slow

@@ -69,3 +69,16 @@ def run(config: Path, *words: str, timeout: float = 240, command: str = "train")
 def lines(folder: Path, name: str = "tiny") -> list[dict]:
     """The lines of the run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "logs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeat_the_last_step(config: Path, folder: Path) -> None:
+    """Go on from the checkpoint after step 2 of a run that has ended: step 3 is the same, in its weights and its loss, bit for bit."""
+    from safetensors.torch import load_file
+
+    checkpoints = folder / "logs" / "tiny" / "checkpoints"
+    model = checkpoints / "step_000003" / "hf" / "model.safetensors"
+    whole, loss = load_file(model), lines(folder)[3]["train/loss"]
+    again = run(config, f"runner.resume_dir={checkpoints / 'step_000002'}")
+    assert again.returncode == 0, again.stderr[-4000:]
+    repeated = load_file(model)
+    assert all((whole[name] == repeated[name]).all() for name in whole) and lines(folder)[3]["train/loss"] == loss
