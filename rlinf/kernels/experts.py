@@ -47,7 +47,7 @@ def mixture(x_TH: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: Group
 
 
 def products(weight_EOI: Tensor) -> Grouped:
-    """Each row times the matrix of its expert: torch's grouped product where a GPU has it, in bf16."""
+    """Each row times the matrix of its expert: torch's grouped product in bf16, for which torch promises it on GPUs."""
     if weight_EOI.dtype == torch.bfloat16 and not any(n * weight_EOI.element_size() % ALIGNMENT for n in weight_EOI.shape[1:]):
         return grouped_mm(weight_EOI)
     return one_by_one([partial(F.linear, weight=weight_OI) for weight_OI in weight_EOI.unbind()])

@@ -1,6 +1,6 @@
 """A layer's mixture of experts as a Megatron module. The experts are divided among the tensor-parallel ranks, each of which has whole ones
-and computes for the tokens that go to them; the sum over the ranks is the one that a row-parallel matrix needs, too, so that experts add no
-communication to that of dense layers, and no groups of ranks.
+and computes for the tokens that go to them; the sum over the ranks is the one that a row-parallel matrix needs, too. Beside it they
+exchange the router's logits or their gradient; there are no groups of ranks for experts.
 """
 
 from __future__ import annotations
