@@ -113,10 +113,10 @@ def make_batch(vocab: int, seed: int = 0) -> Batch:
     return Batch(tuple(groups), tuple(rng.normal(0, 1, len(g.samples)).astype(np.float32) for g in groups))
 
 
-def plain_steps(folder: Path, batch: Batch, head: str = "lm", adapted: Collection[str] = ()) -> Expected:
+def plain_steps(folder: Path, batch: Batch, head: str = "lm", adapted: Collection[str] = (), epochs: int = 1) -> Expected:
     """Both mini-batches, one after the other; the old policy, the reference policy and the old values are those of the initial weights.
 
-    adapted: last names of the matrices beside which adapters are trained, in place of all weights.
+    adapted: last names of the matrices beside which adapters are trained, in place of all weights. epochs: passes over both mini-batches.
     """
     model = plain_model(folder, head)
     if adapted:
@@ -133,7 +133,7 @@ def plain_steps(folder: Path, batch: Batch, head: str = "lm", adapted: Collectio
     start = whole_weights(model)
     old = old_outputs(model, batch)
     steps = []
-    for groups, advantages in batch.minibatches:
+    for groups, advantages in epochs * batch.minibatches:
         optimizer.zero_grad()
         loss, metrics = (plain_objective if head == "lm" else plain_value_objective)(model, groups, advantages, old)
         loss.backward()

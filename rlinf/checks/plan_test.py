@@ -232,6 +232,10 @@ def test_time_moves_the_right_way() -> None:
     config.cluster.num_nodes = 8
     fewer = forecast(config, arch, GPUS["h100"])
     assert fewer.seconds["forward and backward"] == pytest.approx(2 * base.seconds["forward and backward"], rel=0.01)
+    config.algorithm.update_epochs = 3
+    passes = forecast(config, arch, GPUS["h100"]).seconds
+    assert all(passes[part] == pytest.approx(3 * fewer.seconds[part]) for part in ("forward and backward", "optimizer"))
+    assert all(passes[part] == fewer.seconds[part] for part in ("rollout", "log-probabilities"))
     config.algorithm.recompute_logprobs = False
     assert forecast(config, arch, GPUS["h100"]).seconds["log-probabilities"] == 0
 

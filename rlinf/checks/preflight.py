@@ -84,11 +84,11 @@ def check_engine(config: Config, planned: bool) -> list[str]:
 def describe_step(config: Config) -> str:
     """The size of a step of `rlinf train`."""
     prompts, group, kept = config.data.rollout_batch_size, config.algorithm.group_size, config.algorithm.num_update_sample_per_prompt
-    trained, n_minibatches = prompts * min(group, kept or group), config.algorithm.n_minibatches
+    trained, n_minibatches, epochs = prompts * min(group, kept or group), config.algorithm.n_minibatches, config.algorithm.update_epochs
     some = f"{kept} of each prompt are trained on, " if kept and kept < group else ""
     return (
         f"step: {prompts} prompts x {group} responses = {prompts * group} samples, {some}"
-        f"{n_minibatches} optimizer step(s) of {trained // n_minibatches}"
+        f"{f'{epochs} passes of ' if epochs > 1 else ''}{n_minibatches} optimizer step(s) of {trained // n_minibatches}"
     )
 
 

@@ -95,6 +95,9 @@ def test_a_run_on_one_machine_needs_its_engine_before_it_starts(tmp_path: Path, 
 def test_the_sizes_of_a_step() -> None:
     config = load(NAME, ["data.rollout_batch_size=8", "algorithm.group_size=16", "algorithm.n_minibatches=2", "sft.batch_size=3"]).config
     assert describe_step(config) == "step: 8 prompts x 16 responses = 128 samples, 2 optimizer step(s) of 64"
+    config.algorithm.update_epochs = 3
+    assert describe_step(config).endswith("128 samples, 3 passes of 2 optimizer step(s) of 64")
+    config.algorithm.update_epochs = 1
     config.algorithm.num_update_sample_per_prompt = 4
     assert describe_step(config).endswith("128 samples, 4 of each prompt are trained on, 2 optimizer step(s) of 16")
     assert describe_sft_step(config) == "step: 3 examples, 1 optimizer step"

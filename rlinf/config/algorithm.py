@@ -21,7 +21,8 @@ class SamplingConfig:
 @dataclass
 class AlgorithmConfig:
     group_size: int = key(8, "responses per prompt")
-    n_minibatches: int = key(1, "optimizer steps per global batch; divides rollout_batch_size * group_size")
+    n_minibatches: int = key(1, "optimizer steps per global batch and pass over it; divides rollout_batch_size * group_size")
+    update_epochs: int = key(1, "passes over the samples of a step, of actor and critic; mini-batches and old policy stay the same")
     adv_type: str = key("grpo", "advantage estimator", ("grpo", "rloo", "dr_grpo", "reinforce++", "reinforce++-baseline", "gae"), own=True)
     gamma: float = key(
         1.0, "discount of a reward for each token between it and the token that is credited; 1 = none, 0 = each token has its own alone"

@@ -26,6 +26,7 @@ AT_LEAST: dict[str, float] = {
     "data.seed": 0,
     "algorithm.group_size": 1,
     "algorithm.n_minibatches": 1,
+    "algorithm.update_epochs": 1,
     "algorithm.gamma": 0,
     "algorithm.kl_beta": 0,
     "algorithm.entropy_bonus": 0,

@@ -203,7 +203,7 @@ TRAIN = metrics(
         "ratio",
         "token mean of π/π_old",
         "1 in the first mini-batch, within 0.9–1.1 later",
-        "far from 1: lower `actor.optim.lr`, fewer `n_minibatches`",
+        "far from 1: lower `actor.optim.lr`, fewer `n_minibatches` or `update_epochs`",
     ),
     (
         "first_minibatch_ratio",
@@ -249,7 +249,7 @@ TRAIN = metrics(
         "as for the mean",
     ),
     ("rollout_kl", "k3 estimate of KL(engine‖actor) per token", "below 0.001", "as for the mean"),
-    ("tokens", "response tokens that counted in the loss", "—", "—"),
+    ("tokens", "response tokens that counted in the loss, once for each pass over them", "—", "—"),
     (
         "samples",
         "responses trained on",

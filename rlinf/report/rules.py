@@ -77,7 +77,7 @@ def entropy_collapse(run: RunData) -> Finding | None:
          "Raise the upper clip range (clip-higher, e.g. 0.28), or add a small entropy bonus (0.001 to 0.01).",
          "Lower the learning rate, or take fewer optimizer steps a batch.", "Check that rollouts sample at temperature 1."),
         (steps[i], steps[j], steps[-1]), ("train/entropy_loss", "rollout/advantages_zero", "train/clip_fraction"),
-        ("algorithm.clip_ratio_high", "algorithm.entropy_bonus", "actor.optim.lr", "algorithm.n_minibatches",
+        ("algorithm.clip_ratio_high", "algorithm.entropy_bonus", "actor.optim.lr", "algorithm.n_minibatches", "algorithm.update_epochs",
          "algorithm.sampling_params.temperature"),
     )  # fmt: skip
 
@@ -175,7 +175,8 @@ def lost_format(run: RunData) -> Finding | None:
          "If responses end before they answer, or go on behind it, raise max_new_tokens or weigh the form with reward.format_reward."),
         (steps[max(0, at - 1)], steps[at], steps[-1]),
         ("rollout/no_box", "train/grad_norm", "train/entropy_loss", "rollout/response_length"),
-        ("actor.optim.lr", "algorithm.n_minibatches", "algorithm.sampling_params.max_new_tokens", "reward.format_reward"),
+        ("actor.optim.lr", "algorithm.n_minibatches", "algorithm.update_epochs", "algorithm.sampling_params.max_new_tokens",
+         "reward.format_reward"),
     )  # fmt: skip
 
 
@@ -255,9 +256,10 @@ def skipped_updates(run: RunData) -> Finding | None:
         "skipped-updates", "Optimizer steps are being skipped",
         (f"{sum(recent):.0f} mini-batches were not stepped in steps {steps[-len(recent)]} to {steps[-1]}",),
         "The importance ratio exceeded its bound, a gradient was not finite, or no token counted.",
-        ("Lower the learning rate, or take fewer mini-batches a step.", "Look at the ratio and the log-probability gap of these steps."),
+        ("Lower the learning rate, or take fewer mini-batches or passes a step.",
+         "Look at the ratio and the log-probability gap of these steps."),
         tuple(s for s, n in zip(steps[-WINDOW:], recent) if n)[-3:], ("train/minibatches_skipped", "train/ratio", "train/grad_norm"),
-        ("actor.optim.lr", "algorithm.early_stop_imp_ratio", "algorithm.n_minibatches"),
+        ("actor.optim.lr", "algorithm.early_stop_imp_ratio", "algorithm.n_minibatches", "algorithm.update_epochs"),
     )  # fmt: skip
 
 

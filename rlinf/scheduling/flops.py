@@ -29,6 +29,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.rows + other.rows, self.heads + other.heads, self.pairs + other.pairs)
 
+    def __rmul__(self, times: int) -> Work:
+        return Work(times * self.rows, times * self.heads, times * self.pairs)
+
 
 def forward_flops(arch: Architecture, work: Work) -> float:
     return 2.0 * (_layers(arch) * work.rows + arch.hidden * arch.vocab * work.heads) + _attention(arch, work)

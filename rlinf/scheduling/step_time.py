@@ -78,7 +78,7 @@ def role_seconds(arch: Architecture, config: Config, role: str, device: Device, 
     if role == "token_reward":
         return {"token rewards": forward}
     passes_of_update = 2 if getattr(config, role).lora.rank else 3  # with adapters there are no gradients of the other weights
-    update = (passes_of_update + recomputed_layers(getattr(config, role).model, arch.n_layers)) * forward
+    update = algorithm.update_epochs * (passes_of_update + recomputed_layers(getattr(config, role).model, arch.n_layers)) * forward
     optimizer = optimizer_seconds(arch, config, role, device, ranks)
     if role == "critic":
         return {"values": forward, "critic's update": update + optimizer}
@@ -108,7 +108,7 @@ def optimizer_seconds(arch: Architecture, config: Config, role: str, device: Dev
     wire = device.network if ranks > config.cluster.num_gpus_per_node else device.link
     exchanged = parameters * (4 + BYTES[model.precision]) * (holders - 1) / holders / (wire * WIRE_SHARE)
     stepped = 28 * parameters / holders / (device.bandwidth * BANDWIDTH_SHARE)  # three fp32 states and the gradient, read and written
-    return config.algorithm.n_minibatches * (exchanged + stepped)
+    return config.algorithm.update_epochs * config.algorithm.n_minibatches * (exchanged + stepped)
 
 
 def sync_seconds(arch: Architecture, config: Config, device: Device, moved: int, across_nodes: bool) -> float:

@@ -35,7 +35,9 @@ from rlinf.weights.source import Buckets
 from rlinf.workers.interfaces import TokenNumbers, TokenRewards, TrainReport
 from rlinf.workers.megatron import MegatronWorker, merged, optimizer_metrics, work_of
 from rlinf.workers.objective_settings import objective_settings, token_advantage_settings
-from rlinf.workers.token_dump import OldLogprobs, write_token_values
+from rlinf.workers.token_dump import write_token_values
+
+Logprobs = list[list[torch.Tensor] | None]  # [mini-batch][micro-batch] of [N]; None where they are not known beforehand
 
 
 class ActorWorker(MegatronWorker):
@@ -86,8 +88,8 @@ class ActorWorker(MegatronWorker):
                 b.age_N = by_token(b, ages)
         packed = time.perf_counter()
         trains = self.config.trains_actor(step)
-        old: OldLogprobs = [None] * len(minibatches)
-        ref: OldLogprobs = [None] * len(minibatches)
+        old: Logprobs = [None] * len(minibatches)
+        ref: Logprobs = [None] * len(minibatches)
         finishing = self.token_advantage_settings
         if trains or (finishing is not None and finishing.needs_logprobs):
             old, ref = self._old_logprobs(minibatches), self._reference_logprobs(minibatches)
@@ -99,32 +101,47 @@ class ActorWorker(MegatronWorker):
         forward_only = {"recompute_logprobs": self.forward_only}
         if not trains:
             return self.report({}, timers, forward_only, {}), targets
-        updates = [
-            self.engine.update(
-                packs,
-                old[i] if i or not self.config.algorithm.recompute_logprobs else None,  # the first one's own forward pass is pi_old
-                ref[i],
-                Denominators(mini.global_tokens, mini.global_samples),
-                self.settings,
-                self.config.algorithm.early_stop_imp_ratio,
-                mini.teaching,
-            )
-            for i, (mini, packs) in enumerate(zip(batch.mini_batches, minibatches))
-        ]
+        updates = self._optimizer_steps(batch, minibatches, old, ref)
         if self.at.last_stage and self.at.leads:
-            write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates)
+            write_token_values(dump, self.tokenizer, groups, batch, minibatches, old, updates[: len(minibatches)])
         for part in ("forward_backward", "optimizer"):
             timers[f"time/{part}"] = sum(u.timers[part] for u in updates)
         taught = [(packs[: mini.teaching], packs[mini.teaching :]) for mini, packs in zip(batch.mini_batches, minibatches)]
-        forward_only["forward_backward"] = work_of(b for _, looked_at in taught for b in looked_at)
-        trained = {"forward_backward": work_of(b for teaching, _ in taught for b in teaching)}
+        epochs = self.config.algorithm.update_epochs
+        forward_only["forward_backward"] = epochs * work_of(b for _, looked_at in taught for b in looked_at)
+        trained = {"forward_backward": epochs * work_of(b for teaching, _ in taught for b in teaching)}
         return self.report(step_metrics(updates), timers, forward_only, trained), targets
+
+    def _optimizer_steps(
+        self, batch: RankBatch, minibatches: Sequence[Sequence[PackedBatch]], old: Logprobs, ref: Logprobs
+    ) -> list[Update]:
+        """One for each mini-batch and pass over the samples; advantages, pi_old and the reference stay as they were before the first.
+
+        The first mini-batch is trained with the very weights of pi_old: its own forward pass says what pi_old is, and is kept in `old`.
+        """
+        algorithm, updates = self.config.algorithm, list[Update]()
+        for epoch in range(algorithm.update_epochs):
+            for i, (mini, packs) in enumerate(zip(batch.mini_batches, minibatches, strict=True)):
+                is_old = algorithm.recompute_logprobs and epoch == i == 0
+                done = self.engine.update(
+                    packs,
+                    None if is_old else old[i],
+                    ref[i],
+                    Denominators(mini.global_tokens, mini.global_samples),
+                    self.settings,
+                    algorithm.early_stop_imp_ratio,
+                    mini.teaching,
+                )
+                if is_old:
+                    old[i] = list(done.logprobs)
+                updates.append(done)
+        return updates
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         return tokenizer_of(self.config)
 
-    def _old_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
+    def _old_logprobs(self, minibatches: list[list[PackedBatch]]) -> Logprobs:
         """pi_old of every mini-batch; of the first one only when the advantages need it, because it is trained with the very weights."""
         if not self.config.algorithm.recompute_logprobs:
             return [[b.rollout_logprobs_N for b in packs] for packs in minibatches]
@@ -132,7 +149,7 @@ class ActorWorker(MegatronWorker):
         first = self._logprobs(minibatches[0]) if settings is not None and settings.needs_logprobs else None
         return [first, *(self._logprobs(packs) for packs in minibatches[1:])]
 
-    def _reference_logprobs(self, minibatches: list[list[PackedBatch]]) -> list[list[torch.Tensor] | None]:
+    def _reference_logprobs(self, minibatches: list[list[PackedBatch]]) -> Logprobs:
         if self.reference is None:
             return [None] * len(minibatches)
         with self.reference.swapped_in():
@@ -141,8 +158,8 @@ class ActorWorker(MegatronWorker):
     def _finish_advantages(
         self,
         minibatches: list[list[PackedBatch]],
-        old: OldLogprobs,
-        ref: OldLogprobs,
+        old: Logprobs,
+        ref: Logprobs,
         values: TokenNumbers,
         rewards: TokenNumbers,
     ) -> TokenNumbers:
@@ -231,7 +248,7 @@ class ActorWorker(MegatronWorker):
 
 
 def step_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """train/* of one step: token means over all its mini-batches."""
+    """train/* of one step: token means over all its mini-batches and passes."""
     total: MetricSums = sum((u.metrics for u in updates[1:]), updates[0].metrics)
     metrics = finalize_metrics(total.sums, total.maxima, len(updates)) | optimizer_metrics(updates, "train")
     if loads := [u.expert_load for u in updates if u.expert_load is not None]:

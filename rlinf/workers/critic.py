@@ -57,7 +57,7 @@ class CriticWorker(MegatronWorker):
     def _train(self, targets: Sequence[TokenNumbers]) -> TrainReport:
         started = time.perf_counter()
         self.bring_back()
-        target_of = merged(targets)
+        target_of, epochs = merged(targets), self.config.algorithm.update_epochs
         updates = [
             self.engine.update_values(
                 packs,
@@ -66,12 +66,13 @@ class CriticWorker(MegatronWorker):
                 Denominators(mini.global_tokens, mini.global_samples),
                 self.settings,
             )
+            for _ in range(epochs)
             for mini, packs, old in zip(self.batch.mini_batches, self.packs, self.old_values)
         ]
         self.hand_over()
         metrics = finalize_value_metrics(sum((u.metrics for u in updates[1:]), updates[0].metrics), len(updates))
         metrics |= optimizer_metrics(updates, "critic")
-        return self.report(metrics, {"time/critic_update": time.perf_counter() - started}, {}, {"critic_update": self._work()})
+        return self.report(metrics, {"time/critic_update": time.perf_counter() - started}, {}, {"critic_update": epochs * self._work()})
 
     def _work(self) -> Work:
         return work_of(b for packs in self.packs for b in packs)
