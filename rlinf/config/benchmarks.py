@@ -21,11 +21,13 @@ def template_key(default: str) -> Any:
 class ValidationConfig:
     """How the problems of data.val_data_paths are answered during a run."""
 
-    n: int = key(1, "answers to each problem; eval/accuracy is the mean over all, eval/pass_at_n the share of problems with a right one")
-    temperature: float = key(0.0, "softmax temperature; 0 = greedy, so that two steps differ by their weights alone")
-    top_p: float = key(1.0, TOP_P_HELP)
-    top_k: int = key(0, TOP_K_HELP)
-    max_new_tokens: int | None = key(None, "tokens of an answer at most; null = algorithm.sampling_params.max_new_tokens")
+    n: int = key(
+        1, "answers to each problem; eval/accuracy is the mean over all, eval/pass_at_n the share of problems with a right one", at_least=1
+    )
+    temperature: float = key(0.0, "softmax temperature; 0 = greedy, so that two steps differ by their weights alone", at_least=0)
+    top_p: float = key(1.0, TOP_P_HELP, more_than=0, at_most=1)
+    top_k: int = key(0, TOP_K_HELP, at_least=0)
+    max_new_tokens: int | None = key(None, "tokens of an answer at most; null = algorithm.sampling_params.max_new_tokens", at_least=1)
 
 
 @dataclass
@@ -33,11 +35,11 @@ class BenchmarkConfig:
     """One set of problems and how it is sampled. The defaults are those of arXiv 2501.12948 for reasoning models."""
 
     path: str | None = key(None, "JSONL of the problems in the AReaL-boba format (`rlinf data convert`); null = the set is not evaluated")
-    n: int = key(32, "samples per problem")
-    temperature: float = key(0.6, "softmax temperature; 0 = greedy")
-    top_p: float = key(0.95, TOP_P_HELP)
-    top_k: int = key(0, TOP_K_HELP)
-    max_tokens: int = key(32768, "tokens of a response at most")
+    n: int = key(32, "samples per problem", at_least=1)
+    temperature: float = key(0.6, "softmax temperature; 0 = greedy", at_least=0)
+    top_p: float = key(0.95, TOP_P_HELP, more_than=0, at_most=1)
+    top_k: int = key(0, TOP_K_HELP, at_least=0)
+    max_tokens: int = key(32768, "tokens of a response at most", at_least=1)
     stop: list[str] = key([], "strings that end a response, besides the end token")
     template: str = template_key("chat")
     instruction: str = key(r"Please reason step by step, and put your final answer within \boxed{}.", INSTRUCTION_HELP)
@@ -52,15 +54,15 @@ class ChoiceConfig(BenchmarkConfig):
 
 @dataclass
 class ShortConfig(BenchmarkConfig):
-    n: int = key(4, "samples per problem")
+    n: int = key(4, "samples per problem", at_least=1)
 
 
 @dataclass
 class GreedyConfig(BenchmarkConfig):
-    n: int = key(1, "samples per problem")
-    temperature: float = key(0.0, "softmax temperature; 0 = greedy")
-    top_p: float = key(1.0, TOP_P_HELP)
-    max_tokens: int = key(2048, "tokens of a response at most")
+    n: int = key(1, "samples per problem", at_least=1)
+    temperature: float = key(0.0, "softmax temperature; 0 = greedy", at_least=0)
+    top_p: float = key(1.0, TOP_P_HELP, more_than=0, at_most=1)
+    max_tokens: int = key(2048, "tokens of a response at most", at_least=1)
 
 
 @dataclass

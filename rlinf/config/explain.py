@@ -54,6 +54,7 @@ def _default(key: Key) -> str:
 def _row(key: Key) -> str:
     kind = " / ".join(f"`{dump(c)}`" for c in key.choices) if key.choices else key.type_name
     kind += " / [file.py:function](extending.md)" if key.choices and key.own else ""
+    kind = kind.replace("<", "&lt;")
     default = _default(key) if key.default == REQUIRED else f"`{dump(key.default)}`"
     return f"| `{key.name.rpartition('.')[2]}` | {kind} | {default} | {key.help.replace('<', '&lt;')} |"
 

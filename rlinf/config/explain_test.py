@@ -29,6 +29,8 @@ def test_explain_tells_meaning_type_default_choices_value_and_origin() -> None:
     assert "value    32" in text and "qwen2.5-7b-grpo-megatron.yaml:" in text
     assert "value" not in explain(None, "algorithm.group_size")
     assert "none: it must be set" in explain(None, "rollout.model_dir")
+    assert "type     number > 0, ≤ 1\n" in explain(None, "algorithm.gae_lambda")
+    assert "type     number > 0 or null\n" in explain(None, "critic.value_clip")
 
 
 def test_a_section_lists_its_keys() -> None:

@@ -18,8 +18,8 @@ REQUIRED = "???"  # OmegaConf's mark of a key without a default
 class Key:
     """One leaf of the configuration.
 
-    kind: one of str, int, float, bool, list, dict. optional: whether it may be null. own: see field.key. item: the type of the elements of
-    a list.
+    kind: one of str, int, float, bool, list, dict. optional: whether it may be null. own and the bounds: see field.key. item: the type of
+    the elements of a list.
     """
 
     name: str
@@ -29,6 +29,10 @@ class Key:
     help: str
     choices: tuple[Any, ...]
     own: bool
+    at_least: float | None
+    at_most: float | None
+    more_than: float | None
+    less_than: float | None
     item: type = str
 
     @property
@@ -41,7 +45,21 @@ class Key:
             list: "list of integers" if self.item is int else "list of text",
             dict: "mapping of text to text",
         }
-        return names[self.kind] + (" or null" if self.optional else "")
+        signs = {"≥": self.at_least, ">": self.more_than, "≤": self.at_most, "<": self.less_than}
+        bounds = ", ".join(f"{sign} {bound}" for sign, bound in signs.items() if bound is not None)
+        return f"{names[self.kind]} {bounds}".strip() + (" or null" if self.optional else "")
+
+    def out_of_bounds(self, value: float) -> str | None:
+        """What is wrong with a number, by its bounds."""
+        if self.at_least is not None and value < self.at_least:
+            return f"must be at least {self.at_least}"
+        if self.at_most is not None and value > self.at_most:
+            return f"must be at most {self.at_most}"
+        if self.more_than is not None and value <= self.more_than:
+            return f"must be greater than {self.more_than}"
+        if self.less_than is not None and value >= self.less_than:
+            return f"must be less than {self.less_than}"
+        return None
 
 
 @cache
@@ -77,6 +95,6 @@ def _walk(section: type, prefix: str) -> list[Key]:
         if optional:
             hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        meta, item = field.metadata, next(iter(typing.get_args(hint)), str)
-        keys.append(Key(name, typing.get_origin(hint) or hint, optional, default, meta["help"], meta["choices"], meta["own"], item))
+        item = next(iter(typing.get_args(hint)), str)
+        keys.append(Key(name, typing.get_origin(hint) or hint, optional, default, item=item, **field.metadata))
     return keys

@@ -98,9 +98,10 @@ def test_values_take_the_type_of_their_key(tmp_path: Path) -> None:
     ("written", "read"),
     [
         ("10", 10), ("1_000", 1000), ("0x10", 16), ("+5", 5), ("1e3", 1000), ("0", 0),
-        ("010", 'expected integer, got "010"; write 10: a leading zero'), ("'010'", "write 10"), ("-08", "write -8"), ("00", "write 0"),
-        ("1:30", 'expected integer, got "1:30"'), ("1e-6", "expected integer, got 1e-06"), ("1,000", "expected integer"),
-        ("yes", "expected integer, got true"),
+        ("010", 'expected integer ≥ -1, got "010"; write 10: a leading zero'),
+        ("'010'", "write 10"), ("-08", "write -8"), ("00", "write 0"),
+        ("1:30", 'expected integer ≥ -1, got "1:30"'), ("1e-6", "expected integer ≥ -1, got 1e-06"), ("1,000", "expected integer"),
+        ("yes", "expected integer ≥ -1, got true"),
     ],
 )  # fmt: skip
 def test_a_number_is_what_its_reader_takes_it_for_or_is_refused(tmp_path: Path, written: str, read: int | str) -> None:
@@ -120,7 +121,7 @@ def test_so_is_a_number_with_a_fraction(tmp_path: Path, written: str, read: floa
     if read is not None:
         assert load(config, [f"actor.optim.lr={written}"]).config.actor.optim.lr == read
     else:
-        with pytest.raises(UserError, match="actor.optim.lr: expected number, got"):
+        with pytest.raises(UserError, match="actor.optim.lr: expected number ≥ 0, got"):
             load(config, [f"actor.optim.lr={written}"])
 
 
@@ -182,7 +183,7 @@ def test_every_example_and_alias_loads_by_name(name: str) -> None:
         ("runner: {max_steps: 1.5}", ["runner.max_steps: expected integer, got 1.5"]),
         ("runner: {max_steps: true}", ["runner.max_steps: expected integer, got true"]),
         ("data: {shuffle: 3}", ["data.shuffle: expected true or false, got 3"]),
-        ("actor: {optim: {lr: fast}}", ["actor.optim.lr: expected number, got fast"]),
+        ("actor: {optim: {lr: fast}}", ["actor.optim.lr: expected number ≥ 0, got fast"]),
         ("actor: {optim: {lr: .inf}}", ["actor.optim.lr: expected a finite number"]),
         ("runner: {experiment_name: null}", ["runner.experiment_name: expected text, got null"]),
         (

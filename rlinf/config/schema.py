@@ -26,16 +26,16 @@ class ClusterConfig:
         "where workers live: `ray` (local cluster when none is up) or `local` (everything in this process, for debugging)",
         ("ray", "local"),
     )
-    num_nodes: int = key(1, "number of nodes; the run waits for them")
-    num_gpus_per_node: int = key(1, "devices per node: GPUs, or process slots on a CPU machine")
+    num_nodes: int = key(1, "number of nodes; the run waits for them", at_least=1)
+    num_gpus_per_node: int = key(1, "devices per node: GPUs, or process slots on a CPU machine", at_least=1)
     component_placement: dict[str, str] = key(
         {"actor,rollout,reward": "all"}, "component[,component]: devices, as `all`, `0-7`, `0-3,8`; devices are numbered node by node"
     )
     device: str = key("auto", "`cuda`, `cpu`, or `auto` (cuda when the machine has it)", ("auto", "cuda", "cpu"))
     threads_per_worker: int = key(
-        0, "compute threads of an actor or rollout process on CPU; 0 = cores of the node / device slots of the node, at least 1"
+        0, "compute threads of an actor or rollout process on CPU; 0 = cores of the node / device slots of the node, at least 1", at_least=0
     )
-    start_timeout: int = key(600, "seconds to wait for nodes and for workers to start")
+    start_timeout: int = key(600, "seconds to wait for nodes and for workers to start", at_least=1)
 
 
 @dataclass
@@ -52,16 +52,16 @@ class LoggerConfig:
 class RunnerConfig:
     output_dir: str = key("./logs", "runs are written to <output_dir>/<experiment_name>")
     experiment_name: str = key("rlinf", "name of the run and of its folder")
-    max_epochs: int = key(1, "passes over the training data")
+    max_epochs: int = key(1, "passes over the training data", at_least=1)
     max_steps: int = key(-1, "stop after this many steps; -1 = by max_epochs alone")
     val_check_interval: int = key(
-        -1, "steps between validations on data.val_data_paths; -1 = only before the first and after the last step; 0 = never"
+        -1, "steps between validations on data.val_data_paths; -1 = only before the first and after the last step; 0 = never", at_least=-1
     )
-    save_interval: int = key(-1, "steps between checkpoints; -1 = only after the last step; 0 = never")
+    save_interval: int = key(-1, "steps between checkpoints; -1 = only after the last step; 0 = never", at_least=-1)
     async_checkpoint: bool = key(
         False, "write checkpoints in the background while training goes on; needs host memory for a copy of weights and optimizer state"
     )
-    keep_checkpoints: int = key(2, "how many complete checkpoints are kept, the newest ones; 0 = all")
+    keep_checkpoints: int = key(2, "how many complete checkpoints are kept, the newest ones; 0 = all", at_least=0)
     keep_best: bool = key(
         True,
         "also keep the checkpoint with the best held-out score (eval/accuracy, of `rlinf sft` sft/val_loss) of those whose step was "
@@ -71,6 +71,7 @@ class RunnerConfig:
         50,
         "last steps whose groups (token ids, log-probabilities, verdicts: 11 bytes a token) are kept in samples/ for `rlinf replay`; step "
         "1 and the step after each kept checkpoint are kept as well; -1 = all; 0 = none are written",
+        at_least=-1,
     )
     resume_dir: str | None = key(
         None,
@@ -80,6 +81,7 @@ class RunnerConfig:
         0,
         "seconds that a phase of a step may take before the run counts as hanging; "
         "0 = ten times the longest such phase so far, at least 600; -1 = no limit",
+        at_least=-1,
     )
     on_hang: str = key(
         "abort",
@@ -87,15 +89,17 @@ class RunnerConfig:
         "checkpoint (without one it is an abort), `report` lets it go on",
         ("abort", "restart", "report"),
     )
-    max_restarts: int = key(3, "with on_hang restart: how often one command restarts the run at most")
+    max_restarts: int = key(3, "with on_hang restart: how often one command restarts the run at most", at_least=1)
     profile_steps: list[int] = key(
         [], "steps that torch's profiler records, into profile/ of the run's folder; a trace slows its step down"
     )
     profile_ranks: list[int] = key([0], "ranks of actor, critic and rollout that are recorded")
     peak_tflops: float | None = key(
-        None, "peak of a device in 10^12 operations a second, for the utilisation metrics; null = the data sheet's, on CPU none"
+        None,
+        "peak of a device in 10^12 operations a second, for the utilisation metrics; null = the data sheet's, on CPU none",
+        more_than=0,
     )
-    seq_length: int = key(2048, "tokens of prompt + response at most")
+    seq_length: int = key(2048, "tokens of prompt + response at most", at_least=2)
     max_tokens_per_mbs: int = key(4096, "token budget of a training micro-batch; at least seq_length")
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
@@ -120,11 +124,11 @@ class DataConfig:
         {}, "variables for the chat template, such as {enable_thinking: false} for Qwen3; `rlinf eval` uses them, too"
     )
     tasks: list[str] | None = key(None, "keep only these tasks; null = all")
-    max_prompt_length: int = key(1024, "tokens of a prompt at most")
+    max_prompt_length: int = key(1024, "tokens of a prompt at most", at_least=1)
     filter_prompt_by_length: bool = key(True, "drop longer prompts (counted); false = a longer prompt is an error")
-    rollout_batch_size: int = key(512, "prompts per step")
+    rollout_batch_size: int = key(512, "prompts per step", at_least=1)
     shuffle: bool = key(True, "new order every epoch, from the seed")
-    seed: int = key(1234, "seed of the data order")
+    seed: int = key(1234, "seed of the data order", at_least=0, less_than=2**63)  # above it numpy no longer tells two seeds apart
     on_bad_record: str = key("error", "`error`: refuse to start, naming file and lines; `skip`: drop, count and report", ("error", "skip"))
 
 
@@ -140,22 +144,27 @@ class RolloutConfig:
         None, "python interpreter that has sglang; null = the run's own if it has it, on CPU else the one of toolkits/setup/sglang_cpu.sh"
     )
     tensor_parallel_size: int = key(
-        1, "GPUs of one engine; the embedded engine runs on one device, one of SGLang also on those of several nodes (docs/sglang.md)"
+        1,
+        "GPUs of one engine; the embedded engine runs on one device, one of SGLang also on those of several nodes (docs/sglang.md)",
+        at_least=1,
     )
     gpu_memory_utilization: float = key(
-        0.55, "share of a GPU's memory for the engine's weights and KV cache; with SGLang of the memory that is free when the engine starts"
+        0.55,
+        "share of a GPU's memory for the engine's weights and KV cache; with SGLang of the memory that is free when the engine starts",
+        more_than=0,
+        less_than=1,
     )
     offload: bool = key(
         False,
         "give the engine's weights and KV cache back while the actor trains on the same GPU; SGLang then runs with enable_memory_saver",
     )
-    max_running_requests: int = key(64, "samples decoded at once by one engine")
+    max_running_requests: int = key(64, "samples decoded at once by one engine", at_least=1)
     precision: str | None = key(
         None,
         "dtype of the engine's weights and KV cache; auto as for actor.model.precision; null = the actor's",
         (None, "fp32", "bf16", "fp16", "auto"),
     )
-    seed: int = key(1234, "seed of the sampling noise")
+    seed: int = key(1234, "seed of the sampling noise", at_least=0)
     partial: bool = key(
         False, "with schedule wallclock: engines stop while the actor trains, and unfinished groups are carried over with their tokens"
     )
@@ -163,14 +172,17 @@ class RolloutConfig:
         3,
         "how many engines that died are restarted with the current weights (which the actor keeps for that) before a death ends the run; "
         "Ray only",
+        at_least=0,
     )
     stall_timeout: int = key(
         0,
         "seconds without a finished group, or without an answer to another call, after which an engine is ended and restarted; 0 = never",
+        at_least=0,
     )
     over_provisioning: float = key(
         0.0,
         "with schedule wallclock: how many batches of groups may be begun and not yet trained on; 0 = as many as max_staleness allows",
+        at_least=0,
     )
     weight_transport: str = key(
         "auto",
@@ -180,7 +192,7 @@ class RolloutConfig:
         ("auto", "disk", "broadcast", "device_ipc"),
     )
     verify_weights_every: int = key(
-        50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first"
+        50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first", at_least=0
     )
 
     @property
@@ -191,11 +203,11 @@ class RolloutConfig:
 
 @dataclass
 class ActorModelConfig:
-    tensor_model_parallel_size: int = key(1, "ranks that share each layer")
-    pipeline_model_parallel_size: int = key(1, "pipeline stages")
+    tensor_model_parallel_size: int = key(1, "ranks that share each layer", at_least=1)
+    pipeline_model_parallel_size: int = key(1, "pipeline stages", at_least=1)
     sequence_parallel: bool = key(False, "shard norms and residuals over the tensor-parallel ranks; needs tensor_model_parallel_size > 1")
     context_parallel_size: int = key(
-        1, "ranks that share the tokens of each micro-batch; for sequences whose activations do not fit one rank"
+        1, "ranks that share the tokens of each micro-batch; for sequences whose activations do not fit one rank", at_least=1
     )
     precision: str = key(
         "bf16",
@@ -236,34 +248,34 @@ class ActorModelConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = key(2e-5, "peak learning rate")
-    min_lr: float = key(0.0, "learning rate at the end of a linear or cosine decay")
+    lr: float = key(2e-5, "peak learning rate", at_least=0)
+    min_lr: float = key(0.0, "learning rate at the end of a linear or cosine decay", at_least=0)
     lr_decay_style: str = key("constant", "schedule after warm-up", ("constant", "linear", "cosine"))
-    lr_decay_steps: int = key(0, "optimizer steps of warm-up + decay; needed for linear and cosine")
-    lr_warmup_steps: int = key(0, "optimizer steps of linear warm-up from 0")
-    adam_beta1: float = key(0.9, "Adam beta 1")
-    adam_beta2: float = key(0.95, "Adam beta 2")
-    adam_eps: float = key(1e-5, "Adam epsilon")
-    weight_decay: float = key(0.05, "decoupled weight decay; not applied to norms and biases")
-    clip_grad: float = key(1.0, "global gradient norm; 0 = no clipping")
-    loss_scale: float | None = key(None, "static loss scale for fp16; null = dynamic")
-    initial_loss_scale: float = key(65536.0, "start of the dynamic loss scale")
-    loss_scale_window: int = key(1000, "good steps before the dynamic loss scale doubles")
+    lr_decay_steps: int = key(0, "optimizer steps of warm-up + decay; needed for linear and cosine", at_least=0)
+    lr_warmup_steps: int = key(0, "optimizer steps of linear warm-up from 0", at_least=0)
+    adam_beta1: float = key(0.9, "Adam beta 1", at_least=0, less_than=1)
+    adam_beta2: float = key(0.95, "Adam beta 2", at_least=0, less_than=1)
+    adam_eps: float = key(1e-5, "Adam epsilon", more_than=0)
+    weight_decay: float = key(0.05, "decoupled weight decay; not applied to norms and biases", at_least=0)
+    clip_grad: float = key(1.0, "global gradient norm; 0 = no clipping", at_least=0)
+    loss_scale: float | None = key(None, "static loss scale for fp16; null = dynamic", more_than=0)
+    initial_loss_scale: float = key(65536.0, "start of the dynamic loss scale", at_least=1)  # Megatron's scaler goes no lower
+    loss_scale_window: int = key(1000, "good steps before the dynamic loss scale doubles", at_least=1)
 
 
 @dataclass
 class LoraConfig:
     """Low-rank adapters, arXiv 2106.09685: the weights W stay as they are, and A and B of W + alpha / rank · B A are trained."""
 
-    rank: int = key(0, "rows of A and columns of B; 0 = no adapters, all weights are trained")
-    alpha: float = key(32.0, "scale of the adapters: what they add is multiplied by alpha / rank")
+    rank: int = key(0, "rows of A and columns of B; 0 = no adapters, all weights are trained", at_least=0)
+    alpha: float = key(32.0, "scale of the adapters: what they add is multiplied by alpha / rank", more_than=0)
     target_modules: list[str] = key(
         list(LORA_TARGETS),
         "matrices of a layer that have adapters, by Megatron's names: linear_qkv (query, key, value), linear_proj (attention's output), "
         "linear_fc1 (gate and up), linear_fc2 (down)",
         LORA_TARGETS,
     )
-    seed: int = key(1234, "seed of the first A; B begins with zeros")
+    seed: int = key(1234, "seed of the first A; B begins with zeros", at_least=0)
 
 
 @dataclass
@@ -283,12 +295,13 @@ class CriticConfig(ActorConfig):
     model_dir: str | None = key(
         None, "Hugging Face folder that the critic starts from, of a model with the actor's vocabulary; null = rollout.model_dir"
     )
-    seed: int = key(1234, "seed of the value head's first weights (`score.weight`), where the folder has none")
+    seed: int = key(1234, "seed of the value head's first weights (`score.weight`), where the folder has none", at_least=0)
     value_clip: float | None = key(
         0.5,
         "clip range of the values: how far a value may move in one step before its loss stops falling, in units of reward; null = no limit",
+        more_than=0,
     )
-    warmup_steps: int = key(0, "first steps of the run in which the critic alone is trained")
+    warmup_steps: int = key(0, "first steps of the run in which the critic alone is trained", at_least=0)
 
 
 @dataclass
@@ -308,7 +321,7 @@ class TokenRewardConfig:
         ("logit", "probability", "teacher"),
     )
     reduce: str = key("mean", "how the scores of a response's tokens become the score of the response", ("mean", "sum", "last", "min"))
-    weight: float = key(1.0, "factor of a score before it is added to the reward")
+    weight: float = key(1.0, "factor of a score before it is added to the reward", more_than=0)
     model: ActorModelConfig = field(default_factory=ActorModelConfig)
     offload_weight: bool = key(False, "keep its weights in host memory while it does not score")
 
@@ -325,24 +338,26 @@ class RewardConfig:
         "correctness stays the verifier's",
         own=True,
     )
-    reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative; 0 = reward.own_parts alone")
+    reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative; 0 = reward.own_parts alone", at_least=0)
     undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
     answer_format: str = key(
         "boxed",
         "where the answer is: in the last complete box, or, without a box, also in the last number",
         ("boxed", "boxed_or_final_number"),
     )
-    num_processes: int = key(1, "verifier processes of one reward worker, for answers that need symbolic computation")
-    timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided")
-    format_reward: float = key(0.0, "added when the response closes its thinking once and boxes an answer after it; 0 = off")
+    num_processes: int = key(1, "verifier processes of one reward worker, for answers that need symbolic computation", at_least=1)
+    timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided", more_than=0)
+    format_reward: float = key(0.0, "added when the response closes its thinking once and boxes an answer after it; 0 = off", at_least=0)
     four_levels: bool = key(
         False,
         r"RaML's reward, times reward_scale: 1 right and well-formed, 0 wrong and well-formed, −0.5 right, −1 neither; well-formed is "
         r"`<think>…</think><conclusion>…\boxed{}…</conclusion>`",
     )
-    overlong_buffer: int = key(0, "tokens before max_new_tokens in which a length penalty grows linearly (DAPO soft overlong); 0 = off")
-    overlong_penalty: float = key(1.0, "length penalty of a response of max_new_tokens, with overlong_buffer > 0")
-    exploration_penalty: float = key(0.0, "c of the penalty min(1, c / response tokens) for short responses (RLSP); 0 = off")
+    overlong_buffer: int = key(
+        0, "tokens before max_new_tokens in which a length penalty grows linearly (DAPO soft overlong); 0 = off", at_least=0
+    )
+    overlong_penalty: float = key(1.0, "length penalty of a response of max_new_tokens, with overlong_buffer > 0", at_least=0)
+    exploration_penalty: float = key(0.0, "c of the penalty min(1, c / response tokens) for short responses (RLSP); 0 = off", at_least=0)
 
     def of_verdicts(self) -> RewardConfig:
         """The same without what is paid besides right and wrong."""
@@ -351,7 +366,7 @@ class RewardConfig:
 
 @dataclass
 class SftConfig:
-    batch_size: int = key(64, "examples per optimizer step, over all data-parallel ranks")
+    batch_size: int = key(64, "examples per optimizer step, over all data-parallel ranks", at_least=1)
     response_key: str = key("response", "field of the response; the loss is on its tokens alone")
     append_end_token: bool = key(True, "end each response with the model's end token, unless it ends with one")
     reweighting: str | None = key(
@@ -360,8 +375,8 @@ class SftConfig:
         "null = mean over all response tokens; it costs another forward pass",
         (None, "uniform", "lin_upper", "quadratic", "extremes", "upper"),
     )
-    reweighting_temperature: float = key(1.0, "softmax temperature of the weights; larger = more even")
-    reweighting_burn_in: int = key(0, "first steps in which all examples weigh the same")
+    reweighting_temperature: float = key(1.0, "softmax temperature of the weights; larger = more even", more_than=0)
+    reweighting_burn_in: int = key(0, "first steps in which all examples weigh the same", at_least=0)
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Rules that concern several keys. It reads nothing but the configuration and starts nothing; all violations are reported at once."""
+"""The bounds of numbers, which stand with the keys, and rules that concern several keys. It reads nothing but the configuration and starts
+nothing; all violations are reported at once."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from rlinf.config.benchmarks import BENCHMARKS
-from rlinf.config.bounds import out_of_bounds
 from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
 from rlinf.config.own_code import is_own
@@ -38,7 +38,7 @@ def validate(config: Config, provenance: Mapping[str, str] | None = None) -> Non
     _raise(config, provenance, (recipe_for_sft,))  # alone: the rest follows from it
     objective = (_algorithm, _kl, _importance, _selection, _sampling)
     models = (_actor, _critic, _token_reward)
-    rules = (out_of_bounds, _cluster, _runner, _validation, _lengths, _data, *objective, _rollout, *models, _reward)
+    rules = (_bounds, _cluster, _runner, _validation, _lengths, _data, *objective, _rollout, *models, _reward)
     sections = ("runner", "data", "algorithm", "rollout", "actor", "reward", "validation", *(["critic"] if config.has_critic else []))
     dead = (
         partial(unread, "train", provenance or {}),
@@ -56,14 +56,14 @@ def validate_evaluation(config: Config, provenance: Mapping[str, str] | None = N
         partial(without_effect, sections, provenance or {}),
         partial(beyond, sections, provenance or {}),
     )
-    _raise(config, provenance, (out_of_bounds, _cluster, _rollout, _reward, _evaluation, *dead))
+    _raise(config, provenance, (_bounds, _cluster, _rollout, _reward, _evaluation, *dead))
 
 
 def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Like validate, with the rules for supervised fine-tuning."""
     _raise(config, provenance, (partial(recipe_for_training, provenance or {}),))
     dead = (partial(unread, "sft", provenance or {}), partial(without_effect, ("runner", "data", "actor", "sft"), provenance or {}))
-    _raise(config, provenance, (out_of_bounds, _cluster, _runner, _data, _actor, _sft, *dead))
+    _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft, *dead))
 
 
 def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence[Callable[[Config], Iterator[Violation]]]) -> None:
@@ -72,6 +72,13 @@ def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence
         where = provenance or {}
         lines = [f"  {key} = {dump(value_of(config, key))}{f' ({where[key]})' if key in where else ''}: {text}" for key, text in found]
         raise UserError("this configuration cannot be run:\n" + "\n".join(lines))
+
+
+def _bounds(c: Config) -> Iterator[Violation]:
+    for name, key in known_keys().items():
+        value = value_of(c, name)
+        if key.kind in (int, float) and value is not None and (wrong := key.out_of_bounds(value)):
+            yield name, wrong
 
 
 def _cluster(c: Config) -> Iterator[Violation]:
@@ -157,8 +164,6 @@ def _algorithm(c: Config) -> Iterator[Violation]:
         yield "algorithm.clip_ratio_c", f"the dual clip belongs to loss_type ppo and decoupled-ppo, not {a.loss_type}; set it to null"
     if None not in (a.clip_ratio_low, a.clip_ratio_high) and a.ratio_clip_eps != known_keys()["algorithm.ratio_clip_eps"].default:
         yield "algorithm.ratio_clip_eps", "acts only where algorithm.clip_ratio_low or clip_ratio_high is null; remove it, or those"
-    if a.gamma > 1:
-        yield "algorithm.gamma", "is a discount; it must be at most 1"
     if a.gamma == 0 and not a.dense_rewards:
         yield "algorithm.gamma", "0 leaves a verdict to the last token alone; it is for algorithm.dense_rewards: true"
 
@@ -231,8 +236,6 @@ def _selection(c: Config) -> Iterator[Violation]:
 
 def _sampling(c: Config) -> Iterator[Violation]:
     sampling = c.algorithm.sampling_params
-    if sampling.top_p > 1:
-        yield "algorithm.sampling_params.top_p", "is a probability; it must be at most 1"
     if not sampling.do_sample:
         yield (
             "algorithm.sampling_params.do_sample",
@@ -335,8 +338,6 @@ def _critic(c: Config) -> Iterator[Violation]:
             "gae needs a critic; give it devices in cluster.component_placement, such as `actor,critic,rollout,reward: all`",
         )
     yield from _megatron(c, "critic")
-    if a.gae_lambda > 1:
-        yield "algorithm.gae_lambda", "must be at most 1"
     if 0 < c.runner.max_steps <= c.critic.warmup_steps:
         yield "critic.warmup_steps", f"leaves no step for the actor; it must be less than runner.max_steps ({c.runner.max_steps})"
 
@@ -411,8 +412,6 @@ def _answers(c: Config, section: str) -> Iterator[Violation]:
     how = value_of(c, section)
     if how.temperature == 0 and how.n > 1:
         yield f"{section}.n", f"greedy answers of one problem are all equal ({section}.temperature is 0); set n to 1, or raise it"
-    if how.top_p > 1:
-        yield f"{section}.top_p", "is a probability; it must be at most 1"
 
 
 def _stop_strings(c: Config, key: str) -> Iterator[Violation]:

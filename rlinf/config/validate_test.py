@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from rlinf.config.bounds import AT_LEAST, LESS_THAN, MORE_THAN
 from rlinf.config.keys import known_keys
 from rlinf.config.load import EXAMPLES, load, value_of
 from rlinf.config.model import load_model_config, planned_model_config, validate_model, validate_scorer
@@ -141,7 +140,7 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         ([*MASK, "algorithm.importance_sampling_low=3"], "must be at most algorithm.importance_sampling_clip (2.0)"),
         ([*MASK, "algorithm.importance_sampling_clip=0.5"], "set importance_sampling_low"),
         (["algorithm.kl_in=reward"], "algorithm.kl_in = reward (command line): there is no KL term"),
-        (["algorithm.gamma=1.1"], "algorithm.gamma = 1.1 (command line): is a discount"),
+        (["algorithm.gamma=1.1"], "algorithm.gamma = 1.1 (command line): must be at most 1"),
         (["algorithm.gamma=0.9", "algorithm.num_update_sample_per_prompt=2"], "set algorithm.normalize_advantages: false"),
         (
             ["algorithm.num_update_sample_per_prompt=3", "algorithm.n_minibatches=5"],
@@ -172,7 +171,7 @@ def test_legal_settings_pass(tmp_path: Path, words: list[str]) -> None:
         (["runner.max_steps=0"], "runner.max_steps = 0 (command line): must be at least 1, or -1"),
         (["runner.val_check_interval=5"], "data.val_data_paths is empty"),
         (["validation.n=4"], "validation.n = 4 (command line): greedy answers of one problem are all equal"),
-        (["validation.temperature=1", "validation.top_p=1.5"], "validation.top_p = 1.5 (command line): is a probability"),
+        (["validation.temperature=1", "validation.top_p=1.5"], "validation.top_p = 1.5 (command line): must be at most 1"),
         (["validation.max_new_tokens=999999"], "leaves room for "),
         (["validation.temperature=1"], "has a meaning only with data.val_data_paths: [a file]"),
         (["validation.top_k=5"], "has a meaning only with validation.temperature: more than 0"),
@@ -194,13 +193,15 @@ def test_violations_name_key_value_origin_and_remedy(tmp_path: Path, words: list
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize(("table", "bad"), [(AT_LEAST, lambda b: b - 1), (MORE_THAN, lambda b: b), (LESS_THAN, lambda b: b)])
-def test_numbers_outside_their_bounds_are_refused(tmp_path: Path, table: dict[str, float], bad) -> None:
+@pytest.mark.parametrize(("kind", "beyond"), [("at_least", -1), ("at_most", 1), ("more_than", 0), ("less_than", 0)])
+def test_numbers_outside_their_bounds_are_refused(tmp_path: Path, kind: str, beyond: int) -> None:
     (tmp_path / "a.yaml").write_text("")
     loaded = load(str(tmp_path / "a.yaml"), BASE)
-    for key, bound in table.items():
+    bounded = {key.name: bound for key in known_keys().values() if (bound := getattr(key, kind)) is not None}
+    assert bounded
+    for key, bound in bounded.items():
         config, (section, _, name) = deepcopy(loaded.config), key.rpartition(".")
-        setattr(value_of(config, section), name, bad(bound))
+        setattr(value_of(config, section), name, bound + beyond)
         with pytest.raises(UserError, match=key):
             validate(config, loaded.provenance | {key: COMMAND_LINE})
 
@@ -214,8 +215,9 @@ def test_every_number_has_a_bound_or_a_rule(tmp_path: Path) -> None:
         "reward.undecided_reward",
     }
     ruled.add("token_reward.model.recompute_num_layers")
-    numbers = {k.name for k in known_keys().values() if k.kind in (int, float)}
-    assert numbers - ruled == set(AT_LEAST) | set(MORE_THAN) | set(LESS_THAN)
+    bounds = lambda k: (k.at_least, k.at_most, k.more_than, k.less_than)
+    assert {k.name for k in known_keys().values() if k.kind in (int, float) and bounds(k) == (None,) * 4} == ruled
+    assert not any(set(bounds(k)) - {None} for k in known_keys().values() if k.kind not in (int, float))
 
 
 @pytest.mark.parametrize(
