@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlinf.config.arguments import tolerance, whole
+from rlinf.config.benchmarks import INSTRUCTION
 from rlinf.errors import RunFailed, UserError
 from rlinf.hardware import cores
 
@@ -29,7 +30,7 @@ Argument = Callable[[Any], Any]  # a function that adds one argument (or several
 
 GROUPS = {
     "config": "show a configuration, explain a key",
-    "data": "generate, convert or check data files",
+    "data": "generate, import, convert or check data files",
     "check": "proofs of this platform, on this machine",
 }
 PATH_ERRORS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG)
@@ -311,6 +312,28 @@ def data_convert(args: argparse.Namespace) -> int:
     from rlinf.evaluation.convert import convert
 
     _print_result(convert(args.benchmark, args.source, args.out, args.seed))
+    return 0
+
+
+@command(
+    "data import",
+    "a training file of any file with questions and answers",
+    arg("source", metavar="FILE", type=user_path, help=".jsonl, .json, .csv or .parquet"),
+    arg("out", metavar="OUT", type=user_path),
+    arg("--prompt", required=True, metavar="FIELD", help="field of the question, a text or chat messages; a dot leads into a field"),
+    arg("--answer", required=True, metavar="FIELD", help="field of the answer, or of a list of answers, any of which is right"),
+    arg("--id", metavar="FIELD", help="field of the problem's id (default: the file's name and the row's number)"),
+    arg("--metadata", metavar="FIELD", help="field that functions of the reward are to see"),
+    arg("--task", default="math", help="how answers are judged (default math)"),
+    arg("--instruction", default=INSTRUCTION, metavar="TEXT", help=f"line behind each question (default: {INSTRUCTION}); '' for none"),
+    arg("--skip-bad", action="store_true", help="leave out rows that cannot be used, and say which"),
+)
+def data_import(args: argparse.Namespace) -> int:
+    from rlinf.data.foreign import import_file
+
+    fields = {"name": args.id, "metadata": args.metadata}
+    how = {"task": args.task, "instruction": args.instruction, "skip_bad": args.skip_bad}
+    _print_result(import_file(args.source, args.out, args.prompt, args.answer, **fields, **how))
     return 0
 
 

@@ -8,6 +8,7 @@ than one machine says so in the paragraph above it; its commands are looked at a
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +97,18 @@ def converted(words: list[str], here: Path) -> None:
     assert _parse(words[1:]).benchmark in READERS
 
 
+def imported(words: list[str], here: Path) -> None:
+    """From a file with the fields that the command names; what it writes is fit for training."""
+    asked = _parse(words[1:])
+    row: dict[str, Any] = {}
+    for name, value in ((asked.metadata, {}), (asked.prompt, "1+1?"), (asked.answer, "2")):
+        *path, last = (name or "none").split(".")
+        reduce(lambda at, part: at.setdefault(part, {}), path, row)[last] = value
+    (here / "foreign.jsonl").write_text(json.dumps(row))
+    run([*words[:3], str(here / "foreign.jsonl"), str(here / "imported.jsonl"), *words[5:]], here)
+    run(["rlinf", "data", "check", str(here / "imported.jsonl")], here)
+
+
 def checked(words: list[str], here: Path) -> None:
     run([*words[:3], str(here / "problems.jsonl"), *words[4:]], here)
 
@@ -147,6 +161,7 @@ CLASSES: dict[tuple[str, ...], Callable[[list[str], Path], None]] = {
     ("rlinf", "compare"): run,
     ("rlinf", "verify"): run,
     ("rlinf", "data", "generate"): run,
+    ("rlinf", "data", "import"): imported,
     ("rlinf", "data", "check"): checked,
     ("rlinf", "data", "convert"): converted,  # rlinf/evaluation/convert_test.py
     ("rlinf", "check"): parsed,  # rlinf/checks/*_test.py
@@ -254,7 +269,6 @@ def test_examples_in_python_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for block, space in zip(blocks, spaces):
         exec(block, space)
     assert [space["verdict"].status for space in spaces if "verdict" in space] == [Status.RIGHT]
-    assert main(["data", "check", "mine.jsonl"]) == 0  # of docs/data.md
 
 
 def test_the_example_of_a_record_is_fit_for_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

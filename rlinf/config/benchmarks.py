@@ -9,6 +9,7 @@ from rlinf.config.field import key
 
 TOP_P_HELP = "sample from the smallest set with this probability mass; 1 = off"
 TOP_K_HELP = "sample among the k most likely tokens; 0 or at least the vocabulary = off"
+INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 INSTRUCTION_HELP = "line after the question; not used with `raw`"
 
 
@@ -42,7 +43,7 @@ class BenchmarkConfig:
     max_tokens: int = key(32768, "tokens of a response at most", at_least=1)
     stop: list[str] = key([], "strings that end a response, besides the end token")
     template: str = template_key("chat")
-    instruction: str = key(r"Please reason step by step, and put your final answer within \boxed{}.", INSTRUCTION_HELP)
+    instruction: str = key(INSTRUCTION, INSTRUCTION_HELP)
 
 
 @dataclass

@@ -22,6 +22,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write, whic
 HALF_A_PAIR = "holds half a surrogate pair, which is no character"
 MAGIC = {b"\x1f\x8b": "gzip-compressed", b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd-compressed"}
 TABLES = (".csv", ".tsv")
+IMPORT = "; `rlinf data import` makes such a file"
 Row = dict[str, Any]
 R = TypeVar("R")
 
@@ -109,12 +110,12 @@ def field(row: Row, name: str, key: str) -> Any:
     return row[name]
 
 
-def describe(faults: Sequence[Fault], what: str, remedy: str) -> str:
-    """A message with the first faults, one a line, between the heading "N data lines `what`" and the remedy."""
-    shown = [f"  {fault.file}, line {fault.line}: {fault.reason}" for fault in faults[:SHOWN_LINES]]
+def describe(faults: Sequence[Fault], what: str, remedy: str, unit: str = "line") -> str:
+    """A message with the first faults, one a line, between the heading "N data lines `what`" and the remedy. unit: what is counted."""
+    shown = [f"  {fault.file}, {unit} {fault.line}: {fault.reason}" for fault in faults[:SHOWN_LINES]]
     if len(faults) > SHOWN_LINES:
         shown.append(f"  and {len(faults) - SHOWN_LINES} more")
-    subject = "1 data line" if len(faults) == 1 else f"{len(faults)} data lines"
+    subject = f"1 data {unit}" if len(faults) == 1 else f"{len(faults)} data {unit}s"
     return "\n".join([f"{subject} {what}:", *shown, remedy])
 
 
@@ -145,15 +146,15 @@ def _check_start(path: Path, start: bytes) -> None:
     """Raise UserError for a file that is not JSONL at all, with one message instead of one for each line."""
     for magic, kind in MAGIC.items():
         if start.startswith(magic):
-            raise UserError(f"{path}: {kind}; give it as plain JSONL (one JSON object a line)")
+            raise UserError(f"{path}: {kind}; give it as plain JSONL (one JSON object a line){IMPORT if magic == b'PAR1' else ''}")
     if b"\0" in start:
         raise UserError(f"{path}: not a text file; give JSONL in UTF-8 (one JSON object a line)")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     if path.suffix.lower() in TABLES and text and not text.startswith((b"{", b"[")):
         what = f'{path.suffix[1:].upper()}, not JSONL; write one object a line, such as {{"prompt": "1+1=", "solutions": ["2"]}}'
-        raise UserError(f"{path}: {what}; `rlinf data convert` reads the CSV files of benchmarks")
+        raise UserError(f"{path}: {what}{IMPORT if path.suffix.lower() == '.csv' else ''}")
     if text.startswith(b"["):
-        raise UserError(f"{path}: a JSON array, not JSONL; write one object a line, for example with `jq -c '.[]'`")
+        raise UserError(f"{path}: a JSON array, not JSONL; write one object a line, for example with `jq -c '.[]'`{IMPORT}")
 
 
 def _row(raw: bytes) -> Row:

@@ -161,7 +161,9 @@ def test_a_bad_line_is_named_with_its_fault_or_skipped_and_counted(
 
 def test_a_table_is_told_by_its_name_in_one_sentence(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     (tmp_path / "data.csv").write_text("prompt,solutions\n1+1=,2\n2+2=,4\n")
-    with pytest.raises(UserError, match="data.csv: CSV, not JSONL; write one object a line, such as .*`rlinf data convert` reads"):
+    with pytest.raises(
+        UserError, match="data.csv: CSV, not JSONL; write one object a line, such as .*`rlinf data import` makes such a file"
+    ):
         load_prompts([str(tmp_path / "data.csv")], DataConfig(), tokenizer)
 
 

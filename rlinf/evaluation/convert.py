@@ -5,9 +5,7 @@ A record keeps the question as it is (templates are applied later, when the mode
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlinf.data.jsonl import HALF_A_PAIR, atomic_write, is_unicode, refuse_itself
+from rlinf.data.tables import read_rows
 from rlinf.errors import UserError
 from rlinf.rewards.math.decide import simple_number
 from rlinf.rewards.math.extract import last_box
@@ -81,55 +80,6 @@ def convert(benchmark: str, source: Path, out: Path, seed: int = 1234) -> dict[s
     if len(records) != reader.problems:
         report["warning"] = f"the published {benchmark} has {reader.problems} problems"
     return report
-
-
-def read_rows(path: Path) -> list[Any]:
-    """Rows of a .jsonl, .json (a list), .csv or .parquet file."""
-    if not path.is_file():
-        raise UserError(f"{path}: is a folder; give the file of the benchmark in it" if path.is_dir() else f"{path}: no such file")
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                rows: list[Any] = list(csv.DictReader(file))
-            elif path.suffix == ".json":
-                rows = json.load(file)
-            elif path.suffix == ".jsonl":
-                rows = _read_lines(path, file.read())
-            else:
-                raise UserError(f"{path}: give a .jsonl, .json, .csv or .parquet file")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); fetch the file again") from error
-    except (ValueError, RecursionError, csv.Error) as error:  # bytes that are no text; nested too deeply; a number of thousands of digits
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]} text ({error}); fetch the file again") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: holds no list of problems")
-    return rows
-
-
-def _read_lines(path: Path, text: str) -> list[Any]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); fetch the file again") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply
-            raise UserError(f"{path}, line {number}: not readable ({error}); fetch the file again") from error
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Any]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow, or give the .jsonl or .csv form of the file")
-    from pyarrow import ArrowException, parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except ArrowException as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error}); fetch the file again") from error
 
 
 def _field(row: Row, names: tuple[str, ...]) -> str:

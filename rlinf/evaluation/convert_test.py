@@ -154,7 +154,7 @@ def test_what_cannot_be_converted_is_named(tmp_path: Path, benchmark: str, name:
 def test_a_missing_file_and_missing_pyarrow_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such file"):
         convert("aime24", tmp_path / "a.jsonl", tmp_path / "out")
-    with pytest.raises(UserError, match="is a folder; give the file of the benchmark in it"):
+    with pytest.raises(UserError, match="is a folder; give the file in it"):
         convert("aime24", tmp_path, tmp_path / "out")
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
