@@ -1,22 +1,27 @@
-"""The child process of rewards/pool.py: reads items from stdin and answers on stdout, one at a time, under limits of its own.
+"""The processes of rewards/pool.py. The nursery loads once what the workers of its kind need, and forks a worker whenever it is asked to.
+A worker reads items from stdin and answers on stdout, one at a time, under limits of its own.
 
 An item comes as [seconds that it may take, item].
 
-python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES
+python -m rlinf.rewards.cage KIND PARENT_PID MEMORY_BYTES      (the nursery; its stdin is the socket over which it is asked)
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import logging
 import math
 import os
 import resource
+import select
 import signal
+import socket
 import struct
 import sys
-from typing import Any, BinaryIO
+from collections.abc import Iterable
+from typing import Any, BinaryIO, NoReturn
 
 PR_SET_PDEATHSIG = 1
 RECURSION_LIMIT = 20_000  # pure Python frames; the parser bounds its depth itself
@@ -41,6 +46,72 @@ def write_reply(stream: BinaryIO, reply: dict[str, Any]) -> None:
     stream.flush()
 
 
+def fork_workers(control: socket.socket) -> None:
+    """Fork a worker for every three descriptors that come: its stdin, its stdout, and a socket that is told of its birth (its pid, and a
+    pidfd) and of its end (its exit status, negative for a signal). Returns in each worker; ends this process at SIGTERM, workers first."""
+    workers: dict[int, socket.socket] = {}
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    this = os.getpid()
+    gc.freeze()  # a collection would write to every page, and the workers would no longer share them
+    while True:
+        ready = select.select([control.fileno(), woken], [], [])[0]
+        asked = control.fileno() in ready
+        told = os.read(woken, 1 << 16) if woken in ready else b""
+        _bury(workers)
+        fds = socket.recv_fds(control, 1, 3)[1] if asked else []
+        if signal.SIGTERM in told or (asked and not fds):  # or whoever asks has ended
+            _end(workers)
+        if not fds:
+            continue
+        life = socket.socket(fileno=fds.pop())
+        pid = os.fork()
+        if pid == 0:
+            die_with_parent(this)
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            os.dup2(fds[0], 0)
+            os.dup2(fds[1], 1)
+            for fd in (*fds, woken, wake):
+                os.close(fd)
+            for other in (control, life, *workers.values()):
+                other.close()
+            return
+        for fd in fds:
+            os.close(fd)
+        workers[pid] = life
+        handle = os.pidfd_open(pid)
+        _tell(life, pid, [handle])
+        os.close(handle)
+
+
+def _bury(workers: dict[int, socket.socket]) -> None:
+    """Tell of workers that have ended."""
+    while workers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+        with workers.pop(ended[0]) as life:
+            _tell(life, os.waitstatus_to_exitcode(ended[1]))
+
+
+def _end(workers: Iterable[int]) -> NoReturn:
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    for pid in workers:
+        os.waitpid(pid, 0)
+    os._exit(0)
+
+
+def _tell(life: socket.socket, number: int, fds: list[int] | None = None) -> None:
+    try:
+        socket.send_fds(life, [struct.pack("<i", number)], fds or [])
+    except BrokenPipeError:  # whoever asked for this worker wants it no more
+        pass
+
+
 def limit_cpu(seconds: float) -> None:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -53,15 +124,19 @@ def main(kind: str, parent: int, memory_bytes: int) -> None:
     from rlinf.rewards.own import PART, give_part
     from rlinf.rewards.tasks import judge_caged, warm_up
 
+    own = is_own(kind)
+    if not own:  # a user's file may start threads, or use a GPU, when it is loaded: a fork would lose them
+        logging.disable(logging.CRITICAL)
+        warm_up(kind)
+    fork_workers(socket.socket(fileno=os.dup(0)))
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing, own = os.open(os.devnull, os.O_RDWR), is_own(kind)
+    nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(2, 1)  # what is printed must not reach the protocol
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # line by line: a kill must not lose what was printed before
-    if not own:
-        logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(RECURSION_LIMIT)
-    warm_up(kind)
+    if own:
+        warm_up(kind)
     write_reply(replies, {"ready": True})
     sys.excepthook = lambda _kind, error, _traceback: write_reply(
         replies, {"limit": "died", "why": f"{type(error).__name__}: {error}"[:200]}

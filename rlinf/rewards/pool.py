@@ -1,9 +1,9 @@
 """The cage: worker processes that may be killed at any moment, for answers that need symbolic work.
 
-C code can only be stopped by killing its process. So every worker is a clean child (no torch, not forked from this process) with a memory
-and a CPU limit, which speaks JSON over pipes. A keeper thread owns one worker, gives it one item at a time, and kills it when the time
-limit is over; a spare worker that has already started takes its place. An item that hangs therefore costs `timeout` seconds of its own
-keeper, and no time of the others.
+C code can only be stopped by killing its process. So every worker is a clean process with a memory and a CPU limit, which speaks JSON over
+pipes. It is not forked from this process, but from a child, the nursery, that has no torch and has loaded once what all workers need. A
+keeper thread owns one worker, gives it one item at a time, and kills it when the time limit is over; a spare worker that has already
+started takes its place. An item that hangs therefore costs `timeout` seconds of its own keeper, and no time of the others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import queue
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 from rlinf.config.own_code import is_own
 
+END_SECONDS = 10.0  # for the nursery to tell how a worker ended
 START_SECONDS = 60.0  # for a worker to import its libraries on a busy machine; not part of any item's time
 ITEMS_PER_WORKER = 5000  # then it is replaced, so that the caches of the libraries stay small
 ATTEMPTS = 3
@@ -43,32 +45,70 @@ class Reply(NamedTuple):
     seconds: float
 
 
-class Worker:
-    """One child process. Not thread-safe: it belongs to one keeper thread."""
+class Nursery:
+    """The process that forks the workers of one pool. It ends with the thread that starts it (see _State._spawn)."""
 
     def __init__(self, kind: str, memory_bytes: int, messages: int | None = None) -> None:
-        """messages: where its stderr goes; None = to ours."""
+        """messages: where stderr goes, that of the workers too; None = to ours."""
         env = dict(os.environ, **_CLEAN, PYTHONPATH=os.pathsep.join(filter(None, (_PACKAGE_ROOT, os.environ.get("PYTHONPATH")))))
         command = [sys.executable, "-m", "rlinf.rewards.cage", kind, str(os.getpid()), str(memory_bytes)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, env=env, bufsize=0, process_group=0
-        )
-        assert self.process.stdin and self.process.stdout  # both are pipes
-        self._to_child, self._from_child = self.process.stdin, self.process.stdout
+        self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with other:
+            out = 2 if messages is None else messages
+            self.process = subprocess.Popen(command, stdin=other.fileno(), stdout=out, stderr=out, env=env, process_group=0)
+
+    def worker(self) -> Worker:
+        """A new worker. It may have to wait until the nursery has loaded what it needs."""
+        to_child, from_child, life = os.pipe(), os.pipe(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs = [to_child[0], from_child[1], life[1].fileno()]
+        try:
+            socket.send_fds(self._control, [b"+"], theirs)
+        except (BrokenPipeError, ConnectionResetError):  # it has died: the worker finds the end of its pipe
+            pass
+        for fd in theirs[:2]:
+            os.close(fd)
+        life[1].close()
+        return Worker(self.process, to_child[1], from_child[0], life[0])
+
+    def close(self) -> None:
+        """End and reap the process, and its workers before it."""
+        self.process.terminate()
+        self.process.wait()
+        self._control.close()
+
+
+class Worker:
+    """One child of the nursery. Not thread-safe, but for poll(): it belongs to one keeper thread."""
+
+    def __init__(self, nursery: subprocess.Popen, to_child: int, from_child: int, life: socket.socket) -> None:
+        self._nursery, self._life = nursery, life
+        self._to_child, self._from_child = open(to_child, "wb", buffering=0), open(from_child, "rb", buffering=0)
         self.items = 0
+        self.pid: int | None = None  # from its birth on
+        self.returncode: int | None = None  # from its end on
+        self._handle = -1  # a pidfd, because a pid may soon be another process's
+        self._lock = threading.Lock()  # poll() is for every thread
         self._ready = False
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it lives, or is not born yet."""
+        self._hear(0.0)
+        return self.returncode
 
     def wait_ready(self) -> bool:
         """Wait until the child is ready. False when it was killed. Raises RuntimeError when the child cannot start (its traceback is on
         stderr)."""
         if not self._ready:
             self._ready = self._read(time.monotonic() + START_SECONDS) == {"ready": True}
-        if self._ready and self.process.poll() is None:
+        if self._ready and self.poll() is None:
             return True
+        status = self.poll()
+        if status is not None and self.pid is None:  # it was never born
+            status = self._nursery.wait(END_SECONDS)
         self.kill()
-        if self.process.returncode == -signal.SIGKILL:
+        if status in (None, -signal.SIGKILL):
             return False
-        raise RuntimeError(f"a verifier process did not start (exit status {self.process.returncode}); see its messages on stderr")
+        raise RuntimeError(f"a verifier process did not start (exit status {status}); see its messages on stderr")
 
     def ask(self, item: Any, timeout: float) -> Reply:
         """Give an item to the child and wait. Unless it answers, the worker must then be replaced."""
@@ -85,16 +125,46 @@ class Worker:
             return Reply(answer, answer.get("limit", ""), seconds)
         timed_out = seconds >= timeout
         self.kill()
-        if timed_out or self.process.returncode == -signal.SIGXCPU:
+        if timed_out or self.returncode == -signal.SIGXCPU:
             return Reply(None, "timeout", seconds)
-        return Reply(None, "killed" if self.process.returncode == -signal.SIGKILL else "died", seconds)
+        return Reply(None, "killed" if self.returncode == -signal.SIGKILL else "died", seconds)
 
     def kill(self) -> None:
-        """SIGKILL and reap. A child that is dead already keeps its own exit status."""
-        self.process.kill()
-        self.process.wait()
-        self._to_child.close()
-        self._from_child.close()
+        """SIGKILL; the nursery reaps it. A child that is dead already keeps its own exit status, and one that is not born yet ends when it
+        finds its pipes closed."""
+        if self.poll() is None and self.pid:
+            try:
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            except ProcessLookupError:  # it has just ended
+                pass
+            self._hear(END_SECONDS)
+        self.close()
+
+    def close(self) -> None:
+        """Give back what this process holds of the child, which has ended, or will."""
+        with self._lock:
+            if self.returncode is None:
+                self.returncode = -signal.SIGKILL
+            for file in (self._to_child, self._from_child, self._life):
+                file.close()
+            if self._handle >= 0:
+                os.close(self._handle)
+                self._handle = -1
+
+    def _hear(self, seconds: float) -> None:
+        """Take note of its birth and of its end, after waiting at most so long for the end. When the nursery ends, all its workers do, by
+        SIGKILL."""
+        deadline, poll = time.monotonic() + seconds, select.poll()
+        with self._lock:
+            if self.returncode is None:
+                poll.register(self._life, select.POLLIN)
+            while self.returncode is None and poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                data, fds, _, _ = socket.recv_fds(self._life, 4, 1, socket.MSG_CMSG_CLOEXEC)
+                number = struct.unpack("<i", data)[0] if data else -signal.SIGKILL
+                if fds:
+                    self.pid, self._handle = number, fds[0]
+                else:
+                    self.returncode = number
 
     def _read(self, deadline: float) -> dict[str, Any] | None:
         """One message, or None at the deadline or at the end of the pipe."""
@@ -111,7 +181,7 @@ class Worker:
                 return None
             chunk = os.read(fd, count - len(data))
             if not chunk:
-                self.process.wait()  # the pipe closed because the child ended: its exit status says why
+                self._hear(END_SECONDS)  # the pipe closed because the child ended: its exit status says why
                 return None
             data += chunk
         return data
@@ -141,7 +211,7 @@ class Pool:
 
     def worker_pids(self) -> list[int]:
         with self._state.lock:
-            return [w.process.pid for w in self._state.workers if w.process.poll() is None]
+            return [w.pid for w in self._state.workers if w.poll() is None and w.pid]
 
     def close(self) -> None:
         """Cancel waiting items, let running ones finish or time out, and reap every child. It is also called at exit and when the pool
@@ -158,22 +228,29 @@ class Pool:
 class _State:
     """What the keeper threads share. It is separate from Pool, so that the threads do not keep the pool alive."""
 
-    def __init__(self, kind: str, timeout: float, memory_bytes: int, jobs: queue.Queue, nursery: ThreadPoolExecutor) -> None:
+    def __init__(self, kind: str, timeout: float, memory_bytes: int, jobs: queue.Queue, starter: ThreadPoolExecutor) -> None:
         self.kind = kind
-        self.timeout, self.memory_bytes, self.jobs, self.nursery = timeout, memory_bytes, jobs, nursery
+        self.timeout, self.memory_bytes, self.jobs, self.starter = timeout, memory_bytes, jobs, starter
         self.lock = threading.Lock()
         own = is_own(kind)
         self.patience = FIRST_CALLS if own else 0
         self.messages = _relay(kind) if own else None
+        self.nursery: Nursery | None = None
         self.workers: list[Worker] = []
         self.closed = False
-        self.spare: Future[Worker] = self.nursery.submit(self._spawn)
+        self.spare: Future[Worker] = self.starter.submit(self._spawn)
 
     def _spawn(self) -> Worker:
-        # Always in the nursery's thread: the kernel sends PR_SET_PDEATHSIG when the *thread* that started the child ends.
-        worker = Worker(self.kind, self.memory_bytes, self.messages)
+        # Always in the starter's thread: the kernel sends PR_SET_PDEATHSIG when the *thread* that started the child ends.
         with self.lock:
-            self.workers = [w for w in self.workers if w.process.poll() is None] + [worker]
+            if self.closed:
+                raise RuntimeError("the pool is closed")
+            if self.nursery is None or self.nursery.process.poll() is not None:
+                if self.nursery is not None:
+                    self.nursery.close()
+                self.nursery = Nursery(self.kind, self.memory_bytes, self.messages)
+            worker = self.nursery.worker()
+            self.workers = [w for w in self.workers if w.poll() is None] + [worker]
         return worker
 
     def ask(self, worker: Worker, item: Any) -> Reply:
@@ -189,7 +266,7 @@ class _State:
         """The spare worker, when it is ready; starts another spare. A spare that was killed while it waited is skipped."""
         for _ in range(ATTEMPTS):
             with self.lock:
-                mine, self.spare = self.spare, self.nursery.submit(self._spawn)
+                mine, self.spare = self.spare, self.starter.submit(self._spawn)
             worker = mine.result()
             if worker.wait_ready():
                 return worker
@@ -205,7 +282,7 @@ def _keep(state: _State) -> None:
             continue
         try:
             for _ in range(ATTEMPTS):
-                if worker is None or worker.items >= ITEMS_PER_WORKER or worker.process.poll() is not None:
+                if worker is None or worker.items >= ITEMS_PER_WORKER or worker.poll() is not None:
                     if worker is not None:
                         worker.kill()
                     worker = state.next_worker()
@@ -229,9 +306,12 @@ def _close(state: _State, keepers: list[threading.Thread]) -> None:
         state.jobs.put(None)
     for keeper in keepers:
         keeper.join()
-    state.nursery.shutdown(wait=True)
-    for worker in state.workers:
-        worker.kill()
+    with state.lock:
+        if state.nursery is not None:
+            state.nursery.close()
+        for worker in state.workers:
+            worker.close()
+    state.starter.shutdown(wait=True)
     if state.messages is not None:
         os.close(state.messages)
 

@@ -45,6 +45,28 @@ def test_killed_workers_are_replaced_and_lose_nothing(verifier: Verifier) -> Non
     assert [v.status.value for v in verifier.verify_many([symbolic(i) for i in range(3, 9)])] == ["right"] * 6
 
 
+def test_a_killed_nursery_is_replaced_and_loses_nothing(verifier: Verifier) -> None:
+    assert verifier.verify(*symbolic(49)[:2]).reward == 5.0
+    state, workers = verifier._pool_for("math")._state, verifier.worker_pids()
+    nursery = state.nursery.process
+    nursery.kill()
+    nursery.wait()
+    assert workers and gone(workers)
+    assert [v.status.value for v in verifier.verify_many([symbolic(i) for i in range(50, 56)])] == ["right"] * 6
+    assert state.nursery.process is not nursery
+
+
+def test_a_worker_shares_what_the_nursery_has_loaded(verifier: Verifier) -> None:
+    verifier.verify(*symbolic(59)[:2])
+    nursery, old = verifier._pool_for("math")._state.nursery.process.pid, verifier.worker_pids()
+    for pid in old:
+        os.kill(pid, signal.SIGKILL)
+    assert [v.status.value for v in verifier.verify_many([symbolic(i) for i in range(60, 66)])] == ["right"] * 6
+    nanoseconds = [int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in (nursery, *set(verifier.worker_pids()) - {*old})]
+    assert len(nanoseconds) > 1 and max(nanoseconds[1:]) < nanoseconds[0] / 3
+    assert len(os.listdir(f"/proc/{nursery}/task")) == 1  # a fork would lose the others
+
+
 def test_a_worker_killed_while_it_works_gets_its_item_done_by_another() -> None:
     with Verifier(num_processes=1, timeout=2.0) as v:
         v.verify(*symbolic(2)[:2])
