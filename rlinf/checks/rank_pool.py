@@ -1,7 +1,8 @@
 """Training ranks on this machine that are used for many layouts.
 
-They are gloo processes that run one function after another, each in its own TP x CP x PP x DP layout. Starting a rank takes seconds of
-imports, while new process groups take a fraction of a second; so proofs and tests of many layouts share one pool.
+They are gloo processes that run one function after another, each in its own TP x CP x PP x DP layout. Imports take seconds, while new
+process groups take a fraction of a second; so proofs and tests of many layouts share one pool, and its ranks are forked from a process that
+has imported everything once (multiprocessing's fork server, with rlinf.checks.rank_imports).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +31,7 @@ LOG_LINES = 40
 
 
 class RankPool:
-    """`size` processes, started when they are first needed. When a rank fails or dies, all are ended; the next run() starts new ones."""
+    """`size` processes, begun when they are first needed. When a rank fails or dies, all are ended; the next run() starts new ones."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -40,13 +42,16 @@ class RankPool:
         self._groups = 0
 
     def start(self) -> None:
-        """Start the processes, unless they are running. Returns at once; their imports go on while the caller does something else."""
-        if self._processes:
-            return
-        context = multiprocessing.get_context("spawn")
+        """Begin the imports, unless they are done. Returns at once; they go on while the caller does something else."""
+        forkserver.set_forkserver_preload(["rlinf.checks.rank_imports"])
+        forkserver.ensure_running()
+
+    def _begin(self) -> None:
+        self.start()
+        context = multiprocessing.get_context("forkserver")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, os.getpid(), self._folder.name), name=f"rank-{rank}", daemon=True)
+            process = context.Process(target=_serve, args=(rank, theirs, self._folder.name), name=f"rank-{rank}", daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -59,7 +64,8 @@ class RankPool:
         The function belongs to a module; its arguments and results are plain data or numpy arrays. Raises RunFailed, with the rank's
         traceback, as soon as a rank fails or dies.
         """
-        self.start()
+        if not self._processes:
+            self._begin()
         ranks = ranks or self.size
         if (ranks, tp, pp, cp) != self._layout:
             self._layout = (ranks, tp, pp, cp)
@@ -108,10 +114,10 @@ def _receive(pipe: Connection) -> Any:
         return None
 
 
-def _serve(rank: int, pipe: Connection, parent: int, folder: str) -> None:
-    """The life of a rank: it runs jobs until its parent closes the pipe. Errors are not caught: one ends the process, with the traceback in
-    its log."""
-    die_with_parent(parent)
+def _serve(rank: int, pipe: Connection, folder: str) -> None:
+    """The life of a rank: it runs jobs until the other end of the pipe closes. Errors are not caught: one ends the process, with the
+    traceback in its log."""
+    die_with_parent()  # the fork server, which ends with the process that uses the pool
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     log = open(Path(folder, f"rank-{rank}.log"), "w", buffering=1)
     os.dup2(log.fileno(), 1)

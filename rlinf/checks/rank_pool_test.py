@@ -73,6 +73,18 @@ def test_layouts_change_within_one_pool(rank_pool: RankPool) -> None:
     ]
 
 
+def parent_of(at: Any) -> int:
+    return os.getppid()
+
+
+def test_ranks_are_forked_from_one_process_that_has_the_imports(rank_pool: RankPool) -> None:
+    (server,) = set(rank_pool.run(parent_of, ranks=4))
+    assert server != os.getpid() and "libtorch" in Path(f"/proc/{server}/maps").read_text()
+    assert len(os.listdir(f"/proc/{server}/task")) == 1  # a fork would lose the others
+    with RankPool(1) as another:
+        assert another.run(parent_of) == [server]
+
+
 @pytest.mark.slow
 def test_a_failing_or_dying_rank_is_an_error_at_once_and_the_pool_starts_again() -> None:
     with RankPool(2) as pool:
@@ -92,15 +104,14 @@ def test_a_failing_or_dying_rank_is_an_error_at_once_and_the_pool_starts_again()
 @pytest.mark.slow
 def test_ranks_die_with_their_parent() -> None:
     code = (
-        "from rlinf.checks.rank_pool import RankPool\n"
+        "from rlinf.checks.rank_pool_test import RankPool, coordinates\n"
         "if __name__ == '__main__':\n"
-        "    pool = RankPool(2); pool.start(); print(*(p.pid for p in pool._processes), flush=True)\n"
+        "    pool = RankPool(2); pool.run(coordinates); print(*(p.pid for p in pool._processes), flush=True)\n"
         "    import time; time.sleep(100)\n"
     )
     script = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     ranks = [int(word) for word in script.stdout.readline().split()]
     assert len(ranks) == 2 and all(start_time(pid) is not None for pid in ranks)
-    time.sleep(2)  # they ask for it as soon as they run
     script.kill()
     script.wait()
     deadline = time.monotonic() + 20

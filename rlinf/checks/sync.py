@@ -181,7 +181,6 @@ def check_cases(pool: RankPool, cases: Sequence[Case], folder: Path, make_engine
     models = {family: make_models(folder, family, make_engine) for family in {c.family for c in cases}}
     engines = {(family, k): make_engine(m.before) for family, m in models.items() for k in range(max(REPLICAS))}
     store = open_store(HOST, 0, keeps=True)
-    pool.start()  # here: its processes end with the thread that started them
     for i, (_, same) in enumerate(groupby(cases, key=lambda c: (c.family, c.tp, c.pp, c.dp))):
         alike = list(same)
         streams = {c.replicas: broadcast_groups(feeds_of(c), c.tp, c.pp, c.dp) for c in alike if c.transport == BROADCAST}
