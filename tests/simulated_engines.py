@@ -29,7 +29,7 @@ class Engines:
         self.slots = [asyncio.Semaphore(slots) for _ in range(size)]
         self.stopped = [asyncio.Event() for _ in range(size)]
         self.lengths: list[int] = []
-        self.tokens = 0
+        self.tokens = self.aborts = 0
         self.decoded = [0] * size  # since the engine was asked for its stats
 
     def ref(self, rank: int, method: str, *args: Any, returns: int = 1) -> Any:
@@ -70,6 +70,7 @@ class Engines:
         return await asyncio.gather(*asked)
 
     async def abort(self, rank: int) -> None:
+        self.aborts += 1
         self.stopped[rank].set()
         self.stopped[rank] = asyncio.Event()
 

@@ -19,6 +19,7 @@ from rlinf.scheduling.dispatcher import Dispatcher
 from rlinf.weights.architecture import Architecture, open_architecture
 
 Scored = tuple[GroupHeader, Ref]  # a judged group: what the driver sees of it, and a reference to its tokens
+LONGEST_PAUSE = 0.16  # seconds between two requests to an engine to interrupt what it has
 
 
 class Rollouts:
@@ -111,9 +112,11 @@ class Rollouts:
     async def pause(self) -> None:
         """Interrupt every pausable group that is not finished; the tokens that it has are kept."""
         self._going.clear()
+        seconds = 0.01
         while any(self.dispatcher.load):  # again and again: a call may have been on its way when the engine was asked
             await self.engines.ask_all("abort")
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(seconds)
+            seconds = min(2 * seconds, LONGEST_PAUSE)
 
     def resume(self) -> None:
         """Let the interrupted groups go on."""

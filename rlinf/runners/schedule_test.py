@@ -149,6 +149,7 @@ def test_engines_stand_still_while_the_actor_trains_and_nothing_is_lost() -> Non
     check(found, 1, steps)
     assert max(m["rollout/carried_over"] for m in found.metrics) > 0
     assert sum(found.lengths) == found.engines.tokens  # not one token was decoded twice
+    assert found.engines.aborts < 2 * steps * 500  # of two engines, which need up to 40 seconds to hear it, each step
     assert found.seconds < play("logical", 0, steps).seconds
 
 
