@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.numpy import save
 
 from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample, Status, Verdict
 from rlinf.errors import UserError
+from rlinf.files import sync
 
 ARRAYS = ("token_ids", "rollout_logprobs", "loss_mask")  # of a sample
 
@@ -24,10 +24,8 @@ def write_group(path: Path, group: Group) -> None:
     about, arrays = take_apart(group)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"group": json.dumps(about)})
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    sync(path)
 
 
 def read_group(path: Path) -> Group:

@@ -25,12 +25,13 @@ from rlinf.config.schema import Config
 from rlinf.config.validate import validate_evaluation
 from rlinf.data.prompts import problems_fingerprint
 from rlinf.data.tokenizer import TextTokenizer, tokenizer_of
-from rlinf.evaluation.folder import SetFolder, hold, read_json, write_whole
+from rlinf.evaluation.folder import SetFolder, hold
 from rlinf.evaluation.models import Model, models_of, parse_words
 from rlinf.evaluation.opencompass import export
 from rlinf.evaluation.problems import SHARE, ProblemSet, check_context, load_sets
 from rlinf.evaluation.results import SetResult, benchmark_table, compare, read_tally, score, to_json
 from rlinf.evaluation.runner import EvaluationRunner, Progress
+from rlinf.files import as_json, read_json, write_whole
 from rlinf.launch.train import launch_generation
 from rlinf.metrics.logger import MetricLogger
 from rlinf.rewards.tasks import judge_identity
@@ -189,7 +190,7 @@ def show(results: Sequence[SetResult], out: Path) -> None:
         console.print(benchmark_table(those))
         versus += [compare(those[0], other) for other in those[1:]]
     if versus:
-        write_whole(out / "comparison.json", [json.dumps(versus, indent=1) + "\n"])
+        write_whole(out / "comparison.json", as_json(versus))
         _say(f"comparison: {out / 'comparison.json'}")
     write_curves(results, out / "curves")
     _say(f"results: {out}/<model>/<benchmark>/results.json\ncurves: tensorboard --logdir {out / 'curves'} --port 6006")
@@ -210,7 +211,7 @@ def write_curves(results: Sequence[SetResult], folder: Path) -> None:
             for r in (r for r in results if r.series == series):
                 scores = {f"benchmark/{r.benchmark}/{name}": score.value for name, score in r.scores.items()}
                 points[str(r.step)] = points.get(str(r.step), {}) | scores
-            write_whole(file, [json.dumps(points, indent=1) + "\n"])
+            write_whole(file, as_json(points))
             shutil.rmtree(file.with_name("tensorboard"), ignore_errors=True)
             file.with_name(METRICS_FILE).unlink(missing_ok=True)
             logger = MetricLogger(file.parent, ["tensorboard"])

@@ -13,10 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlinf.config.load import load
 from rlinf.errors import UserError
 from rlinf.evaluation.evaluate import identity, write_curves
-from rlinf.evaluation.folder import SetFolder, scratch_of
+from rlinf.evaluation.folder import SetFolder
 from rlinf.evaluation.models import parse_words
 from rlinf.evaluation.results import SetResult, score
 from rlinf.evaluation.results_test import tally
+from rlinf.files import scratch_of
 
 
 def identity_of(folder: Path, *words: str, end_tokens: tuple[int, ...] = (2,)) -> dict:

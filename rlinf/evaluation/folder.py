@@ -8,7 +8,6 @@ with another identity is refused.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,8 +16,8 @@ from typing import Any, TextIO
 
 from rlinf.errors import UserError
 from rlinf.evaluation.problems import Unit
+from rlinf.files import as_json, read_json, scratch_of, write_whole
 from rlinf.run_folder.folder import lock_alone
-from rlinf.weights.tensor_folder import read_json, sync
 
 IDENTITY, SAMPLES, RESULTS, PARTS = "identity.json", "samples.jsonl", "results.json", "parts"
 
@@ -57,12 +56,12 @@ class SetFolder:
             if group_id in done
             for k in range(unit.count)
         )
-        write_whole(self.samples, lines)
+        write_whole(self.samples, lines, "replace")
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
         return done
 
     def write_results(self, results: dict[str, Any]) -> None:
-        write_whole(self.path / RESULTS, [json.dumps(results, indent=1) + "\n"])
+        write_whole(self.path / RESULTS, as_json(results))
 
     def _claim(self, identity: dict[str, Any]) -> None:
         file = self.path / IDENTITY
@@ -74,7 +73,7 @@ class SetFolder:
                     f"{self.path}: the folder holds {foreign[0]} but no evaluation; set evaluation.output_dir to another folder"
                 )
             _make(self.path)
-            write_whole(file, [json.dumps(identity, indent=1) + "\n"])
+            write_whole(file, as_json(identity))
             return
         before = read_json(file)
         other = [name for name in identity if before.get(name) != identity[name]]
@@ -108,21 +107,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError:
                 continue
-
-
-def write_whole(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
-    """Replace the content of the file by these lines, atomically."""
-    scratch = scratch_of(path)
-    with open(scratch, "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    sync(path.parent)
-
-
-def scratch_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
 
 
 def _make(path: Path) -> None:

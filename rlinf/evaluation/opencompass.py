@@ -10,7 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlinf.evaluation.folder import read_rows, write_whole
+from rlinf.evaluation.folder import read_rows
+from rlinf.files import write_whole
 from rlinf.rewards.math.decide import gold_answer
 
 
@@ -29,5 +30,5 @@ def export(samples: Path, problems: Sequence[str], work_dir: Path, model: str, b
     os.makedirs(folder, exist_ok=True)
     file = folder / f"{benchmark}.json"
     ordered = {str(i): entries[i] for i in sorted(entries)}
-    write_whole(file, [json.dumps(ordered, indent=4, ensure_ascii=False) + "\n"])
+    write_whole(file, [json.dumps(ordered, indent=4, ensure_ascii=False) + "\n"], "replace")
     return file

@@ -14,6 +14,7 @@ from typing import Any
 from rlinf.cluster.cluster import Cluster
 from rlinf.cluster.group import WorkerGroup
 from rlinf.errors import UserError
+from rlinf.files import write_visible
 from rlinf.record_files import NUMBER, TEXT, Kind, misfit, or_null
 from rlinf.rollout.contract import EngineStats
 from rlinf.run_paths import STATUS_FILE
@@ -73,10 +74,8 @@ class Status:
 
     def write(self, state: str = "running") -> None:
         """Replace the file. Does not raise when that fails, so that a full disk does not hide the error that ended the run."""
-        fresh = self.path.with_suffix(".new")
         try:
-            fresh.write_text(json.dumps(self.snapshot(state)))
-            fresh.replace(self.path)
+            write_visible(self.path, json.dumps(self.snapshot(state)))
         except OSError as error:
             sys.stderr.write(f"rlinf: {self.path} could not be written: {error}\n")
 

@@ -15,6 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from rlinf.files import sync, write_through, write_whole
 from rlinf.metrics.trackers import TRACKERS, Trackers
 from rlinf.record_files import NUMBER, WHOLE, damaged, misfit, or_null, whole_lines, whole_rows
 from rlinf.run_paths import METRICS_FILE, aside
@@ -112,15 +113,7 @@ def cut_after(path: Path, step: int) -> int:
     last = steps[len(kept) - 1] if kept else -1
     if not replaced:
         return last
-    write_through(aside(path), "".join(replaced))
-    fresh = path.with_name(f"{path.name}.new")
-    write_through(fresh, "".join(kept))
-    os.replace(fresh, path)
+    write_through(aside(path), replaced)
+    sync(path.parent)
+    write_whole(path, kept)
     return last
-
-
-def write_through(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

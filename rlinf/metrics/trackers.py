@@ -7,12 +7,13 @@ SWANLAB_MODE, MLFLOW_TRACKING_URI, ...). A resumed run goes on in the same run o
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from rlinf.files import as_json, read_json, write_whole
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], project: str, folder: Path, config: Mapping[str, Any], resumed: bool) -> None:
         file = folder / "trackers.json"
-        ids: dict[str, str] = json.loads(file.read_text()) if resumed and file.exists() else {}
+        ids: dict[str, str] = read_json(file) if resumed and file.exists() else {}
         self._open = {n: TRACKERS[n](TrackedRun(project, folder.name, folder, config, ids.get(n) or None)) for n in names if n in TRACKERS}
         if self._open:
-            file.write_text(json.dumps(ids | {n: tracker.run_id for n, tracker in self._open.items()}) + "\n")
+            write_whole(file, as_json(ids | {n: tracker.run_id for n, tracker in self._open.items()}))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}

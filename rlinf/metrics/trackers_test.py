@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import types
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlinf.errors import UserError
 from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.trackers import missing_packages
 
@@ -55,6 +57,19 @@ def test_a_tracker_hears_what_metrics_jsonl_does(name: str, tmp_path: Path, monk
     again.log(2, {"rollout/rewards": 1.0})
     again.close()
     assert service.heard[-1] == (2, {"rollout/rewards": 1.0}) and "'r7'" in str(service.begun)
+
+
+def test_a_damaged_file_of_ids_is_named_and_a_kill_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", Service().module("wandb"))
+    MetricLogger(tmp_path, ["wandb"]).close()
+    file = tmp_path / "trackers.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
+        MetricLogger(tmp_path, ["wandb"], resume_step=0)
+    assert json.loads(file.read_text()) == {"wandb": "r7"}
+    file.write_text('{"wandb": "r')
+    with pytest.raises(UserError, match="trackers.json: cannot be read .*missing or damaged"):
+        MetricLogger(tmp_path, ["wandb"], resume_step=0)
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

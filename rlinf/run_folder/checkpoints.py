@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import xxhash
 
 from rlinf.errors import UserError
+from rlinf.files import read_json, sync, write_json
 from rlinf.run_paths import COMPLETE, GROUPS_AHEAD, STATE, RunPaths
-from rlinf.weights.tensor_folder import read_json, sync, write_json
 
 ACCURACY, LOSS = "eval/accuracy", "sft/val_loss"  # of held-out data
 

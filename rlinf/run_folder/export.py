@@ -16,6 +16,7 @@ from torch import Tensor
 from rlinf.config.model import read_config
 from rlinf.config.settings import parse, python_value
 from rlinf.errors import RunFailed, UserError
+from rlinf.files import read_json, sync, write_json
 from rlinf.run_folder.checkpoints import read_checkpoint
 from rlinf.run_paths import CONFIG_FILE
 from rlinf.weights.adapters import Noting, merge, refuse_other_base
@@ -24,7 +25,7 @@ from rlinf.weights.checkpoint_part import open_part
 from rlinf.weights.dtypes import DTYPES, dtype_name
 from rlinf.weights.hf_folder import finish_hf_folder
 from rlinf.weights.mapping import adapted_matrix, hf_shapes
-from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, read_json, sync, write_json, write_tensor_file, write_tensors
+from rlinf.weights.tensor_folder import TensorFolder, open_hf_folder, write_tensor_file, write_tensors
 
 
 def export(step_dir: Path, out: Path, dtype: str | None, model_dir: Path | None) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from rlinf.checks.tiny_model import FAMILIES
 from rlinf.cli import main
 from rlinf.config.schema import LoraConfig
 from rlinf.errors import UserError
+from rlinf.files import write_json
 from rlinf.run_folder.checkpoints import inventory
 from rlinf.run_folder.export import export, export_adapters
 from rlinf.run_paths import COMPLETE, STATE
 from rlinf.training import checkpoint
-from rlinf.weights.tensor_folder import write_json
 from tests.training_ranks import build, minibatches, update
 
 ROOT = Path(__file__).resolve().parents[2]

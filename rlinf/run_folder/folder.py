@@ -15,6 +15,7 @@ from rlinf.config.load import Resolved, to_yaml
 from rlinf.data.lines import append_lines
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
+from rlinf.files import scratch_of, write_whole
 from rlinf.run_folder.checkpoints import Checkpoints, Resume, read_checkpoint
 from rlinf.run_folder.resuming import TRAIN, groups_ahead, made_with, refuse_changes, regenerated_groups
 from rlinf.run_paths import CONFIG_FILE, FINISHED, METRICS_FILE, SAMPLE_KINDS, RunPaths, aside
@@ -48,7 +49,7 @@ class RunFolder:
         """Make the folder this run's: set aside what comes after the step from which it is resumed, and write config.yaml."""
         self._set_aside(self.resume.step if self.resume else -1)
         remove_published(self.path / WEIGHTS_FOLDER)
-        (self.path / CONFIG_FILE).write_text(to_yaml(self._resolved))
+        write_whole(self.path / CONFIG_FILE, to_yaml(self._resolved))
         (self.path / FINISHED).unlink(missing_ok=True)
 
     def measures_as(self, state: Mapping[str, Any]) -> bool:
@@ -140,7 +141,8 @@ class RunFolder:
         lock_alone(self._lock, self.path, "runner.output_dir", busy)
 
     def _find_resume(self, resume_dir: str | None) -> Resume | None:
-        others = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+        begun = {".lock", scratch_of(self.path / CONFIG_FILE).name}  # what a run that was killed as it began has left
+        others = [p.name for p in self.path.iterdir() if p.name not in begun]
         if others and not (self.path / CONFIG_FILE).exists():
             raise UserError(
                 f"{self.path}: the folder holds {sorted(others)[0]} but no run of rlinf; "

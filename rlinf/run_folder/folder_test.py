@@ -13,11 +13,11 @@ from rlinf.config.load import load
 from rlinf.data.sampler import PromptSampler
 from rlinf.errors import UserError
 from rlinf.evaluation.folder import hold
+from rlinf.files import write_json
 from rlinf.run_folder.checkpoints import inventory, read_checkpoint
 from rlinf.run_folder.folder import RunFolder
 from rlinf.run_folder.resuming import TRAIN_ONLY
 from rlinf.run_paths import COMPLETE
-from rlinf.weights.tensor_folder import write_json
 
 
 def open_folder(tmp_path: Path, *words: str) -> RunFolder:
@@ -50,6 +50,21 @@ def test_a_new_folder_holds_the_resolved_configuration(tmp_path: Path) -> None:
     folder = open_folder(tmp_path)
     assert not folder.continues and folder.resume is None
     assert "experiment_name: run" in (folder.path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("lives", [0, 1])
+def test_a_run_that_is_killed_as_it_begins_can_be_started_again_and_keeps_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lives: int
+) -> None:
+    for _ in range(lives):
+        close(open_folder(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(KeyboardInterrupt))
+        open_folder(tmp_path, "rollout.seed=7")
+    file = tmp_path / "run" / "config.yaml"
+    assert file.exists() == bool(lives) and (not lives or "seed: 7" not in file.read_text())
+    (tmp_path / "run" / ".lock").unlink()  # it is of a process that is gone
+    assert "seed: 7" in (open_folder(tmp_path, "rollout.seed=7").path / "config.yaml").read_text()
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

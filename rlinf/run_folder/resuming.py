@@ -16,10 +16,10 @@ from rlinf.config.model import load_model_config
 from rlinf.config.own_code import identified
 from rlinf.config.schema import Config
 from rlinf.errors import UserError
+from rlinf.files import read_json
 from rlinf.weights.adapters import refuse_other_adapters, trained_shapes
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.checkpoint_part import open_part
-from rlinf.weights.tensor_folder import read_json
 
 TRAIN, TRAIN_ONLY, SFT = "train", "train --debug-train-only", "sft"  # commands; checkpoints of the second hold no place in the data
 MAY_GROW = ("algorithm.max_staleness", "algorithm.sampling_params.max_new_tokens")

@@ -6,11 +6,12 @@ import pytest
 
 from rlinf.config.load import Resolved, load
 from rlinf.errors import UserError
+from rlinf.files import write_json
 from rlinf.launch.session import open_session
 from rlinf.run_folder.folder import RunFolder
 from rlinf.run_folder.resuming import SFT, refuse_other_model
 from rlinf.weights.checkpoint_part import KINDS, write_index
-from rlinf.weights.tensor_folder import open_hf_folder, write_json, write_tensors
+from rlinf.weights.tensor_folder import open_hf_folder, write_tensors
 from tests.tiny import make_tiny_model
 
 

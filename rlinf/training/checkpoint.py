@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlinf.errors import RunFailed, UserError
+from rlinf.files import read_json, write_json
 from rlinf.training.engine import MegatronEngine
 from rlinf.training.packed_batch import pack_sequences
 from rlinf.training.parallel import wait_for_all
@@ -29,7 +30,7 @@ from rlinf.weights.architecture import open_architecture
 from rlinf.weights.checkpoint_part import KINDS, open_part, write_index
 from rlinf.weights.dtypes import dtype_name
 from rlinf.weights.hf_folder import finish_hf_folder
-from rlinf.weights.tensor_folder import Stored, TensorFolder, read_json, write_json, write_tensors
+from rlinf.weights.tensor_folder import Stored, TensorFolder, write_tensors
 
 WRITTEN = ("model", *KINDS)  # in this order: the gathers behind it are collective
 PROBES, PROBE_TOKENS = 2, 24

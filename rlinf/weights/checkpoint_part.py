@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rlinf.errors import UserError
-from rlinf.weights.tensor_folder import Stored, TensorFolder, read_json, write_json
+from rlinf.files import read_json, write_json
+from rlinf.weights.tensor_folder import Stored, TensorFolder
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 

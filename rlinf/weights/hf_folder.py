@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from rlinf.weights.tensor_folder import Stored, read_json, sync, write_json
+from rlinf.files import read_json, sync, write_json
+from rlinf.weights.tensor_folder import Stored
 
 TOKENIZER_AND_CONFIG = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")  # code: of trust_remote_code
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlinf.errors import UserError
+from rlinf.files import read_json, sync, unreadable
 
 FILE_BYTES = 128 << 20  # what is held in memory, twice, while a file is written
 
@@ -68,41 +68,12 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sync(path)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, and fsync it."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def open_tensors(path: Path) -> safe_open:
     """A safetensors file, mapped. Raises UserError when it is missing, cut short or otherwise damaged."""
     try:
         return safe_open(str(path), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    if isinstance(error, PermissionError) or (path.exists() and not os.access(path, os.R_OK)):  # safetensors calls that missing
-        return UserError(f"{path}: permission denied; let this user read it")
-    return UserError(f"{path}: cannot be read ({error}); the file is missing or damaged")
+        raise unreadable(path, error) from error
 
 
 def _read(file: safe_open, path: Path, name: str) -> Tensor:

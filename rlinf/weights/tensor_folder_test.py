@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rlinf.errors import UserError
-from rlinf.weights.tensor_folder import TensorFolder, digest, open_hf_folder, open_tensors, read_json, write_json, write_tensors
+from rlinf.files import read_json, write_json
+from rlinf.weights.tensor_folder import TensorFolder, digest, open_hf_folder, open_tensors, write_tensors
 
 
 def tensors() -> dict[str, torch.Tensor]:

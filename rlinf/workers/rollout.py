@@ -16,6 +16,7 @@ from rlinf.data.records import Finish, Group, GroupHeader, Prompt, Sample
 from rlinf.data.tokenizer import tokenizer_of
 from rlinf.device import choose, peak_memory
 from rlinf.errors import UserError
+from rlinf.files import write_visible
 from rlinf.rollout.build import build_engine
 from rlinf.rollout.contract import EngineStats, GenerateRequest, GroupMember
 from rlinf.rollout.sglang_options import ServerNode
@@ -28,7 +29,7 @@ from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.shared_memory import land
 from rlinf.weights.source import Collective, Receipt, SharedMemory, WeightSource
 from rlinf.workers.device import peak_flops
-from rlinf.workers.rollout_part import meeting_file, nodes_of_engine, write_address
+from rlinf.workers.rollout_part import meeting_file, nodes_of_engine
 
 FAREWELL = 1.0  # seconds between the death of the engine's server and the end of this process, for answers to reach the driver
 
@@ -51,7 +52,9 @@ class RolloutWorker:
         nodes, node = nodes_of_engine(config, address), None
         if nodes > 1:
             node = ServerNode(nodes, 0, f"{address.host}:{free_port(address.host)}")
-            write_address(meeting_file(self.folder, address.rank, address.run_id), node.address)
+            file = meeting_file(self.folder, address.rank, address.run_id)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_visible(file, node.address)
         self.engine = build_engine(config, tokenizer, self.device.type, log, address.run_id, self._leave if replaceable else None, node)
         if config.rollout.offload and not self.engine.capabilities.sleep:
             raise UserError("rollout.offload: this engine gives no memory back (SGLang does on a GPU); set it to false")

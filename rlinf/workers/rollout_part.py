@@ -61,14 +61,6 @@ def meeting_file(folder: Path, engine: int, run_id: str) -> Path:
     return folder / "workers" / f"rollout-{engine}-{run_id}.address"
 
 
-def write_address(file: Path, address: str) -> None:
-    """Write the file so that it is never seen half written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(address)
-    partial.rename(file)
-
-
 def wait_for_address(file: Path, timeout: float) -> str:
     """The address, when the first node has written it. Raises RunFailed after `timeout` seconds."""
     deadline = time.monotonic() + timeout
