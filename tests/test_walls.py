@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ OWNERS = {"megatron": {"training"}, "ray": {"cluster"}, "sglang": {"rollout"}}
 FILES = sorted((ROOT / "rlinf").rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -42,7 +44,7 @@ def imports(path: Path) -> set[str]:
             names.add(node.module)
             if node.module == "rlinf":
                 names |= {f"rlinf.{a.name}" for a in node.names}
-    return names
+    return frozenset(names)
 
 
 def room_of(path: Path) -> str:
