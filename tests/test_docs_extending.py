@@ -6,10 +6,11 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,15 +21,16 @@ from rlinf.algorithms.losses import LOSSES
 from rlinf.algorithms.objective import ResponseTokens, policy_objective
 from rlinf.config.algorithm import AlgorithmConfig
 from rlinf.config.load import ROOT, load
-from rlinf.config.schema import Config
+from rlinf.config.schema import Config, RewardConfig
 from rlinf.config.validate import validate
-from rlinf.data.records import Finish, Prompt, Sample, Status, Verdict
+from rlinf.data.records import Finish, Status, Verdict
 from rlinf.errors import UserError
 from rlinf.rewards import pool
 from rlinf.rewards.own import Response
-from rlinf.rewards.own_parts import OwnParts, response_of
+from rlinf.rewards.own_parts import OwnParts
 from rlinf.rewards.tasks import check_tasks
-from rlinf.rewards.verifier import Verifier
+from rlinf.rewards.verifier import Item, Verifier
+from rlinf.rewards.whole import Answer, response_of
 from rlinf.runners.selection import group_advantages
 from rlinf.workers.objective_settings import objective_settings
 from tests.tiny_run import ONE_PROCESS, lines, run, write_run
@@ -64,9 +66,11 @@ def resolved(folder: Path, *words: str) -> Config:
 
 def test_the_page_names_its_files_as_its_yaml_does(files: Path) -> None:
     config = resolved(files)
-    own = *config.reward.own_tasks.values(), *config.reward.own_parts.values()
+    reward = config.reward
+    own = *reward.own_tasks.values(), *reward.own_parts.values(), *reward.own_group_parts.values()
     named = [*own, config.algorithm.loss_type, config.algorithm.adv_type]
-    assert [Path(n.rpartition(":")[0]).name for n in named] == ["my_rewards.py", *["my_parts.py"] * 2, "my_losses.py", "my_advantages.py"]
+    files_of_parts = *["my_parts.py"] * 2, *["my_judge.py"] * 2
+    assert [Path(n.rpartition(":")[0]).name for n in named] == ["my_rewards.py", *files_of_parts, "my_losses.py", "my_advantages.py"]
     assert all(Path(n.rpartition(":")[0]).is_absolute() for n in named)
 
 
@@ -103,21 +107,19 @@ def test_the_reason_of_an_answer_that_a_function_fails_on_is_told(tmp_path: Path
         found = [verifier.verify(f"\\boxed{{{word}}}", ["x"], "odd") for word in words]
     assert [v.status for v in found] == [*[Status.UNDECIDED] * 5, Status.RIGHT, Status.WRONG]
     reasons = [v.reason for v in found]
-    assert reasons[0] == "NameError: name 'anser' is not defined (odd.py:3)" and reasons[1] == "Mine: no luck"
+    assert reasons[0] == "NameError: name 'anser' is not defined (odd.py:3)" and reasons[1] == "Mine: no luck (odd.py:4)"
     assert reasons[2] == "TypeError: it returned 0.1; a function of reward.own_tasks returns True, False or None"
     assert [v.route for v in found[:3]] == ["own_failed", "died", "own_failed"]
 
 
 def response(text: str, verdict: Verdict, tokens: int, finish: Finish, **metadata: object) -> Response:
-    prompt = Prompt("q", np.array([1], np.int32), "math", ("3",), metadata=metadata)
-    sample = Sample("s", *(np.zeros(tokens, kind) for kind in (np.int32, np.float32, np.uint8)), ((0, tokens),), finish)
-    return response_of(prompt, "Q", text, verdict, sample)
+    return response_of(Answer(Item(text, ("3",), "math", "Q"), tokens, finish.cut_off, metadata), verdict)
 
 
 def test_the_parts_of_a_reward(files: Path) -> None:
     config = resolved(files)
     right, wrong = (Verdict(reward, status, "3", "simple", 0.0) for reward, status in ((5.0, Status.RIGHT), (-5.0, Status.WRONG)))
-    parts = OwnParts(config.reward.own_parts, 1, 10.0)
+    parts = OwnParts(replace(config.reward, own_group_parts={}), 1)
     try:
         texts = (("short", right, 100), ("long", right, 900), ("1 + 2 = 3, 3 + 1 = 4", wrong, 100))
         responses = [response(text, verdict, tokens, Finish.STOP) for text, verdict, tokens in texts]
@@ -128,6 +130,40 @@ def test_the_parts_of_a_reward(files: Path) -> None:
     assert found[0].parts == (("own/concise", 0.75), ("own/steps", 0.0)) and not any(v.failed for v in found)
 
 
+class Judge(BaseHTTPRequestHandler):
+    """Scores an answer by its length, but only when two requests are there at the same time."""
+
+    together = threading.Barrier(2)
+
+    def do_POST(self) -> None:
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.together.wait(20)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"score": len(question["answer"]) / 4}).encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_the_judge_on_another_machine(files: Path) -> None:
+    config = resolved(files)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    (files / "my_judge.py").write_text(PYTHON["my_judge.py"].replace("http://judge-host:8000", f"http://127.0.0.1:{server.server_port}"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    verdicts = [Verdict(-5.0, Status.WRONG, answer, "number", 0.0) for answer in ("1", "2")]
+    parts = OwnParts(replace(config.reward, own_parts={}), 1)
+    try:
+        found = parts.add(verdicts, [response(*of, 9, Finish.STOP) for of in zip(("no", "none"), verdicts, strict=True)])
+        server.shutdown()
+        server.server_close()
+        failed = parts.add(verdicts, [response("no", verdict, 9, Finish.STOP) for verdict in verdicts])
+    finally:
+        parts.close()
+    assert [v.parts for v in found] == [(("own/judge", 0.5), ("own/rare", 0.5)), (("own/judge", 1.0), ("own/rare", 0.5))]
+    assert [v.reward for v in failed] == [-4.5, -4.5]
+    assert "URLError" in (why := dict(failed[1].failed)["judge"]) and why.endswith("(my_judge.py:14)")
+
+
 def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "FIRST_SECONDS", 2.0)
     (tmp_path / "odd.py").write_text(
@@ -136,7 +172,8 @@ def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path, monkeypatch
         "def second(r):\n    if r.text == 'nan': time.sleep(60)\n"
         "    return len(r.solutions) + (r.right is None) + r.cut_off / 2 + r.metadata['level']\n"
     )
-    parts = OwnParts({"a": f"{tmp_path}/odd.py:first", "b": f"{tmp_path}/odd.py:second"}, 1, 2.0)
+    own = {"a": f"{tmp_path}/odd.py:first", "b": f"{tmp_path}/odd.py:second"}
+    parts = OwnParts(RewardConfig(own_parts=own, own_timeout=2.0), 1)
     verdict = Verdict(-5.0, Status.UNDECIDED, "3", "timeout", 1.0, "it took long")
     words = ("nan", "text", "huge", "key", "one", "answer")
     try:
@@ -148,7 +185,7 @@ def test_a_part_that_cannot_be_had_is_0_and_says_why(tmp_path: Path, monkeypatch
     assert found[0].reason.startswith(
         "it took long; a: TypeError: it returned nan; a function of reward.own_parts returns a finite number; b: "
     )
-    assert re.fullmatch(r"no result after 2\.\d s \(reward.timeout\); heavy imports belong .*", dict(found[0].failed)["b"])
+    assert re.fullmatch(r"no result after 2\.\d s \(reward.own_timeout\); heavy imports belong .*", dict(found[0].failed)["b"])
     assert "it returned '1'" in found[1].reason and "OverflowError" in found[2].reason and "KeyError: 'key' (odd.py:3)" in found[3].reason
 
 
@@ -158,7 +195,10 @@ def test_a_tensor_or_array_of_one_number_is_a_number(tmp_path: Path) -> None:
         "KINDS = {'numpy': np.float32(0.5), 'array': np.array(2), 'tensor': Tensor(), 'two': np.array([1, 2]), 'text': np.array('1')}\n\n"
         "def part(r):\n    return KINDS[r.text]\n"
     )
-    parts, verdict = OwnParts({"a": f"{tmp_path}/kinds.py:part"}, 1, 10.0), Verdict(0.0, Status.RIGHT, "3", "simple", 0.0)
+    parts, verdict = (
+        OwnParts(RewardConfig(own_parts={"a": f"{tmp_path}/kinds.py:part"}, timeout=9.0), 1),
+        Verdict(0.0, Status.RIGHT, "3", "simple", 0.0),
+    )
     words = ("numpy", "array", "tensor", "two", "text")
     try:
         found = parts.add([verdict] * len(words), [response(word, verdict, 9, Finish.STOP) for word in words])
@@ -266,6 +306,7 @@ def test_a_run_with_all_of_them(files: Path) -> None:
         files, cluster__backend="local", cluster__num_gpus_per_node=1, cluster__component_placement={"actor,rollout,reward": "0"},
         actor__model__tensor_model_parallel_size=1, actor__model__pipeline_model_parallel_size=1,
         reward__own_tasks=own["own_tasks"], reward__own_parts=own["own_parts"], reward__exploration_penalty=1.0,
+        reward__own_group_parts={"rare": own["own_group_parts"]["rare"]}, reward__own_timeout=own["own_timeout"],
         algorithm__loss_type="my_losses.py:soft_clip", algorithm__adv_type="my_advantages.py:behind_the_best",
     )  # fmt: skip
     data = files / "data.jsonl"
@@ -281,8 +322,10 @@ def test_a_run_with_all_of_them(files: Path) -> None:
         "my_rewards.py:same_interval",
         "my_parts.py:concise",
         "my_parts.py:steps",
+        "my_judge.py:rare",
     ]
     assert all(m["rollout/own_parts_failed"] == 0 and 0 <= m["rollout/reward_own/steps"] <= 1 for m in steps)
+    assert all(0 <= m["rollout/reward_own/rare"] < 1 for m in steps)
     assert {json.loads(line)["task"] for line in (files / "logs/tiny/samples/step_000001.jsonl").open()} == {"interval"}
 
 

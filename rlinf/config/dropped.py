@@ -140,7 +140,7 @@ KEYS |= {  # after those of RLinf
     "actor_rollout_ref*": _VERL,
     "trainer*": _VERL,
     "reward_model*": _VERL,
-    "custom_reward_function*": "a name of verl; use reward.own_tasks or reward.own_parts (docs/extending.md)",
+    "custom_reward_function*": "a name of verl; use reward.own_tasks, reward.own_parts or reward.own_group_parts (docs/extending.md)",
     "data.train_files": "use data.train_data_paths, with JSONL files",
     "data.val_files": "use data.val_data_paths, with JSONL files",
     "data.train_batch_size": "use data.rollout_batch_size: prompts per step",

@@ -18,6 +18,7 @@ MARK = ".py:"
 ARGUMENTS: dict[str, tuple[str, ...]] = {  # key -> what its function is called with; docs/extending.md describes them
     "reward.own_tasks": ("answer, solutions",),
     "reward.own_parts": ("response",),
+    "reward.own_group_parts": ("responses",),
     "algorithm.loss_type": ("logprobs_N, old_logprobs_N, advantages_N, sample_N, n_samples, clip",),
     "algorithm.adv_type": ("rewards_G", "rewards_G, tokens_G"),
 }

@@ -51,6 +51,7 @@ call, bound, c, cls = Judge(), partial(three, extra=1), max, Judge
     [
         ("reward.own_tasks", ["two", "more", "star", "call", "bound", "c"], ["one", "three", "named", "six", "cls"]),
         ("reward.own_parts", ["one", "star", "c"], ["two", "three", "named", "call"]),
+        ("reward.own_group_parts", ["one", "star", "c"], ["two", "three", "named", "call"]),
         ("algorithm.loss_type", ["six", "star"], ["one", "three"]),
         ("algorithm.adv_type", ["one", "two", "more", "star"], ["three", "named"]),
     ],

@@ -338,14 +338,27 @@ class RewardConfig:
         "correctness stays the verifier's",
         own=True,
     )
-    reward_scale: float = key(5.0, "reward of a right answer; a wrong one gets the negative; 0 = reward.own_parts alone", at_least=0)
+    own_group_parts: dict[str, str] = key(
+        {},
+        "as own_parts, of functions that are given all responses to a problem at once and return a number for each, such as a comparison "
+        "or a judge on another machine",
+        own=True,
+    )
+    own_timeout: float | None = key(None, "seconds of one call of a function of yours; null = reward.timeout", more_than=0)
+    reward_scale: float = key(
+        5.0, "reward of a right answer; a wrong one gets the negative; 0 = reward.own_parts and reward.own_group_parts alone", at_least=0
+    )
     undecided_reward: float | None = key(None, "reward of an undecided answer; null = as wrong")
     answer_format: str = key(
         "boxed",
         "where the answer is: in the last complete box, or, without a box, also in the last number",
         ("boxed", "boxed_or_final_number"),
     )
-    num_processes: int = key(1, "verifier processes of one reward worker, for answers that need symbolic computation", at_least=1)
+    num_processes: int = key(
+        1,
+        "verifier processes of one reward worker, for answers that need symbolic computation; and as many of each function of yours",
+        at_least=1,
+    )
     timeout: float = key(1.0, "seconds of one symbolic comparison before it is killed and counted as undecided", more_than=0)
     format_reward: float = key(0.0, "added when the response closes its thinking once and boxes an answer after it; 0 = off", at_least=0)
     four_levels: bool = key(
@@ -361,7 +374,14 @@ class RewardConfig:
 
     def of_verdicts(self) -> RewardConfig:
         """The same without what is paid besides right and wrong."""
-        return replace(self, own_parts={}, format_reward=0.0, four_levels=False, overlong_buffer=0, exploration_penalty=0.0)
+        return replace(
+            self, own_parts={}, own_group_parts={}, format_reward=0.0, four_levels=False, overlong_buffer=0, exploration_penalty=0.0
+        )
+
+    @property
+    def seconds_of_own(self) -> float:
+        """What one call of a function of the user's own may take."""
+        return self.timeout if self.own_timeout is None else self.own_timeout
 
 
 @dataclass

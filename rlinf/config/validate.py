@@ -11,7 +11,7 @@ from rlinf.config.benchmarks import BENCHMARKS
 from rlinf.config.keys import known_keys
 from rlinf.config.load import value_of
 from rlinf.config.own_code import is_own
-from rlinf.config.schema import Config
+from rlinf.config.schema import Config, RewardConfig
 from rlinf.config.unread import beyond, recipe_for_sft, recipe_for_training, unread, without_effect
 from rlinf.config.values import dump
 from rlinf.errors import UserError
@@ -368,21 +368,12 @@ def _token_reward(c: Config) -> Iterator[Violation]:
 
 
 def _reward(c: Config) -> Iterator[Violation]:
-    for task, function in c.reward.own_tasks.items():
-        if not is_own(function):
-            yield "reward.own_tasks", f"{task}: {function} names no function; write path/to/file.py:function"
-    for part, function in c.reward.own_parts.items():
-        if not is_own(function):
-            yield "reward.own_parts", f"{part}: {function} names no function; write path/to/file.py:function"
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", part):
-            yield (
-                "reward.own_parts",
-                f"{part!r} is to name a curve, rollout/reward_own/<name>; give it a name of letters, digits, `_`, `.`, `-`",
-            )
-    if not c.reward.reward_scale and not c.reward.own_parts and not c.has_token_reward:
+    yield from _own_functions(c.reward)
+    if not c.reward.reward_scale and not c.reward.own_parts and not c.reward.own_group_parts and not c.has_token_reward:
         yield (
             "reward.reward_scale",
-            "every response would have the reward 0; set it above 0, or name a function in reward.own_parts or a model in token_reward",
+            "every response would have the reward 0; set it above 0, or name a function in reward.own_parts or reward.own_group_parts, "
+            "or a model in token_reward",
         )
     if c.reward.four_levels and c.reward.format_reward:
         yield "reward.format_reward", "reward.four_levels pays for the format already; set one of the two to 0 or false"
@@ -394,6 +385,22 @@ def _reward(c: Config) -> Iterator[Violation]:
     limit = c.algorithm.sampling_params.max_new_tokens
     if c.reward.overlong_buffer > limit:
         yield "reward.overlong_buffer", f"must be at most algorithm.sampling_params.max_new_tokens ({limit})"
+
+
+def _own_functions(reward: RewardConfig) -> Iterator[Violation]:
+    for name in ("own_tasks", "own_parts", "own_group_parts"):
+        for served, function in getattr(reward, name).items():
+            if not is_own(function):
+                yield f"reward.{name}", f"{served}: {function} names no function; write path/to/file.py:function"
+            if name != "own_tasks" and not re.fullmatch(r"[A-Za-z0-9_.-]+", served):
+                yield (
+                    f"reward.{name}",
+                    f"{served!r} is to name a curve, rollout/reward_own/<name>; give it a name of letters, digits, `_`, `.`, `-`",
+                )
+    for part in sorted(reward.own_parts.keys() & reward.own_group_parts.keys()):
+        yield "reward.own_group_parts", f"{part} is a part of reward.own_parts already; give one of the two another name"
+    if reward.own_timeout is not None and not (reward.own_tasks or reward.own_parts or reward.own_group_parts):
+        yield "reward.own_timeout", "has a meaning only with reward.own_tasks, own_parts or own_group_parts; set it to null"
 
 
 def _evaluation(c: Config) -> Iterator[Violation]:

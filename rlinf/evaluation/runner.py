@@ -32,7 +32,7 @@ class EvaluationRunner:
     def __init__(self, config: Config, cluster: Cluster, rollout: WorkerGroup, reward: WorkerGroup, progress: Progress) -> None:
         self.cluster, self.rollout, self.reward, self.progress = cluster, rollout, reward, progress
         self.rollouts = Rollouts(config, rollout, reward)
-        self.first_failures, self.all_failures = (OwnFailures(config.reward.own_tasks) for _ in range(2))
+        self.first_failures, self.all_failures = (OwnFailures(config.reward) for _ in range(2))
         self.judged: list[GroupHeader] = []
 
     async def run(self, wanted: Sequence[GroupRequest]) -> None:

@@ -60,6 +60,7 @@ def test_scores_of_other_solutions_another_judge_or_other_sampling_are_not_compa
 
     judges = ["reward.answer_format=boxed_or_final_number", "reward.timeout=9", own]
     found = [measured_on(), *(measured_on(word) for word in (*judges, "validation.temperature=1.0"))]
+    found.append(measured_on(own, "reward.own_timeout=9"))
     judge.write_text("def same(answer, solutions): return True\n")
     found.append(measured_on(own))
     examples = measured_on(command=SFT, kind=EXAMPLES)

@@ -120,15 +120,15 @@ ROLLOUT = metrics(
     ("reward_overlong", "mean of the length penalty near the limit (`reward.overlong_buffer`)", "near 0", "as for `truncated`"),
     (
         "reward_own/*",
-        "mean of a part of the reward that a function of yours gives (`reward.own_parts`), by its name",
+        "mean of a part of the reward that a function of yours gives (`reward.own_parts`, `reward.own_group_parts`), by its name",
         "—",
         "—",
     ),
     (
         "own_parts_failed",
-        "share of responses of which a function of `reward.own_parts` gave no number, so that its part is 0",
+        "share of responses of which a function of `reward.own_parts` or `reward.own_group_parts` gave no number, so that its part is 0",
         "0",
-        "read the reasons in samples/; raise `reward.timeout`, or fix the function",
+        "read the reasons in samples/; raise `reward.own_timeout`, or fix the function",
     ),
     ("reward_own_failed/*", "the same of one part, by its name", "0", "as for `own_parts_failed`"),
     ("reward_exploration", "mean of the penalty for short responses (`reward.exploration_penalty`)", "rises towards 0", "—"),

@@ -20,11 +20,14 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Iterable
 from typing import Any, BinaryIO, NoReturn
 
 PR_SET_PDEATHSIG = 1
 RECURSION_LIMIT = 20_000  # pure Python frames; the parser bounds its depth itself
+
+THREAD_STACK = 1 << 20  # bytes; with the usual 8 MiB a thread, those that wait for answers of a server would soon use up the memory limit
 
 
 def die_with_parent(parent: int) -> None:
@@ -121,7 +124,7 @@ def limit_cpu(seconds: float) -> None:
 def main(kind: str, parent: int, memory_bytes: int) -> None:
     die_with_parent(parent)
     from rlinf.config.own_code import is_own
-    from rlinf.rewards.own import PART, give_part
+    from rlinf.rewards.own import PART, give_part, told
     from rlinf.rewards.tasks import judge_caged, warm_up
 
     own = is_own(kind)
@@ -134,20 +137,21 @@ def main(kind: str, parent: int, memory_bytes: int) -> None:
     os.dup2(nothing, 0)
     os.dup2(2, 1)  # what is printed must not reach the protocol
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # line by line: a kill must not lose what was printed before
+    if own:
+        threading.stack_size(THREAD_STACK)
     sys.setrecursionlimit(RECURSION_LIMIT)
     if own:
         warm_up(kind)
     write_reply(replies, {"ready": True})
-    sys.excepthook = lambda _kind, error, _traceback: write_reply(
-        replies, {"limit": "died", "why": f"{type(error).__name__}: {error}"[:200]}
-    )
+    sys.excepthook = lambda _kind, error, _traceback: write_reply(replies, {"limit": "died", "why": told(error, kind)})
     for fd in () if own else (1, 2):  # what a library prints must not reach the log; a user wants to see what is printed
         os.dup2(nothing, fd)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while (asked := read_item(requests)) is not None:
         seconds, item = asked
-        limit_cpu(seconds)
+        if not own:  # threads of a user's function may use several cores; the time limit is the parent's to keep
+            limit_cpu(seconds)
         try:
             reply = give_part(*item[1:]) if item[0] == PART else judge_caged(*item)._asdict()
         except MemoryError:

@@ -33,7 +33,12 @@ ATTEMPTS = 3
 FIRST_SECONDS = 30.0  # at least, for the first call of a user's function in a process: it may import what it needs
 FIRST_CALLS = 3  # so many first calls in a row may take longer than that; then it is not the imports that are slow
 PRINTED_BYTES = 1 << 20  # how much of what the functions of a pool print is kept
-_CLEAN = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+_CLEAN = {
+    "PYTHONHASHSEED": "0",
+    **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    "MPLBACKEND": "agg",
+    "MALLOC_ARENA_MAX": "2",  # each takes 64 MiB of address space; one a thread, as is usual, and 16 threads would reach the limit
+}
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 

@@ -10,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rlinf.config.schema import RewardConfig
 from rlinf.rewards.pool import Pool
 from rlinf.rewards.verifier import Item, Verifier
 
@@ -201,6 +203,14 @@ def test_a_function_that_always_hangs_has_the_longer_limit_only_a_few_times(tmp_
     with Verifier(timeout=0.1, own_tasks=own(tmp_path, "stuck")) as v:
         seconds = [v.verify(f"\\boxed{{{i}}}", ["1"], "odd").seconds for i in range(5)]
     assert min(seconds[:3]) >= 1.0 > max(seconds[3:])
+
+
+def test_a_task_of_the_users_own_has_the_time_of_own_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlinf.rewards.pool.FIRST_SECONDS", 0.1)
+    reward = RewardConfig(own_tasks=own(tmp_path, "lazy"), timeout=0.1)
+    for own_timeout, route in ((None, "timeout"), (20.0, "own")):
+        with Verifier.of(replace(reward, own_timeout=own_timeout), 1) as v:
+            assert v.verify("\\boxed{a}", ["1"], "odd").route == route
 
 
 def test_what_a_users_function_prints_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,8 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 
 def judge_identity(reward: RewardConfig) -> dict[str, Any]:
     """All that decides whether an answer is right, as JSON values: verdicts are compared only with those of the same judge."""
-    return {"rlinf": rlinf.__version__, "answer_format": reward.answer_format, "timeout": reward.timeout} | identified(reward.own_tasks)
+    own = identified(reward.own_tasks) | ({"own_timeout": reward.own_timeout} if reward.own_tasks and reward.own_timeout else {})
+    return {"rlinf": rlinf.__version__, "answer_format": reward.answer_format, "timeout": reward.timeout} | own
 
 
 def check_tasks(tasks: Iterable[str], own: Collection[str] = (), remedy: str = LEAVE_OUT) -> None:

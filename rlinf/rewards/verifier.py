@@ -37,8 +37,8 @@ class Item(NamedTuple):
 class Verifier:
     """Judges responses. Thread-safe. Its processes start when the first answer needs them (or in `warm_up`), and end in `close`.
 
-    reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as for a wrong answer. own_tasks:
-    reward.own_tasks.
+    reward_scale: reward of a right answer; a wrong one gets its negative. undecided_reward: None = as for a wrong answer. own_tasks,
+    own_timeout: of the section `reward`.
     """
 
     def __init__(
@@ -49,9 +49,11 @@ class Verifier:
         num_processes: int = 1,
         timeout: float = 1.0,
         own_tasks: Mapping[str, str] | None = None,
+        own_timeout: float | None = None,
     ) -> None:
         self.own_tasks = own_tasks or {}
         self.answer_format, self.num_processes, self.timeout = answer_format, num_processes, timeout
+        self.own_timeout = timeout if own_timeout is None else own_timeout
         undecided = -reward_scale if undecided_reward is None else undecided_reward
         self._rewards = {Status.RIGHT: reward_scale, Status.WRONG: -reward_scale, Status.UNDECIDED: undecided}
         self._pools: dict[str, Pool] = {}
@@ -63,7 +65,8 @@ class Verifier:
         """A verifier with the settings of the section `reward`. Raises UserError when a function of reward.own_tasks cannot be called."""
         for function in reward.own_tasks.values():
             check_own("reward.own_tasks", function)
-        return cls(reward.reward_scale, reward.undecided_reward, reward.answer_format, num_processes, reward.timeout, reward.own_tasks)
+        limits = num_processes, reward.timeout, reward.own_tasks, reward.seconds_of_own
+        return cls(reward.reward_scale, reward.undecided_reward, reward.answer_format, *limits)
 
     def verify(self, text: str, solutions: Sequence[str], task: str = "math", prompt: str = "") -> Verdict:
         return self.verify_many([Item(text, tuple(solutions), task, prompt)])[0]
@@ -126,7 +129,7 @@ class Verifier:
         kind = "rg" if task.startswith("rg/") else task if is_own(task) else "math"
         with self._lock:
             if kind not in self._pools:
-                self._pools[kind] = Pool(self.num_processes, self.timeout, kind)
+                self._pools[kind] = Pool(self.num_processes, self.own_timeout if is_own(kind) else self.timeout, kind)
             return self._pools[kind]
 
     def _remember(self, key: tuple, decision: Decision) -> None:

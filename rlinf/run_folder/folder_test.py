@@ -459,14 +459,15 @@ def test_other_settings_may_change(tmp_path: Path, schedule: dict[str, object], 
     assert resumed.resume is not None and resumed.resume.step == 1
 
 
-def test_a_judge_of_the_users_own_may_move_but_not_change(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["own_tasks", "own_parts", "own_group_parts"])
+def test_a_function_of_the_users_own_may_move_but_not_change(tmp_path: Path, key: str) -> None:
     before, moved = tmp_path / "judge.py", tmp_path / "moved.py"
     for file in (before, moved):
         file.write_text("def same(): ...\n")
-    settings = [(*AHEAD, f"reward.own_tasks={{ours: '{file}:same'}}") for file in (before, moved)]
+    settings = [(*AHEAD, f"reward.{key}={{ours: '{file}:same'}}") for file in (before, moved)]
     close(resumed_with(tmp_path, LOGICAL, settings[0], settings[1]))
     moved.write_text("def same(): return True\n")
-    with pytest.raises(UserError, match="reward.own_tasks: {'ours': 'same .*'} instead of {'ours': 'same "):
+    with pytest.raises(UserError, match=f"reward.{key}: {{'ours': 'same .*'}} instead of {{'ours': 'same "):
         open_folder(tmp_path, "runner.resume_dir=auto", *SIXTEEN, *settings[1])
 
 

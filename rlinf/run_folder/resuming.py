@@ -27,8 +27,8 @@ SAMPLING = tuple(f"algorithm.sampling_params.{name}" for name in ("temperature",
 REWARD = tuple(
     f"reward.{name}"
     for name in (
-        "reward_type", "own_tasks", "own_parts", "reward_scale", "undecided_reward", "answer_format", "format_reward", "four_levels",
-        "overlong_buffer", "overlong_penalty", "exploration_penalty",
+        "reward_type", "own_tasks", "own_parts", "own_group_parts", "reward_scale", "undecided_reward", "answer_format", "format_reward",
+        "four_levels", "overlong_buffer", "overlong_penalty", "exploration_penalty",
     )
 )  # fmt: skip
 BINDING = ("algorithm.schedule", "algorithm.group_size", "data.rollout_batch_size", *MAY_GROW, *SAMPLING, *REWARD)

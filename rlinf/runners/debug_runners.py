@@ -52,7 +52,7 @@ class RolloutOnlyRunner(DebugRunner):
         self.prompts, self.rollout, self.reward, self.stop = prompts, rollout, reward, stop
         self.rollouts = Rollouts(config, rollout, reward, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
-        self.own_failures = OwnFailures(config.reward.own_tasks)
+        self.own_failures = OwnFailures(config.reward)
 
     async def ready(self) -> None:
         await asyncio.gather(self.rollout.ready(), self.reward.ready())

@@ -54,7 +54,7 @@ class ReasoningRunner(TrainingLoop):
         self.learner = Learner(config, actor, critic, token_reward)
         self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
         self.devices = SharedDevices(self.rollouts.engines, config.rollout.offload)
-        self.own_failures = OwnFailures(config.reward.own_tasks)
+        self.own_failures = OwnFailures(config.reward)
         self.scores: dict[int, ValidationScores] = {}
 
     async def take_step(self) -> StepResult:

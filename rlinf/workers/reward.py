@@ -13,34 +13,21 @@ from rlinf.data.journal import group_line
 from rlinf.data.lines import append_lines
 from rlinf.data.records import Group, GroupHeader, Verdict
 from rlinf.data.tokenizer import tokenizer_of
-from rlinf.rewards.own_parts import OwnParts, response_of
-from rlinf.rewards.shaping import Shaping
-from rlinf.rewards.verifier import Item, Verifier
+from rlinf.rewards.verifier import Item
+from rlinf.rewards.whole import Answer, WholeReward
 from rlinf.run_paths import journal_of
 from rlinf.scheduling.placement import WorkerAddress
-
-VERIFIERS = {"math": Verifier}  # by reward.reward_type; rlinf.rewards.tasks says how each task is judged
 
 
 class RewardWorker:
     """Implements workers.interfaces.RewardWorker; `judge` may run many times at once in one event loop."""
 
     def __init__(self, address: WorkerAddress, config: Config) -> None:
-        reward = config.reward
         self.address = address
         self.journals = config.runner.keep_groups != 0
         self.tokenizer = tokenizer_of(config)
-        self.verifier = VERIFIERS[reward.reward_type].of(reward, reward.num_processes)
-        self.shaping = Shaping(
-            max_new_tokens=config.algorithm.sampling_params.max_new_tokens,
-            format_reward=reward.format_reward,
-            overlong_buffer=reward.overlong_buffer,
-            overlong_penalty=reward.overlong_penalty,
-            exploration_penalty=reward.exploration_penalty,
-            four_levels=reward.reward_scale if reward.four_levels else None,
-        )
-        self.own_parts = OwnParts(reward.own_parts, reward.num_processes, reward.timeout)
-        self.verifier.warm_up()
+        self.reward = WholeReward(config, config.reward.num_processes)
+        self.reward.verifier.warm_up()
 
     async def judge(self, group: Group, dump_path: str | None = None) -> tuple[Verdict, ...]:
         """Verdicts in the order of the samples.
@@ -61,15 +48,15 @@ class RewardWorker:
         return group.header(), group
 
     def close(self) -> None:
-        self.verifier.close()
-        self.own_parts.close()
+        self.reward.close()
 
     def _judge(self, group: Group, dump_path: str | None) -> tuple[Verdict, ...]:
-        prompt, texts = self._texts(group)
-        judged = self.verifier.verify_many([Item(text, group.prompt.solutions, group.prompt.task, prompt) for text in texts])
-        shaped = [self.shaping.apply(v, prompt, text, len(s)) for v, text, s in zip(judged, texts, group.samples, strict=True)]
-        responses = [response_of(group.prompt, prompt, *of) for of in zip(texts, judged, group.samples, strict=True)]
-        verdicts = tuple(self.own_parts.add(shaped, responses))
+        asked, (prompt, texts) = group.prompt, self._texts(group)
+        answers = [
+            Answer(Item(text, asked.solutions, asked.task, prompt), len(sample), sample.finish.cut_off, asked.metadata)
+            for text, sample in zip(texts, group.samples, strict=True)
+        ]
+        verdicts = tuple(self.reward.judge(answers))
         if dump_path:
             self._record(Path(dump_path), replace(group, verdicts=verdicts), prompt, texts)
         return verdicts
