@@ -83,7 +83,7 @@ AS_JSON = arg("--json", action="store_true", help="print the result as JSON")
 JSON_FILE = arg("--json", metavar="FILE", type=user_path, help="write the figures")
 QUICK = arg("--quick", action="store_true", help="every layout once")
 SEED = whole(0, 2**63 - 1)  # what numpy's bit generators tell apart
-REWARD_CONFIG = arg("--config", metavar="CONFIG", help="judge as its section `reward` says: own tasks, answer format, time-out")
+REWARD_CONFIG = arg("--config", metavar="CONFIG", help="reward as its section `reward` says: own tasks, own parts, answer format, time-out")
 DATA_CONFIG = arg("--config", metavar="CONFIG", help="read and judge as its sections `data` and `reward` say: fields, tasks, own tasks")
 
 
@@ -421,20 +421,23 @@ def compare(args: argparse.Namespace) -> int:
     arg("input", metavar="IN", type=user_path),
     arg("output", metavar="OUT", type=user_path),
     REWARD_CONFIG,
-    arg("--processes", type=whole(1, 1024), default=cores(), help="verifier processes (default: one a core)"),
+    arg("--processes", type=whole(1, 1024), default=cores(), help="of the verifier, and of each function of yours (default: one a core)"),
 )
 def verify(args: argparse.Namespace) -> int:
     from rlinf.rewards.verify_file import verify_file
 
-    _print_result(verify_file(args.input, args.output, args.processes, _load_for_judging(args.config).reward))
+    _print_result(verify_file(args.input, args.output, args.processes, _load_for_judging(args.config)))
     return 0
 
 
 def _load_for_judging(config: str | None) -> Config:
     """The configuration of that name, or the defaults, with a placeholder for the model folder: judging needs no model."""
     from rlinf.config.load import load
+    from rlinf.config.validate import validate_judging
 
-    return load(config, ["rollout.model_dir=none"]).config
+    resolved = load(config, ["rollout.model_dir=none"])
+    validate_judging(resolved.config, resolved.provenance)
+    return resolved.config
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -66,6 +66,11 @@ def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) ->
     _raise(config, provenance, (_bounds, _cluster, _runner, _data, _actor, _sft, *dead))
 
 
+def validate_judging(config: Config, provenance: Mapping[str, str] | None = None) -> None:
+    """Like validate, with the rules for judging answers that are there already."""
+    _raise(config, provenance, (out_of_bounds, _reward))
+
+
 def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence[Callable[[Config], Iterator[Violation]]]) -> None:
     found = [v for rule in rules for v in rule(config)]
     if found:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlinf.cli import main
 from rlinf.data.records import Status, Verdict
 from rlinf.errors import UserError
 from rlinf.rewards.math.decide_test import labelled_pairs
@@ -191,6 +192,90 @@ def test_a_task_that_nobody_judges_is_named_with_file_and_line(tmp_path: Path) -
         verify_file(source, tmp_path / "out.jsonl", 1)
     assert str(error.value).startswith(f"{source}:2: task 'maths': no verifier; known are math,") and "data.tasks" not in str(error.value)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+OWN = """
+def half(r):
+    return 0.5 if r.prompt == "Q" and r.metadata == {"level": 4} and r.tokens == 7 and r.cut_off else 1 / 0
+def rank(responses):
+    return [len(responses) + i / 4 for i, _ in enumerate(responses)]
+def judge(answer, solutions):
+    return {"right": True}[answer]
+"""
+
+
+def paying(folder: Path) -> Path:
+    (folder / "fns.py").write_text(OWN)
+    config = folder / "paying.yaml"
+    config.write_text(
+        f"reward:\n  own_tasks: {{mine: '{folder}/fns.py:judge'}}\n  own_parts: {{half: '{folder}/fns.py:half'}}\n"
+        f"  own_group_parts: {{rank: '{folder}/fns.py:rank'}}\n  format_reward: 1.0\n  reward_scale: 2.0\n  own_timeout: 20\n"
+    )
+    return config
+
+
+def test_a_file_is_given_the_whole_reward_of_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"prompt": "Q", "solutions": ["1"], "length": 7, "finish": "length"}
+    rows = [
+        {"response": "\\boxed{1}", **about, "group_id": "a", "metadata": {"level": 4}, "parts": {"old": 1.0}},
+        {"response": "\\boxed{2}", **about, "group_id": "a"},
+        {"response": "1", **about, "group_id": "b", "finish": "stop"},
+        {"response": "\\boxed{right}", **about, "task": "mine", "metadata": {"level": 4}},
+        {"response": "\\boxed{left}", **about, "task": "mine"},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["verify", str(source), str(target), "--config", str(paying(tmp_path)), "--processes", "1"]) == 0
+    out = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["parts"] for row in out] == [
+        {"format": f, "own/half": h, "own/rank": r} for f, h, r in ((1, 0.5, 2), (1, 0.5, 2.25), (0, 0, 1), (1, 0.5, 2), (1, 0.5, 2.25))
+    ]
+    assert [row["reward"] for row in out] == [5.5, 1.75, -1.0, 5.5, 1.75]
+    assert out[2]["reason"] == "half: ZeroDivisionError: division by zero (fns.py:3)"
+    assert [*map(str.strip, capsys.readouterr().out.splitlines()[5:])] == [
+        "reward: 2.7",
+        "part format: 0.8",
+        "part own/half: 0.4",
+        "part own/rank: 1.9",
+        "failed in part own/half: 1 of 5 lines, first: ZeroDivisionError: division by zero (fns.py:3)",
+        "failed in task mine: 1 of 5 lines, first: KeyError: 'left' (fns.py:7)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            [{"prompt": "Q"}],
+            'in.jsonl:1: needs "length", the number of tokens of the response, for reward.own_parts and reward.own_group_parts',
+        ),
+        ([{"length": True, "prompt": "Q"}], 'in.jsonl:1: needs "length"'),
+        ([{"length": 1}], 'in.jsonl:1: needs "prompt", or "group_id": reward.own_group_parts are given all lines of a problem at once'),
+        ([{"length": 1, "prompt": "Q", "finish": "end"}], 'in.jsonl:1: "finish" is "end"; it must be one of stop, length, abort, window'),
+        (
+            [{"length": 1, "prompt": p} for p in "QRQ"],
+            "in.jsonl:3: is of the same problem as line 1, with others between them; put all lines of a problem one after another",
+        ),
+        ([{"length": 1, "group_id": i} for i in (1, 1, 2, 1)], "in.jsonl:4: is of the same problem as line 2, "),
+    ],
+)
+def test_what_a_reward_depends_on_must_be_in_the_line(
+    tmp_path: Path, lines: list[dict], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"response": "1", "solutions": ["1"]} | line) + "\n" for line in lines))
+    assert main(["verify", str(source), str(tmp_path / "out.jsonl"), "--config", str(paying(tmp_path)), "--processes", "1"]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_configuration_that_cannot_judge_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("reward:\n  timeout: -1\n  own_parts: {a: half}\n")
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"response": "1", "solutions": ["1"], "length": 1}\n')
+    for command in (["verify", str(source), str(tmp_path / "out.jsonl")], ["data", "check", str(source)]):
+        assert main([*command, "--config", str(tmp_path / "a.yaml")]) == 2
+        told = capsys.readouterr().err
+        assert "reward.timeout = -1.0" in told and "a: half names no function" in told
 
 
 # -- parts of the reward
