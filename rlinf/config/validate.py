@@ -68,7 +68,7 @@ def validate_sft(config: Config, provenance: Mapping[str, str] | None = None) ->
 
 def validate_judging(config: Config, provenance: Mapping[str, str] | None = None) -> None:
     """Like validate, with the rules for judging answers that are there already."""
-    _raise(config, provenance, (out_of_bounds, _reward))
+    _raise(config, provenance, (_bounds, _reward))
 
 
 def _raise(config: Config, provenance: Mapping[str, str] | None, rules: Sequence[Callable[[Config], Iterator[Violation]]]) -> None:

@@ -137,10 +137,9 @@ def main(kind: str, parent: int, memory_bytes: int) -> None:
     os.dup2(nothing, 0)
     os.dup2(2, 1)  # what is printed must not reach the protocol
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # line by line: a kill must not lose what was printed before
-    if own:
-        threading.stack_size(THREAD_STACK)
     sys.setrecursionlimit(RECURSION_LIMIT)
     if own:
+        threading.stack_size(THREAD_STACK)
         warm_up(kind)
     write_reply(replies, {"ready": True})
     sys.excepthook = lambda _kind, error, _traceback: write_reply(replies, {"limit": "died", "why": told(error, kind)})
