@@ -50,9 +50,11 @@ def write_reply(stream: BinaryIO, reply: dict[str, Any]) -> None:
 
 
 def fork_workers(control: socket.socket) -> None:
-    """Fork a worker for every three descriptors that come: its stdin, its stdout, and a socket that is told of its birth (its pid, and a
-    pidfd) and of its end (its exit status, negative for a signal). Returns in each worker; ends this process at SIGTERM, workers first."""
+    """Fork a worker for every three descriptors that come: its stdin, its stdout, and a socket that is told of its birth (its pid) and of
+    its end (its exit status, negative for a signal), and whose other end is closed for writing when the worker is to be killed: here no
+    pid can be another process's already. Returns in each worker; ends this process at SIGTERM, workers first."""
     workers: dict[int, socket.socket] = {}
+    wanted: set[int] = set()  # those of them that are not to be killed
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(woken, False)
@@ -62,10 +64,14 @@ def fork_workers(control: socket.socket) -> None:
     this = os.getpid()
     gc.freeze()  # a collection would write to every page, and the workers would no longer share them
     while True:
-        ready = select.select([control.fileno(), woken], [], [])[0]
-        asked = control.fileno() in ready
+        ready = select.select([control, woken, *(workers[pid] for pid in wanted)], [], [])[0]
+        asked = control in ready
         told = os.read(woken, 1 << 16) if woken in ready else b""
+        for pid in [pid for pid in wanted if workers[pid] in ready]:  # nothing is ever sent: this is the end
+            os.kill(pid, signal.SIGKILL)
+            wanted.discard(pid)
         _bury(workers)
+        wanted &= workers.keys()
         fds = socket.recv_fds(control, 1, 3)[1] if asked else []
         if signal.SIGTERM in told or (asked and not fds):  # or whoever asks has ended
             _end(workers)
@@ -88,9 +94,8 @@ def fork_workers(control: socket.socket) -> None:
         for fd in fds:
             os.close(fd)
         workers[pid] = life
-        handle = os.pidfd_open(pid)
-        _tell(life, pid, [handle])
-        os.close(handle)
+        wanted.add(pid)
+        _tell(life, pid)
 
 
 def _bury(workers: dict[int, socket.socket]) -> None:
@@ -108,9 +113,9 @@ def _end(workers: Iterable[int]) -> NoReturn:
     os._exit(0)
 
 
-def _tell(life: socket.socket, number: int, fds: list[int] | None = None) -> None:
+def _tell(life: socket.socket, number: int) -> None:
     try:
-        socket.send_fds(life, [struct.pack("<i", number)], fds or [])
+        life.send(struct.pack("<i", number))
     except BrokenPipeError:  # whoever asked for this worker wants it no more
         pass
 

@@ -91,7 +91,6 @@ class Worker:
         self.items = 0
         self.pid: int | None = None  # from its birth on
         self.returncode: int | None = None  # from its end on
-        self._handle = -1  # a pidfd, because a pid may soon be another process's
         self._lock = threading.Lock()  # poll() is for every thread
         self._ready = False
 
@@ -135,26 +134,20 @@ class Worker:
         return Reply(None, "killed" if self.returncode == -signal.SIGKILL else "died", seconds)
 
     def kill(self) -> None:
-        """SIGKILL; the nursery reaps it. A child that is dead already keeps its own exit status, and one that is not born yet ends when it
-        finds its pipes closed."""
+        """Have the nursery kill it, by SIGKILL, and reap it. A child that is dead already keeps its own exit status; one that is not born
+        yet ends at its birth, which is not waited for."""
         if self.poll() is None and self.pid:
-            try:
-                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-            except ProcessLookupError:  # it has just ended
-                pass
+            self._life.shutdown(socket.SHUT_WR)
             self._hear(END_SECONDS)
         self.close()
 
     def close(self) -> None:
-        """Give back what this process holds of the child, which has ended, or will."""
+        """Give back what this process holds of the child, which has ended, or will: the nursery sees that the socket is closed."""
         with self._lock:
             if self.returncode is None:
                 self.returncode = -signal.SIGKILL
             for file in (self._to_child, self._from_child, self._life):
                 file.close()
-            if self._handle >= 0:
-                os.close(self._handle)
-                self._handle = -1
 
     def _hear(self, seconds: float) -> None:
         """Take note of its birth and of its end, after waiting at most so long for the end. When the nursery ends, all its workers do, by
@@ -164,10 +157,10 @@ class Worker:
             if self.returncode is None:
                 poll.register(self._life, select.POLLIN)
             while self.returncode is None and poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                data, fds, _, _ = socket.recv_fds(self._life, 4, 1, socket.MSG_CMSG_CLOEXEC)
+                data = self._life.recv(4)
                 number = struct.unpack("<i", data)[0] if data else -signal.SIGKILL
-                if fds:
-                    self.pid, self._handle = number, fds[0]
+                if data and self.pid is None:
+                    self.pid = number
                 else:
                     self.returncode = number
 
