@@ -64,7 +64,8 @@ def fork_workers(control: socket.socket) -> None:
     this = os.getpid()
     gc.freeze()  # a collection would write to every page, and the workers would no longer share them
     while True:
-        ready = select.select([control, woken, *(workers[pid] for pid in wanted)], [], [])[0]
+        heard: list[socket.socket | int] = [control, woken, *(workers[pid] for pid in wanted)]
+        ready = select.select(heard, [], [])[0]
         asked = control in ready
         told = os.read(woken, 1 << 16) if woken in ready else b""
         for pid in [pid for pid in wanted if workers[pid] in ready]:  # nothing is ever sent: this is the end
