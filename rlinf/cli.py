@@ -322,6 +322,7 @@ def data_convert(args: argparse.Namespace) -> int:
     arg("out", metavar="OUT", type=user_path),
     arg("--prompt", required=True, metavar="FIELD", help="field of the question, a text or chat messages; a dot leads into a field"),
     arg("--answer", required=True, metavar="FIELD", help="field of the answer, or of a list of answers, any of which is right"),
+    arg("--after", default="", metavar="TEXT", help="take of an answer what stands behind the last TEXT, such as '####' for GSM8K"),
     arg("--id", metavar="FIELD", help="field of the problem's id (default: the file's name and the row's number)"),
     arg("--metadata", metavar="FIELD", help="field that functions of the reward are to see"),
     arg("--task", default="math", help="how answers are judged (default math)"),
@@ -332,7 +333,7 @@ def data_import(args: argparse.Namespace) -> int:
     from rlinf.data.foreign import import_file
 
     fields = {"name": args.id, "metadata": args.metadata}
-    how = {"task": args.task, "instruction": args.instruction, "skip_bad": args.skip_bad}
+    how = {"after": args.after, "task": args.task, "instruction": args.instruction, "skip_bad": args.skip_bad}
     _print_result(import_file(args.source, args.out, args.prompt, args.answer, **fields, **how))
     return 0
 

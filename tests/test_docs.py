@@ -101,7 +101,7 @@ def imported(words: list[str], here: Path) -> None:
     """From a file with the fields that the command names; what it writes is fit for training."""
     asked = _parse(words[1:])
     row: dict[str, Any] = {}
-    for name, value in ((asked.metadata, {}), (asked.prompt, "1+1?"), (asked.answer, "2")):
+    for name, value in ((asked.metadata, {}), (asked.prompt, "1+1?"), (asked.answer, f"{asked.after} 2")):
         *path, last = (name or "none").split(".")
         reduce(lambda at, part: at.setdefault(part, {}), path, row)[last] = value
     (here / "foreign.jsonl").write_text(json.dumps(row))

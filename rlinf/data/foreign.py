@@ -25,6 +25,7 @@ def import_file(
     prompt: str,
     answer: str,
     *,
+    after: str = "",
     task: str = "math",
     name: str | None = None,
     metadata: str | None = None,
@@ -35,7 +36,8 @@ def import_file(
 
     prompt, answer, name (of the query_id), metadata: fields of the rows; a dot leads into a field that has fields of its own, such as
     `reward_model.ground_truth`. A prompt may be a text, behind which a line with `instruction` is put, or a list of chat messages, which is
-    left as it is. An answer is a text, a number, or a list of those, any of which is right. name None: the file and the row's number.
+    left as it is. An answer is a text, a number, or a list of those, any of which is right; with `after`, what stands in it behind the last
+    such mark. name None: the file and the row's number.
 
     Raises UserError when the file cannot be read, when no row can be used, and, unless skip_bad, when some cannot: it names the first.
     """
@@ -50,7 +52,7 @@ def import_file(
                 asked = f"{asked}\n{instruction}"
             record = {
                 "prompt": asked, "task": task, "query_id": f"{source.stem}-{number}" if name is None else _at(row, name),
-                "solutions": _answers(_at(row, answer), answer),
+                "solutions": _answers(_at(row, answer), answer, after),
             }  # fmt: skip
             if metadata is not None:
                 record["metadata"] = _at(row, metadata)
@@ -83,12 +85,14 @@ def _at(row: Mapping[str, Any], name: str) -> Any:
     return at
 
 
-def _answers(value: Any, name: str) -> list[str]:
+def _answers(value: Any, name: str, after: str) -> list[str]:
     answers = value if isinstance(value, list) else [value]
     for one in answers:
         if isinstance(one, bool) or not isinstance(one, (str, int, float)) or (isinstance(one, float) and not math.isfinite(one)):
             raise BadLine(f"`{name}` is {repr(value)[:SHOWN]}; it must be a text, a number, or a list of those")
-    return [one if isinstance(one, str) else str(one) for one in answers]
+        if after and after not in str(one):
+            raise BadLine(f"`{name}` has no {after!r}, behind which the answer would stand: {repr(one)[:SHOWN]}")
+    return [str(one).rpartition(after)[2].strip() if after else str(one) for one in answers]
 
 
 def _checked(record: dict[str, Any], source: Path, number: int) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def test_records_of_verl_are_read_through_dots_and_stay_conversations(tmp_path: 
     assert report["warning"].startswith("1 prompts are conversations, and stay as they are")
 
 
+def test_an_answer_may_stand_behind_a_mark(tmp_path: Path) -> None:
+    source = lines(tmp_path / "gsm.jsonl", {"q": "1+1?", "a": "1 #### no\n#### 2,125 \n"}, {"q": "2+2?", "a": "4"})
+    records, report = imported(source, "q", "a", after="####", skip_bad=True)
+    assert [r["solutions"] for r in records] == [["2,125"]] and "row 2: `a` has no '####'" in report["left_out"]
+
+
 def test_a_field_whose_own_name_has_a_dot_goes_first(tmp_path: Path) -> None:
     source = tmp_path / "set.csv"
     source.write_text("q.en,a\n1+1?,2\n")
