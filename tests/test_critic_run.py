@@ -43,7 +43,7 @@ def check_metrics(metrics: list[dict], warmup: int = 0) -> None:
 def test_actor_and_critic_in_layouts_of_their_own_and_an_exact_resume(tmp_path: Path) -> None:
     """The actor PP 2, the critic DP 2, on some of the same devices. (Every pair of layouts: runners/roles_test.py.)"""
     config = write_run(
-        tmp_path, algorithm__adv_type="gae", critic=CRITIC, algorithm__shuffle_rollout=True,
+        tmp_path, algorithm__adv_type="gae", critic=CRITIC, algorithm__shuffle_rollout=True, algorithm__update_epochs=2,
         cluster__num_gpus_per_node=3, cluster__component_placement={"actor": "0-1", "critic": "1-2", "rollout,reward": "0"},
         actor__model__tensor_model_parallel_size=1,
     )  # fmt: skip

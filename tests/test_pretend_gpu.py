@@ -118,7 +118,9 @@ RUNS: dict[str, tuple[int, dict[str, str], dict[str, object]]] = {  # GPUs, plac
     ),
     "asynchronous, with a critic": (
         4, {"actor": "0-1", "critic": "1-2", "rollout": "3", "reward": "0"},
-        layout(1, 2) | {"algorithm__max_staleness": 1, "algorithm__schedule": "wallclock", "algorithm__adv_type": "gae", "critic": CRITIC},
+        layout(1, 2)
+        | {"algorithm__max_staleness": 1, "algorithm__schedule": "wallclock", "algorithm__adv_type": "gae", "critic": CRITIC}
+        | {"algorithm__update_epochs": 2},
     ),
 }  # fmt: skip
 
