@@ -48,7 +48,9 @@ from rlinf.metrics.logger import MetricLogger
 from rlinf.metrics.names import METRICS
 from rlinf.rollout.contract import Stop
 from rlinf.run_folder.folder import RunFolder
+from rlinf.runners.learner import MegatronGroups
 from rlinf.runners.reasoning import ReasoningRunner
+from rlinf.runners.training_loop import frozen_heap
 from rlinf.scheduling.placement import build_plan
 from rlinf.weights.architecture import read_architecture
 from rlinf.weights.buckets import group_into_buckets, layout
@@ -230,14 +232,14 @@ def measure(cluster: Cluster, workers: Mapping[str, RayWorkerGroup], folder: Pat
     groups = {name: widened(group, max(1, devices // 8) if name == "reward" else devices) for name, group in workers.items()}
     data = prompts(2 * samples // GROUP_SIZE)
     sampler = PromptSampler(len(data), samples // GROUP_SIZE, True, 0)
-    runner = ReasoningRunner(
-        resolved.config, run_folder, cluster, groups["actor"], groups["rollout"], groups["reward"], data, [], sampler, Stop()
-    )
+    megatron = MegatronGroups(groups["actor"])
+    runner = ReasoningRunner(resolved.config, run_folder, cluster, megatron, groups["rollout"], groups["reward"], data, [], sampler, Stop())
     meter = Meter(run_folder.path, steps + 2, groups.values())
 
     async def run() -> dict[str, Calls]:
         await runner.run(meter)
-        return await again(groups)
+        with frozen_heap():  # as in the run
+            return await again(groups)
 
     try:
         alone = asyncio.run(cluster.guard(run()))

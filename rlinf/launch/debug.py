@@ -13,6 +13,7 @@ from rlinf.launch.session import open_session
 from rlinf.launch.train import WORKERS, launch_generation
 from rlinf.run_folder.resuming import TRAIN, TRAIN_ONLY
 from rlinf.runners.debug_runners import RolloutOnlyRunner, TrainOnlyRunner
+from rlinf.runners.learner import MegatronGroups
 from rlinf.runners.recorded import RecordedSteps, ranges
 from rlinf.runners.requests import stop_of
 from rlinf.scheduling.placement import build_plan
@@ -58,7 +59,7 @@ def train_only_once(resolved: Resolved, source: Path, first: int) -> int:
     with open_session(resolved, folder, tokenizer, "") as session:
         plan = build_plan(config, session.nodes)
         groups = {name: session.cluster.launch(plan, name, WORKERS[name], config) for name in config.megatron_roles}
-        groups["reader"] = session.cluster.launch(plan, "reward", JOURNAL_WORKER, config)
-        loop = TrainOnlyRunner(config, folder, session.cluster, steps=steps, first=first, **groups)
-        session.complete(loop, list(groups.values()))
+        reader = session.cluster.launch(plan, "reward", JOURNAL_WORKER, config)
+        loop = TrainOnlyRunner(config, folder, session.cluster, MegatronGroups(**groups), reader, steps, first)
+        session.complete(loop, [*groups.values(), reader])
     return 0

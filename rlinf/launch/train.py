@@ -13,6 +13,7 @@ from rlinf.launch.restarts import with_restarts
 from rlinf.launch.session import is_done, open_session, tell_best
 from rlinf.metrics.summary import show_summary
 from rlinf.run_folder.resuming import TRAIN
+from rlinf.runners.learner import MegatronGroups
 from rlinf.runners.reasoning import ReasoningRunner
 from rlinf.runners.requests import stop_of
 from rlinf.scheduling.placement import PART, Plan, build_plan
@@ -40,10 +41,9 @@ def train_once(resolved: Resolved) -> int:
     with open_session(resolved, run.folder, run.tokenizer, run.sampler.fingerprint) as session:
         plan = build_plan(config, session.nodes)
         groups = launch_workers(session.cluster, plan, config)
-        stop = stop_of(config.algorithm, run.tokenizer)
-        runner = ReasoningRunner(
-            config, run.folder, session.cluster, prompts=run.training, val_prompts=run.held_out, sampler=run.sampler, stop=stop, **groups
-        )
+        megatron = MegatronGroups(**{name: groups[name] for name in config.megatron_roles})
+        data = run.training, run.held_out, run.sampler, stop_of(config.algorithm, run.tokenizer)
+        runner = ReasoningRunner(config, run.folder, session.cluster, megatron, groups["rollout"], groups["reward"], *data)
         session.complete(runner, list(groups.values()))
     if len(runner.scores) > 1:
         first, last = min(runner.scores), max(runner.scores)

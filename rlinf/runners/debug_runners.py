@@ -15,7 +15,7 @@ from rlinf.data.records import Prompt
 from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
 from rlinf.run_folder.folder import RunFolder
-from rlinf.runners.learner import Learner
+from rlinf.runners.learner import Learner, MegatronGroups
 from rlinf.runners.own_failures import OwnFailures
 from rlinf.runners.recorded import RecordedSteps
 from rlinf.runners.requests import training_requests
@@ -86,17 +86,15 @@ class TrainOnlyRunner(DebugRunner):
     """Trains on the groups of another run's journal, step by step from `first` on. reader: the workers that read it (workers.journal)."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, reader: WorkerGroup, steps: RecordedSteps,
-        first: int, critic: WorkerGroup | None = None, token_reward: WorkerGroup | None = None,
+        self, config: Config, folder: RunFolder, cluster: Cluster, megatron: MegatronGroups, reader: WorkerGroup, steps: RecordedSteps,
+        first: int,
     ) -> None:  # fmt: skip
-        super().__init__(config, folder, cluster, steps, [actor] if critic is None else [actor, critic])
-        self.reader, self.steps, self.first, self.token_reward = reader, steps, first, token_reward
-        self.learner = Learner(config, actor, critic, token_reward)
+        super().__init__(config, folder, cluster, steps, megatron.trained)
+        self.megatron, self.reader, self.steps, self.first = megatron, reader, steps, first
+        self.learner = Learner(config, megatron)
 
     async def ready(self) -> None:
-        await asyncio.gather(self.reader.ready(), *(group.ready() for group in self.saving.groups))
-        if self.token_reward is not None:
-            await self.token_reward.ready()
+        await asyncio.gather(self.megatron.ready(), self.reader.ready())
 
     async def begin(self) -> None:
         self.step = self.first - 1

@@ -46,14 +46,35 @@ class Update:
     checkpoint_written: bool
 
 
+@dataclass(frozen=True)
+class MegatronGroups:
+    """The worker groups of a run that hold Megatron models, by role (Config.megatron_roles)."""
+
+    actor: WorkerGroup
+    critic: WorkerGroup | None = None
+    token_reward: WorkerGroup | None = None
+
+    @property
+    def trained(self) -> list[WorkerGroup]:
+        """Those that have an optimizer, and files in a checkpoint."""
+        return [self.actor] if self.critic is None else [self.actor, self.critic]
+
+    async def ready(self) -> None:
+        """Return when all are up. The actor is the first: in one process the others join the process groups that it made."""
+        await self.actor.ready()
+        for group in (self.critic, self.token_reward):
+            if group is not None:
+                await group.ready()
+
+
 class Learner:
     """Calls the worker groups that train (actor, critic) or score tokens (token reward model)."""
 
-    def __init__(self, config: Config, actor: WorkerGroup, critic: WorkerGroup | None, token_reward: WorkerGroup | None = None) -> None:
+    def __init__(self, config: Config, groups: MegatronGroups) -> None:
         self.config, self.peak_tflops = config, config.runner.peak_tflops
-        self.actor = Role(actor, config.actor.model)
-        self.critic = None if critic is None else Role(critic, config.critic.model)
-        self.token_reward = None if token_reward is None else Role(token_reward, config.token_reward.model)
+        self.actor = Role(groups.actor, config.actor.model)
+        self.critic = groups.critic and Role(groups.critic, config.critic.model)
+        self.token_reward = groups.token_reward and Role(groups.token_reward, config.token_reward.model)
 
     async def reward(self, scored: Sequence[Scored]) -> Rewarded:
         """Add a token reward model's scores, if there is one, to the verdicts' rewards: to the reward of the response, or with

@@ -17,7 +17,7 @@ from rlinf.data.sampler import PromptSampler
 from rlinf.rollout.contract import Stop
 from rlinf.run_folder.folder import RunFolder
 from rlinf.run_paths import GROUPS_AHEAD
-from rlinf.runners.learner import Learner
+from rlinf.runners.learner import Learner, MegatronGroups
 from rlinf.runners.own_failures import OwnFailures
 from rlinf.runners.requests import GroupRequest, training_requests, validation_requests
 from rlinf.runners.rollouts import Rollouts
@@ -39,20 +39,19 @@ class ReasoningRunner(TrainingLoop):
     """Runs in the driver, which sees group headers only: the tokens go from rollout workers to reward and train workers directly."""
 
     def __init__(
-        self, config: Config, folder: RunFolder, cluster: Cluster, actor: WorkerGroup, rollout: WorkerGroup, reward: WorkerGroup,
-        prompts: Sequence[Prompt], val_prompts: Sequence[Prompt], sampler: PromptSampler, stop: Stop, critic: WorkerGroup | None = None,
-        token_reward: WorkerGroup | None = None,
+        self, config: Config, folder: RunFolder, cluster: Cluster, megatron: MegatronGroups, rollout: WorkerGroup, reward: WorkerGroup,
+        prompts: Sequence[Prompt], val_prompts: Sequence[Prompt], sampler: PromptSampler, stop: Stop,
     ) -> None:  # fmt: skip
-        super().__init__(config, folder, cluster, sampler, [actor] if critic is None else [actor, critic])
-        self.actor, self.rollout, self.reward, self.critic, self.token_reward = actor, rollout, reward, critic, token_reward
+        super().__init__(config, folder, cluster, sampler, megatron.trained)
+        self.megatron, self.rollout, self.reward = megatron, rollout, reward
         self.prompts, self.val_prompts, self.stop = prompts, val_prompts, stop
         self.rollouts = Rollouts(config, rollout, reward, self.timers)
         self.in_flight, self.engine_load = self.rollouts.in_flight, self.rollouts.dispatcher.load
         self.schedule: Schedule = SCHEDULES[config.algorithm.schedule](
             config, sampler, self.rollouts, GroupsOnDisk(reward, folder.paths.samples), self.requests, self.total_steps
         )
-        self.learner = Learner(config, actor, critic, token_reward)
-        self.sync = WeightSync(config, actor, self.rollouts.engines, val_prompts or prompts)
+        self.learner = Learner(config, megatron)
+        self.sync = WeightSync(config, megatron.actor, self.rollouts.engines, val_prompts or prompts)
         self.devices = SharedDevices(self.rollouts.engines, config.rollout.offload)
         self.own_failures = OwnFailures(config.reward)
         self.scores: dict[int, ValidationScores] = {}
@@ -123,10 +122,7 @@ class ReasoningRunner(TrainingLoop):
         return validation_metrics(self.scores[self.step], [p.source for p in self.val_prompts], self.config.validation.n)
 
     async def ready(self) -> None:
-        await asyncio.gather(self.actor.ready(), self.rollout.ready(), self.reward.ready())
-        for group in (self.critic, self.token_reward):  # after the actor: in one process they join the process groups that it made
-            if group is not None:
-                await group.ready()
+        await asyncio.gather(self.megatron.ready(), self.rollout.ready(), self.reward.ready())
 
     async def begin(self) -> None:
         await self.publish_weights()
