@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from rlinf.runners.schedule_test import GROUPS, SAMPLES, UPDATE, play
+from tests.simulated_runs import GROUPS, SAMPLES, UPDATE, play
 
 ARMS: dict[str, tuple[str, int, dict[str, bool]]] = {
     "synchronous": ("logical", 0, {}),
