@@ -73,8 +73,8 @@ class Learner:
     def __init__(self, config: Config, groups: MegatronGroups) -> None:
         self.config, self.peak_tflops = config, config.runner.peak_tflops
         self.actor = Role(groups.actor, config.actor.model)
-        self.critic = groups.critic and Role(groups.critic, config.critic.model)
-        self.token_reward = groups.token_reward and Role(groups.token_reward, config.token_reward.model)
+        self.critic = None if groups.critic is None else Role(groups.critic, config.critic.model)
+        self.token_reward = None if groups.token_reward is None else Role(groups.token_reward, config.token_reward.model)
 
     async def reward(self, scored: Sequence[Scored]) -> Rewarded:
         """Add a token reward model's scores, if there is one, to the verdicts' rewards: to the reward of the response, or with
