@@ -31,12 +31,13 @@ SharedDevices.pass_to = watched
 class Counted(launch.ReasoningRunner):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        Counted.last = self
+        Counted.made = self
 
 launch.ReasoningRunner = Counted
 assert launch.train(load(sys.argv[1])) == 0
-runner = Counted.last
-groups = (runner.actor, runner.rollout, runner.reward, runner.critic, runner.token_reward)
+runner = Counted.made
+megatron = runner.megatron
+groups = (megatron.actor, megatron.critic, megatron.token_reward, runner.rollout, runner.reward)
 print(json.dumps([{g.component: dict(g.calls) for g in groups if g}, turns]))
 """
 Turns = list[tuple[str, int, int]]  # turn, resident bytes before the engine has given up what it does not need in it, and after
