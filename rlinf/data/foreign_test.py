@@ -108,3 +108,29 @@ def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
     source = lines(tmp_path / "set.jsonl", {"q": "1+1?", "a": "2"})
     with pytest.raises(UserError, match="would be lost"):
         import_file(source, source, "q", "a")
+
+
+def test_a_field_of_a_csv_file_may_be_long(tmp_path: Path) -> None:
+    source = tmp_path / "long.csv"
+    source.write_text(f"q,a,solution\n1+1?,2,{'x' * 200_000}\n")
+    assert imported(source, "q", "a")[0][0]["solutions"] == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("two.csv", "q,a,a\n1+1?,2,3\n", "two columns `a`"),
+        ("two.jsonl", '{"q": "1+1?", "a": "2", "a": "3"}\n', "line 1: not readable .the key `a` is there twice"),
+        ("two.json", '[{"q": "1+1?", "a": "2", "a": "3"}]', "the key `a` is there twice"),
+    ],
+)
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    """Which of the two is the answer cannot be known."""
+    (source := tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        imported(source, "q", "a")
+
+
+def test_columns_without_a_name_do_no_harm(tmp_path: Path) -> None:
+    (source := tmp_path / "sheet.csv").write_text("q,a,,\n1+1?,2,,\n")
+    assert imported(source, "q", "a")[0][0]["solutions"] == ["2"]
