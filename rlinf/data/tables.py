@@ -32,9 +32,9 @@ def read_rows(path: Path) -> list[Any]:
             else:
                 raise UserError(f"{path}: give a .jsonl, .json, .csv or .parquet file")
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); fetch the file again") from error
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); fetch the file again, or mend it") from error
     except (ValueError, RecursionError, csv.Error) as error:  # no text; nested too deeply; a number of thousands of digits; a key twice
-        raise UserError(f"{path}: cannot be read as {path.suffix[1:]} text ({error}); fetch the file again") from error
+        raise UserError(f"{path}: cannot be read as {path.suffix[1:]} text ({error}); fetch the file again, or mend it") from error
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: holds no list of problems")
     return rows
@@ -57,9 +57,9 @@ def _read_lines(path: Path, text: str) -> list[Any]:
             if line.strip():
                 rows.append(json.loads(line, object_pairs_hook=unique_keys))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); fetch the file again") from error
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); fetch the file again, or mend it") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deeply; a key twice
-            raise UserError(f"{path}, line {number}: not readable ({error}); fetch the file again") from error
+            raise UserError(f"{path}, line {number}: not readable ({error}); fetch the file again, or mend it") from error
     return rows
 
 
@@ -71,4 +71,4 @@ def _read_parquet(path: Path) -> list[Any]:
     try:
         return parquet.read_table(path).to_pylist()
     except ArrowException as error:
-        raise UserError(f"{path}: cannot be read as Parquet ({error}); fetch the file again") from error
+        raise UserError(f"{path}: cannot be read as Parquet ({error}); fetch the file again, or mend it") from error

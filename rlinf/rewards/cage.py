@@ -15,13 +15,13 @@ import logging
 import math
 import os
 import resource
-import select
 import signal
 import socket
 import struct
 import sys
 import threading
 from collections.abc import Iterable
+from multiprocessing.connection import wait
 from typing import Any, BinaryIO, NoReturn
 
 PR_SET_PDEATHSIG = 1
@@ -65,7 +65,7 @@ def fork_workers(control: socket.socket) -> None:
     gc.freeze()  # a collection would write to every page, and the workers would no longer share them
     while True:
         heard: list[socket.socket | int] = [control, woken, *(workers[pid] for pid in wanted)]
-        ready = select.select(heard, [], [])[0]
+        ready = wait(heard)  # select() would refuse descriptors from 1024 on
         asked = control in ready
         told = os.read(woken, 1 << 16) if woken in ready else b""
         for pid in [pid for pid in wanted if workers[pid] in ready]:  # nothing is ever sent: this is the end

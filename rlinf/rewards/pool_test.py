@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -56,6 +57,22 @@ def test_a_killed_nursery_is_replaced_and_loses_nothing(verifier: Verifier) -> N
     assert workers and gone(workers)
     assert [v.status.value for v in verifier.verify_many([symbolic(i) for i in range(50, 56)])] == ["right"] * 6
     assert state.nursery.process is not nursery
+
+
+def test_a_nursery_may_have_more_descriptors_than_select_takes() -> None:
+    """A thousand workers have as many; here the first that it listens to is behind them."""
+    ours, theirs = socket.socketpair()
+    script = """
+import os, resource, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (1200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+others = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+from rlinf.rewards.cage import fork_workers
+fork_workers(socket.socket(fileno=os.dup(0)))
+"""
+    with ours, theirs, subprocess.Popen([sys.executable, "-c", script], stdin=theirs, stderr=subprocess.PIPE, cwd=ROOT) as nursery:
+        theirs.close()
+        ours.close()  # whoever asks has ended
+        assert nursery.wait(20) == 0, nursery.stderr and nursery.stderr.read()
 
 
 def test_a_worker_shares_what_the_nursery_has_loaded(verifier: Verifier) -> None:
