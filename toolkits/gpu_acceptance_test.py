@@ -37,7 +37,7 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert done.returncode == (0 if parts["doctor"]["status"] == "ok" else 1)  # this machine may have too small a disk
     figures = {name: p["figures"] for name, p in parts.items()}
     assert figures["tests"]["failures"] == figures["tests"]["errors"] == 0 and figures["tests"]["tests"] > 10
-    assert figures["parity"]["cases"] == 2 and figures["parity"]["loss"] <= 1e-6
+    assert figures["parity"]["cases"] == 3 and figures["parity"]["loss"] <= 1e-6
     assert figures["run"]["steps"] == 3 and figures["run"]["engine"] == "embedded" and figures["run"]["backend"] == "local"
     assert [row["tokens"] for row in figures["trainer"]["rows"]] == [64, 128] and all(
         row["tokens_per_second"] > 0 for row in figures["trainer"]["rows"]

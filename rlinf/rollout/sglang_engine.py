@@ -155,7 +155,7 @@ class SGLangEngine:
     ) -> None:
         """Hand out the samples of one call of /generate. When the server dies, those that are not finished end with what has arrived."""
         for sample in samples:
-            sample.version = self._version
+            sample.version = None if self._loading else self._version  # a paused server decodes it with the weights that come
         try:
             with self._speaking():
                 async for event in self._http.stream("/generate", body_of(request, samples, self._seed, self._arch.vocab)):

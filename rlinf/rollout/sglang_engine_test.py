@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import AsyncIterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlinf.config.settings import read_texts
+from rlinf.data.records import Finish
 from rlinf.errors import UserError
 from rlinf.rollout import sglang_engine
 from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.sglang_samples import Arriving
 from rlinf.weights.source import DeviceIpc, Disk, WeightSource
 
 
@@ -47,6 +52,27 @@ def test_a_server_is_idle_before_it_gives_its_memory_back(monkeypatch: pytest.Mo
         asyncio.run(engine.sleep(frozenset(tags)))
     flush = ("/flush_cache?timeout=60", None, True)
     assert asked == [flush, ("/release_memory_occupation", ["kv_cache"], False), flush, ("/release_memory_occupation", ["weights"], False)]
+
+
+@pytest.mark.parametrize(("loading", "kept"), [(False, ((3, 2),)), (True, ())], ids=["between loads", "during a load"])
+def test_tokens_of_a_dead_server_are_kept_where_their_weights_are_known(
+    loading: bool, kept: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What begins during a load is decoded with the weights that come, as soon as the server goes on."""
+    engine, sample, done = SGLangEngine.__new__(SGLangEngine), Arriving("s", [5], 8, False), asyncio.Queue[object]()
+    engine._version, engine._loading, engine._closed, engine._seed = 3, loading, False, 0
+    engine._arch, engine._server = SimpleNamespace(vocab=9), SimpleNamespace(death="killed", on_death=print)
+    engine._counters, engine._speaking = SimpleNamespace(add=lambda **_: None), nullcontext
+
+    async def stream(*_: object) -> AsyncIterator[dict[str, object]]:
+        meta = {"completion_tokens": 2, "output_token_logprobs": [(-0.5, 1), (-0.5, 2)], "finish_reason": None}
+        yield {"index": 0, "meta_info": meta, "output_ids": [1, 2]}
+        raise RuntimeError("the connection is gone")
+
+    monkeypatch.setattr(sglang_engine, "body_of", lambda *_: {})
+    engine._http = SimpleNamespace(stream=stream)
+    asyncio.run(engine._feed(SimpleNamespace(request_id="g"), [sample], done, asyncio.Event()))
+    assert done.get_nowait() is sample and sample.sample().versions == kept and sample.finish is Finish.ABORT
 
 
 def test_options_of_the_server_mean_what_they_do_elsewhere_in_the_configuration() -> None:
