@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,7 +206,7 @@ def look_for_head(shared: Path, given: str | None) -> tuple[Head | None, str]:
     if given:
         host, _, port = given.partition(":")
         head, source = Head(host, port_number(port, f"HEAD_ADDRESS {given}") if port else default_port()), "HEAD_ADDRESS"
-    elif file.exists() and (text := file.read_text()).strip():
+    elif (text := text_of(file)).strip():
         head, source = Head.parse(text), str(file)
         if wanted and head.cluster != wanted:
             return None, f"{file} is of cluster {head.cluster or '(no id)'}, not of {wanted}"
@@ -218,6 +219,13 @@ def look_for_head(shared: Path, given: str | None) -> tuple[Head | None, str]:
     return head, ""
 
 
+def text_of(file: Path) -> str:
+    """Empty when it is not there; another node may remove it at any moment."""
+    with suppress(FileNotFoundError):
+        return file.read_text()
+    return ""
+
+
 def publish(shared: Path, head: Head) -> None:
     """For as long as the head lives, write the address file again whenever somebody has removed it; stop when a newer head has written its
     own."""
@@ -225,7 +233,7 @@ def publish(shared: Path, head: Head) -> None:
     while missed < 10:
         missed = 0 if listens(head.address) else missed + 1
         file = shared / ADDRESS_FILE
-        text = file.read_text() if file.exists() else ""
+        text = text_of(file)
         if text.strip() and Head.parse(text).started > head.started:
             return
         if text != head.render():
