@@ -250,8 +250,8 @@ def stop(shared: Path) -> None:
     left = end_marked((state / "mark").read_text(), MARK, grace=10.0)
     file, address = shared / ADDRESS_FILE, (state / "address").read_text()
     if (state / "rank").read_text() == "0":
-        if file.exists() and file.read_text().strip() and Head.parse(file.read_text()).address == address:
-            file.unlink()
+        if (text := text_of(file)).strip() and Head.parse(text).address == address:
+            file.unlink(missing_ok=True)
             (shared / TOKEN_FILE).unlink(missing_ok=True)
     shutil.rmtree(state)
     say(f"node stopped; still running: {left}" if left else "node stopped")
