@@ -30,11 +30,12 @@ def measure(steps: int, seed: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, (schedule, eta, more) in ARMS.items():
         outcome = play(schedule, eta, steps, seed, **more)
-        lengths = np.array(outcome.lengths)
+        lengths, bias = np.array(outcome.lengths), [m.get("rollout/length_bias", 0.0) for m in outcome.metrics]
         found[name] = {
             "seconds_per_step": outcome.seconds / steps,
             "staleness_max": max(outcome.stale),
-            "length_bias": outcome.metrics[-1].get("rollout/length_bias", 0.0),
+            "length_bias_of_first_step": bias[0],
+            "length_bias_mean": sum(bias) / steps,
             "longest_over_median": float(lengths.max() / np.median(lengths)),
         }
     return found

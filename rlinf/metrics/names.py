@@ -91,10 +91,11 @@ ROLLOUT = metrics(
     ),
     (
         "length_bias",
-        "mean response length of the first k groups that were trained on against the first k that were begun, as a share; k: as many as "
-        "have all ended, so 0 until the first is done (`algorithm.schedule: wallclock`)",
-        "near 0",
-        "far below 0: long answers are always late; lower `max_staleness` or `rollout.over_provisioning`",
+        "mean response length of the groups of the last `max_staleness` + 1 steps, against those that had been trained on in the order of "
+        "beginning, as a share; answers that are still being generated count with the length expected of them "
+        "([how](rollout.md#which-answers-come-first); `algorithm.schedule: wallclock`)",
+        "below 0 in the first `max_staleness` steps, then around 0",
+        "below 0 for long: answers get longer and the long ones come late; lower `max_staleness` or `rollout.over_provisioning`",
     ),
     ("aborted", "share of responses that were aborted", "0 in synchronous runs", "look for engine errors in the rollout logs"),
     (

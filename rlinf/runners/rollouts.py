@@ -40,6 +40,8 @@ class Rollouts:
         self.unfinished: dict[str, Ref] = {}  # group that an engine stopped at before its end -> its tokens so far
         self._going = asyncio.Event()
         self._going.set()
+        self._paused_since: float | None = None
+        self._paused_seconds = 0.0
 
     async def generate_groups(self, wanted: Sequence[GroupRequest]) -> list[Scored]:
         """The groups, judged, in the order of `wanted`."""
@@ -112,6 +114,7 @@ class Rollouts:
     async def pause(self) -> None:
         """Interrupt every pausable group that is not finished; the tokens that it has are kept."""
         self._going.clear()
+        self._paused_since = self.engine_clock + self._paused_seconds
         seconds = 0.01
         while any(self.dispatcher.load):  # again and again: a call may have been on its way when the engine was asked
             await self.engines.ask_all("abort")
@@ -120,7 +123,14 @@ class Rollouts:
 
     def resume(self) -> None:
         """Let the interrupted groups go on."""
+        self._paused_seconds, self._paused_since = asyncio.get_running_loop().time() - self.engine_clock, None
         self._going.set()
+
+    @property
+    def engine_clock(self) -> float:
+        """Seconds since some moment, without those of pauses."""
+        now = asyncio.get_running_loop().time() if self._paused_since is None else self._paused_since
+        return now - self._paused_seconds
 
 
 def mean_length(header: GroupHeader) -> float:

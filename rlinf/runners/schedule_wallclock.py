@@ -18,7 +18,8 @@ from rlinf.runners.rollouts import Rollouts, Scored, mean_length
 from rlinf.runners.schedule import GroupsOnDisk, Requests
 from rlinf.runners.selection import StepBatch, no_signal
 from rlinf.runners.step_metrics import dynamic_sampling_metrics
-from rlinf.scheduling.staleness import Ledger, LengthBias
+from rlinf.scheduling.length_bias import LengthBias
+from rlinf.scheduling.staleness import Ledger
 
 
 class Wallclock:
@@ -33,7 +34,8 @@ class Wallclock:
     ) -> None:
         self.algorithm, self.rollout, self.max_epochs = config.algorithm, config.rollout, config.runner.max_epochs
         self.sampler, self.rollouts, self.on_disk, self.requests, self.total_steps = sampler, rollouts, on_disk, requests, total_steps
-        self.ledger, self.bias = Ledger(sampler.batch_size, config.algorithm.max_staleness), LengthBias()
+        self.ledger = Ledger(sampler.batch_size, config.algorithm.max_staleness)
+        self.bias = LengthBias((config.algorithm.max_staleness + 1) * sampler.batch_size)
         self.wanted: dict[str, tuple[int, int]] = {}  # group that was begun and not yet taken -> (prompt, the step that it was begun for)
         self.tasks: dict[str, asyncio.Task[Scored]] = {}  # those of `wanted` that are being generated
         self.done: dict[str, Scored] = {}  # those of `wanted` that are complete and judged
@@ -64,7 +66,7 @@ class Wallclock:
             del self.wanted[name]
         metrics = {
             "rollout/carried_over": float(len(self.tasks)),
-            "rollout/length_bias": self.bias.train([mean_length(header) for header, _ in scored]),
+            "rollout/length_bias": self.bias.train([mean_length(header) for header, _ in scored], self.rollouts.engine_clock),
         }
         generated, self.dropped = [*(header for header, _ in scored), *self.dropped], []
         if self.algorithm.dynamic_sampling:
@@ -84,7 +86,7 @@ class Wallclock:
             self.groups_begun += 1
             self.wanted[wanted.name] = prompt, step
             self.ledger.begin(wanted.name, version)
-            self.bias.begin(wanted.name)
+            self.bias.begin(wanted.name, self.rollouts.engine_clock)
             self._start(wanted)
 
     def room(self, version: int) -> int:
@@ -116,7 +118,7 @@ class Wallclock:
             else:
                 self.done[name] = header, tokens
                 self.ledger.finish(name)
-                self.bias.finish(name, mean_length(header))
+                self.bias.finish(name, mean_length(header), self.rollouts.engine_clock)
 
     async def before_training(self) -> None:
         if self.rollout.partial:
@@ -141,6 +143,7 @@ class Wallclock:
             "files": files,
             "begun": self.groups_begun,
             "met": [self.taken[0], dict(self.taken[1])],
+            "bias": self.bias.state(self.rollouts.engine_clock),
         }
 
     async def restore(self, folder: Path, state: dict[str, Any], step: int) -> None:
@@ -158,7 +161,10 @@ class Wallclock:
                 self.done[name] = header, tokens
             else:
                 self.rollouts.unfinished[name] = tokens
+        if "bias" in state:  # not in an older checkpoint
+            self.bias.restore(state["bias"], self.rollouts.engine_clock)
+            return
         for name in self.wanted:
-            self.bias.begin(name)
+            self.bias.begin(name, self.rollouts.engine_clock)
             if name in self.done:
-                self.bias.finish(name, mean_length(self.done[name][0]))
+                self.bias.finish(name, mean_length(self.done[name][0]), self.rollouts.engine_clock)

@@ -5,8 +5,8 @@ Pure bookkeeping. Version i is the weights after step i; B groups make a batch; 
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,35 +75,3 @@ class Ledger:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.begun_and_kept, self.groups = state["begun"], {name: GroupInFlight(born, done) for name, born, done in state["groups"]}
-
-
-class LengthBias:
-    """Measures whether training first on what is done first favours short answers: the mean response length of the groups that were trained
-    on, compared with that of the groups that were begun.
-
-    It covers the first k groups, for the largest k for which all lengths are known. It is 0 when groups are trained on in the order in
-    which they were begun.
-    """
-
-    def __init__(self) -> None:
-        self.in_order: deque[str] = deque()  # names of the groups behind the first k, as they were begun
-        self.trained: deque[float] = deque()
-        self.lengths: dict[str, float] = {}
-        self.sum_begun = self.sum_trained = 0.0
-
-    def begin(self, name: str) -> None:
-        self.in_order.append(name)
-
-    def drop(self, name: str) -> None:
-        self.in_order.remove(name)
-
-    def finish(self, name: str, length: float) -> None:
-        self.lengths[name] = length
-
-    def train(self, lengths: Sequence[float]) -> float:
-        """(trained - begun) / begun, of mean response lengths."""
-        self.trained += lengths
-        while self.in_order and self.trained and self.in_order[0] in self.lengths:
-            self.sum_begun += self.lengths.pop(self.in_order.popleft())
-            self.sum_trained += self.trained.popleft()
-        return (self.sum_trained - self.sum_begun) / self.sum_begun if self.sum_begun else 0.0

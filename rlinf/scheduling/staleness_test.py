@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlinf.scheduling.staleness import Ledger, LengthBias
+from rlinf.scheduling.staleness import Ledger
 
 
 @pytest.mark.parametrize(("version", "eta", "most"), [(0, 0, 4), (1, 0, 8), (0, 1, 8), (1, 1, 12), (0, 4, 20)])
@@ -78,16 +78,3 @@ def test_what_is_due_goes_first_and_is_waited_for() -> None:
     assert ledger.take(1) is None
     ledger.finish("a")
     assert ledger.take(1) == ["a", "c"]
-
-
-def test_the_bias_compares_what_was_trained_with_what_was_begun() -> None:
-    bias = LengthBias()
-    for name in "abcd":
-        bias.begin(name)
-    for name, length in (("b", 1.0), ("d", 1.0)):
-        bias.finish(name, length)
-    assert bias.train([1.0, 1.0]) == 0.0  # the length of a is not known yet
-    bias.finish("a", 9.0)
-    assert bias.train([]) == pytest.approx((2.0 - 10.0) / 10.0)
-    bias.finish("c", 5.0)
-    assert bias.train([9.0, 5.0]) == 0.0  # all were trained on in the end
