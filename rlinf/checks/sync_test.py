@@ -69,7 +69,7 @@ def test_a_bucket_that_is_damaged_on_the_device_is_found(pool: RankPool, tmp_pat
     sync_merge = sync.merge_sources
     monkeypatch.setattr(sync, "merge_sources", flip)
     fault = find(pool, replace(ROUTE, transport=DEVICE_IPC, replicas=1), tmp_path).fault
-    assert "-ipc-v1-1: checksum" in fault and "as sent" in fault
+    assert "-ipc-v1-1: tensor model.layers.0.self_attn.q_proj.weight, checksum" in fault and "as sent" in fault
 
 
 @pytest.mark.slow

@@ -191,6 +191,9 @@ class RolloutConfig:
         "NCCL between GPUs) or `device_ipc` (on the device that an engine shares with the actor)",
         ("auto", "disk", "broadcast", "device_ipc"),
     )
+    weight_bucket_mib: int = key(
+        128, "MiB of weights that are gathered, copied and sent at a time; a tensor that is larger goes by itself", at_least=1
+    )
     verify_weights_every: int = key(
         50, "probe the engine against the actor at the first and at every k-th weight sync; 0 = only at the first", at_least=0
     )

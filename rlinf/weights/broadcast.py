@@ -21,7 +21,7 @@ from torch import Tensor
 from rlinf.errors import RunFailed
 from rlinf.weights.buckets import BUCKET_BYTES, Named, fill, group_into_buckets, layout
 from rlinf.weights.routes import BroadcastGroup
-from rlinf.weights.scan import checksum
+from rlinf.weights.scan import checksums
 from rlinf.weights.segments import SEGMENTS_FOLDER, create_segment
 from rlinf.weights.source import BucketSpec, SharedMemory, TensorSpec
 
@@ -90,10 +90,9 @@ class Wire(Member):
                 specs, nbytes = layout(bucket)
                 buffer = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)  # zeros: the gaps between tensors count in the checksum
                 fill(buffer, specs, bucket)
-                sent.append(BucketSpec(f"{self.group.name}, v{version}-{i}", nbytes, specs, checksum(buffer)))
-                described = torch.frombuffer(
-                    bytearray(json.dumps([sent[-1].key, nbytes, sent[-1].checksum, specs]).encode()), dtype=torch.uint8
-                )
+                sent.append(BucketSpec(f"{self.group.name}, v{version}-{i}", nbytes, *checksums(buffer, specs)))
+                description = json.dumps([sent[-1].key, nbytes, sent[-1].checksum, sent[-1].tensors])
+                described = torch.frombuffer(bytearray(description.encode()), dtype=torch.uint8)
                 self._pass(torch.tensor([len(described)]))
                 self._pass(described)
                 self._pass(buffer)

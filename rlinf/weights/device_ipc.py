@@ -18,7 +18,7 @@ from torch import Tensor
 from rlinf.device import forgo_shared, open_shared, share, synchronize
 from rlinf.errors import RunFailed
 from rlinf.weights.buckets import BUCKET_BYTES, Named, fill, group_into_buckets, layout
-from rlinf.weights.scan import checksum
+from rlinf.weights.scan import checksums, verify
 from rlinf.weights.segments import SEGMENTS_FOLDER, create_segment, in_use, open_segment
 from rlinf.weights.source import DeviceBucket, DeviceIpc
 
@@ -44,7 +44,7 @@ class DeviceBuckets:
                 key = f"{SEGMENTS_FOLDER}/rlinf-{self.name}-ipc-v{version}-{i}"  # on a GPU nothing but a name
                 buffer, handle = self._allocate(key, nbytes)
                 fill(buffer, specs, bucket)
-                buckets.append(DeviceBucket(key, nbytes, specs, checksum(buffer), handle))
+                buckets.append(DeviceBucket(key, nbytes, *checksums(buffer, specs), handle))
             synchronize(self.device)
             undo.pop_all()
         return DeviceIpc(tuple(buckets))
@@ -78,7 +78,6 @@ def open_bucket(bucket: DeviceBucket) -> Tensor:
         buffer = open_shared(bucket.handle) if bucket.handle else open_segment(bucket.key, bucket.nbytes)
     elif bucket.handle:
         forgo_shared(bucket.handle)
-    received = checksum(buffer)
-    if received != bucket.checksum:
-        raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
+    tensors, received = checksums(buffer, bucket.tensors)
+    verify(bucket, received, tensors)
     return buffer

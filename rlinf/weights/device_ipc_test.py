@@ -57,7 +57,7 @@ def test_what_was_published_arrives_version_after_version(publisher: DeviceBucke
 def test_a_changed_byte_names_the_bucket(publisher: DeviceBuckets) -> None:
     source = publish(publisher)
     publisher._offered[source.buckets[1].key][36] ^= 0x40
-    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: checksum"):
+    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: tensor {source.buckets[1].tensors[0].name}, checksum"):
         list(open_source(source))
 
 
@@ -66,7 +66,7 @@ def test_buckets_that_changed_places_are_found(publisher: DeviceBuckets) -> None
     source = publisher.publish(halves, 1, bucket_bytes=64)
     first, second = source.buckets
     swapped = DeviceIpc((replace(first, key=second.key), replace(second, key=first.key)))
-    with pytest.raises(RunFailed, match=f"{second.key}: checksum"):
+    with pytest.raises(RunFailed, match=f"{second.key}: tensor a, checksum"):
         list(open_source(swapped))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from rlinf.weights.buckets import BUCKET_BYTES, Named, group_into_buckets
 from rlinf.weights.dtypes import dtype_name
-from rlinf.weights.scan import checksum
+from rlinf.weights.scan import checksums
 from rlinf.weights.source import BucketSpec, Files, TensorSpec
 
 WEIGHTS_FOLDER = "weights"  # in the run's folder; below it each publisher has one of its own
@@ -59,4 +59,4 @@ def _write(path: Path, bucket: Sequence[Named]) -> BucketSpec:
     header = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     begins = {name: header + entry["data_offsets"][0] for name, entry in json.loads(content[LENGTH_BYTES:header]).items()}
     specs = tuple(TensorSpec(name, dtype_name(t.dtype), tuple(t.shape), begins[name], t.nbytes) for name, t in bucket)
-    return BucketSpec(str(path), len(content), specs, checksum(torch.frombuffer(bytearray(content), dtype=torch.uint8)))
+    return BucketSpec(str(path), len(content), *checksums(torch.frombuffer(bytearray(content), dtype=torch.uint8), specs))

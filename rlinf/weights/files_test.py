@@ -43,7 +43,7 @@ def test_a_changed_byte_and_a_file_cut_short_are_named(tmp_path: Path) -> None:
     path = Path(source.buckets[0].key)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(RunFailed, match=f"{path}: checksum"):
+    with pytest.raises(RunFailed, match=f"{path}: tensor odd, checksum"):
         list(open_source(source))
     path.write_bytes(content[:-1])
     with pytest.raises(RunFailed, match=f"{path}: {len(content) - 1} bytes, expected {len(content)}"):

@@ -13,7 +13,7 @@ from rlinf.errors import RunFailed
 from rlinf.weights.buckets import Named, views
 from rlinf.weights.device_ipc import open_bucket
 from rlinf.weights.finite import finite
-from rlinf.weights.scan import scan
+from rlinf.weights.scan import scan, verify
 from rlinf.weights.segments import Mappings, map_file, open_segment
 from rlinf.weights.source import DeviceIpc, Disk, Files, SharedMemory, WeightSource
 from rlinf.weights.tensor_folder import open_hf_folder
@@ -60,8 +60,7 @@ def _opened(source: SharedMemory | Files | DeviceIpc, mappings: Mappings | None,
         buffer = open_bytes(bucket.key, bucket.nbytes)
         opened.append((bucket, buffer, scan(buffer, bucket.tensors, pool)))
     for bucket, buffer, scanned in opened:
-        if (received := scanned.checksum()) != bucket.checksum:
-            raise RunFailed(f"weight bucket {bucket.key}: checksum {received:016x} as received, {bucket.checksum:016x} as sent")
+        verify(bucket, scanned.checksum(), scanned.with_checksums(bucket.tensors))
         if (name := scanned.first_not_finite()) is not None:
             raise ValueError(f"tensor {name} holds values that are not finite")
         yield buffer, scanned.scanned_for_finite()

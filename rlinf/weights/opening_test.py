@@ -38,7 +38,7 @@ def test_a_changed_byte_names_the_bucket(source: SharedMemory) -> None:
     with open(source.buckets[1].key, "r+b") as file:
         file.seek(100)
         file.write(b"\x7f")
-    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: checksum"):
+    with pytest.raises(RunFailed, match=f"{source.buckets[1].key}: tensor {source.buckets[1].tensors[0].name}, checksum"):
         list(open_source(source))
 
 

@@ -27,16 +27,18 @@ def merge_sources(parts: Sequence[Source]) -> Source:
 def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[Receipt]) -> None:
     """Raise RunFailed when an engine loaded another version, other tensors or other bytes than it was sent. Both arguments: by engine."""
     for rank, (source, receipt) in enumerate(zip(sources, receipts, strict=True)):
-        sent = {b.key: b.checksum for b in source.buckets}
         tensors = sum(len(b.tensors) for b in source.buckets)
         if receipt.version != version or receipt.n_tensors != tensors:
             raise RunFailed(
                 f"weight sync {version}: rollout rank {rank} reports version {receipt.version} and {receipt.n_tensors} tensors; "
                 f"{tensors} were sent"
             )
-        wrong = [key for key in sent if receipt.checksums.get(key) != sent[key]]
+        wrong = next((b for b in source.buckets if receipt.checksums.get(b.key) != b.checksum), None)
         if wrong:
-            raise RunFailed(f"weight sync {version}: rollout rank {rank} received other bytes than were sent in bucket {wrong[0]}")
+            raise RunFailed(
+                f"weight sync {version}: rollout rank {rank} received other bytes than were sent in bucket {wrong.key} (tensors "
+                f"{wrong.tensors[0].name} to {wrong.tensors[-1].name})"
+            )
         if receipt.engine_checksum != receipts[0].engine_checksum:
             raise RunFailed(f"weight sync {version}: rollout ranks 0 and {rank} hold different weights by their engines' own checksums")
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor, Future, wait
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlinf.errors import RunFailed
 from rlinf.kernels.cpu import EXPONENT, RUN, kernels
 from rlinf.weights.buckets import Named, view
-from rlinf.weights.source import TensorSpec
+from rlinf.weights.source import BucketSpec, TensorSpec
 
 PIECE_BYTES = 8 << 20  # at most, that one thread scans at a time
 WORDS_AT_ONCE = 1 << 22  # of a checksum on a GPU: three times 32 MiB to compute with
@@ -50,6 +51,13 @@ class Scan:
         self.held = None  # a gathered bucket is as large as what was written of it
         return int(self.runs["sum"].sum(dtype=np.uint64))
 
+    def with_checksums(self, specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        """The tensors with their parts of the checksum. To be called after checksum()."""
+        parts: dict[str, int] = {}
+        for name, part in zip(self.names, self.runs["sum"].tolist()):
+            parts[name] = (parts.get(name, 0) + part) % 2**64
+        return tuple(spec._replace(checksum=parts.get(spec.name, 0)) for spec in specs)
+
     def first_not_finite(self) -> str | None:
         """The first tensor with a value that is not finite, among those that were scanned for that. To be called after checksum()."""
         found = np.flatnonzero(self.runs["not_finite"])
@@ -69,23 +77,37 @@ def scan_function() -> Callable[[np.ndarray], None]:
     return scan_by_numpy if compiled is None else compiled.scan
 
 
-def scan(buffer: Tensor, specs: Sequence[TensorSpec], pool: Executor) -> Scan:
-    """Scan all bytes of a bucket on a CPU; bytes between two tensors count as part of the first one.
+class CallingThread(Executor):
+    """For a scan by the calling thread alone."""
 
-    A tensor that does not begin at a multiple of 4 bytes, as happens in files, makes the whole bucket be scanned without looking for values
-    that are not finite.
-    """
-    placed = sorted(specs, key=lambda spec: spec.offset)  # in files tensors lie in another order than they are named
-    if any(spec.offset % 4 for spec in placed):
-        placed = []
-    begins = [0, *(spec.offset for spec in placed), len(buffer)]
-    kinds = [("", torch.uint8), *((spec.name, getattr(torch, spec.dtype)) for spec in placed)]
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*args, **kwargs))
+        return done
+
+
+def scan(buffer: Tensor, specs: Sequence[TensorSpec], pool: Executor) -> Scan:
+    """Scan all bytes of a bucket on a CPU, divided as divide() says, each tensor for values that are not finite."""
     rows, names = [], []
-    for (name, dtype), begin, end in zip(kinds, begins[:-1], begins[1:], strict=True):
+    for spec, begin, end in divide(specs, len(buffer)):
+        name, dtype = ("", torch.uint8) if spec is None else (spec.name, getattr(torch, spec.dtype))
         for at in range(begin, end, PIECE_BYTES):
             rows.append((buffer.data_ptr() + at, 0, min(PIECE_BYTES, end - at), at, dtype))
             names.append(name)
     return Scan(rows, names, buffer, pool)
+
+
+def divide(specs: Sequence[TensorSpec], nbytes: int) -> list[tuple[TensorSpec | None, int, int]]:
+    """(tensor, begin, end) of the parts of a bucket of `nbytes`, in bytes; what is between two tensors belongs to the first one, and what is
+    before them to none.
+
+    A tensor that does not begin at a multiple of 4 bytes, as happens in files, leaves the bucket undivided.
+    """
+    placed = sorted(specs, key=lambda spec: spec.offset)  # in files tensors lie in another order than they are named
+    if any(spec.offset % 4 for spec in placed):
+        placed = []
+    begins = [0, *(spec.offset for spec in placed), nbytes]
+    return list(zip([None, *placed], begins[:-1], begins[1:], strict=True))
 
 
 def fill_and_scan(buffer: Tensor, specs: Sequence[TensorSpec], bucket: Sequence[Named], pool: Executor) -> Scan:
@@ -113,25 +135,44 @@ def fill_and_scan(buffer: Tensor, specs: Sequence[TensorSpec], bucket: Sequence[
     return Scan(rows, names, (buffer, bucket), pool)
 
 
-def checksum(buffer: Tensor) -> int:
-    """The checksum of bytes on any device; on a CPU it is computed by the calling thread alone."""
+def checksums(buffer: Tensor, specs: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec, ...], int]:
+    """The tensors of a bucket on any device with their parts of the checksum, and the checksum; on a CPU they are computed by the calling
+    thread alone."""
     if buffer.device.type == "cpu":
-        run = np.zeros(1, RUN)
-        run["source"], run["nbytes"] = buffer.data_ptr(), len(buffer)
-        scan_function()(run)
-        return int(run["sum"][0])
-    return device_checksum(buffer)
+        scanned = scan(buffer, specs, CallingThread())
+        total = scanned.checksum()
+        return scanned.with_checksums(specs), total
+    return device_checksums(buffer, specs)
 
 
-def device_checksum(buffer: Tensor) -> int:
-    """The checksum by torch's operations, part by part: a GPU may have no room for a second bucket as large as an embedding."""
+def device_checksums(buffer: Tensor, specs: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec, ...], int]:
+    """checksums() by torch's operations."""
+    parts = divide(specs, len(buffer))
+    sums = torch.stack([device_sum(buffer[begin:end], begin // 4) for _, begin, end in parts]).tolist()
+    of_tensors = {spec.name: part % 2**64 for (spec, _, _), part in zip(parts, sums) if spec is not None}
+    return tuple(spec._replace(checksum=of_tensors.get(spec.name, 0)) for spec in specs), sum(sums) % 2**64
+
+
+def verify(bucket: BucketSpec, received: int, tensors: Sequence[TensorSpec]) -> None:
+    """received: the checksum of the bytes that arrived; tensors: with their parts of it. Raises RunFailed, naming the first tensor that
+    changed on the way, unless they are what was sent."""
+    if received == bucket.checksum:
+        return
+    changed = next((f"tensor {sent.name}, " for sent, own in zip(bucket.tensors, tensors) if sent.checksum != own.checksum), "")
+    raise RunFailed(f"weight bucket {bucket.key}: {changed}checksum {received:016x} as received, {bucket.checksum:016x} as sent")
+
+
+def device_sum(buffer: Tensor, first: int = 0) -> Tensor:
+    """The checksum modulo 2^64, as a signed number, of bytes whose first word has the number `first`; by torch's operations, part by part:
+    a GPU may have no room for a second bucket as large as an embedding."""
     whole = buffer if len(buffer) % 4 == 0 else torch.nn.functional.pad(buffer, (0, -len(buffer) % 4))  # pad() copies in any case
     words = whole.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=buffer.device)
     for start in range(0, len(words), WORDS_AT_ONCE):
         part = words[start : start + WORDS_AT_ONCE].long() & 0xFFFFFFFF
-        total += (torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=buffer.device) * part).sum()
-    return int(total) % 2**64
+        numbers = torch.arange(2 * (first + start) + 1, 2 * (first + start + len(part)), 2, device=buffer.device)
+        total += (numbers * part).sum()
+    return total
 
 
 def scan_by_numpy(runs: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """A scan finds every changed byte, on any device, and names the first tensor that is not finite."""
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlinf.errors import RunFailed
 from rlinf.kernels.cpu import kernels
 from rlinf.weights import scan as scans
 from rlinf.weights.buckets import fill, layout
-from rlinf.weights.scan import checksum, device_checksum, fill_and_scan, scan
+from rlinf.weights.scan import checksums, device_checksums, device_sum, fill_and_scan, scan, verify
+from rlinf.weights.source import BucketSpec, TensorSpec
+
+
+def checksum(buffer: torch.Tensor) -> int:
+    return checksums(buffer, ())[1]
 
 
 def test_a_flipped_bit_changes_the_checksum() -> None:
@@ -43,8 +50,8 @@ def test_a_device_finds_the_checksum_of_a_cpu_without_a_copy_of_the_bucket(nbyte
     monkeypatch.setattr(scans, "WORDS_AT_ONCE", 16)
     buffer = torch.randint(256, (nbytes,), dtype=torch.uint8)
     with Allocations() as seen:
-        found = device_checksum(buffer)
-    assert found == checksum(buffer)
+        found = device_sum(buffer)
+    assert int(found) % 2**64 == checksum(buffer)
     if nbytes % 4 == 0:
         assert seen.largest <= 16 * 8
 
@@ -69,6 +76,31 @@ def test_a_bucket_is_filled_and_scanned_in_one_pass_and_scanned_again_where_it_a
     named = {name for name, _ in bucket} if kernels() else set()  # without compiled code nobody searches for such values here
     assert {*arrived.scanned_for_finite()} - {""} == named
     assert arrived.first_not_finite() == ("a" if kernels() else None)
+
+
+Checksums = Callable[[torch.Tensor, Sequence[TensorSpec]], tuple[tuple[TensorSpec, ...], int]]
+
+
+@pytest.mark.parametrize("checksums", [checksums, device_checksums])
+def test_the_parts_of_tensors_add_up_and_tell_which_one_changed(checksums: Checksums) -> None:
+    bucket = [("a", torch.randn(40, 8)), ("b", torch.randn(3).bfloat16()), ("c", torch.randn(9).half())]
+    specs, nbytes = layout(bucket)
+    buffer = torch.zeros(nbytes, dtype=torch.uint8)
+    fill(buffer, specs, bucket)
+    expected = checksum(buffer)
+    tensors, total = checksums(buffer, specs)
+    assert total == expected == sum(t.checksum for t in tensors) % 2**64 and [t[:5] for t in tensors] == [s[:5] for s in specs]
+    with ThreadPoolExecutor(2) as pool:
+        filled = fill_and_scan(torch.empty_like(buffer), specs, bucket, pool)
+        assert filled.checksum() == total and filled.with_checksums(specs) == tensors
+    sent = BucketSpec("it", nbytes, tensors, total)
+    verify(sent, total, tensors)
+    for (name, _), spec in zip(bucket, specs):
+        changed = buffer.clone()
+        changed[spec.offset + spec.nbytes - 1] ^= 1
+        found, received = checksums(changed, specs)
+        with pytest.raises(RunFailed, match=f"weight bucket it: tensor {name}, checksum {received:016x} as received, {total:016x} as sent"):
+            verify(sent, received, found)
 
 
 WORDS = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=2, max_size=40)

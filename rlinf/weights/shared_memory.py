@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rlinf.weights.buckets import BUCKET_BYTES, Named, fill, group_into_buckets, layout
-from rlinf.weights.scan import Scan, checksum, fill_and_scan
+from rlinf.weights.scan import Scan, checksums, fill_and_scan
 from rlinf.weights.segments import SEGMENTS_FOLDER, Segment, create_segment, in_use
 from rlinf.weights.source import BucketSpec, SharedMemory, TensorSpec
 
@@ -44,7 +44,8 @@ class SharedMemoryPublisher:
                 specs, nbytes = layout(bucket)
                 segment = self._take(f"{SEGMENTS_FOLDER}/rlinf-{self.name}-v{version}-{i}", nbytes)
                 written.append((segment, specs, fill_and_scan(segment.buffer, specs, bucket, pool)))
-            buckets = tuple(BucketSpec(s.path, len(s.buffer), specs, scan.checksum()) for s, specs, scan in written)
+            totals = [scan.checksum() for _, _, scan in written]
+            buckets = tuple(BucketSpec(s.path, len(s.buffer), scan.with_checksums(specs), n) for (s, specs, scan), n in zip(written, totals))
             undo.pop_all()
         self._drop_spare(lambda segment: not in_use(segment.path))
         return SharedMemory(buckets, rewritten=True)
@@ -90,7 +91,7 @@ def collect(tensors: Iterable[Named], name: str, bucket_bytes: int = BUCKET_BYTE
         specs, nbytes = layout(bucket)
         buffer = torch.zeros(nbytes, dtype=torch.uint8)  # zeros: the gaps between tensors count in the checksum
         fill(buffer, specs, bucket)
-        buckets.append(BucketSpec(f"{name}-{i}", nbytes, specs, checksum(buffer)))
+        buckets.append(BucketSpec(f"{name}-{i}", nbytes, *checksums(buffer, specs)))
         arrays.append(buffer.numpy())
     return SharedMemory(tuple(buckets)), tuple(arrays)
 

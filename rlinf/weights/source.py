@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 
 class TensorSpec(NamedTuple):
-    """One tensor in a bucket: name, torch dtype name ("bfloat16"), shape, byte offset in the bucket. It is a tuple, because a driver reads
-    very many."""
+    """One tensor in a bucket: name, torch dtype name ("bfloat16"), shape, byte offset in the bucket, and its part of the bucket's checksum
+    (0 where that is not divided). It is a tuple, because a driver reads very many."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    checksum: int = 0
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class ActorWorker(MegatronWorker):
         self.token_advantage_settings = token_advantage_settings(config.algorithm)
         self.temperature = config.algorithm.sampling_params.temperature
         self.offloader = Offloader(self.engine, config.actor)
-        self.publisher = Publisher(self.engine, address.run_id, config.runner.run_dir / WEIGHTS_FOLDER)  # all nodes see it
+        folder = config.runner.run_dir / WEIGHTS_FOLDER  # all nodes see it
+        self.publisher = Publisher(self.engine, address.run_id, folder, config.rollout.weight_bucket_mib << 20)
         self.forward_only = Work()  # passes of this step without a gradient
         self.feeds_nobody = False  # then nothing comes between its training and the engines' turn
 

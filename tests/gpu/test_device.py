@@ -23,7 +23,7 @@ from rlinf.weights.broadcast import Wire, open_store
 from rlinf.weights.device_ipc import DeviceBuckets
 from rlinf.weights.opening import open_source
 from rlinf.weights.routes import BroadcastGroup
-from rlinf.weights.scan import checksum
+from rlinf.weights.scan import checksums
 from rlinf.weights.source import DeviceIpc
 
 MIB = 2**20
@@ -108,11 +108,11 @@ def test_another_process_sees_the_buckets_of_this_one(device: torch.device) -> N
         for version in (1, 2):
             tensors = [(name, torch.arange(MIB, device=device) * version) for name in "abc"]
             source = publisher.publish(tensors, version, bucket_bytes=10 * MIB)
-            assert [b.checksum for b in source.buckets] == [checksum(b.cpu()) for b in publisher._offered.values()]
+            assert [b.checksum for b in source.buckets] == [checksums(b.cpu(), ())[1] for b in publisher._offered.values()]
             assert other.submit(_looked_at, source, device).result() == {name: int(t.sum()) for name, t in tensors}
             assert len(list(open_source(source))) == 3  # this process looks at its own memory
             publisher._offered[source.buckets[-1].key][-1] ^= 1
-            with pytest.raises(RunFailed, match="v.-2: checksum"):
+            with pytest.raises(RunFailed, match="v.-2: tensor c, checksum"):
                 other.submit(_looked_at, source, device).result()
             publisher.withdraw()
         del tensors
@@ -132,7 +132,7 @@ def test_a_checksum_makes_no_copy_of_the_bucket() -> None:
     buffer = torch.ones(512 * MIB, dtype=torch.uint8, device=device)
     devices.forget_peak(device)
     before = devices.memory_in_use(device)
-    assert checksum(buffer) == checksum(buffer.cpu())
+    assert checksums(buffer, ()) == checksums(buffer.cpu(), ())
     assert devices.peak_memory(device) - before <= 256 * MIB
 
 
