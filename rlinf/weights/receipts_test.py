@@ -38,7 +38,10 @@ def test_receipts_of_what_was_sent_are_good() -> None:
             {"checksums": {"s0-0": 11, "s0-1": 99, "s1-0": 13}},
             "weight sync 3: rollout rank 1 received other bytes than were sent in bucket s0-1 .tensors c to c.",
         ),
-        ({"checksums": {"s0-0": 11, "s0-1": 12}}, "weight sync 3: rollout rank 1 received other bytes than were sent in bucket s1-0 .tensors d to d."),
+        (
+            {"checksums": {"s0-0": 11, "s0-1": 12}},
+            "weight sync 3: rollout rank 1 received other bytes than were sent in bucket s1-0 .tensors d to d.",
+        ),
         ({"engine_checksum": "ab12"}, "weight sync 3: rollout ranks 0 and 1 hold different weights by their engines' own checksums"),
     ],
 )

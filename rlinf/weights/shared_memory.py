@@ -45,7 +45,9 @@ class SharedMemoryPublisher:
                 segment = self._take(f"{SEGMENTS_FOLDER}/rlinf-{self.name}-v{version}-{i}", nbytes)
                 written.append((segment, specs, fill_and_scan(segment.buffer, specs, bucket, pool)))
             totals = [scan.checksum() for _, _, scan in written]
-            buckets = tuple(BucketSpec(s.path, len(s.buffer), scan.with_checksums(specs), n) for (s, specs, scan), n in zip(written, totals))
+            buckets = tuple(
+                BucketSpec(s.path, len(s.buffer), scan.with_checksums(specs), n) for (s, specs, scan), n in zip(written, totals)
+            )
             undo.pop_all()
         self._drop_spare(lambda segment: not in_use(segment.path))
         return SharedMemory(buckets, rewritten=True)
