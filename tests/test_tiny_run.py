@@ -45,7 +45,7 @@ def test_tp2_pp2_run_checkpoint_and_resume(tmp_path: Path) -> None:
     assert "prompts of data.val_data_paths are in data.train_data_paths too, the first is " in done.stderr
     metrics = lines(tmp_path)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
-    assert all(math.isfinite(m["train/loss"]) and m["train/entropy_loss"] > 0 for m in metrics[1:])
+    assert all(math.isfinite(m["train/loss"]) and m["train/entropy_loss"] > 0 and m["train/grad_norm"] > 0 for m in metrics[1:])
     assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in metrics[1:])  # fp32: engine and actor are one policy
     assert all(abs(m["train/first_minibatch_ratio"] - 1) <= 1e-6 and m["train/first_minibatch_clip_fraction"] == 0 for m in metrics[1:])
     assert undocumented({name for m in metrics for name in m} - {"step", "time"}) == []
@@ -85,6 +85,7 @@ def test_each_layout_runs_a_whole_job(tmp_path: Path, tp: int, pp: int, cp: int,
     metrics = lines(tmp_path)
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     assert all(m["train/rollout_logprob_gap_max"] <= 1e-4 and abs(m["train/first_minibatch_ratio"] - 1) <= 1e-6 for m in metrics[1:])
+    assert all(m["train/grad_norm"] > 0 for m in metrics[1:])  # so what the engines follow are weights that change
     check_records(tmp_path / "logs" / "tiny")
 
 

@@ -22,8 +22,9 @@ ONE_PROCESS: dict[str, object] = {
 
 
 def write_run(folder: Path, name: str = "tiny", family: str = "qwen2-tied", **overrides: object) -> Path:
-    """A complete configuration of a small run in `folder`: model, data, YAML."""
-    model, data = folder / "model", folder / "data.jsonl"
+    """A complete configuration of a small run in `folder`: model, data, YAML. The random model answers nothing right; so that there is
+    something to learn, a response has a part of its reward by its letters."""
+    model, data, parts = folder / "model", folder / "data.jsonl", folder / "parts.py"
     if not model.exists():
         make_tiny_model(model, family, layers=4, heads=4, kv_heads=2)
         data.write_text(
@@ -33,6 +34,7 @@ def write_run(folder: Path, name: str = "tiny", family: str = "qwen2-tied", **ov
                 for i in range(24)
             )
         )
+        parts.write_text("def letters(response):\n    return float(sum(response.text.encode()) % 7)\n")
     config = {
         "cluster": {"num_gpus_per_node": 4, "device": "cpu", "threads_per_worker": 1,
                     "component_placement": {"actor": "0-3", "rollout,reward": "0"}},
@@ -43,7 +45,7 @@ def write_run(folder: Path, name: str = "tiny", family: str = "qwen2-tied", **ov
         "rollout": {"model_dir": str(model), "rollout_backend": "embedded", "max_running_requests": 8, "verify_weights_every": 2},
         "actor": {"model": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "precision": "fp32"},
                   "optim": {"lr": 1e-3}},
-        "reward": {"reward_scale": 5.0},
+        "reward": {"reward_scale": 5.0, "own_parts": {"letters": f"{parts}:letters"}},
     }  # fmt: skip
     for key, value in overrides.items():
         section = config

@@ -98,8 +98,8 @@ def scan(buffer: Tensor, specs: Sequence[TensorSpec], pool: Executor) -> Scan:
 
 
 def divide(specs: Sequence[TensorSpec], nbytes: int) -> list[tuple[TensorSpec | None, int, int]]:
-    """(tensor, begin, end) of the parts of a bucket of `nbytes`, in bytes; what is between two tensors belongs to the first one, and what is
-    before them to none.
+    """(tensor, begin, end) of the parts of a bucket of `nbytes`, in bytes; what is between two tensors belongs to the first one, and what
+    is before them to none.
 
     A tensor that does not begin at a multiple of 4 bytes, as happens in files, leaves the bucket undivided.
     """
