@@ -20,7 +20,9 @@ from rlinf.report.run_data import RunData, Sample, open_run, refuse_missing
 from rlinf.run_paths import CONFIG_FILE, METRICS_FILE
 
 SMALLEST = 1e-3  # differences are relative to no less: what is zero but for rounding has no relative difference
-GAPS = "train/rollout_logprob_gap_*"  # differences of log-probabilities: in fp32 they are rounding themselves, and 1 is their scale
+# The scale of these is 1, however small they are: differences of log-probabilities, in fp32 rounding themselves; and means of terms of both
+# signs (advantages), which cancel
+OF_SIZE_ONE = ("train/rollout_logprob_gap_*", "train/loss")
 STAGES = ("data", "generation", "verdicts", "training")
 NOT_COMPARED = ("time/*", "perf/*", "sync/*", "rollout/reused_tokens")  # the machine's doing, or the order of work
 STAGE_OF_KEY = (  # the first pattern that matches: where a key acts first; "" = it does not change what is computed
@@ -177,7 +179,8 @@ def within(d: Difference, tolerance: float) -> bool:
 
 def relative(metric: str, a: float, b: float) -> float:
     """The difference of two values of a metric, relative to the larger one, or to the size below which a difference is rounding."""
-    return abs(a - b) / max(abs(a), abs(b), 1.0 if fnmatchcase(metric, GAPS) else SMALLEST)
+    least = 1.0 if any(fnmatchcase(metric, pattern) for pattern in OF_SIZE_ONE) else SMALLEST
+    return abs(a - b) / max(abs(a), abs(b), least)
 
 
 def _stage_of_metric(name: str, step: int) -> str:
