@@ -45,6 +45,7 @@ def test_scores_are_paid_within_the_budget_of_remote_calls(tmp_path: Path) -> No
     config = write_run(
         tmp_path,
         token_reward=write_scorer(tmp_path / "scorer"),
+        reward__own_parts={},
         rollout__verify_weights_every=0,
         runner__val_check_interval=0,
         **ONE_PROCESS,
@@ -71,7 +72,7 @@ def test_a_teacher_has_nothing_to_say_to_its_own_copy_and_draws_another_policy_t
     teacher = {"output": "teacher", "model": {"precision": "fp32"}}
     config = write_run(
         tmp_path, token_reward=teacher, rollout__verify_weights_every=0, runner__val_check_interval=0, runner__save_interval=0,
-        reward__reward_scale=0, **ONE_PROCESS,
+        reward__reward_scale=0, reward__own_parts={}, **ONE_PROCESS,
     )  # fmt: skip
     words = ["algorithm.adv_type=reinforce++", "algorithm.gamma=0", "algorithm.dense_rewards=true", "algorithm.normalize_advantages=false"]
     copied = run(config, *words, f"token_reward.model_dir={tmp_path / 'model'}", "runner.max_steps=1")

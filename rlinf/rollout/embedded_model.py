@@ -88,6 +88,7 @@ class EmbeddedModel:
     @torch.inference_mode()
     def load(self, tensors: Iterable[tuple[str, Tensor]], keep: bool = False) -> tuple[int, int]:
         """Take every weight, or raise ValueError that names the first tensor at fault and change nothing. Returns (tensors, bytes).
+        Where memory runs out on the way, the model is left without weights, never with those of two versions.
 
         keep: nobody writes to the tensors' memory as long as this model refers to it, so that weights used in place need no copy.
         """
@@ -97,10 +98,11 @@ class EmbeddedModel:
         self._ends = None  # the new ones go where they were
         embedding_VH = self._own(arrived["model.embed_tokens.weight"])
         logits = head(embedding_VH if self.arch.tied else self._own(arrived["lm_head.weight"]))
-        self._ends = Ends(embedding_VH, self._own(arrived["model.norm.weight"]), logits)
+        ends = Ends(embedding_VH, self._own(arrived["model.norm.weight"]), logits)
         self._layers = self._layers or [None] * self.arch.n_layers  # type: ignore[list-item]  # for a moment
         for i in range(self.arch.n_layers):  # one layer at a time: at no moment two whole models in memory
             self._layers[i] = self._make_layer(i, arrived)
+        self._ends = ends
         return len(arrived), sum(t.nbytes for t in arrived.values())
 
     def free(self) -> None:
