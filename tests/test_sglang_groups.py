@@ -44,4 +44,4 @@ def test_every_tensor_parallel_rank_of_a_server_takes_broadcast_weights(tmp_path
         (_, receipt), generated, read = asyncio.run(whole())
         check_receipts(sending.result(60)[2:], 1, [receipt])
     engine.close()
-    assert receipt.engine_checksum == read.engine_checksum and generated == Reference(other).greedy(prompt(9), 12)
+    assert receipt.engine_tensors == read.engine_tensors != {} and generated == Reference(other).greedy(prompt(9), 12)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +49,16 @@ def test_the_cases_are_every_layout_with_every_transport_and_family() -> None:
     quick = make_cases(quick=True)
     assert len({(c.tp, c.pp, c.dp) for c in quick}) == 8
     assert {c.transport for c in quick} == set(TRANSPORTS) and len({c.family for c in quick}) == 3
+
+
+@pytest.mark.slow
+def test_the_whole_check_takes_less_than_four_minutes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rlinf", "check", "sync", "--json", str(tmp_path / "found.json")], capture_output=True, text=True, timeout=480
+    )
+    assert done.returncode == 0 and "240 of 240 ways hold" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["holds"] and found["seconds"] < 240
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from rlinf.weights.complete import check_shapes, check_tensors
 from rlinf.weights.dtypes import DTYPES, dtype_name
 from rlinf.weights.files import folders_of
 from rlinf.weights.opening import open_source
+from rlinf.weights.receipts import first_difference
 from rlinf.weights.routes import BroadcastGroup
 from rlinf.weights.server_groups import MAKING, Follower
 from rlinf.weights.source import BucketSpec, Collective, DeviceIpc, Disk, Files, Receipt, SharedMemory, WeightSource
@@ -136,7 +137,7 @@ class SGLangEngine:
             await asyncio.sleep(RETRY)
         for sample in chosen:
             sample.unwanted = True
-        while pending := [a for a in chosen if a.finish is None]:
+        while pending := [a for a in chosen if a.finish is None and a in self._arriving()]:  # a request that fails ends without it
             self._check_usable()
             await self._send_aborts(pending)
             await asyncio.sleep(RETRY)
@@ -225,15 +226,15 @@ class SGLangEngine:
                 self._asleep -= {"weights"}
             await self._ask("/pause_generation", {"mode": "retract"})
             try:
-                for sample in (s for samples in self._running.values() for s in samples):
+                for sample in self._arriving():
                     sample.version = None
-                read = await self._checksum() if waiting and version == 0 and not self._proved else None
-                buckets, checksum = await self._take(source, version)
+                read = await self._checksums() if waiting and version == 0 and not self._proved else None
+                buckets, checksums = await self._take(source, version)
                 self._version = version
                 if not self._proved:
-                    await self._prove(source, version, checksum)
+                    await self._prove(source, version, checksums)
                     if read is not None:
-                        self._compare(buckets, checksum, read)
+                        self._compare(buckets, checksums, read)
                 waiting = False
             finally:
                 if self._server.death is None and not waiting:
@@ -242,7 +243,7 @@ class SGLangEngine:
             self._loading = False
         if isinstance(source, Collective):
             n_tensors, nbytes = sum(len(b.tensors) for b in buckets), sum(t.nbytes for b in buckets for t in b.tensors)
-        return Receipt(version, {b.key: b.checksum for b in buckets}, n_tensors, nbytes, time.perf_counter() - start, checksum)
+        return Receipt(version, {b.key: b.checksum for b in buckets}, n_tensors, nbytes, time.perf_counter() - start, checksums)
 
     def _look_at(self, source: WeightSource, version: int) -> tuple[int, int]:
         """SGLang takes what it is given, whether complete and finite or not; so it is looked at before. Returns (tensors, bytes)."""
@@ -258,8 +259,8 @@ class SGLangEngine:
             give_back_free_memory(choose(self._device))
         return found
 
-    async def _take(self, source: WeightSource | Collective, version: int) -> tuple[Sequence[BucketSpec], str]:
-        """Into the server. Returns the buckets, with checksums that have been verified, and the server's own checksum."""
+    async def _take(self, source: WeightSource | Collective, version: int) -> tuple[Sequence[BucketSpec], dict[str, str]]:
+        """Into the server. Returns the buckets, with checksums that have been verified, and the server's own checksums."""
         buckets: Sequence[BucketSpec] = () if isinstance(source, (Disk, Collective)) else source.buckets
         if isinstance(source, Disk):
             await self._update(source.path, version)
@@ -270,7 +271,7 @@ class SGLangEngine:
             buckets = await self._follow(source, version)
         else:
             await self._hand_over(source, version)
-        return buckets, await self._checksum()
+        return buckets, await self._checksums()
 
     async def _hand_over(self, source: SharedMemory | DeviceIpc, version: int) -> None:
         """The server opens the buckets where they are."""
@@ -302,25 +303,28 @@ class SGLangEngine:
             raise RunFailed(f"weights of version {version} are not the model's: {error}") from error
         return taken
 
-    async def _prove(self, source: WeightSource | Collective, version: int, checksum: str) -> None:
+    async def _prove(self, source: WeightSource | Collective, version: int, checksums: dict[str, str]) -> None:
         await self._ask("/weights_checker", {"action": "reset_tensors"})
         _, again = await self._take(source, version)
-        if again != checksum:
-            raise RunFailed(f"weights of version {version}: after noise and a second load SGLang's checksum is {again}, not {checksum}: "
+        if (name := first_difference(checksums, again)) is not None:
+            raise RunFailed(f"weights of version {version}: after noise and a second load SGLang's checksum of {name} is another one: "
                             "it does not load every tensor")  # fmt: skip
         self._proved = True
 
-    def _compare(self, buckets: Sequence[BucketSpec], checksum: str, read: str) -> None:
+    def _compare(self, buckets: Sequence[BucketSpec], checksums: dict[str, str], read: dict[str, str]) -> None:
         """Weights of version 0 are those of the model's folder, from which the server had read them: the same bytes, unless the actor has
         rounded them to another dtype than the server does."""
         rounded = {t.dtype for b in buckets for t in b.tensors} - {"float32", self._dtype}
-        if not rounded and checksum != read:
+        if not rounded and (name := first_difference(read, checksums)) is not None:
             raise RunFailed(
-                f"weights of version 0: SGLang's checksum is {checksum} as they came, {read} as it had read them from the model's folder"
+                f"weights of version 0: SGLang's checksum of {name} is another one than that of what it had read from the model's folder"
             )
 
-    async def _checksum(self) -> str:
-        return (await self._ask("/weights_checker", {"action": "checksum"}))["per_engine_checksum"]
+    async def _checksums(self) -> dict[str, str]:
+        """Of every tensor of every tensor-parallel rank, by SGLang's names; a part of its SHA-256, since a driver reads very many."""
+        ranks = (await self._ask("/weights_checker", {"action": "checksum"}))["ranks"]
+        places = [f" (TP rank {r['parallelism_info'][0]['tp_rank']})" if len(ranks) > 1 else "" for r in ranks]
+        return {name + place: checksum[:16] for r, place in zip(ranks, places) for name, checksum in r["checksums"].items()}
 
     async def _update(self, folder: str, version: int) -> None:
         await self._ask("/update_weights_from_disk", {"model_path": folder, "weight_version": str(version), "flush_cache": True})
@@ -383,6 +387,9 @@ class SGLangEngine:
         """End the server; pending iterators raise RuntimeError."""
         self._closed = True
         self._server.close()
+
+    def _arriving(self) -> set[Arriving]:
+        return {a for samples in self._running.values() for a in samples}
 
     def _begin(self, request_id: str, samples: list[Arriving]) -> None:
         if request_id in self._running:

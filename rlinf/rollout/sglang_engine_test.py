@@ -13,7 +13,7 @@ import torch
 
 from rlinf.config.settings import read_texts
 from rlinf.data.records import Finish
-from rlinf.errors import UserError
+from rlinf.errors import RunFailed, UserError
 from rlinf.rollout import sglang_engine
 from rlinf.rollout.sglang_engine import SGLangEngine
 from rlinf.rollout.sglang_samples import Arriving
@@ -73,6 +73,47 @@ def test_tokens_of_a_dead_server_are_kept_where_their_weights_are_known(
     engine._http = SimpleNamespace(stream=stream)
     asyncio.run(engine._feed(SimpleNamespace(request_id="g"), [sample], done, asyncio.Event()))
     assert done.get_nowait() is sample and sample.sample().versions == kept and sample.finish is Finish.ABORT
+
+
+def test_an_abort_does_not_wait_for_a_request_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its samples have no end; the next request of that name is another one."""
+    engine, sent = SGLangEngine.__new__(SGLangEngine), []
+    failing, after, other = (Arriving(name, [5], 8, False) for name in ("a", "a", "b"))
+    engine._loading, engine._running = False, {"a": [failing], "b": [other]}
+
+    async def send(samples: list[Arriving]) -> None:
+        sent.append([a.sample_id for a in samples])
+        engine._running["a"] = [after]  # the request has failed, and was asked for again
+        if len(sent) == 3:
+            other.finish = Finish.ABORT
+
+    monkeypatch.setattr(engine, "_check_usable", lambda: None)
+    monkeypatch.setattr(engine, "_send_aborts", send)
+    monkeypatch.setattr(sglang_engine, "RETRY", 0.0)
+    asyncio.run(asyncio.wait_for(engine.abort(), 5))
+    assert sent == [["a", "b"], ["b"], ["b"]] and not after.unwanted
+
+
+def test_the_tensor_that_a_second_load_does_not_write_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SGLangEngine.__new__(SGLangEngine)
+    of_ranks = [{"norm": "a" * 64, "qkv": "b" * 64}, {"norm": "a" * 64, "qkv": "c" * 64}]
+
+    async def ask(path: str, body: dict[str, object]) -> dict[str, object]:
+        return {"ranks": [{"checksums": found, "parallelism_info": [{"tp_rank": rank}]} for rank, found in enumerate(of_ranks)]}
+
+    async def take(*_: object) -> tuple[tuple[object, ...], dict[str, str]]:
+        of_ranks[1]["qkv"] = "d" * 64
+        return (), await engine._checksums()
+
+    monkeypatch.setattr(engine, "_ask", ask)
+    monkeypatch.setattr(engine, "_take", take)
+    before = asyncio.run(engine._checksums())
+    assert before == {"norm (TP rank 0)": "a" * 16, "qkv (TP rank 0)": "b" * 16, "norm (TP rank 1)": "a" * 16, "qkv (TP rank 1)": "c" * 16}
+    with pytest.raises(RunFailed, match=r"checksum of qkv \(TP rank 1\) is another one: it does not load every tensor"):
+        asyncio.run(engine._prove(Disk("model"), 1, before))
+    with pytest.raises(RunFailed, match=r"version 0: SGLang's checksum of qkv \(TP rank 1\) is another one"):
+        engine._dtype = "float32"
+        engine._compare((), asyncio.run(engine._checksums()), before)
 
 
 def test_options_of_the_server_mean_what_they_do_elsewhere_in_the_configuration() -> None:

@@ -3,7 +3,7 @@ trainer's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -39,8 +39,15 @@ def check_receipts(sources: Sequence[Buckets], version: int, receipts: Sequence[
                 f"weight sync {version}: rollout rank {rank} received other bytes than were sent in bucket {wrong.key} (tensors "
                 f"{wrong.tensors[0].name} to {wrong.tensors[-1].name})"
             )
-        if receipt.engine_checksum != receipts[0].engine_checksum:
-            raise RunFailed(f"weight sync {version}: rollout ranks 0 and {rank} hold different weights by their engines' own checksums")
+        if (name := first_difference(receipts[0].engine_tensors, receipt.engine_tensors)) is not None:
+            raise RunFailed(
+                f"weight sync {version}: rollout ranks 0 and {rank} hold different weights by their engines' own checksums, first in {name}"
+            )
+
+
+def first_difference(a: Mapping[str, str], b: Mapping[str, str]) -> str | None:
+    """The first tensor whose checksums differ, or that one side lacks."""
+    return None if a == b else next(name for name in {**a, **b} if a.get(name) != b.get(name))
 
 
 def check_probes(version: int, precision: str, trainer: Sequence[np.ndarray], engines: Sequence[Sequence[np.ndarray]]) -> float:

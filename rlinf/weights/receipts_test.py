@@ -18,7 +18,9 @@ def bucket(key: str, checksum: int, names: str) -> BucketSpec:
 
 STAGES = SharedMemory((bucket("s0-0", 11, "ab"), bucket("s0-1", 12, "c"))), SharedMemory((bucket("s1-0", 13, "d"),))
 SOURCE = merge_sources(STAGES)
-GOOD = Receipt(version=3, checksums={"s0-0": 11, "s0-1": 12, "s1-0": 13}, n_tensors=4, nbytes=16, seconds=0.1)
+GOOD = Receipt(
+    version=3, checksums={"s0-0": 11, "s0-1": 12, "s1-0": 13}, n_tensors=4, nbytes=16, seconds=0.1, engine_tensors={"q": "7", "k": "9"}
+)
 
 
 def test_a_source_of_several_stages_is_all_their_buckets_in_order() -> None:
@@ -42,7 +44,12 @@ def test_receipts_of_what_was_sent_are_good() -> None:
             {"checksums": {"s0-0": 11, "s0-1": 12}},
             "weight sync 3: rollout rank 1 received other bytes than were sent in bucket s1-0 .tensors d to d.",
         ),
-        ({"engine_checksum": "ab12"}, "weight sync 3: rollout ranks 0 and 1 hold different weights by their engines' own checksums"),
+        (
+            {"engine_tensors": {"q": "7", "k": "8"}},
+            "weight sync 3: rollout ranks 0 and 1 hold different weights .*own checksums, first in k",
+        ),
+        ({"engine_tensors": {"q": "7"}}, "own checksums, first in k"),
+        ({"engine_tensors": {"q": "7", "k": "9", "v": "1"}}, "own checksums, first in v"),
     ],
 )
 def test_a_receipt_of_anything_else_names_rank_and_bucket(change: dict[str, object], message: str) -> None:

@@ -5,7 +5,7 @@ Tensors travel under their Hugging Face names, whole, packed into flat buckets. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -99,8 +99,8 @@ class Receipt:
     """What an engine returns from load_weights: the checksums of the buckets as it received them. It is a proof only together with probes
     (weights.receipts).
 
-    engine_checksum: of the weights as the engine holds them, in its own form; it must be equal among replicas; "" where the engine reports
-    none.
+    engine_tensors: checksums of the weights as the engine holds them, by names and in a form of its own; they must be equal among replicas;
+    empty where the engine reports none.
     """
 
     version: int
@@ -108,4 +108,4 @@ class Receipt:
     n_tensors: int
     nbytes: int
     seconds: float
-    engine_checksum: str = ""
+    engine_tensors: dict[str, str] = field(default_factory=dict)

@@ -97,11 +97,11 @@ def test_a_server_joins_the_group_of_a_publisher_on_another_gpu(engine: SGLangEn
         rounds = ((0, tmp_path / "model"), (0, tmp_path / "model"), (1, other))
         return [wire.send([(n, t.to(device).bfloat16()) for n, t in open_hf_folder(folder).items()], v, 1 << 20) for v, folder in rounds]
 
-    async def whole() -> tuple[list[str], list[str]]:
+    async def whole() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         await engine.join(("127.0.0.1", store.port), [group], 0, 120.0)
         came = [await engine.load_weights(Collective((group.name,)), version) for version in (0, 1)]
         read = [await engine.load_weights(Disk(str(folder)), 2) for folder in (tmp_path / "model", other)]
-        return [r.engine_checksum for r in came], [r.engine_checksum for r in read]
+        return [r.engine_tensors for r in came], [r.engine_tensors for r in read]
 
     with ThreadPoolExecutor(1) as thread:
         sent = thread.submit(publish)
