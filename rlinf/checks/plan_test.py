@@ -47,6 +47,19 @@ def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None
     assert actor["parameters"] == 1_904_057_344 and told["phases"]["training"] < told["limit"]
 
 
+def test_the_table_names_the_logits_that_are_there_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "qwen3-30b-a3b-grpo-megatron"  # two stages, of which the last has the head
+    assert main(["plan", name, "--json"]) == 0
+    first, last = json.loads(capsys.readouterr().out)["actor"]
+    rows = 151936 // 4  # of the vocabulary, on a rank of TP 4
+    assert (first["logits_tokens"], first["logits"]) == (0, 0)
+    assert last["logits_tokens"] == 2**30 // (2 * rows) and last["logits"] == 2 * rows * last["logits_tokens"] + 3 * 2**26
+    assert last["logits"] < last["workspace"]
+    assert main(["plan", name]) == 0
+    stage_0, stage_1 = (line for line in capsys.readouterr().out.splitlines() if "actor rank of stage" in line)
+    assert "logits" not in stage_0 and f"(logits of {last['logits_tokens']:,} tokens at a time: {last['logits'] / 2**30:.1f})" in stage_1
+
+
 @pytest.mark.parametrize(
     ("device", "words"),
     [
