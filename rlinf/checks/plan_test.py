@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlinf.checks.plan import Forecast, changed, forecast, nearest_fit
+from rlinf.checks.plan import Forecast, changed, choose_device, forecast, nearest_fit
 from rlinf.cli import main
 from rlinf.config.load import EXAMPLES, load
 from rlinf.config.model import planned_model_config
@@ -259,6 +259,16 @@ def test_pipeline_stages_differ_and_the_first_holds_more_activations() -> None:
     assert len(stages) == 4 and stages[0].activations > stages[3].activations and stages[0].workspace < stages[3].workspace
     whole, _, _ = read("qwen2.5-7b-grpo-megatron")
     assert sum(s.parameters for s in stages) == forecast(whole, arch, GPUS["h100"]).ranks["actor"][0].parameters
+
+
+@pytest.mark.parametrize(
+    ("setting", "named", "device"),
+    [("cpu", None, "cpu"), ("auto", None, "h100"), ("cuda", None, "h100"), ("cpu", "l40s", "l40s"), ("cuda", "cpu", "cpu")],
+)
+def test_a_plan_is_for_the_device_of_the_configuration_unless_one_is_named(setting: str, named: str | None, device: str) -> None:
+    config, *_ = read("qwen2.5-1.5b-single-gpu", f"cluster.device={setting}")
+    chosen = choose_device(named, config)
+    assert chosen.name == device and chosen.shared == (device == "cpu")
 
 
 def test_mistakes_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,12 +257,20 @@ def test_illegal_placements_name_the_key_and_the_remedy(args: tuple, kwargs: dic
         assert word in str(error.value)
 
 
-def test_broadcasts_between_components_that_share_a_gpu_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("section", "settings", "words"),
+    [
+        ("rollout", {"weight_transport": "broadcast"}, "rollout.weight_transport: broadcast .* use auto or disk"),
+        ("algorithm", {"max_staleness": 1}, "algorithm.max_staleness: 1 lets engines generate .* give them devices of their own"),
+    ],
+)
+def test_what_components_that_share_a_gpu_cannot_do_is_refused(section: str, settings: dict, words: str) -> None:
     config = config_of(1, 4, {"actor": "0-1", "rollout,reward": "2-3"})
-    config.rollout.weight_transport = "broadcast"
+    for name, value in settings.items():
+        setattr(getattr(config, section), name, value)
     assert build_plan(config, nodes_of(config.cluster)).mode == "disaggregated"
     config.cluster.component_placement = {"actor": "0-2", "rollout,reward": "2-3"}
-    with pytest.raises(UserError, match="rollout.weight_transport: broadcast .* use auto or disk"):
+    with pytest.raises(UserError, match=words):
         build_plan(config, nodes_of(config.cluster))
     config.cluster.device = "cpu"
     assert build_plan(config, nodes_of(config.cluster)).mode == "hybrid"
