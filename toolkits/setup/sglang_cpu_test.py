@@ -1,4 +1,4 @@
-"""toolkits/setup/sglang_cpu.sh with stand-ins for Python and pip: which Python it takes, what it installs, and when it has nothing to do."""
+"""toolkits/setup/sglang_cpu.sh with stand-ins for Python and pip: the Python that it takes, what it installs, when it has nothing to do."""
 
 from __future__ import annotations
 
@@ -70,7 +70,11 @@ def test_torch_comes_from_its_own_index_where_pip_finds_no_build_for_cpu(checkou
     plant(checkout, "python3.11", "3.11", other_index="yes")
     done = set_up(checkout)
     assert done.returncode == 0, done.stderr
-    assert [("--extra-index-url" in line, "torch==" in line) for line in installed(checkout)] == [(False, True), (True, True), (False, False)]
+    assert [("--extra-index-url" in line, "torch==" in line) for line in installed(checkout)] == [
+        (False, True),
+        (True, True),
+        (False, False),
+    ]
 
 
 def test_what_cannot_be_is_refused_with_the_reason(checkout: Path) -> None:
@@ -84,5 +88,7 @@ def test_what_cannot_be_is_refused_with_the_reason(checkout: Path) -> None:
     plant(checkout, "python3.11", "3.11", imports="{ echo no kernels >&2; false; }")
     done = set_up(checkout)
     log = checkout / "cache/sglang-cpu/rlinf-import.log"
-    assert done.returncode == 2 and f"sglang does not import in {log.parent}; see {log}" in done.stderr and log.read_text() == "no kernels\n"
+    assert (
+        done.returncode == 2 and f"sglang does not import in {log.parent}; see {log}" in done.stderr and log.read_text() == "no kernels\n"
+    )
     assert not (checkout / "cache/sglang-cpu/rlinf-stamp").exists()
