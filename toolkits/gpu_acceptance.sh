@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Examine a machine with one GPU: gpu_acceptance.sh [--wheels DIR] [--out DIR] [--model HF_DIR] [--cpu] [--parts PART ...]
 # Runs the gpu tests, parity with CPU, a GRPO run, a trainer and a weight-sync benchmark; writes acceptance.json and acceptance.md.
-# --wheels DIR: install from this folder alone, without internet. To fill it, on a machine of the same kind that has internet:
-#   pip download -d wheels setuptools wheel -r requirements/base.txt -r requirements/dev.txt -r requirements/rg.txt -r requirements/docs.txt "$(grep ^sglang requirements/gpu.txt | cut -d' ' -f1)"
+# --wheels DIR: install from this folder alone, without internet. toolkits/setup/wheels.sh fills it, on a machine of the same kind.
 # --cpu: a rehearsal with tiny shapes on a machine without a GPU. Exit code: 0 all parts passed, 1 one failed, 2 it could not begin.
 set -euo pipefail
 
@@ -29,7 +28,7 @@ done
 
 python="$(command -v python || command -v python3 || true)"
 if [[ -n "$wheels" ]]; then
-  ls "$wheels"/*.whl >/dev/null 2>&1 || fail "$wheels holds no wheel; how to fill it is at the head of this script"
+  ls "$wheels"/*.whl >/dev/null 2>&1 || fail "$wheels holds no wheel; toolkits/setup/wheels.sh fills it"
   PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheels" bash "$root/toolkits/setup/venv.sh" --dev || exit 2
   python="$root/.venv/bin/python"
 elif [[ -z "$python" ]] || ! "$python" -c 'import megatron.core, pytest, torch' 2>/dev/null; then

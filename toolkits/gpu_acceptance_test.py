@@ -14,6 +14,7 @@ import pytest
 
 from rlinf.checks import acceptance
 from rlinf.checks.acceptance import LIMITS, Result, page, run_part
+from rlinf.checks.acceptance_parts import judge_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "toolkits" / "gpu_acceptance.sh"
@@ -37,6 +38,7 @@ def test_the_rehearsal_runs_every_part(tmp_path: Path) -> None:
     assert done.returncode == (0 if parts["doctor"]["status"] == "ok" else 1)  # this machine may have too small a disk
     figures = {name: p["figures"] for name, p in parts.items()}
     assert figures["tests"]["failures"] == figures["tests"]["errors"] == 0 and figures["tests"]["tests"] > 10
+    assert "skipped: needs a CUDA device; this machine has none" in parts["tests"]["remark"] and parts["tests"]["remark"] in done.stdout
     assert figures["parity"]["cases"] == 3 and figures["parity"]["loss"] <= 1e-6
     assert figures["run"]["steps"] == 3 and figures["run"]["engine"] == "embedded" and figures["run"]["backend"] == "local"
     assert [row["tokens"] for row in figures["trainer"]["rows"]] == [64, 128] and all(
@@ -64,16 +66,16 @@ def part_script(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> Non
         ("import sys; print('a crash'); sys.exit(3)", "failed", "exit code 3"),
         ("import time; print('asleep', flush=True); time.sleep(60)", "timed out", "not done after 1 s"),
         ("import json, sys; open(sys.argv[2] + '/sync.json', 'w').write(json.dumps({'a': 1.0, 'problem': 'slow'}))", "failed", "slow"),
-        ("import json, sys; open(sys.argv[2] + '/sync.json', 'w').write(json.dumps({'a': 1.0}))", "ok", ""),
+        ("import json, sys; open(sys.argv[2] + '/sync.json', 'w').write(json.dumps({'a': 1.0, 'remark': 'x'}))", "ok", "x"),
     ],
     ids=["crash", "hang", "problem", "good"],
 )
 def test_a_part_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, status: str, words: str) -> None:
     part_script(monkeypatch, tmp_path, code)
     result = run_part("sync", tmp_path, [], 1 if status == "timed out" else 60)
-    assert (result.status, result.problem) == (status, words)
+    assert (result.status, result.problem or result.remark, result.verdict) == (status, words, f"{status}: {words}")
     text = page([result], MACHINE)
-    assert ("the end of its log" in text) == (status != "ok") and f"| sync | {status}" in text
+    assert ("the end of its log" in text) == (status != "ok") and f"| sync | {status}: {words} |" in text
 
 
 def test_the_other_parts_run_when_one_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +87,33 @@ def test_the_other_parts_run_when_one_fails(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(acceptance, "run_part", fake)
     assert acceptance.main(["--cpu", "--out", str(tmp_path)]) == 1
-    assert asked == list(LIMITS) and "parity   failed (1 s): differs" in capsys.readouterr().out
+    assert asked == list(LIMITS) and "parity      1 s  failed: differs" in capsys.readouterr().out
+
+
+NO_SGLANG, NO_GPU = "could not import 'sglang'", "needs a CUDA device; this machine has none"
+
+
+@pytest.mark.parametrize(
+    ("passed", "failed", "skipped", "cpu", "kind", "told"),
+    [
+        (40, 0, {}, False, "remark", "40 passed"),
+        (36, 0, {NO_SGLANG: 4, "needs two GPUs": 1}, False, "remark", f"36 passed, 5 skipped: {NO_SGLANG} (4); needs two GPUs (1)"),
+        (1, 0, {NO_GPU: 30}, False, "problem", f"1 passed, 30 skipped: {NO_GPU} (30)"),
+        (1, 0, {NO_GPU: 30}, True, "remark", f"1 passed, 30 skipped: {NO_GPU} (30)"),
+        (0, 0, {}, False, "problem", "0 passed"),
+        (39, 1, {}, True, "problem", "39 passed, 1 failed"),
+    ],
+    ids=["all", "some skipped", "most skipped", "a rehearsal", "none", "one failed"],
+)
+def test_tests_that_were_skipped_are_told_and_are_no_proof_of_a_gpu(
+    passed: int, failed: int, skipped: dict[str, int], cpu: bool, kind: str, told: str, tmp_path: Path
+) -> None:
+    cases = ["<testcase/>"] * passed + ["<testcase><failure/></testcase>"] * failed
+    cases += [f'<testcase><skipped message="{why}"/></testcase>' for why, count in skipped.items() for _ in range(count)]
+    counts = f'tests="{len(cases)}" failures="{failed}" errors="0" skipped="{sum(skipped.values())}"'
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite {counts}>{''.join(cases)}</testsuite></testsuites>")
+    found = judge_tests(tmp_path / "tests.xml", 1 if failed else 0, cpu)
+    assert found["passed"] == passed and {name: found[name] for name in ("problem", "remark") if name in found} == {kind: told}
 
 
 def test_the_page_has_the_figures_and_what_did_not_fit() -> None:

@@ -42,7 +42,7 @@ PEERS_SOURCE = "prime-rl, benchmarks/baselines (mode rl, two micro-batches, Flas
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a part: `ok`, `failed` or `timed out`; its figures; when it failed, why, and the end of its log."""
+    """The result of a part: `ok`, `failed` or `timed out`; its figures; what to know of it; when it failed, why, and the end of its log."""
 
     part: str
     status: str
@@ -50,6 +50,11 @@ class Result:
     figures: dict[str, Any]
     problem: str = ""
     log_tail: str = ""
+    remark: str = ""
+
+    @property
+    def verdict(self) -> str:
+        return ": ".join(filter(None, (self.status, self.problem or self.remark)))
 
 
 def run_part(part: str, folder: Path, words: list[str], limit: float) -> Result:
@@ -71,9 +76,9 @@ def run_part(part: str, folder: Path, words: list[str], limit: float) -> Result:
             raise
     seconds = time.monotonic() - started
     figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
-    problem = figures.pop("problem", "")
+    problem, remark = figures.pop("problem", ""), figures.pop("remark", "")
     if code == 0 and not problem:
-        return Result(part, "ok", seconds, figures)
+        return Result(part, "ok", seconds, figures, remark=remark)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
     if code is None:
         return Result(part, "timed out", seconds, figures, f"not done after {limit:g} s", tail)
@@ -93,7 +98,7 @@ def page(results: list[Result], machine: dict[str, Any]) -> str:
         "| part | result | seconds | what it is |",
         "|---|---|---:|---|",
     ]
-    lines += [f"| {r.part} | {r.status}{': ' + r.problem if r.problem else ''} | {r.seconds:.0f} | {MEANINGS[r.part]} |" for r in results]
+    lines += [f"| {r.part} | {r.verdict} | {r.seconds:.0f} | {MEANINGS[r.part]} |" for r in results]
     by_part = {r.part: r.figures for r in results}
     if rows := by_part.get("trainer", {}).get("rows"):
         lines += [
@@ -158,9 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     for part in LIMITS:
         if part in args.parts:
             results.append(run_part(part, args.out.resolve(), words, REHEARSAL_LIMIT if args.cpu else LIMITS[part]))
-            sys.stdout.write(
-                f"{part:<8} {results[-1].status} ({results[-1].seconds:.0f} s){': ' + results[-1].problem if results[-1].problem else ''}\n"
-            )
+            sys.stdout.write(f"{part:<8} {results[-1].seconds:4.0f} s  {results[-1].verdict}\n")
             sys.stdout.flush()
     (args.out / "acceptance.json").write_text(json.dumps({"machine": machine, "parts": [asdict(r) for r in results]}, indent=1) + "\n")
     (args.out / "acceptance.md").write_text(page(results, machine))

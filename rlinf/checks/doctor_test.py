@@ -162,6 +162,16 @@ def test_a_recipe_for_gpus_where_none_is_seen_and_sglang_that_is_not_there_are_f
     assert told([found]) == [("sglang", FAIL)] and "rollout.sglang_python" in found.text
 
 
+@pytest.mark.parametrize(("cuda", "remedy"), [(False, "toolkits/setup/sglang_cpu.sh"), (True, "requirements/gpu.txt")])
+def test_sglang_that_is_not_there_is_installed_in_the_way_of_the_device(
+    cuda: bool, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("RLINF_CACHE", str(tmp_path))
+    (found,) = doctor.sglang(load("smollm2-135m-grpo-cpu", ["rollout.rollout_backend=sglang"]).config, cuda)
+    assert told([found]) == [("sglang", FAIL)] and remedy in found.text
+
+
 def test_gloo_works_here() -> None:
     assert told(doctor.collectives(False)) == [("gloo", OK)]
 

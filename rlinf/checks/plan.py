@@ -309,7 +309,8 @@ def report(result: Forecast, config: Config, device: Device) -> str:
             trained = (
                 f"gradients {gib(a.gradients)}  optimizer {gib(a.optimizer)}  activations {gib(a.activations)}  " if a.gradients else ""
             )
-            lines.append(f"  {name}: weights {gib(a.weights)}  {trained}workspace {gib(a.workspace)}  = {gib(a.total)}   "
+            logits = f" (logits of {a.logits_tokens:,} tokens at a time: {gib(a.logits)})" if a.logits else ""
+            lines.append(f"  {name}: weights {gib(a.weights)}  {trained}workspace {gib(a.workspace)}{logits}  = {gib(a.total)}   "
                          f"({a.parameters:,} parameters)")  # fmt: skip
     full = result.kv_tokens // config.runner.seq_length
     lines.append(f"  engine device: weights {gib(result.engine.weights)}  KV cache {gib(result.kv_tokens * result.engine.kv_token)} "

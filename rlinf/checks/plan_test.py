@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlinf.checks.plan import Forecast, changed, forecast, nearest_fit
+from rlinf.checks.plan import Forecast, changed, choose_device, forecast, nearest_fit
 from rlinf.cli import main
 from rlinf.config.load import EXAMPLES, load
 from rlinf.config.model import planned_model_config
@@ -45,6 +45,19 @@ def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None
     assert actor["weights"] == 2 * actor["parameters"] and actor["gradients"] == 4 * actor["parameters"]
     assert actor["optimizer"] == -(-12 * actor["parameters"] // 32)  # DP 32
     assert actor["parameters"] == 1_904_057_344 and told["phases"]["training"] < told["limit"]
+
+
+def test_the_table_names_the_logits_that_are_there_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "qwen3-30b-a3b-grpo-megatron"  # two stages, of which the last has the head
+    assert main(["plan", name, "--json"]) == 0
+    first, last = json.loads(capsys.readouterr().out)["actor"]
+    rows = 151936 // 4  # of the vocabulary, on a rank of TP 4
+    assert (first["logits_tokens"], first["logits"]) == (0, 0)
+    assert last["logits_tokens"] == 2**30 // (2 * rows) and last["logits"] == 2 * rows * last["logits_tokens"] + 3 * 2**26
+    assert last["logits"] < last["workspace"]
+    assert main(["plan", name]) == 0
+    stage_0, stage_1 = (line for line in capsys.readouterr().out.splitlines() if "actor rank of stage" in line)
+    assert "logits" not in stage_0 and f"(logits of {last['logits_tokens']:,} tokens at a time: {last['logits'] / 2**30:.1f})" in stage_1
 
 
 @pytest.mark.parametrize(
@@ -209,8 +222,8 @@ def test_engines_with_gpus_of_their_own_take_nothing_from_the_actor() -> None:
 
 def test_parts_on_devices_of_their_own_are_told_whether_they_overlap(capsys: pytest.CaptureFixture[str]) -> None:
     pipeline, turns, together = "qwen2.5-1.5b-grpo-megatron-pipeline", "but take turns: with algorithm.max_staleness=1", "a step takes"
-    assert main(["plan", pipeline]) == 0 and turns in capsys.readouterr().out
-    assert main(["plan", pipeline, "algorithm.max_staleness=1"]) == 0
+    assert main(["plan", pipeline, "algorithm.max_staleness=0", "algorithm.loss_type=ppo"]) == 0 and turns in capsys.readouterr().out
+    assert main(["plan", pipeline]) == 0
     text = capsys.readouterr().out
     rollout = re.search(r"^ +rollout +([0-9]+[.][0-9])", text, re.MULTILINE)
     assert rollout and f"{together} {float(rollout[1]):.0f} at least" in text and turns not in text
@@ -246,6 +259,16 @@ def test_pipeline_stages_differ_and_the_first_holds_more_activations() -> None:
     assert len(stages) == 4 and stages[0].activations > stages[3].activations and stages[0].workspace < stages[3].workspace
     whole, _, _ = read("qwen2.5-7b-grpo-megatron")
     assert sum(s.parameters for s in stages) == forecast(whole, arch, GPUS["h100"]).ranks["actor"][0].parameters
+
+
+@pytest.mark.parametrize(
+    ("setting", "named", "device"),
+    [("cpu", None, "cpu"), ("auto", None, "h100"), ("cuda", None, "h100"), ("cpu", "l40s", "l40s"), ("cuda", "cpu", "cpu")],
+)
+def test_a_plan_is_for_the_device_of_the_configuration_unless_one_is_named(setting: str, named: str | None, device: str) -> None:
+    config, *_ = read("qwen2.5-1.5b-single-gpu", f"cluster.device={setting}")
+    chosen = choose_device(named, config)
+    assert chosen.name == device and chosen.shared == (device == "cpu")
 
 
 def test_mistakes_are_one_message(capsys: pytest.CaptureFixture[str]) -> None:

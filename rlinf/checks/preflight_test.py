@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlinf.checks import doctor
+from rlinf.checks import doctor, preflight
 from rlinf.checks.finding import FAIL
 from rlinf.checks.preflight import check_engine, check_files, check_models, describe_sft_step, describe_step
 from rlinf.cli import main
@@ -90,6 +90,10 @@ def test_a_run_on_one_machine_needs_its_engine_before_it_starts(tmp_path: Path, 
     assert check_engine(load(NAME, [*words, f"rollout.sglang_python={sys.executable}"]).config, planned=False) == []
     assert check_engine(load(NAME, [*words, "cluster.num_nodes=2"]).config, planned=False) == []
     assert check_engine(load(NAME).config, planned=False) == []
+    for device, gpu, remedy in (("auto", True, "requirements/gpu.txt"), ("auto", False, "sglang_cpu.sh"), ("cpu", True, "sglang_cpu.sh")):
+        monkeypatch.setattr(preflight, "has_gpu", lambda gpu=gpu: gpu)
+        with pytest.raises(UserError, match=remedy):
+            check_engine(load(NAME, [words[0], f"cluster.device={device}"]).config, planned=False)
 
 
 def test_the_sizes_of_a_step() -> None:

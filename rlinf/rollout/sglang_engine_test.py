@@ -15,7 +15,8 @@ from rlinf.config.settings import read_texts
 from rlinf.data.records import Finish
 from rlinf.errors import RunFailed, UserError
 from rlinf.rollout import sglang_engine
-from rlinf.rollout.sglang_engine import SGLangEngine
+from rlinf.rollout.limits import SLACK
+from rlinf.rollout.sglang_engine import SGLangEngine, small_cache
 from rlinf.rollout.sglang_samples import Arriving
 from rlinf.weights.source import DeviceIpc, Disk, WeightSource
 
@@ -130,3 +131,9 @@ def test_options_of_the_server_mean_what_they_do_elsewhere_in_the_configuration(
     }  # fmt: skip
     with pytest.raises(UserError, match="rollout.sglang: a:1: not valid YAML"):
         read_texts({"a": "[1"}, "rollout.sglang")
+
+
+@pytest.mark.parametrize(("device", "key"), [("cpu", "rollout.sglang.max_total_tokens"), ("cuda", "rollout.gpu_memory_utilization")])
+def test_a_cache_too_small_for_a_sample_is_named_with_the_key_of_its_size(device: str, key: str) -> None:
+    assert small_cache(1000 + SLACK, 1000, device) == ""
+    assert small_cache(999 + SLACK, 1000, device).endswith(f"needs {1000 + SLACK}: raise {key}")

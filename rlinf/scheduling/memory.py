@@ -25,7 +25,8 @@ class RankMemory:
     """Bytes of one rank of a Megatron role.
 
     activations: kept for the backward pass. workspace: the maximum of what the head needs, and of what the backward pass of a layer needs
-    with the layers that are recomputed for it; these are never there at the same time.
+    with the layers that are recomputed for it; these are never there at the same time. logits: what the head's one chunk of logits takes of
+    the former, and logits_tokens: the tokens in it; 0 on a rank without the vocabulary's head.
     """
 
     parameters: int
@@ -34,6 +35,8 @@ class RankMemory:
     optimizer: int
     activations: int
     workspace: int
+    logits: int
+    logits_tokens: int
 
     @property
     def total(self) -> int:
@@ -109,6 +112,7 @@ def rank_memory(arch: Architecture, config: Config, role: str, dp: int, stage: i
         (0, layer_activations(arch, model, tokens, gpu)) if frozen else stage_activations(arch, model, tokens, pp - stage, gpu, low)
     )
     at_head = head_memory(arch, model, tokens, gpu, trained=not lora.rank) if head == "lm" else 3 * tokens * arch.hidden * size
+    logits_tokens, logits = logits_chunk(arch, model, tokens, gpu) if head == "lm" and stage == pp - 1 else (0, 0)
     return RankMemory(
         parameters,
         weights=parameters * size,
@@ -116,6 +120,8 @@ def rank_memory(arch: Architecture, config: Config, role: str, dp: int, stage: i
         optimizer=-(-trained * (8 if size == 4 else 12) // (dp * cp)),
         activations=kept,
         workspace=max(again, at_head if stage == pp - 1 else 0),
+        logits=logits,
+        logits_tokens=logits_tokens,
     )
 
 
@@ -175,11 +181,15 @@ def stage_activations(arch: Architecture, model: ActorModelConfig, tokens: int, 
 def head_memory(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool, trained: bool = True) -> int:
     """Hidden states of all tokens twice (gathered, selected) with their gradient, one chunk of logits,
     and the gradient of the head's weight where it is trained."""
-    rows = -(-arch.vocab // model.tensor_model_parallel_size)
-    size = BYTES[model.precision]
-    logits = max(1, min(tokens, LOGITS_CHUNK["gpu" if gpu else "cpu"] // (size * rows))) * rows
-    chunk = logits * size + BLOCK_COPIES * min(logits * 4, LOGITS_BLOCK)
-    return 3 * tokens * arch.hidden * size + chunk + trained * rows * arch.hidden * (4 + size)
+    size, rows = BYTES[model.precision], -(-arch.vocab // model.tensor_model_parallel_size)
+    return 3 * tokens * arch.hidden * size + logits_chunk(arch, model, tokens, gpu)[1] + trained * rows * arch.hidden * (4 + size)
+
+
+def logits_chunk(arch: Architecture, model: ActorModelConfig, tokens: int, gpu: bool) -> tuple[int, int]:
+    """How many of a rank's tokens have logits at the same time, and the bytes of these, with the fp32 numbers of a block of them."""
+    size, rows = BYTES[model.precision], -(-arch.vocab // model.tensor_model_parallel_size)
+    together = max(1, min(tokens, LOGITS_CHUNK["gpu" if gpu else "cpu"] // (size * rows)))
+    return together, together * rows * size + BLOCK_COPIES * min(together * rows * 4, LOGITS_BLOCK)
 
 
 def engine_memory(arch: Architecture, config: Config, gpu: bool) -> EngineMemory:

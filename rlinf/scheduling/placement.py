@@ -57,9 +57,13 @@ class Plan:
     def of(self, component: str) -> tuple[Seat, ...]:
         return tuple(s for s in self.seats if s.component == component)
 
+    def places(self, component: str) -> set[DeviceAddress]:
+        """The devices of a component. Those of the engines are on all of the nodes that they span."""
+        parts = self.of(PART) if component == "rollout" else ()
+        return {place for s in (*self.of(component), *parts) for place in s.places}
+
     def shares_device(self, a: str, b: str) -> bool:
-        taken = {place for s in self.of(a) for place in s.places}
-        return any(place in taken for s in self.of(b) for place in s.places)
+        return not self.places(a).isdisjoint(self.places(b))
 
 
 @dataclass(frozen=True)

@@ -74,19 +74,55 @@ def check(plan: Plan, actor_devices: set, rollout_devices: set, tp: int, pp: int
     assert inside == whole
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 16])
+def reason(actor: set, rollout: set, tp: int, pp: int, rollout_tp: int) -> str | None:
+    """Why such a placement is refused, by the rules of docs/cluster.md and not by the code; None when it is legal."""
+    if len(actor) < tp * pp:
+        return f"the actor needs at least {tp * pp} devices .* but it has {len(actor)}; give it more"
+    if len(actor) % (tp * pp):
+        fewer = len(actor) // (tp * pp) * (tp * pp)
+        return f"the actor has {len(actor)} devices, .* give it {fewer} or {fewer + tp * pp} devices"
+    if len(rollout) % rollout_tp:
+        return f"rollout.tensor_parallel_size: engines of {rollout_tp} devices do not fit the rollout's {len(rollout)} devices"
+    per_node = set(Counter(node for node, _ in rollout).values())
+    inside, spanning = all(n % rollout_tp == 0 for n in per_node), len(per_node) == 1 and rollout_tp % max(per_node) == 0
+    return None if inside or spanning else f"rollout.tensor_parallel_size: an engine of {rollout_tp} devices stays inside one node"
+
+
+def proved(nodes: int, placement: dict[str, str], actor: set, rollout: set, tp: int, pp: int, rollout_tp: int) -> str:
+    """Build the plan and prove it right, or refused for the right reason: its mode, or ""."""
+    config = config_of(nodes, 8, placement, tp, pp, rollout_tp)
+    config.rollout.weight_transport, config.rollout.max_engine_restarts = "disk", 0  # as engines that span nodes ask for
+    refused = reason(actor, rollout, tp, pp, rollout_tp)
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            build_plan(config, nodes_of(config.cluster))
+        return ""
+    plan = build_plan(config, nodes_of(config.cluster))
+    check(plan, actor, rollout, tp, pp, rollout_tp)
+    assert plan.mode == ("collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated")
+    assert plan.shares_device("actor", "rollout") == bool(actor & rollout)
+    return plan.mode
+
+
+@pytest.mark.parametrize("nodes", range(1, 17))
 def test_every_layout_of_whole_nodes_seats_every_rank_once(nodes: int) -> None:
-    world = nodes * 8
-    for tp, pp, rollout_tp in itertools.product((1, 2, 3, 4, 8, 16), (1, 2, 3, 4), (1, 2, 3, 4, 8, 16)):
-        legal = world % (tp * pp) == 0 and world % rollout_tp == 0 and (8 % rollout_tp == 0 or rollout_tp % 8 == 0)
-        if not legal:
-            with pytest.raises(UserError, match=r"actor|rollout.tensor_parallel_size"):
-                plan_of(nodes, 8, ALL, tp, pp, rollout_tp)
-            continue
-        plan = plan_of(nodes, 8, ALL, tp, pp, rollout_tp)
-        everything = {(n, d) for n in range(nodes) for d in range(8)}
-        check(plan, everything, everything, tp, pp, rollout_tp)
-        assert plan.mode == "collocated" and len(plan.of("reward")) == nodes
+    everything, modes = {(n, d) for n in range(nodes) for d in range(8)}, Counter()
+    for tp, pp, rollout_tp in itertools.product((1, 2, 3, 4, 5, 8, 16), (1, 2, 3, 4, 8), (1, 2, 3, 4, 5, 8, 16)):
+        modes[proved(nodes, ALL, everything, everything, tp, pp, rollout_tp)] += 1
+    assert modes.keys() == {"", "collocated"}
+
+
+@pytest.mark.parametrize("nodes", range(2, 17))
+def test_every_split_between_nodes_seats_every_rank_once(nodes: int) -> None:
+    """Engines have the first nodes and the actor the others: at every node, and with one node in common."""
+    modes = Counter()
+    for end, common, (tp, pp), rollout_tp in itertools.product(
+        range(1, nodes), (0, 1), ((1, 1), (2, 1), (8, 1), (3, 1), (4, 2), (16, 1), (2, 5)), (1, 2, 3, 8, 16)
+    ):
+        placement = {"rollout,reward": f"0-{8 * end - 1}", "actor": f"{8 * (end - common)}-{8 * nodes - 1}"}
+        actor = {(n, d) for n in range(end - common, nodes) for d in range(8)}
+        modes[proved(nodes, placement, actor, {(n, d) for n in range(end) for d in range(8)}, tp, pp, rollout_tp)] += 1
+    assert modes.keys() == {"", "disaggregated", "hybrid"}
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
@@ -94,21 +130,8 @@ def test_every_split_into_two_ranges_seats_every_rank_once(nodes: int) -> None:
     world, modes = nodes * 8, Counter()
     for end, start, tp, pp, rollout_tp in itertools.product(range(1, world, 2), range(0, world, 3), (1, 2, 4), (1, 2), (1, 2, 4)):
         placement = {"rollout": f"0-{end - 1}", "actor": f"{start}-{world - 1}", "reward": "0"}
-        actor = {divmod(d, 8) for d in range(start, world)}
-        rollout = {divmod(d, 8) for d in range(end)}
-        per_node = Counter(node for node, _ in rollout)
-        even = len(set(per_node.values())) == 1 and rollout_tp % max(per_node.values()) == 0 and len(rollout) % rollout_tp == 0
-        fits = all(n % rollout_tp == 0 for n in per_node.values()) or (even and rollout_tp > max(per_node.values()))
-        legal = len(actor) % (tp * pp) == 0 and fits
-        if not legal:
-            with pytest.raises(UserError):
-                plan_of(nodes, 8, placement, tp, pp, rollout_tp)
-            continue
-        plan = plan_of(nodes, 8, placement, tp, pp, rollout_tp)
-        check(plan, actor, rollout, tp, pp, rollout_tp)
-        assert plan.mode == ("collocated" if actor == rollout else "hybrid" if actor & rollout else "disaggregated")
-        assert plan.shares_device("actor", "rollout") == bool(actor & rollout)
-        modes[plan.mode] += 1
+        actor, rollout = {divmod(d, 8) for d in range(start, world)}, {divmod(d, 8) for d in range(end)}
+        modes[proved(nodes, placement, actor, rollout, tp, pp, rollout_tp)] += 1
     assert modes["hybrid"] and modes["disaggregated"]
 
 
@@ -234,12 +257,20 @@ def test_illegal_placements_name_the_key_and_the_remedy(args: tuple, kwargs: dic
         assert word in str(error.value)
 
 
-def test_broadcasts_between_components_that_share_a_gpu_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("section", "settings", "words"),
+    [
+        ("rollout", {"weight_transport": "broadcast"}, "rollout.weight_transport: broadcast .* use auto or disk"),
+        ("algorithm", {"max_staleness": 1}, "algorithm.max_staleness: 1 lets engines generate .* give them devices of their own"),
+    ],
+)
+def test_what_components_that_share_a_gpu_cannot_do_is_refused(section: str, settings: dict, words: str) -> None:
     config = config_of(1, 4, {"actor": "0-1", "rollout,reward": "2-3"})
-    config.rollout.weight_transport = "broadcast"
+    for name, value in settings.items():
+        setattr(getattr(config, section), name, value)
     assert build_plan(config, nodes_of(config.cluster)).mode == "disaggregated"
     config.cluster.component_placement = {"actor": "0-2", "rollout,reward": "2-3"}
-    with pytest.raises(UserError, match="rollout.weight_transport: broadcast .* use auto or disk"):
+    with pytest.raises(UserError, match=words):
         build_plan(config, nodes_of(config.cluster))
     config.cluster.device = "cpu"
     assert build_plan(config, nodes_of(config.cluster)).mode == "hybrid"

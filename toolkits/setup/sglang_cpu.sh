@@ -18,6 +18,8 @@ fail() {
   exit 2
 }
 
+[[ $# -eq 0 ]] || fail "unknown argument $1; usage: sglang_cpu.sh"
+
 find_python() { # the version that SGLang's wheel is pinned with
   local name
   for name in ${PYTHON:-"$root/.venv/bin/python" python3.11 python3 python}; do
