@@ -53,9 +53,8 @@ def test_the_cases_are_every_layout_with_every_transport_and_family() -> None:
 
 @pytest.mark.slow
 def test_the_whole_check_takes_less_than_four_minutes(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "rlinf", "check", "sync", "--json", str(tmp_path / "found.json")], capture_output=True, text=True, timeout=480
-    )
+    command = [sys.executable, "-m", "rlinf", "check", "sync", "--json", str(tmp_path / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0 and "240 of 240 ways hold" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["holds"] and found["seconds"] < 240

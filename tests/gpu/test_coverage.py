@@ -68,7 +68,7 @@ BY_FILE = {  # file of rlinf/ -> function -> test
     "weights/finite.py": {"finite": "test_another_process_sees_the_buckets_of_this_one"},
     "weights/scan.py": {
         "fill_and_scan": "test_an_engine_on_the_same_device_runs_the_actors_weights",
-        "checksum": "test_a_checksum_makes_no_copy_of_the_bucket",
+        "checksums": "test_a_checksum_makes_no_copy_of_the_bucket",
     },
     "workers/token_reward.py": {"TokenRewardWorker.hand_over": "test_a_token_reward_model_is_parked_while_it_does_not_score"},
     "workers/device.py": {"peak_flops": "test_peak_operations_are_those_of_the_data_sheet"},
