@@ -68,9 +68,10 @@ class Publisher:
                 sources[transport], arrays = collect(tensors, self.in_shared_memory.name, self.bucket_bytes)
         return HandedOut(sources, arrays)
 
-    def withdraw(self) -> None:
-        """Remove what was handed out; it can no longer be opened."""
-        self.in_shared_memory.withdraw()
+    def withdraw(self, free: bool = False) -> None:
+        """Remove what was handed out; it can no longer be opened. free: give its shared memory back, instead of keeping it for the next
+        version."""
+        self.in_shared_memory.withdraw(free)
         self.on_device.withdraw()
         if self.on_disk:
             shutil.rmtree(self.folder / self.place)

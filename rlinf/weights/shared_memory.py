@@ -52,13 +52,16 @@ class SharedMemoryPublisher:
         self._drop_spare(lambda segment: not in_use(segment.path))
         return SharedMemory(buckets, rewritten=True)
 
-    def withdraw(self) -> None:
-        """Make what was published impossible to open; its memory is kept for the next version."""
+    def withdraw(self, free: bool = False) -> None:
+        """Make what was published impossible to open; its memory is kept for the next version. free: only while an engine has a view of
+        it."""
         for segment in self._offered:
             segment.rename(f"{SEGMENTS_FOLDER}/rlinf-{self.name}-spare-{self._withdrawn}")
             self._withdrawn += 1
         self._spare += self._offered
         self._offered = []
+        if free:
+            self._drop_spare(lambda segment: not in_use(segment.path))
 
     def close(self) -> None:
         self._spare += self._offered

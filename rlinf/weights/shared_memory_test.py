@@ -75,6 +75,20 @@ def test_the_next_version_goes_where_the_last_one_was(run_id: str) -> None:
     assert not files(run_id)
 
 
+def test_memory_that_is_not_kept_is_freed_but_where_a_reader_has_a_view(run_id: str) -> None:
+    publisher = SharedMemoryPublisher(run_id)
+    seen = dict(open_source(publisher.publish(iter(TENSORS), 1, bucket_bytes=2048)))
+    view = seen.pop("big")
+    seen.clear()
+    publisher.withdraw(free=True)
+    assert set(files(run_id)) == {"spare-1"} and torch.equal(view, TENSORS[3][1])
+    del view
+    publisher.withdraw(free=True)
+    assert not files(run_id)
+    assert len(list(open_source(publisher.publish(iter(TENSORS), 2)))) == len(TENSORS)
+    publisher.close()
+
+
 def test_a_segment_that_is_looked_at_is_not_written(run_id: str) -> None:
     publisher = SharedMemoryPublisher(run_id)
     seen = dict(open_source(publisher.publish(iter(TENSORS), 1, bucket_bytes=2048)))

@@ -67,7 +67,7 @@ class ActorWorker(MegatronWorker):
         """
         groups, numbers = [p for p in payloads if isinstance(p, Group)], [p for p in payloads if not isinstance(p, Group)]
         if not self.config.algorithm.max_staleness:  # no engine is at work that could need them again
-            self.publisher.withdraw()
+            self.publisher.withdraw(free=self.config.rollout.offload and self.device.type == "cpu")  # where it is what offload is to save
         with profiled(self.config.runner, step, "actor"):
             report, targets = self._train(step, dump, batch, groups, numbers)
         if self.feeds_nobody:

@@ -76,9 +76,24 @@ def test_after_its_training_an_actor_makes_room_for_a_critic(
     """Which may be trained on the same device before weights are published; these stay, unless the rank publishes to nobody."""
     worker, called = ActorWorker.__new__(ActorWorker), Mock()
     worker.config, worker.offloader, worker.publisher, worker.feeds_nobody = Config(), called.offloader, called.publisher, feeds_nobody
+    worker.device = torch.device("cpu")
     worker.config.algorithm.adv_type = adv_type
     monkeypatch.setattr(worker, "_train", called.train)
     monkeypatch.setattr("rlinf.workers.actor.profiled", lambda *_: nullcontext())
     called.train.return_value = ("report", {})
     assert worker.train_step(1, Mock(), Mock()) == ("report", {})
     assert [name for name, *_ in called.mock_calls] == ["publisher.withdraw", "train", *(f"offloader.{name}" for name in freed)]
+
+
+@pytest.mark.parametrize(("device", "offload", "free"), [("cpu", True, True), ("cpu", False, False), ("cuda", True, False)])
+def test_what_engines_read_is_freed_while_the_actor_trains_where_that_is_the_memory_to_save(
+    device: str, offload: bool, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is memory of the host, whose pages cost much to get again."""
+    worker, called = ActorWorker.__new__(ActorWorker), Mock()
+    worker.config, worker.publisher, worker.feeds_nobody, worker.device = Config(), called.publisher, False, torch.device(device)
+    worker.config.rollout.offload = offload
+    monkeypatch.setattr(worker, "_train", lambda *_: ("report", {}))
+    monkeypatch.setattr("rlinf.workers.actor.profiled", lambda *_: nullcontext())
+    worker.train_step(1, Mock(), Mock())
+    called.publisher.withdraw.assert_called_once_with(free=free)

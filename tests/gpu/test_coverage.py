@@ -100,6 +100,9 @@ BY_SETTING = {  # the same, of what a setting or an argument decides: test files
     "rollout/sglang_server.py": {"find_interpreter": "/tests/test_sglang.py::test_a_missing_environment_is_named_with_its_remedy"},
     "scheduling/memory.py": {"engine_memory": "memory_test.py::test_the_kv_cache_of_an_engine"},
     "scheduling/placement.py": {"build_plan": "placement_test.py::test_what_components_that_share_a_gpu_cannot_do_is_refused"},
+    "workers/actor.py": {
+        "ActorWorker.train_step": "actor_test.py::test_what_engines_read_is_freed_while_the_actor_trains_where_that_is_the_memory_to_save"
+    },
 }
 
 
