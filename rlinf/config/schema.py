@@ -156,7 +156,7 @@ class RolloutConfig:
     )
     offload: bool = key(
         False,
-        "give the engine's weights and KV cache back while the actor trains on the same GPU; SGLang then runs with enable_memory_saver",
+        "give the engine's weights and KV cache back while the actor trains on the same device; SGLang then runs with enable_memory_saver",
     )
     max_running_requests: int = key(64, "samples decoded at once by one engine", at_least=1)
     precision: str | None = key(
