@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from rlinf.cluster.head import ADDRESS_FILE, TOKEN_FILE, Head
 from rlinf.cluster.processes import end_marked, marked, new_run_id
-from rlinf.cluster.ray_node import ADDRESS_FILE, MARK, TOKEN_FILE, Head
+from rlinf.cluster.ray_node import MARK
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = """
@@ -98,7 +99,7 @@ def test_the_documented_block_runs_literally_as_two_nodes(nodes: list[Node]) -> 
     blocks = [node.popen("bash", "-c", block) for node in reversed(nodes)]
     (_, other_errors), (output, errors) = [b.communicate(timeout=240) for b in blocks]
     assert "node 1 of the Ray cluster" in other_errors, other_errors
-    assert "check_ray: 4 of 4 devices on 2 nodes: node 0" in errors and "config grpo-1.5b-megatron" in errors, errors
+    assert "check_ray: 4 of 4 CPU slots on 2 nodes: node 0" in errors and "config grpo-1.5b-megatron" in errors, errors
     assert output, errors
     told = json.loads(output)
     assert told["totals"] == [6.0] * 4 and told["sums"] == [400_000] * 4
@@ -141,9 +142,9 @@ def check_second_calls(nodes: list[Node]) -> None:
     deadline = time.monotonic() + 10
     while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert Head.parse(file.read_text()).port == nodes[0].port
+    assert Head.parse(file.read_text(), "file").port == nodes[0].port
     late = nodes[0].run("bash", "ray_utils/check_ray.sh", "6", "--timeout", "1")
-    assert late.returncode == 1 and "gave up after 1 s: 4 of 6 devices on 2 nodes; no node has RANK 2" in late.stderr
+    assert late.returncode == 1 and "gave up after 1 s: 4 of 6 CPU slots on 2 nodes; no node has RANK 2" in late.stderr
 
 
 @pytest.mark.slow
@@ -177,7 +178,7 @@ def test_without_rank_nothing_is_started(nodes: list[Node]) -> None:
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("127.0.0.1\nport=1\n", "nothing answers at 127.0.0.1:1 (from "),
+    ("127.0.0.1\nport=1\n", "nothing answers at 127.0.0.1:1 (Connection refused), from "),
     ("127.0.0.1\nport=1\ncluster=monday\n", "is of cluster monday, not of tuesday"),
     (None, "there is no "),
 ])  # fmt: skip
