@@ -30,7 +30,7 @@ from rlinf.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ADDRESS_FILE, TOKEN_FILE = "ray_head_ip.txt", "ray_token"
-PROBE_LIMIT = 90.0  # seconds, of which a busy machine needs many to import Ray
+PROBE_LIMIT = 30.0  # seconds, of which a busy machine needs many to import Ray; what is not Ray would keep it for 40
 
 
 @dataclass(frozen=True)

@@ -24,4 +24,4 @@ def strangeness(address: str) -> str:
 
 
 if __name__ == "__main__":
-    print(strangeness(sys.argv[1]))
+    sys.stdout.write(strangeness(sys.argv[1]))
