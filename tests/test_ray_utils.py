@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -40,6 +41,7 @@ class Node:
     rank: int
     port: int
     slots: int = 2
+    gpus: int = 0  # that it claims to have
 
     @property
     def state(self) -> Path:
@@ -56,7 +58,7 @@ class Node:
         return os.environ | {
             "RANK": str(self.rank), "HOME": str(self.home), "RAY_AUTH_TOKEN": f"{self.rank}b" * 32,
             "RLINF_RAY_STATE": str(self.state), "RLINF_RAY_PORT": str(self.port),
-            "RLINF_NUM_CPUS": str(self.slots), "RLINF_OBJECT_STORE_BYTES": "200000000",
+            "RLINF_NUM_CPUS": str(self.slots), "RLINF_NUM_GPUS": str(self.gpus), "RLINF_OBJECT_STORE_BYTES": "200000000",
             "RLINF_START_TIMEOUT": "60", "RLINF_TEST_NODE": str(self.rank),
             "PATH": f"{self.checkout}/stubs:{os.environ['PATH']}",
         }  # fmt: skip
@@ -93,7 +95,8 @@ def nodes(tmp_path: Path) -> Iterator[list[Node]]:
 
 @pytest.fixture
 def started(nodes: list[Node]) -> list[Node]:
-    """Two nodes that are up."""
+    """Two nodes that are up, the second with GPUs by its own account."""
+    nodes[1].gpus = 2
     for node in nodes:
         done = node.run("bash", "ray_utils/start_ray.sh")
         assert done.returncode == 0, done.stderr
@@ -197,8 +200,9 @@ def test_a_node_that_is_lost_ends_the_run_and_is_named(started: list[Node]) -> N
         time.sleep(0.2)
     assert driver.returncode == 1 and marked(run_id) == []
     assert errors.startswith("the raylet of node 1 is dead") and "(phase: training)" in errors.splitlines()[0], errors
-    check = started[0].run("bash", "ray_utils/check_ray.sh", "4", "--timeout", "25")
-    assert check.returncode == 1 and "is dead" in check.stderr and "node 1 (" in check.stderr
+    check = started[0].run("bash", "ray_utils/check_ray.sh", "2", "--timeout", "5")
+    told = r"gave up after 5 s: 0 of 2 GPUs on 1 nodes; node 1 \(.*\) is dead; node 0 \(.*\) has no GPU and does not count\n"
+    assert check.returncode == 1 and re.search(told, check.stderr), check.stderr
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError, RpcError
 
-from rlinf.cluster.machines import RANK_LABEL
+from rlinf.cluster.state import RANK_LABEL
 
 
 def strangeness(address: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlinf.cluster.machines import RANK_LABEL, alive_nodes
+from rlinf.cluster.machines import alive_nodes
 from rlinf.cluster.ray_session import RaySession
+from rlinf.cluster.state import RANK_LABEL
 
 PATIENCE = 60.0  # seconds for a node to start a process
 

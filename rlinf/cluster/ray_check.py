@@ -13,15 +13,17 @@ from typing import Any
 
 import ray
 
-from rlinf.cluster.machines import NAMES, RANK_LABEL, alive_nodes, devices_of
+from rlinf.cluster.machines import NAMES, alive_nodes, devices_of
 from rlinf.cluster.ray_session import RaySession
+from rlinf.cluster.state import GPUS_LABEL, RANK_LABEL
 from rlinf.errors import UserError
 
 
 def counted(nodes: list[dict[str, Any]]) -> str:
-    """The resource that counts as a device: GPUs when a node, dead or alive, has one; otherwise CPU slots. Never both: a run uses one kind,
-    and the slots of a node that came without its GPUs would pass for them."""
-    return "GPU" if any(devices_of(node, "GPU") for node in nodes) else "CPU"
+    """The resource that counts as a device: GPUs when a node, dead or alive, has or had one; otherwise CPU slots. Never both: a run uses
+    one kind, and the slots of a node that came without its GPUs would pass for them. Ray forgets what a dead node had, but not its labels.
+    """
+    return "GPU" if any(devices_of(node, "GPU") or int(node["Labels"].get(GPUS_LABEL, 0)) for node in nodes) else "CPU"
 
 
 def describe(node: dict[str, Any]) -> str:
@@ -75,7 +77,7 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="check_ray.sh", description="Wait until N devices (GPUs, or slots of CPU nodes) are alive.")
+    parser = argparse.ArgumentParser(prog="check_ray.sh", description="Wait until N devices (GPUs, or CPU slots without any) are alive.")
     parser.add_argument("devices", type=int, metavar="N")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait (default 600)")
     options = parser.parse_args()

@@ -11,14 +11,14 @@ from rlinf.cluster.ray_check import wait_for_devices
 
 
 def node(host: str, rank: int | None, gpus: int = 0, alive: bool = True) -> dict[str, Any]:
-    """A node as Ray lists it, with 96 cores."""
+    """A node as Ray lists it, with 96 cores. rank: of start_ray.sh; None for KubeRay's."""
     return {
         "NodeID": host,
         "NodeManagerAddress": host,
         "NodeManagerPort": 1,
         "Alive": alive,
-        "Resources": {"CPU": 96.0} | ({"GPU": float(gpus)} if gpus else {}),
-        "Labels": {} if rank is None else {"rlinf-node-rank": str(rank)},
+        "Resources": ({"CPU": 96.0} | ({"GPU": float(gpus)} if gpus else {})) if alive else {},
+        "Labels": {} if rank is None else {"rlinf-node-rank": str(rank), "rlinf-node-gpus": str(gpus)},
     }
 
 

@@ -42,6 +42,8 @@ from rlinf.cluster.head import (
 )
 from rlinf.cluster.processes import end_marked, marked
 from rlinf.cluster.state import (
+    GPUS_LABEL,
+    RANK_LABEL,
     STORE_REMEDY,
     default_port,
     environment_with,
@@ -76,7 +78,7 @@ def start(shared: Path, head_address: str | None) -> None:
             say(f"already up: node {(state / 'rank').read_text()} of the Ray cluster at {address} (start_ray.sh --stop ends it)")
             return
         stop(shared)  # what is left of a cluster that is dead
-    resources = resource_options()  # before the state folder, which would tell of a node that was never started
+    offer = offer_options(rank)  # before the state folder, which would tell of a node that was never started
     state.mkdir(mode=0o700, exist_ok=True)
     if state.stat().st_uid != os.getuid():
         raise UserError(f"{state} belongs to another user: set RLINF_RAY_STATE to a folder of yours")
@@ -90,7 +92,7 @@ def start(shared: Path, head_address: str | None) -> None:
     mark = f"{head.cluster or 'cluster'}-{rank}-{secrets.token_hex(4)}"
     for name, value in (("mark", mark), ("rank", str(rank)), ("address", head.address)):
         (state / name).write_text(value)
-    launch(rank, head, resources, state, mark)
+    launch(rank, head, offer, state, mark)
     if rank == 0:
         write_atomically(shared / ADDRESS_FILE, head.render())
         command = [sys.executable, "-m", "rlinf.cluster.ray_node", str(shared), "--publish", head.render()]
@@ -106,17 +108,19 @@ def start(shared: Path, head_address: str | None) -> None:
     say(f"node {rank} of the Ray cluster at {head.address} is up")
 
 
-def resource_options() -> list[str]:
+def offer_options(rank: int) -> list[str]:
     """What the node offers, as options of `ray start`. Raises UserError that names a variable which is no number."""
     gpus, cpus = whole_number("RLINF_NUM_GPUS", "GPUs, such as 8"), whole_number("RLINF_NUM_CPUS", "process slots, such as 8")
+    gpus = visible_gpus() if gpus is None else gpus
     return [
-        f"--num-gpus={visible_gpus() if gpus is None else gpus}",
+        f"--labels={RANK_LABEL}={rank},{GPUS_LABEL}={gpus}",
+        f"--num-gpus={gpus}",
         f"--num-cpus={cores() if cpus is None else cpus}",
         f"--object-store-memory={object_store_bytes()}",
     ]
 
 
-def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: str) -> None:
+def launch(rank: int, head: Head, offer: Sequence[str], state: Path, mark: str) -> None:
     """`ray start`, which returns when the node has joined."""
     allow_open_files()  # Ray's daemons keep the limit that they are started with, and need a file for each connection
     node_ip = head.host if rank == 0 else own_address(head.host)
@@ -126,8 +130,7 @@ def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: s
         "ray.scripts.scripts",
         "start",
         f"--node-ip-address={node_ip}",
-        *resources,
-        f"--labels=rlinf-node-rank={rank}",
+        *offer,
         "--disable-usage-stats",
     ]
     if rank == 0:

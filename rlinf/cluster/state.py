@@ -14,6 +14,7 @@ from rlinf.errors import UserError
 
 LABEL = r"[A-Za-z0-9_-]{1,63}"
 ADDRESS = re.compile(rf"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<name>{LABEL}(?:\.{LABEL})*\.?))(?::(?P<port>[^:]*))?")
+RANK_LABEL, GPUS_LABEL = "rlinf-node-rank", "rlinf-node-gpus"  # of a node of start_ray.sh: its RANK; the number of its GPUs
 STORE_BYTES = "RLINF_OBJECT_STORE_BYTES"
 STORE_REMEDY = (
     "Give /dev/shm more room (in a container --shm-size=256g or --ipc=host, in Kubernetes an emptyDir with medium: Memory), or ask for "
