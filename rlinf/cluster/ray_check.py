@@ -46,7 +46,7 @@ def absent(wanted: int, nodes: list[dict[str, Any]], alive: list[dict[str, Any]]
     each = next((devices_of(node, resource) for node in alive if devices_of(node, resource)), 0)
     ranks = {int(node["Labels"][RANK_LABEL]) for node in nodes if RANK_LABEL in node["Labels"]}
     expected = range(max(-(-wanted // each) if each else 0, max(ranks, default=0) + 1))
-    missing = [str(rank) for rank in expected if rank not in ranks]
+    missing = [str(rank) for rank in expected if rank not in ranks] if ranks else []  # KubeRay's nodes have none
     return dead + without + ([f"no node has RANK {', '.join(missing)}"] if missing else [])
 
 

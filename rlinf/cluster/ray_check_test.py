@@ -68,5 +68,5 @@ def test_a_dead_node_is_named_until_another_has_its_place(
     """One without RANK, such as KubeRay's, by its address."""
     first, dead = node("10.0.0.1", rank and 0, gpus=8), node("10.0.0.2", rank, gpus=8, alive=False)
     name = "a node without RANK" if rank is None else "node 1"
-    assert told(16, [first, dead], monkeypatch, capsys)[1].startswith(f"8 of 16 GPUs on 1 nodes; {name} (10.0.0.2) is dead")
+    assert told(16, [first, dead], monkeypatch, capsys)[1] == f"8 of 16 GPUs on 1 nodes; {name} (10.0.0.2) is dead"
     assert "is dead" not in told(99, [first, dead, node("10.0.0.2", rank, gpus=8)], monkeypatch, capsys)[1]
