@@ -36,6 +36,8 @@ def test_slots_do_not_pass_for_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     enough, line = told(16, [node("10.0.0.1", 0, gpus=8), node("10.0.0.2", 1)], monkeypatch, capsys)
     assert not enough
     assert line == "8 of 16 GPUs on 2 nodes; node 1 (10.0.0.2) has no GPU and does not count"
+    _, line = told(24, [node("10.0.0.1", 0), node("10.0.0.2", 1, gpus=8)], monkeypatch, capsys)
+    assert line == "8 of 24 GPUs on 2 nodes; node 0 (10.0.0.1) has no GPU and does not count; no node has RANK 2"
 
 
 def test_slots_do_not_count_when_the_nodes_with_gpus_have_died(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
