@@ -78,7 +78,7 @@ def start(shared: Path, head_address: str | None) -> None:
             say(f"already up: node {(state / 'rank').read_text()} of the Ray cluster at {address} (start_ray.sh --stop ends it)")
             return
         stop(shared)  # what is left of a cluster that is dead
-    offer = offer_options(rank)  # before the state folder, which would tell of a node that was never started
+    offer, limit = offer_options(rank), start_timeout()  # before the state folder, which would tell of a node that was never started
     state.mkdir(mode=0o700, exist_ok=True)
     if state.stat().st_uid != os.getuid():
         raise UserError(f"{state} belongs to another user: set RLINF_RAY_STATE to a folder of yours")
@@ -92,7 +92,7 @@ def start(shared: Path, head_address: str | None) -> None:
     mark = f"{head.cluster or 'cluster'}-{rank}-{secrets.token_hex(4)}"
     for name, value in (("mark", mark), ("rank", str(rank)), ("address", head.address)):
         (state / name).write_text(value)
-    launch(rank, head, offer, state, mark)
+    launch(rank, head, offer, state, mark, limit)
     if rank == 0:
         write_atomically(shared / ADDRESS_FILE, head.render())
         command = [sys.executable, "-m", "rlinf.cluster.ray_node", str(shared), "--publish", head.render()]
@@ -120,8 +120,8 @@ def offer_options(rank: int) -> list[str]:
     ]
 
 
-def launch(rank: int, head: Head, offer: Sequence[str], state: Path, mark: str) -> None:
-    """`ray start`, which returns when the node has joined."""
+def launch(rank: int, head: Head, offer: Sequence[str], state: Path, mark: str, limit: int) -> None:
+    """`ray start`, which returns when the node has joined. Raises UserError when it fails, or takes longer than `limit` seconds."""
     allow_open_files()  # Ray's daemons keep the limit that they are started with, and need a file for each connection
     node_ip = head.host if rank == 0 else own_address(head.host)
     command = [
@@ -143,7 +143,6 @@ def launch(rank: int, head: Head, offer: Sequence[str], state: Path, mark: str) 
         ]
     else:
         command += [f"--address={head.address}", f"--temp-dir={state / 'ray'}"]
-    limit = start_timeout()
     with (state / "start.log").open("w") as output:
         try:
             code = subprocess.run(

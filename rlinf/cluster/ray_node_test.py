@@ -77,7 +77,7 @@ def test_a_start_that_fails_says_what_to_do(words: str, remedy: str, tmp_path: P
     monkeypatch.setattr(ray_node.subprocess, "run", fail)
     (tmp_path / "state").mkdir()
     with pytest.raises(UserError) as caught:
-        launch(0, Head("127.0.0.1", 6379), [], tmp_path / "state", "no such mark")
+        launch(0, Head("127.0.0.1", 6379), [], tmp_path / "state", "no such mark", 600)
     assert words in str(caught.value) and remedy in str(caught.value) and not (tmp_path / "state").exists()
     assert limits == [min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], OPEN_FILES)]
 
@@ -88,12 +88,11 @@ def test_a_start_that_hangs_is_ended_at_its_limit_and_its_logs_are_kept(tmp_path
     slow.write_text("#!/bin/sh\necho starting >&2\nsleep 100 &\nsleep 100\n")
     slow.chmod(0o755)
     monkeypatch.setattr(ray_node.sys, "executable", str(slow))
-    monkeypatch.setenv("RLINF_START_TIMEOUT", "1")
     for _ in range(2):
         (tmp_path / "state" / "ray").mkdir(parents=True)
         (tmp_path / "state" / "token").write_text("secret")
         with pytest.raises(UserError) as caught:
-            launch(1, Head("127.0.0.1", 6379), [], tmp_path / "state", mark)
+            launch(1, Head("127.0.0.1", 6379), [], tmp_path / "state", mark, limit=1)
         told, kept = str(caught.value), tmp_path / "state.failed"
         assert told.startswith(
             "`ray start` was not done on node 1 within RLINF_START_TIMEOUT = 1 s, and was ended; its last lines:\nstarting\n"
@@ -120,6 +119,7 @@ def test_no_token_but_the_state_folders_reaches_ray(tmp_path: Path, monkeypatch:
         ({"RANK": "0", "RLINF_RAY_PORT": "99999"}, "RLINF_RAY_PORT: '99999' is no port"),
         ({"RANK": "1", "HEAD_ADDRESS": "node0:x"}, "HEAD_ADDRESS node0:x: 'x' is no port"),
         ({"RANK": "1", "HEAD_ADDRESS": "fd00::2:6379"}, "HEAD_ADDRESS: 'fd00::2:6379' is no address; give host:port, and IPv6 in brackets"),
+        ({"RANK": "0", "RLINF_START_TIMEOUT": "10m"}, "RLINF_START_TIMEOUT is '10m': give a whole number of seconds, such as 600"),
         ({"RANK": "1", "RLINF_START_TIMEOUT": "10m"}, "RLINF_START_TIMEOUT is '10m': give a whole number of seconds, such as 600"),
         ({"RANK": "0", "RLINF_NUM_CPUS": "x"}, "RLINF_NUM_CPUS is 'x': give a whole number of process slots"),
         ({"RANK": "0", "RLINF_OBJECT_STORE_BYTES": "64g"}, "RLINF_OBJECT_STORE_BYTES is '64g'"),
