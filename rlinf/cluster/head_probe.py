@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled code
 from ray.exceptions import AuthenticationError, RpcError
 
 from rlinf.cluster.state import RANK_LABEL
