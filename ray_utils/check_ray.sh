@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Wait until at least N devices (GPUs, or slots of CPU nodes) are alive; names nodes that are dead or missing.
+# Wait until at least N devices (GPUs, or CPU slots where no node has a GPU) are alive; names nodes that are dead or missing.
 #   check_ray.sh N [--timeout SECONDS]        exit code 0: they are; 1: time-out; 2: no cluster here
 set -euo pipefail
 

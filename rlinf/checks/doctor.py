@@ -22,9 +22,8 @@ from rlinf import device
 from rlinf.checks.finding import FAIL, OK, WARN, Finding
 from rlinf.checks.preflight import check_files, check_models
 from rlinf.checks.toolchain import compilers, driver_version, glibc, locks, proxies, python, triton
-from rlinf.cluster.node_probe import NodeView, look_at_nodes
-from rlinf.cluster.ray_node import default_port
-from rlinf.cluster.state import listens, state_folder
+from rlinf.cluster.node_probe import NodeView, SilentNode, look_at_nodes
+from rlinf.cluster.state import default_port, listens, state_folder
 from rlinf.config.load import ROOT, Resolved
 from rlinf.config.model import planned_model_config, read_config
 from rlinf.config.schema import Config
@@ -310,10 +309,14 @@ def ray_node(state: Path, answers: Callable[[str], bool]) -> Finding:
     return Finding("ray", OK, "no cluster is up here; a run on one node starts its own")
 
 
-def cluster(views: Iterable[NodeView]) -> Iterator[Finding]:
-    """Check the clocks of all nodes, which logs and time-outs compare, and that all see the shared folder."""
+def cluster(views: Iterable[NodeView | SilentNode]) -> Iterator[Finding]:
+    """Check that all nodes answer, their clocks, which logs and time-outs compare, and that all see the shared folder."""
     for view in views:
         who = f"node {view.rank} ({view.host})"
+        if isinstance(view, SilentNode):
+            remedy = "see there whether its memory or disk is full or its processes hang; then start_ray.sh --stop and start_ray.sh on it"
+            yield Finding("node", FAIL, f"{who} {view.reason}", remedy)
+            continue
         off = max(0.0, abs(view.ahead) - view.within)
         if off > SKEW_WARN:
             yield Finding(
@@ -347,7 +350,7 @@ def files(config: Config) -> Iterator[Finding]:
         yield Finding("files", OK, "model and data are here")
 
 
-def _look(output: Path) -> list[NodeView]:
+def _look(output: Path) -> list[NodeView | SilentNode]:
     """Let the nodes look for a marker file in the output folder."""
     folder = _existing(output)
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -11,7 +11,7 @@ import pytest
 from rlinf.checks import doctor
 from rlinf.checks.doctor import FAIL, GIB, OK, WARN, Finding
 from rlinf.cli import main
-from rlinf.cluster.node_probe import NodeView
+from rlinf.cluster.node_probe import NodeView, SilentNode
 from rlinf.config.load import load
 
 
@@ -107,6 +107,7 @@ def test_clocks_and_the_shared_folder_of_every_node() -> None:
         NodeView("0", "10.0.0.1", 0.0, 0.01, True),
         NodeView("1", "10.0.0.2", -5.0, 0.2, True),
         NodeView("2", "10.0.0.3", 3600.0, 0.2, False),
+        SilentNode("3", "10.0.0.4", "did not answer within 60 s"),
     ]
     found = list(doctor.cluster(views))
     assert told(found) == [
@@ -116,7 +117,9 @@ def test_clocks_and_the_shared_folder_of_every_node() -> None:
         ("shared folder", OK),
         ("clock", FAIL),
         ("shared folder", FAIL),
+        ("node", FAIL),
     ]
+    assert found[-1].text == "node 3 (10.0.0.4) did not answer within 60 s"
     assert "node 1 (10.0.0.2) is off by -5.0 s" in found[2].text
 
 

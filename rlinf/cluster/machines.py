@@ -10,11 +10,10 @@ from typing import Any
 
 import ray
 
-from rlinf.cluster.state import listens
+from rlinf.cluster.state import RANK_LABEL, listens
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import UserError
 
-RANK_LABEL = "rlinf-node-rank"  # set by ray_utils/start_ray.sh from RANK
 NAMES = {"GPU": "GPUs", "CPU": "CPU slots"}  # of Ray's resources, in messages
 
 

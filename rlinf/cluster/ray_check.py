@@ -13,43 +13,55 @@ from typing import Any
 
 import ray
 
-from rlinf.cluster.machines import RANK_LABEL, alive_nodes, devices_of
+from rlinf.cluster.machines import NAMES, alive_nodes, devices_of
 from rlinf.cluster.ray_session import RaySession
+from rlinf.cluster.state import GPUS_LABEL, RANK_LABEL
 from rlinf.errors import UserError
 
 
-def gpus_or_slots(node: dict[str, Any]) -> int:
-    """The number of GPUs, or of CPU slots on a node without GPUs, since it is not known here which of them a run will use."""
-    return devices_of(node, "GPU") or devices_of(node, "CPU")
+def counted(nodes: list[dict[str, Any]]) -> str:
+    """The resource that counts as a device: GPUs when a node, dead or alive, has or had one; otherwise CPU slots. Never both: a run uses
+    one kind, and the slots of a node that came without its GPUs would pass for them. Ray forgets what a dead node had, but not its labels.
+    """
+    return "GPU" if any(devices_of(node, "GPU") or int(node["Labels"].get(GPUS_LABEL, 0)) for node in nodes) else "CPU"
 
 
 def describe(node: dict[str, Any]) -> str:
-    return f"node {node['Labels'].get(RANK_LABEL, '?')} ({node['NodeManagerAddress']})"
+    rank = node["Labels"].get(RANK_LABEL)
+    return f"a node without RANK ({node['NodeManagerAddress']})" if rank is None else f"node {rank} ({node['NodeManagerAddress']})"
 
 
-def absent(wanted: int) -> str:
-    """Dead nodes, and ranks that should be there but are not; how many there should be follows from the devices of the first node."""
-    alive = alive_nodes()
-    ranks = {int(n["Labels"][RANK_LABEL]) for n in ray.nodes() if RANK_LABEL in n["Labels"]}
-    answering = {n["Labels"].get(RANK_LABEL) for n in alive}
-    parts = sorted({f"{describe(n)} is dead" for n in ray.nodes() if n["Labels"].get(RANK_LABEL) not in answering})
-    each = gpus_or_slots(alive[0]) if alive else 0
+def identity(node: dict[str, Any]) -> str:
+    """What a node has in common with the one that takes its place: its rank, or else its address."""
+    return node["Labels"].get(RANK_LABEL) or node["NodeManagerAddress"]
+
+
+def absent(wanted: int, nodes: list[dict[str, Any]], alive: list[dict[str, Any]]) -> list[str]:
+    """Dead nodes, nodes that came without devices, and ranks that should be there but are not; how many there should be follows from the
+    devices of the first node that has any. nodes: all that Ray has ever counted."""
+    resource = counted(nodes)
+    answering = {identity(node) for node in alive}
+    dead = sorted({f"{describe(node)} is dead" for node in nodes if identity(node) not in answering})
+    without = [f"{describe(node)} has no {resource} and does not count" for node in alive if not devices_of(node, resource)]
+    each = next((devices_of(node, resource) for node in alive if devices_of(node, resource)), 0)
+    ranks = {int(node["Labels"][RANK_LABEL]) for node in nodes if RANK_LABEL in node["Labels"]}
     expected = range(max(-(-wanted // each) if each else 0, max(ranks, default=0) + 1))
-    missing = [str(rank) for rank in expected if rank not in ranks]
-    return "; ".join(parts + ([f"no node has RANK {', '.join(missing)}"] if missing else []))
+    missing = [str(rank) for rank in expected if rank not in ranks] if ranks else []  # KubeRay's nodes have none
+    return dead + without + ([f"no node has RANK {', '.join(missing)}"] if missing else [])
 
 
 def wait_for_devices(wanted: int, timeout: float) -> bool:
     """Wait until at least `wanted` devices are alive, and return whether they are; prints changes meanwhile."""
     deadline, shown = time.monotonic() + timeout, ""
     while True:
-        alive = alive_nodes()
-        there = sum(map(gpus_or_slots, alive))
-        line = f"{there} of {wanted} devices on {len(alive)} nodes"
+        nodes, alive = ray.nodes(), alive_nodes()
+        resource = counted(nodes)
+        there = sum(devices_of(node, resource) for node in alive)
+        line = f"{there} of {wanted} {NAMES[resource]} on {len(alive)} nodes"
         if there >= wanted:
-            say(line + ": " + ", ".join(f"{describe(n)} {gpus_or_slots(n)}" for n in alive))
+            say(line + ": " + ", ".join(f"{describe(node)} {devices_of(node, resource)}" for node in alive))
             return True
-        line += f"; {absent(wanted)}"
+        line = "; ".join([line, *absent(wanted, nodes, alive)])
         if line != shown:
             say(line)
             shown = line
@@ -65,7 +77,7 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="check_ray.sh", description="Wait until N devices (GPUs, or slots of CPU nodes) are alive.")
+    parser = argparse.ArgumentParser(prog="check_ray.sh", description="Wait until N devices (GPUs, or CPU slots without any) are alive.")
     parser.add_argument("devices", type=int, metavar="N")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait (default 600)")
     options = parser.parse_args()

@@ -8,7 +8,7 @@ Environment:
     RLINF_NUM_GPUS, RLINF_NUM_CPUS    devices of this node; default: its GPUs (those of CUDA_VISIBLE_DEVICES where that is set), and its
                                cores (the process slots of a CPU node)
     RLINF_OBJECT_STORE_BYTES   default: 5 % of the memory, between 512 MiB and 64 GiB, at most 0.4 of what is free in /dev/shm
-    RLINF_START_TIMEOUT        seconds to wait for the head, default 600
+    RLINF_START_TIMEOUT        seconds to wait for the head, and then for `ray start`, default 600
     RLINF_CLUSTER_ID           same on all nodes: an address file with another id is not this cluster's
     RLINF_RAY_STATE            folder of this node's state, default /tmp/rlinf-ray-<user id>
 """
@@ -24,46 +24,41 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from rlinf.cluster.head import (
+    ADDRESS_FILE,
+    ROOT,
+    TOKEN_FILE,
+    Head,
+    find_head,
+    publish,
+    say,
+    start_timeout,
+    warn_of_another,
+    withdraw,
+    write_atomically,
+    write_private,
+)
 from rlinf.cluster.processes import end_marked, marked
-from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, port_number, state_folder, whole_number
+from rlinf.cluster.state import (
+    GPUS_LABEL,
+    RANK_LABEL,
+    STORE_REMEDY,
+    default_port,
+    environment_with,
+    join_address,
+    listens,
+    object_store_bytes,
+    state_folder,
+    token_variables,
+    whole_number,
+)
 from rlinf.errors import UserError
 from rlinf.hardware import address_of, allow_open_files, cores, free_port
 
 MARK = "RLINF_RAY_NODE"  # in the environment of every process of the node's Ray, and of the workers inside it
-ROOT = Path(__file__).resolve().parent.parent.parent
-ADDRESS_FILE, TOKEN_FILE = "ray_head_ip.txt", "ray_token"
 TRIES = 3  # a node under load may miss one connection; whoever calls it dead ends it
-
-
-@dataclass(frozen=True)
-class Head:
-    """Where the head is. In the shared file: the address alone on the first line, then `name=value` lines."""
-
-    host: str
-    port: int
-    cluster: str = ""
-    started: float = 0.0
-
-    @staticmethod
-    def parse(text: str) -> Head:
-        first, *rest = text.split()
-        values = dict(line.split("=", 1) for line in rest)
-        return Head(first, int(values.get("port", default_port())), values.get("cluster", ""), float(values.get("started", 0)))
-
-    def render(self) -> str:
-        return f"{self.host}\nport={self.port}\ncluster={self.cluster}\nstarted={self.started:.3f}\n"
-
-    @property
-    def address(self) -> str:
-        return f"{self.host}:{self.port}"
-
-
-def default_port() -> int:
-    return port_number(os.environ.get("RLINF_RAY_PORT") or "6379", "RLINF_RAY_PORT")
 
 
 def own_rank() -> int:
@@ -83,18 +78,21 @@ def start(shared: Path, head_address: str | None) -> None:
             say(f"already up: node {(state / 'rank').read_text()} of the Ray cluster at {address} (start_ray.sh --stop ends it)")
             return
         stop(shared)  # what is left of a cluster that is dead
-    resources = resource_options()  # before the state folder, which would tell of a node that was never started
+    offer, limit = offer_options(rank), start_timeout()  # before the state folder, which would tell of a node that was never started
     state.mkdir(mode=0o700, exist_ok=True)
     if state.stat().st_uid != os.getuid():
         raise UserError(f"{state} belongs to another user: set RLINF_RAY_STATE to a folder of yours")
-    head = new_head() if rank == 0 else find_head(shared, head_address)
     if rank == 0:
-        write_private(shared / TOKEN_FILE, secrets.token_hex(32))
-    write_private(state / "token", (shared / TOKEN_FILE).read_text())
+        head, token = new_head(), secrets.token_hex(32)
+        warn_of_another(shared, head)
+        write_private(state / "token", token)
+        write_private(shared / TOKEN_FILE, token)
+    else:
+        head = find_head(shared, state, head_address)
     mark = f"{head.cluster or 'cluster'}-{rank}-{secrets.token_hex(4)}"
     for name, value in (("mark", mark), ("rank", str(rank)), ("address", head.address)):
         (state / name).write_text(value)
-    launch(rank, head, resources, state, mark)
+    launch(rank, head, offer, state, mark, limit)
     if rank == 0:
         write_atomically(shared / ADDRESS_FILE, head.render())
         command = [sys.executable, "-m", "rlinf.cluster.ray_node", str(shared), "--publish", head.render()]
@@ -110,18 +108,20 @@ def start(shared: Path, head_address: str | None) -> None:
     say(f"node {rank} of the Ray cluster at {head.address} is up")
 
 
-def resource_options() -> list[str]:
+def offer_options(rank: int) -> list[str]:
     """What the node offers, as options of `ray start`. Raises UserError that names a variable which is no number."""
     gpus, cpus = whole_number("RLINF_NUM_GPUS", "GPUs, such as 8"), whole_number("RLINF_NUM_CPUS", "process slots, such as 8")
+    gpus = visible_gpus() if gpus is None else gpus
     return [
-        f"--num-gpus={visible_gpus() if gpus is None else gpus}",
+        f"--labels={RANK_LABEL}={rank},{GPUS_LABEL}={gpus}",
+        f"--num-gpus={gpus}",
         f"--num-cpus={cores() if cpus is None else cpus}",
         f"--object-store-memory={object_store_bytes()}",
     ]
 
 
-def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: str) -> None:
-    """`ray start`, which returns when the node has joined."""
+def launch(rank: int, head: Head, offer: Sequence[str], state: Path, mark: str, limit: int) -> None:
+    """`ray start`, which returns when the node has joined. Raises UserError when it fails, or takes longer than `limit` seconds."""
     allow_open_files()  # Ray's daemons keep the limit that they are started with, and need a file for each connection
     node_ip = head.host if rank == 0 else own_address(head.host)
     command = [
@@ -130,8 +130,7 @@ def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: s
         "ray.scripts.scripts",
         "start",
         f"--node-ip-address={node_ip}",
-        *resources,
-        f"--labels=rlinf-node-rank={rank}",
+        *offer,
         "--disable-usage-stats",
     ]
     if rank == 0:
@@ -144,101 +143,70 @@ def launch(rank: int, head: Head, resources: Sequence[str], state: Path, mark: s
         ]
     else:
         command += [f"--address={head.address}", f"--temp-dir={state / 'ray'}"]
-    done = subprocess.run(
-        command,
-        env=environment(state, mark),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode != 0:
+    with (state / "start.log").open("w") as output:
+        try:
+            code = subprocess.run(
+                command,
+                env=environment(state, mark),
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+            ).returncode
+            failed = f"failed on node {rank} with exit code {code}" if code else None
+        except subprocess.TimeoutExpired:
+            failed = f"was not done on node {rank} within RLINF_START_TIMEOUT = {limit} s, and was ended"
+    if failed:
         end_marked(mark, MARK)
-        shutil.rmtree(state)
-        end = "\n".join(done.stdout.strip().splitlines()[-8:])
-        remedy = STORE_REMEDY if "object store" in end else "Mend what it says, then run start_ray.sh again"
-        raise UserError(f"`ray start` failed on node {rank} with exit code {done.returncode}:\n{end}\n{remedy}")
+        raise UserError(f"`ray start` {failed}; {last_words(state, head)}")
+
+
+def last_words(state: Path, head: Head) -> str:
+    """The end of what `ray start` said, and what to do. Moves the state folder, without the token, to one beside it, for Ray's logs."""
+    end = "\n".join((state / "start.log").read_text(errors="replace").strip().splitlines()[-8:])
+    kept = state.with_name(f"{state.name}.failed")
+    (state / "token").unlink(missing_ok=True)
+    shutil.rmtree(kept, ignore_errors=True)
+    state.rename(kept)
+    remedy = (
+        "Mend what it says, then run start_ray.sh again. Ray's own logs (raylet.out, gcs_server.out) are in "
+        f"{kept}/ray/session_*/logs. A firewall must let nodes reach {head.address} and the other ports of docs/cluster.md; a busy machine "
+        "needs a larger RLINF_START_TIMEOUT"
+    )
+    if "object store" in end:
+        remedy = STORE_REMEDY
+    return f"its last lines:\n{end or '(none)'}\n{remedy}"
 
 
 def environment(state: Path, mark: str) -> dict[str, str]:
-    """For Ray's processes: the mark, token authentication from the state folder, an end within 20 s when the head is gone."""
-    return os.environ | {
-        MARK: mark,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(state / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_enable_worker_prestart": "0",
-        "RAY_prestart_worker_first_driver": "0",
-        "RAY_enable_metrics_collection": "0",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-    }
+    """For Ray's processes: the mark, and token authentication from the state folder alone.
+
+    They end when they cannot reach the head. When it is dead, a connection breaks at once and is given up after 15 s (Ray's own setting is
+    60). When the network is gone, what a raylet has sent must first be unanswered for 12 s, as in our own health checks (Ray's: 120); it
+    sends something every 3 s (Ray's: a minute, when it has nothing to do).
+    """
+    return environment_with(
+        token_variables(state / "token")
+        | {
+            MARK: mark,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_enable_worker_prestart": "0",
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_enable_metrics_collection": "0",
+            "RAY_grpc_client_keepalive_timeout_ms": "12000",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
+            "RAY_raylet_liveness_self_check_interval_ms": "3000",
+        }
+    )
 
 
 def new_head() -> Head:
     host, port = own_address("192.0.2.1"), default_port()  # a documentation address: only its route is looked up
-    if listens(f"{host}:{port}"):
+    if listens(join_address(host, port)):
         raise UserError(f"port {port} of {host} is taken: set RLINF_RAY_PORT on all nodes, or end what listens there")
     return Head(host, port, os.environ.get("RLINF_CLUSTER_ID") or secrets.token_hex(4), time.time())
-
-
-def find_head(shared: Path, head_address: str | None) -> Head:
-    """The head, once it answers; UserError that says what was seen instead at the time-out."""
-    seconds = whole_number("RLINF_START_TIMEOUT", "seconds, such as 600")
-    timeout = 600 if seconds is None else seconds
-    given = head_address or os.environ.get("HEAD_ADDRESS")
-    deadline, seen, told = time.monotonic() + timeout, "", 0.0
-    while time.monotonic() < deadline:
-        head, seen = look_for_head(shared, given)
-        if head:
-            return head
-        if time.monotonic() - told > 30:
-            say(f"waiting for the head: {seen}")
-            told = time.monotonic()
-        time.sleep(1.0)
-    raise UserError(f"no head node within RLINF_START_TIMEOUT = {timeout} s: {seen}. Run start_ray.sh with RANK=0 on the head node")
-
-
-def look_for_head(shared: Path, given: str | None) -> tuple[Head | None, str]:
-    """(the head, or None; what was seen instead)."""
-    file, wanted = shared / ADDRESS_FILE, os.environ.get("RLINF_CLUSTER_ID")
-    if given:
-        host, _, port = given.partition(":")
-        head, source = Head(host, port_number(port, f"HEAD_ADDRESS {given}") if port else default_port()), "HEAD_ADDRESS"
-    elif (text := text_of(file)).strip():
-        head, source = Head.parse(text), str(file)
-        if wanted and head.cluster != wanted:
-            return None, f"{file} is of cluster {head.cluster or '(no id)'}, not of {wanted}"
-    else:
-        return None, f"there is no {file}"
-    if not listens(head.address):
-        return None, f"nothing answers at {head.address} (from {source})"
-    if not (shared / TOKEN_FILE).exists():
-        return None, f"there is no {shared / TOKEN_FILE}; copy it from the head node"
-    return head, ""
-
-
-def text_of(file: Path) -> str:
-    """Empty when it is not there; another node may remove it at any moment."""
-    with suppress(FileNotFoundError):
-        return file.read_text()
-    return ""
-
-
-def publish(shared: Path, head: Head) -> None:
-    """For as long as the head lives, write the address file again whenever somebody has removed it; stop when a newer head has written its
-    own."""
-    missed = 0
-    while missed < 10:
-        missed = 0 if listens(head.address) else missed + 1
-        file = shared / ADDRESS_FILE
-        text = text_of(file)
-        if text.strip() and Head.parse(text).started > head.started:
-            return
-        if text != head.render():
-            write_atomically(file, head.render())
-        time.sleep(1.0)
 
 
 def stop(shared: Path) -> None:
@@ -248,11 +216,8 @@ def stop(shared: Path) -> None:
         say("no Ray node was started here")
         return
     left = end_marked((state / "mark").read_text(), MARK, grace=10.0)
-    file, address = shared / ADDRESS_FILE, (state / "address").read_text()
     if (state / "rank").read_text() == "0":
-        if (text := text_of(file)).strip() and Head.parse(text).address == address:
-            file.unlink(missing_ok=True)
-            (shared / TOKEN_FILE).unlink(missing_ok=True)
+        withdraw(shared, (state / "address").read_text(), (state / "token").read_text())
     shutil.rmtree(state)
     say(f"node stopped; still running: {left}" if left else "node stopped")
 
@@ -286,8 +251,9 @@ def own_address(towards: str) -> str:
     """This node's address on RLINF_NIC, or else on the interface that leads towards a host."""
     nic = os.environ.get("RLINF_NIC")
     if not nic:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((towards, 9))  # sends nothing
+        family, _, _, _, target = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing
             return probe.getsockname()[0]
     if nic not in (name for _, name in socket.if_nameindex()):
         raise UserError(f"RLINF_NIC={nic}: no such interface here; there are {', '.join(name for _, name in socket.if_nameindex())}")
@@ -296,22 +262,6 @@ def own_address(towards: str) -> str:
 
 def name_of(pid: int) -> str:
     return Path(f"/proc/{pid}/exe").resolve().name
-
-
-def write_private(path: Path, text: str) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(text)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    beside.rename(path)
-
-
-def say(line: str) -> None:
-    sys.stderr.write(f"start_ray: {line}\n")
 
 
 def main() -> int:
@@ -324,7 +274,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.publish:
-            publish(options.shared, Head.parse(options.publish))
+            publish(options.shared, Head.parse(options.publish, "--publish"))
         elif options.status:
             return 0 if status() else 1
         elif options.stop:

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,11 @@ from ray._private import parameter, ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled code
 
 from rlinf.cluster.processes import RUN_ID
-from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, state_folder
+from rlinf.cluster.state import STORE_REMEDY, listens, object_store_bytes, state_folder, token_variables
 from rlinf.errors import RunFailed, UserError
 
 LONGEST_TMP = 40  # characters: a unix socket's path has at most 107, and Ray appends 60
 PRIVATE_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own switch for "this machine only": everything binds to 127.0.0.1
@@ -59,7 +58,7 @@ class RaySession:
                 return False
         if not address:
             return False
-        self.set_environment({RUN_ID: self.run_id} | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} if token else {}))
+        self.set_environment({RUN_ID: self.run_id} | (token_variables(token) if token else {}))
         self.prepare(on_loopback=False)
         try:
             with own_signals():
@@ -78,7 +77,7 @@ class RaySession:
         token = self.folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        self.set_environment({RUN_ID: self.run_id, "RAY_AUTH_TOKEN_PATH": str(token)} | PRIVATE_ENVIRONMENT)
+        self.set_environment({RUN_ID: self.run_id} | token_variables(token) | PRIVATE_ENVIRONMENT)
         self.prepare(on_loopback=True)
         # Not started: the autoscaler's process, and the one that sends logs to drivers. Each costs a CPU second and nothing here needs it.
         setattr(parameter, "RayParams", partial(RAY_PARAMS, no_monitor=True, include_log_monitor=False))  # type: ignore[arg-type]  # a bool
@@ -132,9 +131,10 @@ class RaySession:
             self.messages.write("\n".join(data["lines"]) + "\n")
             self.messages.flush()
 
-    def set_environment(self, values: dict[str, str]) -> None:
+    def set_environment(self, values: Mapping[str, str | None]) -> None:
+        """Set variables, or remove those whose value is None, until close()."""
         self.saved |= {name: os.environ.get(name) for name in values if name not in self.saved}
-        os.environ.update(values)
+        put(values)
 
     def close(self, keep_logs: bool) -> None:
         """Disconnect (and stop a private Ray). keep_logs: save a private Ray's own logs in the run's folder."""
@@ -148,9 +148,14 @@ class RaySession:
         if self.messages is not None:
             self.messages.close()
             self.messages = None
-        for name, value in self.saved.items():
-            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        put(self.saved)
         self.saved = {}
+
+
+def put(variables: Mapping[str, str | None]) -> None:
+    """Set environment variables of this process; None removes one."""
+    for name, value in variables.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 @contextmanager

@@ -6,6 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+from rlinf.cluster import ray_session
 from rlinf.cluster.processes import marked, new_run_id
 
 CODE = """
@@ -85,3 +88,27 @@ def test_a_machine_too_busy_for_rays_own_limit_is_one_message(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", SLOW, new_run_id(), str(tmp_path)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not up within the 30 s" in done.stdout and str(tmp_path / "logs" / "ray") in done.stdout
+
+
+def test_a_cluster_is_joined_with_its_own_token_and_kuberays_with_the_one_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An inherited RAY_AUTH_TOKEN goes before a file in Ray; KubeRay gives the token that way, with RAY_ADDRESS."""
+    (tmp_path / "address").write_text("10.0.0.1:6379")
+    seen: list[tuple[str | None, str | None]] = []
+    joined = {"RAY_AUTH_TOKEN": "of another cluster", "RLINF_RAY_STATE": str(tmp_path)}
+    for name, value in joined.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setattr(ray_session, "listens", lambda _: True)
+    monkeypatch.setattr(ray_session.RaySession, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(
+        ray_session.ray, "init", lambda **_: seen.append(tuple(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))))
+    )
+    for address in ("", "10.0.0.1:6379"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        session = ray_session.RaySession("run", tmp_path)
+        assert session.join()
+        session.close(keep_logs=False)
+        assert os.environ["RAY_AUTH_TOKEN"] == "of another cluster" and "RAY_AUTH_TOKEN_PATH" not in os.environ
+    assert seen == [(None, str(tmp_path / "token")), ("of another cluster", None)]
