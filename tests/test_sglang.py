@@ -176,24 +176,6 @@ def test_a_killed_engine_ends_the_run_and_leaves_nothing(tmp_path: Path, victim:
 
 
 @with_sglang
-def test_a_killed_scheduler_is_started_anew_and_its_tokens_are_kept(tmp_path: Path) -> None:
-    running = Running(tmp_path, patience=400, rollout__max_engine_restarts=1, **BACKEND)
-    scheduler = next(pid for pid in marked(running.run_id) if "sglang::scheduler" in command_of(pid))
-    os.kill(scheduler, signal.SIGKILL)
-    deadline = time.monotonic() + 300
-    while not (steps := lines(tmp_path))[-1].get("rollout/engine_restarts"):
-        assert running.process.poll() is None and time.monotonic() < deadline, running.last_words()
-        time.sleep(0.5)
-    running.process.send_signal(signal.SIGINT)
-    code, errors = running.end()
-    assert code == 130 and f"the SGLang engine is dead: its scheduler (pid {scheduler}) ended" in errors
-    for m in steps[1:]:
-        assert m["rollout/samples"] == 16 and m["train/rollout_logprob_gap_max"] <= 1e-4
-        names = [json.loads(line)["sample_id"] for line in (tmp_path / f"logs/tiny/samples/step_{m['step']:06d}.jsonl").open()]
-        assert len(names) == 16 == len(set(names))
-
-
-@with_sglang
 def test_an_evaluation_with_sglang_is_that_of_the_embedded_engine(tmp_path: Path) -> None:
     """Greedy and in fp32: the same responses, judged the same, with the same scores; a model that is right now and then."""
     model = write_tuned_model(tmp_path / "tuned")
