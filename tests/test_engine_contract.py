@@ -185,6 +185,28 @@ def test_noise_does_not_depend_on_batching_slots_or_order(engine: RolloutEngine,
         made.close()
 
 
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(0.8, top_k=3), SamplingParams(1.3, top_p=0.3), SamplingParams(0.9, top_p=0.2, top_k=40)], ids=str
+)
+def test_truncated_sampling_stays_inside_and_reports_the_whole_distribution(
+    engine: RolloutEngine, models: dict[str, Path], sampling: SamplingParams
+) -> None:
+    """Every token is among the top-k, and in the nucleus (those before it hold less than top-p); not all are the likeliest; its
+    log-probability is of softmax(logits / temperature) before any cut."""
+    reference, ids = Reference(models["qwen2"]), prompt(9)
+    first = 0
+    for sample in run(engine, ask("t", ids, 4, sampling=sampling, new=60))[0]:
+        whole = np.concatenate([ids, sample.token_ids])
+        logprobs = reference.logprobs(whole, sampling.temperature)[len(ids) - 1 :]
+        chosen = np.take_along_axis(logprobs, sample.token_ids[:, None].astype(np.int64), 1)[:, 0]
+        np.testing.assert_allclose(sample.rollout_logprobs, chosen, atol=1e-4)
+        likelier = logprobs > chosen[:, None] + 1e-4
+        assert (likelier.sum(1) < (sampling.top_k if sampling.top_k > 0 else logprobs.shape[1])).all()
+        assert ((np.exp(logprobs) * likelier).sum(1) < sampling.top_p + 1e-3).all()
+        first += (likelier.sum(1) == 0).sum()
+    assert 0 < first < 4 * 60
+
+
 def test_more_samples_than_slots(engine: RolloutEngine) -> None:
     samples = run(engine, ask("many", prompt(6), 19, new=7))[0]
     assert [s.sample_id for s in samples] == [f"many/{k}" for k in range(19)]

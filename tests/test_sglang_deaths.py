@@ -1,4 +1,4 @@
-"""SGLang's processes and its workers are killed again and again, on CPU: no sample is lost or doubled, and no token is decoded for nothing."""
+"""SGLang's processes and its workers are killed again and again, on CPU: no sample is lost or doubled, and what was decoded is kept."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def _blocks(weights_BV: Tensor) -> Tensor:
 
 
 def _draw_truncated(weights_BV: Tensor, total_B: Tensor, params: Sequence[SamplingParams], u_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample within the top-k most likely tokens, and among those within the smallest set that holds top_p of their mass."""
+    """Sample within the top-k most likely tokens that are also in the smallest set which holds top_p of the whole mass. SGLang joins the two
+    in this way; transformers and vLLM take top_p of what top-k has left."""
     vocab = weights_BV.shape[1]
     top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
     kept_BS, ids_BS = weights_BV.topk(max(top_k), dim=-1)  # sorted, most likely first
@@ -96,7 +97,7 @@ def _draw_truncated(weights_BV: Tensor, total_B: Tensor, params: Sequence[Sampli
     kept_BS = kept_BS.masked_fill(torch.arange(kept_BS.shape[1], device=device)[None] >= k_B1, 0.0)
     top_p_B1 = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
     before_BS = kept_BS.cumsum(-1) - kept_BS
-    outside_BS = (before_BS >= top_p_B1 * kept_BS.sum(-1, keepdim=True)) & (top_p_B1 < 1)
+    outside_BS = (before_BS >= top_p_B1 * total_B[:, None]) & (top_p_B1 < 1)
     kept_BS = kept_BS.masked_fill(outside_BS, 0.0)
     mass_B = kept_BS.sum(-1)
     index_B, _ = inverse_cdf(kept_BS, u_B * mass_B)

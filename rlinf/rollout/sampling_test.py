@@ -61,10 +61,13 @@ def test_top_p_keeps_the_smallest_set_that_holds_the_mass(top_p: float, support:
     torch.testing.assert_close(truncated, torch.full((2000,), 1 - mass), atol=1e-6, rtol=0)
 
 
-def test_top_p_applies_to_what_top_k_left() -> None:
-    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()  # after top-k 2: 0.571, 0.429
-    assert set(sample(row, SamplingParams(top_p=0.5, top_k=2), 2000)[0]) == {0}
-    assert set(sample(row, SamplingParams(top_p=0.6, top_k=2), 2000)[0]) == {0, 1}
+def test_top_p_and_top_k_both_cut_the_whole_distribution() -> None:
+    """As in SGLang, and not top-p what top-k has left (0.571 and 0.429)."""
+    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert set(sample(row, SamplingParams(top_p=0.39, top_k=2), 2000)[0]) == {0}
+    tokens, _, truncated = sample(row, SamplingParams(top_p=0.5, top_k=2), 2000)
+    assert set(tokens) == {0, 1} == set(sample(row, SamplingParams(top_p=0.9, top_k=2), 2000)[0])
+    torch.testing.assert_close(truncated, torch.full((2000,), 0.3), atol=1e-6, rtol=0)
 
 
 def test_greedy_takes_the_most_likely_with_logprobs_of_temperature_one() -> None:
