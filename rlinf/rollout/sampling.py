@@ -86,8 +86,8 @@ def _blocks(weights_BV: Tensor) -> Tensor:
 
 
 def _draw_truncated(weights_BV: Tensor, total_B: Tensor, params: Sequence[SamplingParams], u_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample within the top-k most likely tokens that are also in the smallest set which holds top_p of the whole mass. SGLang joins the two
-    in this way; transformers and vLLM take top_p of what top-k has left."""
+    """Sample within the top-k most likely tokens that are also in the smallest set which holds top_p of the whole mass. SGLang joins the
+    two in this way; transformers and vLLM take top_p of what top-k has left."""
     vocab = weights_BV.shape[1]
     top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
     kept_BS, ids_BS = weights_BV.topk(max(top_k), dim=-1)  # sorted, most likely first
