@@ -16,7 +16,6 @@ BY_FILE = {  # file of rlinf/ -> function -> test
     "cluster/ray_session.py": {"RaySession.start": "test_a_ray_worker_sees_its_own_gpu_alone"},
     "cluster/local_cluster.py": {"LocalCluster.__init__": "test_one_process_takes_the_device_that_is_there"},
     "cluster/machines.py": dict.fromkeys(("", "wait_for_machines"), "test_a_ray_worker_sees_its_own_gpu_alone"),
-    "cluster/ray_check.py": {"gpus_or_slots": "test_devices_are_gpus_where_a_node_has_any"},
     "cluster/ray_cluster.py": dict.fromkeys(
         ("RayCluster._actor", "RayCluster._connect", "RayCluster._reserve"), "test_a_ray_worker_sees_its_own_gpu_alone"
     ),
@@ -86,6 +85,7 @@ BY_SETTING = {  # the same, of what a setting or an argument decides: test files
     "checks/plan.py": {"choose_device": "plan_test.py::test_a_plan_is_for_the_device_of_the_configuration_unless_one_is_named"},
     "checks/preflight.py": {"check_engine": "preflight_test.py::test_a_run_on_one_machine_needs_its_engine_before_it_starts"},
     "checks/toolchain.py": {"python": "toolchain_test.py::test_a_python_without_wheels_is_found"},
+    "cluster/ray_check.py": {"counted": "ray_check_test.py::test_slots_do_not_pass_for_gpus"},
     "config/validate.py": {"_layout": "validate_test.py::test_transformer_engine_is_refused_for_the_cpu_alone"},
     "rollout/sglang_engine.py": {
         "small_cache": "sglang_engine_test.py::test_a_cache_too_small_for_a_sample_is_named_with_the_key_of_its_size"

@@ -15,7 +15,6 @@ from rlinf import device as devices
 from rlinf import hardware
 from rlinf.checks.doctor import OK, collectives
 from rlinf.cluster.cluster import Cluster
-from rlinf.cluster.ray_check import gpus_or_slots
 from rlinf.config.schema import ClusterConfig
 from rlinf.errors import RunFailed
 from rlinf.scheduling.placement import Plan, Seat
@@ -167,8 +166,3 @@ def test_a_ray_worker_sees_its_own_gpu_alone(tmp_path: Path) -> None:
         assert cluster.device == "cuda" and [node.devices for node in cluster.inventory()] == [1]
     finally:
         cluster.close()
-
-
-@pytest.mark.parametrize(("resources", "count"), [({"GPU": 8.0, "CPU": 96.0}, 8), ({"CPU": 4.0}, 4), ({}, 0)])
-def test_devices_are_gpus_where_a_node_has_any(resources: dict[str, float], count: int) -> None:
-    assert gpus_or_slots({"Resources": resources}) == count
