@@ -82,6 +82,11 @@ def victim_of(running: Running, rank: int, kind: str) -> int:
     return next((p.pid for p in children(worker) if PROCESSES[kind] and PROCESSES[kind] in " ".join(p.cmdline())), worker)
 
 
+def rows(folder: Path, kind: str, steps: list[dict]) -> list[dict]:
+    files = [folder / f"logs/tiny/samples/{kind}_{m['step']:06.0f}.jsonl" for m in steps]
+    return [json.loads(line) for file in files for line in file.open()]
+
+
 def versions(running: Running) -> set[str]:
     return {p.name for p in Path("/dev/shm").glob(f"rlinf-{running.run_id}-*-v*")}
 
@@ -126,6 +131,11 @@ def test_deaths_of_scheduler_server_and_worker_lose_and_double_nothing(tmp_path:
     assert steps[-1]["rollout/engine_restarts"] == killed and all(m["rollout/staleness_max"] <= eta for m in steps)
     assert all(m["rollout/samples"] == 16 and m["train/grad_norm"] > 0 for m in steps)
     assert eta or all(m["train/rollout_logprob_gap_max"] <= 1e-4 for m in steps)
-    files = [tmp_path / f"logs/tiny/samples/tokens_{m['step']:06.0f}.jsonl" for m in steps]
-    trained = [json.loads(line)["sample_id"] for file in files for line in file.open()]
-    assert len(trained) == len(set(trained)) == 16 * len(steps)
+    trained = rows(tmp_path, "tokens", steps)
+    assert len(trained) == len({r["sample_id"] for r in trained}) == 16 * len(steps)
+    files = (tmp_path / "logs/tiny/samples").glob("step_*.jsonl")  # a group is in the file of the step that it was begun for
+    decoded = {r["sample_id"]: r for file in files for r in map(json.loads, file.open())}
+    for m in steps:
+        for r in (decoded[row["sample_id"]] for row in rows(tmp_path, "tokens", [m])):
+            assert sum(n for _, n in r["versions"]) == r["length"] and all(0 <= m["step"] - 1 - v <= eta for v, _ in r["versions"]), r
+    assert not eta or (any(m["rollout/staleness_max"] == eta for m in steps) and any(m["rollout/carried_over"] > 0 for m in steps))
