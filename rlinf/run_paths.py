@@ -1,8 +1,8 @@
 """A run on disk: what its files and folders are called, for everyone who writes or reads them.
 
     config.yaml  environment.jsonl  metrics.jsonl  status.json  FINISHED
-    samples/step_000012.jsonl         the samples that step 12 trained on; validation_000012.jsonl: those of the validation behind it
-    samples/tokens_000012.jsonl       what training saw of them, token by token
+    samples/step_000012.jsonl         the samples that were begun for step 12; validation_000012.jsonl: those of the validation behind it
+    samples/tokens_000012.jsonl       what training in step 12 saw of its samples, token by token
     samples/groups_000012.jsonl       the groups that were begun for step 12: data/journal.py
     samples/order_000012.jsonl        the groups that step 12 trained on, in order, and all that were generated for it
     checkpoints/step_000012/          COMPLETE, run_state.json, waiting/ and a folder for each component; .partial while it is written

@@ -156,7 +156,7 @@ class SGLangEngine:
     ) -> None:
         """Hand out the samples of one call of /generate. When the server dies, those that are not finished end with what has arrived."""
         for sample in samples:
-            sample.version = None if self._loading else self._version  # a paused server decodes it with the weights that come
+            sample.version, sample.certain = self._version, 0 if self._loading else None  # a paused one decodes it with those that come
         try:
             with self._speaking():
                 async for event in self._http.stream("/generate", body_of(request, samples, self._seed, self._arch.vocab)):
@@ -227,7 +227,7 @@ class SGLangEngine:
             await self._ask("/pause_generation", {"mode": "retract"})
             try:
                 for sample in self._arriving():
-                    sample.version = None
+                    sample.expect_other_weights()
                 read = await self._checksums() if waiting and version == 0 and not self._proved else None
                 buckets, checksums = await self._take(source, version)
                 self._version = version

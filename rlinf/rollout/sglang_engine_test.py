@@ -55,25 +55,34 @@ def test_a_server_is_idle_before_it_gives_its_memory_back(monkeypatch: pytest.Mo
     assert asked == [flush, ("/release_memory_occupation", ["kv_cache"], False), flush, ("/release_memory_occupation", ["weights"], False)]
 
 
-@pytest.mark.parametrize(("loading", "kept"), [(False, ((3, 2),)), (True, ())], ids=["between loads", "during a load"])
+@pytest.mark.parametrize(
+    ("loading", "others_come", "kept"),
+    [(False, False, ((3, 4),)), (True, False, ()), (False, True, ((3, 2),))],
+    ids=["between loads", "begun during a load", "before and after a load"],
+)
 def test_tokens_of_a_dead_server_are_kept_where_their_weights_are_known(
-    loading: bool, kept: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+    loading: bool, others_come: bool, kept: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What begins during a load is decoded with the weights that come, as soon as the server goes on."""
+    """What begins during a load is decoded with the weights that come, as soon as the server goes on; what had arrived before a load was
+    decoded with those before."""
     engine, sample, done = SGLangEngine.__new__(SGLangEngine), Arriving("s", [5], 8, False), asyncio.Queue[object]()
     engine._version, engine._loading, engine._closed, engine._seed = 3, loading, False, 0
     engine._arch, engine._server = SimpleNamespace(vocab=9), SimpleNamespace(death="killed", on_death=print)
     engine._counters, engine._speaking = SimpleNamespace(add=lambda **_: None), nullcontext
 
     async def stream(*_: object) -> AsyncIterator[dict[str, object]]:
-        meta = {"completion_tokens": 2, "output_token_logprobs": [(-0.5, 1), (-0.5, 2)], "finish_reason": None}
-        yield {"index": 0, "meta_info": meta, "output_ids": [1, 2]}
+        for n in (2, 4):
+            meta = {"completion_tokens": n, "output_token_logprobs": [(-0.5, 1), (-0.5, 2)], "finish_reason": None}
+            yield {"index": 0, "meta_info": meta, "output_ids": [1, 2]}
+            if others_come:
+                sample.expect_other_weights()
         raise RuntimeError("the connection is gone")
 
     monkeypatch.setattr(sglang_engine, "body_of", lambda *_: {})
     engine._http = SimpleNamespace(stream=stream)
     asyncio.run(engine._feed(SimpleNamespace(request_id="g"), [sample], done, asyncio.Event()))
     assert done.get_nowait() is sample and sample.sample().versions == kept and sample.finish is Finish.ABORT
+    assert len(sample.sample()) == sum(n for _, n in kept)
 
 
 def test_an_abort_does_not_wait_for_a_request_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,17 +31,22 @@ class Arriving:
     cached_tokens: int = 0
     finish: Finish | None = None
     unwanted: bool = False  # aborted, perhaps before it began
-    version: int | None = None  # of the weights when it was sent; None when others have come since
+    version: int = 0  # of the weights when it was sent
+    certain: int | None = None  # how many of its first tokens are surely of that version; None: all, since no others have come
 
     def cut_short(self) -> None:
         """The server is dead.
 
-        Its tokens are kept where it is known which weights decoded them: the server says so only with the last one.
+        Its tokens are kept as far as it is known which weights decoded them: the server says so only with the last one.
         """
         self.finish = Finish.ABORT
-        if self.version is None:
-            self.token_ids, self.logprobs = [], []
+        self.token_ids, self.logprobs = self.token_ids[: self.certain], self.logprobs[: self.certain]
         self.spans = [{"version": self.version, "start": 0, "end": len(self.token_ids)}]
+
+    def expect_other_weights(self) -> None:
+        """The server stands still, and is about to be given others."""
+        if self.certain is None:
+            self.certain = len(self.token_ids)
 
     def take(self, event: dict[str, Any]) -> int:
         """The tokens of one event; how many are new. An event of an aborted sample repeats tokens: the count tells.
