@@ -55,7 +55,8 @@ class Node:
         foreign = self.home / ".ray" / "auth_token"  # as a ray.init() of some day before leaves it
         foreign.parent.mkdir(parents=True, exist_ok=True)
         foreign.write_text(f"{self.rank}a" * 32)
-        return os.environ | {
+        seen = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}  # which would contradict the GPUs that a node claims
+        return seen | {
             "RANK": str(self.rank), "HOME": str(self.home), "RAY_AUTH_TOKEN": f"{self.rank}b" * 32,
             "RLINF_RAY_STATE": str(self.state), "RLINF_RAY_PORT": str(self.port),
             "RLINF_NUM_CPUS": str(self.slots), "RLINF_NUM_GPUS": str(self.gpus), "RLINF_OBJECT_STORE_BYTES": "200000000",
