@@ -137,7 +137,7 @@ class SGLangEngine:
             await asyncio.sleep(RETRY)
         for sample in chosen:
             sample.unwanted = True
-        while pending := [a for a in chosen if a.finish is None and a in self._arriving()]:  # a request that fails ends without it
+        while pending := self._pending(chosen):
             self._check_usable()
             await self._send_aborts(pending)
             await asyncio.sleep(RETRY)
@@ -390,6 +390,11 @@ class SGLangEngine:
 
     def _arriving(self) -> set[Arriving]:
         return {a for samples in self._running.values() for a in samples}
+
+    def _pending(self, samples: Sequence[Arriving]) -> list[Arriving]:
+        """Those that have not ended; those of a request that failed never will."""
+        running = self._arriving()
+        return [a for a in samples if a.finish is None and a in running]
 
     def _begin(self, request_id: str, samples: list[Arriving]) -> None:
         if request_id in self._running:
